@@ -1,0 +1,48 @@
+# `make demo` and `make test` are the whole set-up on a fresh machine: both create .venv by themselves.
+PYTHON ?= python3
+# The torch to install first: its CPU or CUDA build decides what everything else is built against.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FAMILY ?= gla
+SEEDS ?= 1
+
+# DeepSpeed compiles operators on first use and locks a shared cache: one cache per environment avoids the race.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=... (found " + sys.version.split()[0] + ")")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@# --no-deps: its dependency torchvision breaks transformers beside a CPU torch (docs/environment.md).
+	$(BIN)/python -m pip install --quiet --no-deps "mosaicml-streaming==0.13.0"
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/statex demo --out demo --family $(FAMILY) --seeds $(SEEDS) --overwrite
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.scan
+	$(BIN)/python -m benchmarks.reshard
+	$(BIN)/python -m benchmarks.loader
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache
