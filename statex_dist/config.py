@@ -1,0 +1,124 @@
+"""Typed configuration: dataclass trees read from YAML and dotted command-line overrides.
+
+The work is jsonargparse's; this file adds what users of a cluster job need on top: an unknown key is reported with its
+full path and the names that are allowed there, and every failure is a one-line :class:`ConfigError`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from statex_dist.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """Return the dataclass in ``annotation`` (itself, or inside an ``X | None``), or None."""
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return next((found for arg in typing.get_args(annotation) if (found := _dataclass_of(arg))), None)
+    return None
+
+
+def check_keys(cls: type, values: Any, *, path: str = "", source: str = "config") -> None:
+    """Raise if ``values`` holds a key that ``cls`` does not have, at any depth.
+
+    Args:
+        cls: Dataclass that describes the section.
+        values: Parsed YAML of the section.
+        path: Dotted path of the section, for the message.
+        source: Name of the file, for the message.
+
+    Raises:
+        ConfigError: An unknown key (named by its full path), or a section that is not a mapping.
+    """
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: '{path or 'the file'}' must be a mapping of keys to values, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise ConfigError(f"{source}: unknown key '{full}'; allowed here: {', '.join(sorted(hints))}")
+        if value is not None and (section := _dataclass_of(hints[key])):
+            check_keys(section, value, path=full, source=source)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text as one line."""
+    return " ".join(str(error).split())
+
+
+def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: str = "") -> T:
+    """Read a configuration from command-line arguments.
+
+    ``--config FILE.yaml`` gives values, ``--section.key value`` overrides them in the order given, and
+    ``--print_config`` prints the result.
+
+    Args:
+        cls: Dataclass to build.
+        argv: Arguments without the program's name.
+        prog: Program name for ``--help``.
+        description: First line of ``--help``.
+
+    Returns:
+        An instance of ``cls``.
+
+    Raises:
+        ConfigError: Unknown key, wrong type, missing required value or unreadable file.
+    """
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the values below.")
+    parser.add_class_arguments(cls)
+    files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]
+    files += [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+    for file in files:
+        check_keys(cls, _read_yaml(Path(file)), source=file)
+    try:
+        namespace = parser.parse_args(list(argv))
+        values = parser.instantiate(namespace).as_dict()
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"{prog}: {one_line(error)}") from None
+    values.pop("config", None)
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass tree as plain containers, tuples as lists, so that YAML and JSON can hold it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def dump_yaml(config: Any) -> str:
+    """Return a resolved configuration as YAML, in the order of its fields."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

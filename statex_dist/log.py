@@ -1,0 +1,53 @@
+"""One logger tree for the package, filtered by rank.
+
+Library modules call ``logging.getLogger(__name__)``; entry points call :func:`setup_logging` once.
+"""
+
+import logging
+import os
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class RankFilter(logging.Filter):
+    """Let only rank 0 speak below WARNING, and prefix what other ranks say with their rank."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether ``record`` is shown on this rank."""
+        if self.rank == 0:
+            return True
+        if record.levelno < logging.WARNING:
+            return False
+        record.msg = f"[rank {self.rank}] {record.msg}"
+        return True
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Configure the loggers of this project for a process.
+
+    On a terminal the output is coloured; elsewhere (files, schedulers) each record is one plain line on stderr.
+
+    Args:
+        level: Threshold of the project's loggers.
+    """
+    console = Console(stderr=True)
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(RankFilter(int(os.environ.get("RANK", "0"))))
+    for name in ("statex_dist", "checkpoints_tools", "launch"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers[:] = [handler]
+        logger.propagate = False

@@ -1,0 +1,1 @@
+"""What a recurrent state is (:mod:`geometry`) and how it is to grow (:mod:`plan`)."""

@@ -1,0 +1,59 @@
+"""Shape, size and cost of one layer's recurrent state.
+
+Both families keep a matrix per head and read it with a query: GLA ``S [K, V]`` (arXiv 2312.06635), Mamba2 ``S [N, P]``
+(arXiv 2405.21060). One value describes either, before and after an expansion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STATE_BYTES = 4
+"""Recurrent states are carried in fp32 by every kernel that we use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateGeometry:
+    """The recurrent state of one layer.
+
+    Attributes:
+        num_heads: Independent recurrences.
+        key_dim: Rows of a head's state, the side that decays (GLA ``K``; Mamba2 ``d_state``).
+        value_dim: Columns of a head's state for one value head (GLA ``V``; Mamba2 ``head_dim``).
+        num_key_groups: Groups of heads that share keys and queries (GLA: every head its own; Mamba2: ``n_groups``).
+        values_per_key: Value heads that each key head stores (the ``r`` of the mixing matrix; 1 without mixing).
+        conv_channels: Channels of the causal convolutions, whose last inputs are state too.
+        conv_kernel: Width of those convolutions; 0 without any.
+        chunk_size: Tokens per chunk of the training scan, for the cost model only.
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    num_key_groups: int
+    values_per_key: int = 1
+    conv_channels: int = 0
+    conv_kernel: int = 0
+    chunk_size: int = 64
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in the matrix states of the layer (convolution tails not counted, as in the papers)."""
+        return self.num_heads * self.key_dim * self.value_dim * self.values_per_key
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state: fp32 matrices and convolution tails."""
+        tail = self.conv_channels * max(self.conv_kernel - 1, 0)
+        return STATE_BYTES * (self.numbers + tail)
+
+    @property
+    def scan_flops(self) -> int:
+        """Forward FLOPs of the chunked scan for one token.
+
+        ``4`` per state number (update and read-out, a multiplication and an addition each) plus the attention inside
+        a chunk, ``2 C`` per key and per value channel.
+        """
+        keys = self.num_key_groups * self.key_dim
+        values = self.num_heads * self.value_dim * self.values_per_key
+        return 4 * self.numbers + 2 * self.chunk_size * (keys + values)

@@ -1,0 +1,149 @@
+"""The expansion plan: which layers grow, how, by how much and from which start.
+
+A plan is stored under the key ``statex`` of a checkpoint's ``config.json``, so that the checkpoint says by itself what
+was done to which layer. The StateX authors' code changes the shared configuration instead, and so writes down one head
+for *every* layer; here the geometry of each layer is derived from the base configuration and the plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from statex_dist.errors import ConfigError
+
+Op = Literal["merge_heads", "mix_heads", "grow_state"]
+Init = Literal["reinit", "inherit", "lossless"]
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerExpansion:
+    """What is done to one layer.
+
+    Attributes:
+        layer: Index of the layer, from 0.
+        op: ``merge_heads`` (StateX for GLA: groups of ``factor`` heads become one), ``mix_heads`` (each key head also
+            stores the values of ``factor - 1`` other heads, read through a learned matrix M) or ``grow_state``
+            (Mamba2: ``d_state`` times ``factor``).
+        factor: How many times larger the layer's state becomes, 2 or more.
+        init: ``reinit`` (fresh token-mixing parameters, the paper's choice), ``inherit`` (old values kept) or
+            ``lossless`` (the model computes what it computed before).
+    """
+
+    layer: int
+    op: Op
+    factor: int
+    init: Init
+
+    def __post_init__(self) -> None:
+        for name, kind in (("layer", int), ("factor", int)):
+            if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), bool):
+                raise ConfigError(f"plan: {name} must be a whole number, not {getattr(self, name)!r}")
+        if self.op not in get_args(Op):
+            raise ConfigError(f"plan, layer {self.layer}: op {self.op!r} is not one of {', '.join(get_args(Op))}")
+        if self.init not in get_args(Init):
+            raise ConfigError(f"plan, layer {self.layer}: init {self.init!r} is not one of {', '.join(get_args(Init))}")
+        if self.factor < 2:
+            raise ConfigError(f"plan, layer {self.layer}: factor must be 2 or more, not {self.factor}")
+        if self.op == "merge_heads" and self.init == "lossless":
+            raise ConfigError(
+                f"plan, layer {self.layer}: merging heads cannot be lossless; use op mix_heads, or init inherit"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpansionPlan:
+    """All expansions of a model, at most one per layer, sorted by layer.
+
+    Attributes:
+        layers: The expansions.
+        seed: Seed of every random choice; a tensor's generator is derived from it and the tensor's name, so the values
+            do not depend on the order in which shards are read.
+    """
+
+    layers: tuple[LayerExpansion, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        indices = [expansion.layer for expansion in self.layers]
+        if len(set(indices)) != len(indices):
+            doubled = sorted({i for i in indices if indices.count(i) > 1})
+            raise ConfigError(f"plan: layers {doubled} are expanded more than once")
+        object.__setattr__(self, "layers", tuple(sorted(self.layers, key=lambda expansion: expansion.layer)))
+
+    def get(self, layer: int) -> LayerExpansion | None:
+        """Return the expansion of ``layer``, or None where it stays as it is."""
+        return next((expansion for expansion in self.layers if expansion.layer == layer), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the form stored under ``statex`` in ``config.json``."""
+        rows = [{"layer": e.layer, "op": e.op, "factor": e.factor, "init": e.init} for e in self.layers]
+        return {"version": PLAN_VERSION, "seed": self.seed, "layers": rows}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ExpansionPlan:
+        """Read a plan from a ``config.json``.
+
+        Raises:
+            ConfigError: Not a plan, or one of a newer version.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), list):
+            raise ConfigError(f"config.json: 'statex' must hold a plan with a list 'layers', not {values!r}")
+        if values.get("version") != PLAN_VERSION:
+            raise ConfigError(f"config.json: plan version {values.get('version')!r}; this release reads {PLAN_VERSION}")
+        try:
+            layers = tuple(LayerExpansion(**row) for row in values["layers"])
+        except TypeError as error:
+            raise ConfigError(f"config.json: bad entry in statex.layers: {error}") from None
+        return cls(layers=layers, seed=values.get("seed", 0))
+
+
+def select_layers(rule: str, num_layers: int) -> tuple[int, ...]:
+    """Return the layers that a rule names.
+
+    Args:
+        rule: ``all``, ``every:K`` (0, K, 2K, ... as the paper does), ``first:K``, ``last:K`` or a list ``0,6,12``.
+        num_layers: Layers of the model.
+
+    Raises:
+        ConfigError: The rule is not one of these, or a layer is out of range.
+    """
+    allowed = "all, every:K, first:K, last:K or a list such as 0,6,12"
+    if rule == "all":
+        return tuple(range(num_layers))
+    if match := re.fullmatch(r"(every|first|last):(\d+)", rule):
+        kind, count = match[1], int(match[2])
+        if count < 1 or count > num_layers:
+            raise ConfigError(f"--layers {rule}: K must be between 1 and the model's {num_layers} layers")
+        if kind == "every":
+            return tuple(range(0, num_layers, count))
+        return tuple(range(count)) if kind == "first" else tuple(range(num_layers - count, num_layers))
+    if not re.fullmatch(r"\d+(,\d+)*", rule):
+        raise ConfigError(f"--layers {rule!r} is not a rule; allowed: {allowed}")
+    layers = tuple(sorted({int(part) for part in rule.split(",")}))
+    if layers[-1] >= num_layers:
+        raise ConfigError(
+            f"--layers {rule}: layer {layers[-1]} is out of range; the model has layers 0..{num_layers - 1}"
+        )
+    return layers
+
+
+def extend_plan(existing: ExpansionPlan | None, new: Iterable[LayerExpansion], *, seed: int) -> ExpansionPlan:
+    """Return ``existing`` with ``new`` expansions added.
+
+    Raises:
+        ConfigError: A layer that is already expanded is to be expanded again.
+    """
+    new = tuple(new)
+    if existing is None:
+        return ExpansionPlan(layers=new, seed=seed)
+    if again := [e.layer for e in new if existing.get(e.layer)]:
+        raise ConfigError(
+            f"layers {again} are already expanded in this checkpoint; "
+            "choose other layers, or expand the original checkpoint by the full factor"
+        )
+    return ExpansionPlan(layers=existing.layers + new, seed=seed)
