@@ -1,0 +1,164 @@
+"""How packed sequences are cut into chunks, and the loop that carries states from chunk to chunk.
+
+Every sequence starts a chunk of its own, so that its initial and final states are simply those at its first and after
+its last chunk; the tail of its last chunk is filled with tokens that change nothing (zero keys, zero decay). Sequences
+are sorted by length and chunks ordered by their position within the sequence: the sequences still running at position
+``p`` are then a prefix, and one loop over ``p`` carries all of them at once. Fifty short documents cost a few steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkLayout:
+    """Positions of ``num_chunks x chunk_size`` places in a flat row of tokens.
+
+    Attributes:
+        num_chunks: Number of chunks.
+        chunk_size: Tokens per chunk.
+        gather: ``[num_chunks * chunk_size]`` index of each place's token; filler places hold the number of tokens.
+        scatter: ``[num_tokens]`` place of each token.
+        active: Number of sequences that have a chunk at position 0, 1, ...
+        order: ``[S]`` sequence of each rank, longest first.
+        rank: ``[S]`` rank of each sequence.
+        identity: Whether ``gather`` is 0, 1, 2, ..., so that a view suffices.
+    """
+
+    num_chunks: int
+    chunk_size: int
+    gather: torch.Tensor
+    scatter: torch.Tensor
+    active: tuple[int, ...]
+    order: torch.Tensor
+    rank: torch.Tensor
+    identity: bool
+
+    def to_chunks(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``[num_chunks, H, chunk_size, ...]`` from ``x [B, T, H, ...]``, fillers zero."""
+        flat = x.flatten(0, 1)
+        if not self.identity:
+            flat = _Rearrange.apply(flat, self.gather, self.scatter)
+        return flat.unflatten(0, (self.num_chunks, self.chunk_size)).transpose(1, 2)
+
+    def from_chunks(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return ``[B, T, H, ...]`` from ``x [num_chunks, H, chunk_size, ...]``: the inverse of :meth:`to_chunks`."""
+        flat = x.transpose(1, 2).flatten(0, 1)
+        if not self.identity:
+            flat = _Rearrange.apply(flat, self.scatter, self.gather)
+        return flat.unflatten(0, (batch, -1))
+
+    def carry(
+        self, decay: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run ``S <- decay * S + update`` over the chunks of every sequence.
+
+        Args:
+            decay: Per chunk ``[num_chunks, ...]``, broadcastable to ``update``.
+            update: Per chunk ``[num_chunks, ...state]``.
+            initial_state: ``[S, ...state]`` or None for zero.
+
+        Returns:
+            The state at the start of each chunk ``[num_chunks, ...state]`` and final states ``[S, ...state]``.
+        """
+        num_sequences = len(self.order)
+        if initial_state is None:
+            state = update.new_zeros(num_sequences, *update.shape[1:])
+        else:
+            state = initial_state.to(update.dtype).index_select(0, self.order)
+        starts: list[torch.Tensor] = []
+        ended: list[torch.Tensor] = []
+        sizes = list(self.active)
+        for count, decay_p, update_p in zip(sizes, decay.split(sizes), update.split(sizes), strict=True):
+            if count < len(state):
+                ended.append(state[count:])
+                state = state[:count]
+            starts.append(state)
+            state = torch.addcmul(update_p, state, decay_p)
+        ended.append(state)
+        return torch.cat(starts) if starts else update, torch.cat(ended[::-1]).index_select(0, self.rank)
+
+
+class _Rearrange(torch.autograd.Function):
+    """``y[i] = x[index[i]]``, zero where the index is out of range.
+
+    No row is read twice, so the gradient is a gather by the inverse index: autograd's own backward of index_select
+    would add row by row.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index, inverse)
+        return _gather_rows(x, index)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        index, inverse = ctx.saved_tensors
+        return _Rearrange.apply(grad, inverse, index), None, None
+
+
+def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    filler = x.new_zeros(1, *x.shape[1:])
+    return torch.cat([x, filler]).index_select(0, index.clamp(max=x.shape[0]))
+
+
+def sequence_lengths(batch: int, num_tokens: int, cu_seqlens: torch.Tensor | None) -> tuple[int, ...]:
+    """Return the lengths of all sequences of a batch, packed or not."""
+    if cu_seqlens is None:
+        return (num_tokens,) * batch
+    if batch != 1:
+        raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, not {batch}")
+    marks = cu_seqlens.tolist()
+    if marks[0] != 0 or marks[-1] != num_tokens or any(b < a for a, b in itertools.pairwise(marks)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, not {marks}")
+    return tuple(b - a for a, b in itertools.pairwise(marks))
+
+
+@lru_cache(maxsize=64)
+def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device) -> ChunkLayout:
+    """Return the layout of sequences that lie one behind the other.
+
+    Args:
+        lengths: Tokens of each sequence; 0 is allowed.
+        chunk_size: Tokens per chunk.
+        device: Where the index tensors live.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    total = int(sizes.sum())
+    chunks = -(-sizes // chunk_size)
+    order = np.argsort(-chunks, kind="stable")
+    active = tuple(int((chunks > p).sum()) for p in range(int(chunks.max(initial=0))))
+    offsets = np.arange(chunk_size)
+    rows = []
+    for position, count in enumerate(active):
+        running = order[:count]
+        within = position * chunk_size + offsets
+        index = starts[running, None] + within
+        rows.append(np.where(within < sizes[running, None], index, total))
+    gather = np.concatenate(rows).ravel() if rows else np.zeros(0, dtype=np.int64)
+    scatter = np.empty(total, dtype=np.int64)
+    valid = gather < total
+    scatter[gather[valid]] = np.flatnonzero(valid)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
+
+    return ChunkLayout(
+        num_chunks=sum(active),
+        chunk_size=chunk_size,
+        gather=tensor(gather),
+        scatter=tensor(scatter),
+        active=active,
+        order=tensor(order),
+        rank=tensor(rank),
+        identity=len(gather) == total and bool((gather == np.arange(total)).all()),
+    )

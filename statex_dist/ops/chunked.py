@@ -1,0 +1,127 @@
+"""Chunked scans in PyTorch: exact for any gate, with gradients through outputs, initial and final states.
+
+With ``b`` the cumulative log decay inside a chunk and ``h`` the state at its start (docs/method.md, section 3):
+
+    A[t, u] = sum_c q_tc k_uc exp(b_tc - b_uc)   for u <= t
+    o = A v + (q e^b) h,   h' = e^{b_C} h + (k e^{b_C - b})^T v
+
+The textbook form multiplies ``q e^b`` by ``k e^{-b}``, which overflows in fp32 once a chunk's decays sum below -88.
+Here ``A`` is built by halving: each off-diagonal block refers both sides to the border between its halves, so that no
+exponent is ever positive, whatever the gates are.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from statex_dist.errors import ConfigError
+from statex_dist.ops.chunk_layout import chunk_layout, sequence_lengths
+
+GLA_CHUNK_SIZE = 64
+SSD_CHUNK_SIZE = 64
+_BLOCK = 4
+
+
+def chunked_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    scale: float,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    chunk_size: int = GLA_CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run gated linear attention chunk by chunk. Arguments and results are those of ``naive_gla``.
+
+    Args:
+        chunk_size: Tokens per chunk, a power of two from 4.
+
+    Returns:
+        Output ``[B, T, H, V]`` in ``v``'s dtype and final states ``[S, H, K, V]`` in fp32 (float64 for float64).
+
+    Raises:
+        ConfigError: ``chunk_size`` is not a power of two from 4.
+    """
+    if chunk_size < _BLOCK or chunk_size & (chunk_size - 1):
+        raise ConfigError(f"chunk_size must be a power of two from {_BLOCK}, not {chunk_size}")
+    batch, num_tokens = q.shape[:2]
+    layout = chunk_layout(sequence_lengths(batch, num_tokens, cu_seqlens), chunk_size, q.device)
+    out_dtype, work_dtype = v.dtype, _work_dtype(q.dtype)
+    q, k, v, g = (layout.to_chunks(x).to(work_dtype) for x in (q * scale, k, v, g))
+    b = g.cumsum(dim=2)
+    total = b[:, :, -1:]
+    update = (k * (total - b).exp()).transpose(-1, -2) @ v
+    starts, final = layout.carry(total.transpose(-1, -2).exp(), update, initial_state)
+    o = _attention_matrix(q, k, b) @ v + (q * b.exp()) @ starts
+    return layout.from_chunks(o, batch).to(out_dtype), final
+
+
+def _attention_matrix(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the causal ``A [..., C, C]`` of chunks ``q, k, b [..., C, K]`` with exponents that are never positive."""
+    chunk_size = q.shape[-2]
+    q_blocks, k_blocks, b_blocks = (x.unflatten(-2, (-1, _BLOCK)) for x in (q, k, b))
+    later = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=q.device).triu(1).unsqueeze(-1)
+    decay = (b_blocks.unsqueeze(-2) - b_blocks.unsqueeze(-3)).masked_fill(later, -torch.inf).exp()
+    matrix = torch.einsum("...tk,...uk,...tuk->...tu", q_blocks, k_blocks, decay)
+    size = _BLOCK
+    while size < chunk_size:
+        q_late, k_early = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((q, 1), (k, 0)))
+        b_early, b_late = b.unflatten(-2, (-1, 2, size)).unbind(-3)
+        border = b_early[..., -1:, :]
+        corner = (q_late * (b_late - border).exp()) @ (k_early * (border - b_early).exp()).transpose(-1, -2)
+        early, late = matrix.unflatten(-3, (-1, 2)).unbind(-3)
+        top = torch.cat([early, early.new_zeros(()).expand_as(early)], dim=-1)
+        matrix = torch.cat([top, torch.cat([corner, late], dim=-1)], dim=-2)
+        size *= 2
+    return matrix.squeeze(-3)
+
+
+def chunked_ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    chunk_size: int = SSD_CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the Mamba2 recurrence chunk by chunk. Arguments and results are those of ``naive_ssd``.
+
+    The decay is one number per head, so ``exp(b_t - b_u)`` is formed directly (masked before the exponential), and the
+    products of B and C are made once per group, its heads folded into the width of the other factor.
+    """
+    batch, num_tokens, num_heads, head_dim = x.shape
+    num_groups = B.shape[2]
+    layout = chunk_layout(sequence_lengths(batch, num_tokens, cu_seqlens), chunk_size, x.device)
+    out_dtype, work_dtype = x.dtype, _work_dtype(x.dtype)
+    decay_log = layout.to_chunks((dt * A).unsqueeze(-1)).to(work_dtype).squeeze(-1)
+    x_dt = layout.to_chunks(x * dt.unsqueeze(-1)).to(work_dtype)
+    B, C = (layout.to_chunks(y).to(work_dtype) for y in (B, C))
+    b = decay_log.cumsum(dim=-1)
+    total = b[..., -1:]
+    later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).triu(1)
+    decay = (b.unsqueeze(-1) - b.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+    scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * decay.unflatten(1, (num_groups, -1))
+    within = scores.flatten(1, 2) @ x_dt
+    # [chunks, G, (H/G) P, C] @ [chunks, G, C, N]
+    decayed = _fold_heads(x_dt * (total - b).exp().unsqueeze(-1), num_groups)
+    update = (decayed.transpose(-1, -2) @ B).flatten(1, 2).unflatten(1, (num_heads, head_dim))
+    starts, final = layout.carry(total.exp().unsqueeze(-1), update, initial_state)
+    folded = starts.flatten(1, 2).unflatten(1, (num_groups, -1))
+    across = (C @ folded.transpose(-1, -2)).unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    y = within + across * b.exp().unsqueeze(-1)
+    return layout.from_chunks(y, batch).to(out_dtype), final
+
+
+def _fold_heads(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Return ``[chunks, G, C, (H/G) P]`` from ``[chunks, H, C, P]``."""
+    return x.unflatten(1, (num_groups, -1)).transpose(2, 3).flatten(-2, -1)
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of decays and states: fp32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,166 @@
+"""The scans as models call them: the best backend for the tensors at hand behind one signature.
+
+``auto`` takes the GPU kernels for CUDA tensors where they are installed and fit the case, and the chunked PyTorch form
+otherwise; ``naive`` is for tests.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+
+from statex_dist.errors import ConfigError
+from statex_dist.ops.chunked import GLA_CHUNK_SIZE, SSD_CHUNK_SIZE, chunked_gla, chunked_ssd
+from statex_dist.ops.fla_api import fla_gla, has_fla
+from statex_dist.ops.mamba_api import fits_mamba_ssm, has_mamba_ssm, mamba_ssd
+from statex_dist.ops.mixing import mix_outputs, spread_values
+from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
+
+Backend = Literal["auto", "kernel", "chunked", "naive"]
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in get_args(Backend):
+        raise ConfigError(f"scan backend {backend!r} is not one of {', '.join(get_args(Backend))}")
+
+
+def gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    scale: float | None = None,
+    mix: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    chunk_size: int = GLA_CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated linear attention, plain, merged (one wide head) or mixed.
+
+    Args:
+        q: ``[B, T, H, K]`` queries.
+        k: ``[B, T, H, K]`` keys.
+        v: ``[B, T, H, V]`` values.
+        g: ``[B, T, H, K]`` log decays, at most 0.
+        scale: Factor of the queries, ``K ** -0.5`` where None.
+        mix: ``[H, r]`` mixing matrix; the state then holds ``r`` value heads per key head.
+        initial_state: ``[S, H, K, r V]`` or None for zero.
+        cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
+        backend: Which implementation runs.
+        chunk_size: Tokens per chunk of the chunked form.
+
+    Returns:
+        Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]``.
+    """
+    _check_backend(backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mix is not None:
+        v = spread_values(v, mix.shape[1])
+    scan = partial(chunked_gla, chunk_size=chunk_size)
+    if backend == "naive":
+        scan = partial(naive_gla)
+    elif backend == "kernel" or (backend == "auto" and q.is_cuda and q.dtype != torch.float64 and has_fla()):
+        scan = partial(fla_gla)
+    o, state = scan(q, k, v, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return (o if mix is None else mix_outputs(o, mix)), state
+
+
+def gla_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    scale: float | None = None,
+    mix: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advance :func:`gla` by one token: ``q, k, g [B, H, K]``, ``v [B, H, V]``, ``state [B, H, K, r V]``."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mix is not None:
+        v = spread_values(v, mix.shape[1])
+    o, state = gla_step(q, k, v, g, state, scale=scale)
+    return (o if mix is None else mix_outputs(o, mix)), state
+
+
+def ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    D: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    output_final_state: bool = True,
+    backend: Backend = "auto",
+    chunk_size: int = SSD_CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The Mamba2 scan for any ``d_state``.
+
+    Args:
+        x: ``[B, T, H, P]`` inputs.
+        dt: ``[B, T, H]`` step sizes, after softplus.
+        A: ``[H]`` negative decay rates.
+        B: ``[B, T, G, N]`` input projections.
+        C: ``[B, T, G, N]`` output projections.
+        D: ``[H]`` skip weights or None.
+        initial_state: ``[S, H, P, N]`` or None for zero.
+        cu_seqlens: ``[S + 1]`` borders of packed sequences; the batch must be 1.
+        seq_idx: ``[B, T]`` int32, the same borders in mamba_ssm's form; needed beside ``cu_seqlens`` by its kernel.
+        output_final_state: Whether the final states are needed (the kernel cannot give them for packed sequences).
+        backend: Which implementation runs.
+        chunk_size: Tokens per chunk of the chunked form.
+
+    Returns:
+        Output ``[B, T, H, P]`` and final states ``[S, H, P, N]`` (None unless asked for).
+    """
+    _check_backend(backend)
+    fits = fits_mamba_ssm(x, B, 256, cu_seqlens=cu_seqlens, has_initial_state=initial_state is not None)
+    fits = fits and (cu_seqlens is None or (seq_idx is not None and not output_final_state))
+    if backend == "kernel" and not fits:
+        raise ConfigError(
+            "scan backend 'kernel': mamba_ssm would compute this case wrongly (packed sequences without seq_idx or with "
+            "initial or final states, or more than 2^31 numbers); use 'auto' or 'chunked'"
+        )
+    state: torch.Tensor | None
+    if backend == "naive":
+        y, state = naive_ssd(x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    elif backend == "kernel" or (
+        backend == "auto"
+        and x.is_cuda
+        and x.dtype != torch.float64
+        and fits
+        and has_mamba_ssm()
+    ):
+        y, state = mamba_ssd(x, dt, A, B, C, initial_state=initial_state, seq_idx=seq_idx)
+    else:
+        y, state = chunked_ssd(
+            x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens, chunk_size=chunk_size
+        )
+    if D is not None:
+        y = y + x * D.to(x.dtype).unsqueeze(-1)
+    return y, state if output_final_state else None
+
+
+def ssd_decode(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    D: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advance :func:`ssd` by one token: ``x [B, H, P]``, ``dt [B, H]``, ``B, C [B, G, N]``, ``state [B, H, P, N]``."""
+    y, state = ssd_step(x, dt, A, B, C, state)
+    if D is not None:
+        y = y + x * D.to(x.dtype).unsqueeze(-1)
+    return y, state

@@ -1,0 +1,39 @@
+"""The only file that imports flash-linear-attention's kernels (package fla-core)."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+# The fused recurrent kernel keeps partial outputs of every key block: cheap for a few tokens, ruinous for many.
+_RECURRENT_TOKENS = 64
+
+
+@cache
+def has_fla() -> bool:
+    """Return whether the GLA kernels can be imported (they need triton, not a GPU)."""
+    return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
+
+
+def fla_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    scale: float,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run gated linear attention on fla-core's Triton kernels. Arguments and results are those of ``naive_gla``."""
+    from fla.ops.gla import chunk_gla, fused_recurrent_gla
+
+    state = None if initial_state is None else initial_state.float()
+    common = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
+    if cu_seqlens is not None:
+        common["cu_seqlens"] = cu_seqlens.long()
+    if q.shape[1] <= _RECURRENT_TOKENS:
+        return fused_recurrent_gla(q=q, k=k, v=v, gk=g, **common)
+    return chunk_gla(q=q, k=k, v=v, g=g, **common)
