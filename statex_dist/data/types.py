@@ -1,0 +1,52 @@
+"""The batch that crosses rooms: what the loader makes and the engine and the models read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (``torch.nn.functional.cross_entropy``'s default)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """One packed sequence of ``T`` tokens made of whole or cut documents.
+
+    Attributes:
+        input_ids: ``[1, T]`` int64.
+        labels: ``[1, T]`` int64, already shifted: ``labels[0, t]`` is the token after ``input_ids[0, t]`` *in the same
+            document*, or :data:`IGNORE_INDEX` at a document's end, in padding and where the loss is masked.
+        position_ids: ``[1, T]`` int64, 0 at the first token of each segment.
+        cu_seqlens: ``[N + 1]`` int32 segment borders; ``cu_seqlens[0] == 0`` and ``cu_seqlens[-1] == T``. Trailing
+            padding is a segment of its own, so that it can never touch a document's state.
+        seq_idx: ``[1, T]`` int32, the segment each token belongs to, counted from 0 (mamba_ssm's form of the borders).
+        loader_state: The loader's state *after* this batch: saving it resumes with the next one.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    seq_idx: torch.Tensor
+    loader_state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length ``T`` of the packed sequence, padding included."""
+        return self.input_ids.shape[1]
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Number of positions that carry loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Return the batch with its tensors on ``device``."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
+        }
+        return replace(self, **moved)

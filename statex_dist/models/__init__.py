@@ -1,0 +1,1 @@
+"""Model families, one folder each: config (geometry), layout (tensor names), expand (surgery), mixer (forward)."""

@@ -1,0 +1,138 @@
+"""The language model around any family's layers: embeddings, blocks, final norm, head, loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from statex_dist.data.types import IGNORE_INDEX
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import family_of
+from statex_dist.models.norm import RMSNorm
+from statex_dist.models.random_init import generator_for, normal
+from statex_dist.models.sequence import LayerState, Sequences
+
+
+class LMOutput(NamedTuple):
+    """What a forward pass returns; a tuple, because DeepSpeed's hooks look for tensors in tuples, lists and dicts only.
+
+    Attributes:
+        logits: ``[B, T, vocab]``; None where labels were given.
+        loss_sum: Sum of the cross entropy over all target tokens, in nats; None without labels.
+        states: Each layer's state after the last token; None unless asked for.
+    """
+
+    logits: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    states: list[LayerState] | None = None
+
+
+class Trunk(nn.Module):
+    """Embeddings, layers and final norm under the attribute names of the family's checkpoints."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        family = family_of(config.MODEL_TYPE)
+        block = family.block_class()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_norm_name = family.names.final_norm
+        self.add_module(self.final_norm_name, RMSNorm(config.hidden_size, eps=config.final_norm_eps))
+        self.activation_checkpointing = False
+
+    def forward(
+        self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
+    ) -> tuple[torch.Tensor, list[LayerState]]:
+        """Return the final hidden states ``[B, T, hidden]`` and the layers' states."""
+        hidden = self.embeddings(input_ids)
+        new_states: list[LayerState] = []
+        for index, layer in enumerate(self.layers):
+            state = states[index] if states else None
+            if self.activation_checkpointing and self.training:
+                hidden, new_state = checkpoint(layer, hidden, sequences, state, use_reentrant=False)
+            else:
+                hidden, new_state = layer(hidden, sequences, state)
+            if new_state is not None:
+                new_states.append(new_state)
+        norm = self.get_submodule(self.final_norm_name)
+        weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        return norm(hidden.to(weight.dtype)), new_states
+
+
+class RecurrentLM(nn.Module):
+    """A causal language model with recurrent layers.
+
+    Args:
+        config: A family's configuration; its plan decides each layer's state.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.family = family_of(config.MODEL_TYPE)
+        self.add_module(self.family.names.trunk, Trunk(config))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.trunk.embeddings.weight
+
+    @property
+    def trunk(self) -> Trunk:
+        """Embeddings, layers and final norm."""
+        return self.get_submodule(self.family.names.trunk)  # type: ignore[return-value]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        labels: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        states: list[LayerState] | None = None,
+        output_states: bool = False,
+        backend: str = "auto",
+        chunk_size: int = 64,
+    ) -> LMOutput:
+        """Run the model.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            labels: ``[B, T]`` int64, already shifted, -100 where there is no target. With them the loss is returned
+                in place of the logits.
+            cu_seqlens: ``[S + 1]`` borders of packed sequences (``B`` must be 1), or None.
+            seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form.
+            states: Each layer's state before ``input_ids``, or None for zero.
+            output_states: Whether to return the states after ``input_ids``.
+            backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
+            chunk_size: Tokens per chunk of the PyTorch scan, a power of two from 4.
+        """
+        sequences = Sequences(
+            cu_seqlens=cu_seqlens, seq_idx=seq_idx, output_states=output_states, backend=backend, chunk_size=chunk_size
+        )
+        hidden, new_states = self.trunk(input_ids, sequences, states)
+        logits = self.lm_head(hidden)
+        loss_sum = None
+        if labels is not None:
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss_sum = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return LMOutput(
+            logits=logits if labels is None else None,
+            loss_sum=loss_sum,
+            states=new_states if output_states else None,
+        )
+
+    @torch.no_grad()
+    def init_parameters(self, seed: int) -> None:
+        """Give every parameter its first value, fixed by ``seed`` and the parameter's name."""
+        for name, parameter in self.named_parameters():
+            rng, dtype = generator_for(seed, name), parameter.dtype
+            if place := self.family.names.split(name):
+                value = self.family.initial_value(place[1], parameter.shape, config=self.config, dtype=dtype, rng=rng)
+            elif name.endswith("norm.weight") or name.endswith(f"{self.family.names.final_norm}.weight"):
+                value = torch.ones(parameter.shape, dtype=dtype)
+            else:
+                value = normal(parameter.shape, std=self.config.initializer_range, dtype=dtype, rng=rng)
+            parameter.copy_(value)

@@ -1,0 +1,1 @@
+"""Mamba2 (arXiv 2405.21060), with the parameter names of transformers' ``Mamba2ForCausalLM``."""

@@ -1,0 +1,80 @@
+"""Configuration of a Mamba2 model (the keys of transformers' ``Mamba2Config``) and its per-layer geometry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.config import ModelConfig
+from statex_dist.state.geometry import StateGeometry
+
+
+@dataclass(kw_only=True)
+class Mamba2Config(ModelConfig):
+    """Hyper-parameters of a Mamba2 language model; names and defaults are transformers'."""
+
+    MODEL_TYPE: ClassVar[str] = "mamba2"
+
+    num_heads: int
+    head_dim: int
+    state_size: int = 128
+    expand: int = 2
+    conv_kernel: int = 4
+    n_groups: int = 8
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.1
+    residual_in_fp32: bool = True
+    rescale_prenorm_residual: bool = False
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: tuple[float, ...] = (0.0, math.inf)
+    chunk_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.time_step_limit = tuple(self.time_step_limit)
+        if self.hidden_act != "silu":
+            raise CheckpointError(f"mamba2 config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu'")
+        if self.num_heads * self.head_dim != self.inner_size:
+            raise CheckpointError(
+                f"mamba2 config: num_heads={self.num_heads} x head_dim={self.head_dim} must equal "
+                f"expand x hidden_size = {self.inner_size}"
+            )
+        if self.n_groups < 1 or self.num_heads % self.n_groups:
+            raise CheckpointError(f"mamba2 config: n_groups={self.n_groups} must divide num_heads={self.num_heads}")
+        self.check_plan()
+        for expansion in self.statex.layers if self.statex else ():
+            if expansion.op != "grow_state":
+                raise ConfigError(
+                    f"plan, layer {expansion.layer}: op {expansion.op} does not apply to mamba2; use grow_state"
+                )
+
+    @property
+    def inner_size(self) -> int:
+        """Channels of ``x`` and ``z``."""
+        return int(self.expand * self.hidden_size)
+
+    @property
+    def final_norm_eps(self) -> float:
+        """Epsilon of the RMS norms."""
+        return self.layer_norm_epsilon
+
+    def layer_geometry(self, layer: int) -> StateGeometry:
+        """Return the state of ``layer`` under the plan."""
+        expansion = self.statex.get(layer) if self.statex else None
+        d_state = self.state_size * (expansion.factor if expansion else 1)
+        return StateGeometry(
+            num_heads=self.num_heads,
+            key_dim=d_state,
+            value_dim=self.head_dim,
+            num_key_groups=self.n_groups,
+            conv_channels=self.inner_size + 2 * self.n_groups * d_state,
+            conv_kernel=self.conv_kernel,
+            chunk_size=self.chunk_size,
+        )

@@ -1,0 +1,113 @@
+"""The Mamba2 layer, with transformers' attribute names and numerics.
+
+``d_state`` may differ from layer to layer (the plan in the configuration); nothing else does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.mamba2.layout import conv_parts, in_proj_parts
+from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.models.sequence import LayerState, Sequences
+from statex_dist.ops.conv import causal_conv, conv_tail
+from statex_dist.ops.dispatch import ssd, ssd_decode
+
+
+class Mamba2Mixer(nn.Module):
+    """Token mixing of one layer (arXiv 2405.21060, figure 6).
+
+    Args:
+        config: The model's configuration with its plan.
+        layer: Index of the layer.
+    """
+
+    def __init__(self, config: Mamba2Config, layer: int):
+        super().__init__()
+        self.config = config
+        self.conv_sizes = [rows for _, rows in conv_parts(config, layer)]
+        num_rows = sum(rows for _, rows in in_proj_parts(config, layer))
+        channels = sum(self.conv_sizes)
+        self.in_proj = nn.Linear(config.hidden_size, num_rows, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.ones(config.num_heads))
+        self.A_log = nn.Parameter(torch.zeros(config.num_heads))
+        self.D = nn.Parameter(torch.ones(config.num_heads))
+        self.norm = GatedRMSNorm(config.inner_size, eps=config.layer_norm_epsilon, norm_before_gate=False)
+        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self, x: torch.Tensor, sequences: Sequences, state: LayerState | None
+    ) -> tuple[torch.Tensor, LayerState | None]:
+        """Mix tokens.
+
+        Args:
+            x: ``[B, T, hidden]``.
+            sequences: Borders of packed sequences and what to return.
+            state: The layer's state before ``x``, or None for zero.
+
+        Returns:
+            ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
+        """
+        config = self.config
+        z, xbc, dt = self.in_proj(x).split([config.inner_size, sum(self.conv_sizes), config.num_heads], dim=-1)
+        recurrent, tail = state if state else (None, None)
+        new_tail = None
+        if sequences.output_states:
+            new_tail = conv_tail(xbc, config.conv_kernel, initial_state=tail, cu_seqlens=sequences.cu_seqlens)
+        xbc = F.silu(
+            causal_conv(xbc, self.conv1d.weight, self.conv1d.bias, initial_state=tail, cu_seqlens=sequences.cu_seqlens)
+        )
+        inputs, B, C = xbc.split(self.conv_sizes, dim=-1)
+        inputs = inputs.unflatten(-1, (config.num_heads, config.head_dim))
+        B, C = (y.unflatten(-1, (config.n_groups, -1)) for y in (B, C))
+        # The dynamics stay fp32 in bf16 training: a rounded decay is a different memory.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*config.time_step_limit)
+        A = -self.A_log.to(wide).exp()
+        if x.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
+            inputs, dt, B, C = (y.squeeze(1) for y in (inputs, dt, B, C))
+            y, recurrent = ssd_decode(inputs, dt, A, B, C, recurrent, D=self.D)
+            y = y.unsqueeze(1)
+        else:
+            y, recurrent = ssd(
+                inputs,
+                dt,
+                A,
+                B,
+                C,
+                D=self.D,
+                initial_state=recurrent,
+                cu_seqlens=sequences.cu_seqlens,
+                seq_idx=sequences.seq_idx,
+                output_final_state=sequences.output_states,
+                backend=sequences.backend,  # type: ignore[arg-type]
+                chunk_size=sequences.chunk_size,
+            )
+        y = self.norm(y.to(x.dtype).flatten(-2), z)
+        if not sequences.output_states:
+            return self.out_proj(y), None
+        assert recurrent is not None
+        assert new_tail is not None
+        return self.out_proj(y), (recurrent, new_tail)
+
+
+class Block(nn.Module):
+    """One pre-norm Mamba2 layer."""
+
+    def __init__(self, config: Mamba2Config, layer: int):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = Mamba2Mixer(config, layer)
+
+    def forward(
+        self, x: torch.Tensor, sequences: Sequences, state: LayerState | None = None
+    ) -> tuple[torch.Tensor, LayerState | None]:
+        """Return the layer's output ``[B, T, hidden]`` and its state after ``x``."""
+        mixed, new_state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), sequences, state)
+        residual = x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+        return residual + mixed, new_state

@@ -1,0 +1,29 @@
+"""What a mixer needs to know of the sequences in a batch, and what it hands on to the next segment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LayerState = tuple[torch.Tensor, ...]
+"""State of one layer after its last token: the recurrent matrix ``[S, H, ., .]``, then the convolutions' tails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """How the tokens of a batch form sequences.
+
+    Attributes:
+        cu_seqlens: ``[S + 1]`` int32 borders of packed sequences (batch 1), or None: every row is one sequence.
+        seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form.
+        output_states: Whether layers return their final states.
+        backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
+        chunk_size: Tokens per chunk of the PyTorch scan.
+    """
+
+    cu_seqlens: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    output_states: bool = False
+    backend: str = "auto"
+    chunk_size: int = 64
