@@ -1,0 +1,1 @@
+"""Entry points: the training script, the ``statex`` command line and the cluster launch files."""

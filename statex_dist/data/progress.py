@@ -1,0 +1,74 @@
+"""Progress of a long job: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressLine:
+    """Counts steps and tokens of one phase; use as a context manager.
+
+    Args:
+        title: What is being done, for example ``"tokenize"``.
+        total: Number of steps.
+        unit: What a step is, for example ``"files"``.
+    """
+
+    def __init__(self, title: str, total: int, unit: str):
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.tokens = 0
+        self._done = 0
+        self._begin = self._spoken = time.monotonic()
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task(title, total=total, rate="")
+
+    def __enter__(self) -> ProgressLine:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if error is None:
+            log.info(self._line())
+
+    def advance(self, steps: int, tokens: int) -> None:
+        """Count ``steps`` more steps and ``tokens`` more tokens."""
+        self._done += steps
+        self.tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._task, advance=steps, rate=self._rate())
+        elif time.monotonic() - self._spoken > _SECONDS_BETWEEN_LINES:
+            self._spoken = time.monotonic()
+            log.info(self._line())
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._begin, 1e-6)
+        return f"{self.tokens / 1e6:.2f}M tokens, {self.tokens / seconds / 1e6:.2f}M tokens/s"
+
+    def _line(self) -> str:
+        return f"{self.title}: {self._done}/{self.total} {self.unit}, {self._rate()}"

@@ -1,0 +1,134 @@
+"""A dataset directory that appears complete or not at all.
+
+Everything is written into a hidden sibling, flushed, and renamed into place. What a killed run leaves behind is found
+and removed by the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from statex_dist.data.store import MANIFEST_NAME, DatasetManifest
+from statex_dist.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Outputs being made by this process. In containers a restarted run often has the process id of the one it replaces, so
+# the id alone does not tell its own directories from those of the killed one.
+_in_progress: set[Path] = set()
+
+
+class Staging:
+    """Context manager around the making of ``out``; leaving it without :meth:`commit` leaves no trace.
+
+    Args:
+        out: The directory to make.
+        overwrite: Replace ``out`` where it is a dataset.
+        inputs: Files that are being read; ``out`` may not hold one of them.
+
+    Raises:
+        ConfigError: ``out`` may not be written or replaced.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool, inputs: Sequence[Path]):
+        self.out = out.resolve()
+        self._overwrite = overwrite
+        name = f"{socket.gethostname()}-{os.getpid()}"
+        self.directory = self.out.parent / f".{self.out.name}.partial-{name}"
+        self.scratch = self.out.parent / f".{self.out.name}.scratch-{name}"
+        self._old = self.out.parent / f".{self.out.name}.old-{name}"
+        self._recover()
+        self._check(inputs)
+
+    def __enter__(self) -> Staging:
+        if self.out in _in_progress:
+            raise ConfigError(f"out {self.out} is already being made by this process")
+        try:
+            self.directory.mkdir(parents=True)
+            self.scratch.mkdir()
+        except OSError as error:
+            raise ConfigError(f"out {self.out} cannot be written: {error.strerror}") from error
+        _in_progress.add(self.out)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _in_progress.discard(self.out)
+        for left in (self.directory, self.scratch):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def commit(self, manifest: DatasetManifest) -> None:
+        """Write the manifest, flush all files and rename the directory into place."""
+        shutil.rmtree(self.scratch)
+        for file in self.directory.iterdir():
+            _flush(file)
+        manifest.write(self.directory)
+        _flush(self.directory / MANIFEST_NAME)
+        _flush(self.directory)
+        self._refuse_existing()  # again: another run may have finished meanwhile
+        if self.out.exists() and any(self.out.iterdir()):
+            self.out.replace(self._old)
+        self.directory.replace(self.out)
+        _flush(self.out.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Undo what killed runs on this host left: put an old dataset back, remove partial ones."""
+        siblings = list(self.out.parent.iterdir()) if self.out.parent.is_dir() else []
+        for kind in ("old", "partial", "scratch"):
+            prefix = f".{self.out.name}.{kind}-{socket.gethostname()}-"
+            for left in siblings:
+                if not left.name.startswith(prefix):
+                    continue
+                pid = left.name.removeprefix(prefix)
+                if not pid.isdigit() or self._in_use(int(pid)):
+                    continue
+                if kind == "old" and not self.out.exists():
+                    log.warning("a killed run had moved %s away; putting it back", self.out)
+                    left.replace(self.out)
+                else:
+                    log.warning("removing %s, left by a killed run", left)
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _check(self, inputs: Sequence[Path]) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"out {self.out} is a file; give a directory to make")
+        if not self.out.exists() or not any(self.out.iterdir()):
+            return
+        self._refuse_existing()
+        if not (self.out / MANIFEST_NAME).is_file() and not (self.out / "index.json").is_file():
+            raise ConfigError(f"out {self.out} is not a dataset, so it is not overwritten; choose another directory")
+        resolved = self.out.resolve()
+        for file in inputs:
+            if file.resolve().is_relative_to(resolved):
+                raise ConfigError(f"out {self.out} holds the input {file}; choose another directory")
+
+    def _in_use(self, pid: int) -> bool:
+        if pid == os.getpid():
+            return self.out in _in_progress
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # someone else's process: alive
+        return True
+
+    def _refuse_existing(self) -> None:
+        if not self._overwrite and self.out.exists() and any(self.out.iterdir()):
+            raise ConfigError(f"out {self.out} exists and is not empty; choose another or give --overwrite")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

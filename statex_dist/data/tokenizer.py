@@ -1,0 +1,199 @@
+"""Tokenizers: raw bytes (no file needed) and Hugging Face fast tokenizers from a local directory.
+
+A directory says by itself which one it holds: ``tokenizer_config.json`` with ``"tokenizer_class": "BytesTokenizer"``
+marks bytes, anything else is left to ``transformers``. A model directory can carry either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from statex_dist.errors import ConfigError, DataError
+
+_MARKER = "tokenizer_config.json"
+_BYTES_CLASS = "BytesTokenizer"
+
+
+class Tokenizer(Protocol):
+    """What the data room needs of a tokenizer. ``encode`` adds no special tokens: EOS is the business of ``prepare``.
+
+    Attributes:
+        spec: What :func:`load_tokenizer` was given to make it.
+        vocab_size: One more than the largest id.
+        eos_token_id: Id that ends a document.
+        pad_token_id: Id that fills a pack.
+        hash: Hex digest of the mapping from text to ids; equal hashes mean interchangeable tokenizers.
+    """
+
+    @property
+    def spec(self) -> str: ...  # noqa: D102 - documented by the class
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def eos_token_id(self) -> int: ...  # noqa: D102
+
+    @property
+    def pad_token_id(self) -> int: ...  # noqa: D102
+
+    @property
+    def hash(self) -> str: ...  # noqa: D102
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of ``text``, ``[n]``, unsigned."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return :meth:`encode` of every text."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ``ids``; special tokens and undecodable bytes never raise."""
+        ...
+
+    def save(self, directory: str | Path) -> None:
+        """Write into an existing ``directory`` what :func:`load_tokenizer` needs to load it from there."""
+        ...
+
+
+class BytesTokenizer:
+    """UTF-8 bytes as ids 0..255, 256 = EOS, 257 = PAD."""
+
+    spec = "bytes"
+    vocab_size = 258
+    eos_token_id = 256
+    pad_token_id = 257
+    hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the UTF-8 bytes of ``text``, ``[n]`` uint16."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return :meth:`encode` of every text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the byte ids; EOS and PAD are dropped, malformed UTF-8 becomes U+FFFD."""
+        return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
+
+    def save(self, directory: str | Path) -> None:
+        """Write the marker that makes ``directory`` recognised as a bytes-tokenised model."""
+        config = {
+            "tokenizer_class": _BYTES_CLASS,
+            "vocab_size": self.vocab_size,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        (Path(directory) / _MARKER).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class HFTokenizer:
+    """A Hugging Face *fast* tokenizer, used through its Rust backend.
+
+    Args:
+        tokenizer: A ``transformers.PreTrainedTokenizerFast``.
+        spec: The directory it came from.
+
+    Raises:
+        DataError: It is a slow (pure Python) tokenizer, or it names no EOS token.
+    """
+
+    def __init__(self, tokenizer: Any, spec: str):
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"tokenizer {spec}: a slow {type(tokenizer).__name__} without tokenizer.json; "
+                "a fast tokenizer is needed: convert it with transformers and save it again"
+            )
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"tokenizer {spec}: no eos_token; set it in its tokenizer_config.json, documents end with it"
+            )
+        self.spec = spec
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        # A saved tokenizer may carry these from training; either would silently change documents.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.eos_token_id = int(tokenizer.eos_token_id)
+        self.pad_token_id = int(self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self.hash = blake2b(
+            f"{self.eos_token_id} {self._backend.to_str()}".encode("utf-8", "surrogatepass"), digest_size=16
+        ).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of ``text``, ``[n]`` uint32, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return :meth:`encode` of every text; the Rust backend may use several threads."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ``ids`` without special tokens."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer's files into ``directory``."""
+        self._tokenizer.save_pretrained(str(directory))
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """Return the tokenizer that ``spec`` names. Nothing is downloaded.
+
+    Args:
+        spec: ``"bytes"``, or a directory with a bytes marker or a Hugging Face fast tokenizer (a model directory does).
+
+    Raises:
+        ConfigError: ``spec`` is neither.
+        DataError: The directory's tokenizer cannot be loaded.
+    """
+    if str(spec) == "bytes":
+        return BytesTokenizer()
+    directory = Path(spec)
+    if not directory.is_dir():
+        raise ConfigError(f"tokenizer {str(spec)!r}: no such directory; allowed: 'bytes' or a tokenizer's directory")
+    if is_bytes_tokenizer(directory):
+        return BytesTokenizer()
+    if not any((directory / name).is_file() for name in ("tokenizer.json", _MARKER, "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"tokenizer {str(spec)!r}: no tokenizer.json in it; give a tokenizer's directory or 'bytes'")
+    try:
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, use_fast=True)
+    except Exception as error:
+        # transformers raises nearly anything for a damaged directory; the user needs the directory and the first line.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"tokenizer {str(spec)!r} cannot be loaded: {reason}") from error
+    return HFTokenizer(loaded, str(spec))
+
+
+def is_bytes_tokenizer(directory: str | Path) -> bool:
+    """Return whether ``directory`` carries the marker of :class:`BytesTokenizer`.
+
+    Raises:
+        DataError: The directory's ``tokenizer_config.json`` is not JSON.
+    """
+    path = Path(directory) / _MARKER
+    if not path.is_file():
+        return False
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    return isinstance(config, dict) and config.get("tokenizer_class") == _BYTES_CLASS
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Save ``tokenizer`` into ``directory`` (created if missing), so that ``load_tokenizer(directory)`` returns it."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory)

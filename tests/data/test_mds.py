@@ -1,0 +1,172 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from statex_dist.data.mds import has_streaming, load_streaming
+from statex_dist.data.store import open_store, sequential_documents
+from statex_dist.errors import ConfigError, DataError
+
+from .synthetic import all_documents, make_documents, write_mds
+
+LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
+
+
+def assert_same(read, written):
+    assert len(read) == len(written)
+    for a, b in zip(read, written, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_round_trip(tmp_path, dtype, compression):
+    documents = make_documents(LENGTHS)
+    path = write_mds(tmp_path / "ds", documents, dtype=dtype, compression=compression)
+    store = open_store(path, cache_dir=tmp_path / "cache")
+    assert store.num_shards > 1
+    assert not store.has_loss_mask
+    assert_same(all_documents(store), documents)
+    assert_same([piece.tokens for piece in sequential_documents(store)], documents)
+    assert store.read(0, 1, 10, 20).tokens.tolist() == documents[1][10:20].tolist()
+    assert sum(store.num_tokens(s) for s in range(store.num_shards)) == sum(LENGTHS)
+    other = open_store(write_mds(tmp_path / "other", make_documents(LENGTHS, seed=1), dtype=dtype))
+    assert other.fingerprint != store.fingerprint
+
+
+def test_streaming_reads_ours(tmp_path):
+    documents = make_documents(LENGTHS)
+    base = load_streaming()
+    path = write_mds(tmp_path / "raw", documents)
+    assert_same([sample["tokens"] for sample in base.LocalDataset(str(path))], documents)
+    path = write_mds(tmp_path / "zstd", documents, compression="zstd")
+    dataset = base.StreamingDataset(
+        remote=str(path), local=str(tmp_path / "local"), shuffle=False, batch_size=1, validate_hash="xxh64"
+    )
+    assert_same([sample["tokens"] for sample in dataset], documents)
+
+
+@pytest.mark.parametrize("encoding", ["ndarray:uint16", "ndarray:uint32", "ndarray:int32", "ndarray:int64"])
+@pytest.mark.parametrize("compression", [None, "zstd:7", "gz"])
+def test_we_read_streamings(tmp_path, encoding, compression):
+    documents = make_documents(LENGTHS)
+    columns = {"tokens": encoding, "source": "str", "index": "int", "loss_mask": "ndarray:uint8"}
+    options = {"compression": compression, "hashes": ["sha1", "xxh3_64"], "size_limit": 4096}
+    with load_streaming().MDSWriter(out=str(tmp_path / "ds"), columns=columns, **options) as writer:
+        for i, document in enumerate(documents):
+            tokens = document.astype(encoding.partition(":")[2])
+            mask = (tokens % 2).astype(np.uint8)
+            writer.write({"tokens": tokens, "source": "wiki" * i, "index": i, "loss_mask": mask})
+    store = open_store(tmp_path / "ds", cache_dir=tmp_path / "cache")
+    assert store.has_loss_mask
+    pieces = list(sequential_documents(store))
+    assert_same([piece.tokens for piece in pieces], documents)
+    assert_same([piece.loss_mask for piece in pieces], [d % 2 for d in documents])
+
+
+def test_shim_does_not_run_the_package_and_sets_the_launchers_variable():
+    assert has_streaming()
+    code = (
+        "import sys; from statex_dist.data.mds import load_streaming; base = load_streaming(); import os;"
+        "assert 'streaming.vision' not in sys.modules and 'torchvision' not in sys.modules;"
+        "import streaming; assert streaming.MDSWriter is base.MDSWriter;"
+        "print(os.environ['LOCAL_WORLD_SIZE'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "LOCAL_WORLD_SIZE"} | {"LOCAL_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("2", 0), done.stderr
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    return write_mds(tmp_path / "ds", make_documents([1000] * 8), shard_bytes=8192)
+
+
+def read_all(path):
+    return list(sequential_documents(open_store(path)))
+
+
+def test_missing_shard_names_the_file(dataset):
+    (dataset / "shard.00001.mds").unlink()
+    with pytest.raises(DataError, match=r"shard shard\.00001\.mds is missing"):
+        read_all(dataset)
+
+
+def test_truncated_shard_names_the_file(dataset):
+    shard = dataset / "shard.00001.mds"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"shard\.00001\.mds has \d+ bytes, the index says \d+"):
+        read_all(dataset)
+
+
+@pytest.mark.parametrize("at", [2, 40, 3000])
+def test_flipped_bit_names_the_file(dataset, at):
+    shard = dataset / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[at] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard\.00000\.mds is damaged \(xxh64 differs"):
+        read_all(dataset)
+
+
+def test_flipped_header_without_hashes_is_still_noticed(dataset):
+    index = json.loads((dataset / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["raw_data"]["hashes"] = {}
+    (dataset / "index.json").write_text(json.dumps(index))
+    content = bytearray((dataset / "shard.00000.mds").read_bytes())
+    content[5] ^= 64  # the first sample's offset
+    (dataset / "shard.00000.mds").write_bytes(content)
+    with pytest.raises(DataError, match="is not a readable MDS shard of tokens"):
+        read_all(dataset)
+
+
+def test_damaged_compressed_shard_and_damaged_cache(tmp_path):
+    documents = make_documents([1000] * 4)
+    path = write_mds(tmp_path / "ds", documents, compression="zstd", shard_bytes=8192)
+    cache = tmp_path / "cache"
+    assert len(list(sequential_documents(open_store(path, cache_dir=cache)))) == 4
+    (unpacked,) = cache.rglob("shard.00000.mds")
+    unpacked.write_bytes(b"\0" * unpacked.stat().st_size)
+    assert_same(all_documents(open_store(path, cache_dir=cache)), documents)  # unpacked again
+    shard = path / "shard.00000.mds.zstd"
+    content = bytearray(shard.read_bytes())
+    content[30] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard\.00000\.mds\.zstd is damaged"):
+        list(sequential_documents(open_store(path, cache_dir=tmp_path / "other")))
+
+
+def test_open_store_messages(tmp_path, dataset):
+    with pytest.raises(DataError, match="does not exist; make it with `statex prepare"):
+        open_store(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is empty; make it with"):
+        open_store(tmp_path / "empty")
+    (tmp_path / "empty" / "x.txt").write_text("x")
+    with pytest.raises(DataError, match=r"has no index\.json"):
+        open_store(tmp_path / "empty")
+    with pytest.raises(DataError, match="is a file; give the directory"):
+        open_store(tmp_path / "empty" / "x.txt")
+    index = json.loads((dataset / "index.json").read_text())
+    for damage, message in (
+        ("{", "not a readable MDS index"),
+        (json.dumps({"version": 2, "shards": []}), "with 0 shards"),
+        (json.dumps(index | {"version": 3}), "MDS version 3"),
+        (json.dumps(index).replace("shard.00000.mds", "../shard"), "is not a plain file name"),
+        (json.dumps(index).replace('"tokens"', '"text"'), r"no column 'tokens' \(there are: text\)"),
+        (json.dumps(index).replace("ndarray:uint16", "str"), "column 'tokens' must be one-dimensional ndarray"),
+        (json.dumps(index).replace("ndarray:uint16", "ndarray:uint16:4"), "column 'tokens' must be"),
+    ):
+        (dataset / "index.json").write_text(damage)
+        with pytest.raises(DataError, match=message):
+            open_store(dataset)
+
+
+def test_bad_shard_size_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="shard size 0 bytes"):
+        write_mds(tmp_path / "ds", [], shard_bytes=0)
