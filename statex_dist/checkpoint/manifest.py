@@ -1,0 +1,166 @@
+"""The manifest that proves a directory whole, and the durable writes that it is built on.
+
+A directory is written under a temporary name, every file synced, the manifest written last, and the directory renamed:
+after a crash there is either the old state or the new one. DeepSpeed's own save does none of this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from statex_dist.checkpoint.layout import MANIFEST_NAME, TEMPORARY_PREFIX
+from statex_dist.errors import CheckpointError
+
+MANIFEST_VERSION = 1
+_BUFFER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """Size in bytes and xxh3-128 digest (hexadecimal) of one file."""
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a complete directory holds.
+
+    Attributes:
+        kind: What wrote it: ``zero3``, ``plain`` or ``hf``.
+        files: Every file by its path relative to the directory, but for the manifest itself.
+        info: Facts of the writer (step, world size, seeds, source).
+    """
+
+    kind: str
+    files: dict[str, FileRecord]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest durably into ``directory``."""
+        files = {name: {"size": r.size, "xxh3_128": r.xxh3_128} for name, r in sorted(self.files.items())}
+        content = {"version": MANIFEST_VERSION, "kind": self.kind, "info": self.info, "files": files}
+        write_durably(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read the manifest of ``directory``.
+
+        Raises:
+            CheckpointError: It is missing (the directory is incomplete) or unreadable.
+        """
+        path = directory / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = {name: FileRecord(**record) for name, record in content["files"].items()}
+            return cls(kind=content["kind"], files=files, info=content["info"])
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} holds no {MANIFEST_NAME}: the checkpoint is incomplete") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}") from None
+
+    def verify(self, directory: Path) -> None:
+        """Compare every file with its record.
+
+        Raises:
+            CheckpointError: A file is missing, has another size or other contents.
+        """
+        for name, record in self.files.items():
+            path = directory / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(f"{directory / MANIFEST_NAME} names a file outside the directory: {name}")
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; {MANIFEST_NAME} lists it")
+            if (size := path.stat().st_size) != record.size:
+                raise CheckpointError(f"{path} has {size} bytes; {MANIFEST_NAME} says {record.size}")
+            if digest_file(path) != record.xxh3_128:
+                raise CheckpointError(f"{path} is damaged: its digest differs from {MANIFEST_NAME}")
+
+
+def digest_file(path: Path) -> str:
+    """Return the xxh3-128 digest of a file, read in bounded pieces."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def record_file(path: Path) -> FileRecord:
+    """Flush a file to disk and return its record."""
+    sync(path)
+    return FileRecord(size=path.stat().st_size, xxh3_128=digest_file(path))
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file's contents: a reader sees the old or the new text, also after a power cut."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def commit_directory(temporary: Path, target: Path) -> None:
+    """Rename a finished directory to its final name, durably.
+
+    Raises:
+        CheckpointError: The target exists; a complete result is never overwritten.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise CheckpointError(f"{target} exists; a complete directory is not replaced")
+    sync(temporary)
+    temporary.replace(target)
+    sync(target.parent)
+
+
+def prepare_target(target: Path, *, overwrite: bool) -> Path:
+    """Return an empty temporary sibling to write ``target`` into.
+
+    Args:
+        target: Final directory.
+        overwrite: Whether a target that is not empty may be replaced (see :func:`finish_target`).
+
+    Raises:
+        CheckpointError: The target is a file, or is not empty and ``overwrite`` is false.
+    """
+    if target.is_file():
+        raise CheckpointError(f"target {target} is a file; give a directory")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"target {target} exists and is not empty; pass --overwrite to replace it")
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def finish_target(temporary: Path, target: Path) -> None:
+    """Put a finished temporary directory in ``target``'s place, keeping the old one until the new one is there."""
+    old = target.with_name(f"{TEMPORARY_PREFIX}old-{target.name}")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        target.replace(old)
+    commit_directory(temporary, target)
+    if old.exists():
+        shutil.rmtree(old)

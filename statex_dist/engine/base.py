@@ -1,0 +1,232 @@
+"""The seam between the training loop and whatever computes: forward, backward, step, save, load.
+
+Saving is the same for every engine: all ranks write into a temporary directory and sync their files, rank 0 writes the
+manifest, renames the directory and moves ``latest``. Whenever the job is killed there is a complete checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from statex_dist.checkpoint.layout import (
+    LATEST_NAME,
+    MANIFEST_NAME,
+    MODEL_DIR,
+    TEMPORARY_PREFIX,
+    complete_tags,
+    rank_of,
+    step_of,
+    tag_of,
+)
+from statex_dist.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    commit_directory,
+    record_file,
+    write_durably,
+)
+from statex_dist.data.types import PackedBatch
+from statex_dist.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How the model is trained.
+
+    Attributes:
+        name: ``zero3`` (DeepSpeed, any number of ranks) or ``plain`` (PyTorch, one process).
+        precision: Of parameters and activations; optimizer states and master weights are fp32 either way.
+        activation_checkpointing: ``block`` recomputes each layer in the backward pass.
+        param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements whole on every rank.
+        sub_group_size: Elements that ZeRO-3's optimizer updates at once, per rank.
+        timeout_minutes: After which a collective gives up on a dead peer.
+    """
+
+    name: Literal["zero3", "plain"] = "zero3"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "block"] = "none"
+    param_persistence_threshold: int = 100_000
+    sub_group_size: int = 1_000_000_000
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.name == "plain" and self.precision != "fp32":
+            raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
+        for name in ("sub_group_size", "timeout_minutes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"engine.{name} must be above 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an optimizer step reports: global gradient norm before clipping, and the learning rate that was used."""
+
+    grad_norm: float
+    lr: float
+
+
+class TrainEngine(ABC):
+    """Computes training steps on this rank's share of the batch."""
+
+    kind: str
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
+        """Accumulate the gradient of one global batch.
+
+        The loss is weighted by target token over *all* ranks, so that unevenly filled packs do not bias the gradient.
+
+        Args:
+            batches: This rank's packs, as many on every rank.
+
+        Returns:
+            Mean cross entropy per target token of the global batch, in nats.
+        """
+
+    @abstractmethod
+    def step(self) -> StepResult:
+        """Clip, update the parameters, advance the schedule and clear the gradients."""
+
+    @abstractmethod
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on any rank."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's ``value``, by rank."""
+
+    @abstractmethod
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's ``value``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the engine holds of the other ranks."""
+
+    @abstractmethod
+    def _save(self, checkpoints: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Write this rank's files into ``checkpoints / tag``."""
+
+    @abstractmethod
+    def _load(self, checkpoints: Path, tag: str) -> dict[str, Any]:
+        """Restore from ``checkpoints / tag`` and return the client state."""
+
+    def save(self, checkpoints: Path, step: int, client_state: dict[str, Any], model_files: Mapping[str, str]) -> Path:
+        """Write a complete checkpoint, or none.
+
+        Args:
+            checkpoints: The run's directory of checkpoints.
+            step: Optimizer steps done.
+            client_state: Plain values to get back from :meth:`load`.
+            model_files: Text files that describe the model (``config.json``, tokenizer), by name.
+
+        Returns:
+            The checkpoint's directory.
+        """
+        target, temporary = checkpoints / tag_of(step), checkpoints / f"{TEMPORARY_PREFIX}{tag_of(step)}"
+        if self.rank == 0:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        self.barrier()
+        self._save(checkpoints, temporary.name, {"step": step, **client_state})
+        mine = {
+            path.name: record_file(path)
+            for path in temporary.iterdir()
+            if path.is_file() and (rank_of(path.name) == self.rank or (self.rank == 0 and rank_of(path.name) is None))
+        }
+        records = self.gather({name: asdict(record) for name, record in mine.items()})
+        if self.rank == 0:
+            files = {name: FileRecord(**record) for part in records for name, record in part.items()}
+            (temporary / MODEL_DIR).mkdir()
+            for name, text in model_files.items():
+                write_durably(temporary / MODEL_DIR / name, text)
+                files[f"{MODEL_DIR}/{name}"] = record_file(temporary / MODEL_DIR / name)
+            info = {"step": step, "world_size": self.world_size}
+            Manifest(kind=self.kind, files=files, info=info).write(temporary)
+            if target.exists():
+                # Only a directory without a manifest is ever in the way: resuming starts after the newest complete one.
+                if (target / MANIFEST_NAME).is_file():
+                    raise CheckpointError(f"{target} is already complete; a checkpoint is never overwritten")
+                shutil.rmtree(target)
+            commit_directory(temporary, target)
+            write_durably(checkpoints / LATEST_NAME, target.name)
+        self.barrier()
+        return target
+
+    def load(self, checkpoints: Path) -> dict[str, Any] | None:
+        """Restore the newest complete checkpoint.
+
+        Args:
+            checkpoints: The run's directory of checkpoints.
+
+        Returns:
+            The client state, or None where the run has not saved anything yet.
+
+        Raises:
+            CheckpointError: Files are damaged, there is no complete checkpoint although ``latest`` names one, or it
+                was written by another number of ranks.
+        """
+        found: tuple[str | None, str | None] = (None, None)
+        if self.rank == 0:
+            try:
+                found = (self._find(checkpoints), None)
+            except CheckpointError as error:
+                found = (None, str(error))
+        tag, problem = self.broadcast(found)
+        if problem:
+            raise CheckpointError(problem)
+        if tag is None:
+            return None
+        logger.info("resuming from %s", checkpoints / tag)
+        return self._load(checkpoints, tag)
+
+    def _find(self, checkpoints: Path) -> str | None:
+        tags = complete_tags(checkpoints)
+        if not tags:
+            if (checkpoints / LATEST_NAME).exists():
+                raise CheckpointError(
+                    f"{checkpoints / LATEST_NAME} exists but no checkpoint there is complete; "
+                    "restore one, or start in another run directory"
+                )
+            return None
+        directory = checkpoints / tags[0]
+        manifest = Manifest.read(directory)
+        if manifest.kind != self.kind:
+            raise CheckpointError(f"{directory} was written by engine {manifest.kind}, this run uses {self.kind}")
+        if manifest.info.get("world_size") != self.world_size:
+            raise CheckpointError(
+                f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {self.world_size}; "
+                "start it with the same number of ranks"
+            )
+        manifest.verify(directory)
+        return tags[0]
+
+
+def prune(checkpoints: Path, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` complete checkpoints, and what killed saves left behind.
+
+    A checkpoint is first renamed to a temporary name: killed half-way, it is not taken for a complete one.
+    """
+    for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    for tag in complete_tags(checkpoints)[keep_last:]:
+        assert step_of(tag) is not None
+        doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
+        (checkpoints / tag).replace(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,34 @@
+"""DeepSpeed's configuration, made from ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from statex_dist.engine.base import EngineConfig
+
+
+def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumulation_steps: int) -> dict[str, Any]:
+    """Return the dictionary for ``deepspeed.initialize``.
+
+    Args:
+        config: The engine's section of the run's configuration.
+        gradient_clipping: Largest global gradient norm; 0 for none.
+        accumulation_steps: Packs per rank and optimizer step.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": gradient_clipping,
+        "bf16": {"enabled": config.precision == "bf16"},
+        # The optimizer is torch's AdamW: DeepSpeed's own would be compiled on first use.
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": config.param_persistence_threshold,
+            "sub_group_size": config.sub_group_size,
+            "contiguous_gradients": True,
+            "overlap_comm": True,
+        },
+        "checkpoint": {"tag_validation": "Fail"},
+        "steps_per_print": 10**12,
+    }

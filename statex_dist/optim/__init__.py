@@ -1,0 +1,1 @@
+"""Optimizer: parameter groups by name, learning-rate schedules."""

@@ -1,0 +1,194 @@
+"""The composition root: a configuration becomes a model, data, an engine and a loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
+from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.config import dump_yaml, to_dict
+from statex_dist.data.loader import PackedLoader
+from statex_dist.data.store import ShardStore, open_store
+from statex_dist.data.tokenizer import load_tokenizer
+from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.plain import PlainEngine
+from statex_dist.errors import ConfigError, DataError
+from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.hf import from_pretrained
+from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.optim.groups import build_optimizer
+from statex_dist.optim.schedule import build_schedule
+from statex_dist.parallel.env import ProcessEnv, read_env
+from statex_dist.run_config import RunConfig
+from statex_dist.train.loop import Trainer
+from statex_dist.train.metrics import Metrics
+from statex_dist.train.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+
+
+def train(config: RunConfig) -> bool:
+    """Run, or resume, a training run on this process and its peers.
+
+    Args:
+        config: The run.
+
+    Returns:
+        Whether the run is complete (False: told to stop, and saved).
+
+    Raises:
+        StateXError: The configuration, the data or a checkpoint is wrong.
+    """
+    env = read_env()
+    if config.engine.name == "plain" and env.world_size > 1:
+        raise ConfigError(f"engine.name plain runs in one process, not {env.world_size}; use engine.name zero3")
+    accumulation_steps = config.accumulation_steps(env.world_size)
+    stop = StopRequest()
+    stop.install()
+
+    run_dir, store = Path(config.run_dir), open_store(config.data.path)
+    model = build_model(config)
+    loader = build_loader(config, store, model.config, env)
+    model_files = describe_model(config, store, model.config)
+    logger.info(
+        "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
+        model.config.MODEL_TYPE,
+        sum(p.numel() for p in model.parameters()),
+        sum(model.config.layer_geometry(i).numbers for i in range(model.config.num_hidden_layers)),
+        config.data.packs_per_step * config.data.seq_len,
+        env.world_size,
+    )
+    engine = build_engine(config, model, env, accumulation_steps)
+    try:
+        checkpoints = run_dir / CHECKPOINTS_DIR
+        client_state = engine.load(checkpoints)
+        start_step = 0
+        if client_state is not None:
+            start_step = client_state["step"]
+            loader.load_state_dict(client_state["loader"])
+        metrics = None
+        if engine.rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
+            metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
+        batches = iter(loader)
+        trainer = Trainer(
+            engine,
+            batches,
+            config.train,
+            checkpoints=checkpoints,
+            model_files=model_files,
+            metrics=metrics,
+            stop=stop,
+            start_step=start_step,
+        )
+        if start_step >= config.train.num_steps:
+            logger.info("%s is complete: %d of %d steps", run_dir, start_step, config.train.num_steps)
+        try:
+            return trainer.run()
+        finally:
+            batches.close()
+            if metrics is not None:
+                metrics.close()
+    finally:
+        engine.close()
+
+
+def build_model(config: RunConfig) -> RecurrentLM:
+    """Load or make the model, in the run's precision."""
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    if config.model.path is not None:
+        model = from_pretrained(Path(config.model.path), dtype=dtype)
+    else:
+        assert config.model.config is not None
+        model = RecurrentLM(config_from_dict(config.model.config))
+        model.init_parameters(config.seed)
+        model = model.to(dtype)
+    model.trunk.activation_checkpointing = config.engine.activation_checkpointing == "block"
+    return model
+
+
+def build_loader(config: RunConfig, store: ShardStore, model: ModelConfig, env: ProcessEnv) -> PackedLoader:
+    """Return this rank's loader.
+
+    Raises:
+        DataError: The data was tokenized for a larger vocabulary than the model's.
+    """
+    manifest = store.manifest
+    if manifest is not None and manifest.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{config.data.path} uses a vocabulary of {manifest.vocab_size} ({manifest.tokenizer}); "
+            f"the model's has {model.vocab_size}"
+        )
+    pad = model.pad_token_id if model.pad_token_id is not None else 0
+    return PackedLoader(
+        store,
+        seq_len=config.data.seq_len,
+        global_packs=config.data.packs_per_step,
+        pad_id=pad,
+        rank=env.rank,
+        world_size=env.world_size,
+        seed=config.seed,
+        packing=config.data.packing,
+        window_tokens=config.data.window_tokens,
+    )
+
+
+def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumulation_steps: int) -> TrainEngine:
+    """Return the engine that the configuration names, around ``model``."""
+    tensors = family_of(model.config.MODEL_TYPE).tensors(model.config)
+    no_decay = {name for name, spec in tensors.items() if not spec.decay}
+    if config.engine.name == "zero3":
+        from statex_dist.engine.zero3 import Zero3Engine, init_process_group
+
+        init_process_group(env, config.engine)
+    optimizer = build_optimizer(model.named_parameters(), no_decay=no_decay, config=config.optimizer)
+    schedule = build_schedule(optimizer, config.schedule, num_steps=config.train.num_steps)
+    clipping = config.optimizer.gradient_clipping
+    if config.engine.name == "plain":
+        return PlainEngine(model, optimizer, schedule, gradient_clipping=clipping, device=env.device)
+    return Zero3Engine(
+        model,
+        optimizer,
+        schedule,
+        config=config.engine,
+        env=env,
+        gradient_clipping=clipping,
+        accumulation_steps=accumulation_steps,
+    )
+
+
+def describe_model(config: RunConfig, store: ShardStore, model: ModelConfig) -> dict[str, str]:
+    """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
+    files = {CONFIG_NAME: json.dumps(model.to_dict(), indent=2) + "\n"}
+    source = Path(config.model.path) if config.model.path is not None else None
+    if source is not None and (found := _read_files(source, TOKENIZER_FILES)):
+        return files | found
+    manifest = store.manifest
+    if manifest is not None and (manifest.tokenizer == "bytes" or Path(manifest.tokenizer).is_dir()):
+        with tempfile.TemporaryDirectory() as directory:
+            load_tokenizer(manifest.tokenizer).save(directory)
+            files |= _read_files(Path(directory), TOKENIZER_FILES)
+    else:
+        logger.warning("no tokenizer found beside the model or the data: checkpoints will hold none")
+    return files
+
+
+def _read_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: (directory / name).read_text(encoding="utf-8") for name in names if (directory / name).is_file()}
