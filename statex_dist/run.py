@@ -25,7 +25,7 @@ from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.optim.groups import build_optimizer
 from statex_dist.optim.schedule import build_schedule
-from statex_dist.parallel.env import ProcessEnv, read_env
+from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
 from statex_dist.run_config import RunConfig
 from statex_dist.train.loop import Trainer
 from statex_dist.train.metrics import Metrics
@@ -56,6 +56,7 @@ def train(config: RunConfig) -> bool:
         StateXError: The configuration, the data or a checkpoint is wrong.
     """
     env = read_env()
+    share_cores(env)
     if config.engine.name == "plain" and env.world_size > 1:
         raise ConfigError(f"engine.name plain runs in one process, not {env.world_size}; use engine.name zero3")
     accumulation_steps = config.accumulation_steps(env.world_size)

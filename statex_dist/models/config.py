@@ -39,9 +39,14 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {getattr(self, name)}")
+        self.check_positive("vocab_size", "hidden_size", "num_hidden_layers")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise if one of these fields is given and below 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {value}")
 
     def check_plan(self) -> None:
         """Raise if the plan names a layer that the model does not have."""

@@ -48,9 +48,10 @@ def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            bad = [name for name in names if Path(name).name != name]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from None
-        if bad := [name for name in names if Path(name).name != name]:
+        if bad:
             raise CheckpointError(f"{index} names files outside its directory: {bad}")
     elif (directory / WEIGHTS_NAME).is_file():
         names = [WEIGHTS_NAME]

@@ -97,7 +97,7 @@ def family_of(model_type: Any) -> Family:
     Raises:
         CheckpointError: We have no such family.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 

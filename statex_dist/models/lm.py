@@ -94,7 +94,7 @@ class RecurrentLM(nn.Module):
         states: list[LayerState] | None = None,
         output_states: bool = False,
         backend: str = "auto",
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
     ) -> LMOutput:
         """Run the model.
 
@@ -107,7 +107,7 @@ class RecurrentLM(nn.Module):
             states: Each layer's state before ``input_ids``, or None for zero.
             output_states: Whether to return the states after ``input_ids``.
             backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
-            chunk_size: Tokens per chunk of the PyTorch scan, a power of two from 4.
+            chunk_size: Tokens per chunk of the PyTorch scan, a power of two from 4; None picks one.
         """
         sequences = Sequences(
             cu_seqlens=cu_seqlens, seq_idx=seq_idx, output_states=output_states, backend=backend, chunk_size=chunk_size

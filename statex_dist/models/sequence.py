@@ -19,11 +19,11 @@ class Sequences:
         seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form.
         output_states: Whether layers return their final states.
         backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
-        chunk_size: Tokens per chunk of the PyTorch scan.
+        chunk_size: Tokens per chunk of the PyTorch scan; None picks one.
     """
 
     cu_seqlens: torch.Tensor | None = None
     seq_idx: torch.Tensor | None = None
     output_states: bool = False
     backend: str = "auto"
-    chunk_size: int = 64
+    chunk_size: int | None = None

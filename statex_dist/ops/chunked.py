@@ -15,10 +15,8 @@ from __future__ import annotations
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.chunk_layout import chunk_layout, sequence_lengths
+from statex_dist.ops.chunk_layout import chunk_layout, pick_chunk_size, sequence_lengths
 
-GLA_CHUNK_SIZE = 64
-SSD_CHUNK_SIZE = 64
 _BLOCK = 4
 
 
@@ -31,12 +29,12 @@ def chunked_gla(
     scale: float,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    chunk_size: int = GLA_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run gated linear attention chunk by chunk. Arguments and results are those of ``naive_gla``.
 
     Args:
-        chunk_size: Tokens per chunk, a power of two from 4.
+        chunk_size: Tokens per chunk, a power of two from 4; None picks one by the sequences' lengths.
 
     Returns:
         Output ``[B, T, H, V]`` in ``v``'s dtype and final states ``[S, H, K, V]`` in fp32 (float64 for float64).
@@ -44,10 +42,12 @@ def chunked_gla(
     Raises:
         ConfigError: ``chunk_size`` is not a power of two from 4.
     """
+    batch, num_tokens = q.shape[:2]
+    lengths = sequence_lengths(batch, num_tokens, cu_seqlens)
+    chunk_size = pick_chunk_size(lengths) if chunk_size is None else chunk_size
     if chunk_size < _BLOCK or chunk_size & (chunk_size - 1):
         raise ConfigError(f"chunk_size must be a power of two from {_BLOCK}, not {chunk_size}")
-    batch, num_tokens = q.shape[:2]
-    layout = chunk_layout(sequence_lengths(batch, num_tokens, cu_seqlens), chunk_size, q.device)
+    layout = chunk_layout(lengths, chunk_size, q.device)
     out_dtype, work_dtype = v.dtype, _work_dtype(q.dtype)
     q, k, v, g = (layout.to_chunks(x).to(work_dtype) for x in (q * scale, k, v, g))
     b = g.cumsum(dim=2)
@@ -87,7 +87,7 @@ def chunked_ssd(
     *,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    chunk_size: int = SSD_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the Mamba2 recurrence chunk by chunk. Arguments and results are those of ``naive_ssd``.
 
@@ -96,7 +96,9 @@ def chunked_ssd(
     """
     batch, num_tokens, num_heads, head_dim = x.shape
     num_groups = B.shape[2]
-    layout = chunk_layout(sequence_lengths(batch, num_tokens, cu_seqlens), chunk_size, x.device)
+    lengths = sequence_lengths(batch, num_tokens, cu_seqlens)
+    chunk_size = pick_chunk_size(lengths) if chunk_size is None else chunk_size
+    layout = chunk_layout(lengths, chunk_size, x.device)
     out_dtype, work_dtype = x.dtype, _work_dtype(x.dtype)
     decay_log = layout.to_chunks((dt * A).unsqueeze(-1)).to(work_dtype).squeeze(-1)
     x_dt = layout.to_chunks(x * dt.unsqueeze(-1)).to(work_dtype)

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.chunked import GLA_CHUNK_SIZE, SSD_CHUNK_SIZE, chunked_gla, chunked_ssd
+from statex_dist.ops.chunked import chunked_gla, chunked_ssd
 from statex_dist.ops.fla_api import fla_gla, has_fla
 from statex_dist.ops.mamba_api import fits_mamba_ssm, has_mamba_ssm, mamba_ssd
 from statex_dist.ops.mixing import mix_outputs, spread_values
@@ -37,7 +37,7 @@ def gla(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
-    chunk_size: int = GLA_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gated linear attention, plain, merged (one wide head) or mixed.
 
@@ -51,7 +51,7 @@ def gla(
         initial_state: ``[S, H, K, r V]`` or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         backend: Which implementation runs.
-        chunk_size: Tokens per chunk of the chunked form.
+        chunk_size: Tokens per chunk of the chunked form; None picks one.
 
     Returns:
         Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]``.
@@ -100,7 +100,7 @@ def ssd(
     seq_idx: torch.Tensor | None = None,
     output_final_state: bool = True,
     backend: Backend = "auto",
-    chunk_size: int = SSD_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The Mamba2 scan for any ``d_state``.
 
@@ -116,7 +116,7 @@ def ssd(
         seq_idx: ``[B, T]`` int32, the same borders in mamba_ssm's form; needed beside ``cu_seqlens`` by its kernel.
         output_final_state: Whether the final states are needed (the kernel cannot give them for packed sequences).
         backend: Which implementation runs.
-        chunk_size: Tokens per chunk of the chunked form.
+        chunk_size: Tokens per chunk of the chunked form; None picks one.
 
     Returns:
         Output ``[B, T, H, P]`` and final states ``[S, H, P, N]`` (None unless asked for).
@@ -126,18 +126,14 @@ def ssd(
     fits = fits and (cu_seqlens is None or (seq_idx is not None and not output_final_state))
     if backend == "kernel" and not fits:
         raise ConfigError(
-            "scan backend 'kernel': mamba_ssm would compute this case wrongly (packed sequences without seq_idx or with "
-            "initial or final states, or more than 2^31 numbers); use 'auto' or 'chunked'"
+            "scan backend 'kernel': mamba_ssm would compute this case wrongly (packed sequences without seq_idx or "
+            "with initial or final states, or more than 2^31 numbers); use 'auto' or 'chunked'"
         )
     state: torch.Tensor | None
     if backend == "naive":
         y, state = naive_ssd(x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens)
     elif backend == "kernel" or (
-        backend == "auto"
-        and x.is_cuda
-        and x.dtype != torch.float64
-        and fits
-        and has_mamba_ssm()
+        backend == "auto" and x.is_cuda and x.dtype != torch.float64 and fits and has_mamba_ssm()
     ):
         y, state = mamba_ssd(x, dt, A, B, C, initial_state=initial_state, seq_idx=seq_idx)
     else:

@@ -2,8 +2,8 @@
 
 Shapes follow flash-linear-attention and mamba_ssm: ``B`` batch, ``T`` tokens, ``H`` heads, ``K`` key channels, ``V``
 value channels, ``G`` groups, ``P`` head channels, ``N`` state rows (``d_state``). With ``cu_seqlens [S + 1]`` the batch
-is one row of ``S`` packed sequences, each with a state of its own. Everything runs in the state's dtype: fp32, or float64
-for float64 inputs; outputs come back in the dtype of ``v`` or ``x``.
+is one row of ``S`` packed sequences, each with a state of its own. Everything runs in the dtype of the state: fp32, or
+float64 for float64 inputs; outputs come back in the dtype of ``v`` or ``x``.
 """
 
 from __future__ import annotations

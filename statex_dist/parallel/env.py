@@ -33,3 +33,14 @@ def read_env() -> ProcessEnv:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         device=device,
     )
+
+
+def share_cores(env: ProcessEnv) -> None:
+    """Divide the machine's cores among its processes, unless OMP_NUM_THREADS says otherwise.
+
+    torchrun sets that variable and the deepspeed launcher does not: every rank would then use all cores, and several
+    CPU ranks on one machine would spend their time waiting for each other.
+    """
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if env.device.type == "cpu" and local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))

@@ -42,6 +42,7 @@ class GLAConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_positive("num_heads", "conv_size", "gate_logit_normalizer", "intermediate_size", "hidden_ratio")
         for name, given, allowed in (
             ("num_kv_heads", self.num_kv_heads, (None, self.num_heads)),
             ("feature_map", self.feature_map, (None,)),
@@ -51,7 +52,7 @@ class GLAConfig(ModelConfig):
         ):
             if given not in allowed:
                 raise CheckpointError(f"gla config: {name}={given!r} is not supported; allowed: {allowed}")
-        if self.num_heads < 1 or self.key_dim % self.num_heads or self.value_dim % self.num_heads:
+        if any(size < 1 or size % self.num_heads for size in (self.key_dim, self.value_dim)):
             raise CheckpointError(
                 f"gla config: num_heads={self.num_heads} must divide the key size {self.key_dim} "
                 f"and the value size {self.value_dim}"

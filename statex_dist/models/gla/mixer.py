@@ -63,13 +63,10 @@ class GatedLinearAttention(nn.Module):
             ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        recurrent, tails = (state[0], state[1:]) if state else (None, ())
-        new_tails: list[torch.Tensor] = []
+        recurrent, tail = state[0] if state else None, state[1] if state and self.config.use_short_conv else None
+        new_tail: tuple[torch.Tensor, ...] = ()
         if self.config.use_short_conv:
-            q, k, v = (
-                self._convolve(name, y, sequences, tails[i] if tails else None, new_tails)
-                for i, (name, y) in enumerate((("q", q), ("k", k), ("v", v)))
-            )
+            (q, k, v), new_tail = self._convolve((q, k, v), sequences, tail)
         logits = self.gk_proj(x)
         g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         g = g / self.config.gate_logit_normalizer
@@ -95,18 +92,21 @@ class GatedLinearAttention(nn.Module):
                 chunk_size=sequences.chunk_size,
             )
         o = self.get_submodule(self._norm_name)(o.to(x.dtype), gate)
-        new_state = (recurrent, *new_tails) if sequences.output_states else None
+        new_state = (recurrent, *new_tail) if sequences.output_states else None
         return self.o_proj(o.flatten(-2)), new_state
 
     def _convolve(
-        self, name: str, y: torch.Tensor, sequences: Sequences, tail: torch.Tensor | None, new_tails: list[torch.Tensor]
-    ) -> torch.Tensor:
-        conv = self.get_submodule(f"{name}_conv1d")
+        self, qkv: tuple[torch.Tensor, ...], sequences: Sequences, tail: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Convolve queries, keys and values, as one tensor: a depthwise convolution does not mix channels."""
+        weights = torch.cat([self.get_submodule(f"{name}_conv1d").weight for name in "qkv"])  # type: ignore[misc]
+        joined = torch.cat(qkv, dim=-1)
+        out = F.silu(causal_conv(joined, weights, initial_state=tail, cu_seqlens=sequences.cu_seqlens))
+        new_tail: tuple[torch.Tensor, ...] = ()
         if sequences.output_states:
             size = self.config.conv_size
-            new_tails.append(conv_tail(y, size, initial_state=tail, cu_seqlens=sequences.cu_seqlens))
-        weight: torch.Tensor = conv.weight  # type: ignore[assignment]
-        return F.silu(causal_conv(y, weight, initial_state=tail, cu_seqlens=sequences.cu_seqlens))
+            new_tail = (conv_tail(joined, size, initial_state=tail, cu_seqlens=sequences.cu_seqlens),)
+        return out.split([y.shape[-1] for y in qkv], dim=-1), new_tail
 
 
 class MLP(nn.Module):

@@ -38,7 +38,12 @@ class Mamba2Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_positive("num_heads", "head_dim", "state_size", "conv_kernel", "n_groups", "chunk_size")
         self.time_step_limit = tuple(self.time_step_limit)
+        if len(self.time_step_limit) != 2:
+            raise CheckpointError(
+                f"mamba2 config: time_step_limit={self.time_step_limit} must be two numbers, low and high"
+            )
         if self.hidden_act != "silu":
             raise CheckpointError(f"mamba2 config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu'")
         if self.num_heads * self.head_dim != self.inner_size:
@@ -46,7 +51,7 @@ class Mamba2Config(ModelConfig):
                 f"mamba2 config: num_heads={self.num_heads} x head_dim={self.head_dim} must equal "
                 f"expand x hidden_size = {self.inner_size}"
             )
-        if self.n_groups < 1 or self.num_heads % self.n_groups:
+        if self.num_heads % self.n_groups:
             raise CheckpointError(f"mamba2 config: n_groups={self.n_groups} must divide num_heads={self.num_heads}")
         self.check_plan()
         for expansion in self.statex.layers if self.statex else ():

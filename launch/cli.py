@@ -1,0 +1,70 @@
+"""The ``statex`` command: one subcommand per job, errors as one line.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import jsonargparse
+
+from statex_dist import __version__
+from statex_dist.config import one_line
+from statex_dist.errors import StateXError
+from statex_dist.log import setup_logging
+
+COMMANDS = {
+    "prepare": "turn text, jsonl or parquet into shards of tokens",
+    "plan": "show what an expansion would do, before anything is done",
+    "expand": "expand the recurrent state of a checkpoint",
+    "reshard": "turn a training checkpoint into safetensors",
+    "inspect": "say what a checkpoint is and whether it is whole",
+    "eval": "measure recall or perplexity of a model",
+    "demo": "the whole road on a tiny model: pre-train, expand, post-train, compare",
+}
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of the command and all its subcommands."""
+    parser = jsonargparse.ArgumentParser(
+        prog="statex", description="A bigger memory for pre-trained recurrent language models.", exit_on_error=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subcommands = parser.add_subcommands(dest="command")
+    for name, text in COMMANDS.items():
+        # Aborting half-typed commands must not cost a torch import: the cmd_* modules import little at the top.
+        module = importlib.import_module(f"launch.cmd_{name}")
+        subparser = jsonargparse.ArgumentParser(description=text[0].upper() + text[1:] + ".", exit_on_error=False)
+        module.add_arguments(subparser)
+        subcommands.add_subcommand(name, subparser, help=text)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        arguments = ["--help"]
+    setup_logging()
+    try:
+        options = build_parser().parse_args(arguments)
+        return importlib.import_module(f"launch.cmd_{options.command}").run(options[options.command])
+    except argparse.ArgumentError as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return 2
+    except StateXError as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

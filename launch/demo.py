@@ -1,0 +1,229 @@
+"""The whole road on a tiny model: what a user does on their own checkpoint, in the same commands.
+
+A small model is pre-trained on text and associative recall until its state, not its training, limits what it recalls.
+Then it is post-trained twice on the same tokens, seeds and steps: as it is (LPT) and after its state was expanded
+(StateX). Both are resharded to safetensors and measured alike.
+
+Every step is a real command, printed before it runs; the two post-training arms are DeepSpeed ZeRO-3 jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from launch.demo_report import ARMS, NUM_PAIRS, draw_plot, make_table
+from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.errors import ConfigError, StateXError
+from statex_dist.evaluation.mqar import generate_mqar
+from statex_dist.models.kinds import family_of, read_config
+from statex_dist.train.metrics import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "gla": ("--layers", "all", "--factor", "full", "--init", "inherit"),
+    "mamba2": ("--layers", "all", "--factor", "8", "--init", "lossless"),
+}
+"""How each family is expanded; docs/demo.md has the figures of the other choices."""
+
+TEXT_BYTES = 600_000
+HELD_OUT_BYTES = 60_000
+PIECE_BYTES = 1_000
+RECALL_TOKENS = 6_000_000
+EVALUATION_DOCUMENTS = 128
+
+
+class Demo:
+    """Runs the demo into one folder.
+
+    Args:
+        out: The folder.
+        family: ``gla`` or ``mamba2``.
+        ranks: Processes of the ZeRO-3 jobs.
+        scale: Fraction of the training steps.
+        overwrite: Whether a folder that is not empty is replaced.
+
+    Raises:
+        ConfigError: A wrong argument, or the folder is not empty.
+    """
+
+    def __init__(self, out: str, *, family: str, ranks: int = 2, scale: float = 1.0, overwrite: bool = False):
+        if family not in FAMILIES:
+            raise ConfigError(f"--family {family!r} is not one of {', '.join(FAMILIES)}")
+        if ranks < 1 or not 0 < scale <= 1:
+            raise ConfigError(f"--ranks must be 1 or more and --scale in (0, 1], not {ranks} and {scale}")
+        if not (REPOSITORY / "configs").is_dir():
+            raise ConfigError("statex demo reads configs/ of the repository; install it with pip install -e")
+        self.out, self.family, self.ranks, self.scale = Path(out), family, ranks, scale
+        if self.out.is_file():
+            raise ConfigError(f"--out {out} is a file; give a folder")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            # Never delete what is not ours: a folder without the demo's marker could be anybody's.
+            if not overwrite or not (self.out / "data").is_dir():
+                raise ConfigError(f"--out {out} is not empty; pass --overwrite to replace an earlier demo there")
+            shutil.rmtree(self.out)
+        self.console = Console(stderr=True, highlight=False)
+        self.started = time.monotonic()
+
+    def run(self, *, seeds: int = 1, as_json: bool = False) -> dict[str, Any]:
+        """Go the whole way and write ``demo.json`` and ``demo.png``.
+
+        Args:
+            seeds: Number of repetitions with other seeds.
+            as_json: Print the result as JSON to standard output, instead of the table.
+
+        Returns:
+            The contents of ``demo.json``.
+        """
+        if seeds < 1:
+            raise ConfigError(f"--seeds must be 1 or more, not {seeds}")
+        self.make_data()
+        arms: dict[str, dict[str, Any]] = {}
+        for seed in range(seeds):
+            for arm, (model, record) in self.train_and_measure(seed).items():
+                config = read_config(model)
+                numbers = sum(config.layer_geometry(i).numbers for i in range(config.num_hidden_layers))
+                tensors = family_of(config.MODEL_TYPE).tensors(config)
+                entry = arms.setdefault(
+                    arm,
+                    {"state_numbers": numbers, "parameters": sum(s.numel for s in tensors.values()), "seeds": []},
+                )
+                entry["seeds"].append(record)
+        result = {"family": self.family, "arms": arms}
+        write_durably(self.out / "demo.json", json.dumps(result, indent=1) + "\n")
+        draw_plot(result, self.out / "demo.png")
+        minutes = (time.monotonic() - self.started) / 60
+        self.console.print(f"\n{self.out / 'demo.json'} and {self.out / 'demo.png'} written; {minutes:.1f} minutes")
+        if as_json:
+            sys.stdout.write(json.dumps(result) + "\n")
+        else:
+            Console().print(make_table(result))
+        return result
+
+    def make_data(self) -> None:
+        """Write text and recall documents and turn them into shards."""
+        data = self.out / "data"
+        data.mkdir(parents=True)
+        pieces = _library_pieces(TEXT_BYTES + HELD_OUT_BYTES)
+        held_out, text = pieces[: HELD_OUT_BYTES // PIECE_BYTES], pieces[HELD_OUT_BYTES // PIECE_BYTES :]
+        _write_lines(data / "text.jsonl", [{"text": piece} for piece in text])
+        _write_lines(data / "held_out.jsonl", [{"text": piece} for piece in held_out])
+        _write_lines(data / "recall.jsonl", _recall_documents(int(RECALL_TOKENS * self.scale)))
+        self.statex("prepare", data / "text.jsonl", data / "recall.jsonl", "--out", data / "train")
+        self.statex("prepare", data / "held_out.jsonl", "--out", data / "held_out")
+
+    def train_and_measure(self, seed: int) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """Run all arms of one seed; return each arm's model directory and record."""
+        folder = self.out / f"seed{seed}"
+        base, expanded = folder / "base" / "model", folder / "expanded"
+        self.train("base", folder, f"demo_{self.family}.yaml", "--seed", seed)
+        self.statex("plan", base, *FAMILIES[self.family])
+        self.statex("expand", "--source", base, "--target", expanded, "--seed", seed, *FAMILIES[self.family])
+        for arm, model in (("lpt", base), ("statex", expanded)):
+            self.train(arm, folder, "demo_posttrain.yaml", "--seed", seed + 1000, "--model.path", model)
+        return {arm: (folder / arm / "model", self.measure(folder / arm, seed)) for arm in ARMS}
+
+    def train(self, arm: str, folder: Path, config: str, *arguments: object) -> None:
+        """Train one arm with ``deepspeed`` and reshard the result to safetensors."""
+        run, file = folder / arm / "run", REPOSITORY / "configs" / config
+        steps = yaml.safe_load(file.read_text(encoding="utf-8"))["train"]["num_steps"]
+        options = ["--config", file, "--run_dir", run, "--data.path", self.out / "data" / "train", *arguments]
+        if self.scale < 1:
+            options += ["--train.num_steps", max(1, int(steps * self.scale)), "--schedule.warmup_steps", 0]
+        script = REPOSITORY / "launch" / "train.py"
+        self._show("deepspeed", "--num_accelerators", self.ranks, script, *options)
+        launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", self.ranks, "--master_port", _free_port()]
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        done = subprocess.run(
+            [str(part) for part in (sys.executable, *launcher, script, *options)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        if done.returncode:
+            raise StateXError(f"training of {run} ended with exit code {done.returncode}; its messages are above")
+        self.statex("reshard", "--source", run, "--target", folder / arm / "model", "--to", "hf")
+
+    def measure(self, arm: Path, seed: int) -> dict[str, Any]:
+        """Evaluate one arm's model."""
+        model, recall, perplexity = arm / "model", arm / "recall", arm / "perplexity"
+        pairs = ",".join(map(str, NUM_PAIRS))
+        # fmt: off
+        self.statex("eval", "recall", "--model", model, "--out", recall, "--tasks", "mqar", "--num-pairs", pairs,
+                    "--num-samples", EVALUATION_DOCUMENTS)
+        self.statex("eval", "perplexity", "--model", model, "--out", perplexity,
+                    "--data", self.out / "data" / "held_out")
+        # fmt: on
+        mqar = json.loads((recall / "recall.json").read_text(encoding="utf-8"))["tasks"]["mqar"]["by_num_pairs"]
+        loss = json.loads((perplexity / "perplexity.json").read_text(encoding="utf-8"))
+        rates = [record["tokens_per_s"] for record in read_metrics(arm / "run")]
+        return {
+            "seed": seed,
+            "recall": {n: estimate["mean"] for n, estimate in mqar.items()},
+            "perplexity": loss["perplexity"],
+            "tokens_per_s": round(statistics.median(rates)),
+        }
+
+    def statex(self, *arguments: object) -> None:
+        """Run a ``statex`` command in this process, as the shell would."""
+        from launch.cli import main
+
+        self._show("statex", *arguments)
+        if main([str(argument) for argument in arguments]):
+            raise StateXError(f"statex {arguments[0]} failed; its message is above")
+
+    def _show(self, *command: object) -> None:
+        seconds = int(time.monotonic() - self.started)
+        line = shlex.join(str(part) for part in command)
+        self.console.print(f"[{seconds // 60}:{seconds % 60:02d}] $ {line}", style="bold", markup=False, soft_wrap=True)
+
+
+def _library_pieces(num_bytes: int) -> list[str]:
+    """Return pieces of the Python standard library's own sources, a text that every machine has."""
+    pieces: list[str] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.isascii():
+            pieces += [text[i : i + PIECE_BYTES] for i in range(0, len(text) - PIECE_BYTES, PIECE_BYTES)]
+    order = np.random.default_rng(0).permutation(len(pieces))
+    return [pieces[i] for i in order[: num_bytes // PIECE_BYTES]]
+
+
+def _recall_documents(num_tokens: int) -> list[dict[str, Any]]:
+    """Return recall documents with as many tokens for every number of pairs; loss on the answers only."""
+    documents: list[dict[str, Any]] = []
+    for num_pairs in NUM_PAIRS:
+        count = max(1, num_tokens // len(NUM_PAIRS) // (4 * num_pairs))
+        # The evaluation draws with seed 0.
+        tokens, mask = generate_mqar(num_pairs, count, seed=12345)
+        documents += [
+            {"input_ids": row.tolist(), "loss_mask": answers.tolist()}
+            for row, answers in zip(tokens, mask, strict=True)
+        ]
+    return documents
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
