@@ -1,0 +1,1 @@
+"""Offline checkpoint tools: expand, reshard and inspect weights without a GPU and with bounded memory."""

@@ -1,0 +1,150 @@
+"""How ZeRO stage 3 cuts a model into flat partitions: names of the files and the arithmetic of the pieces.
+
+A parameter of ``n`` elements on ``W`` ranks is cut into parts of ``ceil(n / W)``; rank ``r`` owns
+``[r * part, min((r + 1) * part, n))`` and pads its part to full length. A rank's flat groups are its parts one after
+the other, in the order of ``param_shapes``, without alignment. Padding is uninitialised memory and is never read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from statex_dist.errors import CheckpointError
+
+_MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
+_OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankFiles:
+    """The two files of one rank."""
+
+    model: Path
+    optim: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A run of elements that lies contiguously in one rank's flat group.
+
+    Attributes:
+        rank: Rank that holds it.
+        group: Index of that rank's flat group.
+        start: First element inside the group.
+        target: First element inside the logical (flattened) tensor.
+        numel: Number of elements.
+    """
+
+    rank: int
+    group: int
+    start: int
+    target: int
+    numel: int
+
+
+def partition_size(numel: int, world_size: int) -> int:
+    """Return the elements that each rank stores of a parameter, padding included."""
+    return -(-numel // world_size)
+
+
+def looks_like_zero(directory: Path) -> bool:
+    """Return whether a directory holds files of a DeepSpeed ZeRO checkpoint."""
+    return directory.is_dir() and any(
+        _OPTIM_FILE.match(p.name) or _MODEL_FILE.match(p.name) for p in directory.iterdir()
+    )
+
+
+def find_rank_files(directory: Path) -> list[RankFiles]:
+    """Return the files of every rank, by rank.
+
+    Raises:
+        CheckpointError: A rank lacks a file, a rank has two, or the checkpoint is split by model parallelism.
+    """
+    found: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
+    for path in sorted(directory.iterdir()):
+        for kind, pattern in (("model", _MODEL_FILE), ("optim", _OPTIM_FILE)):
+            if not (match := pattern.match(path.name)):
+                continue
+            if int(match[2]):
+                raise CheckpointError(f"{path}: checkpoints split by model parallelism are not supported")
+            if other := found[kind].get(int(match[1])):
+                raise CheckpointError(f"{directory} holds two files of rank {match[1]}: {other.name} and {path.name}")
+            found[kind][int(match[1])] = path
+    if found["optim"] and not found["model"]:
+        raise CheckpointError(f"{directory} holds no zero_pp_rank_*_model_states.pt: not a ZeRO stage 3 checkpoint")
+    world_size = max((*found["model"], *found["optim"]), default=-1) + 1
+    for kind, files in found.items():
+        if missing := [rank for rank in range(world_size) if rank not in files]:
+            raise CheckpointError(
+                f"{directory}: the {kind} states of rank {', '.join(map(str, missing))} are missing "
+                f"(*zero_pp_rank_{missing[0]}_mp_rank_00_{kind}_states.pt)"
+            )
+    return [RankFiles(model=found["model"][rank], optim=found["optim"][rank]) for rank in range(world_size)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatLayout:
+    """Where every trainable parameter lies in the flat groups.
+
+    Attributes:
+        world_size: Number of ranks.
+        shapes: Shape of each parameter, in flat order.
+        offsets: First element of each parameter's part, counted through all flat groups of a rank.
+        group_ends: Cumulative sizes of the flat groups, starting with 0.
+    """
+
+    world_size: int
+    shapes: Mapping[str, tuple[int, ...]]
+    offsets: Mapping[str, int]
+    group_ends: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls, shapes: Mapping[str, tuple[int, ...]], group_sizes: Sequence[int], world_size: int, *, where: Path
+    ) -> FlatLayout:
+        """Lay the parameters out and check that they fill the groups exactly.
+
+        Args:
+            shapes: Shape of each parameter, in flat order.
+            group_sizes: Elements of each flat group of a rank.
+            world_size: Number of ranks.
+            where: Checkpoint directory, for the message.
+
+        Raises:
+            CheckpointError: The parts do not add up to the flat groups.
+        """
+        offsets, position = {}, 0
+        for name, shape in shapes.items():
+            offsets[name] = position
+            position += partition_size(_numel(shape), world_size)
+        if position != sum(group_sizes):
+            raise CheckpointError(
+                f"{where}: {len(shapes)} parameters on {world_size} ranks need {position} elements a rank; "
+                f"the flat groups hold {sum(group_sizes)}"
+            )
+        return cls(world_size=world_size, shapes=shapes, offsets=offsets, group_ends=(0, *accumulate(group_sizes)))
+
+    def pieces(self, name: str) -> Iterator[Piece]:
+        """Yield the pieces of a parameter, in order and without its padding."""
+        numel = _numel(self.shapes[name])
+        part, first = partition_size(numel, self.world_size), self.offsets[name]
+        for rank in range(self.world_size):
+            target, stop = rank * part, min((rank + 1) * part, numel)
+            position = first
+            for group, (begin, end) in enumerate(pairwise(self.group_ends)):
+                count = min(end - position, stop - target)
+                if position < begin or count <= 0:
+                    continue
+                yield Piece(rank=rank, group=group, start=position - begin, target=target, numel=count)
+                position, target = position + count, target + count
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,74 @@
+"""Tiny checkpoints, made with safetensors' own writer so that reader and writer are not tested against themselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from statex_dist.models.kinds import config_from_dict, family_of
+
+GLA = {
+    "model_type": "gla",
+    "vocab_size": 37,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "tie_word_embeddings": False,
+    "architectures": ["GLAForCausalLM"],
+}
+MAMBA2 = {
+    "model_type": "mamba2",
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_heads": 8,
+    "head_dim": 4,
+    "state_size": 6,
+    "n_groups": 1,
+    "use_bias": True,
+    "tie_word_embeddings": True,
+}
+CONFIGS = {"gla": GLA, "mamba2": MAMBA2}
+
+
+def random_tensors(values: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Return random values for every tensor that a config asks for."""
+    config = config_from_dict(values)
+    rng = torch.Generator().manual_seed(1)
+    specs = family_of(config.MODEL_TYPE).tensors(config)
+    return {name: torch.randn(spec.shape, generator=rng).to(dtype) for name, spec in specs.items()}
+
+
+def write_model(
+    directory: Path, values: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None, *, shards: int = 1
+) -> dict[str, torch.Tensor]:
+    """Write a Hugging Face directory and return its tensors; several shards are filled in reverse order of names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = random_tensors(values) if tensors is None else tensors
+    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "BytesTokenizer"}')
+    (directory / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return tensors
+    names = sorted(tensors, reverse=True)
+    weight_map = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({n: tensors[n] for n in names if weight_map[n] == file}, directory / file, metadata={"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+def load_all(directory: Path) -> dict[str, torch.Tensor]:
+    """Read every safetensors file of a directory with safetensors' own reader."""
+    from safetensors.torch import load_file
+
+    result: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        part = load_file(path)
+        assert not set(part) & set(result)
+        result.update(part)
+    return result

@@ -1,0 +1,154 @@
+"""The loop with the plain engine in one process: saving, resuming, stopping, pruning."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from statex_dist.checkpoint.layout import complete_tags
+from statex_dist.config import parse_config
+from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
+from statex_dist.run import train
+from statex_dist.run_config import RunConfig
+from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
+from statex_dist.train.signals import StopRequest
+from tests.runs import GLA, MAMBA2, expanded, losses, make_shards, save_model, write_run
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _restore_signal_handlers():
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def load(directory: Path, shards: Path, *arguments: str, name: str = "run", **sections) -> RunConfig:
+    sections.setdefault("model", {"config": GLA})
+    data = {"path": str(shards), **sections.pop("data", {})}
+    file = write_run(directory / f"{name}.yaml", data=data, engine={"name": "plain"}, **sections)
+    return parse_config(RunConfig, ["--config", str(file), *arguments], prog="train.py")
+
+
+def final_state(config: RunConfig) -> dict[str, torch.Tensor]:
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    path = checkpoints / complete_tags(checkpoints)[0] / "plain_state.pt"
+    return torch.load(path, weights_only=True)["module"]
+
+
+@pytest.mark.parametrize("values", [GLA, MAMBA2], ids=["gla", "mamba2"])
+def test_interrupted_training_equals_uninterrupted_training(tmp_path: Path, shards: Path, values, monkeypatch):
+    model = {"path": str(save_model(expanded(values), tmp_path / "model"))}
+    whole = load(tmp_path, shards, name="whole", model=model)
+    assert train(whole)
+    parted = load(tmp_path, shards, name="parted", model=model, train={"save_every": 2})
+    write, seen = Metrics.write, []
+
+    def stop_after_three(self, record):
+        write(self, record)
+        seen.append(record["step"])
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "write", stop_after_three)
+    assert not train(parted), "a run that is told to stop is not complete"
+    assert seen == [1, 2, 3]
+    assert complete_tags(Path(parted.run_dir) / "checkpoints") == ["global_step3", "global_step2"]
+    monkeypatch.setattr(Metrics, "write", write)
+    assert train(parted)
+    assert losses(Path(parted.run_dir)) == losses(Path(whole.run_dir))
+    reference = final_state(whole)
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in final_state(parted).items())
+
+
+def test_a_complete_run_is_left_alone(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards)
+    assert train(config)
+    before = sorted((p, p.stat().st_mtime_ns) for p in (Path(config.run_dir) / "checkpoints").rglob("*"))
+    assert train(config)
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (Path(config.run_dir) / "checkpoints").rglob("*"))
+
+
+def test_old_checkpoints_are_pruned_and_leftovers_removed(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards, train={"save_every": 1, "keep_last": 2})
+    leftover = Path(config.run_dir) / "checkpoints" / ".tmp-global_step1"
+    leftover.mkdir(parents=True)
+    (leftover / "half.pt").write_bytes(b"half")
+    assert train(config)
+    assert sorted(p.name for p in leftover.parent.iterdir()) == ["global_step5", "global_step6", "latest"]
+    assert (leftover.parent / "latest").read_text() == "global_step6"
+
+
+def test_records_of_a_lost_life_are_dropped(tmp_path: Path):
+    lines = [{"step": s, "loss": 1.0} for s in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"step": 4, "lo')
+    Metrics(tmp_path, MetricsConfig(), start_step=2, settings={}).close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards)
+    assert train(config)
+    path = Path(config.run_dir) / "checkpoints" / "global_step6" / "plain_state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"plain_state\.pt is damaged: its digest differs"):
+        train(config)
+
+
+def test_latest_without_a_complete_checkpoint_never_restarts_silently(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards)
+    assert train(config)
+    (Path(config.run_dir) / "checkpoints" / "global_step6" / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint there is complete"):
+        train(config)
+
+
+def test_another_data_order_is_refused_on_resume(tmp_path: Path, shards: Path):
+    assert train(load(tmp_path, shards))
+    other = load(tmp_path, shards, "--data.seq_len", "64", "--train.num_steps", "8")
+    with pytest.raises(ConfigError, match="seq_len"):
+        train(other)
+
+
+def test_checkpointing_activations_changes_nothing(tmp_path: Path, shards: Path):
+    plain = load(tmp_path, shards, name="a")
+    recomputed = load(tmp_path, shards, "--engine.activation_checkpointing", "block", name="b")
+    assert train(plain)
+    assert train(recomputed)
+    assert losses(Path(plain.run_dir)) == losses(Path(recomputed.run_dir))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--data.path", "nowhere"], DataError, "nowhere"),
+        (["--data.packs_per_step", "0"], ConfigError, "data.packs_per_step must be 1 or more, not 0"),
+        (["--data.seq_len", "0"], ConfigError, "data.seq_len must be 1 or more, not 0"),
+        (["--train.num_steps", "0"], ConfigError, "train.num_steps must be 1 or more, not 0"),
+        (["--optimizer.lr", "much"], ConfigError, "optimizer.lr"),
+        (["--optimizer.rate", "1"], ConfigError, "optimizer.rate"),
+        (["--model.path", "x"], ConfigError, "give either model.path"),
+        (["--engine.precision", "bf16"], ConfigError, "plain trains in fp32"),
+        (["--model.config.vocab_size", "100"], DataError, "vocabulary of 258 .*; the model's has 100"),
+        (["--optimizer.lr", "1e30"], StateXError, r"the loss is (nan|inf) at step"),
+    ],
+)
+def test_bad_runs_are_refused_with_their_reason(tmp_path: Path, shards: Path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        train(load(tmp_path, shards, *arguments))
+
+
+def test_packs_must_divide_over_ranks(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards, "--data.packs_per_step", "6")
+    assert config.accumulation_steps(3) == 2
+    with pytest.raises(ConfigError, match="packs_per_step=6 does not divide over 4 ranks; set it to a multiple of 4"):
+        config.accumulation_steps(4)
