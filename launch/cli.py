@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         return importlib.import_module(f"launch.cmd_{options.command}").run(options[options.command])
     except argparse.ArgumentError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        # The parser calls an option of a subcommand "command.option"; the user typed no such thing.
+        sys.stderr.write(f"error: {one_line(error).replace(f'{arguments[0]}.', '')}\n")
         return 2
     except StateXError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")

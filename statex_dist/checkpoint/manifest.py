@@ -7,6 +7,7 @@ after a crash there is either the old state or the new one. DeepSpeed's own save
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import xxhash
 
 from statex_dist.checkpoint.layout import MANIFEST_NAME, TEMPORARY_PREFIX
 from statex_dist.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
 _BUFFER_BYTES = 16 << 20
@@ -147,7 +150,11 @@ def prepare_target(target: Path, *, overwrite: bool) -> Path:
         raise CheckpointError(f"target {target} is a file; give a directory")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"target {target} exists and is not empty; pass --overwrite to replace it")
-    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    temporary, old = target.with_name(f"{TEMPORARY_PREFIX}{target.name}"), _set_aside(target)
+    if old.exists() and not target.exists():
+        logger.warning("%s was being replaced when the process was killed: putting the old one back", target)
+        old.replace(target)
+        return prepare_target(target, overwrite=overwrite)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
@@ -156,7 +163,7 @@ def prepare_target(target: Path, *, overwrite: bool) -> Path:
 
 def finish_target(temporary: Path, target: Path) -> None:
     """Put a finished temporary directory in ``target``'s place, keeping the old one until the new one is there."""
-    old = target.with_name(f"{TEMPORARY_PREFIX}old-{target.name}")
+    old = _set_aside(target)
     if old.exists():
         shutil.rmtree(old)
     if target.exists():
@@ -164,3 +171,8 @@ def finish_target(temporary: Path, target: Path) -> None:
     commit_directory(temporary, target)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _set_aside(target: Path) -> Path:
+    """Return where an old target waits until the new one is in its place."""
+    return target.with_name(f"{TEMPORARY_PREFIX}old-{target.name}")

@@ -16,9 +16,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 def normal(shape: Sequence[int], *, std: float, dtype: torch.dtype, rng: torch.Generator) -> torch.Tensor:
     """Return N(0, std^2) values, drawn in fp32 so that every dtype rounds the same numbers."""
-    return (torch.randn(*shape, generator=rng) * std).to(dtype)
+    return torch.randn(*shape, generator=rng).mul_(std).to(dtype)
 
 
 def uniform(shape: Sequence[int], *, bound: float, dtype: torch.dtype, rng: torch.Generator) -> torch.Tensor:
     """Return values uniform in ``(-bound, bound)``, drawn in fp32 so that every dtype rounds the same numbers."""
-    return ((torch.rand(*shape, generator=rng) * 2 - 1) * bound).to(dtype)
+    return torch.rand(*shape, generator=rng).mul_(2).sub_(1).mul_(bound).to(dtype)

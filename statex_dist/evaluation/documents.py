@@ -1,0 +1,60 @@
+"""Whole documents for evaluation, from a prepared dataset or straight from text files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from statex_dist.data.documents import find_files, read_unit, split_units
+from statex_dist.data.store import Piece, open_store, sequential_documents
+from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.errors import DataError
+
+
+def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """Yield whole documents, one in memory at a time.
+
+    Args:
+        path: A prepared dataset (a directory with ``index.json``), or text, JSON-lines or parquet files: a file, a
+            directory or a glob. Those are tokenised as they are read, with an EOS behind each document.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        DataError: Nothing is there, a file cannot be read, or the dataset was made with another tokenizer.
+    """
+    if path.is_dir() and (path / "index.json").is_file():
+        store = open_store(path)
+        if store.manifest is not None and store.manifest.tokenizer_hash != tokenizer.hash:
+            raise DataError(
+                f"dataset {path} was prepared with tokenizer {store.manifest.tokenizer!r}, the model has another "
+                f"({tokenizer.spec!r}); prepare it with the model's tokenizer"
+            )
+        yield from sequential_documents(store)
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        raise DataError(f"data directory {path} is empty; give text files or what `statex prepare` wrote")
+    units, _ = split_units(find_files([path]))
+    eos = tokenizer.eos_token_id
+    for unit in units:
+        for record in read_unit(unit, tokenizer.vocab_size):
+            ids, mask = record.input_ids, record.loss_mask
+            if ids is None:
+                ids = tokenizer.encode(record.text or "").astype(np.int64)
+            if not len(ids) or ids[-1] != eos:
+                ids = np.append(ids, eos)
+                mask = None if mask is None else np.append(mask, np.uint8(0))
+            yield Piece(ids, mask)
+
+
+def up_to(documents: Iterable[Piece], max_tokens: int | None) -> Iterator[Piece]:
+    """Yield documents until ``max_tokens`` are given out, cutting the last one there."""
+    left = max_tokens
+    for piece in documents:
+        if left is not None and len(piece.tokens) >= left:
+            yield Piece(piece.tokens[:left], None if piece.loss_mask is None else piece.loss_mask[:left])
+            return
+        if left is not None:
+            left -= len(piece.tokens)
+        yield piece

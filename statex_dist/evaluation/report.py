@@ -1,0 +1,219 @@
+"""What all suites share: intervals, crash-safe result files and plots."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from statex_dist.checkpoint.layout import TEMPORARY_PREFIX
+from statex_dist.checkpoint.manifest import sync, write_durably
+from statex_dist.errors import ConfigError
+
+RESULT_VERSION = 1
+"""Version of the JSON files' layout."""
+
+_RESAMPLES = 2000
+_DRAWS_AT_ONCE = 1 << 22
+_LINE, _BAND, _REFERENCE = "#1f5fa8", "#1f5fa833", "#777777"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A mean over samples with its bootstrap interval.
+
+    Attributes:
+        mean: The (weighted) mean.
+        low: 2.5 % quantile of the resampled means.
+        high: 97.5 % quantile.
+        samples: Number of samples.
+    """
+
+    mean: float
+    low: float
+    high: float
+    samples: int
+
+    def to_dict(self, name: str = "accuracy") -> dict[str, Any]:
+        """Return the JSON form, the mean under ``name``."""
+        return {name: self.mean, "low": self.low, "high": self.high, "samples": self.samples}
+
+
+def bootstrap(values: npt.ArrayLike, *, weights: npt.ArrayLike | None = None, seed: int = 0) -> Estimate:
+    """Return a mean with its 95 % percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13).
+
+    Samples are drawn with replacement, a sample together with its weight. Where all values are equal (every answer
+    right, or every one wrong) the interval is a single point, and says nothing about rarer outcomes: with ``n``
+    samples, a rate below about ``3 / n`` may have gone unseen.
+
+    Args:
+        values: ``[S]``, one number a sample.
+        weights: ``[S]`` non-negative weights; None for equal ones.
+        seed: Seed of the resampling.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
+    assert x.ndim == 1, "one number a sample"
+    assert x.shape == w.shape
+    assert w.sum() > 0
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, len(x)))))
+    means: list[npt.NDArray[np.float64]] = []
+    remaining, block = _RESAMPLES, max(1, _DRAWS_AT_ONCE // len(x))
+    while remaining:
+        rows = min(block, remaining)
+        drawn = rng.integers(len(x), size=(rows, len(x)))
+        # A draw of weightless samples only has no mean; it says as much as the whole.
+        total = w[drawn].sum(axis=1)
+        usable = total > 0
+        means.append((x[drawn] * w[drawn]).sum(axis=1)[usable] / total[usable])
+        remaining -= rows
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return Estimate(mean=float((x * w).sum() / w.sum()), low=float(low), high=float(high), samples=len(x))
+
+
+def open_target(directory: Path, *, overwrite: bool) -> None:
+    """Make a result directory.
+
+    With ``overwrite`` only the files of the same name are replaced; whatever else the directory holds stays.
+
+    Raises:
+        ConfigError: It is a file, or is not empty and ``overwrite`` is false.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--out {directory} is a file; give a directory")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise ConfigError(f"--out {directory} exists and is not empty; pass --overwrite to replace its results")
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def write_results(
+    directory: Path,
+    suite: str,
+    summary: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    plots: Mapping[str, bytes],
+) -> list[Path]:
+    """Write a suite's files so that a summary always belongs to the samples and plots beside it.
+
+    Args:
+        directory: An existing directory.
+        suite: Stem of ``SUITE.json`` and ``SUITE.jsonl``.
+        summary: Contents of ``SUITE.json``, which is removed first and written last.
+        rows: One record a sample.
+        plots: PNG by file name.
+
+    Returns:
+        What was written, the summary first.
+    """
+    target = directory / f"{suite}.json"
+    target.unlink(missing_ok=True)
+    samples = directory / f"{suite}.jsonl"
+    write_durably(samples, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    for name, content in plots.items():
+        _write_bytes(directory / name, content)
+    write_durably(target, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return [target, samples, *(directory / name for name in plots)]
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def plot_curve(
+    x: Sequence[float],
+    estimates: Sequence[Estimate],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_limits: tuple[float, float] | None = None,
+    reference: tuple[Sequence[float], str] | None = None,
+    tick_labels: Sequence[str] | None = None,
+) -> bytes:
+    """Return a PNG of estimates over a logarithmic axis, with their intervals as a band.
+
+    Args:
+        x: Positions on the axis, all above 0.
+        estimates: What to draw, in the order of ``x``.
+        title: Heading.
+        x_label: Name of the x axis.
+        y_label: Name of the y axis.
+        y_limits: Range of the y axis; None lets the data decide.
+        reference: A second curve, one value for each of ``x``, and its name, such as the level of guessing.
+        tick_labels: Names of the positions; None writes the numbers.
+    """
+    figure, axes = _figure(title)
+    axes.set_xscale("log", base=2)
+    axes.fill_between(x, [e.low for e in estimates], [e.high for e in estimates], color=_BAND, linewidth=0)
+    axes.plot(x, [e.mean for e in estimates], color=_LINE, marker="o", markersize=5, linewidth=2)
+    if reference is not None:
+        axes.plot(x, reference[0], color=_REFERENCE, linestyle=":", linewidth=1.2, label=reference[1])
+        axes.legend(frameon=False, loc="best")
+    axes.set_xticks(x, tick_labels or [f"{value:g}" for value in x], rotation=30 if tick_labels else 0)
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if y_limits is not None:
+        axes.set_ylim(*y_limits)
+    return _png(figure)
+
+
+def plot_heat_map(
+    values: npt.ArrayLike, *, columns: Sequence[str], rows: Sequence[str], title: str, x_label: str, y_label: str
+) -> bytes:
+    """Return a PNG of accuracies, each cell with its number.
+
+    Args:
+        values: ``[rows, columns]`` accuracies in 0..1.
+        columns: Names along the x axis.
+        rows: Names along the y axis, from the top.
+        title: Heading.
+        x_label: Name of the x axis.
+        y_label: Name of the y axis.
+    """
+    grid = np.asarray(values, dtype=np.float64)
+    figure, axes = _figure(title)
+    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    for row, column in np.ndindex(*grid.shape):
+        value = grid[row, column]
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label="accuracy", pad=0.02)
+    return _png(figure)
+
+
+def _figure(title: str) -> tuple[Any, Any]:
+    # A figure of its own canvas: pyplot would keep it alive in global state and could ask for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    # Without the library's version in it, the same numbers give the same file.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,100 @@
+"""Models whose answers are known: they have a state and a vocabulary, and no parameters."""
+
+import re
+
+import torch
+from torch import nn
+
+from statex_dist.models.gla.config import GLAConfig
+from statex_dist.models.lm import LMOutput, RecurrentLM
+from statex_dist.models.mamba2.config import Mamba2Config
+
+VOCAB = 258
+
+
+def tiny_config(family="gla", **changes):
+    values = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2}
+    if family == "gla":
+        return GLAConfig(**{**values, "intermediate_size": 32, "use_short_conv": True, **changes})
+    return Mamba2Config(**{**values, "head_dim": 16, "state_size": 4, "n_groups": 1, **changes})
+
+
+def tiny_model(family="gla", *, seed=0, **changes):
+    model = RecurrentLM(tiny_config(family, **changes))
+    model.init_parameters(seed)
+    return model
+
+
+class StandIn(nn.Module):
+    """Remembers everything it has read (its state is the text so far); subclasses say what comes next."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_config()
+        self.longest_call = 0
+
+    def next_tokens(self, history):
+        """Return for every position of ``history [T]`` the token after it: ``[T]``."""
+        raise NotImplementedError
+
+    def forward(self, input_ids, *, states=None, output_states=False):
+        assert not self.training
+        assert torch.is_inference_mode_enabled()
+        self.longest_call = max(self.longest_call, input_ids.shape[1])
+        history = torch.cat([states[0][0], input_ids], dim=1) if states else input_ids
+        following = torch.stack([self.next_tokens(row) for row in history])[:, -input_ids.shape[1] :]
+        logits = nn.functional.one_hot(following, VOCAB).float()
+        return LMOutput(logits=logits, states=[(history,)] if output_states else None)
+
+
+class Perfect(StandIn):
+    """Says what followed the last time it saw the token."""
+
+    def next_tokens(self, history):
+        seen, following = {}, []
+        for i, token in enumerate(history.tolist()):
+            following.append(seen.get(token, 0))
+            if i + 1 < len(history):
+                seen[token] = int(history[i + 1])
+        return torch.tensor(following)
+
+
+class Guessing(StandIn):
+    """Says a random value."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next_tokens(self, history):
+        return torch.randint(192, 256, history.shape, generator=self.generator)
+
+
+class PasskeyReader(StandIn):
+    """Finds the key in the whole text read so far and spells it after the question.
+
+    Args:
+        memory: Bytes from the end of the prompt that it can still see; None for all.
+    """
+
+    def __init__(self, memory=None):
+        super().__init__()
+        self.memory = memory
+
+    def next_tokens(self, history):
+        text = bytes(history.tolist()).decode()
+        prompt, question, said = text.rpartition("What is the passkey? The passkey is")
+        token = 0
+        if question:
+            visible = prompt if self.memory is None else prompt[-self.memory :]
+            keys = re.findall(r"The passkey is (\d{5})\.", visible) or ["xxxxx"]
+            token = f" {keys[0]}\n"[len(said)].encode()[0]
+        return torch.full_like(history, token)
+
+
+class Broken(StandIn):
+    """Gives NaN."""
+
+    def forward(self, input_ids, **kwargs):
+        logits = torch.full((*input_ids.shape, VOCAB), torch.nan)
+        return LMOutput(logits=logits, states=[(input_ids,)])

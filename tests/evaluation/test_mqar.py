@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.evaluation.mqar import generate_mqar, score_mqar
+from tests.evaluation.stand_ins import Broken, Guessing, Perfect, tiny_model
+
+
+@given(
+    num_pairs=st.integers(1, 64),
+    num_samples=st.integers(1, 20),
+    seed=st.integers(0, 2**63),
+    keys=st.sampled_from([range(128, 192), range(0, 300, 3), list(range(64))]),
+    values=st.sampled_from([range(192, 256), range(7, 8)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_documents_are_pairs_then_every_key_with_its_value(num_pairs, num_samples, seed, keys, values):
+    tokens, mask = generate_mqar(num_pairs, num_samples, seed=seed, keys=keys, values=values)
+    assert tokens.shape == mask.shape == (num_samples, 4 * num_pairs)
+    assert tokens.dtype == np.int64
+    assert mask.dtype == np.uint8
+    for row, marks in zip(tokens.tolist(), mask.tolist(), strict=True):
+        pairs = dict(zip(row[0 : 2 * num_pairs : 2], row[1 : 2 * num_pairs : 2], strict=True))
+        assert len(pairs) == num_pairs
+        assert set(pairs) <= set(keys)
+        assert set(pairs.values()) <= set(values)
+        asked, answers = row[2 * num_pairs :: 2], row[2 * num_pairs + 1 :: 2]
+        assert sorted(asked) == sorted(pairs)
+        assert [pairs[key] for key in asked] == answers
+        assert [i for i, mark in enumerate(marks) if mark] == list(range(2 * num_pairs + 1, 4 * num_pairs, 2))
+
+
+def test_seed_and_number_of_pairs_fix_the_documents():
+    first, again = generate_mqar(8, 5, seed=3)[0], generate_mqar(8, 5, seed=3)[0]
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, generate_mqar(8, 5, seed=4)[0])
+    assert not np.array_equal(first[:, :4], generate_mqar(9, 5, seed=3)[0][:, :4])
+
+
+def test_keys_values_and_query_orders_are_spread_evenly():
+    tokens, _ = generate_mqar(4, 8000, seed=0)
+    for column, low in ((0, 128), (1, 192), (6, 128), (8, 128), (15, 192)):
+        counts = np.bincount(tokens[:, column] - low, minlength=64)
+        assert len(counts) == 64
+        assert abs(counts - 125).max() < 60  # 5.4 standard deviations
+    place_of_first_query = (tokens[:, 8:9] == tokens[:, 0:8:2]).argmax(axis=1)
+    assert abs(np.bincount(place_of_first_query) - 2000).max() < 200
+
+
+def test_a_perfect_model_scores_one_and_a_guessing_one_scores_chance():
+    tokens, mask = generate_mqar(16, 64, seed=0)
+    assert (score_mqar(Perfect(), tokens, mask, batch_size=7) == 1).all()
+    guessed = score_mqar(Guessing(), tokens, mask)
+    assert guessed.shape == (64,)
+    assert abs(guessed.mean() - 1 / 64) < 0.02
+
+
+def test_answers_are_teacher_forced_and_scored_one_by_one():
+    tokens, mask = generate_mqar(8, 3, seed=1)
+    tokens[1, -1] += 1 if tokens[1, -1] < 255 else -1  # one answer that contradicts its pair
+    assert score_mqar(Perfect(), tokens, mask).tolist() == [1, 7 / 8, 1]
+
+
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+def test_score_of_a_real_model_does_not_depend_on_the_batch(family):
+    model = tiny_model(family).train()
+    tokens, mask = generate_mqar(8, 12, seed=0)
+    whole = score_mqar(model, tokens, mask, batch_size=12)
+    assert np.array_equal(whole, score_mqar(model, tokens, mask, batch_size=5))
+    assert model.training  # put back into its mode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_pairs": 65}, "cannot draw 65 distinct keys from a range of 64"),
+        ({"num_pairs": 0}, "num_pairs must be 1 or more, not 0"),
+        ({"num_samples": 0}, "num_samples must be 1 or more, not 0"),
+        ({"seed": -1}, "seed must be 0 or more, not -1"),
+        ({"keys": [1, 1, 2, 3]}, "distinct keys"),
+        ({"values": []}, "at least one value"),
+    ],
+)
+def test_impossible_documents_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        generate_mqar(**{"num_pairs": 4, "num_samples": 2, "seed": 0, **arguments})
+
+
+def test_nan_is_an_error_not_a_zero():
+    with pytest.raises(CheckpointError, match=r"NaN or infinite \(mqar documents 0..1\)"):
+        score_mqar(Broken(), *generate_mqar(4, 2, seed=0))

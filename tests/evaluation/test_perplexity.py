@@ -1,0 +1,159 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from statex_dist.data.store import Piece
+from statex_dist.data.tokenizer import BytesTokenizer
+from statex_dist.errors import CheckpointError, ConfigError, DataError
+from statex_dist.evaluation.documents import read_documents
+from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity, write_perplexity
+from tests.evaluation.stand_ins import Broken, tiny_model
+
+TOKENIZER = BytesTokenizer()
+LENGTHS = (150, 1, 2, 333, 64, 65, 17, 520, 3)
+
+
+def pieces(lengths=LENGTHS, *, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Piece(np.append(rng.integers(0, 256, n - 1), 256).astype(np.uint16)) for n in lengths]
+
+
+def direct_losses(model, piece):
+    """Cross entropy of every target of one document read at once: ``[n - 1]``."""
+    tokens = torch.as_tensor(piece.tokens.astype(np.int64))[None]
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    return F.cross_entropy(logits[0], tokens[0, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("family", ["gla", "mamba2"])
+@pytest.mark.parametrize(("segment_length", "batch_size"), [(11, 3), (64, 1), (64, 4), (100, 20), (5000, 2)])
+def test_equals_whole_documents_whatever_the_segments_and_the_batch(family, segment_length, batch_size):
+    model, documents = tiny_model(family, seed=1).double(), pieces()
+    settings = PerplexitySettings(segment_length=segment_length, batch_size=batch_size)
+    result = run_perplexity(model, iter(documents), settings, tokenizer=TOKENIZER)
+    wanted = [direct_losses(model, piece) for piece in documents if len(piece.tokens) > 1]
+    assert [n for n, _ in result.documents] == [len(losses) for losses in wanted]
+    assert [loss for _, loss in result.documents] == pytest.approx([float(x.sum()) for x in wanted], rel=1e-9)
+    every = torch.cat(wanted)
+    assert result.tokens == len(every)
+    assert result.loss.mean == pytest.approx(float(every.mean()), rel=1e-9)
+    assert result.perplexity == pytest.approx(math.exp(float(every.mean())), rel=1e-9)
+    num_bytes = len(every) - len(wanted)  # every document's EOS is a target, but no byte
+    assert result.bits_per_byte == pytest.approx(float(every.sum()) / math.log(2) / num_bytes, rel=1e-9)
+
+
+def test_fp32_agrees_to_rounding():
+    model, documents = tiny_model(seed=1), pieces()
+    a, b = (run_perplexity(model, iter(documents), PerplexitySettings(segment_length=n)) for n in (33, 1024))
+    assert a.loss.mean == pytest.approx(b.loss.mean, abs=1e-6)
+    assert a.bits_per_byte is None  # no tokenizer was named
+
+
+def test_buckets_are_the_positions_and_sum_to_the_total():
+    model, documents = tiny_model().double(), pieces()
+    result = run_perplexity(model, iter(documents), PerplexitySettings(segment_length=50))
+    assert [(b.start, b.end) for b in result.buckets] == [(1, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]
+    assert sum(b.tokens for b in result.buckets) == result.tokens
+    assert sum(b.loss_sum for b in result.buckets) == pytest.approx(result.loss_sum, rel=1e-12)
+    for bucket in result.buckets:
+        # targets sit at positions 1 .. n - 1, so target index i is position i + 1
+        parts = [direct_losses(model, p)[bucket.start - 1 : bucket.end - 1] for p in documents]
+        assert bucket.tokens == sum(len(part) for part in parts)
+        assert bucket.loss_sum == pytest.approx(float(sum(part.sum() for part in parts)), rel=1e-9)
+
+
+def test_masked_targets_are_left_out():
+    model, (document,) = tiny_model().double(), pieces((40,))
+    mask = np.zeros(40, np.uint8)
+    mask[[0, 5, 39]] = 1  # the first token is never a target
+    result = run_perplexity(model, [Piece(document.tokens, mask)], PerplexitySettings(segment_length=16))
+    losses = direct_losses(model, document)
+    assert result.tokens == 2
+    assert result.loss_sum == pytest.approx(float(losses[4] + losses[38]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "tokens"), [(100, [99]), (150, [149]), (152, [149]), (153, [149, 1]), (10**6, None)]
+)
+def test_max_tokens_cuts_the_last_document(max_tokens, tokens):
+    result = run_perplexity(tiny_model(), iter(pieces()), PerplexitySettings(max_tokens=max_tokens))
+    assert [n for n, _ in result.documents] == (tokens or [n - 1 for n in LENGTHS if n > 1])
+
+
+def test_text_files_and_prepared_shards_give_the_same(tmp_path):
+    from statex_dist.data.prepare import prepare
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(3):
+        (texts / f"{i}.txt").write_text(f"document {i} " * (20 + i))
+    (texts / "more.jsonl").write_text(json.dumps({"text": "é one line"}) + "\n")
+    prepare([str(texts)], str(tmp_path / "shards"), "bytes", workers=1)
+    model = tiny_model().double()
+    of_text, of_shards = (
+        run_perplexity(model, read_documents(tmp_path / name, TOKENIZER), PerplexitySettings())
+        for name in ("texts", "shards")
+    )
+    assert of_text.tokens == of_shards.tokens == sum(len(f"document {i} ") * (20 + i) for i in range(3)) + 11
+    assert of_text.loss.mean == pytest.approx(of_shards.loss.mean, rel=1e-12)
+
+
+def test_files_are_written(tmp_path):
+    result = run_perplexity(tiny_model(), pieces(), PerplexitySettings())
+    files = write_perplexity(result, tmp_path, model={"directory": "m"}, data="d")
+    summary = json.loads((tmp_path / "perplexity.json").read_text())
+    assert [file.name for file in files] == ["perplexity.json", "perplexity.jsonl", "perplexity.png"]
+    assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    rows = [json.loads(line) for line in (tmp_path / "perplexity.jsonl").read_text().splitlines()]
+    assert sum(row["tokens"] for row in rows) == summary["tokens"] == result.tokens
+    assert summary["loss_low"] <= summary["loss"] <= summary["loss_high"]
+    assert summary["settings"]["segment_length"] == 1024
+
+
+def test_bad_data_is_refused(tmp_path):
+    def read(path):
+        return run_perplexity(tiny_model(), read_documents(path, TOKENIZER), PerplexitySettings())
+
+    with pytest.raises(DataError, match="none does not exist"):
+        read(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data directory .*empty is empty"):
+        read(tmp_path / "empty")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="the data holds no target token"):
+        read(tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="document 0 holds token 255, the model's vocabulary ends at 99"):
+        run_perplexity(tiny_model(vocab_size=100), [Piece(np.array([1, 2, 255]))], PerplexitySettings())
+    with pytest.raises(CheckpointError, match=r"NaN or infinite \(documents \[0\]"):
+        run_perplexity(Broken(), [Piece(np.array([1, 2, 3]))], PerplexitySettings())
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path):
+    from statex_dist.data.prepare import prepare
+
+    class Other(BytesTokenizer):
+        spec, hash = "other", "0" * 32
+
+    (tmp_path / "a.txt").write_text("some text")
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "shards"), "bytes", workers=1)
+    with pytest.raises(DataError, match=r"prepared with tokenizer 'bytes', the model has another \('other'\)"):
+        list(read_documents(tmp_path / "shards", Other()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segment_length": 0}, "segment length must be 1 or more, not 0"),
+        ({"max_tokens": 1}, "max_tokens must be 2 or more, not 1"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+        ({"seed": -1}, "seed must be 0 or more, not -1"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        PerplexitySettings(**changes)
