@@ -15,9 +15,9 @@ import torch
 from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
 from checkpoints_tools.model_check import check_apart, check_tensors
 from checkpoints_tools.plan_options import plan_model
-from checkpoints_tools.safetensors_io import parse_size
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource, parse_dtype, stored_dtype, total_bytes
+from statex_dist.config import parse_size
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import Family, family_of, new_expansions, read_config
@@ -130,7 +130,7 @@ def expand(
         CheckpointError: The source is damaged, incomplete, of another architecture or already expanded there, or the
             target is not writable; the target is then as it was.
     """
-    wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size)
+    wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size, option="--max-shard-size")
     check_apart(Path(source), Path(target))
     opened = open_source(source)
     if opened.facts.model_dir is None:

@@ -11,9 +11,9 @@ import torch
 
 from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
 from checkpoints_tools.model_check import check_apart, check_tensors, read_source_config
-from checkpoints_tools.safetensors_io import parse_size
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.tensor_io import Progress, TensorInfo, dtype_name, parse_dtype, stored_dtype, total_bytes
+from statex_dist.config import parse_size
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import CONFIG_NAME
 
@@ -76,7 +76,7 @@ def reshard(
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to!r} is not available; allowed now: {', '.join(TARGETS)}")
-    wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size)
+    wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size, option="--max-shard-size")
     check_apart(Path(source), Path(target))
     opened = open_source(source)
     values, config = read_source_config(opened)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ import torch
 from checkpoints_tools.raw_io import read_into, write_from
 from checkpoints_tools.tensor_io import SourceFacts, TensorInfo, total_bytes
 from statex_dist.checkpoint.manifest import sync, write_durably
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,19 +42,6 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``5GB``, ``500MB``, ``2GiB`` or ``1000000``.
-
-    Raises:
-        ConfigError: Not a size, or zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip(), flags=re.IGNORECASE)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"--max-shard-size {text!r} is not a size; give for example 5GB or 500MB")
-    return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

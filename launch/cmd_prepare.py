@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from statex_dist.errors import ConfigError
-
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "KB": 1 << 10, "M": 1 << 20, "MB": 1 << 20, "G": 1 << 30, "GB": 1 << 30}
+from statex_dist.config import parse_size
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--workers", type=int | None, default=None, help="processes (default: by cores and input size)")
     parser.add_argument("--text-field", type=str, default="text", help="text field of .jsonl, column of .parquet")
     parser.add_argument("--seed", type=int, default=0, help="seed of the document shuffle")
-    parser.add_argument("--shard-size", type=str, default="64MB", help="size limit of a raw shard, e.g. 512KB, 64MB")
+    parser.add_argument("--shard-size", type=str, default="64MiB", help="size limit of a raw shard, e.g. 512KB, 64MiB")
     parser.add_argument("--compression", type=str, default="none", help="none or zstd")
     parser.add_argument("--min-tokens", type=int, default=2, help="leave out documents shorter than this, EOS included")
     parser.add_argument("--max-documents", type=int | None, default=None, help="stop after this many documents")
@@ -51,7 +48,7 @@ def run(args: Any) -> int:
         workers=args.workers,
         text_field=args.text_field,
         seed=args.seed,
-        shard_bytes=parse_size(args.shard_size),
+        shard_bytes=parse_size(args.shard_size, option="--shard-size"),
         compression=args.compression,
         min_tokens=args.min_tokens,
         max_documents=args.max_documents,
@@ -68,15 +65,3 @@ def run(args: Any) -> int:
         f"in {summary.seconds:.1f} s ({summary.tokens_per_second / 1e6:.2f}M tokens/s)\n"
     )
     return 0
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``"64MB"`` (units of 1024).
-
-    Raises:
-        ConfigError: It is not a number with an optional B, KB, MB or GB.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
-    if match is None or match[2] not in _UNITS:
-        raise ConfigError(f"size {text!r} is not understood; allowed: a number with B, KB, MB or GB, such as 64MB")
-    return int(float(match[1]) * _UNITS[match[2]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -96,7 +97,9 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
     files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]
     files += [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
     for file in files:
-        check_keys(cls, _read_yaml(Path(file)), source=file)
+        if (values := _read_yaml(Path(file))) is None:
+            raise ConfigError(f"config file {file} holds no keys")
+        check_keys(cls, values, source=file)
     try:
         namespace = parser.parse_args(list(argv))
         values = parser.instantiate(namespace).as_dict()
@@ -122,3 +125,22 @@ def to_dict(config: Any) -> dict[str, Any]:
 def dump_yaml(config: Any) -> str:
     """Return a resolved configuration as YAML, in the order of its fields."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Return the bytes of a size such as ``5GB``, ``500MB``, ``64MiB`` or ``1000000``.
+
+    Args:
+        text: Number with an optional unit, decimal (as Hugging Face counts) or binary.
+        option: The option it was given to, for the message.
+
+    Raises:
+        ConfigError: Not a size, or zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip(), flags=re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"{option} {text!r} is not a size; give for example 5GB, 500MB or 64MiB")
+    return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)

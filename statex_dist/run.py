@@ -13,8 +13,9 @@ import torch
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, to_dict
+from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.store import ShardStore, open_store
+from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import load_tokenizer
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.plain import PlainEngine

@@ -69,6 +69,8 @@ class ExpansionPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"plan: seed must be a whole number, not {self.seed!r}")
         indices = [expansion.layer for expansion in self.layers]
         if len(set(indices)) != len(indices):
             doubled = sorted({i for i in indices if indices.count(i) > 1})

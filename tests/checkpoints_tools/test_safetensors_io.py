@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools.safetensors_io import SafetensorsSink, SafetensorsSource, assign_shards, parse_size
+from checkpoints_tools.safetensors_io import SafetensorsSink, SafetensorsSource, assign_shards
 from checkpoints_tools.tensor_io import TensorInfo
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import GLA, load_all, write_model
 
 
@@ -55,17 +55,6 @@ def test_reads_what_the_library_writes(tmp_path):
 def test_shards_are_filled_in_order():
     infos = [TensorInfo(name=str(i), shape=(n,), dtype=torch.uint8) for i, n in enumerate([4, 4, 20, 1, 9, 1])]
     assert [[i.name for i in shard] for shard in assign_shards(infos, 10)] == [["0", "1"], ["2"], ["3", "4"], ["5"]]
-
-
-@pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("700", 700)])
-def test_parse_size(text, count):
-    assert parse_size(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 parsecs"])
-def test_parse_size_refuses(text):
-    with pytest.raises(ConfigError, match="max-shard-size"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from statex_dist.data.formats import open_store
 from statex_dist.data.mds import has_streaming, load_streaming
-from statex_dist.data.store import open_store, sequential_documents
+from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
 
 from .synthetic import all_documents, make_documents, write_mds

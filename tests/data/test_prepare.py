@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.cmd_prepare import add_arguments, parse_size, run
+from launch.cmd_prepare import add_arguments, run
 from statex_dist.data.documents import Unit, read_unit, split_units
+from statex_dist.data.formats import open_store
 from statex_dist.data.mds import MdsShardWriter
 from statex_dist.data.prepare import prepare
-from statex_dist.data.store import open_store, sequential_documents
+from statex_dist.data.store import sequential_documents
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
 
@@ -348,12 +349,6 @@ def test_command_line(corpus, tmp_path, capsys):
     assert "231 documents" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="format is 'wds'"):
         command_line(str(corpus), "--out", out, "--format", "wds")
-
-
-def test_sizes():
-    assert [parse_size(s) for s in ("64MB", "1.5 kb", "17", "2GB")] == [64 << 20, 1536, 17, 2 << 30]
-    with pytest.raises(ConfigError, match="size '3 apples' is not understood"):
-        parse_size("3 apples")
 
 
 def test_missing_file_between_listing_and_reading():
