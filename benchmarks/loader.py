@@ -20,9 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.mds import MdsShardWriter, load_streaming
-from statex_dist.data.store import open_store
 
 EOS = 50000
 
