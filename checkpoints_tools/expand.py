@@ -200,7 +200,7 @@ class _Expansion:
         return ExpansionAccount(
             source=str(self._source.facts.path),
             model_type=self._before.MODEL_TYPE,
-            seed=self._plan.seed,
+            seed=self._plan.layers[0].seed,
             state_before=sum(self._before.layer_geometry(layer).numbers for layer in layers),
             state_after=sum(self._after.layer_geometry(layer).numbers for layer in layers),
             parameters_before=sum(spec.numel for spec in self._old.values()),
@@ -237,9 +237,7 @@ class _Expansion:
 
     def _expanded(self, name: str, suffix: str, expansion: LayerExpansion) -> torch.Tensor:
         old = self._source.read(name)
-        new = self._family.expand.expand_tensor(
-            suffix, old, config=self._before, expansion=expansion, seed=self._plan.seed, name=name
-        )
+        new = self._family.expand.expand_tensor(suffix, old, config=self._before, expansion=expansion, name=name)
         self._record(expansion, name, _change(old, new, self._old[name]), tuple(old.shape), tuple(new.shape))
         return new
 
@@ -247,7 +245,6 @@ class _Expansion:
         made = self._family.expand.new_tensors(
             config=self._before,
             expansion=expansion,
-            seed=self._plan.seed,
             prefix=self._family.names.layer(expansion.layer),
             dtype=self._added_dtype,
         )

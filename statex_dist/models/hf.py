@@ -14,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from statex_dist.checkpoint.manifest import finish_target, prepare_target, sync
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of, read_config
@@ -23,14 +24,28 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def save_pretrained(model: RecurrentLM, directory: Path) -> None:
-    """Write a model's config and weights, sharded at 5 GB as transformers does; a tied head is left out."""
-    directory.mkdir(parents=True, exist_ok=True)
+def save_pretrained(model: RecurrentLM, directory: Path, *, overwrite: bool = False) -> None:
+    """Write a model's config and weights into a new directory, complete or not at all.
+
+    Weights are sharded at 5 GB as transformers does; a tied head is left out.
+
+    Args:
+        model: The model.
+        directory: Where it goes.
+        overwrite: Whether a directory that is not empty is replaced, with all that is in it.
+
+    Raises:
+        CheckpointError: The directory is not empty and not to be replaced.
+    """
+    temporary = prepare_target(directory, overwrite=overwrite)
     state = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         state.pop(model.family.names.head)
-    save_torch_state_dict(state, directory)
-    write_config(model.config, directory)
+    save_torch_state_dict(state, temporary)
+    write_config(model.config, temporary)
+    for path in temporary.iterdir():
+        sync(path)
+    finish_target(temporary, directory)
 
 
 def write_config(config: ModelConfig, directory: Path) -> None:
@@ -97,7 +112,7 @@ def from_pretrained(
 
     Args:
         directory: Holds ``config.json`` and safetensors.
-        dtype: Of the parameters; None keeps what is stored.
+        dtype: Of the parameters; None takes that of the stored embedding table.
         device: Where the model goes.
 
     Raises:
@@ -108,7 +123,7 @@ def from_pretrained(
     check_tensors(tensors, config, source=str(directory))
     with torch.device("meta"):
         model = RecurrentLM(config)
-    stored = next(iter(tensors.values())).dtype
+    stored = tensors[family_of(config.MODEL_TYPE).names.embeddings].dtype
     model = model.to_empty(device=device).to(dtype or stored)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.trunk.embeddings.weight

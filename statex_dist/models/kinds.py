@@ -136,17 +136,17 @@ def make_plan(
             raise ConfigError(f"--factor full is for models with heads to merge; give a number for {config.MODEL_TYPE}")
         factor = config.replace(statex=None).layer_geometry(0).num_heads
     chosen = [
-        LayerExpansion(layer=layer, op=op, factor=factor, init=init)
+        LayerExpansion(layer=layer, op=op, factor=factor, init=init, seed=seed)
         for layer in select_layers(layers, config.num_hidden_layers)
     ]
-    return config.replace(statex=extend_plan(config.statex, chosen, seed=seed))
+    return config.replace(statex=extend_plan(config.statex, chosen))
 
 
 def new_expansions(source: ModelConfig, target: ModelConfig) -> ExpansionPlan:
     """Return the part of ``target``'s plan that ``source`` does not have yet."""
     assert target.statex is not None
     done = {e.layer for e in source.statex.layers} if source.statex else set()
-    return ExpansionPlan(layers=tuple(e for e in target.statex.layers if e.layer not in done), seed=target.statex.seed)
+    return ExpansionPlan(layers=tuple(e for e in target.statex.layers if e.layer not in done))
 
 
 def expand_state_dict(
@@ -170,13 +170,9 @@ def expand_state_dict(
         if place is None or expansion is None:
             result[name] = tensor
             continue
-        result[name] = family.expand.expand_tensor(
-            place[1], tensor, config=source, expansion=expansion, seed=plan.seed, name=name
-        )
+        result[name] = family.expand.expand_tensor(place[1], tensor, config=source, expansion=expansion, name=name)
     dtype = tensors[family.names.embeddings].dtype
     for expansion in plan.layers:
         prefix = family.names.layer(expansion.layer)
-        result.update(
-            family.expand.new_tensors(config=source, expansion=expansion, seed=plan.seed, prefix=prefix, dtype=dtype)
-        )
+        result.update(family.expand.new_tensors(config=source, expansion=expansion, prefix=prefix, dtype=dtype))
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from statex_dist.errors import ConfigError
@@ -32,15 +32,18 @@ class LayerExpansion:
         factor: How many times larger the layer's state becomes, 2 or more.
         init: ``reinit`` (fresh token-mixing parameters, the paper's choice), ``inherit`` (old values kept) or
             ``lossless`` (the model computes what it computed before).
+        seed: Seed of the layer's random values; a tensor's generator is derived from it and the tensor's name, so that
+            they do not depend on the order in which shards are read.
     """
 
     layer: int
     op: Op
     factor: int
     init: Init
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (("layer", int), ("factor", int)):
+        for name, kind in (("layer", int), ("factor", int), ("seed", int)):
             if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), bool):
                 raise ConfigError(f"plan: {name} must be a whole number, not {getattr(self, name)!r}")
         if self.op not in get_args(Op):
@@ -61,16 +64,11 @@ class ExpansionPlan:
 
     Attributes:
         layers: The expansions.
-        seed: Seed of every random choice; a tensor's generator is derived from it and the tensor's name, so the values
-            do not depend on the order in which shards are read.
     """
 
     layers: tuple[LayerExpansion, ...] = ()
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ConfigError(f"plan: seed must be a whole number, not {self.seed!r}")
         indices = [expansion.layer for expansion in self.layers]
         if len(set(indices)) != len(indices):
             doubled = sorted({i for i in indices if indices.count(i) > 1})
@@ -83,8 +81,7 @@ class ExpansionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form stored under ``statex`` in ``config.json``."""
-        rows = [{"layer": e.layer, "op": e.op, "factor": e.factor, "init": e.init} for e in self.layers]
-        return {"version": PLAN_VERSION, "seed": self.seed, "layers": rows}
+        return {"version": PLAN_VERSION, "layers": [asdict(expansion) for expansion in self.layers]}
 
     @classmethod
     def from_dict(cls, values: Any) -> ExpansionPlan:
@@ -101,7 +98,7 @@ class ExpansionPlan:
             layers = tuple(LayerExpansion(**row) for row in values["layers"])
         except TypeError as error:
             raise ConfigError(f"config.json: bad entry in statex.layers: {error}") from None
-        return cls(layers=layers, seed=values.get("seed", 0))
+        return cls(layers=layers)
 
 
 def select_layers(rule: str, num_layers: int) -> tuple[int, ...]:
@@ -134,7 +131,7 @@ def select_layers(rule: str, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-def extend_plan(existing: ExpansionPlan | None, new: Iterable[LayerExpansion], *, seed: int) -> ExpansionPlan:
+def extend_plan(existing: ExpansionPlan | None, new: Iterable[LayerExpansion]) -> ExpansionPlan:
     """Return ``existing`` with ``new`` expansions added.
 
     Raises:
@@ -142,10 +139,10 @@ def extend_plan(existing: ExpansionPlan | None, new: Iterable[LayerExpansion], *
     """
     new = tuple(new)
     if existing is None:
-        return ExpansionPlan(layers=new, seed=seed)
+        return ExpansionPlan(layers=new)
     if again := [e.layer for e in new if existing.get(e.layer)]:
         raise ConfigError(
             f"layers {again} are already expanded in this checkpoint; "
             "choose other layers, or expand the original checkpoint by the full factor"
         )
-    return ExpansionPlan(layers=existing.layers + new, seed=seed)
+    return ExpansionPlan(layers=existing.layers + new)

@@ -123,10 +123,10 @@ def test_dtype_is_written_and_named(tmp_path):
 
 def test_defaults(tmp_path):
     assert plan_model(config_from_dict(GLA)).statex.to_dict()["layers"] == [
-        {"layer": 0, "op": "merge_heads", "factor": 4, "init": "reinit"}
+        {"layer": 0, "op": "merge_heads", "factor": 4, "init": "reinit", "seed": 0}
     ]
     assert plan_model(config_from_dict({**MAMBA2, "num_hidden_layers": 8})).statex.to_dict()["layers"] == [
-        {"layer": layer, "op": "grow_state", "factor": 4, "init": "reinit"} for layer in (0, 6)
+        {"layer": layer, "op": "grow_state", "factor": 4, "init": "reinit", "seed": 0} for layer in (0, 6)
     ]
 
 

@@ -100,12 +100,12 @@ def test_one_expansion_a_layer():
 @pytest.mark.parametrize("seed", ["1", 1.5, None, True])
 def test_a_seed_is_a_whole_number(seed):
     with pytest.raises(ConfigError, match="seed must be a whole number"):
-        ExpansionPlan(seed=seed)
+        expansion(seed=seed)
 
 
 def test_round_trip_through_json():
     plan = ExpansionPlan(
-        layers=(expansion(0, op="mix_heads", init="lossless"), expansion(7, op="grow_state", factor=4)), seed=11
+        layers=(expansion(0, op="mix_heads", init="lossless"), expansion(7, op="grow_state", factor=4, seed=11))
     )
     assert ExpansionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
@@ -133,10 +133,10 @@ def test_bad_stored_plans(values, words):
 
 
 def test_extending():
-    first = extend_plan(None, [expansion(2)], seed=1)
-    assert first == ExpansionPlan(layers=(expansion(2),), seed=1)
-    second = extend_plan(first, [expansion(0)], seed=4)
+    first = extend_plan(None, [expansion(2, seed=1)])
+    assert first == ExpansionPlan(layers=(expansion(2, seed=1),))
+    second = extend_plan(first, [expansion(0, seed=4)])
     assert [e.layer for e in second.layers] == [0, 2]
-    assert second.seed == 4
+    assert [e.seed for e in second.layers] == [4, 1]
     with pytest.raises(ConfigError, match=r"layers \[2\] are already expanded in this checkpoint"):
-        extend_plan(first, [expansion(1), expansion(2)], seed=1)
+        extend_plan(first, [expansion(1), expansion(2)])

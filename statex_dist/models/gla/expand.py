@@ -22,7 +22,7 @@ TOKEN_MIXING = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gk_proj", "q_
 
 
 def expand_tensor(
-    suffix: str, tensor: torch.Tensor, *, config: GLAConfig, expansion: LayerExpansion, seed: int, name: str
+    suffix: str, tensor: torch.Tensor, *, config: GLAConfig, expansion: LayerExpansion, name: str
 ) -> torch.Tensor:
     """Return one tensor of an expanded layer.
 
@@ -31,8 +31,7 @@ def expand_tensor(
         tensor: The original values.
         config: Configuration of the *original* model.
         expansion: What is done to the layer.
-        seed: Seed of the plan.
-        name: Full name, which with ``seed`` fixes the random values.
+        name: Full name, which with the expansion's seed fixes the random values.
 
     Returns:
         The new values, in ``tensor``'s dtype; ``tensor`` itself where nothing changes.
@@ -41,12 +40,14 @@ def expand_tensor(
         return tensor.repeat(expansion.factor)
     part = suffix.split(".")[1] if suffix.startswith("attn.") else ""
     if expansion.init == "reinit" and part in TOKEN_MIXING:
-        return initial_value(suffix, tensor.shape, config=config, dtype=tensor.dtype, rng=generator_for(seed, name))
+        return initial_value(
+            suffix, tensor.shape, config=config, dtype=tensor.dtype, rng=generator_for(expansion.seed, name)
+        )
     return tensor
 
 
 def new_tensors(
-    *, config: GLAConfig, expansion: LayerExpansion, seed: int, prefix: str, dtype: torch.dtype
+    *, config: GLAConfig, expansion: LayerExpansion, prefix: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return tensors that the expanded layer has and the original had not, by full name.
 
@@ -56,9 +57,11 @@ def new_tensors(
     """
     if expansion.op != "mix_heads":
         return {}
-    mix = torch.zeros(config.num_heads, expansion.factor, dtype=dtype)
+    name, shape = prefix + MIX_NAME, (config.num_heads, expansion.factor)
     if expansion.init == "lossless":
+        mix = torch.zeros(shape, dtype=dtype)
         mix[:, 0] = 1.0
     else:
-        mix.fill_(expansion.factor**-0.5)
-    return {prefix + MIX_NAME: mix}
+        rng = generator_for(expansion.seed, name)
+        mix = initial_value(MIX_NAME, shape, config=config, dtype=dtype, rng=rng)
+    return {name: mix}

@@ -28,7 +28,7 @@ TOKEN_MIXING = tuple(
 
 
 def expand_tensor(
-    suffix: str, tensor: torch.Tensor, *, config: Mamba2Config, expansion: LayerExpansion, seed: int, name: str
+    suffix: str, tensor: torch.Tensor, *, config: Mamba2Config, expansion: LayerExpansion, name: str
 ) -> torch.Tensor:
     """Return one tensor of an expanded layer.
 
@@ -37,14 +37,13 @@ def expand_tensor(
         tensor: The original values.
         config: Configuration of the *original* model.
         expansion: What is done to the layer.
-        seed: Seed of the plan.
-        name: Full name, which with ``seed`` fixes the random values.
+        name: Full name, which with the expansion's seed fixes the random values.
 
     Returns:
         The new values, in ``tensor``'s dtype; ``tensor`` itself where nothing changes.
     """
     spec = layer_tensors(config, expansion.layer)[suffix]
-    rng = generator_for(seed, name)
+    rng = generator_for(expansion.seed, name)
     if expansion.init == "reinit" and suffix in TOKEN_MIXING:
         shape = list(tensor.shape)
         shape[0] += sum(_new_rows(spec, expansion))
@@ -61,7 +60,7 @@ def expand_tensor(
 
 
 def new_tensors(
-    *, config: Mamba2Config, expansion: LayerExpansion, seed: int, prefix: str, dtype: torch.dtype
+    *, config: Mamba2Config, expansion: LayerExpansion, prefix: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return tensors that the expanded layer has and the original had not: none, for Mamba2."""
     return {}
