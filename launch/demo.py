@@ -40,10 +40,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """How each family is expanded; docs/demo.md has the figures of the other choices."""
 
-TEXT_BYTES = 600_000
-HELD_OUT_BYTES = 60_000
+SHORT_PAIRS = (4, 8, 16)
+"""Pre-training sees short contexts; post-training and the evaluation longer ones, for which a state is grown."""
+
 PIECE_BYTES = 1_000
-RECALL_TOKENS = 6_000_000
+TEXT_PIECES = {"short": 90, "long": 60, "held_out": 60}
+RECALL_TOKENS = {"short": 3_000_000, "long": 1_800_000}
 EVALUATION_DOCUMENTS = 128
 
 
@@ -118,30 +120,32 @@ class Demo:
         """Write text and recall documents and turn them into shards."""
         data = self.out / "data"
         data.mkdir(parents=True)
-        pieces = _library_pieces(TEXT_BYTES + HELD_OUT_BYTES)
-        held_out, text = pieces[: HELD_OUT_BYTES // PIECE_BYTES], pieces[HELD_OUT_BYTES // PIECE_BYTES :]
-        _write_lines(data / "text.jsonl", [{"text": piece} for piece in text])
-        _write_lines(data / "held_out.jsonl", [{"text": piece} for piece in held_out])
-        _write_lines(data / "recall.jsonl", _recall_documents(int(RECALL_TOKENS * self.scale)))
-        self.statex("prepare", data / "text.jsonl", data / "recall.jsonl", "--out", data / "train")
-        self.statex("prepare", data / "held_out.jsonl", "--out", data / "held_out")
+        pieces = _library_pieces(sum(TEXT_PIECES.values()))
+        for name, count in TEXT_PIECES.items():
+            _write_lines(data / f"{name}_text.jsonl", [{"text": pieces.pop()} for _ in range(count)])
+            inputs = [data / f"{name}_text.jsonl"]
+            if name in RECALL_TOKENS:
+                pairs = SHORT_PAIRS if name == "short" else NUM_PAIRS
+                inputs.append(data / f"{name}_recall.jsonl")
+                _write_lines(inputs[1], _recall_documents(pairs, int(RECALL_TOKENS[name] * self.scale)))
+            self.statex("prepare", *inputs, "--out", data / name)
 
     def train_and_measure(self, seed: int) -> dict[str, tuple[Path, dict[str, Any]]]:
         """Run all arms of one seed; return each arm's model directory and record."""
         folder = self.out / f"seed{seed}"
         base, expanded = folder / "base" / "model", folder / "expanded"
-        self.train("base", folder, f"demo_{self.family}.yaml", "--seed", seed)
+        self.train("base", folder, f"demo_{self.family}.yaml", "short", "--seed", seed)
         self.statex("plan", base, *FAMILIES[self.family])
         self.statex("expand", "--source", base, "--target", expanded, "--seed", seed, *FAMILIES[self.family])
         for arm, model in (("lpt", base), ("statex", expanded)):
-            self.train(arm, folder, "demo_posttrain.yaml", "--seed", seed + 1000, "--model.path", model)
+            self.train(arm, folder, "demo_posttrain.yaml", "long", "--seed", seed + 1000, "--model.path", model)
         return {arm: (folder / arm / "model", self.measure(folder / arm, seed)) for arm in ARMS}
 
-    def train(self, arm: str, folder: Path, config: str, *arguments: object) -> None:
+    def train(self, arm: str, folder: Path, config: str, data: str, *arguments: object) -> None:
         """Train one arm with ``deepspeed`` and reshard the result to safetensors."""
         run, file = folder / arm / "run", REPOSITORY / "configs" / config
         steps = yaml.safe_load(file.read_text(encoding="utf-8"))["train"]["num_steps"]
-        options = ["--config", file, "--run_dir", run, "--data.path", self.out / "data" / "train", *arguments]
+        options = ["--config", file, "--run_dir", run, "--data.path", self.out / "data" / data, *arguments]
         if self.scale < 1:
             options += ["--train.num_steps", max(1, int(steps * self.scale)), "--schedule.warmup_steps", 0]
         script = REPOSITORY / "launch" / "train.py"
@@ -194,7 +198,7 @@ class Demo:
         self.console.print(f"[{seconds // 60}:{seconds % 60:02d}] $ {line}", style="bold", markup=False, soft_wrap=True)
 
 
-def _library_pieces(num_bytes: int) -> list[str]:
+def _library_pieces(count: int) -> list[str]:
     """Return pieces of the Python standard library's own sources, a text that every machine has."""
     pieces: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
@@ -202,14 +206,14 @@ def _library_pieces(num_bytes: int) -> list[str]:
         if text.isascii():
             pieces += [text[i : i + PIECE_BYTES] for i in range(0, len(text) - PIECE_BYTES, PIECE_BYTES)]
     order = np.random.default_rng(0).permutation(len(pieces))
-    return [pieces[i] for i in order[: num_bytes // PIECE_BYTES]]
+    return [pieces[i] for i in order[:count]]
 
 
-def _recall_documents(num_tokens: int) -> list[dict[str, Any]]:
+def _recall_documents(pairs: tuple[int, ...], num_tokens: int) -> list[dict[str, Any]]:
     """Return recall documents with as many tokens for every number of pairs; loss on the answers only."""
     documents: list[dict[str, Any]] = []
-    for num_pairs in NUM_PAIRS:
-        count = max(1, num_tokens // len(NUM_PAIRS) // (4 * num_pairs))
+    for num_pairs in pairs:
+        count = max(1, num_tokens // len(pairs) // (4 * num_pairs))
         # The evaluation draws with seed 0.
         tokens, mask = generate_mqar(num_pairs, count, seed=12345)
         documents += [

@@ -21,8 +21,9 @@ CONFIG_NAME = "config.json"
 class ModelConfig:
     """Fields that all families share; a family's own follow in its subclass.
 
-    Field names and meanings are those of the public checkpoints. Keys that we do not interpret are kept in ``extra``
-    and written back, so that reading and writing a config loses nothing.
+    Field names and meanings are those of the public checkpoints, but for ``embedding_initializer_range``, ours: the
+    standard deviation of a fresh embedding table where it is to differ from ``initializer_range``. Keys that we do not
+    interpret are kept in ``extra`` and written back, so that reading and writing a config loses nothing.
     """
 
     MODEL_TYPE: ClassVar[str]
@@ -31,6 +32,7 @@ class ModelConfig:
     hidden_size: int
     num_hidden_layers: int
     initializer_range: float = 0.02
+    embedding_initializer_range: float | None = None
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -95,6 +97,8 @@ class ModelConfig:
         """Return the contents of ``config.json``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         extra, plan = values.pop("extra"), values.pop("statex")
+        if self.embedding_initializer_range is None:
+            del values["embedding_initializer_range"]
         result = {"model_type": self.MODEL_TYPE, **extra, **values}
         if plan is not None:
             result["statex"] = plan.to_dict()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statex_dist.data.types import IGNORE_INDEX
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of
+from statex_dist.models.kinds import Family, family_of
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.random_init import generator_for, normal
 from statex_dist.models.sequence import LayerState, Sequences
@@ -73,11 +73,15 @@ class RecurrentLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.family = family_of(config.MODEL_TYPE)
         self.add_module(self.family.names.trunk, Trunk(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.trunk.embeddings.weight
+
+    @property
+    def family(self) -> Family:
+        """The model's family (not an attribute: its modules could not be pickled or copied with the model)."""
+        return family_of(self.config.MODEL_TYPE)
 
     @property
     def trunk(self) -> Trunk:
@@ -134,5 +138,8 @@ class RecurrentLM(nn.Module):
             elif name.endswith("norm.weight") or name.endswith(f"{self.family.names.final_norm}.weight"):
                 value = torch.ones(parameter.shape, dtype=dtype)
             else:
-                value = normal(parameter.shape, std=self.config.initializer_range, dtype=dtype, rng=rng)
+                std, embedding_std = self.config.initializer_range, self.config.embedding_initializer_range
+                if name == self.family.names.embeddings and embedding_std is not None:
+                    std = embedding_std
+                value = normal(parameter.shape, std=std, dtype=dtype, rng=rng)
             parameter.copy_(value)
