@@ -9,6 +9,7 @@ Every step is a real command, printed before it runs; the two post-training arms
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,27 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """How each family is expanded; docs/demo.md has the figures of the other choices."""
 
-SHORT_PAIRS = (4, 8, 16)
-"""Pre-training sees short contexts; post-training and the evaluation longer ones, for which a state is grown."""
-
 PIECE_BYTES = 1_000
-TEXT_PIECES = {"short": 90, "long": 60, "held_out": 60}
-RECALL_TOKENS = {"short": 3_000_000, "long": 1_800_000}
 EVALUATION_DOCUMENTS = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """One data set: recall documents with these numbers of pairs, and pieces of text."""
+
+    num_pairs: tuple[int, ...] = ()
+    recall_tokens: int = 0
+    text_pieces: int = 0
+
+
+CORPORA = {
+    "recall": Corpus(num_pairs=(4, 8, 16), recall_tokens=1_400_000),
+    "short": Corpus(num_pairs=(4, 8, 16), recall_tokens=1_150_000, text_pieces=150),
+    "long": Corpus(num_pairs=NUM_PAIRS, recall_tokens=2_600_000, text_pieces=350),
+    "held_out": Corpus(text_pieces=60),
+}
+"""Pre-training sees short contexts, first recall alone (text would drown its faint gradient), then recall and text.
+Post-training sees longer contexts, for which a state is grown; the last one measures perplexity."""
 
 
 class Demo:
@@ -120,21 +136,22 @@ class Demo:
         """Write text and recall documents and turn them into shards."""
         data = self.out / "data"
         data.mkdir(parents=True)
-        pieces = _library_pieces(sum(TEXT_PIECES.values()))
-        for name, count in TEXT_PIECES.items():
-            _write_lines(data / f"{name}_text.jsonl", [{"text": pieces.pop()} for _ in range(count)])
-            inputs = [data / f"{name}_text.jsonl"]
-            if name in RECALL_TOKENS:
-                pairs = SHORT_PAIRS if name == "short" else NUM_PAIRS
-                inputs.append(data / f"{name}_recall.jsonl")
-                _write_lines(inputs[1], _recall_documents(pairs, int(RECALL_TOKENS[name] * self.scale)))
-            self.statex("prepare", *inputs, "--out", data / name)
+        pieces = _library_pieces(sum(corpus.text_pieces for corpus in CORPORA.values()))
+        for name, corpus in CORPORA.items():
+            records = _recall_documents(corpus.num_pairs, int(corpus.recall_tokens * self.scale))
+            records += [{"text": pieces.pop()} for _ in range(corpus.text_pieces)]
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (data / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            self.statex("prepare", data / f"{name}.jsonl", "--out", data / name)
 
     def train_and_measure(self, seed: int) -> dict[str, tuple[Path, dict[str, Any]]]:
         """Run all arms of one seed; return each arm's model directory and record."""
         folder = self.out / f"seed{seed}"
         base, expanded = folder / "base" / "model", folder / "expanded"
-        self.train("base", folder, f"demo_{self.family}.yaml", "short", "--seed", seed)
+        self.train("start", folder, f"demo_{self.family}.yaml", "recall", "--seed", seed)
+        self.train(
+            "base", folder, "demo_continue.yaml", "short", "--seed", seed, "--model.path", folder / "start/model"
+        )
         self.statex("plan", base, *FAMILIES[self.family])
         self.statex("expand", "--source", base, "--target", expanded, "--seed", seed, *FAMILIES[self.family])
         for arm, model in (("lpt", base), ("statex", expanded)):
@@ -179,7 +196,7 @@ class Demo:
         rates = [record["tokens_per_s"] for record in read_metrics(arm / "run")]
         return {
             "seed": seed,
-            "recall": {n: estimate["mean"] for n, estimate in mqar.items()},
+            "recall": {n: estimate["accuracy"] for n, estimate in mqar.items()},
             "perplexity": loss["perplexity"],
             "tokens_per_s": round(statistics.median(rates)),
         }
@@ -189,7 +206,9 @@ class Demo:
         from launch.cli import main
 
         self._show("statex", *arguments)
-        if main([str(argument) for argument in arguments]):
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the demo's own table or JSON
+            failed = main([str(argument) for argument in arguments])
+        if failed:
             raise StateXError(f"statex {arguments[0]} failed; its message is above")
 
     def _show(self, *command: object) -> None:
@@ -221,10 +240,6 @@ def _recall_documents(pairs: tuple[int, ...], num_tokens: int) -> list[dict[str,
             for row, answers in zip(tokens, mask, strict=True)
         ]
     return documents
-
-
-def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def _free_port() -> int:
