@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-ARMS = {"base": "pre-trained", "lpt": "post-trained as it is (LPT)", "statex": "expanded, then post-trained (StateX)"}
+ARMS = {"base": "pre-trained", "lpt": "LPT", "statex": "StateX"}
+CAPTION = "LPT: post-trained as it is. StateX: expanded, then post-trained on the same tokens."
 NUM_PAIRS = (8, 16, 32, 64)
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """Return the demo's table: a row an arm, means over seeds with their spread (standard deviation)."""
-    seeds = len(result["arms"]["base"]["seeds"])
-    title = f"{result['family']}: recall by number of key-value pairs ({seeds} seed{'s' if seeds > 1 else ''})"
-    table = Table(title=title)
-    table.add_column("model")
-    for column in ("state", "parameters", *(f"{n} pairs" for n in NUM_PAIRS), "text ppl", "train tok/s"):
-        table.add_column(column, justify="right")
-    for arm, text in ARMS.items():
-        entry = result["arms"][arm]
-        records = entry["seeds"]
-        table.add_row(
-            text,
-            f"{entry['state_numbers']:,}",
-            f"{entry['parameters']:,}",
-            *(_spread((r["recall"][str(n)] for r in records), "{:.3f}") for n in NUM_PAIRS),
-            _spread((r["perplexity"] for r in records), "{:.2f}"),
-            _spread((r["tokens_per_s"] for r in records), "{:,.0f}"),
-        )
+    """Return the demo's table: a column an arm, means over seeds with their spread (standard deviation)."""
+    arms = [result["arms"][arm] for arm in ARMS]
+    seeds = len(arms[0]["seeds"])
+    table = Table(title=f"{result['family']}, {seeds} seed{'s' if seeds > 1 else ''}", caption=CAPTION)
+    table.add_column("")
+    for arm in ARMS.values():
+        table.add_column(arm, justify="right")
+    table.add_row("state numbers", *(f"{arm['state_numbers']:,}" for arm in arms))
+    table.add_row("parameters", *(f"{arm['parameters']:,}" for arm in arms), end_section=True)
+    for n in NUM_PAIRS:
+        accuracies = ([record["recall"][str(n)] for record in arm["seeds"]] for arm in arms)
+        table.add_row(f"recall of {n} pairs", *(_spread(values, "{:.3f}") for values in accuracies))
+    table.rows[-1].end_section = True
+    for title, key, form in (
+        ("text perplexity", "perplexity", "{:.2f}"),
+        ("training tokens/s", "tokens_per_s", "{:,.0f}"),
+    ):
+        table.add_row(title, *(_spread([record[key] for record in arm["seeds"]], form) for arm in arms))
     return table
 
 
@@ -69,7 +69,6 @@ def draw_plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _spread(values: Iterable[float], form: str) -> str:
-    values = list(values)
+def _spread(values: list[float], form: str) -> str:
     text = form.format(statistics.mean(values))
     return text if len(values) == 1 else f"{text} ± {form.format(statistics.stdev(values))}"

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     # Launchers start this file by its path, which puts launch/ on the module path but not the repository.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from statex_dist.config import parse_config
+from statex_dist.config import one_line, parse_config
 from statex_dist.errors import StateXError
 from statex_dist.log import setup_logging
 
@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_config(RunConfig, arguments, prog="train.py", description="Train a recurrent language model.")
         return 0 if train(config) else EXIT_PREEMPTED
     except StateXError as error:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
-        return 2
+        # Every rank speaks: what is wrong may be so on one node only.
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"error: {one_line(error)}\n" if rank == "0" else f"[rank {rank}] error: {one_line(error)}\n")
+        return error.exit_code
 
 
 if __name__ == "__main__":
