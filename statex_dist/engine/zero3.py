@@ -153,17 +153,19 @@ class Zero3Engine(TrainEngine):
         self.engine.save_checkpoint(str(checkpoints), tag=tag, client_state=client_state, save_latest=False)
 
     def _load(self, checkpoints: Path, tag: str) -> dict[str, Any]:
-        for path in sorted((checkpoints / tag).glob("*.pt")):
-            if rank_of(path.name) == self.rank:
-                _refuse_foreign_pickle(path)
+        mine = [path for path in (checkpoints / tag).glob("*.pt") if rank_of(path.name) == self.rank]
+        # All ranks must stop if one does: the others would wait for it inside DeepSpeed.
+        if problems := [
+            problem for found in self.gather([foreign_code(path) for path in mine]) for problem in found if problem
+        ]:
+            raise CheckpointError(problems[0])
         loaded, client_state = self.engine.load_checkpoint(str(checkpoints), tag=tag)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {checkpoints / tag}")
         return client_state
 
 
-def _refuse_foreign_pickle(path: Path) -> None:
-    """Raise if a checkpoint file would run anything but DeepSpeed's own classes (its loader runs any pickle)."""
-    found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    if foreign := found - _EXPECTED_GLOBALS:
-        raise CheckpointError(f"{path} holds foreign code and is refused: {', '.join(sorted(foreign))}")
+def foreign_code(path: Path) -> str | None:
+    """Say what a checkpoint file would run beside DeepSpeed's own classes (its loader runs any pickle), or None."""
+    foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _EXPECTED_GLOBALS
+    return f"{path} holds foreign code and is refused: {', '.join(sorted(foreign))}" if foreign else None

@@ -169,3 +169,17 @@ def test_bf16_trains(tmp_path: Path, shards: Path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*")), "wandb should have recorded offline"
     saved = json.loads((tmp_path / "run/checkpoints/global_step3/model/config.json").read_text())
     assert config_from_dict(saved) == config_from_dict(GLA)
+
+
+def test_checkpoint_files_with_foreign_code_are_named(tmp_path: Path, two_rank_run: Path):
+    from statex_dist.engine.zero3 import foreign_code
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"module": Evil()}, tmp_path / "evil.pt")
+    assert "evil.pt holds foreign code and is refused: posix.system" in (foreign_code(tmp_path / "evil.pt") or "")
+    files = list((two_rank_run / "checkpoints" / "global_step6").glob("*.pt"))
+    assert len(files) == 4
+    assert [foreign_code(path) for path in files] == [None] * 4

@@ -1,0 +1,40 @@
+"""What the README says must be so: every module stands in its file tree, every command that it shows parses."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launch.cli import build_parser
+from tests.runs import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("package", ["statex_dist", "checkpoints_tools", "launch", "benchmarks"])
+def test_every_module_is_in_the_file_tree(package: str):
+    tree = README.split("## What stands where")[1].split("## Set-up")[0]
+    for path in sorted((REPOSITORY / package).rglob("*.py")):
+        name = "cmd_*.py" if path.name.startswith("cmd_") else path.name
+        assert name == "__init__.py" or re.search(rf"^\s+{re.escape(name)}\s", tree, flags=re.MULTILINE), path
+
+
+def shown_commands(path: Path) -> list[str]:
+    """Return the complete ``statex`` commands in a document's code, without those that are cut short."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"`(statex [^`\n]+)`", text) + re.findall(r"^\$ (statex .+)$", text, flags=re.MULTILINE)
+    return [command for command in blocks if not re.search(r"\.\.\.|…|\||[A-Z]{3}|\s-\s|\[", command)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_shown_commands_parse(path: Path):
+    for command in shown_commands(path):
+        arguments = shlex.split(command, comments=True)[1:]
+        if len(arguments) > 1:
+            build_parser().parse_args(arguments)
+
+
+def test_enough_commands_are_checked():
+    assert sum(len(shown_commands(path)) for path in DOCUMENTS) >= 10
