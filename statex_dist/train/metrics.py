@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.manifest import write_durably
+
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
@@ -104,4 +106,4 @@ def _drop_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_durably(path, "".join(line + "\n" for line in kept))
