@@ -22,6 +22,8 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@# --no-deps: its dependency torchvision breaks transformers beside a CPU torch (docs/environment.md).
 	$(BIN)/python -m pip install --quiet --no-deps "mosaicml-streaming==0.13.0"
+	@# ... and this lets `import streaming` work without it.
+	$(BIN)/python -m statex_dist.data.streaming_hook
 	@touch $(READY)
 
 demo: $(READY)

@@ -60,11 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StateXError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return error.exit_code
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-    except BrokenPipeError:
-        return 1
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ def run(args: Any) -> int:
     """Run the demo."""
     from launch.demo import Demo
 
-    demo = Demo(args.out, family=args.family, ranks=args.ranks, scale=args.scale, overwrite=args.overwrite)
-    demo.run(seeds=args.seeds, as_json=args.json)
+    demo = Demo(
+        args.out,
+        family=args.family,
+        seeds=args.seeds,
+        ranks=args.ranks,
+        scale=args.scale,
+        overwrite=args.overwrite,
+    )
+    demo.run(as_json=args.json)
     return 0

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from launch.demo_report import ARMS, NUM_PAIRS, draw_plot, make_table
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.errors import ConfigError, StateXError
+from statex_dist.errors import ConfigError, DataError, StateXError
 from statex_dist.evaluation.mqar import generate_mqar
 from statex_dist.models.kinds import family_of, read_config
 from statex_dist.train.metrics import read_metrics
@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 PIECE_BYTES = 1_000
 EVALUATION_DOCUMENTS = 128
+MARKER = ".statex-demo"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,7 @@ class Demo:
     Args:
         out: The folder.
         family: ``gla`` or ``mamba2``.
+        seeds: Number of repetitions: other parameters, expansions and orders of the same data.
         ranks: Processes of the ZeRO-3 jobs.
         scale: Fraction of the training steps.
         overwrite: Whether a folder that is not empty is replaced.
@@ -79,39 +81,43 @@ class Demo:
         ConfigError: A wrong argument, or the folder is not empty.
     """
 
-    def __init__(self, out: str, *, family: str, ranks: int = 2, scale: float = 1.0, overwrite: bool = False):
+    def __init__(
+        self, out: str, *, family: str, seeds: int = 1, ranks: int = 2, scale: float = 1.0, overwrite: bool = False
+    ):
+        if seeds < 1:
+            raise ConfigError(f"--seeds must be 1 or more, not {seeds}")
         if family not in FAMILIES:
             raise ConfigError(f"--family {family!r} is not one of {', '.join(FAMILIES)}")
         if ranks < 1 or not 0 < scale <= 1:
             raise ConfigError(f"--ranks must be 1 or more and --scale in (0, 1], not {ranks} and {scale}")
         if not (REPOSITORY / "configs").is_dir():
             raise ConfigError("statex demo reads configs/ of the repository; install it with pip install -e")
-        self.out, self.family, self.ranks, self.scale = Path(out), family, ranks, scale
+        self.out, self.family, self.seeds, self.ranks, self.scale = Path(out), family, seeds, ranks, scale
         if self.out.is_file():
             raise ConfigError(f"--out {out} is a file; give a folder")
         if self.out.is_dir() and any(self.out.iterdir()):
-            # Never delete what is not ours: a folder without the demo's marker could be anybody's.
-            if not overwrite or not (self.out / "data").is_dir():
+            if not overwrite:
                 raise ConfigError(f"--out {out} is not empty; pass --overwrite to replace an earlier demo there")
+            if not (self.out / MARKER).is_file():
+                raise ConfigError(f"--out {out} is not empty and no earlier demo ({MARKER}); give another folder")
             shutil.rmtree(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / MARKER).touch()
         self.console = Console(stderr=True, highlight=False)
         self.started = time.monotonic()
 
-    def run(self, *, seeds: int = 1, as_json: bool = False) -> dict[str, Any]:
+    def run(self, *, as_json: bool = False) -> dict[str, Any]:
         """Go the whole way and write ``demo.json`` and ``demo.png``.
 
         Args:
-            seeds: Number of repetitions with other seeds.
             as_json: Print the result as JSON to standard output, instead of the table.
 
         Returns:
             The contents of ``demo.json``.
         """
-        if seeds < 1:
-            raise ConfigError(f"--seeds must be 1 or more, not {seeds}")
         self.make_data()
         arms: dict[str, dict[str, Any]] = {}
-        for seed in range(seeds):
+        for seed in range(self.seeds):
             for arm, (model, record) in self.train_and_measure(seed).items():
                 config = read_config(model)
                 numbers = sum(config.layer_geometry(i).numbers for i in range(config.num_hidden_layers))
@@ -135,7 +141,7 @@ class Demo:
     def make_data(self) -> None:
         """Write text and recall documents and turn them into shards."""
         data = self.out / "data"
-        data.mkdir(parents=True)
+        data.mkdir()
         pieces = _library_pieces(sum(corpus.text_pieces for corpus in CORPORA.values()))
         for name, corpus in CORPORA.items():
             records = _recall_documents(corpus.num_pairs, int(corpus.recall_tokens * self.scale))
@@ -168,7 +174,8 @@ class Demo:
         script = REPOSITORY / "launch" / "train.py"
         self._show("deepspeed", "--num_accelerators", self.ranks, script, *options)
         launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", self.ranks, "--master_port", _free_port()]
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        # A model this small gains nothing from a GPU, and the figures are then the same everywhere.
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         done = subprocess.run(
@@ -183,12 +190,12 @@ class Demo:
 
     def measure(self, arm: Path, seed: int) -> dict[str, Any]:
         """Evaluate one arm's model."""
-        model, recall, perplexity = arm / "model", arm / "recall", arm / "perplexity"
+        model, recall, perplexity = ("--model", arm / "model", "--device", "cpu"), arm / "recall", arm / "perplexity"
         pairs = ",".join(map(str, NUM_PAIRS))
         # fmt: off
-        self.statex("eval", "recall", "--model", model, "--out", recall, "--tasks", "mqar", "--num-pairs", pairs,
+        self.statex("eval", "recall", *model, "--out", recall, "--tasks", "mqar", "--num-pairs", pairs,
                     "--num-samples", EVALUATION_DOCUMENTS)
-        self.statex("eval", "perplexity", "--model", model, "--out", perplexity,
+        self.statex("eval", "perplexity", *model, "--out", perplexity,
                     "--data", self.out / "data" / "held_out")
         # fmt: on
         mqar = json.loads((recall / "recall.json").read_text(encoding="utf-8"))["tasks"]["mqar"]["by_num_pairs"]
@@ -224,6 +231,8 @@ def _library_pieces(count: int) -> list[str]:
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.isascii():
             pieces += [text[i : i + PIECE_BYTES] for i in range(0, len(text) - PIECE_BYTES, PIECE_BYTES)]
+    if len(pieces) < count:
+        raise DataError(f"this Python has too few sources in its standard library: {len(pieces)} pieces of {count}")
     order = np.random.default_rng(0).permutation(len(pieces))
     return [pieces[i] for i in order[:count]]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tempfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.checkpoint.manifest import write_durably
@@ -16,7 +19,7 @@ from statex_dist.config import dump_yaml, to_dict
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
-from statex_dist.data.tokenizer import load_tokenizer
+from statex_dist.data.tokenizer import is_bytes_tokenizer, load_tokenizer
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import ConfigError, DataError
@@ -35,6 +38,7 @@ from statex_dist.train.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+LOCK_NAME = ".lock"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,7 +68,33 @@ def train(config: RunConfig) -> bool:
     stop = StopRequest()
     stop.install()
 
-    run_dir, store = Path(config.run_dir), open_store(config.data.path)
+    run_dir = Path(config.run_dir)
+    lock = claim(run_dir) if env.rank == 0 else nullcontext()
+    with lock:
+        return _train(config, env, accumulation_steps, run_dir, stop)
+
+
+def claim(run_dir: Path) -> FileLock:
+    """Make the run's directory and return a held lock on it, which the system releases when this process ends.
+
+    Raises:
+        ConfigError: The directory cannot be made, or another process is training into it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / LOCK_NAME, blocking=False)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"run_dir {run_dir}: another process is training into it; stop it first, or give another run_dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from None
+    return lock
+
+
+def _train(config: RunConfig, env: ProcessEnv, accumulation_steps: int, run_dir: Path, stop: StopRequest) -> bool:
+    store = open_store(config.data.path)
     model = build_model(config)
     loader = build_loader(config, store, model.config, env)
     model_files = describe_model(config, store, model.config)
@@ -79,14 +109,13 @@ def train(config: RunConfig) -> bool:
     engine = build_engine(config, model, env, accumulation_steps)
     try:
         checkpoints = run_dir / CHECKPOINTS_DIR
-        client_state = engine.load(checkpoints)
+        client_state = engine.load(checkpoints, model_files)
         start_step = 0
         if client_state is not None:
             start_step = client_state["step"]
             loader.load_state_dict(client_state["loader"])
         metrics = None
         if engine.rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
             write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
             metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
         batches = iter(loader)
@@ -119,7 +148,12 @@ def build_model(config: RunConfig) -> RecurrentLM:
         model = from_pretrained(Path(config.model.path), dtype=dtype)
     else:
         assert config.model.config is not None
-        model = RecurrentLM(config_from_dict(config.model.config))
+        settings = config_from_dict(config.model.config)
+        if settings.extra:
+            allowed = sorted({f.name for f in dataclasses.fields(settings)} - {"extra"})
+            unknown = ", ".join(f"model.config.{key}" for key in sorted(settings.extra))
+            raise ConfigError(f"unknown key {unknown}; allowed in model.config: model_type, {', '.join(allowed)}")
+        model = RecurrentLM(settings)
         model.init_parameters(config.seed)
         model = model.to(dtype)
     model.trunk.activation_checkpointing = config.engine.activation_checkpointing == "block"
@@ -130,7 +164,7 @@ def build_loader(config: RunConfig, store: ShardStore, model: ModelConfig, env: 
     """Return this rank's loader.
 
     Raises:
-        DataError: The data was tokenized for a larger vocabulary than the model's.
+        DataError: The data was tokenized with another tokenizer or for a larger vocabulary than the model's.
     """
     manifest = store.manifest
     if manifest is not None and manifest.vocab_size > model.vocab_size:
@@ -138,7 +172,16 @@ def build_loader(config: RunConfig, store: ShardStore, model: ModelConfig, env: 
             f"{config.data.path} uses a vocabulary of {manifest.vocab_size} ({manifest.tokenizer}); "
             f"the model's has {model.vocab_size}"
         )
+    source = Path(config.model.path) if config.model.path is not None else None
+    has_tokenizer = source is not None and ((source / TOKENIZER_FILES[0]).is_file() or is_bytes_tokenizer(source))
+    if manifest is not None and has_tokenizer and load_tokenizer(str(source)).hash != manifest.tokenizer_hash:
+        raise DataError(
+            f"{config.data.path} was made with another tokenizer ({manifest.tokenizer}) than the one in {source}; "
+            f"prepare the text again with --tokenizer {source}"
+        )
     pad = model.pad_token_id if model.pad_token_id is not None else 0
+    if not 0 <= pad < model.vocab_size:
+        raise ConfigError(f"pad_token_id={pad} of the model is outside its vocabulary of {model.vocab_size}")
     return PackedLoader(
         store,
         seq_len=config.data.seq_len,

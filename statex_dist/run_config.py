@@ -81,6 +81,10 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise ConfigError("run_dir must not be empty")
+
     def accumulation_steps(self, world_size: int) -> int:
         """Return the packs per rank and step.
 

@@ -71,7 +71,7 @@ TOOLS_MAY_READ = (
 
 ENGINES = {
     "deepspeed": ("statex_dist.engine.zero3",),
-    "streaming": ("statex_dist.data.mds",),
+    "streaming": ("statex_dist.data.mds", "statex_dist.data.streaming_hook"),  # the hook makes the import possible
     "webdataset": ("statex_dist.data.tar",),
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),

@@ -24,6 +24,7 @@ CHECKPOINTS_DIR = "checkpoints"
 LATEST_NAME = "latest"
 MANIFEST_NAME = "MANIFEST.json"
 MODEL_DIR = "model"
+CONFIG_NAME = "config.json"
 PLAIN_STATE_NAME = "plain_state.pt"
 TEMPORARY_PREFIX = ".tmp-"
 

@@ -168,7 +168,12 @@ def finish_target(temporary: Path, target: Path) -> None:
         shutil.rmtree(old)
     if target.exists():
         target.replace(old)
-    commit_directory(temporary, target)
+    try:
+        commit_directory(temporary, target)
+    except OSError:
+        if old.exists() and not target.exists():
+            old.replace(target)
+        raise
     if old.exists():
         shutil.rmtree(old)
 

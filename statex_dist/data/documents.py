@@ -75,6 +75,8 @@ def find_files(inputs: Sequence[str | Path], suffixes: Sequence[str] = DEFAULT_S
     for given in inputs:
         path = Path(given)
         if path.exists():
+            if not path.is_dir() and not path.is_file():
+                raise DataError(f"input {path} is neither a file nor a directory")
             found = _walk(path, suffixes) if path.is_dir() else [path]
         elif glob.has_magic(str(given)):
             matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))  # noqa: PTH207 - absolute globs

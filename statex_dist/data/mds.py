@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import sys
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from statex_dist.data import streaming_hook
 from statex_dist.data.mds_format import LOSS_MASK, TOKENS, MdsShard, decompress, fingerprint, read_index, verify_file
 from statex_dist.data.store import DatasetManifest, Piece
 from statex_dist.errors import ConfigError, DataError
@@ -38,26 +38,19 @@ def has_streaming() -> bool:
 
 
 def load_streaming() -> ModuleType:
-    """Import and return ``streaming.base`` without running ``streaming/__init__``.
+    """Import and return ``streaming.base`` without running ``streaming/__init__`` (see :mod:`streaming_hook`).
 
-    The package's ``__init__`` imports torchvision, whose CUDA build raises beside a CPU torch; ``streaming.base``
-    needs none of it. Also gives streaming the ``LOCAL_WORLD_SIZE`` that the deepspeed launcher does not set (it sets
-    ``LOCAL_SIZE``); without it every rank believes to be the local leader (streaming issue 717).
+    Also gives streaming the ``LOCAL_WORLD_SIZE`` that the deepspeed launcher does not set (it sets ``LOCAL_SIZE``);
+    without it every rank believes to be the local leader (streaming issue 717).
 
     Raises:
         ConfigError: mosaicml-streaming is not installed.
     """
     if "LOCAL_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-    if "streaming.base" in sys.modules:
-        return sys.modules["streaming.base"]
-    if "streaming" not in sys.modules:
-        spec = importlib.util.find_spec("streaming")
-        if spec is None:
-            raise ConfigError("writing MDS needs mosaicml-streaming: pip install --no-deps mosaicml-streaming==0.13.0")
-        package = importlib.util.module_from_spec(spec)  # makes the module; its code does not run
-        package.__getattr__ = lambda name: getattr(importlib.import_module("streaming.base"), name)  # type: ignore[method-assign]
-        sys.modules["streaming"] = package
+    if not has_streaming():
+        raise ConfigError("writing MDS needs mosaicml-streaming: pip install --no-deps mosaicml-streaming==0.13.0")
+    streaming_hook.install()
     return importlib.import_module("streaming.base")
 
 

@@ -6,15 +6,20 @@ manifest, renames the directory and moves ``latest``. Whenever the job is killed
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from statex_dist.checkpoint.layout import (
+    CONFIG_NAME,
     LATEST_NAME,
     MANIFEST_NAME,
     MODEL_DIR,
@@ -143,15 +148,22 @@ class TrainEngine(ABC):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         self.barrier()
-        self._save(checkpoints, temporary.name, {"step": step, **client_state})
-        mine = {
-            path.name: record_file(path)
-            for path in temporary.iterdir()
-            if path.is_file() and (rank_of(path.name) == self.rank or (self.rank == 0 and rank_of(path.name) is None))
-        }
-        records = self.gather({name: asdict(record) for name, record in mine.items()})
+        mine: dict[str, dict[str, Any]] = {}
+        problem = None
+        try:
+            self._save(checkpoints, temporary.name, {"step": step, **client_state})
+            for path in temporary.iterdir():
+                owner = rank_of(path.name)
+                if path.is_file() and (owner == self.rank or (self.rank == 0 and owner is None)):
+                    mine[path.name] = asdict(record_file(path))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            problem = f"checkpoint {target} cannot be written by rank {self.rank}: {error}"
+        # No rank goes on alone: the others would wait for it until the collective's timeout.
+        reports = self.gather((problem, mine))
+        if problems := [text for text, _ in reports if text]:
+            raise CheckpointError(problems[0])
         if self.rank == 0:
-            files = {name: FileRecord(**record) for part in records for name, record in part.items()}
+            files = {name: FileRecord(**record) for _, part in reports for name, record in part.items()}
             (temporary / MODEL_DIR).mkdir()
             for name, text in model_files.items():
                 write_durably(temporary / MODEL_DIR / name, text)
@@ -168,23 +180,24 @@ class TrainEngine(ABC):
         self.barrier()
         return target
 
-    def load(self, checkpoints: Path) -> dict[str, Any] | None:
-        """Restore the newest complete checkpoint.
+    def load(self, checkpoints: Path, model_files: Mapping[str, str]) -> dict[str, Any] | None:
+        """Restore the newest complete checkpoint; learning rate, betas and weight decay stay those of this start.
 
         Args:
             checkpoints: The run's directory of checkpoints.
+            model_files: As in :meth:`save`; the checkpoint must be of the same model.
 
         Returns:
             The client state, or None where the run has not saved anything yet.
 
         Raises:
             CheckpointError: Files are damaged, there is no complete checkpoint although ``latest`` names one, or it
-                was written by another number of ranks.
+                is of another model or was written by another number of ranks.
         """
         found: tuple[str | None, str | None] = (None, None)
         if self.rank == 0:
             try:
-                found = (self._find(checkpoints), None)
+                found = (self._find(checkpoints, model_files), None)
             except CheckpointError as error:
                 found = (None, str(error))
         tag, problem = self.broadcast(found)
@@ -195,7 +208,7 @@ class TrainEngine(ABC):
         logger.info("resuming from %s", checkpoints / tag)
         return self._load(checkpoints, tag)
 
-    def _find(self, checkpoints: Path) -> str | None:
+    def _find(self, checkpoints: Path, model_files: Mapping[str, str]) -> str | None:
         tags = complete_tags(checkpoints)
         if not tags:
             if (checkpoints / LATEST_NAME).exists():
@@ -214,7 +227,29 @@ class TrainEngine(ABC):
                 "start it with the same number of ranks"
             )
         manifest.verify(directory)
+        saved = json.loads((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
+        given = json.loads(model_files[CONFIG_NAME])
+        if other := sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key)):
+            raise CheckpointError(
+                f"{directory} is of another model (config.json differs in {', '.join(other)}); "
+                "give the model that this run began with, or another run_dir"
+            )
         return tags[0]
+
+
+@contextmanager
+def keep_hyperparameters(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR
+) -> Iterator[None]:
+    """Restore states inside, but not the settings that come with them: those of the configuration stay in force."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    base_lrs = list(schedule.base_lrs)
+    yield
+    schedule.base_lrs = base_lrs
+    for group, kept, base_lr, factor in zip(
+        optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group.update(kept, lr=base_lr * factor(schedule.last_epoch))
 
 
 def prune(checkpoints: Path, keep_last: int) -> None:

@@ -15,7 +15,10 @@ def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumula
         gradient_clipping: Largest global gradient norm; 0 for none.
         accumulation_steps: Packs per rank and optimizer step.
     """
+    # Several packs per step are summed: in bf16 the later ones would be rounded away.
+    accumulate = {"grad_accum_dtype": "fp32"} if accumulation_steps > 1 else {}
     return {
+        "data_types": accumulate,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": gradient_clipping,

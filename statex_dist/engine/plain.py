@@ -11,7 +11,7 @@ from torch import nn
 
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
 from statex_dist.data.types import PackedBatch
-from statex_dist.engine.base import StepResult, TrainEngine
+from statex_dist.engine.base import StepResult, TrainEngine, keep_hyperparameters
 
 
 class PlainEngine(TrainEngine):
@@ -93,8 +93,9 @@ class PlainEngine(TrainEngine):
     def _load(self, checkpoints: Path, tag: str) -> dict[str, Any]:
         state = torch.load(checkpoints / tag / PLAIN_STATE_NAME, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        with keep_hyperparameters(self.optimizer, self.schedule):
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
         return state["client_state"]
 
 

@@ -26,7 +26,7 @@ import deepspeed.ops
 
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.data.types import PackedBatch
-from statex_dist.engine.base import EngineConfig, StepResult, TrainEngine
+from statex_dist.engine.base import EngineConfig, StepResult, TrainEngine, keep_hyperparameters
 from statex_dist.engine.ds_config import deepspeed_config
 from statex_dist.engine.plain import forward_loss
 from statex_dist.errors import CheckpointError
@@ -89,7 +89,7 @@ class Zero3Engine(TrainEngine):
     ):
         self.rank, self.world_size, self.device = env.rank, env.world_size, env.device
         self.accumulation_steps = accumulation_steps
-        self.optimizer = optimizer
+        self.optimizer, self.schedule = optimizer, schedule
         settings = deepspeed_config(config, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
         self.engine.train()
@@ -116,7 +116,8 @@ class Zero3Engine(TrainEngine):
         lr = self.optimizer.param_groups[0]["lr"]
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return StepResult(grad_norm=float(norm) if norm is not None else float("nan"), lr=lr)
+        assert norm is not None, "DeepSpeed computes the global norm in every optimizer step of stage 3"
+        return StepResult(grad_norm=float(norm), lr=lr)
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         value = value.to(self.device)
@@ -159,7 +160,8 @@ class Zero3Engine(TrainEngine):
             problem for found in self.gather([foreign_code(path) for path in mine]) for problem in found if problem
         ]:
             raise CheckpointError(problems[0])
-        loaded, client_state = self.engine.load_checkpoint(str(checkpoints), tag=tag)
+        with keep_hyperparameters(self.optimizer, self.schedule):
+            loaded, client_state = self.engine.load_checkpoint(str(checkpoints), tag=tag)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {checkpoints / tag}")
         return client_state

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan
-
-CONFIG_NAME = "config.json"
 
 
 @dataclass(kw_only=True)

@@ -86,18 +86,15 @@ class Trainer:
             Whether the run is complete (False: told to stop, and saved).
 
         Raises:
-            StateXError: The loss is not finite; nothing is saved after that.
+            StateXError: The loss or the gradient is not finite; nothing is saved after that.
         """
         while self.step < self.config.num_steps:
             start = time.perf_counter()
             batch = next(self.batches)
             loss = self.engine.forward_backward(batch)
-            if not math.isfinite(loss):
-                raise StateXError(
-                    f"the loss is {loss} at step {self.step + 1}; resume from the last checkpoint with a lower "
-                    "optimizer.lr, or look at the data of that step"
-                )
+            self._require_finite("loss", loss)
             result = self.engine.step()
+            self._require_finite("gradient norm", result.grad_norm)
             self.step += 1
             seconds = time.perf_counter() - start
             if self.metrics is not None:
@@ -120,6 +117,13 @@ class Trainer:
             if stopping and self.step < self.config.num_steps:
                 return False
         return True
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise StateXError(
+                f"the {name} is {value} at step {self.step + 1}; resume from the last checkpoint with a lower "
+                "optimizer.lr, or look at the data of that step"
+            )
 
     def _save(self, batch: list[PackedBatch]) -> None:
         # The state travels with the batch: a loader that has already fetched ahead does not matter.

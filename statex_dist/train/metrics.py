@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,15 @@ class MetricsConfig:
     wandb_project: str | None = None
     wandb_name: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ConfigError(f"metrics.log_every must be 1 or more, not {self.log_every}")
+
 
 class Metrics:
     """Writes one record per optimizer step; used on rank 0 only.
+
+    ``tokens`` of a record are the positions of all packs, padding included (``best_fit`` pads little).
 
     Args:
         run_dir: The run's directory.
@@ -60,7 +68,7 @@ class Metrics:
             dir=str(run_dir),
             config=settings,
             mode=mode,  # type: ignore[arg-type]
-            id=run_dir.resolve().name,
+            id=_wandb_id(run_dir),
             resume="allow",
         )
 
@@ -93,6 +101,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def _wandb_id(run_dir: Path) -> str:
+    """Return the run's wandb id, drawn once: a resumed run goes on under it, another run has another."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        write_durably(path, uuid.uuid4().hex)
+    return path.read_text(encoding="utf-8")
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Remove records after ``step``, and a last line that a kill cut short."""
     if not path.exists():
@@ -100,10 +116,10 @@ def _drop_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
-        except ValueError:
-            logger.warning("%s: dropping a line that was cut short", path)
+            keep = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: dropping a line that is no record: %.80s", path, line)
             continue
-        if record["step"] <= step:
+        if keep:
             kept.append(line)
     write_durably(path, "".join(line + "\n" for line in kept))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -11,17 +12,21 @@ logger = logging.getLogger(__name__)
 EXIT_PREEMPTED = 75
 """Exit code of a run that was told to stop, saved and can be resumed (sysexits' EX_TEMPFAIL)."""
 
+IMPATIENCE_SECONDS = 5.0
+
 
 class StopRequest:
     """Remembers that this process was told to stop.
 
-    A second signal is handed to the default handler, so that an impatient user is not kept waiting.
+    Launchers repeat themselves (deepspeed answers Ctrl-C by terminating ranks that have got the signal already), so
+    repetitions are ignored; only an interrupt some seconds later is a user who will not wait for the save.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received = False
+        self._since = 0.0
 
     def install(self) -> None:
         """Start to listen."""
@@ -29,7 +34,8 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        logger.warning("%s received: saving after this step", signal.Signals(number).name)
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if not self.received:
+            self.received, self._since = True, time.monotonic()
+            logger.warning("%s received: saving after this step", signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() - self._since > IMPATIENCE_SECONDS:
+            raise KeyboardInterrupt

@@ -77,6 +77,19 @@ def test_replacing_a_directory_interrupted_anywhere_keeps_old_or_new(tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
+def test_a_failed_replacement_puts_the_old_directory_back(tmp_path: Path, monkeypatch):
+    target = make(tmp_path / "t", "old")
+    temporary = prepare_target(target, overwrite=True)
+
+    def fail(*_):
+        raise OSError(5, "input/output error")
+
+    monkeypatch.setattr("statex_dist.checkpoint.manifest.commit_directory", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        finish_target(temporary, target)
+    assert (target / "weights").read_text() == "old"
+
+
 def test_a_full_target_is_refused(tmp_path: Path):
     target = make(tmp_path / "t", "old")
     with pytest.raises(CheckpointError, match="exists and is not empty; pass --overwrite"):

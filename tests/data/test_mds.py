@@ -82,6 +82,12 @@ def test_shim_does_not_run_the_package_and_sets_the_launchers_variable():
     assert (done.stdout.strip(), done.returncode) == ("2", 0), done.stderr
 
 
+def test_a_bare_import_works_in_the_environment_that_make_setup_made():
+    code = "import streaming, sys; streaming.StreamingDataset; assert 'torchvision' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def dataset(tmp_path) -> Path:
     return write_mds(tmp_path / "ds", make_documents([1000] * 8), shard_bytes=8192)

@@ -131,7 +131,11 @@ def test_the_training_script_refuses_a_bad_config(tmp_path: Path):
 
 
 def test_the_demo_refuses_what_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "data").mkdir()
     (tmp_path / "precious").write_text("x")
-    assert "is not empty" in refused(capsys, "demo", "--out", tmp_path, "--overwrite")
+    assert "no earlier demo (.statex-demo)" in refused(capsys, "demo", "--out", tmp_path, "--overwrite")
+    assert "is not empty; pass --overwrite" in refused(capsys, "demo", "--out", tmp_path)
+    (tmp_path / ".statex-demo").touch()
+    assert "--seeds must be 1 or more" in refused(capsys, "demo", "--out", tmp_path, "--overwrite", "--seeds", "0")
     assert (tmp_path / "precious").exists()
     assert "'gpt' is not one of gla, mamba2" in refused(capsys, "demo", "--out", tmp_path / "d", "--family", "gpt")

@@ -1,6 +1,7 @@
 """The loop with the plain engine in one process: saving, resuming, stopping, pruning."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import torch
 
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.config import parse_config
+from statex_dist.data.tokenizer import BytesTokenizer
+from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
-from statex_dist.run import train
+from statex_dist.models.kinds import config_from_dict
+from statex_dist.run import claim, train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
 from statex_dist.train.signals import StopRequest
@@ -139,7 +143,12 @@ def test_checkpointing_activations_changes_nothing(tmp_path: Path, shards: Path)
         (["--model.path", "x"], ConfigError, "give either model.path"),
         (["--engine.precision", "bf16"], ConfigError, "plain trains in fp32"),
         (["--model.config.vocab_size", "100"], DataError, "vocabulary of 258 .*; the model's has 100"),
-        (["--optimizer.lr", "1e30"], StateXError, r"the loss is (nan|inf) at step"),
+        (["--optimizer.lr", "1e30"], StateXError, r"is (nan|inf) at step"),
+        (["--metrics.log_every", "0"], ConfigError, "metrics.log_every must be 1 or more, not 0"),
+        (["--run_dir", ""], ConfigError, "run_dir must not be empty"),
+        (["--run_dir", "/proc/none"], ConfigError, "run_dir /proc/none cannot be written"),
+        (["--model.config.num_headz", "4"], ConfigError, "unknown key model.config.num_headz; allowed in model.config"),
+        (["--model.config.pad_token_id", "999"], ConfigError, "pad_token_id=999 of the model is outside"),
     ],
 )
 def test_bad_runs_are_refused_with_their_reason(tmp_path: Path, shards: Path, arguments, error, message):
@@ -152,3 +161,53 @@ def test_packs_must_divide_over_ranks(tmp_path: Path, shards: Path):
     assert config.accumulation_steps(3) == 2
     with pytest.raises(ConfigError, match="packs_per_step=6 does not divide over 4 ranks; set it to a multiple of 4"):
         config.accumulation_steps(4)
+
+
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(tmp_path: Path, shards: Path):
+    sections = {"schedule": {"name": "constant", "warmup_steps": 0}, "train": {"num_steps": 2}}
+    assert train(load(tmp_path, shards, **sections))
+    again = load(tmp_path, shards, "--train.num_steps", "4", "--optimizer.lr", "1e-5", **sections)
+    assert train(again)
+    assert [record["lr"] for record in read_metrics(Path(again.run_dir))] == [0.01, 0.01, 1e-5, 1e-5]
+
+
+def test_an_infinite_gradient_is_never_saved(tmp_path: Path, shards: Path, monkeypatch):
+    config = load(tmp_path, shards, train={"save_every": 1})
+    step, calls = PlainEngine.step, []
+
+    def explode(self):
+        calls.append(self)
+        if len(calls) == 2:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return step(self)
+
+    monkeypatch.setattr(PlainEngine, "step", explode)
+    with pytest.raises(StateXError, match=r"the gradient norm is (nan|inf) at step 2"):
+        train(config)
+    assert complete_tags(Path(config.run_dir) / "checkpoints") == ["global_step1"]
+
+
+def test_another_model_in_the_same_run_is_refused(tmp_path: Path, shards: Path):
+    assert train(load(tmp_path, shards))
+    other = load(tmp_path, shards, "--train.num_steps", "8", model={"config": {**GLA, "num_heads": 2}})
+    with pytest.raises(CheckpointError, match=r"is of another model \(config.json differs in num_heads\)"):
+        train(other)
+
+
+def test_two_processes_cannot_train_into_one_run(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards)
+    with claim(Path(config.run_dir)), pytest.raises(ConfigError, match="another process is training into it"):
+        train(config)
+    assert train(config), "the lock must go when its holder does"
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path: Path, shards: Path):
+    model = save_model(config_from_dict(GLA), tmp_path / "model")
+    BytesTokenizer().save(model)
+    assert train(load(tmp_path, shards, name="same", model={"path": str(model)}))
+    manifest = json.loads((shards / "manifest.json").read_text())
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_hash": "0" * 32}))
+    with pytest.raises(DataError, match="was made with another tokenizer"):
+        train(load(tmp_path, copy, name="other", model={"path": str(model)}))

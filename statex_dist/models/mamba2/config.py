@@ -53,6 +53,11 @@ class Mamba2Config(ModelConfig):
             )
         if self.num_heads % self.n_groups:
             raise CheckpointError(f"mamba2 config: n_groups={self.n_groups} must divide num_heads={self.num_heads}")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise CheckpointError(
+                f"mamba2 config: time_step_min={self.time_step_min} and time_step_max={self.time_step_max} "
+                "must be above 0 and in this order"
+            )
         self.check_plan()
         for expansion in self.statex.layers if self.statex else ():
             if expansion.op != "grow_state":
