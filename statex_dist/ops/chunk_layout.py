@@ -166,7 +166,9 @@ def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device
     rank[order] = np.arange(len(order))
 
     def tensor(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(device)
+        # The layout is kept: made under inference mode, its tensors could not be used by a later training step.
+        with torch.inference_mode(False):
+            return torch.from_numpy(values).to(device)
 
     return ChunkLayout(
         num_chunks=sum(active),

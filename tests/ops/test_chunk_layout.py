@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.ops.chunk_layout import chunk_layout, sequence_lengths
+from statex_dist.ops.chunked import chunked_gla
 
 CPU = torch.device("cpu")
 
@@ -78,3 +79,15 @@ def test_sequence_lengths():
     for marks in ([0, 3], [1, 7], [0, 5, 3, 7]):
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of tokens 7"):
             sequence_lengths(1, 7, torch.tensor(marks))
+
+
+def test_a_layout_made_in_inference_mode_serves_training_too():
+    chunk_layout.cache_clear()
+    q = torch.randn(1, 20, 2, 4)
+    with torch.inference_mode():
+        chunked_gla(q, q, q, -q.abs(), scale=1.0)
+    x = q.clone().requires_grad_()
+    o, _ = chunked_gla(x, x, x, -x.abs(), scale=1.0)
+    o.sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
