@@ -36,7 +36,7 @@ def plan_model(
         ConfigError: The options are wrong or do not fit the model.
     """
     if layers is None:
-        layers = f"every:{min(DEFAULT_EVERY, config.num_hidden_layers)}"
+        layers = f"every:{DEFAULT_EVERY}"
     number: int | None
     if factor is None:
         chosen = op or family_of(config.MODEL_TYPE).expand.DEFAULT_OP

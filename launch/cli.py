@@ -31,14 +31,19 @@ COMMANDS = {
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command and all its subcommands."""
     parser = jsonargparse.ArgumentParser(
-        prog="statex", description="A bigger memory for pre-trained recurrent language models.", exit_on_error=False
+        prog="statex",
+        description="A bigger memory for pre-trained recurrent language models.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
     subcommands = parser.add_subcommands(dest="command")
     for name, text in COMMANDS.items():
         # Aborting half-typed commands must not cost a torch import: the cmd_* modules import little at the top.
         module = importlib.import_module(f"launch.cmd_{name}")
-        subparser = jsonargparse.ArgumentParser(description=text[0].upper() + text[1:] + ".", exit_on_error=False)
+        subparser = jsonargparse.ArgumentParser(
+            description=text[0].upper() + text[1:] + ".", exit_on_error=False, allow_abbrev=False
+        )
         module.add_arguments(subparser)
         subcommands.add_subcommand(name, subparser, help=text)
     return parser

@@ -87,6 +87,17 @@ def run(args: Any) -> int:
     return 0
 
 
+def _tokenizer_of(args: Any) -> str:
+    """Return what was given as tokenizer, or the model's directory if it holds one."""
+    from statex_dist.data.tokenizer import is_bytes_tokenizer
+
+    if args.tokenizer:
+        return args.tokenizer
+    if not (Path(args.model) / "tokenizer.json").is_file() and not is_bytes_tokenizer(args.model):
+        raise ConfigError(f"model {args.model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
+    return args.model
+
+
 def _recall(args: Any) -> tuple[dict[str, Any], Table]:
     from rich.table import Table
 
@@ -107,8 +118,8 @@ def _recall(args: Any) -> tuple[dict[str, Any], Table]:
         seed=args.seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    tokenizer = load_tokenizer(args.tokenizer or args.model) if "needle" in settings.tasks else None
     model = load_model(args.model, args.device, threads=args.threads)
+    tokenizer = load_tokenizer(_tokenizer_of(args)) if "needle" in settings.tasks else None
     open_target(Path(args.out), overwrite=args.overwrite)
     result = run_recall(model, settings, tokenizer=tokenizer)
     facts = model_facts(model, args.model)
@@ -137,8 +148,8 @@ def _perplexity(args: Any) -> tuple[dict[str, Any], Table]:
     settings = PerplexitySettings(
         segment_length=args.segment_length, max_tokens=args.max_tokens, seed=args.seed, **given
     )
-    tokenizer = load_tokenizer(args.tokenizer or args.model)
     model = load_model(args.model, args.device, threads=args.threads)
+    tokenizer = load_tokenizer(_tokenizer_of(args))
     check_vocabulary(model, tokenizer)
     open_target(Path(args.out), overwrite=args.overwrite)
     result = run_perplexity(model, read_documents(Path(args.data), tokenizer), settings, tokenizer=tokenizer)

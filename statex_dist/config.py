@@ -91,7 +91,7 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
     Raises:
         ConfigError: Unknown key, wrong type, missing required value or unreadable file.
     """
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with the values below.")
     parser.add_class_arguments(cls)
     files = [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--config"]

@@ -68,10 +68,25 @@ def train(config: RunConfig) -> bool:
     stop = StopRequest()
     stop.install()
 
-    run_dir = Path(config.run_dir)
-    lock = claim(run_dir) if env.rank == 0 else nullcontext()
-    with lock:
-        return _train(config, env, accumulation_steps, run_dir, stop)
+    store = open_store(config.data.path)
+    model = build_model(config)
+    loader = build_loader(config, store, model.config, env)
+    model_files = describe_model(config, store, model.config)
+    logger.info(
+        "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
+        model.config.MODEL_TYPE,
+        sum(p.numel() for p in model.parameters()),
+        sum(model.config.layer_geometry(i).numbers for i in range(model.config.num_hidden_layers)),
+        config.data.packs_per_step * config.data.seq_len,
+        env.world_size,
+    )
+    # Only now, so that a start that is refused leaves no directory behind.
+    with claim(Path(config.run_dir)) if env.rank == 0 else nullcontext():
+        engine = build_engine(config, model, env, accumulation_steps)
+        try:
+            return _train(config, engine, loader, model_files, stop)
+        finally:
+            engine.close()
 
 
 def claim(run_dir: Path) -> FileLock:
@@ -93,52 +108,42 @@ def claim(run_dir: Path) -> FileLock:
     return lock
 
 
-def _train(config: RunConfig, env: ProcessEnv, accumulation_steps: int, run_dir: Path, stop: StopRequest) -> bool:
-    store = open_store(config.data.path)
-    model = build_model(config)
-    loader = build_loader(config, store, model.config, env)
-    model_files = describe_model(config, store, model.config)
-    logger.info(
-        "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
-        model.config.MODEL_TYPE,
-        sum(p.numel() for p in model.parameters()),
-        sum(model.config.layer_geometry(i).numbers for i in range(model.config.num_hidden_layers)),
-        config.data.packs_per_step * config.data.seq_len,
-        env.world_size,
+def _train(
+    config: RunConfig, engine: TrainEngine, loader: PackedLoader, model_files: dict[str, str], stop: StopRequest
+) -> bool:
+    run_dir = Path(config.run_dir)
+    checkpoints = run_dir / CHECKPOINTS_DIR
+    client_state = engine.load(checkpoints, model_files)
+    start_step = 0
+    if client_state is not None:
+        start_step = client_state["step"]
+        loader.load_state_dict(client_state["loader"])
+    if start_step >= config.train.num_steps:
+        logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, config.train.num_steps)
+    metrics = None
+    if engine.rank == 0:
+        write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
+        metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
+    batches = iter(loader)
+    trainer = Trainer(
+        engine,
+        batches,
+        config.train,
+        checkpoints=checkpoints,
+        model_files=model_files,
+        metrics=metrics,
+        stop=stop,
+        start_step=start_step,
     )
-    engine = build_engine(config, model, env, accumulation_steps)
     try:
-        checkpoints = run_dir / CHECKPOINTS_DIR
-        client_state = engine.load(checkpoints, model_files)
-        start_step = 0
-        if client_state is not None:
-            start_step = client_state["step"]
-            loader.load_state_dict(client_state["loader"])
-        metrics = None
-        if engine.rank == 0:
-            write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
-            metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
-        batches = iter(loader)
-        trainer = Trainer(
-            engine,
-            batches,
-            config.train,
-            checkpoints=checkpoints,
-            model_files=model_files,
-            metrics=metrics,
-            stop=stop,
-            start_step=start_step,
-        )
-        if start_step >= config.train.num_steps:
-            logger.info("%s is complete: %d of %d steps", run_dir, start_step, config.train.num_steps)
-        try:
-            return trainer.run()
-        finally:
-            batches.close()
-            if metrics is not None:
-                metrics.close()
+        done = trainer.run()
     finally:
-        engine.close()
+        batches.close()
+        if metrics is not None:
+            metrics.close()
+    if not done:
+        logger.info("stopped at step %d of %d; the same command goes on", trainer.step, config.train.num_steps)
+    return done
 
 
 def build_model(config: RunConfig) -> RecurrentLM:

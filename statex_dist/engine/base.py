@@ -220,7 +220,10 @@ class TrainEngine(ABC):
         directory = checkpoints / tags[0]
         manifest = Manifest.read(directory)
         if manifest.kind != self.kind:
-            raise CheckpointError(f"{directory} was written by engine {manifest.kind}, this run uses {self.kind}")
+            raise CheckpointError(
+                f"{directory} was written by engine {manifest.kind}, this run uses {self.kind}; "
+                f"give --engine.name {manifest.kind}, or another run_dir"
+            )
         if manifest.info.get("world_size") != self.world_size:
             raise CheckpointError(
                 f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {self.world_size}; "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from statex_dist.checkpoint.layout import CONFIG_NAME
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan
@@ -138,7 +138,10 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{model_dir} holds no {CONFIG_NAME}: not a Hugging Face model directory") from None
+        hint = "not a Hugging Face model directory"
+        if (model_dir / CHECKPOINTS_DIR).is_dir():
+            hint = f"it is a training run; make a model of it: statex reshard --source {model_dir} --target DIR --to hf"
+        raise CheckpointError(f"{model_dir} holds no {CONFIG_NAME}: {hint}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):

@@ -116,8 +116,10 @@ def select_layers(rule: str, num_layers: int) -> tuple[int, ...]:
         return tuple(range(num_layers))
     if match := re.fullmatch(r"(every|first|last):(\d+)", rule):
         kind, count = match[1], int(match[2])
-        if count < 1 or count > num_layers:
-            raise ConfigError(f"--layers {rule}: K must be between 1 and the model's {num_layers} layers")
+        if count < 1 or (count > num_layers and kind != "every"):
+            raise ConfigError(
+                f"--layers {rule}: K must be 1 or more, and at most the model's {num_layers} layers for first and last"
+            )
         if kind == "every":
             return tuple(range(0, num_layers, count))
         return tuple(range(count)) if kind == "first" else tuple(range(num_layers - count, num_layers))

@@ -97,6 +97,21 @@ def test_wrong_checkpoints(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--to" in refused(capsys, "reshard", "--source", model, "--target", tmp_path / "r", "--to", "gguf")
 
 
+def test_options_are_never_guessed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    message = refused(capsys, "expand", "--source", model, "--target", tmp_path / "x", "--layer", "first:1")
+    assert "--layer" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_or_a_model_without_tokenizer_is_named_for_what_it_is(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "it is a training run; make a model of it: statex reshard" in refused(capsys, "plan", tmp_path / "run")
+    message = refused(capsys, "eval", "recall", "--model", model, "--out", tmp_path / "e", "--tasks", "needle")
+    assert "comes without a tokenizer; give --tokenizer bytes" in message
+
+
 def test_targets_are_not_overwritten(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     full = tmp_path / "full"
     full.mkdir()

@@ -21,6 +21,7 @@ def expansion(layer=0, **changes):
         ("every:6", 24, (0, 6, 12, 18)),
         ("every:1", 3, (0, 1, 2)),
         ("every:3", 3, (0,)),
+        ("every:6", 2, (0,)),
         ("first:2", 5, (0, 1)),
         ("last:2", 5, (3, 4)),
         ("last:5", 5, (0, 1, 2, 3, 4)),
@@ -33,11 +34,11 @@ def test_rules(rule, num_layers, expected):
     assert select_layers(rule, num_layers) == expected
 
 
-@pytest.mark.parametrize("rule", ["every:0", "first:0", "last:0", "every:25", "first:25", "last:99"])
+@pytest.mark.parametrize("rule", ["every:0", "first:0", "last:0", "first:25", "last:99"])
 def test_a_count_outside_the_model_is_refused(rule):
     with pytest.raises(ConfigError) as caught:
         select_layers(rule, 24)
-    assert str(caught.value) == f"--layers {rule}: K must be between 1 and the model's 24 layers"
+    assert f"--layers {rule}: K must be 1 or more, and at most the model's 24 layers" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +57,6 @@ def test_a_layer_out_of_range_is_named():
 
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_every_k_starts_at_zero_and_stays_inside(num_layers, step):
-    if step > num_layers:
-        with pytest.raises(ConfigError):
-            select_layers(f"every:{step}", num_layers)
-        return
     layers = select_layers(f"every:{step}", num_layers)
     assert layers[0] == 0
     assert len(layers) == -(-num_layers // step)

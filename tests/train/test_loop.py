@@ -140,6 +140,7 @@ def test_checkpointing_activations_changes_nothing(tmp_path: Path, shards: Path)
         (["--train.num_steps", "0"], ConfigError, "train.num_steps must be 1 or more, not 0"),
         (["--optimizer.lr", "much"], ConfigError, "optimizer.lr"),
         (["--optimizer.rate", "1"], ConfigError, "optimizer.rate"),
+        (["--train.num_step", "1"], ConfigError, "train.num_step"),
         (["--model.path", "x"], ConfigError, "give either model.path"),
         (["--engine.precision", "bf16"], ConfigError, "plain trains in fp32"),
         (["--model.config.vocab_size", "100"], DataError, "vocabulary of 258 .*; the model's has 100"),
@@ -199,6 +200,12 @@ def test_two_processes_cannot_train_into_one_run(tmp_path: Path, shards: Path):
     with claim(Path(config.run_dir)), pytest.raises(ConfigError, match="another process is training into it"):
         train(config)
     assert train(config), "the lock must go when its holder does"
+
+
+def test_a_refused_start_leaves_nothing_behind(tmp_path: Path, shards: Path):
+    with pytest.raises(CheckpointError, match="model directory not found"):
+        train(load(tmp_path, shards, model={"path": str(tmp_path / "none")}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path, shards: Path):
