@@ -89,11 +89,11 @@ def run(args: Any) -> int:
 
 def _tokenizer_of(args: Any) -> str:
     """Return what was given as tokenizer, or the model's directory if it holds one."""
-    from statex_dist.data.tokenizer import is_bytes_tokenizer
+    from statex_dist.data.tokenizer import has_tokenizer
 
     if args.tokenizer:
         return args.tokenizer
-    if not (Path(args.model) / "tokenizer.json").is_file() and not is_bytes_tokenizer(args.model):
+    if not has_tokenizer(args.model):
         raise ConfigError(f"model {args.model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
     return args.model
 

@@ -19,7 +19,7 @@ from statex_dist.config import dump_yaml, to_dict
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
-from statex_dist.data.tokenizer import is_bytes_tokenizer, load_tokenizer
+from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import ConfigError, DataError
@@ -178,8 +178,8 @@ def build_loader(config: RunConfig, store: ShardStore, model: ModelConfig, env: 
             f"the model's has {model.vocab_size}"
         )
     source = Path(config.model.path) if config.model.path is not None else None
-    has_tokenizer = source is not None and ((source / TOKENIZER_FILES[0]).is_file() or is_bytes_tokenizer(source))
-    if manifest is not None and has_tokenizer and load_tokenizer(str(source)).hash != manifest.tokenizer_hash:
+    comparable = source is not None and has_tokenizer(source)
+    if manifest is not None and comparable and load_tokenizer(str(source)).hash != manifest.tokenizer_hash:
         raise DataError(
             f"{config.data.path} was made with another tokenizer ({manifest.tokenizer}) than the one in {source}; "
             f"prepare the text again with --tokenizer {source}"

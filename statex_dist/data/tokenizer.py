@@ -177,6 +177,11 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     return HFTokenizer(loaded, str(spec))
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Return whether :func:`load_tokenizer` can load ``directory``: a fast tokenizer's file, or the marker of bytes."""
+    return (Path(directory) / "tokenizer.json").is_file() or is_bytes_tokenizer(directory)
+
+
 def is_bytes_tokenizer(directory: str | Path) -> bool:
     """Return whether ``directory`` carries the marker of :class:`BytesTokenizer`.
 

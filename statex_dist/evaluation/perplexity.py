@@ -42,6 +42,7 @@ from statex_dist.evaluation.streaming import (
 )
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
+from statex_dist.ops.precision import wide_dtype
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ def _stream(model: RecurrentLM, documents: Iterator[Piece], settings: Perplexity
             inputs[i, : len(read)], labels[i, : len(read)] = read, wanted
         _check_tokens(inputs, labels, rows, model.config.vocab_size)
         output = model(torch.as_tensor(inputs, device=device), states=states, output_states=True)
-        wide = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        wide = output.logits.to(wide_dtype(output.logits.dtype))
         losses = F.cross_entropy(
             wide.flatten(0, 1), torch.as_tensor(labels, device=device).flatten(), reduction="none"
         ).view(labels.shape)

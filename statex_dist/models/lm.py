@@ -15,6 +15,7 @@ from statex_dist.models.kinds import Family, family_of
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.random_init import generator_for, normal
 from statex_dist.models.sequence import LayerState, Sequences
+from statex_dist.ops.precision import wide_dtype
 
 
 class LMOutput(NamedTuple):
@@ -120,7 +121,7 @@ class RecurrentLM(nn.Module):
         logits = self.lm_head(hidden)
         loss_sum = None
         if labels is not None:
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            wide = logits.to(wide_dtype(logits.dtype))
             loss_sum = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return LMOutput(
             logits=logits if labels is None else None,

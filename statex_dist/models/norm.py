@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from statex_dist.ops.precision import wide_dtype
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
@@ -29,7 +31,7 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the gated norm of ``x`` in ``x``'s dtype."""
-        gate = F.silu(gate.to(_work_dtype(gate)))
+        gate = F.silu(gate.to(wide_dtype(gate.dtype)))
         if self.norm_before_gate:
             return (self.weight * normalize(x, self.eps) * gate).to(x.dtype)
         return self.weight * normalize(x.to(gate.dtype) * gate, self.eps).to(x.dtype)
@@ -37,9 +39,5 @@ class GatedRMSNorm(RMSNorm):
 
 def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Return ``x`` over its root mean square along the last dimension, in fp32 (float64 for float64)."""
-    x = x.to(_work_dtype(x))
+    x = x.to(wide_dtype(x.dtype))
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-def _work_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

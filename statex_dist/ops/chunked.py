@@ -16,6 +16,7 @@ import torch
 
 from statex_dist.errors import ConfigError
 from statex_dist.ops.chunk_layout import chunk_layout, pick_chunk_size, sequence_lengths
+from statex_dist.ops.precision import wide_dtype
 
 _BLOCK = 4
 
@@ -48,7 +49,7 @@ def chunked_gla(
     if chunk_size < _BLOCK or chunk_size & (chunk_size - 1):
         raise ConfigError(f"chunk_size must be a power of two from {_BLOCK}, not {chunk_size}")
     layout = chunk_layout(lengths, chunk_size, q.device)
-    out_dtype, work_dtype = v.dtype, _work_dtype(q.dtype)
+    out_dtype, work_dtype = v.dtype, wide_dtype(q.dtype)
     q, k, v, g = (layout.to_chunks(x).to(work_dtype) for x in (q * scale, k, v, g))
     b = g.cumsum(dim=2)
     total = b[:, :, -1:]
@@ -114,7 +115,7 @@ def chunked_ssd(
     if chunk_size < 1:
         raise ConfigError(f"chunk_size must be 1 or more, not {chunk_size}")
     layout = chunk_layout(lengths, chunk_size, x.device)
-    out_dtype, work_dtype = x.dtype, _work_dtype(x.dtype)
+    out_dtype, work_dtype = x.dtype, wide_dtype(x.dtype)
     decay_log = layout.to_chunks((dt * A).unsqueeze(-1)).to(work_dtype).squeeze(-1)
     x_dt = layout.to_chunks(x * dt.unsqueeze(-1)).to(work_dtype)
     B, C = (layout.to_chunks(y).to(work_dtype) for y in (B, C))
@@ -137,8 +138,3 @@ def chunked_ssd(
 def _fold_heads(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Return ``[chunks, G, C, (H/G) P]`` from ``[chunks, H, C, P]``."""
     return x.unflatten(1, (num_groups, -1)).transpose(2, 3).flatten(-2, -1)
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of decays and states: fp32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,6 +12,8 @@ import itertools
 
 import torch
 
+from statex_dist.ops.precision import wide_dtype
+
 
 def gla_step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor, *, scale: float
@@ -155,7 +157,7 @@ def naive_ssd(
 
 
 def _first_state(initial_state: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
+    wide = wide_dtype(like.dtype)
     return like.new_zeros(shape, dtype=wide) if initial_state is None else initial_state.to(wide)
 
 

@@ -15,6 +15,7 @@ from statex_dist.models.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import causal_conv, conv_tail
 from statex_dist.ops.dispatch import gla, gla_decode
+from statex_dist.ops.precision import wide_dtype
 
 
 class GatedLinearAttention(nn.Module):
@@ -68,7 +69,7 @@ class GatedLinearAttention(nn.Module):
         if self.config.use_short_conv:
             (q, k, v), new_tail = self._convolve((q, k, v), sequences, tail)
         logits = self.gk_proj(x)
-        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        g = F.logsigmoid(logits.to(wide_dtype(logits.dtype)))
         g = g / self.config.gate_logit_normalizer
         if self.config.clamp_min is not None:
             g = g.clamp(min=self.config.clamp_min)
@@ -84,7 +85,7 @@ class GatedLinearAttention(nn.Module):
                 q,
                 k,
                 v,
-                g.to(torch.promote_types(q.dtype, torch.float32)),
+                g.to(wide_dtype(q.dtype)),
                 mix=mix,
                 initial_state=recurrent,
                 cu_seqlens=sequences.cu_seqlens,

@@ -15,6 +15,7 @@ from statex_dist.models.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import causal_conv, conv_tail
 from statex_dist.ops.dispatch import ssd, ssd_decode
+from statex_dist.ops.precision import wide_dtype
 
 
 class Mamba2Mixer(nn.Module):
@@ -65,7 +66,7 @@ class Mamba2Mixer(nn.Module):
         inputs = inputs.unflatten(-1, (config.num_heads, config.head_dim))
         B, C = (y.unflatten(-1, (config.n_groups, -1)) for y in (B, C))
         # The dynamics stay fp32 in bf16 training: a rounded decay is a different memory.
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x.dtype)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*config.time_step_limit)
         A = -self.A_log.to(wide).exp()
         if x.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
@@ -109,5 +110,5 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, LayerState | None]:
         """Return the layer's output ``[B, T, hidden]`` and its state after ``x``."""
         mixed, new_state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), sequences, state)
-        residual = x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+        residual = x.to(wide_dtype(x.dtype)) if self.residual_in_fp32 else x
         return residual + mixed, new_state
