@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import tempfile
 from collections.abc import Iterable
@@ -226,7 +225,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
 
 def describe_model(config: RunConfig, store: ShardStore, model: ModelConfig) -> dict[str, str]:
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
-    files = {CONFIG_NAME: json.dumps(model.to_dict(), indent=2) + "\n"}
+    files = {CONFIG_NAME: model.to_json()}
     source = Path(config.model.path) if config.model.path is not None else None
     if source is not None and (found := _read_files(source, TOKENIZER_FILES)):
         return files | found

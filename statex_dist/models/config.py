@@ -103,6 +103,10 @@ class ModelConfig:
             result["statex"] = plan.to_dict()
         return result
 
+    def to_json(self) -> str:
+        """Return the text of ``config.json``."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes``."""
         return dataclasses.replace(self, **changes)

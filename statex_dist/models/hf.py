@@ -50,7 +50,7 @@ def save_pretrained(model: RecurrentLM, directory: Path, *, overwrite: bool = Fa
 
 def write_config(config: ModelConfig, directory: Path) -> None:
     """Write ``config.json`` with the plan inside."""
-    (directory / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (directory / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
 
 def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
