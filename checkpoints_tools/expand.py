@@ -1,273 +1,175 @@
-"""Expansion of a checkpoint on disk, one tensor at a time.
+"""Expansion of a checkpoint on disk, streamed: memory is bounded by buffers, whatever the model.
 
-What is done to a tensor is decided in ``statex_dist/models/<family>/expand.py`` and nowhere else; this file streams the
-tensors through it, checks names and shapes before and after, and writes down what happened to each.
+What becomes of a tensor is decided in ``statex_dist/models/<family>/expand.py`` and nowhere else; this file pairs the
+recipes with the source's tensors, has them written and keeps the account.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
+from checkpoints_tools.expansion_report import REPORT_NAME, ExpansionReport, make_report
 from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
+from checkpoints_tools.journal import ShardRecord
 from checkpoints_tools.model_check import check_apart, check_tensors
-from checkpoints_tools.plan_options import plan_model
+from checkpoints_tools.shard_writer import WriteOptions
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource, parse_dtype, stored_dtype, total_bytes
-from statex_dist.config import parse_size
-from statex_dist.errors import CheckpointError
-from statex_dist.models.config import CONFIG_NAME, ModelConfig
-from statex_dist.models.kinds import Family, family_of, new_expansions, read_config
-from statex_dist.models.layout import TensorSpec
-from statex_dist.state.plan import ExpansionPlan, Init, LayerExpansion, Op
+from checkpoints_tools.tensor_io import FLOATS, Progress, TensorInfo, TensorSource, stored_dtype, total_bytes
+from checkpoints_tools.transfer import TensorJob
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
+from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.surgery import Surgery, surgeries
 
-ACCOUNT_NAME = "expansion.json"
-ACCOUNT_VERSION = 1
+logger = logging.getLogger(__name__)
 
-Change = Literal["kept", "grown", "reinitialised", "new"]
+DRAWABLE = ("F64", "F32", "F16", "BF16")
+"""Dtypes in which new rows can be drawn; others can only be copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TensorChange:
-    """What happened to one tensor of an expanded layer.
+class Expansion:
+    """A checked expansion: everything that is known before a byte is written.
 
     Attributes:
-        name: Full name.
-        change: ``kept`` (bit-equal), ``grown`` (old values kept, new rows added), ``reinitialised`` (fresh values) or
-            ``new``.
-        shape_before: Original shape; None for a new tensor.
-        shape_after: Shape in the target.
+        source: The original checkpoint.
+        values: Contents of its ``config.json``.
+        before: Its config.
+        after: The config of the target.
+        jobs: Every tensor of the target.
     """
 
-    name: str
-    change: Change
-    shape_before: tuple[int, ...] | None
-    shape_after: tuple[int, ...]
+    source: TensorSource
+    values: dict[str, Any]
+    before: ModelConfig
+    after: ModelConfig
+    jobs: list[TensorJob]
+
+    def config_values(self, wanted: str | None = None) -> dict[str, Any]:
+        """Return the contents of the target's ``config.json``: the source's, with the plan."""
+        values = self.after.with_plan(self.values)
+        return values if wanted is None else with_dtype(values, wanted)
+
+    def report(self, finished: dict[str, ShardRecord]) -> ExpansionReport:
+        """Return the account, with the checksums of what is ``finished``."""
+        infos = [self.source.info(name) for name in self.source.keys() if name not in self.source.aliases]  # noqa: SIM118
+        return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, finished)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerAccount:
-    """What happened to one expanded layer."""
-
-    layer: int
-    op: Op
-    factor: int
-    init: Init
-    state_before: int
-    state_after: int
-    tensors: list[TensorChange] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpansionAccount:
-    """What ``statex expand`` did; the contents of ``expansion.json``.
-
-    Attributes:
-        source: Directory that was read.
-        model_type: Family of the model.
-        seed: Seed of the random values.
-        state_before: State numbers of all layers together.
-        state_after: The same of the target.
-        parameters_before: Parameters of the source.
-        parameters_after: Parameters of the target.
-        kept_outside: Tensors outside the expanded layers, all kept.
-        layers: The expanded layers.
-    """
-
-    source: str
-    model_type: str
-    seed: int
-    state_before: int
-    state_after: int
-    parameters_before: int
-    parameters_after: int
-    kept_outside: int
-    layers: list[LayerAccount]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain containers for JSON."""
-        return {"version": ACCOUNT_VERSION, **asdict(self)}
-
-
-def expand(
-    source: str | Path,
-    target: str | Path,
-    *,
-    layers: str | None = None,
-    factor: str | int | None = None,
-    init: Init = "reinit",
-    op: Op | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> ExpansionAccount:
-    """Write an expanded copy of a checkpoint as a Hugging Face directory.
-
-    Args:
-        source: Whatever :func:`checkpoints_tools.sources.open_source` opens, with a ``config.json``.
-        target: Directory to make.
-        layers: Which layers; see :func:`checkpoints_tools.plan_options.plan_model` for this and the next three.
-        factor: By how much.
-        init: From which start.
-        op: By which operation.
-        seed: Seed of the random values; with a tensor's name it decides them, whatever the sharding.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. Values are made in the source's dtype and
-            then rounded.
-        max_shard_size: Size of a safetensors file, at most.
-        overwrite: Whether a target that is not empty is replaced.
-        progress: Told of every tensor written.
-
-    Returns:
-        The account, which is also written to ``expansion.json``.
+def read_model(source: str | Path) -> tuple[TensorSource, dict[str, Any], ModelConfig]:
+    """Open a checkpoint of one of our families and check its tensors' names and shapes.
 
     Raises:
-        ConfigError: A wrong option, or a plan that does not fit the model.
-        CheckpointError: The source is damaged, incomplete, of another architecture or already expanded there, or the
-            target is not writable; the target is then as it was.
+        CheckpointError: It is damaged, incomplete or of another architecture.
     """
-    wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size, option="--max-shard-size")
-    check_apart(Path(source), Path(target))
     opened = open_source(source)
     if opened.facts.model_dir is None:
         raise CheckpointError(f"{opened.facts.path} has no {CONFIG_NAME}: what to expand is not known")
-    before = read_config(opened.facts.model_dir)
-    after = plan_model(before, layers=layers, factor=factor, init=init, op=op, seed=seed)
-    check_tensors(opened, before)
-    stream = _Expansion(opened, before, after, wanted)
-    infos = stream.infos()
-    config = after.to_dict()
-    if wanted is not None:
-        config = with_dtype(config, wanted)
-    account = stream.account()
-    write_hf_directory(
+    values = read_config_dict(opened.facts.model_dir)
+    return opened, values, config_from_dict(values)
+
+
+def plan_expansion(
+    source: TensorSource, values: dict[str, Any], before: ModelConfig, after: ModelConfig, *, dtype: str | None = None
+) -> Expansion:
+    """Pair the tensors of a source with what becomes of them.
+
+    Args:
+        source: The original checkpoint.
+        values: Contents of its ``config.json``.
+        before: Its config.
+        after: The same with a plan.
+        dtype: In which floating-point tensors are stored; None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: Tensors are missing, unknown or of another shape, or new rows cannot be drawn in their dtype.
+    """
+    names = check_tensors(source, before)
+    changed = surgeries(before, after)
+    embeddings = family_of(before.MODEL_TYPE).names.embeddings
+    own = source.info(embeddings if embeddings in names else names[0]).dtype
+    jobs = [_job(source.info(name), changed.get(name), dtype) for name in names]
+    for name, surgery in changed.items():
+        if surgery.recipe.source_rows is None:
+            _check_drawable(name, own)
+            info = TensorInfo(name=name, shape=surgery.recipe.shape, dtype=stored_dtype(own, dtype))
+            jobs.append(TensorJob(info=info, source=None, surgery=surgery))
+    return Expansion(source=source, values=values, before=before, after=after, jobs=jobs)
+
+
+def _job(info: TensorInfo, surgery: Surgery | None, dtype: str | None) -> TensorJob:
+    """Return the job of one tensor of the source."""
+    if surgery is None or surgery.recipe.change == "kept":
+        stored = TensorInfo(name=info.name, shape=info.shape, dtype=stored_dtype(info.dtype, dtype))
+        return TensorJob(info=stored, source=info)
+    _check_drawable(info.name, info.dtype)
+    stored = TensorInfo(name=info.name, shape=surgery.recipe.shape, dtype=stored_dtype(info.dtype, dtype))
+    return TensorJob(info=stored, source=info, surgery=surgery)
+
+
+def _check_drawable(name: str, dtype: str) -> None:
+    if dtype not in DRAWABLE:
+        reason = "float8 has no room for new values" if dtype in FLOATS else "it is not a floating-point dtype"
+        raise CheckpointError(
+            f"tensor '{name}' is to get new rows but has dtype {dtype} ({reason}); convert the checkpoint to one of "
+            f"{', '.join(DRAWABLE)} first"
+        )
+
+
+def expand(
+    expansion: Expansion,
+    target: str | Path,
+    options: WriteOptions,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> ExpansionReport:
+    """Write an expanded copy of a checkpoint as a Hugging Face directory.
+
+    Args:
+        expansion: What to write (:func:`plan_expansion`, with the same ``dtype``).
+        target: Directory to make.
+        options: How to write it.
+        dtype: In which floating-point tensors are stored, for ``config.json``; None keeps each tensor's own.
+        progress: Told of the bytes written.
+
+    Returns:
+        The account, which is also written to ``expansion_report.json``.
+
+    Raises:
+        CheckpointError: The source is damaged, changes or holds NaN or Inf, or the target is not writable. The target
+            is then as it was.
+    """
+    facts = expansion.source.facts
+    if facts.model_dir is not None:
+        check_apart(facts.model_dir, Path(target))
+    check_apart(facts.path, Path(target))
+    if options.workers < 1:
+        raise ConfigError(f"--workers must be 1 or more, not {options.workers}")
+    config = expansion.config_values(dtype)
+    report: list[ExpansionReport] = []
+
+    def documents(finished: dict[str, ShardRecord]) -> dict[str, Any]:
+        report.append(expansion.report(finished))
+        return {CONFIG_NAME: config, REPORT_NAME: report[0].to_dict()}
+
+    assert expansion.after.statex is not None
+    written = write_hf_directory(
         Path(target),
-        infos=infos,
-        read=stream.read,
-        max_shard_size=shard_bytes,
-        overwrite=overwrite,
-        documents=lambda: {CONFIG_NAME: config, ACCOUNT_NAME: account.to_dict()},
-        carry_from=opened.facts.model_dir,
+        expansion.source,
+        expansion.jobs,
+        options,
+        documents=documents,
         info={
-            "source": str(opened.facts.path),
-            "source_kind": opened.facts.kind,
-            "step": opened.facts.info.get("step"),
-            "seed": seed,
-            "weight_bytes": total_bytes(infos),
+            "source": str(facts.path),
+            "source_kind": facts.kind,
+            "step": facts.info.get("step"),
+            "plan": expansion.after.statex.to_dict(),
+            "weight_bytes": total_bytes(job.info for job in expansion.jobs),
         },
         progress=progress,
     )
-    return account
-
-
-class _Expansion:
-    """Reads the tensors of the expanded model from the source of the original one, recording what it does."""
-
-    def __init__(self, source: TensorSource, before: ModelConfig, after: ModelConfig, wanted: torch.dtype | None):
-        self._source, self._before, self._after, self._wanted = source, before, after, wanted
-        self._family: Family = family_of(before.MODEL_TYPE)
-        self._plan: ExpansionPlan = new_expansions(before, after)
-        self._old: dict[str, TensorSpec] = self._family.tensors(before)
-        self._new: dict[str, TensorSpec] = self._family.tensors(after)
-        self._added_dtype = source.info(self._family.names.embeddings).dtype
-        self._layers = {
-            expansion.layer: LayerAccount(
-                layer=expansion.layer,
-                op=expansion.op,
-                factor=expansion.factor,
-                init=expansion.init,
-                state_before=before.layer_geometry(expansion.layer).numbers,
-                state_after=after.layer_geometry(expansion.layer).numbers,
-            )
-            for expansion in self._plan.layers
-        }
-
-    def infos(self) -> list[TensorInfo]:
-        """Return every tensor of the target, as it is stored."""
-        return [
-            TensorInfo(name=name, shape=spec.shape, dtype=stored_dtype(self._dtype(name), self._wanted))
-            for name, spec in self._new.items()
-        ]
-
-    def account(self) -> ExpansionAccount:
-        """Return the account, whose tensors are filled in as they are read."""
-        layers = range(self._before.num_hidden_layers)
-        touched = [name for name in self._new if self._expansion_of(name)[1]]
-        return ExpansionAccount(
-            source=str(self._source.facts.path),
-            model_type=self._before.MODEL_TYPE,
-            seed=self._plan.layers[0].seed,
-            state_before=sum(self._before.layer_geometry(layer).numbers for layer in layers),
-            state_after=sum(self._after.layer_geometry(layer).numbers for layer in layers),
-            parameters_before=sum(spec.numel for spec in self._old.values()),
-            parameters_after=sum(spec.numel for spec in self._new.values()),
-            kept_outside=len(self._new) - len(touched),
-            layers=list(self._layers.values()),
-        )
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor of the expanded model in its stored dtype.
-
-        Raises:
-            CheckpointError: The family's expansion gives another shape than its layout says.
-        """
-        suffix, expansion = self._expansion_of(name)
-        if expansion is None:
-            tensor = self._source.read(name)
-        elif name in self._old:
-            tensor = self._expanded(name, suffix, expansion)
-        else:
-            tensor = self._created(name, expansion)
-        if tuple(tensor.shape) != self._new[name].shape:
-            raise CheckpointError(
-                f"tensor '{name}' became {tuple(tensor.shape)}; the expanded model needs {self._new[name].shape}"
-            )
-        return tensor.to(stored_dtype(tensor.dtype, self._wanted))
-
-    def _expansion_of(self, name: str) -> tuple[str, LayerExpansion | None]:
-        place = self._family.names.split(name)
-        return (place[1], self._plan.get(place[0])) if place else (name, None)
-
-    def _dtype(self, name: str) -> torch.dtype:
-        return self._source.info(name).dtype if name in self._old else self._added_dtype
-
-    def _expanded(self, name: str, suffix: str, expansion: LayerExpansion) -> torch.Tensor:
-        old = self._source.read(name)
-        new = self._family.expand.expand_tensor(suffix, old, config=self._before, expansion=expansion, name=name)
-        self._record(expansion, name, _change(old, new, self._old[name]), tuple(old.shape), tuple(new.shape))
-        return new
-
-    def _created(self, name: str, expansion: LayerExpansion) -> torch.Tensor:
-        made = self._family.expand.new_tensors(
-            config=self._before,
-            expansion=expansion,
-            prefix=self._family.names.layer(expansion.layer),
-            dtype=self._added_dtype,
-        )
-        if name not in made:
-            raise CheckpointError(f"the expansion of layer {expansion.layer} does not make tensor '{name}'")
-        self._record(expansion, name, "new", None, tuple(made[name].shape))
-        return made[name]
-
-    def _record(
-        self,
-        expansion: LayerExpansion,
-        name: str,
-        change: Change,
-        before: tuple[int, ...] | None,
-        after: tuple[int, ...],
-    ) -> None:
-        row = TensorChange(name=name, change=change, shape_before=before, shape_after=after)
-        self._layers[expansion.layer].tensors.append(row)
-
-
-def _change(old: torch.Tensor, new: torch.Tensor, spec: TensorSpec) -> Change:
-    """Return what happened, judged by the values: growth leaves the leading part's rows where they were."""
-    if old.shape == new.shape:
-        return "kept" if old is new or torch.equal(old, new) else "reinitialised"
-    lead = spec.parts[0][1] if spec.parts else old.shape[0]
-    return "grown" if torch.equal(old[:lead], new[:lead]) else "reinitialised"
+    return report[0] if written else expansion.report({})

@@ -1,113 +1,169 @@
-"""Writing a Hugging Face model directory, crash-safe: a temporary sibling, synced, manifest last, then renamed."""
+"""Writing a Hugging Face model directory, crash-safe and resumable.
+
+Everything goes to a temporary sibling: the shards (:mod:`checkpoints_tools.shard_writer`), then documents and carried
+files, the manifest last; then the directory gets its name. Killed at any moment, the old target is untouched, and with
+``resume`` the next run redoes unfinished shards only.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from checkpoints_tools.safetensors_io import SafetensorsSink
-from checkpoints_tools.tensor_io import Progress, TensorInfo, dtype_name, total_bytes
-from statex_dist.checkpoint.manifest import Manifest, finish_target, prepare_target, record_file
+from checkpoints_tools.journal import JOURNAL_NAME, Journal, ShardRecord, fingerprint
+from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsSource, ShardLayout, index_of, lay_out
+from checkpoints_tools.shard_writer import WriteOptions, write_shards
+from checkpoints_tools.tensor_io import TORCH_NAMES, Progress, TensorSource
+from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    finish_target,
+    record_file,
+    refuse_target,
+    temporary_for,
+)
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
+
+logger = logging.getLogger(__name__)
 
 CARRIED = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "preprocessor_config.json",
     "chat_template*",
     "vocab*",
     "merges*",
     "*.model",
+    "*.py",
+    "LICENSE*",
 )
 """Files of a model directory that go along with its weights."""
 
+Documents = Callable[[dict[str, ShardRecord]], Mapping[str, Any]]
+"""Returns JSON documents by name, given the finished shards."""
 
-def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Return a ``config.json`` that names the dtype in which the weights are stored."""
     key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-    return {**config, key: dtype_name(dtype)}
+    return {**config, key: TORCH_NAMES[dtype]}
 
 
 def write_hf_directory(
     target: Path,
+    source: TensorSource,
+    jobs: Sequence[TensorJob],
+    options: WriteOptions,
     *,
-    infos: Sequence[TensorInfo],
-    read: Callable[[str], torch.Tensor],
-    max_shard_size: int,
-    overwrite: bool,
-    documents: Callable[[], Mapping[str, Any]],
-    carry_from: Path | None,
+    documents: Documents,
     info: dict[str, Any],
     progress: Progress | None = None,
-) -> None:
+) -> bool:
     """Write tensors, JSON documents and carried files to ``target``; nothing half-written is ever there.
 
     Args:
         target: The directory to make.
-        infos: Every tensor, as it is to be stored.
-        read: Returns a tensor by name, in the stored dtype and shape.
-        max_shard_size: Bytes of values per safetensors file.
-        overwrite: Whether a target that is not empty is replaced.
-        documents: Returns JSON files by name (``config.json`` among them); called after the last tensor.
-        carry_from: Directory whose tokenizer and generation files are copied, if any.
-        info: Facts for the manifest.
-        progress: Told of every tensor written.
+        source: Where kept values, tokenizer and generation files come from.
+        jobs: Every tensor.
+        options: How to write.
+        documents: Makes the JSON files (``config.json`` among them) when all shards are written.
+        info: Facts for the manifest; with the source's files and ``options`` they tell one run from another.
+        progress: Told of the bytes written.
+
+    Returns:
+        False where ``options.resume`` found the target complete already, so that nothing was written.
 
     Raises:
-        CheckpointError: The target is not empty, the disk is full, or ``read`` fails.
+        CheckpointError: The target is not empty or not writable, the disk is full, or the source fails. The target is
+            then as it was; finished shards are kept for a later run with ``resume`` if this one had it.
     """
     target = target.resolve()
+    run = fingerprint(_identity(source, jobs, options, info))
+    if options.resume and _is_complete(target, run):
+        logger.info("%s is complete already", target)
+        return False
+    metadata = source.metadata if isinstance(source, SafetensorsSource) else {}
+    shards = lay_out([job.info for job in jobs], options.max_shard_size, metadata)
+    journal = None
     try:
-        temporary = prepare_target(target, overwrite=overwrite)
-    except OSError as error:
-        raise CheckpointError(f"target {target} cannot be made: {error.strerror}") from None
-    try:
-        files = _write_weights(temporary, infos, read, max_shard_size, progress)
-        for name, content in documents().items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            files.append(temporary / name)
-        for path in _carried(carry_from):
-            shutil.copyfile(path, temporary / path.name)
-            files.append(temporary / path.name)
-        records = {path.name: record_file(path) for path in files}
-        Manifest(kind="hf", files=records, info=info).write(temporary)
-        finish_target(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"target {target} cannot be written: {error}") from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        refuse_target(target, overwrite=options.overwrite)
+        journal = Journal(temporary_for(target), run=run, resume=options.resume)
+        _check_space(journal, shards)
+        write_shards(journal, source, jobs, shards, options, progress)
+        files = _write_documents(journal, source, shards, documents(journal.finished))
+        Manifest(kind="hf", files=files, info={**info, "run": run}).write(journal.directory)
+        (journal.directory / JOURNAL_NAME).unlink()
+        finish_target(journal.directory, target)
+    except BaseException as error:
+        keep = journal is not None and options.resume and journal.finished and not _is_full(error)
+        if journal is not None and not keep:
+            shutil.rmtree(journal.directory, ignore_errors=True)
+        elif keep:
+            logger.info("finished files are kept; the same command goes on from them")
+        if isinstance(error, OSError):
+            raise CheckpointError(f"target {target} cannot be written: {error.strerror or error}") from None
         raise
-
-
-def _write_weights(
-    directory: Path,
-    infos: Sequence[TensorInfo],
-    read: Callable[[str], torch.Tensor],
-    max_shard_size: int,
-    progress: Progress | None,
-) -> list[Path]:
-    done, total = 0, total_bytes(infos)
-    sink = SafetensorsSink(directory, infos, max_shard_size=max_shard_size)
-    try:
-        for info in infos:
-            sink.write(info.name, read(info.name))
-            done += info.nbytes
-            if progress:
-                progress(done, total)
-        return sink.finish()
     finally:
-        sink.close()
+        if journal is not None:
+            journal.close()
+    return True
 
 
-def _carried(directory: Path | None) -> list[Path]:
+def _identity(
+    source: TensorSource, jobs: Sequence[TensorJob], options: WriteOptions, info: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what decides the bytes of a target."""
+    stats = [(path.name, stat.st_size, stat.st_mtime_ns) for path in source.files for stat in (path.stat(),)]
+    tensors = [(j.info.name, j.info.dtype, j.info.shape) for j in jobs]
+    return {"info": info, "files": stats, "tensors": tensors, "max_shard_size": options.max_shard_size}
+
+
+def _is_complete(target: Path, run: str) -> bool:
+    return (target / MANIFEST_NAME).is_file() and Manifest.read(target).info.get("run") == run
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _check_space(journal: Journal, shards: Sequence[ShardLayout]) -> None:
+    """Raise unless the unfinished shards fit on the disk."""
+    needed = sum(shard.size for shard in shards if shard.file not in journal.finished)
+    free = shutil.disk_usage(journal.directory).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"No space left on device: {needed} bytes are needed, {free} are free")
+
+
+def _write_documents(
+    journal: Journal, source: TensorSource, shards: Sequence[ShardLayout], documents: Mapping[str, Any]
+) -> dict[str, FileRecord]:
+    """Write JSON documents, the index and carried files; return the record of every file."""
+    files = {name: shard.record for name, shard in journal.finished.items()}
+    contents = dict(documents)
+    if len(shards) > 1:
+        contents[INDEX_NAME] = index_of(shards)
+    for name, content in contents.items():
+        path = journal.directory / name
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        files[name] = record_file(path)
+    for path in carried_files(source.facts.model_dir):
+        if path.name not in files:
+            shutil.copyfile(path, journal.directory / path.name)
+            files[path.name] = record_file(journal.directory / path.name)
+    return files
+
+
+def carried_files(directory: Path | None) -> list[Path]:
     """Return the files of a model directory that are carried along, each once."""
     found = {path for pattern in CARRIED for path in directory.glob(pattern)} if directory else set()
     return sorted(path for path in found if path.is_file() and path.name != CONFIG_NAME)

@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints_tools.model_check import check_tensors, read_source_config
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import dtype_name
+from checkpoints_tools.tensor_io import TORCH_NAMES
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 
@@ -71,8 +71,7 @@ def inspect(directory: str | Path) -> CheckpointFacts:
     infos = [source.info(name) for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
     dtypes: dict[str, int] = {}
     for info in infos:
-        dtypes[dtype_name(info.dtype)] = dtypes.get(dtype_name(info.dtype), 0) + 1
-    layers = range(config.num_hidden_layers) if config else ()
+        dtypes[TORCH_NAMES[info.dtype]] = dtypes.get(TORCH_NAMES[info.dtype], 0) + 1
     facts = source.facts
     return CheckpointFacts(
         path=str(facts.path),
@@ -82,8 +81,8 @@ def inspect(directory: str | Path) -> CheckpointFacts:
         dtypes=dtypes,
         tied=dict(source.aliases),
         manifest="verified" if facts.verified else f"no {MANIFEST_NAME}",
-        model_type=values.get("model_type") if values else None,
-        state_numbers=sum(config.layer_geometry(layer).numbers for layer in layers) if config else None,
+        model_type=config.MODEL_TYPE if config else values.get("model_type") if values else None,
+        state_numbers=config.state_numbers if config else None,
         plan=config.statex.to_dict() if config and config.statex else None,
         complete=None if config is None else problem is None,
         problem=problem,

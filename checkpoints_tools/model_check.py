@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from checkpoints_tools.raw_io import BLOCK_BYTES
 from checkpoints_tools.tensor_io import TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, read_config_dict
-from statex_dist.models.kinds import FAMILIES, config_from_dict, family_of
+from statex_dist.models.kinds import config_from_dict, family_of, find_family
 
 
 def read_source_config(source: TensorSource) -> tuple[dict[str, Any] | None, ModelConfig | None]:
@@ -23,53 +24,70 @@ def read_source_config(source: TensorSource) -> tuple[dict[str, Any] | None, Mod
     if model_dir is None:
         return None, None
     values = read_config_dict(model_dir)
-    model_type = values.get("model_type")
-    known = isinstance(model_type, str) and model_type in FAMILIES
-    return values, config_from_dict(values) if known else None
+    return values, config_from_dict(values) if find_family(values) else None
 
 
 def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
-    """Return the names of a model's tensors in the family's order, after checking that the source holds just these.
+    """Return the names of a model's tensors, after checking that the source holds just these.
 
-    A head of a tied model may be there as long as it equals the embeddings; it is left out.
+    A head of a tied model may be stored beside the embeddings as long as it equals them; a name that only points to
+    another tensor is left out. Models of mixed kind may hold any further tensors.
+
+    Returns:
+        The family's tensors in its order, then the others in the source's.
 
     Raises:
-        CheckpointError: A tensor is missing, unused or of another shape, or a tied head has values of its own.
+        CheckpointError: Tensors are missing, unused or of another shape, or a tied head has values of its own.
     """
     family = family_of(config.MODEL_TYPE)
     specs = family.tensors(config)
-    held = set(source.keys())
+    held = [name for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
+    known = set(held)
     where = source.facts.path
-    if missing := [name for name in specs if name not in held]:
-        raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
     head, embeddings = family.names.head, family.names.embeddings
-    if config.tie_word_embeddings and head in held:
-        held.discard(head)
-        if not _same(source, head, embeddings):
-            raise CheckpointError(
-                f"{where}: config.json ties {head} to {embeddings} (tie_word_embeddings), but their values differ"
-            )
-    if unused := sorted(held - set(specs)):
+    tied = config.tie_word_embeddings and head in source.keys()  # noqa: SIM118
+    if config.is_mixed:
+        outside = family.outside_tensors(config)
+        specs = {name: spec for name, spec in specs.items() if name not in outside or name in known}
+    if missing := [name for name in specs if name not in known]:
+        raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
+    others = [name for name in held if name not in specs]
+    allowed = [name for name in others if name.endswith(config.DERIVED) or (tied and name == head)]
+    if unused := [name for name in others if name not in allowed and not config.is_mixed]:
         raise CheckpointError(
-            f"{where} holds {_listed(unused)}, unknown to the {config.MODEL_TYPE} model in config.json"
+            f"{where} holds {_listed(sorted(unused))}, unknown to the {config.MODEL_TYPE} model in config.json"
         )
     for name, spec in specs.items():
         if source.info(name).shape != spec.shape:
             raise CheckpointError(
                 f"{where}: tensor '{name}' has shape {source.info(name).shape}; config.json asks for {spec.shape}"
             )
-    return list(specs)
+    if tied and not same_values(source, head, source, embeddings):
+        raise CheckpointError(
+            f"{where}: config.json ties {head} to {embeddings} (tie_word_embeddings), but their values differ"
+        )
+    return [*specs, *others]
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor{'s' * (len(names) > 1)} {', '.join(repr(name) for name in names[:3])}{more}"
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"tensor{'s' * (len(names) > 1)} {', '.join(repr(name) for name in names[:most])}{more}"
 
 
-def _same(source: TensorSource, first: str, second: str) -> bool:
-    """Return whether two tensors hold the same values; tied names do without being read."""
-    owners = {name: source.aliases.get(name, name) for name in (first, second)}
-    return owners[first] == owners[second] or torch.equal(source.read(first), source.read(second))
+def same_values(first: TensorSource, first_name: str, second: TensorSource, second_name: str) -> bool:
+    """Return whether two tensors have the same shape, dtype and bytes; tied names do without being read."""
+    if first is second and first.aliases.get(first_name, first_name) == second.aliases.get(second_name, second_name):
+        return True
+    a, b = first.info(first_name), second.info(second_name)
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    for start in range(0, a.nbytes, BLOCK_BYTES):
+        one, other = (np.empty(min(BLOCK_BYTES, a.nbytes - start), dtype=np.uint8) for _ in range(2))
+        first.read_into(first_name, start, one.data)
+        second.read_into(second_name, start, other.data)
+        if not np.array_equal(one, other):
+            return False
+    return True
 
 
 def check_apart(source: Path, target: Path) -> None:

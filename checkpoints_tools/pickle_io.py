@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.raw_io import read_into
+from checkpoints_tools.raw_io import FileState, read_into
+from checkpoints_tools.tensor_io import TORCH_NAMES
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 
@@ -59,6 +60,7 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path = path
         _check_archive(path)
+        self._state = FileState.of(path.stat())
         try:
             with torch.serialization.safe_globals(_ALLOWED):
                 self.content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -73,24 +75,40 @@ class TorchFile:
             raise CheckpointError(f"{path} cannot be read: {text[:200]}") from None
         self._mappings = _mappings(path)
 
-    def read(self, tensor: torch.Tensor, out: torch.Tensor, start: int = 0) -> None:
-        """Copy elements of a mapped tensor without touching its pages.
+    def read(self, tensor: torch.Tensor, view: memoryview, start: int = 0) -> None:
+        """Copy bytes of a mapped tensor without touching its pages.
 
         Args:
             tensor: A contiguous tensor of :attr:`content`.
-            out: ``[n]``, of the same dtype; receives elements ``start .. start + n`` of the flattened tensor.
-            start: First element to copy.
+            view: Receives the bytes of the flattened tensor from ``start`` on.
+            start: First byte to copy.
         """
-        assert tensor.dtype == out.dtype
         assert tensor.is_contiguous()
-        assert start + out.numel() <= tensor.numel()
-        address = tensor.data_ptr() + start * tensor.element_size()
-        size = out.numel() * out.element_size()
+        assert start + len(view) <= tensor.numel() * tensor.element_size()
+        address = tensor.data_ptr() + start
         for begin, end, offset in self._mappings:
-            if begin <= address and address + size <= end:
-                read_into(out, self.path, offset + address - begin)
+            if begin <= address and address + len(view) <= end:
+                read_into(view, self.path, offset + address - begin, expected=self._state)
                 return
-        out.copy_(tensor.reshape(-1)[start : start + out.numel()])
+        view[:] = bytes_of(tensor)[start : start + len(view)]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the values of a CPU tensor as bytes."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def dtype_of(tensor: torch.Tensor) -> str:
+    """Return a tensor's dtype by its name in safetensors.
+
+    Raises:
+        CheckpointError: A dtype that safetensors files do not have.
+    """
+    name = str(tensor.dtype).removeprefix("torch.")
+    found = next((ours for ours, theirs in TORCH_NAMES.items() if theirs == name), None)
+    if found is None:
+        raise CheckpointError(f"dtype {name} is not supported; supported: {', '.join(TORCH_NAMES.values())}")
+    return found
 
 
 def _check_archive(path: Path) -> None:

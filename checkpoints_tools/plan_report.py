@@ -78,6 +78,7 @@ class PlanReport:
         before: Figures of the model as it is.
         after: Figures of the expanded model.
         warning: One line on the forget threshold where ``seq_len`` is below it.
+        mixed: Whether the model has layers that are not counted (attention and what else is passed through).
     """
 
     model_type: str
@@ -87,6 +88,7 @@ class PlanReport:
     before: ModelCost
     after: ModelCost
     warning: str | None
+    mixed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for JSON."""
@@ -122,7 +124,7 @@ def report_plan(before: ModelConfig, after: ModelConfig, *, world_size: int = 1,
         if value < 1:
             raise ConfigError(f"{name} must be 1 or more, not {value}")
     layers = []
-    for layer in range(before.num_hidden_layers):
+    for layer in before.recurrent_layers:
         old, new = before.layer_geometry(layer), after.layer_geometry(layer)
         expansion = after.statex.get(layer) if after.statex else None
         layers.append(
@@ -151,13 +153,14 @@ def report_plan(before: ModelConfig, after: ModelConfig, *, world_size: int = 1,
         before=_cost(before, world_size, seq_len),
         after=cost,
         warning=warning,
+        mixed=before.is_mixed,
     )
 
 
 def _cost(config: ModelConfig, world_size: int, seq_len: int) -> ModelCost:
     family = family_of(config.MODEL_TYPE)
     specs = family.tensors(config)
-    geometries = [config.layer_geometry(layer) for layer in range(config.num_hidden_layers)]
+    geometries = [config.layer_geometry(layer) for layer in config.recurrent_layers]
     parameters = sum(spec.numel for spec in specs.values())
     numbers = sum(geometry.numbers for geometry in geometries)
     matrices = sum(spec.numel for spec in specs.values() if spec.trunk and len(spec.shape) >= 2)
@@ -183,7 +186,8 @@ def _memory(
             if len(spec.shape) == 2:
                 layer_widths[place[0]] += sum(spec.shape)
     working = []
-    for layer, width in enumerate(layer_widths):
+    for layer in config.recurrent_layers:
+        width = layer_widths[layer]
         geometry = config.layer_geometry(layer)
         chunks = -(-seq_len // geometry.chunk_size)
         working.append(2 * seq_len * width + 4 * chunks * geometry.numbers)

@@ -1,34 +1,47 @@
-"""Tensor bytes to and from files at given offsets, without a second copy in memory."""
+"""Bytes to and from files at given offsets, without a second copy in memory."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from statex_dist.errors import CheckpointError
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
+"""Size of a buffer: memory is threads times a few of these."""
+
+_READ_AHEAD = 8 * BLOCK_BYTES
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as writable bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileState:
+    """What tells that a file is still the one that was opened."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileState:
+        """Return the state of a file."""
+        return cls(inode=stat.st_ino, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
 
 
-def read_into(tensor: torch.Tensor, path: Path, offset: int) -> None:
-    """Fill a contiguous tensor with the bytes of ``path`` from ``offset`` on.
+def read_into(view: memoryview, path: Path, offset: int, *, expected: FileState | None = None) -> None:
+    """Fill ``view`` with the bytes of ``path`` from ``offset`` on.
 
     Raises:
-        CheckpointError: The file cannot be read, or ends before the tensor does.
+        CheckpointError: The file cannot be read, ends before the view is full, or is not as ``expected``.
     """
-    view = as_bytes(tensor)
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
+        if expected is not None and FileState.of(os.fstat(descriptor)) != expected:
+            raise CheckpointError(f"{path} changed while it was being read; run again when nothing writes to it")
+        os.posix_fadvise(descriptor, offset, len(view) + _READ_AHEAD, os.POSIX_FADV_WILLNEED)
         done = 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done : done + BLOCK_BYTES]], offset + done)
@@ -41,9 +54,8 @@ def read_into(tensor: torch.Tensor, path: Path, offset: int) -> None:
         os.close(descriptor)
 
 
-def write_from(tensor: torch.Tensor, descriptor: int, offset: int) -> None:
-    """Write a contiguous tensor's bytes to an open file at ``offset``."""
-    view = as_bytes(tensor)
+def write_from(view: memoryview, descriptor: int, offset: int) -> None:
+    """Write ``view`` to an open file at ``offset``."""
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + BLOCK_BYTES], offset + done)
+        done += os.pwrite(descriptor, view[done:], offset + done)

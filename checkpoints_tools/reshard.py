@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
 from checkpoints_tools.model_check import check_apart, check_tensors, read_source_config
+from checkpoints_tools.shard_writer import DEFAULT_WORKERS, WriteOptions
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import Progress, TensorInfo, dtype_name, parse_dtype, stored_dtype, total_bytes
+from checkpoints_tools.tensor_io import (
+    FLOATS,
+    TORCH_NAMES,
+    Progress,
+    TensorInfo,
+    parse_dtype,
+    stored_dtype,
+    total_bytes,
+)
+from checkpoints_tools.transfer import TensorJob
 from statex_dist.config import parse_size
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import CONFIG_NAME
@@ -53,6 +61,7 @@ def reshard(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    workers: int = DEFAULT_WORKERS,
     progress: Progress | None = None,
 ) -> ReshardSummary:
     """Write a checkpoint as a Hugging Face directory: safetensors, ``config.json``, tokenizer files, manifest.
@@ -68,7 +77,8 @@ def reshard(
             ZeRO-3 checkpoint is fp32 (the master weights) and, for frozen parameters, the training dtype.
         max_shard_size: Size of a safetensors file, at most.
         overwrite: Whether a target that is not empty is replaced.
-        progress: Told of every tensor written.
+        workers: Tensors read and written at a time.
+        progress: Told of the bytes written.
 
     Raises:
         ConfigError: A wrong option.
@@ -85,8 +95,8 @@ def reshard(
         logger.warning("%s has no %s: the tensors alone are written", opened.facts.path, CONFIG_NAME)
     elif config is None:
         logger.warning("model_type %r is not one of ours: tensors are not checked", values.get("model_type"))
-    infos = [_stored(opened.info(name), wanted) for name in names]
-    dtypes = {info.name: info.dtype for info in infos}
+    jobs = [TensorJob(info=_stored(opened.info(name), wanted), source=opened.info(name)) for name in names]
+    infos = [job.info for job in jobs]
     documents: dict[str, Any] = {}
     if values is not None:
         main = _main_dtype(infos)
@@ -94,12 +104,11 @@ def reshard(
     facts = opened.facts
     write_hf_directory(
         Path(target),
-        infos=infos,
-        read=lambda name: opened.read(name).to(dtypes[name]),
-        max_shard_size=shard_bytes,
-        overwrite=overwrite,
-        documents=lambda: documents,
-        carry_from=facts.model_dir,
+        opened,
+        jobs,
+        # A training run that has diverged must still be exportable, to be looked at.
+        WriteOptions(max_shard_size=shard_bytes, overwrite=overwrite, workers=workers, allow_nonfinite=True),
+        documents=lambda finished: documents,
         info={"source": str(facts.path), "source_kind": facts.kind, "step": facts.info.get("step"), "dtype": dtype},
         progress=progress,
     )
@@ -108,20 +117,20 @@ def reshard(
         kind=facts.kind,
         target=str(target),
         tensors=len(infos),
-        parameters=sum(info.numel for info in infos if info.dtype.is_floating_point),
+        parameters=sum(info.numel for info in infos if info.dtype in FLOATS),
         weight_bytes=total_bytes(infos),
         verified=facts.verified,
     )
 
 
-def _stored(info: TensorInfo, wanted: torch.dtype | None) -> TensorInfo:
+def _stored(info: TensorInfo, wanted: str | None) -> TensorInfo:
     return TensorInfo(name=info.name, shape=info.shape, dtype=stored_dtype(info.dtype, wanted))
 
 
-def _main_dtype(infos: list[TensorInfo]) -> torch.dtype | None:
+def _main_dtype(infos: list[TensorInfo]) -> str | None:
     """Return the floating-point dtype of most bytes, or None of a checkpoint without any."""
-    sizes: dict[torch.dtype, int] = {}
+    sizes: dict[str, int] = {}
     for info in infos:
-        if info.dtype.is_floating_point:
+        if info.dtype in FLOATS:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda dtype: (sizes[dtype], dtype_name(dtype)), default=None)
+    return max(sizes, key=lambda dtype: (sizes[dtype], TORCH_NAMES[dtype]), default=None)

@@ -1,47 +1,26 @@
-"""Reading and writing Hugging Face safetensors directories, one tensor at a time.
+"""Reading Hugging Face safetensors directories, and laying out new ones.
 
 Format: an 8-byte little-endian header length, a JSON header with ``dtype``, ``shape`` and ``data_offsets`` of every
 tensor, and the values (https://github.com/huggingface/safetensors). Everything in a header is checked before it is
-used: a checkpoint is often somebody else's file. The writer knows all tensors beforehand, so headers and shards are
-laid out first, the files preallocated (a full disk fails at once) and the tensors put in their places in any order.
+used: a checkpoint is often somebody else's file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
-from checkpoints_tools.raw_io import read_into, write_from
-from checkpoints_tools.tensor_io import SourceFacts, TensorInfo, total_bytes
-from statex_dist.checkpoint.manifest import sync, write_durably
+from checkpoints_tools.raw_io import FileState, read_into
+from checkpoints_tools.tensor_io import ITEM_BYTES, SourceFacts, TensorInfo
 from statex_dist.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 _INDEX_MAX_BYTES = 100_000_000
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +30,7 @@ class _Place:
     info: TensorInfo
     path: Path
     offset: int
+    state: FileState
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,11 +50,11 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: header entry of '{name}' lacks dtype, shape or data_offsets") from None
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor '{name}' has dtype {dtype!r}; supported: {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: tensor '{name}' has dtype {dtype!r}; supported: {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)) or not _is_size(begin) or not _is_size(end):
         raise CheckpointError(f"{path}: tensor '{name}' has a bad shape {shape!r} or bad offsets [{begin!r}, {end!r}]")
-    info = TensorInfo(name=name, shape=tuple(shape), dtype=_DTYPES[dtype])
+    info = TensorInfo(name=name, shape=tuple(shape), dtype=dtype)
     if end - begin != info.nbytes:
         raise CheckpointError(
             f"{path}: tensor '{name}' of shape {shape} and dtype {dtype} needs {info.nbytes} bytes; "
@@ -83,8 +63,8 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
     return info, begin, end
 
 
-def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """Return info and absolute byte offset of every tensor of a safetensors file.
+def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
+    """Return info and absolute byte offset of every tensor of a safetensors file, and its metadata.
 
     Raises:
         CheckpointError: The file is missing, truncated, or its header is not consistent (sizes, overlaps, holes).
@@ -108,7 +88,9 @@ def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
         raise CheckpointError(f"{path}: the safetensors header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not a mapping of names to texts")
     start, data_bytes = 8 + length, size - 8 - length
     entries = sorted((_entry(path, name, value) for name, value in header.items()), key=lambda entry: entry[1:])
     position, previous = 0, ""
@@ -124,7 +106,7 @@ def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
         position, previous = end, info.name
     if position != data_bytes:
         raise CheckpointError(f"{path}: {data_bytes - position} bytes at the end belong to no tensor")
-    return {info.name: (info, start + begin) for info, begin, _ in entries}
+    return {info.name: (info, start + begin) for info, begin, _ in entries}, metadata
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -158,21 +140,25 @@ class SafetensorsSource:
     """
 
     def __init__(self, directory: Path, *, verified: bool = False, info: dict[str, Any] | None = None):
-        self.files: list[Path] = []
+        self._files: list[Path] = []
         self._places: dict[str, _Place] = {}
+        self._metadata: dict[str, str] = {}
         if (directory / SINGLE_NAME).exists():
             weight_map: dict[str, str] | None = None
-            self.files = [directory / SINGLE_NAME]
+            self._files = [directory / SINGLE_NAME]
         else:
             weight_map = _read_index(directory / INDEX_NAME)
-            self.files = [directory / name for name in dict.fromkeys(weight_map.values())]
-        for path in self.files:
+            self._files = [directory / name for name in dict.fromkeys(weight_map.values())]
+        for path in self._files:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; {INDEX_NAME} lists it")
-            for name, (tensor, offset) in read_header(path).items():
+            state = FileState.of(path.stat())
+            tensors, metadata = read_header(path)
+            self._metadata.update(metadata)
+            for name, (tensor, offset) in tensors.items():
                 if weight_map is not None and weight_map.get(name) != path.name:
                     raise CheckpointError(f"{path} holds tensor '{name}', which {INDEX_NAME} does not place there")
-                self._places[name] = _Place(info=tensor, path=path, offset=offset)
+                self._places[name] = _Place(info=tensor, path=path, offset=offset, state=state)
         if weight_map is not None:
             if missing := [name for name in weight_map if name not in self._places]:
                 raise CheckpointError(
@@ -197,6 +183,16 @@ class SafetensorsSource:
         """Nothing: a safetensors file cannot say that two tensors are one."""
         return {}
 
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return self._files
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The entries of the files' ``__metadata__``."""
+        return self._metadata
+
     def keys(self) -> list[str]:
         """Return the names of all tensors."""
         return list(self._places)
@@ -205,20 +201,46 @@ class SafetensorsSource:
         """Return shape and dtype of a tensor."""
         return self._places[name].info
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor.
+    def read_into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a tensor from byte ``start`` on.
 
         Raises:
-            CheckpointError: The file ends early or cannot be read.
+            CheckpointError: The file ends early, cannot be read, or has changed since the source was opened.
         """
         place = self._places[name]
-        tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
-        read_into(tensor, place.path, place.offset)
-        return tensor
+        read_into(view, place.path, place.offset + start, expected=place.state)
 
 
-def assign_shards(infos: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
-    """Fill shards in order up to ``max_shard_size`` bytes; a larger tensor gets a shard of its own."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardLayout:
+    """One safetensors file to be written.
+
+    Attributes:
+        file: Its name.
+        header: Everything before the values.
+        tensors: The tensors in the order of their values, without gaps.
+    """
+
+    file: str
+    header: bytes
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(info.nbytes for info in self.tensors)
+
+
+def lay_out(
+    infos: Sequence[TensorInfo], max_shard_size: int, metadata: Mapping[str, str] | None = None
+) -> list[ShardLayout]:
+    """Lay tensors out in files of at most ``max_shard_size`` bytes of values; a larger tensor gets one of its own.
+
+    Args:
+        infos: Every tensor, in order.
+        max_shard_size: Bytes of values per file.
+        metadata: Entries of each header's ``__metadata__`` beside ``format``.
+    """
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in infos:
@@ -227,99 +249,30 @@ def assign_shards(infos: Sequence[TensorInfo], max_shard_size: int) -> list[list
             filled = 0
         shards[-1].append(info)
         filled += info.nbytes
-    return shards
+    names = (
+        [SINGLE_NAME]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
+    return [_lay_out_shard(name, shard, metadata or {}) for name, shard in zip(names, shards, strict=True)]
 
 
-class SafetensorsSink:
-    """Writes a directory of safetensors files under Hugging Face's names.
+def _lay_out_shard(file: str, shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> ShardLayout:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    # Wide elements first, as the safetensors library does: then every tensor is aligned to its element size.
+    tensors = tuple(sorted(shard, key=lambda info: -info.item_bytes))
+    position = 0
+    for info in tensors:
+        end = position + info.nbytes
+        header[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return ShardLayout(file=file, header=len(text).to_bytes(8, "little") + text, tensors=tensors)
 
-    Args:
-        directory: Existing directory to write into.
-        infos: Every tensor that will be written.
-        max_shard_size: Bytes of values per file, at most (but for a larger tensor).
 
-    Raises:
-        CheckpointError: The disk is full, or a dtype has no name in the format.
-    """
-
-    def __init__(self, directory: Path, infos: Sequence[TensorInfo], *, max_shard_size: int):
-        self._places: dict[str, _Place] = {}
-        self._pending = {info.name for info in infos}
-        self._descriptors: dict[Path, int] = {}
-        self._directory, self._total = directory, total_bytes(infos)
-        assert len(self._pending) == len(infos), "a tensor is declared twice"
-        shards = assign_shards(infos, max_shard_size)
-        try:
-            for number, shard in enumerate(shards, start=1):
-                name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                self._create(directory / name, shard)
-        except BaseException:
-            self.close()
-            raise
-
-    def _create(self, path: Path, shard: Sequence[TensorInfo]) -> None:
-        """Write a shard's header and reserve the space of its values."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position, begins = 0, {}
-        # Wide elements first, as the safetensors library does: then every tensor is aligned to its element size.
-        for info in sorted(shard, key=lambda info: -info.dtype.itemsize):
-            if info.dtype not in _DTYPE_NAMES:
-                raise CheckpointError(f"tensor '{info.name}' has dtype {info.dtype}, which safetensors cannot store")
-            begins[info.name] = position
-            header[info.name] = {
-                "dtype": _DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [position, position + info.nbytes],
-            }
-            position += info.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-            self._descriptors[path] = descriptor
-            os.posix_fallocate(descriptor, 0, start + position)
-            os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be written ({start + position} bytes): {error.strerror}") from None
-        for info in shard:
-            self._places[info.name] = _Place(info=info, path=path, offset=start + begins[info.name])
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor to its place.
-
-        Raises:
-            CheckpointError: The disk refuses, or the tensor is not as it was declared.
-        """
-        place = self._places[name]
-        if tuple(tensor.shape) != place.info.shape or tensor.dtype != place.info.dtype:
-            raise CheckpointError(
-                f"tensor '{name}' came as {tuple(tensor.shape)} {tensor.dtype}; "
-                f"declared {place.info.shape} {place.info.dtype}"
-            )
-        try:
-            write_from(tensor.contiguous(), self._descriptors[place.path], place.offset)
-        except OSError as error:
-            raise CheckpointError(f"{place.path} cannot be written: {error.strerror}") from None
-        self._pending.discard(name)
-
-    def finish(self) -> list[Path]:
-        """Flush all files to disk, write the index of several shards and return every file written."""
-        assert not self._pending, f"not written: {sorted(self._pending)[:3]}"
-        files = list(self._descriptors)
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
-        self.close()
-        if len(files) > 1:
-            weight_map = {name: place.path.name for name, place in self._places.items()}
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            write_durably(self._directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-            files.append(self._directory / INDEX_NAME)
-        sync(self._directory)
-        return files
-
-    def close(self) -> None:
-        """Close the files, finished or not."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
+def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any]:
+    """Return the contents of the index file of several shards."""
+    weight_map = {info.name: shard.file for shard in shards for info in shard.tensors}
+    total = sum(info.nbytes for shard in shards for info in shard.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -6,11 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.plain_reader import PlainSource
 from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
-from checkpoints_tools.tensor_io import TensorSource
+from checkpoints_tools.tensor_io import SourceFacts, TensorSource
 from checkpoints_tools.zero3_layout import looks_like_zero
-from checkpoints_tools.zero3_reader import Zero3Source
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     LATEST_NAME,
@@ -24,6 +22,8 @@ from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
+
+BIN_NAME = "pytorch_model.bin"
 
 
 def open_source(path: str | Path, *, verify: bool = True) -> TensorSource:
@@ -45,6 +45,8 @@ def open_source(path: str | Path, *, verify: bool = True) -> TensorSource:
     if (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists():
         verified, info = _check_manifest(path, verify=verify, only_weights=True)
         return SafetensorsSource(path, verified=verified, info=info)
+    if (path / BIN_NAME).is_file():
+        return _open_state_dict(path / BIN_NAME, kind="torch", key=None, model_dir=_model_dir(path))
     return _open_tag(path if _is_tag(path) else _choose_tag(path), verify=verify)
 
 
@@ -60,8 +62,8 @@ def _choose_tag(path: Path) -> Path:
     latest = checkpoints / LATEST_NAME
     if not latest.is_file():
         raise CheckpointError(
-            f"{path} is not a checkpoint: looked for {SINGLE_NAME}, {INDEX_NAME}, {CHECKPOINTS_DIR}/, {LATEST_NAME}, "
-            f"a complete global_step*/ and zero_pp_rank_*_states.pt"
+            f"{path} is not a checkpoint: looked for {SINGLE_NAME}, {INDEX_NAME}, {BIN_NAME}, {CHECKPOINTS_DIR}/, "
+            f"{LATEST_NAME}, a complete global_step*/ and zero_pp_rank_*_states.pt"
         )
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not tag or Path(tag).name != tag or tag in (".", ".."):
@@ -77,9 +79,34 @@ def _open_tag(tag: Path, *, verify: bool) -> TensorSource:
     verified, info = _check_manifest(tag, verify=verify, only_weights=False)
     if not (tag / MANIFEST_NAME).is_file():
         logger.warning("%s holds no %s: sizes are checked, contents cannot be", tag, MANIFEST_NAME)
-    model_dir = tag / MODEL_DIR if (tag / MODEL_DIR / CONFIG_NAME).is_file() else None
-    reader = PlainSource if (tag / PLAIN_STATE_NAME).is_file() else Zero3Source
-    return reader(tag, model_dir=model_dir, verified=verified, info=info)
+    model_dir = _model_dir(tag / MODEL_DIR)
+    if (tag / PLAIN_STATE_NAME).is_file():
+        return _open_state_dict(
+            tag / PLAIN_STATE_NAME, kind="plain", key="module", model_dir=model_dir, verified=verified, info=info
+        )
+    # torch is needed for pickles alone, and its import costs more than many a job.
+    from checkpoints_tools.zero3_reader import Zero3Source
+
+    return Zero3Source(tag, model_dir=model_dir, verified=verified, info=info)
+
+
+def _model_dir(directory: Path) -> Path | None:
+    return directory if (directory / CONFIG_NAME).is_file() else None
+
+
+def _open_state_dict(
+    path: Path,
+    *,
+    kind: str,
+    key: str | None,
+    model_dir: Path | None,
+    verified: bool = False,
+    info: dict[str, Any] | None = None,
+) -> TensorSource:
+    from checkpoints_tools.torch_reader import StateDictSource
+
+    facts = SourceFacts(kind=kind, path=path.parent, model_dir=model_dir, verified=verified, info=info or {})
+    return StateDictSource(path, key=key, facts=facts)
 
 
 def _check_manifest(directory: Path, *, verify: bool, only_weights: bool) -> tuple[bool, dict[str, Any]]:

@@ -1,24 +1,38 @@
-"""The one logical layer of the offline tools: named tensors, read and written one at a time.
+"""The one logical layer of the offline tools: named tensors, read as ranges of bytes.
 
-A source knows the shape and dtype of every tensor before it reads any, and a sink is told all of them before it writes
-any; so files are laid out once, memory is bounded by the largest tensor, and a tool can refuse a checkpoint that does
-not fit before it has written a byte. Formats are further files of this folder; :mod:`checkpoints_tools.sources`
-recognises them.
+A source knows the shape and dtype of every tensor before it reads any, so a target is laid out once, a checkpoint that
+does not fit is refused before a byte is written, and memory is bounded by buffers, never by a tensor or the model.
+Dtypes go by their names in the safetensors format, so that nothing here needs torch. Formats are further files of this
+folder; :mod:`checkpoints_tools.sources` recognises them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from statex_dist.errors import ConfigError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+}
+"""Every dtype that we read, by its name in safetensors, and the bytes of an element."""
+
+TORCH_NAMES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
+}
+"""The same dtypes as torch and ``config.json`` spell them."""
+
+OPTIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """What ``--dtype`` accepts."""
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and in all."""
@@ -26,24 +40,26 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """Name, shape and dtype of one tensor."""
+    """Name, shape and dtype (a key of :data:`ITEM_BYTES`) of one tensor."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.item_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +67,8 @@ class SourceFacts:
     """What is known about a checkpoint besides its tensors.
 
     Attributes:
-        kind: ``hf`` (safetensors), ``zero3`` (DeepSpeed) or ``plain`` (one process, no DeepSpeed).
+        kind: ``hf`` (safetensors), ``torch`` (``pytorch_model.bin``), ``zero3`` (DeepSpeed) or ``plain`` (one process,
+            no DeepSpeed).
         path: Directory of the weight files.
         model_dir: Directory with ``config.json`` and tokenizer files, or None where the checkpoint has no such.
         verified: Whether a manifest was there and every weight file agreed with it.
@@ -66,7 +83,7 @@ class SourceFacts:
 
 
 class TensorSource(Protocol):
-    """A checkpoint that is read one tensor at a time."""
+    """A checkpoint that is read one range of one tensor at a time; reading is safe from several threads."""
 
     @property
     def facts(self) -> SourceFacts:
@@ -76,33 +93,21 @@ class TensorSource(Protocol):
     def aliases(self) -> Mapping[str, str]:
         """Tied names, each with the name that owns the values; both are among :meth:`keys`."""
 
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+
     def keys(self) -> list[str]:
         """Return the names of all tensors, in the checkpoint's order."""
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of a tensor without reading it."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in memory of its own."""
+    def read_into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a (flattened) tensor from byte ``start`` on; both are whole elements."""
 
 
-class TensorSink(Protocol):
-    """A checkpoint that is written one tensor at a time.
-
-    All infos are declared when the sink is made; the order of the writes is free.
-    """
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one of the declared tensors."""
-
-    def finish(self) -> list[Path]:
-        """Flush everything to disk and return the files; every declared tensor must have been written."""
-
-    def close(self) -> None:
-        """Release the files without finishing them; harmless after :meth:`finish`."""
-
-
-def parse_dtype(text: str | None) -> torch.dtype | None:
+def parse_dtype(text: str | None) -> str | None:
     """Return the dtype that a ``--dtype`` value names; None keeps each tensor's own.
 
     Raises:
@@ -110,19 +115,14 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
     """
     if text is None:
         return None
-    if text not in DTYPES:
-        raise ConfigError(f"--dtype {text!r} is not supported; allowed: {', '.join(DTYPES)}")
-    return DTYPES[text]
+    if text not in OPTIONS:
+        raise ConfigError(f"--dtype {text!r} is not supported; allowed: {', '.join(OPTIONS)}")
+    return OPTIONS[text]
 
 
-def stored_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def stored_dtype(dtype: str, wanted: str | None) -> str:
     """Return the dtype to store: ``wanted`` for floating-point values, else their own."""
-    return wanted if wanted is not None and dtype.is_floating_point else dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without ``torch.``, as ``config.json`` spells it."""
-    return str(dtype).removeprefix("torch.")
+    return wanted if wanted is not None and dtype in FLOATS else dtype
 
 
 def total_bytes(infos: Iterable[TensorInfo]) -> int:

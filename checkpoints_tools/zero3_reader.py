@@ -6,13 +6,14 @@ parameters in the dtype that they have, buffers (floating-point ones as fp32) an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints_tools.pickle_io import TorchFile
+from checkpoints_tools.pickle_io import TorchFile, bytes_of, dtype_of
 from checkpoints_tools.tensor_io import SourceFacts, TensorInfo
 from checkpoints_tools.zero3_layout import FlatLayout, find_rank_files, partition_size
 from statex_dist.errors import CheckpointError
@@ -52,12 +53,9 @@ class Zero3Source:
         self._frozen = {name: tuple(shape) for name, shape in (first.get("frozen_param_shapes") or {}).items()}
         self._check_frozen()
         self._infos = {
-            **{
-                n: _info(n, b.shape, torch.float32 if b.is_floating_point() else b.dtype)
-                for n, b in self._buffers.items()
-            },
-            **{n: _info(n, s, first["frozen_param_fragments"][n].dtype) for n, s in self._frozen.items()},
-            **{n: _info(n, s, torch.float32) for n, s in shapes.items()},
+            **{n: _info(n, b.shape, "F32" if b.is_floating_point() else dtype_of(b)) for n, b in self._buffers.items()},
+            **{n: _info(n, s, dtype_of(first["frozen_param_fragments"][n])) for n, s in self._frozen.items()},
+            **{n: _info(n, s, "F32") for n, s in shapes.items()},
         }
         shared = dict(first.get("shared_params") or {})
         self._aliases = {a: owner for a, owner in shared.items() if owner in self._infos and a not in self._infos}
@@ -98,26 +96,41 @@ class Zero3Source:
         """Return shape and dtype of a tensor."""
         return self._infos[name]
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, gathered from all ranks."""
+    @property
+    def files(self) -> list[Path]:
+        """Both files of every rank."""
+        return [file.path for pair in zip(self._model, self._optim, strict=True) for file in pair]
+
+    def read_into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a tensor from byte ``start`` on, gathered from all ranks."""
         name = self._aliases.get(name, name)
         info = self._infos[name]
+        item = info.item_bytes
         if name in self._buffers:
-            return self._buffers[name].to(info.dtype, copy=True)
-        out = torch.empty(info.numel, dtype=info.dtype)
+            value = self._buffers[name]
+            whole = bytes_of(value.float() if value.is_floating_point() else value)
+            view[:] = whole[start : start + len(view)]
+            return
+        first, stop = start // item, (start + len(view)) // item
+        for target, numel, read in self._parts(name, info):
+            begin, end = max(first, target), min(stop, target + numel)
+            if begin < end:
+                read(view[(begin - first) * item : (end - first) * item], (begin - target) * item)
+
+    def _parts(self, name: str, info: TensorInfo) -> Iterator[tuple[int, int, Callable[[memoryview, int], None]]]:
+        """Yield each rank's run of a tensor: first element, number, and a reader of bytes within the run."""
         if name in self._frozen:
             part = partition_size(info.numel, len(self._model))
             for rank, file in enumerate(self._model):
-                piece = out[rank * part : min((rank + 1) * part, info.numel)]
-                file.read(file.content["frozen_param_fragments"][name], piece)
-        else:
-            for p in self._layout.pieces(name):
-                piece = out[p.target : p.target + p.numel]
-                self._optim[p.rank].read(self._groups[p.rank][p.group], piece, p.start)
-        return out.view(info.shape)
+                fragment = file.content["frozen_param_fragments"][name]
+                yield rank * part, min(part, max(info.numel - rank * part, 0)), partial(file.read, fragment)
+            return
+        for p in self._layout.pieces(name):
+            group = self._groups[p.rank][p.group][p.start : p.start + p.numel]
+            yield p.target, p.numel, partial(self._optim[p.rank].read, group)
 
 
-def _info(name: str, shape: Any, dtype: torch.dtype) -> TensorInfo:
+def _info(name: str, shape: Any, dtype: str) -> TensorInfo:
     return TensorInfo(name=name, shape=tuple(shape), dtype=dtype)
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "show what an expansion would do, before anything is done",
     "expand": "expand the recurrent state of a checkpoint",
     "reshard": "turn a training checkpoint into safetensors",
+    "verify": "compare two checkpoints, or prove that one is the other's expansion",
     "inspect": "say what a checkpoint is and whether it is whole",
     "eval": "measure recall or perplexity of a model",
     "demo": "the whole road on a tiny model: pre-train, expand, post-train, compare",

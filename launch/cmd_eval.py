@@ -212,12 +212,11 @@ def load_model(directory: str, device: str, *, threads: int | None = None) -> Re
 def model_facts(model: RecurrentLM, directory: str) -> dict[str, Any]:
     """Return what a result file says about its model."""
     config = model.config
-    layers = range(config.num_hidden_layers)
     return {
         "directory": directory,
         "model_type": config.MODEL_TYPE,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "state_numbers": sum(config.layer_geometry(layer).numbers for layer in layers),
+        "state_numbers": config.state_numbers,
         "vocab_size": config.vocab_size,
         "statex": config.statex.to_dict() if config.statex else None,
     }

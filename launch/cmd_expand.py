@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from launch.cmd_plan import add_plan_options, check_plan_options
+from launch.cmd_plan import add_plan_options, plan_options
 from launch.cmd_reshard import add_output_options, progress_bar
 
 
@@ -17,7 +16,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex expand`` to ``parser``."""
     add_output_options(parser)
     add_plan_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new values")
+    parser.add_argument("--resume", action="store_true", help="go on with what a killed run of this command left")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="copy NaN and Inf instead of stopping there")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the account, write nothing")
 
 
 def run(args: Any) -> int:
@@ -29,51 +30,56 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.expand import expand
+    from checkpoints_tools.expand import expand, plan_expansion, read_model
+    from checkpoints_tools.plan_options import plan_model
+    from checkpoints_tools.shard_writer import WriteOptions
+    from checkpoints_tools.tensor_io import parse_dtype
+    from statex_dist.config import parse_size
 
-    check_plan_options(args)
-    with progress_bar("expand") as progress:
-        account = expand(
-            args.source,
-            args.target,
-            layers=args.layers,
-            factor=args.factor,
-            init=args.init,
-            op=args.op,
-            seed=args.seed,
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
-    if args.json:
-        sys.stdout.write(json.dumps(account.to_dict()) + "\n")
+    plan, dtype = plan_options(args), parse_dtype(args.dtype)
+    options = WriteOptions(
+        max_shard_size=parse_size(args.max_shard_size, option="--max-shard-size"),
+        overwrite=args.overwrite,
+        workers=args.workers,
+        resume=args.resume,
+        allow_nonfinite=args.allow_nonfinite,
+    )
+    source, values, before = read_model(args.source)
+    expansion = plan_expansion(source, values, before, plan_model(before, plan), dtype=dtype)
+    if args.dry_run:
+        report = expansion.report({})
     else:
-        _print(account, args.target)
+        with progress_bar("expand") as progress:
+            report = expand(expansion, args.target, options, dtype=dtype, progress=progress)
+    if args.json:
+        sys.stdout.write(json.dumps(report.to_dict()) + "\n")
+    else:
+        _print(report, "dry run" if args.dry_run else args.target)
     return 0
 
 
-def _print(account: Any, target: str) -> None:
+def _print(report: Any, target: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(title="Expanded layers (tensors by what happened to them; expansion.json names each)")
+    table = Table(title="Expanded layers (tensors by what happened to them; expansion_report.json has each)")
     changes = ("kept", "grown", "reinitialised", "new")
     for name in ("layer", "operation", "state", "after", *changes):
         table.add_column(name, justify="left" if name == "operation" else "right")
-    for layer in account.layers:
-        counts = Counter(row.change for row in layer.tensors)
+    for layer in report.layers:
+        expansion = layer.expansion
+        reset = " reset" if expansion.reset_dynamics else ""
         table.add_row(
-            str(layer.layer),
-            f"{layer.op} x{layer.factor} {layer.init}",
+            str(expansion.layer),
+            f"{expansion.op} x{expansion.factor} {expansion.init}{reset}",
             f"{layer.state_before:,}",
             f"{layer.state_after:,}",
-            *(str(counts[change]) for change in changes),
+            *(str(layer.changes.get(change, 0)) for change in changes),
         )
     console.print(table)
-    growth = 100 * (account.state_after / account.state_before - 1)
+    growth = 100 * (report.state_after / report.state_before - 1)
     console.print(
-        f"{target}: state {account.state_before:,} -> {account.state_after:,} numbers ({growth:+.1f} %), parameters "
-        f"{account.parameters_before:,} -> {account.parameters_after:,}, {account.kept_outside} tensors outside kept"
+        f"{target}: state {report.state_before:,} -> {report.state_after:,} numbers ({growth:+.1f} %), parameters "
+        f"{report.parameters_before:,} -> {report.parameters_after:,}, {report.kept_outside} tensors outside kept"
     )

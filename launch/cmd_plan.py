@@ -5,42 +5,49 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser
 
-from statex_dist.errors import ConfigError
-from statex_dist.state.plan import Init, Op
+from statex_dist.state.plan import Op
+
+if TYPE_CHECKING:
+    from checkpoints_tools.plan_options import PlanOptions
+
+
+RECIPE_NAMES = "statex-paper-gla, statex-paper-merge, statex-paper-mamba4, statex-paper-merge-copy"
 
 
 def add_plan_options(parser: ArgumentParser) -> None:
     """Add the options that describe an expansion (``statex plan`` and ``statex expand``)."""
+    for name, text in (
+        ("layers", "every:K, first:K, last:K, all or a list such as 0,6,12 (default: every:6)"),
+        ("factor", "growth of a layer's state, or 'full': all heads (default: full for heads, 4 for grow_state)"),
+        ("init", "start of the new state: reinit, inherit or lossless (default: reinit)"),
+        ("op", f"{', '.join(get_args(Op))} (default: by family and --init)"),
+        ("target-state", "find layers and factor for a total state, such as 1.5x or 18.7M"),
+        ("plan", "YAML file with a plan per layer (docs/checkpoints.md)"),
+        ("recipe", f"a mode of the StateX authors' scripts: {RECIPE_NAMES}"),
+    ):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
     parser.add_argument(
-        "--layers",
-        type=str | None,
-        default=None,
-        help="every:K, first:K, last:K, all or a list such as 0,6,12 (default: every:6)",
+        "--reset-dynamics",
+        action="store_true",
+        help="start decays, time steps and norms anew, as the authors' scripts do (they are kept otherwise)",
     )
-    parser.add_argument(
-        "--factor",
-        type=str | None,
-        default=None,
-        help="growth of a layer's state, or 'full': all heads of a GLA layer (default: full for GLA, 4 for Mamba2)",
-    )
-    parser.add_argument(
-        "--init", type=str, default="reinit", help=f"start of the new state: {', '.join(get_args(Init))}"
-    )
-    parser.add_argument(
-        "--op", type=str | None, default=None, help=f"{', '.join(get_args(Op))} (default: by family and --init)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new values")
 
 
-def check_plan_options(args: Any) -> None:
-    """Raise if ``--init`` or ``--op`` is not one of the allowed words."""
-    if args.init not in get_args(Init):
-        raise ConfigError(f"--init {args.init!r} is not one of {', '.join(get_args(Init))}")
-    if args.op is not None and args.op not in get_args(Op):
-        raise ConfigError(f"--op {args.op!r} is not one of {', '.join(get_args(Op))}")
+def plan_options(args: Any) -> PlanOptions:
+    """Return the parsed plan options as one value.
+
+    Raises:
+        ConfigError: An option is not one of the allowed words, or two of them clash.
+    """
+    from checkpoints_tools.plan_options import PlanOptions
+
+    names = ("layers", "factor", "init", "op", "target_state", "plan", "recipe", "reset_dynamics", "seed")
+    return PlanOptions(**{name: getattr(args, name) for name in names})
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -65,12 +72,13 @@ def run(args: Any) -> int:
     from checkpoints_tools.plan_report import report_plan
     from statex_dist.models.kinds import read_config
 
-    check_plan_options(args)
+    options = plan_options(args)
     before = read_config(Path(args.model_dir))
-    after = plan_model(before, layers=args.layers, factor=args.factor, init=args.init, op=args.op)
+    after = plan_model(before, options)
     report = report_plan(before, after, world_size=args.world_size, seq_len=args.seq_len)
     if args.json:
-        sys.stdout.write(json.dumps(report.to_dict()) + "\n")
+        assert after.statex is not None
+        sys.stdout.write(json.dumps({**report.to_dict(), "plan": after.statex.to_dict()}) + "\n")
     else:
         _print(report)
     return 0
@@ -111,6 +119,8 @@ def _print(report: Any) -> None:
     ):
         totals.add_row(label, shown(old), shown(new), f"{100 * (new / old - 1):+.1f} %" if old else "")
     console.print(totals)
+    if report.mixed:
+        console.print("parameters, FLOPs and memory leave out the layers of another kind, which are passed through")
     if after.forget_tokens:
         console.print(f"forget threshold: {after.forget_tokens:,} tokens after expansion (a law fitted on Mamba-2)")
     if report.warning:

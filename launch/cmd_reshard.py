@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+logger = logging.getLogger(__name__)
 
 
 def add_output_options(parser: ArgumentParser) -> None:
@@ -18,6 +22,7 @@ def add_output_options(parser: ArgumentParser) -> None:
     parser.add_argument("--target", type=str, required=True, metavar="DIR", help="directory to make")
     parser.add_argument("--dtype", type=str | None, default=None, help="fp32, bf16 or fp16 (default: as in the source)")
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="size limit of a safetensors file")
+    parser.add_argument("--workers", type=int, default=4, help="tensors read and written at a time")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that is not empty")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -28,15 +33,34 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--to", type=str, default="hf", help="layout of the target: hf")
 
 
+_LINE_SECONDS = 10.0
+
+
+def _plain_lines(label: str) -> Callable[[int, int], None]:
+    """Return a callback that logs a line every few seconds: for log files, where a bar would be noise."""
+    start = last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _LINE_SECONDS:
+            return
+        last = now
+        left = (now - start) * (total - done) / max(done, 1)
+        logger.info("%s: %.2f of %.2f GB, %.0f s left", label, done / 1e9, total / 1e9, left)
+
+    return advance
+
+
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a callback that draws bytes done on a terminal, and draws nothing elsewhere."""
+    """Give a callback that draws bytes done on a terminal, and logs plain lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield _plain_lines(label)
         return
     columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -64,6 +88,7 @@ def run(args: Any) -> int:
             dtype=args.dtype,
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
+            workers=args.workers,
             progress=progress,
         )
     if args.json:

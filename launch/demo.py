@@ -120,7 +120,7 @@ class Demo:
         for seed in range(self.seeds):
             for arm, (model, record) in self.train_and_measure(seed).items():
                 config = read_config(model)
-                numbers = sum(config.layer_geometry(i).numbers for i in range(config.num_hidden_layers))
+                numbers = config.state_numbers
                 tensors = family_of(config.MODEL_TYPE).tensors(config)
                 entry = arms.setdefault(
                     arm,

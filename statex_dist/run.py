@@ -75,7 +75,7 @@ def train(config: RunConfig) -> bool:
         "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
         model.config.MODEL_TYPE,
         sum(p.numel() for p in model.parameters()),
-        sum(model.config.layer_geometry(i).numbers for i in range(model.config.num_hidden_layers)),
+        model.config.state_numbers,
         config.data.packs_per_step * config.data.seq_len,
         env.world_size,
     )

@@ -136,8 +136,13 @@ def commit_directory(temporary: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def prepare_target(target: Path, *, overwrite: bool) -> Path:
-    """Return an empty temporary sibling to write ``target`` into.
+def temporary_for(target: Path) -> Path:
+    """Return the sibling in which ``target`` is made."""
+    return target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+
+
+def refuse_target(target: Path, *, overwrite: bool) -> None:
+    """Raise if ``target`` may not be written; put an old one back where a killed process had set it aside.
 
     Args:
         target: Final directory.
@@ -146,15 +151,20 @@ def prepare_target(target: Path, *, overwrite: bool) -> Path:
     Raises:
         CheckpointError: The target is a file, or is not empty and ``overwrite`` is false.
     """
+    old = _set_aside(target)
+    if old.exists() and not target.exists():
+        logger.warning("%s was being replaced when the process was killed: putting the old one back", target)
+        old.replace(target)
     if target.is_file():
         raise CheckpointError(f"target {target} is a file; give a directory")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"target {target} exists and is not empty; pass --overwrite to replace it")
-    temporary, old = target.with_name(f"{TEMPORARY_PREFIX}{target.name}"), _set_aside(target)
-    if old.exists() and not target.exists():
-        logger.warning("%s was being replaced when the process was killed: putting the old one back", target)
-        old.replace(target)
-        return prepare_target(target, overwrite=overwrite)
+
+
+def prepare_target(target: Path, *, overwrite: bool) -> Path:
+    """Return an empty temporary sibling to write ``target`` into; arguments and errors of :func:`refuse_target`."""
+    refuse_target(target, overwrite=overwrite)
+    temporary = temporary_for(target)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.state.geometry import StateGeometry
-from statex_dist.state.plan import ExpansionPlan
+from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,10 @@ class ModelConfig:
     """
 
     MODEL_TYPE: ClassVar[str]
+    OPS: ClassVar[tuple[str, ...]] = ()
+    """Expansions that the family knows, the default one first."""
+    DERIVED: ClassVar[tuple[str, ...]] = ()
+    """Endings of tensors that a checkpoint may hold and that follow from the configuration: never needed, kept."""
 
     vocab_size: int
     hidden_size: int
@@ -42,6 +46,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.check_positive("vocab_size", "hidden_size", "num_hidden_layers")
 
+    @classmethod
+    def recognises(cls, values: dict[str, Any]) -> bool:
+        """Return whether the contents of a ``config.json`` describe a model of this family."""
+        return values.get("model_type") == cls.MODEL_TYPE
+
     def check_positive(self, *names: str) -> None:
         """Raise if one of these fields is given and below 1."""
         for name in names:
@@ -50,13 +59,77 @@ class ModelConfig:
                 raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {value}")
 
     def check_plan(self) -> None:
-        """Raise if the plan names a layer that the model does not have."""
+        """Raise if the plan does not fit the model.
+
+        Raises:
+            CheckpointError: A layer does not exist.
+            ConfigError: A layer has no recurrent state, or the operation is not for this family or does not divide.
+        """
         for expansion in self.statex.layers if self.statex else ():
             if not 0 <= expansion.layer < self.num_hidden_layers:
                 raise CheckpointError(
                     f"plan: layer {expansion.layer} is out of range; "
                     f"the model has layers 0..{self.num_hidden_layers - 1}"
                 )
+            if expansion.layer not in self.recurrent_layers:
+                raise ConfigError(
+                    f"plan: layer {expansion.layer} has no recurrent state; those that have: "
+                    f"{list(self.recurrent_layers)}"
+                )
+            if expansion.op not in self.OPS:
+                raise ConfigError(
+                    f"plan, layer {expansion.layer}: {self.why_not(expansion.op)}; use {' or '.join(self.OPS)}"
+                )
+            self.check_expansion(expansion)
+
+    def why_not(self, op: str) -> str:
+        """Return why an operation that is not in :attr:`OPS` cannot be done."""
+        return f"op {op} does not apply to {self.MODEL_TYPE}"
+
+    def check_expansion(self, expansion: LayerExpansion) -> None:
+        """Raise if an expansion of a known operation does not fit the layer: a family's own rules."""
+
+    def _check_head_factor(self, expansion: LayerExpansion, num_heads: int) -> None:
+        """Raise unless the heads can be merged or mixed by the expansion's factor."""
+        where = f"plan, layer {expansion.layer}"
+        if expansion.op == "merge_heads" and num_heads % expansion.factor:
+            raise ConfigError(
+                f"{where}: {num_heads} heads do not divide into groups of {expansion.factor}; "
+                f"the factor must divide num_heads={num_heads}"
+            )
+        if expansion.op in ("merge_heads", "mix_heads") and expansion.factor > num_heads:
+            raise ConfigError(
+                f"{where}: factor {expansion.factor} is larger than num_heads={num_heads}; "
+                f"a {self.MODEL_TYPE} layer grows at most by its number of heads"
+            )
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Layers with a recurrent state of this family; the others (attention, MLP) are never touched."""
+        return tuple(range(self.num_hidden_layers))
+
+    @property
+    def state_numbers(self) -> int:
+        """State numbers of all recurrent layers together."""
+        return sum(self.layer_geometry(layer).numbers for layer in self.recurrent_layers)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the model can be expanded and resharded here but not run, or None if it can be run."""
+        return None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the model has tensors that the family's layout does not list: they are passed through untouched."""
+        return self.obstacle is not None
+
+    def plain_keys(self) -> dict[str, Any]:
+        """Return changes of ``config.json`` that by themselves say what the plan says.
+
+        Where every recurrent layer of a Mamba2 model grows alike, ``state_size`` says it all, and classes that know no
+        plan can open the directory. Empty where there is no such way.
+        """
+        return {}
 
     @property
     def final_norm_eps(self) -> float:
@@ -74,6 +147,9 @@ class ModelConfig:
         Raises:
             CheckpointError: A required key is missing or has the wrong type.
         """
+        plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
+        if plan is not None:
+            values = {**values, **values["statex"].get("base", {})}
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)} - {"statex", "extra"}
         kept = {key: value for key, value in values.items() if key in names}
@@ -88,20 +164,32 @@ class ModelConfig:
         ]
         if missing := [name for name in required if name not in kept]:
             raise CheckpointError(f"{CONFIG_NAME} of a {cls.MODEL_TYPE} model lacks {', '.join(missing)}")
-        plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
         extra = {k: v for k, v in values.items() if k not in names and k not in ("statex", "model_type")}
         return cls(**kept, statex=plan, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``config.json``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        extra, plan = values.pop("extra"), values.pop("statex")
+        extra = values.pop("extra")
+        del values["statex"]
         if self.embedding_initializer_range is None:
             del values["embedding_initializer_range"]
-        result = {"model_type": self.MODEL_TYPE, **extra, **values}
-        if plan is not None:
-            result["statex"] = plan.to_dict()
-        return result
+        return self.with_plan({"model_type": self.MODEL_TYPE, **extra, **values})
+
+    def with_plan(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of a ``config.json`` with this plan written in and all other keys as they are.
+
+        Args:
+            values: Contents that describe this model, with or without an earlier plan.
+        """
+        if self.statex is None:
+            return values
+        earlier = (values.get("statex") or {}).get("base", {})
+        plain, entry = self.plain_keys(), self.statex.to_dict()
+        values = {**values, **earlier}
+        if plain:
+            entry["base"] = {key: values[key] if key in values else getattr(self, key) for key in plain}
+        return {**values, **plain, "statex": entry}
 
     def to_json(self) -> str:
         """Return the text of ``config.json``."""

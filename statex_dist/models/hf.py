@@ -126,7 +126,7 @@ def from_pretrained(
     stored = tensors[family_of(config.MODEL_TYPE).names.embeddings].dtype
     model = model.to_empty(device=device).to(dtype or stored)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.trunk.embeddings.weight
+        model.lm_head.weight = model.trunk.embedding_table.weight
         tensors.setdefault(model.family.names.head, tensors[model.family.names.embeddings])
     model.load_state_dict(tensors)
     return model

@@ -41,15 +41,17 @@ class Names:
     Attributes:
         trunk: Attribute that holds embeddings, layers and final norm (``model`` or ``backbone``).
         final_norm: Name of the final norm inside the trunk.
+        embedding: Name of the embedding table inside the trunk.
     """
 
     trunk: str
     final_norm: str
+    embedding: str = "embeddings"
 
     @property
     def embeddings(self) -> str:
-        """Name of the embedding table."""
-        return f"{self.trunk}.embeddings.weight"
+        """Full name of the embedding table's tensor."""
+        return f"{self.trunk}.{self.embedding}.weight"
 
     @property
     def head(self) -> str:

@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from statex_dist.data.types import IGNORE_INDEX
+from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.distributions import Constant, Distribution, Normal, generator_for
 from statex_dist.models.kinds import Family, family_of
 from statex_dist.models.norm import RMSNorm
-from statex_dist.models.random_init import generator_for, normal
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.precision import wide_dtype
 
@@ -37,26 +38,39 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        if config.obstacle:
+            raise ConfigError(
+                f"this {config.MODEL_TYPE} model can be expanded and inspected but not run here: {config.obstacle}"
+            )
         family = family_of(config.MODEL_TYPE)
-        block = family.block_class()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        block, self.config = family.block_class(), config
+        self.embedding_name = family.names.embedding
+        self.add_module(self.embedding_name, nn.Embedding(config.vocab_size, config.hidden_size))
+        for name, spec in family.shared_tensors(config).items():
+            self.register_parameter(name.removeprefix(f"{family.names.trunk}."), nn.Parameter(torch.zeros(spec.shape)))
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm_name = family.names.final_norm
         self.add_module(self.final_norm_name, RMSNorm(config.hidden_size, eps=config.final_norm_eps))
         self.activation_checkpointing = False
 
+    @property
+    def embedding_table(self) -> nn.Embedding:
+        """The embedding table, under whatever name the family's checkpoints have for it."""
+        return self.get_submodule(self.embedding_name)  # type: ignore[return-value]
+
     def forward(
         self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
     ) -> tuple[torch.Tensor, list[LayerState]]:
         """Return the final hidden states ``[B, T, hidden]`` and the layers' states."""
-        hidden = self.embeddings(input_ids)
+        hidden = self.embedding_table(input_ids)
         new_states: list[LayerState] = []
+        shared = family_of(self.config.MODEL_TYPE).shared_inputs(self)
         for index, layer in enumerate(self.layers):
-            state = states[index] if states else None
+            inputs = (hidden, sequences, states[index] if states else None, *(x[index] for x in shared))
             if self.activation_checkpointing and self.training:
-                hidden, new_state = checkpoint(layer, hidden, sequences, state, use_reentrant=False)
+                hidden, new_state = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                hidden, new_state = layer(hidden, sequences, state)
+                hidden, new_state = layer(*inputs)
             if new_state is not None:
                 new_states.append(new_state)
         norm = self.get_submodule(self.final_norm_name)
@@ -77,7 +91,7 @@ class RecurrentLM(nn.Module):
         self.add_module(self.family.names.trunk, Trunk(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.trunk.embeddings.weight
+            self.lm_head.weight = self.trunk.embedding_table.weight
 
     @property
     def family(self) -> Family:
@@ -132,15 +146,17 @@ class RecurrentLM(nn.Module):
     @torch.no_grad()
     def init_parameters(self, seed: int) -> None:
         """Give every parameter its first value, fixed by ``seed`` and the parameter's name."""
+        shared = self.family.shared_tensors(self.config)
+        first: Distribution
         for name, parameter in self.named_parameters():
-            rng, dtype = generator_for(seed, name), parameter.dtype
             if place := self.family.names.split(name):
-                value = self.family.initial_value(place[1], parameter.shape, config=self.config, dtype=dtype, rng=rng)
+                first = self.family.first_value(place[1], tuple(parameter.shape), config=self.config)
+            elif name in shared:
+                first = Constant(0.0)
             elif name.endswith("norm.weight") or name.endswith(f"{self.family.names.final_norm}.weight"):
-                value = torch.ones(parameter.shape, dtype=dtype)
+                first = Constant(1.0)
             else:
                 std, embedding_std = self.config.initializer_range, self.config.embedding_initializer_range
-                if name == self.family.names.embeddings and embedding_std is not None:
-                    std = embedding_std
-                value = normal(parameter.shape, std=std, dtype=dtype, rng=rng)
-            parameter.copy_(value)
+                first = Normal(embedding_std if name == self.family.names.embeddings and embedding_std else std)
+            values = first.draw(generator_for(seed, name), 0, parameter.numel())
+            parameter.copy_(torch.from_numpy(values).view(parameter.shape))

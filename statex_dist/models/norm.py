@@ -23,15 +23,16 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMS norm with a SiLU gate, after the norm (GLA) or before it (Mamba2)."""
+    """RMS norm with a gate (SiLU or sigmoid), after the norm (GLA) or before it (Mamba2)."""
 
-    def __init__(self, size: int, *, eps: float, norm_before_gate: bool):
+    def __init__(self, size: int, *, eps: float, norm_before_gate: bool, sigmoid: bool = False):
         super().__init__(size, eps=eps)
         self.norm_before_gate = norm_before_gate
+        self.activation = torch.sigmoid if sigmoid else F.silu
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the gated norm of ``x`` in ``x``'s dtype."""
-        gate = F.silu(gate.to(wide_dtype(gate.dtype)))
+        gate = self.activation(gate.to(wide_dtype(gate.dtype)))
         if self.norm_before_gate:
             return (self.weight * normalize(x, self.eps) * gate).to(x.dtype)
         return self.weight * normalize(x.to(gate.dtype) * gate, self.eps).to(x.dtype)

@@ -9,6 +9,7 @@ are sorted by length and chunks ordered by their position within the sequence: t
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,22 +68,49 @@ class ChunkLayout:
         Returns:
             The state at the start of each chunk ``[num_chunks, ...state]`` and final states ``[S, ...state]``.
         """
-        num_sequences = len(self.order)
+        state = self.first_state(update, initial_state)
+        starts, final = self.scan(lambda S, d, u: (torch.addcmul(u, S, d), S), state, decay, update)
+        return (starts if starts is not None else update), final
+
+    def first_state(self, like: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
+        """Return the states ``[S, ...]`` before each sequence's first chunk, in the order of :meth:`scan`.
+
+        Args:
+            like: Per chunk ``[num_chunks, ...state]``.
+            initial_state: ``[S, ...state]`` or None for zero.
+        """
         if initial_state is None:
-            state = update.new_zeros(num_sequences, *update.shape[1:])
-        else:
-            state = initial_state.to(update.dtype).index_select(0, self.order)
-        starts: list[torch.Tensor] = []
+            return like.new_zeros(len(self.order), *like.shape[1:])
+        return initial_state.to(like.dtype).index_select(0, self.order)
+
+    def scan(
+        self,
+        step: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        state: torch.Tensor,
+        *per_chunk: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Run a recurrence over the chunks of every sequence, all sequences at once.
+
+        Args:
+            step: Called with the states of the running sequences and their chunks' slices of ``per_chunk``; returns
+                the states after these chunks and an output per chunk.
+            state: From :meth:`first_state`.
+            per_chunk: Tensors ``[num_chunks, ...]``.
+
+        Returns:
+            The outputs ``[num_chunks, ...]`` (None without chunks) and final states ``[S, ...]``.
+        """
+        outputs: list[torch.Tensor] = []
         ended: list[torch.Tensor] = []
         sizes = list(self.active)
-        for count, decay_p, update_p in zip(sizes, decay.split(sizes), update.split(sizes), strict=True):
+        for count, *slices in zip(sizes, *(x.split(sizes) for x in per_chunk), strict=True):
             if count < len(state):
                 ended.append(state[count:])
                 state = state[:count]
-            starts.append(state)
-            state = torch.addcmul(update_p, state, decay_p)
+            state, output = step(state, *slices)
+            outputs.append(output)
         ended.append(state)
-        return torch.cat(starts) if starts else update, torch.cat(ended[::-1]).index_select(0, self.rank)
+        return (torch.cat(outputs) if outputs else None), torch.cat(ended[::-1]).index_select(0, self.rank)
 
 
 class _Rearrange(torch.autograd.Function):

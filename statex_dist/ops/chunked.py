@@ -12,6 +12,8 @@ exponent is ever positive, whatever the gates are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from statex_dist.errors import ConfigError
@@ -24,7 +26,7 @@ _BLOCK = 4
 def chunked_gla(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | Sequence[torch.Tensor],
     g: torch.Tensor,
     *,
     scale: float,
@@ -35,6 +37,9 @@ def chunked_gla(
     """Run gated linear attention chunk by chunk. Arguments and results are those of ``naive_gla``.
 
     Args:
+        v: Values; or several tensors of the same shape, which stand for their concatenation along the last dimension.
+            Each is then multiplied by itself: a wider product may sum in another order, and a mixed layer could not
+            start from the original's exact numbers.
         chunk_size: Tokens per chunk, a power of two from 4; None picks one by the sequences' lengths.
 
     Returns:
@@ -49,17 +54,29 @@ def chunked_gla(
     if chunk_size < _BLOCK or chunk_size & (chunk_size - 1):
         raise ConfigError(f"chunk_size must be a power of two from {_BLOCK}, not {chunk_size}")
     layout = chunk_layout(lengths, chunk_size, q.device)
-    out_dtype, work_dtype = v.dtype, wide_dtype(q.dtype)
-    q, k, v, g = (layout.to_chunks(x).to(work_dtype) for x in (q * scale, k, v, g))
+    values = [v] if isinstance(v, torch.Tensor) else list(v)
+    out_dtype, work_dtype = values[0].dtype, wide_dtype(q.dtype)
+    q, k, g = (layout.to_chunks(x).to(work_dtype) for x in (q * scale, k, g))
     b = g.cumsum(dim=2)
     total = b[:, :, -1:]
-    update = (k * (total - b).exp()).transpose(-1, -2) @ v
-    starts, final = layout.carry(total.transpose(-1, -2).exp(), update, initial_state)
-    o = _attention_matrix(q, k, b) @ v + (q * b.exp()) @ starts
-    return layout.from_chunks(o, batch).to(out_dtype), final
+    decay, keys, queries = total.transpose(-1, -2).exp(), k * (total - b).exp(), q * b.exp()
+    attention = decayed_products(q, k, b)
+    states = [None] * len(values) if initial_state is None else initial_state.chunk(len(values), dim=-1)
+    outputs, finals = [], []
+    for value, state in zip(values, states, strict=True):
+        value = layout.to_chunks(value).to(work_dtype)
+        starts, final = layout.carry(decay, keys.transpose(-1, -2) @ value, state)
+        outputs.append(layout.from_chunks(attention @ value + queries @ starts, batch).to(out_dtype))
+        finals.append(final)
+    return join_blocks(outputs), join_blocks(finals)
 
 
-def _attention_matrix(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def join_blocks(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Return value blocks side by side, without a copy where there is one."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+
+
+def decayed_products(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the causal ``A [..., C, C]`` of chunks ``q, k, b [..., C, K]`` with exponents that are never positive."""
     chunk_size = q.shape[-2]
     matrix = _diagonal_blocks(q, k, b)

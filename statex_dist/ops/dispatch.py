@@ -6,16 +6,16 @@ otherwise; ``naive`` is for tests.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from statex_dist.errors import ConfigError
 from statex_dist.ops.chunked import chunked_gla, chunked_ssd
-from statex_dist.ops.fla_api import fla_gla, has_fla
+from statex_dist.ops.delta import chunked_delta_rule, delta_step, naive_delta_rule
+from statex_dist.ops.fla_api import fla_delta_rule, fla_gla, has_fla
 from statex_dist.ops.mamba_api import fits_mamba_ssm, has_mamba_ssm, mamba_ssd
-from statex_dist.ops.mixing import mix_outputs, spread_values
+from statex_dist.ops.mixing import mix_outputs, partner_values, spread_values
 from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
 
 Backend = Literal["auto", "kernel", "chunked", "naive"]
@@ -24,6 +24,11 @@ Backend = Literal["auto", "kernel", "chunked", "naive"]
 def _check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise ConfigError(f"scan backend {backend!r} is not one of {', '.join(get_args(Backend))}")
+
+
+def _takes_kernel(backend: str, q: torch.Tensor) -> bool:
+    """Return whether flash-linear-attention's kernels are to run."""
+    return backend == "kernel" or (backend == "auto" and q.is_cuda and q.dtype != torch.float64 and has_fla())
 
 
 def gla(
@@ -58,14 +63,13 @@ def gla(
     """
     _check_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if mix is not None:
-        v = spread_values(v, mix.shape[1])
-    scan = partial(chunked_gla, chunk_size=chunk_size)
-    if backend == "naive":
-        scan = partial(naive_gla)
-    elif backend == "kernel" or (backend == "auto" and q.is_cuda and q.dtype != torch.float64 and has_fla()):
-        scan = partial(fla_gla)
-    o, state = scan(q, k, v, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    partners = 1 if mix is None else mix.shape[1]
+    options: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    if backend == "naive" or _takes_kernel(backend, q):
+        scan = naive_gla if backend == "naive" else fla_gla
+        o, state = scan(q, k, v if mix is None else spread_values(v, partners), g, **options)
+    else:
+        o, state = chunked_gla(q, k, partner_values(v, partners), g, chunk_size=chunk_size, **options)
     return (o if mix is None else mix_outputs(o, mix)), state
 
 
@@ -84,6 +88,69 @@ def gla_decode(
     if mix is not None:
         v = spread_values(v, mix.shape[1])
     o, state = gla_step(q, k, v, g, state, scale=scale)
+    return (o if mix is None else mix_outputs(o, mix)), state
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    mix: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gated delta rule, plain or mixed, with one decay per head (Gated DeltaNet) or per key channel (KDA).
+
+    Args:
+        q: ``[B, T, H, K]`` queries, normalised; their factor is ``K ** -0.5``.
+        k: ``[B, T, H, K]`` keys, normalised.
+        v: ``[B, T, HV, V]`` values, ``HV`` a multiple of ``H``.
+        g: ``[B, T, HV, 1]`` or ``[B, T, HV, K]`` log decays, at most 0.
+        beta: ``[B, T, HV]`` strengths of the writes.
+        mix: ``[HV, r]`` mixing matrix; the state then holds ``r`` value heads per recurrence.
+        initial_state: ``[S, HV, K, r V]`` or None for zero.
+        cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
+        backend: Which implementation runs.
+        chunk_size: Tokens per chunk of the chunked form; None picks one.
+
+    Returns:
+        Output ``[B, T, HV, V]`` and final states ``[S, HV, K, r V]``.
+    """
+    _check_backend(backend)
+    partners = 1 if mix is None else mix.shape[1]
+    options: dict[str, Any] = {
+        "scale": q.shape[-1] ** -0.5,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    if backend == "naive" or _takes_kernel(backend, q):
+        scan = naive_delta_rule if backend == "naive" else fla_delta_rule
+        o, state = scan(q, k, v if mix is None else spread_values(v, partners), g, beta, **options)
+    else:
+        values = partner_values(v, partners)
+        o, state = chunked_delta_rule(q, k, values, g, beta, chunk_size=chunk_size, **options)
+    return (o if mix is None else mix_outputs(o, mix)), state
+
+
+def delta_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    mix: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advance :func:`delta_rule` by one token: arguments without their ``T``, ``state [B, HV, K, r V]``."""
+    if mix is not None:
+        v = spread_values(v, mix.shape[1])
+    o, state = delta_step(q, k, v, g, beta, state, scale=q.shape[-1] ** -0.5)
     return (o if mix is None else mix_outputs(o, mix)), state
 
 

@@ -37,3 +37,32 @@ def fla_gla(
     if q.shape[1] <= _RECURRENT_TOKENS:
         return fused_recurrent_gla(q=q, k=k, v=v, gk=g, **common)
     return chunk_gla(q=q, k=k, v=v, g=g, **common)
+
+
+def fla_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    scale: float,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the gated delta rule on fla-core's kernels. Arguments and results are those of ``naive_delta_rule``."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
+
+    scan, decay = (chunk_gated_delta_rule, g.squeeze(-1)) if g.shape[-1] == 1 else (chunk_kda, g)
+    return scan(
+        q=q,
+        k=k,
+        v=v,
+        g=decay,
+        beta=beta,
+        scale=scale,
+        initial_state=None if initial_state is None else initial_state.float(),
+        output_final_state=True,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+    )

@@ -11,9 +11,14 @@ from __future__ import annotations
 import torch
 
 
+def partner_values(v: torch.Tensor, num_partners: int) -> list[torch.Tensor]:
+    """Return ``r`` tensors like ``v [..., H, V]``: in the ``s``-th, head ``i`` has the values of head ``i + s``."""
+    return [v, *(v.roll(-s, dims=-2) for s in range(1, num_partners))]
+
+
 def spread_values(v: torch.Tensor, num_partners: int) -> torch.Tensor:
     """Return ``[..., H, r V]`` from ``v [..., H, V]``: head ``i`` gets the values of heads ``i, i+1, ..., i+r-1``."""
-    return torch.cat([v.roll(-s, dims=-2) for s in range(num_partners)], dim=-1)
+    return torch.cat(partner_values(v, num_partners), dim=-1)
 
 
 def mix_outputs(o: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:

@@ -99,10 +99,10 @@ def naive_gla(
                 scale=scale,
                 initial_state=None if initial_state is None else initial_state[i : i + 1],
             )
-            for i, (start, stop) in enumerate(_borders(cu_seqlens))
+            for i, (start, stop) in enumerate(borders_of(cu_seqlens))
         ]
         return torch.cat([o for o, _ in parts], dim=1), torch.cat([s for _, s in parts])
-    state = _first_state(initial_state, q, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
+    state = first_state(initial_state, q, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     outputs = []
     # unbind, not indexing: the gradient of x[:, t] fills a full-size tensor with zeros for every t.
     for q_t, k_t, v_t, g_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), g.unbind(1), strict=True):
@@ -145,10 +145,10 @@ def naive_ssd(
                 C[:, start:stop],
                 initial_state=None if initial_state is None else initial_state[i : i + 1],
             )
-            for i, (start, stop) in enumerate(_borders(cu_seqlens))
+            for i, (start, stop) in enumerate(borders_of(cu_seqlens))
         ]
         return torch.cat([o for o, _ in parts], dim=1), torch.cat([s for _, s in parts])
-    state = _first_state(initial_state, x, (x.shape[0], x.shape[2], x.shape[3], B.shape[3]))
+    state = first_state(initial_state, x, (x.shape[0], x.shape[2], x.shape[3], B.shape[3]))
     outputs = []
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
         output, state = ssd_step(x_t, dt_t, A, B_t, C_t, state)
@@ -156,11 +156,13 @@ def naive_ssd(
     return torch.stack(outputs, dim=1) if outputs else x.new_zeros(x.shape), state
 
 
-def _first_state(initial_state: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def first_state(initial_state: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the state before the first token, zero where none is given, in the dtype that recurrences run in."""
     wide = wide_dtype(like.dtype)
     return like.new_zeros(shape, dtype=wide) if initial_state is None else initial_state.to(wide)
 
 
-def _borders(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
+def borders_of(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
+    """Return ``(start, stop)`` of each packed sequence."""
     marks = cu_seqlens.tolist()
     return list(itertools.pairwise(marks))

@@ -8,14 +8,14 @@ for *every* layer; here the geometry of each layer is derived from the base conf
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from statex_dist.errors import ConfigError
 
 Op = Literal["merge_heads", "mix_heads", "grow_state"]
-Init = Literal["reinit", "inherit", "lossless"]
+Init = Literal["reinit", "inherit", "lossless", "copy"]
 
 PLAN_VERSION = 1
 
@@ -27,13 +27,15 @@ class LayerExpansion:
     Attributes:
         layer: Index of the layer, from 0.
         op: ``merge_heads`` (StateX for GLA: groups of ``factor`` heads become one), ``mix_heads`` (each key head also
-            stores the values of ``factor - 1`` other heads, read through a learned matrix M) or ``grow_state``
-            (Mamba2: ``d_state`` times ``factor``).
+            stores the values of ``factor - 1`` other heads, read through a learned matrix M) or ``grow_state`` (the key
+            side of the state times ``factor``: Mamba2's ``d_state``, the key channels of a GLA head).
         factor: How many times larger the layer's state becomes, 2 or more.
-        init: ``reinit`` (fresh token-mixing parameters, the paper's choice), ``inherit`` (old values kept) or
-            ``lossless`` (the model computes what it computed before).
+        init: ``reinit`` (the paper's choice: fresh token-mixing parameters), ``inherit`` (old values kept),
+            ``lossless`` (the model computes what it computed before) or ``copy`` (the new rows are copies of the old
+            ones; the authors' ``merge_copy``, for replication).
         seed: Seed of the layer's random values; a tensor's generator is derived from it and the tensor's name, so that
             they do not depend on the order in which shards are read.
+        reset_dynamics: Whether decays, time steps and norms start anew, as in the authors' scripts (for replication).
     """
 
     layer: int
@@ -41,8 +43,11 @@ class LayerExpansion:
     factor: int
     init: Init
     seed: int = 0
+    reset_dynamics: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.reset_dynamics, bool):
+            raise ConfigError(f"plan: reset_dynamics must be true or false, not {self.reset_dynamics!r}")
         for name, kind in (("layer", int), ("factor", int), ("seed", int)):
             if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), bool):
                 raise ConfigError(f"plan: {name} must be a whole number, not {getattr(self, name)!r}")
@@ -56,6 +61,19 @@ class LayerExpansion:
             raise ConfigError(
                 f"plan, layer {self.layer}: merging heads cannot be lossless; use op mix_heads, or init inherit"
             )
+        if self.init == "copy" and self.op != "grow_state":
+            raise ConfigError(f"plan, layer {self.layer}: init copy is for op grow_state, not {self.op}")
+        if self.init == "lossless" and self.reset_dynamics:
+            raise ConfigError(
+                f"plan, layer {self.layer}: reset_dynamics changes the function, so the start cannot be lossless"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of ``config.json``; a field that replication alone needs is left out where it is off."""
+        values = asdict(self)
+        if not self.reset_dynamics:
+            del values["reset_dynamics"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +99,7 @@ class ExpansionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form stored under ``statex`` in ``config.json``."""
-        return {"version": PLAN_VERSION, "layers": [asdict(expansion) for expansion in self.layers]}
+        return {"version": PLAN_VERSION, "layers": [expansion.to_dict() for expansion in self.layers]}
 
     @classmethod
     def from_dict(cls, values: Any) -> ExpansionPlan:
@@ -101,34 +119,41 @@ class ExpansionPlan:
         return cls(layers=layers)
 
 
-def select_layers(rule: str, num_layers: int) -> tuple[int, ...]:
+def select_layers(rule: str, num_layers: int, recurrent: Sequence[int] | None = None) -> tuple[int, ...]:
     """Return the layers that a rule names.
 
     Args:
-        rule: ``all``, ``every:K`` (0, K, 2K, ... as the paper does), ``first:K``, ``last:K`` or a list ``0,6,12``.
+        rule: ``all``, ``every:K`` (the first and every K-th after it, as in the paper), ``first:K``, ``last:K`` or a
+            list ``0,6,12``. All but a list count recurrent layers only.
         num_layers: Layers of the model.
+        recurrent: The layers that have a recurrent state; None for all of them.
 
     Raises:
-        ConfigError: The rule is not one of these, or a layer is out of range.
+        ConfigError: The rule is not one of these, or a layer is out of range or has no recurrent state.
     """
     allowed = "all, every:K, first:K, last:K or a list such as 0,6,12"
+    choice = tuple(range(num_layers) if recurrent is None else recurrent)
     if rule == "all":
-        return tuple(range(num_layers))
+        return choice
     if match := re.fullmatch(r"(every|first|last):(\d+)", rule):
         kind, count = match[1], int(match[2])
-        if count < 1 or (count > num_layers and kind != "every"):
+        if count < 1 or (count > len(choice) and kind != "every"):
             raise ConfigError(
-                f"--layers {rule}: K must be 1 or more, and at most the model's {num_layers} layers for first and last"
+                f"--layers {rule}: K must be 1 or more, and at most the model's {len(choice)} layers for first and last"
             )
         if kind == "every":
-            return tuple(range(0, num_layers, count))
-        return tuple(range(count)) if kind == "first" else tuple(range(num_layers - count, num_layers))
+            return choice[::count]
+        return choice[:count] if kind == "first" else choice[-count:]
     if not re.fullmatch(r"\d+(,\d+)*", rule):
         raise ConfigError(f"--layers {rule!r} is not a rule; allowed: {allowed}")
     layers = tuple(sorted({int(part) for part in rule.split(",")}))
     if layers[-1] >= num_layers:
         raise ConfigError(
             f"--layers {rule}: layer {layers[-1]} is out of range; the model has layers 0..{num_layers - 1}"
+        )
+    if other := [layer for layer in layers if layer not in choice]:
+        raise ConfigError(
+            f"--layers {rule}: layers {other} of this model have no recurrent state; those that have: {list(choice)}"
         )
     return layers
 

@@ -1,67 +1,69 @@
-"""Expansion of a GLA layer: pure functions from tensors to tensors.
+"""Expansion of a GLA layer, as recipes: what becomes of each tensor (:mod:`statex_dist.models.fla_expand`).
 
-*merge_heads* is StateX's (arXiv 2509.22630): groups of heads become one head, whose state is as many times larger. No
-projection changes its shape, because a head is only a way to read rows; only the per-head output norm must cover the
-merged values. *mix_heads* is ours (docs/method.md): every key head also stores other heads' values, and a matrix M,
-which starts as the identity, learns to read them.
+Beside merging and mixing heads, *grow_state* gives every head more key channels. ``lossless`` makes the new query rows
+zero and leaves keys and gates of the new channels random: they are written but not read until the queries have
+learned. The scale of the queries stays that of the original channels.
 """
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
+from statex_dist.models.distributions import Constant
+from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors
 from statex_dist.models.gla.config import GLAConfig
-from statex_dist.models.gla.init import initial_value
-from statex_dist.models.gla.layout import MIX_NAME, gate_norm_name
-from statex_dist.models.random_init import generator_for
+from statex_dist.models.gla.init import first_value
+from statex_dist.models.gla.layout import gate_norm_name, layer_tensors
+from statex_dist.models.recipe import Recipe, from_blocks, grown_groups, redrawn, repeated
 from statex_dist.state.plan import LayerExpansion
 
-OPS = ("merge_heads", "mix_heads")
-DEFAULT_OP = "merge_heads"
 TOKEN_MIXING = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gk_proj", "q_conv1d", "k_conv1d", "v_conv1d")
+KEY_SIDE = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "gk_proj.1.weight",
+    "gk_proj.1.bias",
+    "q_conv1d.weight",
+    "k_conv1d.weight",
+)
 
 
-def expand_tensor(
-    suffix: str, tensor: torch.Tensor, *, config: GLAConfig, expansion: LayerExpansion, name: str
-) -> torch.Tensor:
-    """Return one tensor of an expanded layer.
+def layer_recipes(config: GLAConfig, after: GLAConfig, expansion: LayerExpansion) -> dict[str, Recipe]:
+    """Return a recipe for each tensor of an expanded layer that changes or is new, by name without the prefix.
 
     Args:
-        suffix: Name without the layer's prefix, for example ``attn.q_proj.weight``.
-        tensor: The original values.
-        config: Configuration of the *original* model.
+        config: Configuration of the original model.
+        after: Configuration of the expanded model.
         expansion: What is done to the layer.
-        name: Full name, which with the expansion's seed fixes the random values.
-
-    Returns:
-        The new values, in ``tensor``'s dtype; ``tensor`` itself where nothing changes.
     """
-    if expansion.op == "merge_heads" and suffix == gate_norm_name(config):
-        return tensor.repeat(expansion.factor)
-    part = suffix.split(".")[1] if suffix.startswith("attn.") else ""
-    if expansion.init == "reinit" and part in TOKEN_MIXING:
-        return initial_value(
-            suffix, tensor.shape, config=config, dtype=tensor.dtype, rng=generator_for(expansion.seed, name)
-        )
-    return tensor
+    before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
+    first = partial(first_value, config=config, layer_default=expansion.reset_dynamics)
+    recipes = mix_recipe(expansion, config.num_heads)
+    norm = gate_norm_name(config)
+    if expansion.op == "merge_heads":
+        recipes[norm] = repeated(before[norm].shape, expansion.factor)
+    if expansion.init == "reinit":
+        names = [name for name in before if name.startswith("attn.") and name.split(".")[1] in TOKEN_MIXING]
+        recipes |= redrawn_tensors(before, target, names, first)
+    elif expansion.op == "grow_state":
+        recipes |= _grown(config, expansion)
+    if expansion.reset_dynamics:
+        names = ["attn_norm.weight", norm] if expansion.init == "reinit" else ["attn_norm.weight"]
+        for name in names:
+            recipes[name] = redrawn(target[name].shape, Constant(1.0), source_rows=before[name].shape[0])
+    return recipes
 
 
-def new_tensors(
-    *, config: GLAConfig, expansion: LayerExpansion, prefix: str, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Return tensors that the expanded layer has and the original had not, by full name.
-
-    A ``mix_heads`` layer gets ``M [num_heads, factor]``: column 0 reads a head's own values, column ``s`` those of the
-    head ``s`` places on (cyclically). ``lossless`` starts at the identity, other modes at ``1/sqrt(factor)``, StateX's
-    merge expressed in M.
-    """
-    if expansion.op != "mix_heads":
-        return {}
-    name, shape = prefix + MIX_NAME, (config.num_heads, expansion.factor)
-    if expansion.init == "lossless":
-        mix = torch.zeros(shape, dtype=dtype)
-        mix[:, 0] = 1.0
-    else:
-        rng = generator_for(expansion.seed, name)
-        mix = initial_value(MIX_NAME, shape, config=config, dtype=dtype, rng=rng)
-    return {name: mix}
+def _grown(config: GLAConfig, expansion: LayerExpansion) -> dict[str, Recipe]:
+    """Return recipes that put new key channels behind the old ones of each head."""
+    recipes = {}
+    for name, spec in layer_tensors(config, expansion.layer).items():
+        if name.removeprefix("attn.") not in KEY_SIDE:
+            continue
+        new = first_value(name, spec.shape, config=config)
+        if expansion.init == "lossless" and name == "attn.q_proj.weight":
+            new = Constant(0.0)
+        rows = config.key_dim // config.num_heads
+        blocks = grown_groups(0, groups=config.num_heads, rows=rows, factor=expansion.factor, new=new)
+        recipes[name] = from_blocks(spec.shape, blocks)
+    return recipes

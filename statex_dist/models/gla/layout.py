@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from statex_dist.models.fla import NAMES, block_tensors, mix_tensor
 from statex_dist.models.gla.config import GATE_LOW_RANK_DIM, GLAConfig
-from statex_dist.models.layout import Names, TensorSpec
+from statex_dist.models.layout import TensorSpec
 
-NAMES = Names(trunk="model", final_norm="norm")
-
-MIX_NAME = "attn.mix"
-"""The mixing matrix M of a ``mix_heads`` layer (ours; public checkpoints have none)."""
+__all__ = ["NAMES", "gate_norm_name", "layer_tensors"]
 
 
 def gate_norm_name(config: GLAConfig) -> str:
@@ -18,10 +16,9 @@ def gate_norm_name(config: GLAConfig) -> str:
 
 def layer_tensors(config: GLAConfig, layer: int) -> dict[str, TensorSpec]:
     """Return the tensors of one layer under the plan, by name without the layer's prefix."""
-    hidden, keys, values = config.hidden_size, config.key_dim, config.value_dim
     geometry = config.layer_geometry(layer)
+    hidden, keys, values = config.hidden_size, geometry.num_heads * geometry.key_dim, config.value_dim
     specs = {
-        "attn_norm.weight": TensorSpec(shape=(hidden,), decay=False),
         "attn.q_proj.weight": TensorSpec(shape=(keys, hidden)),
         "attn.k_proj.weight": TensorSpec(shape=(keys, hidden)),
         "attn.v_proj.weight": TensorSpec(shape=(values, hidden)),
@@ -31,14 +28,8 @@ def layer_tensors(config: GLAConfig, layer: int) -> dict[str, TensorSpec]:
         "attn.gk_proj.1.bias": TensorSpec(shape=(keys,), decay=False),
         gate_norm_name(config): TensorSpec(shape=(geometry.value_dim,), decay=False),
         "attn.o_proj.weight": TensorSpec(shape=(hidden, values)),
-        "mlp_norm.weight": TensorSpec(shape=(hidden,), decay=False),
-        "mlp.gate_proj.weight": TensorSpec(shape=(config.mlp_size, hidden)),
-        "mlp.up_proj.weight": TensorSpec(shape=(config.mlp_size, hidden)),
-        "mlp.down_proj.weight": TensorSpec(shape=(hidden, config.mlp_size)),
     }
     if config.use_short_conv:
         for name, channels in (("q", keys), ("k", keys), ("v", values)):
             specs[f"attn.{name}_conv1d.weight"] = TensorSpec(shape=(channels, 1, config.conv_size), decay=False)
-    if geometry.values_per_key > 1:
-        specs[MIX_NAME] = TensorSpec(shape=(geometry.num_heads, geometry.values_per_key), decay=False)
-    return specs
+    return {**specs, **block_tensors(config), **mix_tensor(geometry.num_heads, geometry.values_per_key)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.state.geometry import StateGeometry
 
@@ -16,6 +16,7 @@ class Mamba2Config(ModelConfig):
     """Hyper-parameters of a Mamba2 language model; names and defaults are transformers'."""
 
     MODEL_TYPE: ClassVar[str] = "mamba2"
+    OPS: ClassVar[tuple[str, ...]] = ("grow_state",)
 
     num_heads: int
     head_dim: int
@@ -59,11 +60,13 @@ class Mamba2Config(ModelConfig):
                 "must be above 0 and in this order"
             )
         self.check_plan()
-        for expansion in self.statex.layers if self.statex else ():
-            if expansion.op != "grow_state":
-                raise ConfigError(
-                    f"plan, layer {expansion.layer}: op {expansion.op} does not apply to mamba2; use grow_state"
-                )
+
+    def plain_keys(self) -> dict[str, Any]:
+        """Return the grown ``state_size`` where every recurrent layer grows by the same factor."""
+        factors = {e.layer: e.factor for e in self.statex.layers} if self.statex else {}
+        if set(factors) != set(self.recurrent_layers) or len(set(factors.values())) != 1:
+            return {}
+        return {"state_size": self.state_size * next(iter(factors.values()))}
 
     @property
     def inner_size(self) -> int:

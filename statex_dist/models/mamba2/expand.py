@@ -1,89 +1,67 @@
-"""Expansion of a Mamba2 layer: growing ``d_state``. Pure functions from tensors to tensors.
+"""Expansion of a Mamba2 layer, as recipes: growing ``d_state``.
 
-B and C of every group get new rows behind their old ones, in ``in_proj`` and in the convolution's channels. The
-dynamics (``dt_bias``, ``A_log``, ``D``) and the norms are kept in every mode: the StateX authors' script resets them,
-after which almost every head forgets within one token.
+B and C of every group get new rows behind their old ones, in ``in_proj`` and in the convolution's channels; ``z``,
+``x``, ``dt`` and the output projection are kept. What becomes of B and C:
 
-``lossless`` makes the new C rows zero and the new B rows random: the new state columns are written but not yet read, so
-the function is unchanged, C receives gradient at once and B from the second step on. (Both zero, the authors'
-``merge_zero``, is a saddle with zero gradient for ever.)
+* ``reinit``: all their rows are drawn anew (what the StateX authors' ``mamba4`` does);
+* ``inherit``: the old rows are kept, the new ones drawn;
+* ``lossless``: the same, but the new C rows of ``in_proj`` are zero: the new state columns are written but not yet
+  read, so the function is unchanged; C receives gradient at once and B from the second step on. (Both zero, the
+  authors' ``merge_zero``, is a saddle with zero gradient for ever.)
+* ``copy``: the new rows are copies of the old ones (the authors' ``merge_copy``: C.B grows by the factor).
+
+The dynamics (``dt_bias``, ``A_log``) and the gated norm are kept in every mode unless the plan resets them, as the
+authors' script does, after which almost every head forgets within one token.
 """
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from statex_dist.models.layout import TensorSpec
+from statex_dist.models.distributions import Constant
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.mamba2.init import initial_value
+from statex_dist.models.mamba2.init import first_value
 from statex_dist.models.mamba2.layout import layer_tensors
-from statex_dist.models.random_init import generator_for
+from statex_dist.models.recipe import Block, Fresh, Keep, Recipe, from_blocks, grown_groups, redrawn
 from statex_dist.state.plan import LayerExpansion
 
-OPS = ("grow_state",)
-DEFAULT_OP = "grow_state"
-TOKEN_MIXING = tuple(
-    f"mixer.{part}.{kind}" for part in ("in_proj", "conv1d", "out_proj") for kind in ("weight", "bias")
-)
+DYNAMICS = ("mixer.dt_bias", "mixer.A_log", "mixer.norm.weight")
 
 
-def expand_tensor(
-    suffix: str, tensor: torch.Tensor, *, config: Mamba2Config, expansion: LayerExpansion, name: str
-) -> torch.Tensor:
-    """Return one tensor of an expanded layer.
+def layer_recipes(config: Mamba2Config, after: Mamba2Config, expansion: LayerExpansion) -> dict[str, Recipe]:
+    """Return a recipe for each tensor of an expanded layer that changes, by name without the prefix.
 
     Args:
-        suffix: Name without the layer's prefix, for example ``mixer.in_proj.weight``.
-        tensor: The original values.
-        config: Configuration of the *original* model.
+        config: Configuration of the original model.
+        after: Configuration of the expanded model.
         expansion: What is done to the layer.
-        name: Full name, which with the expansion's seed fixes the random values.
-
-    Returns:
-        The new values, in ``tensor``'s dtype; ``tensor`` itself where nothing changes.
     """
-    spec = layer_tensors(config, expansion.layer)[suffix]
-    rng = generator_for(expansion.seed, name)
-    if expansion.init == "reinit" and suffix in TOKEN_MIXING:
-        shape = list(tensor.shape)
-        shape[0] += sum(_new_rows(spec, expansion))
-        return initial_value(suffix, shape, config=config, dtype=tensor.dtype, rng=rng)
-    if not spec.parts:
-        return tensor
-    pieces = []
-    for (part, rows), added, old in zip(
-        spec.parts, _new_rows(spec, expansion), tensor.split([rows for _, rows in spec.parts]), strict=True
-    ):
-        assert old.shape[0] == rows
-        pieces.append(_grow(suffix, part, old, added, config, expansion, rng) if added else old)
-    return torch.cat(pieces)
-
-
-def new_tensors(
-    *, config: Mamba2Config, expansion: LayerExpansion, prefix: str, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Return tensors that the expanded layer has and the original had not: none, for Mamba2."""
-    return {}
-
-
-def _new_rows(spec: TensorSpec, expansion: LayerExpansion) -> list[int]:
-    """Return how many rows each part gains."""
-    return [rows * (expansion.factor - 1) if part in ("B", "C") else 0 for part, rows in spec.parts]
-
-
-def _grow(
-    suffix: str,
-    part: str,
-    old: torch.Tensor,
-    added: int,
-    config: Mamba2Config,
-    expansion: LayerExpansion,
-    rng: torch.Generator,
-) -> torch.Tensor:
-    """Return a B or C part with new rows after the old ones of each group."""
-    fresh = initial_value(suffix, [added, *old.shape[1:]], config=config, dtype=old.dtype, rng=rng)
-    # For C a zero projection suffices: the convolution of zeros is zero, because new biases start at zero.
-    if expansion.init == "lossless" and part == "C" and suffix == "mixer.in_proj.weight":
-        fresh = torch.zeros_like(fresh)
-    grouped = old.unflatten(0, (config.n_groups, -1))
-    return torch.cat([grouped, fresh.unflatten(0, (config.n_groups, -1))], dim=1).flatten(0, 1)
+    first = partial(first_value, config=config, layer_default=expansion.reset_dynamics)
+    recipes = {}
+    for name, spec in layer_tensors(config, expansion.layer).items():
+        if expansion.reset_dynamics and name in DYNAMICS:
+            recipes[name] = redrawn(spec.shape, first(name, spec.shape), source_rows=spec.shape[0])
+        if not spec.parts:
+            continue
+        blocks: list[Block] = []
+        start = 0
+        for part, rows in spec.parts:
+            new = first(name, spec.shape)
+            # A zero projection suffices: the convolution of zeros is zero, because new biases start at zero.
+            if expansion.init == "lossless" and part == "C" and name == "mixer.in_proj.weight":
+                new = Constant(0.0)
+            if part not in ("B", "C"):
+                blocks.append(Keep(start, start + rows))
+            elif expansion.init == "reinit":
+                blocks.append(Fresh(rows * expansion.factor, new))
+            else:
+                blocks += grown_groups(
+                    start,
+                    groups=config.n_groups,
+                    rows=rows // config.n_groups,
+                    factor=expansion.factor,
+                    new=None if expansion.init == "copy" else new,
+                )
+            start += rows
+        recipes[name] = from_blocks(spec.shape, blocks)
+    return recipes

@@ -1,39 +1,46 @@
-"""First values of a Mamba2 layer's tensors: of a fresh model, and of the layers that an expansion re-initialises."""
+"""First values of a Mamba2 layer's tensors: of a fresh model, and of the rows that an expansion adds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
-
+from statex_dist.models.distributions import Constant, Distribution, LogCount, Normal, TimeStep, Uniform
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.random_init import normal, uniform
 
 
-def initial_value(
-    suffix: str, shape: Sequence[int], *, config: Mamba2Config, dtype: torch.dtype, rng: torch.Generator
-) -> torch.Tensor:
-    """Return first values for the tensor ``suffix`` (name without the layer's prefix).
+def first_value(
+    suffix: str, shape: tuple[int, ...], *, config: Mamba2Config, layer_default: bool = False
+) -> Distribution:
+    """Return the distribution of the tensor ``suffix`` (name without the layer's prefix).
 
     The rules are transformers' ``Mamba2PreTrainedModel._init_weights``: steps log-uniform between ``time_step_min``
     and ``time_step_max``, ``A = 1..num_heads``, convolution and output projection uniform as torch draws them.
+
+    Args:
+        suffix: Name without the layer's prefix.
+        shape: Shape of the tensor.
+        config: The model's configuration.
+        layer_default: Whether values are those of the layer by itself (torch's rules, ``dt_bias`` 1), which is what the
+            StateX authors' script leaves, since it replaces modules after the model's initialisation has run.
     """
+    conv_bound = 1 / math.sqrt(config.conv_kernel)
     if suffix.endswith("norm.weight") or suffix == "mixer.D":
-        return torch.ones(*shape, dtype=dtype)
+        return Constant(1.0)
     if suffix == "mixer.A_log":
-        return torch.arange(1, config.num_heads + 1, dtype=torch.float32).log().to(dtype)
+        return LogCount()
     if suffix == "mixer.dt_bias":
-        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = (torch.rand(*shape, generator=rng) * (high - low) + low).exp().clamp(min=config.time_step_floor)
-        return (dt + torch.log(-torch.expm1(-dt))).to(dtype)  # the inverse of softplus
+        if layer_default:
+            return Constant(1.0)
+        return TimeStep(config.time_step_min, config.time_step_max, config.time_step_floor)
+    if suffix == "mixer.conv1d.weight" or (layer_default and suffix == "mixer.conv1d.bias"):
+        return Uniform(conv_bound)
+    if layer_default and suffix.startswith("mixer.in_proj"):
+        return Uniform(1 / math.sqrt(config.hidden_size))
     if suffix.endswith(".bias"):
-        return torch.zeros(*shape, dtype=dtype)
-    if suffix == "mixer.conv1d.weight":
-        return uniform(shape, bound=1 / math.sqrt(config.conv_kernel), dtype=dtype, rng=rng)
+        return Constant(0.0)
     if suffix == "mixer.out_proj.weight":
         bound = 1 / math.sqrt(config.inner_size)
         if config.rescale_prenorm_residual:
             bound /= math.sqrt(config.num_hidden_layers)
-        return uniform(shape, bound=bound, dtype=dtype, rng=rng)
-    return normal(shape, std=config.initializer_range, dtype=dtype, rng=rng)
+        return Uniform(bound)
+    return Normal(config.initializer_range)

@@ -1,0 +1,187 @@
+"""The account of an expansion: what became of each tensor, with checksums (``expansion_report.json``)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_tools.journal import ShardRecord
+from checkpoints_tools.tensor_io import TensorInfo
+from checkpoints_tools.transfer import TensorJob
+from statex_dist.errors import CheckpointError
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import family_of, new_expansions
+from statex_dist.models.recipe import Change
+from statex_dist.state.plan import LayerExpansion
+
+REPORT_NAME = "expansion_report.json"
+REPORT_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorChange:
+    """What happened to one tensor.
+
+    Attributes:
+        change: ``kept`` (every value), ``grown`` (old rows kept, new ones added), ``reinitialised`` (no value kept) or
+            ``new``.
+        shape_before: Original shape; None for a new tensor.
+        shape_after: Shape in the target.
+        dtype: In which it is stored (a name of the safetensors format).
+        rows: Of a tensor that changed, its blocks of rows in order: how many, and ``from`` which rows of the original
+            or from which distribution.
+        seed: Of the new rows.
+        xxh3_128: Digest of the stored bytes.
+        source_xxh3_128: Digest of the original's bytes, of a kept tensor.
+    """
+
+    change: Change
+    shape_before: tuple[int, ...] | None
+    shape_after: tuple[int, ...]
+    dtype: str
+    rows: list[dict[str, Any]] | None = None
+    seed: int | None = None
+    xxh3_128: str | None = None
+    source_xxh3_128: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerAccount:
+    """What happened to one expanded layer."""
+
+    expansion: LayerExpansion
+    state_before: int
+    state_after: int
+    changes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpansionReport:
+    """What an expansion does (or did).
+
+    Attributes:
+        source: Directory that was read.
+        model_type: Family of the model.
+        numpy: Version of numpy, whose generators drew the new rows.
+        state_before: State numbers of all recurrent layers together.
+        state_after: The same of the target.
+        parameters_before: Elements of all tensors of the source.
+        parameters_after: The same of the target.
+        layers: The expanded layers.
+        tensors: Every tensor of the target, by name.
+    """
+
+    source: str
+    model_type: str
+    numpy: str
+    state_before: int
+    state_after: int
+    parameters_before: int
+    parameters_after: int
+    layers: list[LayerAccount]
+    tensors: dict[str, TensorChange]
+
+    @property
+    def kept_outside(self) -> int:
+        """Tensors outside the expanded layers, all of them kept."""
+        return len(self.tensors) - sum(sum(layer.changes.values()) for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers for JSON."""
+        values = {"version": REPORT_VERSION, **asdict(self)}
+        values["layers"] = [
+            {
+                **layer.expansion.to_dict(),
+                "state_before": layer.state_before,
+                "state_after": layer.state_after,
+                "changes": layer.changes,
+            }
+            for layer in self.layers
+        ]
+        values["tensors"] = {
+            name: {key: value for key, value in asdict(change).items() if value is not None}
+            for name, change in self.tensors.items()
+        }
+        return values
+
+
+def make_report(
+    source: Path,
+    before: ModelConfig,
+    after: ModelConfig,
+    jobs: Sequence[TensorJob],
+    source_infos: Sequence[TensorInfo],
+    finished: Mapping[str, ShardRecord],
+) -> ExpansionReport:
+    """Return the account of an expansion.
+
+    Args:
+        source: Directory that was read.
+        before: Config of the original model.
+        after: Config of the expanded model.
+        jobs: Every tensor of the target.
+        source_infos: Every tensor of the source.
+        finished: The written shards, for their digests; empty for a rehearsal.
+    """
+    digests = {name: value for shard in finished.values() for name, value in shard.digests.items()}
+    originals = {name: value for shard in finished.values() for name, value in shard.source_digests.items()}
+    tensors = {job.info.name: _change(job, digests, originals) for job in jobs}
+    layers = []
+    for expansion in new_expansions(before, after).layers:
+        prefix = family_of(before.MODEL_TYPE).names.layer(expansion.layer)
+        inside = [change for name, change in tensors.items() if name.startswith(prefix)]
+        layers.append(
+            LayerAccount(
+                expansion=expansion,
+                state_before=before.layer_geometry(expansion.layer).numbers,
+                state_after=after.layer_geometry(expansion.layer).numbers,
+                changes=dict(Counter(change.change for change in inside)),
+            )
+        )
+    return ExpansionReport(
+        source=str(source),
+        model_type=before.MODEL_TYPE,
+        numpy=np.__version__,
+        state_before=before.state_numbers,
+        state_after=after.state_numbers,
+        parameters_before=sum(info.numel for info in source_infos),
+        parameters_after=sum(job.info.numel for job in jobs),
+        layers=layers,
+        tensors=tensors,
+    )
+
+
+def _change(job: TensorJob, digests: Mapping[str, str], originals: Mapping[str, str]) -> TensorChange:
+    recipe = job.surgery.recipe if job.surgery else None
+    return TensorChange(
+        change=recipe.change if recipe else "kept",
+        shape_before=job.source.shape if job.source else None,
+        shape_after=job.info.shape,
+        dtype=job.info.dtype,
+        rows=recipe.to_list() if recipe else None,
+        seed=job.surgery.seed if job.surgery else None,
+        xxh3_128=digests.get(job.info.name),
+        source_xxh3_128=originals.get(job.info.name),
+    )
+
+
+def read_checksums(directory: Path) -> dict[str, str] | None:
+    """Return each tensor's digest from a directory's report, or None where it has no report.
+
+    Raises:
+        CheckpointError: The report is unreadable.
+    """
+    path = directory / REPORT_NAME
+    try:
+        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
+        return {name: row["xxh3_128"] for name, row in tensors.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from None

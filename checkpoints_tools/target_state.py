@@ -1,0 +1,103 @@
+"""Finding an expansion that brings all states together to a wanted size.
+
+Expanded layers are spaced evenly from the first, as in the paper; of the plans that come equally close the one with the
+fewest layers is taken (the largest factor).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from statex_dist.errors import ConfigError
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import make_plan
+from statex_dist.state.plan import Init, Op, select_layers
+
+TOLERANCE = 0.05
+"""Largest relative distance from the wanted size."""
+
+LARGEST_GROWTH = 16
+"""Factors of ``grow_state`` that are tried: powers of two up to this (operations on heads end at their number)."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundPlan:
+    """Layers and factor that come closest, and the state numbers that they give."""
+
+    layers: tuple[int, ...]
+    factor: int
+    numbers: int
+
+
+def parse_target(text: str, current: int) -> float:
+    """Return the state numbers that ``1.5x`` (of ``current``), ``18.7M`` or ``18700000`` asks for.
+
+    Raises:
+        ConfigError: Neither form, or not more than the current size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(x|[KMG]?)", text.strip())
+    if match is None:
+        raise ConfigError(
+            f"--target-state {text!r} is not a size; give a multiple such as 1.5x, or numbers such as 18.7M"
+        )
+    wanted = float(match[1]) * (current if match[2] == "x" else _UNITS[match[2]])
+    if wanted <= current:
+        raise ConfigError(f"--target-state {text}: the model has {current:,} state numbers already; ask for more")
+    return wanted
+
+
+def find_plan(
+    config: ModelConfig, target: str, *, layers: str | None, factor: int | None, op: Op, init: Init
+) -> FoundPlan:
+    """Return the plan whose total state is closest to a target.
+
+    Args:
+        config: The model.
+        target: ``1.5x`` or a number of state numbers.
+        layers: A rule that fixes the layers; None leaves them free.
+        factor: A factor that is fixed; None leaves it free.
+        op: The operation.
+        init: The initialisation.
+
+    Raises:
+        ConfigError: No plan comes within :data:`TOLERANCE`; the closest is named.
+    """
+    wanted = parse_target(target, config.state_numbers)
+    taken = {e.layer for e in config.statex.layers} if config.statex else set()
+    free = [layer for layer in config.recurrent_layers if layer not in taken]
+    if not free:
+        raise ConfigError(f"--target-state {target}: every recurrent layer is expanded already")
+    if layers is not None:
+        choices = [select_layers(layers, config.num_hidden_layers, config.recurrent_layers)]
+    else:
+        choices = [_spread(free, count) for count in range(1, len(free) + 1)]
+    found: list[FoundPlan] = []
+    for number in [factor] if factor is not None else _factors(config, free[0], op):
+        for chosen in choices:
+            try:
+                after = make_plan(config, layers=",".join(map(str, chosen)), factor=number, init=init, op=op)
+            except ConfigError:
+                if factor is not None:
+                    raise
+                break
+            found.append(FoundPlan(layers=chosen, factor=number, numbers=after.state_numbers))
+    best = min(found, key=lambda plan: (abs(plan.numbers - wanted), len(plan.layers)), default=None)
+    if best is None or abs(best.numbers - wanted) > TOLERANCE * wanted:
+        closest = f"the closest is {best.factor} times in layers {list(best.layers)}" if best else "no factor fits"
+        reached = f" ({best.numbers / config.state_numbers:.2f}x)" if best else ""
+        raise ConfigError(f"--target-state {target}: no plan of op {op} comes within 5 %; {closest}{reached}")
+    return best
+
+
+def _spread(layers: list[int], count: int) -> tuple[int, ...]:
+    """Return ``count`` of ``layers``, evenly spaced from the first."""
+    return tuple(layers[index * len(layers) // count] for index in range(count))
+
+
+def _factors(config: ModelConfig, layer: int, op: Op) -> list[int]:
+    if op == "grow_state":
+        return [2**power for power in range(1, LARGEST_GROWTH.bit_length())]
+    return list(range(2, config.replace(statex=None).layer_geometry(layer).num_heads + 1))

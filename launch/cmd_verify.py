@@ -1,0 +1,64 @@
+"""``statex verify``: are two checkpoints the same model, or one the other's expansion and nothing else?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from launch.cmd_reshard import progress_bar
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of ``statex verify`` to ``parser``."""
+    parser.add_argument("first", type=str, metavar="A", help="checkpoint (with --as-expansion: the base)")
+    parser.add_argument("second", type=str, metavar="B", help="checkpoint (with --as-expansion: the expanded one)")
+    parser.add_argument(
+        "--as-expansion",
+        action="store_true",
+        help="prove that B is A with the plan in B's config.json, and that nothing else changed",
+    )
+    parser.add_argument(
+        "--rtol",
+        type=float | None,
+        default=None,
+        help="largest relative difference of a value, dtypes aside (default: same dtype and same bytes)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+
+
+def run(args: Any) -> int:
+    """Print what agrees and what differs; 1 where anything does.
+
+    Args:
+        args: The parsed options of :func:`add_arguments`.
+
+    Raises:
+        StateXError: A checkpoint is damaged, or there is nothing to verify.
+    """
+    from checkpoints_tools.verify import verify_expansion, verify_same
+    from statex_dist.errors import ConfigError
+
+    if args.as_expansion and args.rtol is not None:
+        raise ConfigError("--rtol is for comparing two models; an expansion is verified to the last bit")
+    if args.rtol is not None and not args.rtol >= 0:
+        raise ConfigError(f"--rtol must be 0 or more, not {args.rtol}")
+    with progress_bar("verify") as progress:
+        if args.as_expansion:
+            verdict = verify_expansion(args.first, args.second, progress=progress)
+        else:
+            verdict = verify_same(args.first, args.second, rtol=args.rtol, progress=progress)
+    if args.json:
+        sys.stdout.write(json.dumps(verdict.to_dict()) + "\n")
+        return 0 if verdict.ok else 1
+    for difference in verdict.differences:
+        sys.stdout.write(f"differs: {difference}\n")
+    for note in verdict.notes:
+        sys.stdout.write(f"note: {note}\n")
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.tensors.items()))
+    relation = "an expansion of" if args.as_expansion else "the same model as"
+    word = "is" if verdict.ok else "is NOT"
+    sys.stdout.write(f"{verdict.second} {word} {relation} {verdict.first} (tensors that agree: {counts or 'none'})\n")
+    return 0 if verdict.ok else 1

@@ -1,0 +1,1 @@
+"""Bamba (Hugging Face): Mamba2 layers beside softmax attention. Expanded here; transformers runs it."""

@@ -1,0 +1,89 @@
+"""Configuration of a Bamba model (the keys of transformers' ``BambaConfig``), seen from its Mamba2 layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from statex_dist.errors import CheckpointError
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.state.geometry import StateGeometry
+
+
+@dataclass(kw_only=True)
+class BambaConfig(ModelConfig):
+    """The keys of a Bamba model that its Mamba2 layers depend on; all others are kept as they are."""
+
+    MODEL_TYPE: ClassVar[str] = "bamba"
+    OPS: ClassVar[tuple[str, ...]] = Mamba2Config.OPS
+
+    mamba_n_heads: int
+    mamba_d_head: int | str = "auto"
+    mamba_d_state: int = 256
+    mamba_n_groups: int = 1
+    mamba_d_conv: int = 4
+    mamba_expand: int = 2
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    attn_layer_indices: list | None = None
+    rms_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner = self.mamba_expand * self.hidden_size
+        if self.mamba_d_head == "auto":
+            self.mamba_d_head = inner // self.mamba_n_heads
+        if not isinstance(self.mamba_d_head, int):
+            raise CheckpointError(f"bamba config: mamba_d_head={self.mamba_d_head!r} must be a number or 'auto'")
+        for layer in self.attn_layer_indices or ():
+            if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
+                raise CheckpointError(f"bamba config: attn_layer_indices names layer {layer!r}, which does not exist")
+        self.check_plan()
+        self.mamba2()
+
+    def mamba2(self) -> Mamba2Config:
+        """Return the same layers as a Mamba2 model's configuration, plan included."""
+        assert isinstance(self.mamba_d_head, int)
+        return Mamba2Config(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_heads=self.mamba_n_heads,
+            head_dim=self.mamba_d_head,
+            state_size=self.mamba_d_state,
+            n_groups=self.mamba_n_groups,
+            conv_kernel=self.mamba_d_conv,
+            expand=self.mamba_expand,
+            use_bias=self.mamba_proj_bias,
+            use_conv_bias=self.mamba_conv_bias,
+            initializer_range=self.initializer_range,
+            statex=self.statex,
+        )
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The Mamba2 layers."""
+        attention = self.attn_layer_indices or []
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Bamba's blocks are not run here."""
+        return "bamba models are run by transformers"
+
+    @property
+    def final_norm_eps(self) -> float:
+        """Epsilon of the RMS norms."""
+        return self.rms_norm_eps
+
+    def plain_keys(self) -> dict[str, Any]:
+        """Return the grown ``mamba_d_state`` where every Mamba2 layer grows by the same factor."""
+        factors = {e.layer: e.factor for e in self.statex.layers} if self.statex else {}
+        if set(factors) != set(self.recurrent_layers) or len(set(factors.values())) != 1:
+            return {}
+        return {"mamba_d_state": self.mamba_d_state * next(iter(factors.values()))}
+
+    def layer_geometry(self, layer: int) -> StateGeometry:
+        """Return the state of a Mamba2 layer under the plan."""
+        return self.mamba2().layer_geometry(layer)

@@ -1,0 +1,144 @@
+"""What Gated DeltaNet and Kimi Delta Attention have in common: configuration keys and the one expansion they allow.
+
+The delta rule updates ``S_t = (I - b k k^T) diag(a) S_{t-1} + b k v^T``: the transition acts on the key side alone, so
+value columns are independent and a head may store other heads' values beside its own, exactly (*mix_heads*). But
+``k k^T`` couples all key channels of a head: heads read as one would correct each other's writes, which is another
+function, and no choice of parameters makes it the original's. A true merge is therefore refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from statex_dist.errors import CheckpointError
+from statex_dist.models.distributions import Constant, Distribution
+from statex_dist.models.fla import FLAConfig
+from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors
+from statex_dist.models.layout import TensorSpec
+from statex_dist.models.recipe import Recipe, redrawn
+from statex_dist.state.geometry import StateGeometry
+from statex_dist.state.plan import LayerExpansion
+
+DYNAMICS = ("attn.A_log", "attn.dt_bias")
+
+
+@dataclass(kw_only=True)
+class DeltaRuleConfig(FLAConfig):
+    """Keys that flash-linear-attention's ``GatedDeltaNetConfig`` and ``KDAConfig`` share."""
+
+    OPS: ClassVar[tuple[str, ...]] = ("mix_heads",)
+
+    num_heads: int
+    head_dim: int
+    expand_v: float
+    num_v_heads: int | None = None
+    use_short_conv: bool = True
+    conv_size: int = 4
+    allow_neg_eigval: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("num_heads", "head_dim", "num_v_heads", "conv_size")
+        if self.value_heads % self.num_heads:
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: num_v_heads={self.num_v_heads} must be a multiple of "
+                f"num_heads={self.num_heads}"
+            )
+        if self.head_dim * self.expand_v != self.head_value_dim or self.head_value_dim < 1:
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: expand_v={self.expand_v} times head_dim={self.head_dim} is not a whole "
+                "number"
+            )
+        self.check_plan()
+
+    def why_not(self, op: str) -> str:
+        """Explain why heads of a delta rule cannot be merged, nor their keys grown."""
+        if op == "merge_heads":
+            return (
+                f"heads of {self.MODEL_TYPE} cannot be merged: the delta rule couples all key channels of a head "
+                "(I - b k k^T), so a merged head computes another function"
+            )
+        if op == "grow_state":
+            return (
+                f"key channels of {self.MODEL_TYPE} cannot be grown: keys and queries are normalised over a whole "
+                "head, so new channels change the old ones"
+            )
+        return super().why_not(op)
+
+    def check_expansion(self, expansion: LayerExpansion) -> None:
+        """Raise if there are fewer heads than partners."""
+        self._check_head_factor(expansion, self.value_heads)
+
+    @property
+    def value_heads(self) -> int:
+        """Value heads, each with a recurrence of its own; several may share a key head."""
+        return self.num_v_heads or self.num_heads
+
+    @property
+    def head_value_dim(self) -> int:
+        """Value channels of a value head."""
+        return int(self.head_dim * self.expand_v)
+
+    @property
+    def key_dim(self) -> int:
+        """Key channels of all key heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Value channels of all value heads together."""
+        return self.value_heads * self.head_value_dim
+
+    def layer_geometry(self, layer: int) -> StateGeometry:
+        """Return the state of ``layer`` under the plan."""
+        expansion = self.statex.get(layer) if self.statex else None
+        return StateGeometry(
+            num_heads=self.value_heads,
+            key_dim=self.head_dim,
+            value_dim=self.head_value_dim,
+            num_key_groups=self.num_heads,
+            values_per_key=expansion.factor if expansion else 1,
+            conv_channels=2 * self.key_dim + self.value_dim if self.use_short_conv else 0,
+            conv_kernel=self.conv_size if self.use_short_conv else 0,
+        )
+
+
+def conv_tensors(config: DeltaRuleConfig) -> dict[str, TensorSpec]:
+    """Return the short convolutions of queries, keys and values, by name without the layer's prefix."""
+    if not config.use_short_conv:
+        return {}
+    sizes = {"q": config.key_dim, "k": config.key_dim, "v": config.value_dim}
+    return {
+        f"attn.{name}_conv1d.weight": TensorSpec(shape=(channels, 1, config.conv_size), decay=False)
+        for name, channels in sizes.items()
+    }
+
+
+def mixing_recipes(
+    config: DeltaRuleConfig,
+    expansion: LayerExpansion,
+    before: dict[str, TensorSpec],
+    after: dict[str, TensorSpec],
+    first_value: Callable[[str, tuple[int, ...]], Distribution],
+) -> dict[str, Recipe]:
+    """Return a recipe for each tensor of an expanded layer that changes or is new, by name without the prefix.
+
+    Args:
+        config: Configuration of the original model.
+        expansion: What is done to the layer.
+        before: Tensors of the original layer.
+        after: Tensors of the expanded layer.
+        first_value: Returns a tensor's distribution in a fresh model.
+    """
+    recipes = mix_recipe(expansion, config.value_heads)
+    if expansion.init == "reinit":
+        names = [n for n in before if n.startswith("attn.") and "norm" not in n and n not in DYNAMICS]
+        recipes |= redrawn_tensors(before, after, names, first_value)
+    if expansion.reset_dynamics:
+        recipes |= redrawn_tensors(before, after, DYNAMICS, first_value)
+        recipes["attn_norm.weight"] = redrawn(
+            before["attn_norm.weight"].shape, Constant(1.0), source_rows=config.hidden_size
+        )
+    return recipes

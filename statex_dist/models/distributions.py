@@ -1,0 +1,138 @@
+"""Where new values come from: distributions as plain data, drawn with numpy.
+
+An expansion *describes* its new values (``models/<family>/expand.py``), so that a report can name them, a verifier can
+draw them again and nothing heavier than numpy is imported to write them. Each block of new values has a generator of
+its own, fixed by the plan's seed and the tensor's name: shards, workers and the size of the write buffer do not matter.
+Values are drawn in fp32, so that every dtype rounds the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from statex_dist.errors import CheckpointError
+
+
+def generator_for(seed: int, name: str) -> np.random.Generator:
+    """Return a generator whose stream is fixed by ``seed`` and ``name``."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same value everywhere."""
+
+    value: float
+
+    def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
+        """Return ``[count]`` fp32 values from element ``start`` on; every distribution has this method."""
+        return np.full(count, self.value, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """N(0, std^2)."""
+
+    std: float
+
+    def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
+        """Return the next ``[count]`` values."""
+        values = rng.standard_normal(count, dtype=np.float32)
+        values *= np.float32(self.std)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Uniform in ``[-bound, bound)``."""
+
+    bound: float
+
+    def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
+        """Return the next ``[count]`` values."""
+        values = rng.random(count, dtype=np.float32)
+        values *= np.float32(2 * self.bound)
+        values -= np.float32(self.bound)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class LogUniform:
+    """The logarithm of values uniform in ``[low, high)``: decay rates ``A_log`` of Gated DeltaNet and KDA."""
+
+    low: float
+    high: float
+
+    def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
+        """Return the next ``[count]`` values."""
+        values = self.low + rng.random(count, dtype=np.float32) * (self.high - self.low)
+        return np.log(np.maximum(values, np.float32(1e-6)), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LogCount:
+    """``log(1), log(2), ..., log(n)``: Mamba2's decay rates ``A_log``, one per head."""
+
+    def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
+        """Return ``[count]`` values from the ``start``-th on."""
+        return np.log(np.arange(start + 1, start + count + 1, dtype=np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class TimeStep:
+    """The inverse softplus of steps that are log-uniform in ``[low, high]`` and at least ``floor`` (``dt_bias``)."""
+
+    low: float
+    high: float
+    floor: float
+
+    def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
+        """Return the next ``[count]`` values."""
+        low, high = math.log(self.low), math.log(self.high)
+        steps = np.exp(low + rng.random(count, dtype=np.float32) * (high - low), dtype=np.float32)
+        steps = np.maximum(steps, np.float32(self.floor))
+        return steps + np.log(-np.expm1(-steps), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstColumn:
+    """1 in the first of ``columns`` columns, else 0: a mixing matrix that reads a head's own values alone."""
+
+    columns: int
+
+    def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
+        """Return ``[count]`` values from element ``start`` on."""
+        return (np.arange(start, start + count) % self.columns == 0).astype(np.float32)
+
+
+Distribution = Constant | Normal | Uniform | LogUniform | LogCount | TimeStep | FirstColumn
+
+_KINDS: dict[str, Callable[..., Distribution]] = {
+    kind.__name__: kind for kind in (Constant, Normal, Uniform, LogUniform, LogCount, TimeStep, FirstColumn)
+}
+
+
+def describe(distribution: Distribution) -> dict[str, Any]:
+    """Return a distribution as plain JSON values."""
+    return {"distribution": type(distribution).__name__, **asdict(distribution)}
+
+
+def from_description(values: dict[str, Any]) -> Distribution:
+    """Return the distribution that :func:`describe` wrote down.
+
+    Raises:
+        CheckpointError: No such distribution, or other parameters than it has.
+    """
+    parameters = dict(values)
+    kind = parameters.pop("distribution", None)
+    try:
+        return _KINDS[kind](**parameters)
+    except (KeyError, TypeError):
+        raise CheckpointError(f"unknown distribution {values!r}; known: {', '.join(_KINDS)}") from None

@@ -1,0 +1,92 @@
+"""What the models of flash-linear-attention have in common: configuration keys and tensors around the token mixing.
+
+Every one of them is a stack of pre-norm blocks ``attn_norm, attn, mlp_norm, mlp`` with a SwiGLU MLP, and any of them
+may have softmax attention in some layers (``attn`` in its config). Those layers are passed through by the offline
+tools; a model that has them cannot be run here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from statex_dist.errors import CheckpointError
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.layout import Names, TensorSpec
+
+NAMES = Names(trunk="model", final_norm="norm")
+
+MIX_NAME = "attn.mix"
+"""The mixing matrix M of a ``mix_heads`` layer (ours; public checkpoints have none)."""
+
+
+@dataclass(kw_only=True)
+class FLAConfig(ModelConfig):
+    """Keys that all of flash-linear-attention's configs share; a family's own follow in its subclass."""
+
+    hidden_ratio: int | None = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "swish"
+    norm_eps: float = 1e-6
+    fuse_norm: bool = True
+    attn: dict | list | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("intermediate_size", "hidden_ratio")
+        self.check_allowed("hidden_act", "swish")
+        for layer in self.attention_layers:
+            if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
+                raise CheckpointError(f"{self.MODEL_TYPE} config: attn names layer {layer!r}, which does not exist")
+
+    def check_allowed(self, name: str, *allowed: object) -> None:
+        """Raise if a field has a value that we do not support."""
+        if (given := getattr(self, name)) not in allowed:
+            raise CheckpointError(f"{self.MODEL_TYPE} config: {name}={given!r} is not supported; allowed: {allowed}")
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention in place of the recurrence."""
+        groups = [self.attn] if isinstance(self.attn, dict) else self.attn or []
+        return tuple(sorted(layer for group in groups for layer in group.get("layers", ())))
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """All but the attention layers."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.attention_layers)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Softmax attention is not run here."""
+        return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None
+
+    @property
+    def mlp_size(self) -> int:
+        """Inner size of the MLP: ``intermediate_size``, or 2/3 of the ratio rounded up to a multiple of 256."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        size = int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3)
+        return 256 * ((size + 255) // 256)
+
+    @property
+    def final_norm_eps(self) -> float:
+        """Epsilon of the RMS norms."""
+        return self.norm_eps
+
+
+def block_tensors(config: FLAConfig) -> dict[str, TensorSpec]:
+    """Return the tensors of a layer outside its token mixing, by name without the layer's prefix."""
+    hidden, inner = config.hidden_size, config.mlp_size
+    return {
+        "attn_norm.weight": TensorSpec(shape=(hidden,), decay=False),
+        "mlp_norm.weight": TensorSpec(shape=(hidden,), decay=False),
+        "mlp.gate_proj.weight": TensorSpec(shape=(inner, hidden)),
+        "mlp.up_proj.weight": TensorSpec(shape=(inner, hidden)),
+        "mlp.down_proj.weight": TensorSpec(shape=(hidden, inner)),
+    }
+
+
+def mix_tensor(num_heads: int, values_per_key: int) -> dict[str, TensorSpec]:
+    """Return the mixing matrix's entry of a layer's table, empty where the layer does not mix."""
+    if values_per_key == 1:
+        return {}
+    return {MIX_NAME: TensorSpec(shape=(num_heads, values_per_key), decay=False)}

@@ -1,0 +1,102 @@
+"""Modules that flash-linear-attention's families share: block, MLP, short convolutions, mixing matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from statex_dist.models.norm import RMSNorm
+from statex_dist.models.sequence import LayerState, Sequences
+from statex_dist.ops.conv import causal_conv, conv_tail
+from statex_dist.state.geometry import StateGeometry
+
+
+class MLP(nn.Module):
+    """SwiGLU channel mixing (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``down(silu(gate(x)) * up(x))``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FLABlock(nn.Module):
+    """One pre-norm layer; a family names its token mixing in ``mixing``."""
+
+    mixing: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: Any, layer: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = self.mixing(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config.hidden_size, config.mlp_size)
+
+    def forward(
+        self, x: torch.Tensor, sequences: Sequences, state: LayerState | None = None, *shared: torch.Tensor | None
+    ) -> tuple[torch.Tensor, LayerState | None]:
+        """Return the layer's output ``[B, T, hidden]`` and its state after ``x``; ``shared`` goes to the mixing."""
+        mixed, new_state = self.attn(self.attn_norm(x), sequences, state, *shared)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), new_state
+
+
+def add_convolutions(module: nn.Module, channels: dict[str, int], kernel_size: int) -> None:
+    """Give a module one depthwise convolution ``<name>_conv1d`` per entry of ``channels``."""
+    for name, count in channels.items():
+        module.add_module(f"{name}_conv1d", nn.Conv1d(count, count, kernel_size, groups=count, bias=False))
+
+
+def convolve(
+    module: nn.Module,
+    names: str,
+    inputs: Sequence[torch.Tensor],
+    sequences: Sequences,
+    tail: torch.Tensor | None,
+    *,
+    activation: bool = True,
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Convolve several inputs, as one tensor: a depthwise convolution does not mix channels.
+
+    Args:
+        module: Has the convolutions of :func:`add_convolutions`.
+        names: One letter per input, in order.
+        inputs: ``[B, T, D]`` each.
+        sequences: Borders of packed sequences and what to return.
+        tail: The convolutions' state before the inputs, or None for zero.
+        activation: Whether a SiLU follows.
+
+    Returns:
+        The outputs, and the convolutions' state after the inputs (nothing unless asked for).
+    """
+    weights = [module.get_submodule(f"{name}_conv1d").weight for name in names]
+    joined, weight = torch.cat(list(inputs), dim=-1), torch.cat(weights)  # type: ignore[arg-type]
+    out = causal_conv(joined, weight, initial_state=tail, cu_seqlens=sequences.cu_seqlens)
+    if activation:
+        out = F.silu(out)
+    new_tail: tuple[torch.Tensor, ...] = ()
+    if sequences.output_states:
+        new_tail = (conv_tail(joined, weight.shape[-1], initial_state=tail, cu_seqlens=sequences.cu_seqlens),)
+    return out.split([y.shape[-1] for y in inputs], dim=-1), new_tail
+
+
+def add_mix(module: nn.Module, geometry: StateGeometry) -> None:
+    """Give a module the mixing matrix ``mix`` that its geometry asks for, or None."""
+    if geometry.values_per_key > 1:
+        module.mix = nn.Parameter(torch.zeros(geometry.num_heads, geometry.values_per_key))
+    else:
+        module.register_parameter("mix", None)
+
+
+def single_token(x: torch.Tensor, recurrent: torch.Tensor | None, sequences: Sequences) -> bool:
+    """Return whether a segment is one decoding step."""
+    return x.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None

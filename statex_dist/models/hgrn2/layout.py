@@ -1,0 +1,29 @@
+"""Names and shapes of an HGRN2 model's tensors, as flash-linear-attention writes them."""
+
+from __future__ import annotations
+
+from statex_dist.models.fla import NAMES, block_tensors, mix_tensor
+from statex_dist.models.hgrn2.config import HGRN2Config
+from statex_dist.models.layout import TensorSpec
+
+__all__ = ["LOWER_BOUNDS", "NAMES", "layer_tensors", "shared_tensors"]
+
+LOWER_BOUNDS = f"{NAMES.trunk}.lower_bounds"
+
+
+def shared_tensors(config: HGRN2Config) -> dict[str, TensorSpec]:
+    """Return what the layers share: the logits of their gates' lower bounds, ``[num_layers, hidden]``."""
+    if not config.use_lower_bound:
+        return {}
+    return {LOWER_BOUNDS: TensorSpec(shape=(config.num_hidden_layers, config.hidden_size), decay=False, trunk=False)}
+
+
+def layer_tensors(config: HGRN2Config, layer: int) -> dict[str, TensorSpec]:
+    """Return the tensors of one layer under the plan, by name without the layer's prefix."""
+    hidden, geometry = config.hidden_size, config.layer_geometry(layer)
+    specs = {f"attn.{name}_proj.weight": TensorSpec(shape=(hidden, hidden)) for name in ("q", "f", "i", "o")}
+    if config.use_short_conv:
+        for name in ("q", "f", "i"):
+            specs[f"attn.{name}_conv1d.weight"] = TensorSpec(shape=(hidden, 1, config.conv_size), decay=False)
+    specs["attn.g_norm.weight"] = TensorSpec(shape=(hidden,), decay=False)
+    return {**specs, **block_tensors(config), **mix_tensor(geometry.num_heads, geometry.values_per_key)}

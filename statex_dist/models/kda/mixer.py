@@ -1,0 +1,47 @@
+"""The KDA layer, with the attribute names of flash-linear-attention's checkpoints."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from statex_dist.models.delta_mixer import DeltaAttention
+from statex_dist.models.fla_block import FLABlock
+from statex_dist.models.kda.config import KDAConfig
+from statex_dist.models.norm import GatedRMSNorm
+from statex_dist.ops.precision import wide_dtype
+
+
+class KimiDeltaAttention(DeltaAttention):
+    """Token mixing of one layer (arXiv 2510.26692, section 3)."""
+
+    config: KDAConfig
+
+    def __init__(self, config: KDAConfig, layer: int):
+        super().__init__(config, layer)
+        hidden, rank = config.hidden_size, config.head_value_dim
+        self.f_proj = nn.Sequential(nn.Linear(hidden, rank, bias=False), nn.Linear(rank, config.gate_dim, bias=False))
+        self.dt_bias = nn.Parameter(torch.zeros(config.gate_dim))
+        self.g_proj = nn.Sequential(nn.Linear(hidden, rank, bias=False), nn.Linear(rank, config.value_dim))
+        self.o_norm = GatedRMSNorm(rank, eps=config.norm_eps, norm_before_gate=True, sigmoid=True)
+
+    def log_decays(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``-exp(A_log) softplus(f(x) + dt_bias)``; with a bound, ``bound sigmoid(exp(A_log) (...))``."""
+        f = self.f_proj(x)
+        wide = wide_dtype(f.dtype)
+        f = (f.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.config.value_heads, -1))
+        rate = self.A_log.to(wide).exp().unsqueeze(-1)
+        if self.config.lower_bound is not None:
+            return self.config.lower_bound * torch.sigmoid(rate * f)
+        return -rate * F.softplus(f)
+
+    def gated(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the normed outputs times the sigmoid of their gate."""
+        return self.o_norm(o, self.g_proj(x).unflatten(-1, o.shape[-2:]))
+
+
+class Block(FLABlock):
+    """One pre-norm KDA layer."""
+
+    mixing = KimiDeltaAttention

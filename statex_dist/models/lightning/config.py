@@ -1,0 +1,122 @@
+"""Configuration of a MiniMax model (the keys of transformers' ``MiniMaxConfig``) and its per-layer geometry.
+
+flash-linear-attention has Lightning attention as a kernel but no model of it, so names and keys are those of the public
+models that use it: MiniMax, which alternates it with softmax attention over a mixture of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.config import ModelConfig
+from statex_dist.state.geometry import StateGeometry
+from statex_dist.state.plan import LayerExpansion
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@dataclass(kw_only=True)
+class LightningConfig(ModelConfig):
+    """Hyper-parameters of a MiniMax language model; names and defaults are transformers'."""
+
+    MODEL_TYPE: ClassVar[str] = "minimax"
+    OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_state")
+    DERIVED: ClassVar[tuple[str, ...]] = (
+        "self_attn.slope_rate",
+        "self_attn.query_decay",
+        "self_attn.key_decay",
+        "self_attn.diagonal_decay",
+    )
+
+    num_attention_heads: int
+    intermediate_size: int
+    head_dim: int | None = None
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    layer_types: list | None = None
+    linear_attn_alpha_factor: float = 1
+    linear_attn_beta_factor: float = 1
+    mlp_alpha_factor: float = 1
+    mlp_beta_factor: float = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("num_attention_heads", "intermediate_size", "head_dim", "num_local_experts")
+        if self.hidden_act != "silu":
+            raise CheckpointError(f"minimax config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu'")
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise CheckpointError(
+                f"minimax config: num_experts_per_tok={self.num_experts_per_tok} must be 1 to {self.num_local_experts}"
+            )
+        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {LINEAR, FULL}:
+            raise CheckpointError(
+                f"minimax config: layer_types must name {LINEAR} or {FULL} for each of {self.num_hidden_layers} layers"
+            )
+        self.check_plan()
+
+    def check_expansion(self, expansion: LayerExpansion) -> None:
+        """Raise if heads do not divide, or the initialisation is not one of this family's."""
+        self._check_head_factor(expansion, self.num_attention_heads)
+        if expansion.init == "copy":
+            raise ConfigError(
+                f"plan, layer {expansion.layer}: init copy is for mamba2; use reinit, inherit or lossless"
+            )
+
+    @property
+    def kinds(self) -> list[str]:
+        """Each layer's kind; transformers' default begins with softmax attention and alternates."""
+        return self.layer_types or [LINEAR if layer % 2 else FULL for layer in range(self.num_hidden_layers)]
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The layers with Lightning attention."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == LINEAR)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Softmax attention is not run here."""
+        full = [layer for layer, kind in enumerate(self.kinds) if kind == FULL]
+        return f"layers {full} are softmax attention" if full else None
+
+    @property
+    def head_size(self) -> int:
+        """Key and value channels of a head before any expansion."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Value channels of all heads together."""
+        return self.num_attention_heads * self.head_size
+
+    @property
+    def final_norm_eps(self) -> float:
+        """Epsilon of the RMS norms."""
+        return self.rms_norm_eps
+
+    def decay_rates(self, layer: int) -> list[float]:
+        """Return each head's decay per token: ``2^(-8 h / H)`` for head ``h = 1..H``, less in later layers."""
+        heads = self.num_attention_heads
+        depth = 1 - layer / (self.num_hidden_layers - 1 + 1e-5) + 1e-5
+        return [2 ** (-8 * (head + 1) / heads) * depth for head in range(heads)]
+
+    def layer_geometry(self, layer: int) -> StateGeometry:
+        """Return the state of ``layer`` under the plan."""
+        heads, keys, values_per_key = self.num_attention_heads, self.inner_size, 1
+        if expansion := self.statex.get(layer) if self.statex else None:
+            if expansion.op == "merge_heads":
+                heads //= expansion.factor
+            elif expansion.op == "mix_heads":
+                values_per_key = expansion.factor
+            else:
+                keys *= expansion.factor
+        return StateGeometry(
+            num_heads=heads,
+            key_dim=keys // heads,
+            value_dim=self.inner_size // heads,
+            num_key_groups=heads,
+            values_per_key=values_per_key,
+        )
