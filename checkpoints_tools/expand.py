@@ -15,11 +15,20 @@ from checkpoints_tools.expansion_report import REPORT_NAME, ExpansionReport, mak
 from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
 from checkpoints_tools.journal import ShardRecord
 from checkpoints_tools.model_check import check_apart, check_tensors
+from checkpoints_tools.plan_options import PlanOptions, plan_model
 from checkpoints_tools.shard_writer import WriteOptions
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import FLOATS, Progress, TensorInfo, TensorSource, stored_dtype, total_bytes
+from checkpoints_tools.tensor_io import (
+    FLOATS,
+    Progress,
+    TensorInfo,
+    TensorSource,
+    parse_dtype,
+    stored_dtype,
+    total_bytes,
+)
 from checkpoints_tools.transfer import TensorJob
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.surgery import Surgery, surgeries
@@ -40,6 +49,7 @@ class Expansion:
         before: Its config.
         after: The config of the target.
         jobs: Every tensor of the target.
+        dtype: In which floating-point tensors are stored; None keeps each tensor's own.
     """
 
     source: TensorSource
@@ -47,11 +57,12 @@ class Expansion:
     before: ModelConfig
     after: ModelConfig
     jobs: list[TensorJob]
+    dtype: str | None = None
 
-    def config_values(self, wanted: str | None = None) -> dict[str, Any]:
+    def config_values(self) -> dict[str, Any]:
         """Return the contents of the target's ``config.json``: the source's, with the plan."""
         values = self.after.with_plan(self.values)
-        return values if wanted is None else with_dtype(values, wanted)
+        return values if self.dtype is None else with_dtype(values, self.dtype)
 
     def report(self, finished: dict[str, ShardRecord]) -> ExpansionReport:
         """Return the account, with the checksums of what is ``finished``."""
@@ -70,6 +81,24 @@ def read_model(source: str | Path) -> tuple[TensorSource, dict[str, Any], ModelC
         raise CheckpointError(f"{opened.facts.path} has no {CONFIG_NAME}: what to expand is not known")
     values = read_config_dict(opened.facts.model_dir)
     return opened, values, config_from_dict(values)
+
+
+def prepare_expansion(source: str | Path, plan: PlanOptions | None = None, *, dtype: str | None = None) -> Expansion:
+    """Open a checkpoint and pair its tensors with what a plan does to them; nothing is written yet.
+
+    Args:
+        source: Whatever :func:`checkpoints_tools.sources.open_source` opens, with a ``config.json``.
+        plan: What to do; None for the family's defaults.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New values are made in the source's dtype
+            and then rounded.
+
+    Raises:
+        ConfigError: A wrong option, or a plan that does not fit the model.
+        CheckpointError: The source is damaged, incomplete or of another architecture.
+    """
+    wanted = parse_dtype(dtype)
+    opened, values, before = read_model(source)
+    return plan_expansion(opened, values, before, plan_model(before, plan), dtype=wanted)
 
 
 def plan_expansion(
@@ -97,7 +126,7 @@ def plan_expansion(
             _check_drawable(name, own)
             info = TensorInfo(name=name, shape=surgery.recipe.shape, dtype=stored_dtype(own, dtype))
             jobs.append(TensorJob(info=info, source=None, surgery=surgery))
-    return Expansion(source=source, values=values, before=before, after=after, jobs=jobs)
+    return Expansion(source=source, values=values, before=before, after=after, jobs=jobs, dtype=dtype)
 
 
 def _job(info: TensorInfo, surgery: Surgery | None, dtype: str | None) -> TensorJob:
@@ -122,18 +151,16 @@ def _check_drawable(name: str, dtype: str) -> None:
 def expand(
     expansion: Expansion,
     target: str | Path,
-    options: WriteOptions,
+    options: WriteOptions | None = None,
     *,
-    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> ExpansionReport:
     """Write an expanded copy of a checkpoint as a Hugging Face directory.
 
     Args:
-        expansion: What to write (:func:`plan_expansion`, with the same ``dtype``).
+        expansion: What to write (:func:`prepare_expansion`).
         target: Directory to make.
         options: How to write it.
-        dtype: In which floating-point tensors are stored, for ``config.json``; None keeps each tensor's own.
         progress: Told of the bytes written.
 
     Returns:
@@ -143,13 +170,11 @@ def expand(
         CheckpointError: The source is damaged, changes or holds NaN or Inf, or the target is not writable. The target
             is then as it was.
     """
-    facts = expansion.source.facts
+    facts, options = expansion.source.facts, options or WriteOptions()
     if facts.model_dir is not None:
         check_apart(facts.model_dir, Path(target))
     check_apart(facts.path, Path(target))
-    if options.workers < 1:
-        raise ConfigError(f"--workers must be 1 or more, not {options.workers}")
-    config = expansion.config_values(dtype)
+    config = expansion.config_values()
     report: list[ExpansionReport] = []
 
     def documents(finished: dict[str, ShardRecord]) -> dict[str, Any]:

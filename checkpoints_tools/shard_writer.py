@@ -19,9 +19,12 @@ import xxhash
 from checkpoints_tools.journal import Journal, ShardRecord
 from checkpoints_tools.raw_io import write_from
 from checkpoints_tools.safetensors_io import ShardLayout
-from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource
+from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource, total_bytes
 from checkpoints_tools.transfer import TensorJob, TensorStream
 from statex_dist.checkpoint.manifest import FileRecord, digest_file
+from statex_dist.errors import ConfigError
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
 
 DEFAULT_WORKERS = 4
 """Threads: more than the cores of a small machine, because each of them also waits for the disk."""
@@ -39,11 +42,15 @@ class WriteOptions:
         allow_nonfinite: Whether NaN and Inf are copied.
     """
 
-    max_shard_size: int
+    max_shard_size: int = DEFAULT_SHARD_SIZE
     overwrite: bool = False
     workers: int = DEFAULT_WORKERS
     resume: bool = False
     allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"--workers must be 1 or more, not {self.workers}")
 
 
 def write_shards(
@@ -101,8 +108,9 @@ class _Counter:
     """Bytes written so far, by all workers; and the flag that stops them."""
 
     def __init__(self, shards: Sequence[ShardLayout], journal: Journal, progress: Progress | None):
-        self._total = sum(shard.size for shard in shards)
-        self._done = sum(shard.size for shard in shards if shard.file in journal.finished)
+        sizes = {shard.file: total_bytes(shard.tensors) for shard in shards}
+        self._total = sum(sizes.values())
+        self._done = sum(size for file, size in sizes.items() if file in journal.finished)
         self._progress, self._lock = progress, threading.Lock()
         self.stopped = False
 

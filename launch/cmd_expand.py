@@ -30,13 +30,10 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.expand import expand, plan_expansion, read_model
-    from checkpoints_tools.plan_options import plan_model
+    from checkpoints_tools.expand import expand, prepare_expansion
     from checkpoints_tools.shard_writer import WriteOptions
-    from checkpoints_tools.tensor_io import parse_dtype
     from statex_dist.config import parse_size
 
-    plan, dtype = plan_options(args), parse_dtype(args.dtype)
     options = WriteOptions(
         max_shard_size=parse_size(args.max_shard_size, option="--max-shard-size"),
         overwrite=args.overwrite,
@@ -44,13 +41,12 @@ def run(args: Any) -> int:
         resume=args.resume,
         allow_nonfinite=args.allow_nonfinite,
     )
-    source, values, before = read_model(args.source)
-    expansion = plan_expansion(source, values, before, plan_model(before, plan), dtype=dtype)
+    expansion = prepare_expansion(args.source, plan_options(args), dtype=args.dtype)
     if args.dry_run:
         report = expansion.report({})
     else:
         with progress_bar("expand") as progress:
-            report = expand(expansion, args.target, options, dtype=dtype, progress=progress)
+            report = expand(expansion, args.target, options, progress=progress)
     if args.json:
         sys.stdout.write(json.dumps(report.to_dict()) + "\n")
     else:

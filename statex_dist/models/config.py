@@ -118,6 +118,17 @@ class ModelConfig:
         """Why the model can be expanded and resharded here but not run, or None if it can be run."""
         return None
 
+    def require_runnable(self) -> None:
+        """Raise if the model cannot be run here.
+
+        Raises:
+            ConfigError: It has layers that only other software runs.
+        """
+        if self.obstacle:
+            raise ConfigError(
+                f"this {self.MODEL_TYPE} model can be expanded and inspected but not run here: {self.obstacle}"
+            )
+
     @property
     def is_mixed(self) -> bool:
         """Whether the model has tensors that the family's layout does not list: they are passed through untouched."""

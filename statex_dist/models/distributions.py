@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-
-from statex_dist.errors import CheckpointError
 
 
 def generator_for(seed: int, name: str) -> np.random.Generator:
@@ -114,25 +111,6 @@ class FirstColumn:
 
 Distribution = Constant | Normal | Uniform | LogUniform | LogCount | TimeStep | FirstColumn
 
-_KINDS: dict[str, Callable[..., Distribution]] = {
-    kind.__name__: kind for kind in (Constant, Normal, Uniform, LogUniform, LogCount, TimeStep, FirstColumn)
-}
-
-
 def describe(distribution: Distribution) -> dict[str, Any]:
     """Return a distribution as plain JSON values."""
     return {"distribution": type(distribution).__name__, **asdict(distribution)}
-
-
-def from_description(values: dict[str, Any]) -> Distribution:
-    """Return the distribution that :func:`describe` wrote down.
-
-    Raises:
-        CheckpointError: No such distribution, or other parameters than it has.
-    """
-    parameters = dict(values)
-    kind = parameters.pop("distribution", None)
-    try:
-        return _KINDS[kind](**parameters)
-    except (KeyError, TypeError):
-        raise CheckpointError(f"unknown distribution {values!r}; known: {', '.join(_KINDS)}") from None

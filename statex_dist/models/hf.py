@@ -119,7 +119,8 @@ def from_pretrained(
         CheckpointError: The directory is incomplete, damaged or of another architecture.
     """
     config = read_config(directory)
-    tensors = load_tensors(directory)
+    config.require_runnable()
+    tensors = {n: t for n, t in load_tensors(directory).items() if not n.endswith(config.DERIVED)}
     check_tensors(tensors, config, source=str(directory))
     with torch.device("meta"):
         model = RecurrentLM(config)

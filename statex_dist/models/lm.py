@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from statex_dist.data.types import IGNORE_INDEX
-from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.distributions import Constant, Distribution, Normal, generator_for
 from statex_dist.models.kinds import Family, family_of
@@ -38,10 +37,7 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.obstacle:
-            raise ConfigError(
-                f"this {config.MODEL_TYPE} model can be expanded and inspected but not run here: {config.obstacle}"
-            )
+        config.require_runnable()
         family = family_of(config.MODEL_TYPE)
         block, self.config = family.block_class(), config
         self.embedding_name = family.names.embedding

@@ -1,5 +1,6 @@
 """Tiny checkpoints, made with safetensors' own writer so that reader and writer are not tested against themselves."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from checkpoints_tools.expand import expand, prepare_expansion
+from checkpoints_tools.expansion_report import ExpansionReport
+from checkpoints_tools.pickle_io import dtype_of
+from checkpoints_tools.plan_options import PlanOptions
+from checkpoints_tools.shard_writer import WriteOptions
+from checkpoints_tools.tensor_io import TORCH_NAMES, TensorInfo, TensorSource
 from statex_dist.models.kinds import config_from_dict, family_of
 
 GLA = {
@@ -32,6 +39,29 @@ MAMBA2 = {
     "tie_word_embeddings": True,
 }
 CONFIGS = {"gla": GLA, "mamba2": MAMBA2}
+
+
+PLAN_KEYS = [field.name for field in dataclasses.fields(PlanOptions)]
+
+
+def run_expand(source: Path, target: Path, *, progress=None, dtype: str | None = None, **options) -> ExpansionReport:
+    """Expand as the command line does; ``options`` are those of the plan and of the writer."""
+    plan = PlanOptions(**{key: value for key, value in options.items() if key in PLAN_KEYS})
+    writing = {key: value for key, value in options.items() if key not in PLAN_KEYS}
+    return expand(prepare_expansion(source, plan, dtype=dtype), target, WriteOptions(**writing), progress=progress)
+
+
+def info_of(name: str, tensor: torch.Tensor) -> TensorInfo:
+    """Return a tensor's entry as our readers give it."""
+    return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype_of(tensor))
+
+
+def read_tensor(source: TensorSource, name: str) -> torch.Tensor:
+    """Return one tensor of a source."""
+    info = source.info(name)
+    tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+    source.read_into(name, 0, tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return tensor
 
 
 def random_tensors(values: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

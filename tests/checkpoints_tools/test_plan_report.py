@@ -1,6 +1,6 @@
 import pytest
 
-from checkpoints_tools.plan_options import plan_model
+from checkpoints_tools.plan_options import PlanOptions, plan_model
 from checkpoints_tools.plan_report import forget_threshold, report_plan
 from statex_dist.errors import ConfigError
 from statex_dist.models.kinds import config_from_dict
@@ -37,7 +37,7 @@ def test_the_papers_gla():
 @pytest.mark.parametrize("values", [GLA, MAMBA2])
 def test_small_models_have_no_threshold(values):
     before = config_from_dict(values)
-    report = report_plan(before, plan_model(before, factor=2), seq_len=128)
+    report = report_plan(before, plan_model(before, PlanOptions(factor=2)), seq_len=128)
     assert report.after.forget_tokens is None
     assert report.warning is None
     assert report.after.state_numbers > report.before.state_numbers

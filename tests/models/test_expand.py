@@ -9,8 +9,9 @@ import torch
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.hf import check_tensors
-from statex_dist.models.kinds import expand_state_dict, family_of, make_plan
+from statex_dist.models.kinds import family_of, make_plan
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.surgery import expand_state_dict
 from tests.models.tiny import build, expanded, gla_config, mamba2_config, tokens
 
 GLA = gla_config(use_short_conv=True)
@@ -22,6 +23,10 @@ CASES = {
     "mix reinit": (GLA, "mix_heads", "reinit", 3),
     "mix inherit": (GLA, "mix_heads", "inherit", 2),
     "mix lossless": (GLA, "mix_heads", "lossless", 4),
+    "grow keys reinit": (GLA, "grow_state", "reinit", 2),
+    "grow keys inherit": (GLA, "grow_state", "inherit", 3),
+    "grow keys lossless": (GLA, "grow_state", "lossless", 2),
+    "grow copy": (MAMBA2, "grow_state", "copy", 4),
     "grow reinit": (MAMBA2, "grow_state", "reinit", 4),
     "grow inherit": (MAMBA2, "grow_state", "inherit", 2),
     "grow lossless": (MAMBA2, "grow_state", "lossless", 3),
@@ -76,7 +81,11 @@ def test_what_is_kept_is_bit_equal(config, op, init, factor):
             changed.add(name.removeprefix("backbone.").removeprefix("model."))
     assert all(name.startswith("layers.1.") for name in changed)
     suffixes = {name.removeprefix("layers.1.") for name in changed}
-    if init == "reinit":
+    keys = {f"{name}.weight" for name in ("q_proj", "k_proj", "q_conv1d", "k_conv1d", "gk_proj.1")} | {"gk_proj.1.bias"}
+    if config is MAMBA2:
+        # B and C in in_proj and the convolution; z, x, dt and the output projection are kept in every mode
+        assert suffixes == {"mixer.in_proj.weight", "mixer.in_proj.bias", "mixer.conv1d.weight", "mixer.conv1d.bias"}
+    elif init == "reinit":
         assert all(any(part in suffix for part in mixing) or "g_norm" in suffix for suffix in suffixes)
         layer = {name.split("layers.1.")[1] for name in before if "layers.1." in name}
         drawn = {suffix for suffix in layer if any(part in suffix for part in mixing) and "norm" not in suffix}
@@ -87,7 +96,7 @@ def test_what_is_kept_is_bit_equal(config, op, init, factor):
         assert not suffixes
         assert set(after) - set(before) == {"model.layers.1.attn.mix"}
     else:
-        assert suffixes == {"mixer.in_proj.weight", "mixer.in_proj.bias", "mixer.conv1d.weight", "mixer.conv1d.bias"}
+        assert suffixes == {f"attn.{name}" for name in keys}
 
 
 @pytest.mark.parametrize("init", ["reinit", "inherit", "lossless"])
@@ -96,6 +105,31 @@ def test_mamba2_dynamics_and_norms_are_kept_in_every_mode(init):
     for suffix in ("mixer.dt_bias", "mixer.A_log", "mixer.D", "mixer.norm.weight", "norm.weight"):
         name = f"backbone.layers.1.{suffix}"
         assert torch.equal(after[name], before[name])
+
+
+@pytest.mark.parametrize("init", ["reinit", "inherit", "lossless", "copy"])
+def test_mamba2_keeps_z_x_dt_and_the_output_projection_in_every_mode(init):
+    _, target, before, after = expand(MAMBA2, "grow_state", init, 4)
+    for suffix in ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias"):
+        name = f"backbone.layers.1.mixer.{suffix}"
+        old, new = parts_of(name, before[name], MAMBA2), parts_of(name, after[name], target)
+        for part in old.keys() - {"B", "C"}:
+            assert torch.equal(old[part], new[part]), part
+        for part in "BC":
+            kept = new[part].unflatten(0, (2, -1))[:, : MAMBA2.state_size]
+            assert torch.equal(kept, old[part].unflatten(0, (2, -1))) == (init != "reinit")
+    for suffix in ("out_proj.weight", "out_proj.bias"):
+        assert torch.equal(after[f"backbone.layers.1.mixer.{suffix}"], before[f"backbone.layers.1.mixer.{suffix}"])
+
+
+def test_copied_rows_are_the_old_rows_of_their_group():
+    _, target, before, after = expand(MAMBA2, "grow_state", "copy", 3)
+    for suffix in ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias"):
+        name = f"backbone.layers.1.mixer.{suffix}"
+        old, new = parts_of(name, before[name], MAMBA2), parts_of(name, after[name], target)
+        for part in "BC":
+            expected = old[part].unflatten(0, (2, -1)).repeat(1, 3, *[1] * (old[part].dim() - 1)).flatten(0, 1)
+            assert torch.equal(new[part], expected)
 
 
 def test_gla_reinit_keeps_norms_and_mlp_and_repeats_the_output_norm():
@@ -112,6 +146,53 @@ def test_gla_lossless_is_exact():
     assert {e.op for e in target.statex.layers} == {"mix_heads"}
     ids = tokens(2, 50)
     assert (loaded(target, after)(ids).logits - source(ids).logits).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("config", [GLA, gla_config()], ids=["convolution", "plain"])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_gla_lossless_growth_of_keys_is_exact(config, factor):
+    source, target, _, after = expand(config, "grow_state", "lossless", factor, layers="all")
+    assert target.layer_geometry(0).key_dim == factor * config.layer_geometry(0).key_dim
+    ids = tokens(2, 50)
+    assert (loaded(target, after)(ids).logits - source(ids).logits).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("config", "op"), [(GLA, "mix_heads"), (MAMBA2, "grow_state")])
+def test_lossless_in_bf16_keeps_every_argmax(config, op):
+    _, target, before, after = expand(config, op, "lossless", 4, layers="all")
+    model = loaded(config, {n: x.bfloat16() for n, x in before.items()}, torch.bfloat16)
+    grown = loaded(target, {n: x.bfloat16() for n, x in after.items()}, torch.bfloat16)
+    ids = tokens(4, 60)
+    assert torch.equal(model(ids).logits.argmax(-1), grown(ids).logits.argmax(-1))
+
+
+def test_new_key_channels_of_gla_learn():
+    """Queries at once; keys and gates from the second step on."""
+    _, target, _, after = expand(GLA, "grow_state", "lossless", 2)
+    model, size = loaded(target, after), GLA.key_dim // GLA.num_heads
+
+    def new_rows(values, suffix):
+        return values[f"model.layers.1.attn.{suffix}"].unflatten(0, (GLA.num_heads, -1))[:, size:]
+
+    first = gradients(model)
+    assert (new_rows(first, "q_proj.weight").abs().amax(-1) > 0).all()
+    assert new_rows(first, "k_proj.weight").abs().max() == 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter -= 1e-2 * first[name]
+    second = gradients(model)
+    for suffix in ("k_proj.weight", "gk_proj.1.weight"):
+        assert (new_rows(second, suffix).abs().amax(-1) > 0).all()
+
+
+def test_growing_keys_and_merging_by_formula():
+    """Grown keys: the old scale, one more block of keys per head, written out with fla's conventions."""
+    config = gla_config(num_hidden_layers=1)
+    _, target, _, after = expand(config, "grow_state", "inherit", 2, layers="0")
+    attention = loaded(target, after).trunk.layers[0].attn
+    assert attention.scale == (config.key_dim // config.num_heads) ** -0.5
+    merged = make_plan(config, layers="0", factor=4, init="inherit", op="merge_heads")
+    assert RecurrentLM(merged).trunk.layers[0].attn.scale == config.key_dim**-0.5
 
 
 @pytest.mark.parametrize("config", [MAMBA2, mamba2_config(n_groups=1), mamba2_config(use_conv_bias=False, n_groups=4)])
@@ -254,7 +335,13 @@ class TestRefusals:
                 {"layers": "0", "factor": 2, "init": "lossless", "op": "merge_heads"},
                 "merging heads cannot be lossless; use op mix_heads, or init inherit",
             ),
-            (GLA, {"layers": "0", "factor": 2, "init": "reinit", "op": "grow_state"}, "does not apply to gla"),
+            (GLA, {"layers": "0", "factor": 2, "init": "copy"}, "init copy is for mamba2"),
+            (GLA, {"layers": "0", "factor": 2, "init": "copy", "op": "mix_heads"}, "init copy is for op grow_state"),
+            (
+                MAMBA2,
+                {"layers": "0", "factor": 2, "init": "lossless", "reset_dynamics": True},
+                "reset_dynamics changes the function, so the start cannot be lossless",
+            ),
             (MAMBA2, {"layers": "0", "factor": 2, "init": "reinit", "op": "mix_heads"}, "does not apply to mamba2"),
             (
                 MAMBA2,
@@ -266,7 +353,7 @@ class TestRefusals:
                 {"layers": "0", "factor": None, "init": "reinit"},
                 "factor must be 2 or more, not 1",
             ),
-            (GLA, {"layers": "0", "factor": 2, "init": "copy"}, "init 'copy' is not one of reinit, inherit, lossless"),
+            (GLA, {"layers": "0", "factor": 2, "init": "zero"}, "'zero' is not one of reinit, inherit, lossless, copy"),
         ],
     )
     def test_plans_that_do_not_fit(self, config, options, words):

@@ -5,39 +5,53 @@ from __future__ import annotations
 import torch
 
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.gated_deltanet.config import GatedDeltaNetConfig
 from statex_dist.models.gla.config import GLAConfig
+from statex_dist.models.hgrn2.config import HGRN2Config
+from statex_dist.models.kda.config import KDAConfig
 from statex_dist.models.kinds import make_plan
+from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.retnet.config import RetNetConfig
+
+COMMON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}
 
 
 def gla_config(**changes) -> GLAConfig:
-    values = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_heads": 4,
-        "expand_k": 1.0,
-        "expand_v": 2.0,
-        "intermediate_size": 24,
-        "initializer_range": 0.3,
-    }
-    return GLAConfig(**values | changes)
+    values = {"num_heads": 4, "expand_k": 1.0, "expand_v": 2.0, "intermediate_size": 24}
+    return GLAConfig(**COMMON | values | changes)
 
 
 def mamba2_config(**changes) -> Mamba2Config:
-    values = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_heads": 4,
-        "head_dim": 8,
-        "state_size": 6,
-        "n_groups": 2,
-        "chunk_size": 8,
-        "initializer_range": 0.3,
-    }
-    return Mamba2Config(**values | changes)
+    values = {"num_heads": 4, "head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 8}
+    return Mamba2Config(**COMMON | values | changes)
+
+
+def hgrn2_config(**changes) -> HGRN2Config:
+    """Four heads of four key channels."""
+    return HGRN2Config(**COMMON | {"expand_ratio": 4, "intermediate_size": 24} | changes)
+
+
+def retnet_config(**changes) -> RetNetConfig:
+    return RetNetConfig(**COMMON | {"num_heads": 4, "intermediate_size": 24} | changes)
+
+
+def minimax_config(**changes) -> LightningConfig:
+    """Lightning layers only; two of three experts per token, so that every expert sees tokens."""
+    values = {"num_attention_heads": 4, "intermediate_size": 24, "num_local_experts": 3}
+    layers = changes.get("num_hidden_layers", COMMON["num_hidden_layers"])
+    return LightningConfig(**COMMON | values | {"layer_types": ["linear_attention"] * layers} | changes)
+
+
+def gated_deltanet_config(**changes) -> GatedDeltaNetConfig:
+    """Two key heads, each shared by two value heads."""
+    values = {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 1.5, "intermediate_size": 24}
+    return GatedDeltaNetConfig(**COMMON | values | changes)
+
+
+def kda_config(**changes) -> KDAConfig:
+    return KDAConfig(**COMMON | {"num_heads": 4, "head_dim": 4, "intermediate_size": 24} | changes)
 
 
 def expanded(config: ModelConfig, init: str, *, factor: int = 2, op: str | None = None, layers: str = "0"):
@@ -49,9 +63,21 @@ CONFIGS = {
     "gla-conv": gla_config(use_short_conv=True, fuse_norm=False, tie_word_embeddings=True),
     "gla-merged": expanded(gla_config(use_short_conv=True), "inherit", factor=4),
     "gla-mixed": expanded(gla_config(), "inherit", factor=3, op="mix_heads", layers="1"),
+    "gla-grown": expanded(gla_config(use_short_conv=True), "inherit", factor=3, op="grow_state"),
     "mamba2": mamba2_config(),
     "mamba2-one-group": mamba2_config(n_groups=1, use_bias=True, use_conv_bias=False, tie_word_embeddings=True),
     "mamba2-grown": expanded(mamba2_config(), "inherit", factor=3, layers="1"),
+    "hgrn2": hgrn2_config(),
+    "hgrn2-conv-merged": expanded(hgrn2_config(use_short_conv=True), "inherit", factor=4),
+    "retnet": retnet_config(),
+    "retnet-grown": expanded(retnet_config(use_short_conv=True), "inherit", op="grow_state"),
+    "retnet-merged": expanded(retnet_config(fuse_norm=False), "inherit", layers="1"),
+    "minimax": minimax_config(),
+    "minimax-mixed": expanded(minimax_config(), "inherit", factor=3, op="mix_heads", layers="1"),
+    "gated_deltanet": gated_deltanet_config(),
+    "gated_deltanet-mixed": expanded(gated_deltanet_config(), "inherit", factor=3, layers="1"),
+    "kda": kda_config(),
+    "kda-mixed": expanded(kda_config(num_heads=2, num_v_heads=4, use_short_conv=False), "inherit", factor=4),
 }
 """Every family and operation."""
 

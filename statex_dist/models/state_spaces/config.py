@@ -5,7 +5,7 @@ The file has no ``model_type``: it is recognised by ``ssm_cfg``, whose ``layer``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from statex_dist.errors import CheckpointError
@@ -75,9 +75,9 @@ class StateSpacesConfig(Mamba2Config):
                 **({"statex": {k: v for k, v in plan.items() if k != "base"}} if plan else {}),
             }
         )
-        fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        known = {f.name: getattr(config, f.name) for f in fields(config)}
         mixed = values.get("attn_layer_idx") or []
-        return cls(**fields, original=dict(values), attention=list(mixed))
+        return cls(**known, original=dict(values), attention=list(mixed))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the original file's contents, with the plan."""
