@@ -46,13 +46,30 @@ MAMBA2: dict[str, Any] = {
     "pad_token_id": 257,
 }
 
+_SHARED = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "eos_token_id": 256}
+OTHERS: dict[str, dict[str, Any]] = {
+    # a parameter that all layers share, experts that a rank's tokens may leave out, decays per channel
+    "hgrn2": {"model_type": "hgrn2", "expand_ratio": 8, **_SHARED},
+    "minimax": {
+        "model_type": "minimax",
+        "num_attention_heads": 4,
+        "num_local_experts": 4,
+        "layer_types": ["linear_attention"] * 2,
+        **_SHARED,
+    },
+    "kda": {"model_type": "kda", "num_heads": 4, "head_dim": 8, **_SHARED},
+}
+
 
 def expanded(values: dict[str, Any]) -> ModelConfig:
     """Return a config with every kind of expansion that its family has."""
     config = config_from_dict(values)
     if config.MODEL_TYPE == "gla":
         config = make_plan(config, layers="0", factor=2, init="reinit", op="merge_heads")
-        return make_plan(config, layers="1", factor=4, init="inherit", op="mix_heads")
+        config = make_plan(config, layers="1", factor=4, init="inherit", op="mix_heads")
+        return make_plan(config, layers="2", factor=2, init="inherit", op="grow_state")
+    if config.MODEL_TYPE != "mamba2":
+        return make_plan(config, layers="1", factor=2, init="lossless", op="mix_heads")
     return make_plan(config, layers="1", factor=4, init="inherit")
 
 

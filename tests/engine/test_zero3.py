@@ -18,6 +18,7 @@ from statex_dist.run_config import RunConfig
 from tests.runs import (
     GLA,
     MAMBA2,
+    OTHERS,
     command,
     environment,
     expanded,
@@ -101,6 +102,15 @@ def test_one_rank_mamba2_with_checkpointing_trains_as_plain_pytorch_does(tmp_pat
     before = dict(torch.nn.Module.named_parameters(_load(model)))
     assert len(moved) == 6
     assert all(not torch.equal(tensor, before[name]) for name, tensor in moved.items())
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_train_on_two_ranks_as_plain_pytorch_does(tmp_path: Path, shards: Path, family: str):
+    model = save_model(expanded(OTHERS[family]), tmp_path / "model")
+    file = write_run(tmp_path / "run.yaml", model={"path": str(model)}, data={"path": str(shards)})
+    result = run_training(2, "--config", str(file))
+    assert result.returncode == 0, result.stderr
+    assert_same_training(tmp_path / "run", train_plain(tmp_path, model, shards))
 
 
 def _load(directory: Path):
