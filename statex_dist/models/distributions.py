@@ -111,6 +111,7 @@ class FirstColumn:
 
 Distribution = Constant | Normal | Uniform | LogUniform | LogCount | TimeStep | FirstColumn
 
+
 def describe(distribution: Distribution) -> dict[str, Any]:
     """Return a distribution as plain JSON values."""
     return {"distribution": type(distribution).__name__, **asdict(distribution)}

@@ -33,6 +33,25 @@ def gla_inputs(
     return {"q": q, "k": k, "v": v, "g": g}
 
 
+def delta_inputs(
+    *, tokens: int, heads: int = 2, value_heads: int = 2, keys: int = 16, values: int = 16, channels: int = 1
+) -> dict[str, torch.Tensor]:
+    """float64 inputs of the gated delta rule; ``channels`` log decays a head: 1, or one per key."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    q, k = (torch.nn.functional.normalize(draw(1, tokens, heads, keys), dim=-1) for _ in range(2))
+    return {
+        "q": q,
+        "k": k,
+        "v": draw(1, tokens, value_heads, values),
+        "g": torch.nn.functional.logsigmoid(draw(1, tokens, value_heads, channels)) / 4,
+        "beta": draw(1, tokens, value_heads).sigmoid(),
+    }
+
+
 def ssd_inputs(
     *, batch: int = 1, tokens: int, heads: int = 4, head_dim: int = 3, groups: int = 2, state: int = 5, seed: int = 0
 ) -> dict[str, torch.Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from statex_dist.ops.dispatch import gla, ssd
+from statex_dist.ops.dispatch import delta_rule, gla, ssd
 from statex_dist.ops.fla_api import has_fla
 from statex_dist.ops.mamba_api import has_mamba_ssm
-from tests.ops.scan_cases import borders, gla_inputs, run_with_gradients, ssd_inputs
+from tests.ops.scan_cases import borders, delta_inputs, gla_inputs, run_with_gradients, ssd_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,6 +48,18 @@ def test_gla(sizes, dtype):
     state = torch.randn(shape, device="cuda")
     expected = run_with_gradients(gla, wide, backend="chunked", initial_state=state.double())
     actual = run_with_gradients(gla, narrow, backend="kernel", initial_state=state)
+    assert_near(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(not has_fla(), reason="fla-core is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 64], ids=["gated delta rule", "kda"])
+def test_delta_rule(channels, dtype):
+    inputs = delta_inputs(tokens=1000, heads=2, value_heads=4, keys=64, values=64, channels=channels)
+    narrow, wide = on_gpu(inputs, dtype, keep=("g",))
+    state = torch.randn(1, 4, 64, 64, device="cuda")
+    expected = run_with_gradients(delta_rule, wide, backend="chunked", initial_state=state.double())
+    actual = run_with_gradients(delta_rule, narrow, backend="kernel", initial_state=state)
     assert_near(actual, expected, TOLERANCE[dtype])
 
 

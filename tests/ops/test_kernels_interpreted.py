@@ -1,4 +1,4 @@
-"""The GPU dispatch of GLA on a machine without a GPU: the real kernels under Triton's interpreter."""
+"""The GPU dispatch to fla-core on a machine without a GPU: the real kernels under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from statex_dist.ops.fla_api import has_fla
-from tests.ops.interpreted_gla import CASES
+from tests.ops.interpreted_kernels import CASES
 
 
 @pytest.mark.skipif(not has_fla(), reason="fla-core or triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops/test_gpu_kernels.py runs the compiled kernels")
 def test_fla_kernels_equal_the_recurrence():
     run = subprocess.run(
-        [sys.executable, "-m", "tests.ops.interpreted_gla"],
+        [sys.executable, "-m", "tests.ops.interpreted_kernels"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
