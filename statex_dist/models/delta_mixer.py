@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from statex_dist.models.delta_rule import DeltaRuleConfig
-from statex_dist.models.fla_block import add_convolutions, add_mix, convolve, single_token
+from statex_dist.models.fla_block import add_convolutions, add_mix, convolve
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.dispatch import delta_decode, delta_rule
 from statex_dist.ops.precision import wide_dtype
@@ -72,8 +72,7 @@ class DeltaAttention(nn.Module):
         beta = self.b_proj(x)
         beta = torch.sigmoid(beta.to(wide_dtype(beta.dtype))) * (2 if self.config.allow_neg_eigval else 1)
         g = self.log_decays(x)
-        if single_token(x, recurrent, sequences):
-            assert recurrent is not None
+        if x.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
             q, k, v, g, beta = (y.squeeze(1) for y in (q, k, v, g, beta))
             o, recurrent = delta_decode(q, k, v, g, beta, recurrent, mix=self.mix)
             o = o.unsqueeze(1)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from statex_dist.errors import CheckpointError
-from statex_dist.models.distributions import Constant, Distribution
+from statex_dist.models.distributions import Distribution
 from statex_dist.models.fla import FLAConfig
-from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors
+from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors, renewed_norms
 from statex_dist.models.layout import TensorSpec
-from statex_dist.models.recipe import Recipe, redrawn
+from statex_dist.models.recipe import Recipe
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -138,7 +138,5 @@ def mixing_recipes(
         recipes |= redrawn_tensors(before, after, names, first_value)
     if expansion.reset_dynamics:
         recipes |= redrawn_tensors(before, after, DYNAMICS, first_value)
-        recipes["attn_norm.weight"] = redrawn(
-            before["attn_norm.weight"].shape, Constant(1.0), source_rows=config.hidden_size
-        )
-    return recipes
+    norms = renewed_norms(expansion, before, after, norm="attn_norm.weight", output_norm="attn.o_norm.weight")
+    return recipes | norms

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.layout import Names, TensorSpec
+from statex_dist.state.geometry import StateGeometry
+from statex_dist.state.plan import LayerExpansion
 
 NAMES = Names(trunk="model", final_norm="norm")
 
@@ -71,6 +73,37 @@ class FLAConfig(ModelConfig):
     def final_norm_eps(self) -> float:
         """Epsilon of the RMS norms."""
         return self.norm_eps
+
+
+def head_geometry(
+    expansion: LayerExpansion | None, *, num_heads: int, keys: int, values: int, conv_kernel: int = 0
+) -> StateGeometry:
+    """Return the state of a layer whose heads can be merged and mixed and whose keys can grow.
+
+    Args:
+        expansion: What is done to the layer, if anything.
+        num_heads: Heads before it.
+        keys: Key channels of all heads together, before it.
+        values: Value channels of all heads together.
+        conv_kernel: Width of the convolutions of queries, keys and values; 0 without any.
+    """
+    values_per_key = 1
+    if expansion is not None:
+        if expansion.op == "merge_heads":
+            num_heads //= expansion.factor
+        elif expansion.op == "mix_heads":
+            values_per_key = expansion.factor
+        else:
+            keys *= expansion.factor
+    return StateGeometry(
+        num_heads=num_heads,
+        key_dim=keys // num_heads,
+        value_dim=values // num_heads,
+        num_key_groups=num_heads,
+        values_per_key=values_per_key,
+        conv_channels=2 * keys + values if conv_kernel else 0,
+        conv_kernel=conv_kernel,
+    )
 
 
 def block_tensors(config: FLAConfig) -> dict[str, TensorSpec]:

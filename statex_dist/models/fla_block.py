@@ -12,6 +12,8 @@ from torch import nn
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import causal_conv, conv_tail
+from statex_dist.ops.dispatch import gla, gla_decode
+from statex_dist.ops.precision import wide_dtype
 from statex_dist.state.geometry import StateGeometry
 
 
@@ -97,6 +99,45 @@ def add_mix(module: nn.Module, geometry: StateGeometry) -> None:
         module.register_parameter("mix", None)
 
 
-def single_token(x: torch.Tensor, recurrent: torch.Tensor | None, sequences: Sequences) -> bool:
-    """Return whether a segment is one decoding step."""
-    return x.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    recurrent: torch.Tensor | None,
+    sequences: Sequences,
+    *,
+    scale: float | None = None,
+    mix: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run :func:`statex_dist.ops.dispatch.gla` over a segment, or its step where the segment is one token.
+
+    Args:
+        q: ``[B, T, H, K]`` queries.
+        k: ``[B, T, H, K]`` keys.
+        v: ``[B, T, H, V]`` values.
+        g: ``[B, T, H, K]`` log decays.
+        recurrent: The state before the segment, or None for zero.
+        sequences: Borders of packed sequences and the scan's backend.
+        scale: Factor of the queries, ``K ** -0.5`` where None.
+        mix: ``[H, r]`` mixing matrix, or None.
+
+    Returns:
+        Output ``[B, T, H, V]`` and the state after the segment.
+    """
+    if q.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
+        q, k, v, g = (y.squeeze(1) for y in (q, k, v, g))
+        o, state = gla_decode(q, k, v, g, recurrent, scale=scale, mix=mix)
+        return o.unsqueeze(1), state
+    return gla(
+        q,
+        k,
+        v,
+        g.to(wide_dtype(q.dtype)),
+        scale=scale,
+        mix=mix,
+        initial_state=recurrent,
+        cu_seqlens=sequences.cu_seqlens,
+        backend=sequences.backend,  # type: ignore[arg-type]
+        chunk_size=sequences.chunk_size,
+    )

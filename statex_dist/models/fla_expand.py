@@ -29,6 +29,31 @@ def mix_recipe(expansion: LayerExpansion, num_heads: int) -> dict[str, Recipe]:
     return {MIX_NAME: added((num_heads, factor), start)}
 
 
+def renewed_norms(
+    expansion: LayerExpansion,
+    before: Mapping[str, TensorSpec],
+    after: Mapping[str, TensorSpec],
+    *,
+    norm: str,
+    output_norm: str,
+) -> dict[str, Recipe]:
+    """Return recipes that set a layer's norms to 1 where the plan resets the dynamics (nothing otherwise).
+
+    The authors' script renews the norm before the token mixing always, the output norm with the layer (``reinit``).
+
+    Args:
+        expansion: What is done to the layer.
+        before: The original layer's tensors.
+        after: The expanded layer's tensors.
+        norm: Name of the norm before the token mixing.
+        output_norm: Name of the norm behind it.
+    """
+    if not expansion.reset_dynamics:
+        return {}
+    names = [norm, output_norm] if expansion.init == "reinit" else [norm]
+    return redrawn_tensors(before, after, names, lambda name, shape: Constant(1.0))
+
+
 def redrawn_tensors(
     before: Mapping[str, TensorSpec],
     after: Mapping[str, TensorSpec],

@@ -50,9 +50,7 @@ def chunked_gla(
     """
     batch, num_tokens = q.shape[:2]
     lengths = sequence_lengths(batch, num_tokens, cu_seqlens)
-    chunk_size = pick_chunk_size(lengths) if chunk_size is None else chunk_size
-    if chunk_size < _BLOCK or chunk_size & (chunk_size - 1):
-        raise ConfigError(f"chunk_size must be a power of two from {_BLOCK}, not {chunk_size}")
+    chunk_size = power_of_two_chunks(lengths, chunk_size)
     layout = chunk_layout(lengths, chunk_size, q.device)
     values = [v] if isinstance(v, torch.Tensor) else list(v)
     out_dtype, work_dtype = values[0].dtype, wide_dtype(q.dtype)
@@ -69,6 +67,19 @@ def chunked_gla(
         outputs.append(layout.from_chunks(attention @ value + queries @ starts, batch).to(out_dtype))
         finals.append(final)
     return join_blocks(outputs), join_blocks(finals)
+
+
+def power_of_two_chunks(lengths: tuple[int, ...], chunk_size: int | None) -> int:
+    """Return the chunk size to use for :func:`decayed_products`: the one asked for, or one that fits the sequences.
+
+    Raises:
+        ConfigError: The one asked for is not a power of two from 4.
+    """
+    if chunk_size is None:
+        return pick_chunk_size(lengths)
+    if chunk_size < _BLOCK or chunk_size & (chunk_size - 1):
+        raise ConfigError(f"chunk_size must be a power of two from {_BLOCK}, not {chunk_size}")
+    return chunk_size
 
 
 def join_blocks(blocks: list[torch.Tensor]) -> torch.Tensor:

@@ -16,12 +16,13 @@ No exponent is positive, as in :mod:`statex_dist.ops.chunked`, whose products of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from statex_dist.ops.chunk_layout import chunk_layout, pick_chunk_size, sequence_lengths
-from statex_dist.ops.chunked import decayed_products, join_blocks
-from statex_dist.ops.naive import borders_of, first_state
+from statex_dist.ops.chunk_layout import chunk_layout, sequence_lengths
+from statex_dist.ops.chunked import decayed_products, join_blocks, power_of_two_chunks
+from statex_dist.ops.naive import first_state, over_sequences
 from statex_dist.ops.precision import wide_dtype
 
 
@@ -85,15 +86,8 @@ def naive_delta_rule(
         Output ``[B, T, HV, V]`` and final states ``[S, HV, K, V]``.
     """
     if cu_seqlens is not None:
-        parts = [
-            naive_delta_rule(
-                *(x[:, start:stop] for x in (q, k, v, g, beta)),
-                scale=scale,
-                initial_state=None if initial_state is None else initial_state[i : i + 1],
-            )
-            for i, (start, stop) in enumerate(borders_of(cu_seqlens))
-        ]
-        return torch.cat([o for o, _ in parts], dim=1), torch.cat([s for _, s in parts])
+        scan = partial(naive_delta_rule, scale=scale)
+        return over_sequences(scan, (q, k, v, g, beta), cu_seqlens, initial_state)
     state = first_state(initial_state, q, (q.shape[0], v.shape[2], q.shape[3], v.shape[3]))
     outputs = []
     tokens = zip(q.unbind(1), k.unbind(1), v.unbind(1), g.unbind(1), beta.unbind(1), strict=True)
@@ -120,11 +114,14 @@ def chunked_delta_rule(
     Args:
         v: Values, or several tensors that stand side by side (:func:`statex_dist.ops.chunked.chunked_gla`).
         chunk_size: Tokens per chunk, a power of two from 4; None picks one by the sequences' lengths.
+
+    Raises:
+        ConfigError: ``chunk_size`` is not a power of two from 4.
     """
     values = [v] if isinstance(v, torch.Tensor) else list(v)
     batch, num_tokens, heads = values[0].shape[:3]
     lengths = sequence_lengths(batch, num_tokens, cu_seqlens)
-    chunk_size = pick_chunk_size(lengths) if chunk_size is None else chunk_size
+    chunk_size = power_of_two_chunks(lengths, chunk_size)
     layout = chunk_layout(lengths, chunk_size, q.device)
     out_dtype, work_dtype = values[0].dtype, wide_dtype(q.dtype)
     q, k = (y.repeat_interleave(heads // y.shape[2], dim=2) for y in (q * scale, k))

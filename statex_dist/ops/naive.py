@@ -9,6 +9,8 @@ float64 for float64 inputs; outputs come back in the dtype of ``v`` or ``x``.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -93,15 +95,7 @@ def naive_gla(
         Output ``[B, T, H, V]`` and final states ``[S, H, K, V]``.
     """
     if cu_seqlens is not None:
-        parts = [
-            naive_gla(
-                *(x[:, start:stop] for x in (q, k, v, g)),
-                scale=scale,
-                initial_state=None if initial_state is None else initial_state[i : i + 1],
-            )
-            for i, (start, stop) in enumerate(borders_of(cu_seqlens))
-        ]
-        return torch.cat([o for o, _ in parts], dim=1), torch.cat([s for _, s in parts])
+        return over_sequences(partial(naive_gla, scale=scale), (q, k, v, g), cu_seqlens, initial_state)
     state = first_state(initial_state, q, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     outputs = []
     # unbind, not indexing: the gradient of x[:, t] fills a full-size tensor with zeros for every t.
@@ -136,24 +130,44 @@ def naive_ssd(
         Output ``[B, T, H, P]`` and final states ``[S, H, P, N]``.
     """
     if cu_seqlens is not None:
-        parts = [
-            naive_ssd(
-                x[:, start:stop],
-                dt[:, start:stop],
-                A,
-                B[:, start:stop],
-                C[:, start:stop],
-                initial_state=None if initial_state is None else initial_state[i : i + 1],
-            )
-            for i, (start, stop) in enumerate(borders_of(cu_seqlens))
-        ]
-        return torch.cat([o for o, _ in parts], dim=1), torch.cat([s for _, s in parts])
+
+        def scan(x, dt, B, C, initial_state):
+            return naive_ssd(x, dt, A, B, C, initial_state=initial_state)
+
+        return over_sequences(scan, (x, dt, B, C), cu_seqlens, initial_state)
     state = first_state(initial_state, x, (x.shape[0], x.shape[2], x.shape[3], B.shape[3]))
     outputs = []
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
         output, state = ssd_step(x_t, dt_t, A, B_t, C_t, state)
         outputs.append(output)
     return torch.stack(outputs, dim=1) if outputs else x.new_zeros(x.shape), state
+
+
+def over_sequences(
+    scan: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    tensors: Sequence[torch.Tensor],
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a scan over each packed sequence by itself.
+
+    Args:
+        scan: Takes the tensors of one sequence and its ``initial_state``.
+        tensors: ``[1, T, ...]`` each.
+        cu_seqlens: ``[S + 1]`` borders.
+        initial_state: ``[S, ...]`` or None.
+
+    Returns:
+        Outputs ``[1, T, ...]`` and final states ``[S, ...]``.
+    """
+    parts = [
+        scan(
+            *(x[:, start:stop] for x in tensors),
+            initial_state=None if initial_state is None else initial_state[i : i + 1],
+        )
+        for i, (start, stop) in enumerate(borders_of(cu_seqlens))
+    ]
+    return torch.cat([o for o, _ in parts], dim=1), torch.cat([s for _, s in parts])
 
 
 def first_state(initial_state: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.fla import FLAConfig
+from statex_dist.models.fla import FLAConfig, head_geometry
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -74,20 +74,10 @@ class GLAConfig(FLAConfig):
 
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of ``layer`` under the plan."""
-        heads, keys, values_per_key = self.num_heads, self.key_dim, 1
-        if expansion := self.statex.get(layer) if self.statex else None:
-            if expansion.op == "merge_heads":
-                heads //= expansion.factor
-            elif expansion.op == "mix_heads":
-                values_per_key = expansion.factor
-            else:
-                keys *= expansion.factor
-        return StateGeometry(
-            num_heads=heads,
-            key_dim=keys // heads,
-            value_dim=self.value_dim // heads,
-            num_key_groups=heads,
-            values_per_key=values_per_key,
-            conv_channels=2 * keys + self.value_dim if self.use_short_conv else 0,
+        return head_geometry(
+            self.statex.get(layer) if self.statex else None,
+            num_heads=self.num_heads,
+            keys=self.key_dim,
+            values=self.value_dim,
             conv_kernel=self.conv_size if self.use_short_conv else 0,
         )

@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import partial
 
 from statex_dist.models.distributions import Constant
-from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors
+from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors, renewed_norms
 from statex_dist.models.gla.config import GLAConfig
 from statex_dist.models.gla.init import first_value
 from statex_dist.models.gla.layout import gate_norm_name, layer_tensors
-from statex_dist.models.recipe import Recipe, from_blocks, grown_groups, redrawn, repeated
+from statex_dist.models.recipe import Recipe, from_blocks, grown_groups, repeated
 from statex_dist.state.plan import LayerExpansion
 
 TOKEN_MIXING = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gk_proj", "q_conv1d", "k_conv1d", "v_conv1d")
@@ -47,11 +47,7 @@ def layer_recipes(config: GLAConfig, after: GLAConfig, expansion: LayerExpansion
         recipes |= redrawn_tensors(before, target, names, first)
     elif expansion.op == "grow_state":
         recipes |= _grown(config, expansion)
-    if expansion.reset_dynamics:
-        names = ["attn_norm.weight", norm] if expansion.init == "reinit" else ["attn_norm.weight"]
-        for name in names:
-            recipes[name] = redrawn(target[name].shape, Constant(1.0), source_rows=before[name].shape[0])
-    return recipes
+    return recipes | renewed_norms(expansion, before, target, norm="attn_norm.weight", output_norm=norm)
 
 
 def _grown(config: GLAConfig, expansion: LayerExpansion) -> dict[str, Recipe]:

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.fla_block import FLABlock, add_convolutions, add_mix, convolve, single_token
+from statex_dist.models.fla_block import FLABlock, add_convolutions, add_mix, convolve, linear_attention
 from statex_dist.models.gla.config import GATE_LOW_RANK_DIM, GLAConfig
 from statex_dist.models.norm import GatedRMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.dispatch import gla, gla_decode
 from statex_dist.ops.precision import wide_dtype
 
 
@@ -76,24 +75,7 @@ class GatedLinearAttention(nn.Module):
         q, k, g, position = self.queries_keys_decays(q, k, x, sequences, state)
         heads = (self.geometry.num_heads, -1)
         q, k, v, g, gate = (y.unflatten(-1, heads) for y in (q, k, v, g, self.g_proj(x)))
-        if single_token(x, recurrent, sequences):
-            assert recurrent is not None
-            q, k, v, g = (y.squeeze(1) for y in (q, k, v, g))
-            o, recurrent = gla_decode(q, k, v, g, recurrent, scale=self.scale, mix=self.mix)
-            o = o.unsqueeze(1)
-        else:
-            o, recurrent = gla(
-                q,
-                k,
-                v,
-                g.to(wide_dtype(q.dtype)),
-                scale=self.scale,
-                mix=self.mix,
-                initial_state=recurrent,
-                cu_seqlens=sequences.cu_seqlens,
-                backend=sequences.backend,  # type: ignore[arg-type]
-                chunk_size=sequences.chunk_size,
-            )
+        o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix)
         o = self.get_submodule(self._norm_name)(o.to(x.dtype), gate)
         new_state = (recurrent, *position, *new_tail) if sequences.output_states else None
         return self.o_proj(o.flatten(-2)), new_state

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from statex_dist.errors import CheckpointError
-from statex_dist.models.fla import FLAConfig
+from statex_dist.models.fla import FLAConfig, head_geometry
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -66,18 +66,10 @@ class HGRN2Config(FLAConfig):
 
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of ``layer`` under the plan."""
-        heads, values_per_key = self.heads, 1
-        if expansion := self.statex.get(layer) if self.statex else None:
-            if expansion.op == "merge_heads":
-                heads //= expansion.factor
-            else:
-                values_per_key = expansion.factor
-        return StateGeometry(
-            num_heads=heads,
-            key_dim=self.hidden_size // heads,
-            value_dim=self.hidden_size // heads,
-            num_key_groups=heads,
-            values_per_key=values_per_key,
-            conv_channels=3 * self.hidden_size if self.use_short_conv else 0,
+        return head_geometry(
+            self.statex.get(layer) if self.statex else None,
+            num_heads=self.heads,
+            keys=self.hidden_size,
+            values=self.hidden_size,
             conv_kernel=self.conv_size if self.use_short_conv else 0,
         )

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.fla_block import FLABlock, add_convolutions, add_mix, convolve, single_token
+from statex_dist.models.fla_block import FLABlock, add_convolutions, add_mix, convolve, linear_attention
 from statex_dist.models.hgrn2.config import HGRN2Config
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.dispatch import gla, gla_decode
 from statex_dist.ops.precision import wide_dtype
 
 
@@ -79,23 +78,7 @@ class HGRN2Attention(nn.Module):
             g = torch.logaddexp(lower_bound.log(), torch.log1p(-lower_bound) + g)
         k = (1 - g.exp()).to(i.dtype)
         q, k, v, g = (y.unflatten(-1, (self.geometry.num_heads, -1)) for y in (q, k, i, g))
-        if single_token(x, recurrent, sequences):
-            assert recurrent is not None
-            q, k, v, g = (y.squeeze(1) for y in (q, k, v, g))
-            o, recurrent = gla_decode(q, k, v, g, recurrent, mix=self.mix)
-            o = o.unsqueeze(1)
-        else:
-            o, recurrent = gla(
-                q,
-                k,
-                v,
-                g,
-                mix=self.mix,
-                initial_state=recurrent,
-                cu_seqlens=sequences.cu_seqlens,
-                backend=sequences.backend,  # type: ignore[arg-type]
-                chunk_size=sequences.chunk_size,
-            )
+        o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, mix=self.mix)
         new_state = (recurrent, *new_tail) if sequences.output_states else None
         return self.o_proj(self.g_norm(o.to(x.dtype).flatten(-2))), new_state
 

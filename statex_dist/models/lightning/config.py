@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.fla import head_geometry
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -105,18 +106,9 @@ class LightningConfig(ModelConfig):
 
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of ``layer`` under the plan."""
-        heads, keys, values_per_key = self.num_attention_heads, self.inner_size, 1
-        if expansion := self.statex.get(layer) if self.statex else None:
-            if expansion.op == "merge_heads":
-                heads //= expansion.factor
-            elif expansion.op == "mix_heads":
-                values_per_key = expansion.factor
-            else:
-                keys *= expansion.factor
-        return StateGeometry(
-            num_heads=heads,
-            key_dim=keys // heads,
-            value_dim=self.inner_size // heads,
-            num_key_groups=heads,
-            values_per_key=values_per_key,
+        return head_geometry(
+            self.statex.get(layer) if self.statex else None,
+            num_heads=self.num_attention_heads,
+            keys=self.inner_size,
+            values=self.inner_size,
         )

@@ -11,11 +11,11 @@ from functools import partial
 
 from statex_dist.models.distributions import Constant
 from statex_dist.models.fla import MIX_NAME as FLA_MIX_NAME
-from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors
+from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors, renewed_norms
 from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.models.lightning.init import first_value
 from statex_dist.models.lightning.layout import MIX_NAME, layer_tensors
-from statex_dist.models.recipe import Block, Fresh, Keep, Recipe, from_blocks, redrawn
+from statex_dist.models.recipe import Block, Fresh, Keep, Recipe, from_blocks
 from statex_dist.state.plan import LayerExpansion
 
 QKV = "self_attn.qkv_proj.weight"
@@ -30,20 +30,15 @@ def layer_recipes(config: LightningConfig, after: LightningConfig, expansion: La
         after: Configuration of the expanded model.
         expansion: What is done to the layer.
     """
-    before = layer_tensors(config, expansion.layer)
+    before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
     mixed = mix_recipe(expansion, config.num_attention_heads)
     recipes = {MIX_NAME: mixed[FLA_MIX_NAME]} if mixed else {}
     if expansion.init == "reinit":
-        recipes |= redrawn_tensors(
-            before, layer_tensors(after, expansion.layer), TOKEN_MIXING, partial(first_value, config=config)
-        )
+        recipes |= redrawn_tensors(before, target, TOKEN_MIXING, partial(first_value, config=config))
     elif expansion.op == "grow_state":
         recipes[QKV] = _grown_qkv(config, expansion, before[QKV].shape)
-    if expansion.reset_dynamics:
-        names = ["input_layernorm.weight"] + ["self_attn.norm.weight"] * (expansion.init == "reinit")
-        for name in names:
-            recipes[name] = redrawn(before[name].shape, Constant(1.0), source_rows=before[name].shape[0])
-    return recipes
+    norms = renewed_norms(expansion, before, target, norm="input_layernorm.weight", output_norm="self_attn.norm.weight")
+    return recipes | norms
 
 
 def _grown_qkv(config: LightningConfig, expansion: LayerExpansion, shape: tuple[int, ...]) -> Recipe:

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.fla_block import add_mix, single_token
+from statex_dist.models.fla_block import add_mix, linear_attention
 from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.dispatch import gla, gla_decode
 from statex_dist.ops.precision import wide_dtype
 
 
@@ -54,24 +53,7 @@ class LightningAttention(nn.Module):
         rates = torch.tensor(self.rates, dtype=wide_dtype(x.dtype), device=x.device)
         g = -rates.repeat_interleave(keys).view(heads).expand_as(k)
         recurrent = state[0] if state else None
-        if single_token(x, recurrent, sequences):
-            assert recurrent is not None
-            q, k, v, g = (y.squeeze(1) for y in (q, k, v, g))
-            o, recurrent = gla_decode(q, k, v, g, recurrent, scale=self.scale, mix=self.mix)
-            o = o.unsqueeze(1)
-        else:
-            o, recurrent = gla(
-                q,
-                k,
-                v,
-                g,
-                scale=self.scale,
-                mix=self.mix,
-                initial_state=recurrent,
-                cu_seqlens=sequences.cu_seqlens,
-                backend=sequences.backend,  # type: ignore[arg-type]
-                chunk_size=sequences.chunk_size,
-            )
+        o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix)
         o = torch.sigmoid(self.output_gate(x)) * self.norm(o.to(x.dtype).flatten(-2))
         return self.out_proj(o), ((recurrent,) if sequences.output_states else None)
 
