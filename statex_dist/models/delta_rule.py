@@ -8,6 +8,7 @@ function, and no choice of parameters makes it the original's. A true merge is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,7 +47,10 @@ class DeltaRuleConfig(FLAConfig):
                 f"{self.MODEL_TYPE} config: num_v_heads={self.num_v_heads} must be a multiple of "
                 f"num_heads={self.num_heads}"
             )
-        if self.head_dim * self.expand_v != self.head_value_dim or self.head_value_dim < 1:
+        if (
+            not math.isclose(self.head_dim * self.expand_v, self.head_value_dim, rel_tol=1e-5)
+            or not self.head_value_dim
+        ):
             raise CheckpointError(
                 f"{self.MODEL_TYPE} config: expand_v={self.expand_v} times head_dim={self.head_dim} is not a whole "
                 "number"
@@ -79,7 +83,7 @@ class DeltaRuleConfig(FLAConfig):
     @property
     def head_value_dim(self) -> int:
         """Value channels of a value head."""
-        return int(self.head_dim * self.expand_v)
+        return round(self.head_dim * self.expand_v)
 
     @property
     def key_dim(self) -> int:

@@ -16,6 +16,9 @@ from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.precision import wide_dtype
 
+OUTPUT_NORM_EPS = 1e-6
+"""Of the norm behind the scan: transformers' layer leaves it at the norm's default, whatever ``rms_norm_eps`` says."""
+
 
 class LightningAttention(nn.Module):
     """Token mixing of one layer (arXiv 2401.04658; gate and norm of MiniMax-01, arXiv 2501.08313).
@@ -37,7 +40,7 @@ class LightningAttention(nn.Module):
         self.qkv_proj = nn.Linear(hidden, rows, bias=False)
         self.out_proj = nn.Linear(inner, hidden, bias=False)
         self.output_gate = nn.Linear(hidden, inner, bias=False)
-        self.norm = RMSNorm(inner, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(inner, eps=OUTPUT_NORM_EPS)
         add_mix(self, self.geometry)
         # The queries have no factor; m merged heads get that of their sum, as GLA's do.
         self.scale = (config.num_attention_heads // self.geometry.num_heads) ** -0.5
