@@ -2,8 +2,9 @@
 
 Baselines, in the same process and on the same tensors:
 
-- *good loop*: one token at a time, slices taken by ``unbind`` (our ``naive_gla`` and ``naive_ssd``);
-- *fla naive*: flash-linear-attention's own reference recurrence, which indexes ``x[:, :, i]``;
+- *good loop*: one token at a time, slices taken by ``unbind`` (our ``naive_gla``, ``naive_ssd``, ``naive_delta_rule``);
+- *fla naive*: flash-linear-attention's own reference: for GLA the recurrence, which indexes ``x[:, :, i]``, for the
+  delta rules its chunked form;
 - *transformers*: ``Mamba2Mixer.torch_forward``, what a CPU runs when the CUDA kernels are missing. It is a whole mixer
   (projections, convolution, norm), so it is compared with our whole mixer on the same weights, not with the scan.
 
@@ -30,7 +31,7 @@ from rich.table import Table
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.mamba2.mixer import Mamba2Mixer
 from statex_dist.models.sequence import Sequences
-from statex_dist.ops.dispatch import gla, ssd
+from statex_dist.ops.dispatch import delta_rule, gla, ssd
 
 LONG, SHORT = 2048, 256
 
@@ -92,6 +93,32 @@ def compare_ssd(rows: list[dict]) -> None:
             rows.append(row)
 
 
+def compare_delta(rows: list[dict]) -> None:
+    """Time the gated delta rule with one decay per head (Gated DeltaNet) and per key channel (KDA)."""
+    from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
+    from fla.ops.kda.naive import naive_chunk_kda
+
+    for label, channels, theirs in (
+        ("gated delta rule 4 x 64 x 128", 1, lambda q, k, v, g, b: naive_chunk_gated_delta_rule(q, k, v, g[..., 0], b)),
+        ("KDA 4 x 64 x 128", 64, naive_chunk_kda),
+    ):
+        for tokens in (SHORT, LONG):
+            q, k, v, g = gla_tensors(tokens, 4, 64, 128)
+            q, k = (torch.nn.functional.normalize(x.detach(), dim=-1).requires_grad_() for x in (q, k))
+            g = g.detach()[..., :channels].requires_grad_()
+            beta = torch.full(q.shape[:3], 0.5).requires_grad_()
+            tensors = (q, k, v, g, beta)
+            row = {
+                "case": label,
+                "tokens": tokens,
+                "chunked": least_time(lambda x=tensors: delta_rule(*x, backend="chunked")[0], repeats=5),
+                "good loop": least_time(lambda x=tensors: delta_rule(*x, backend="naive")[0], repeats=1, warmup=0),
+            }
+            if tokens == SHORT:
+                row["fla naive"] = least_time(lambda x=tensors, f=theirs: f(*x)[0], repeats=1, warmup=0)
+            rows.append(row)
+
+
 def compare_mixers(rows: list[dict]) -> None:
     """Time a whole Mamba2 mixer against transformers' torch form on the same weights."""
     import transformers
@@ -133,7 +160,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows: list[dict] = []
-    for compare in (compare_gla, compare_ssd, compare_mixers):
+    for compare in (compare_gla, compare_ssd, compare_delta, compare_mixers):
         compare(rows)
     if args.json:
         print(json.dumps({"machine": machine(), "rows": rows}, indent=2))
