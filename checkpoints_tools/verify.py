@@ -16,7 +16,7 @@ from checkpoints_tools.expand import plan_expansion, read_model
 from checkpoints_tools.expansion_report import REPORT_NAME, read_checksums
 from checkpoints_tools.hf_writer import carried_files
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import FLOATS, TORCH_NAMES, Progress, TensorInfo, TensorSource
+from checkpoints_tools.tensor_io import FLOATS, OPTIONS, TORCH_NAMES, Progress, TensorInfo, TensorSource
 from checkpoints_tools.transfer import TensorJob, TensorStream
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import read_config_dict
@@ -78,8 +78,10 @@ def verify_expansion(base: str | Path, expanded: str | Path, *, progress: Progre
         return verdict
     after = before.replace(statex=after.statex)
     _compare_configs(after.with_plan(values), found, verdict)
-    expansion = plan_expansion(source, values, before, after)
+    expansion = plan_expansion(source, values, before, after, dtype=_one_dtype(other))
     jobs = {job.info.name: job for job in expansion.jobs}
+    if converted := {TORCH_NAMES[j.info.dtype] for j in jobs.values() if j.source and j.source.dtype != j.info.dtype}:
+        verdict.notes.append(f"floating-point tensors were converted to {', '.join(converted)}")
     held = {name for name in other.keys() if name not in other.aliases}  # noqa: SIM118 - not a mapping
     verdict.differences += [f"tensor '{name}' is missing" for name in jobs if name not in held]
     verdict.differences += [f"tensor '{name}' should not be there" for name in sorted(held - jobs.keys())]
@@ -87,7 +89,7 @@ def verify_expansion(base: str | Path, expanded: str | Path, *, progress: Progre
     if checksums is None:
         verdict.notes.append(f"no {REPORT_NAME}: checksums not compared")
     stream = TensorStream(source, allow_nonfinite=True)
-    pairs = [(_stored_as(job, other.info(name)), other.info(name)) for name, job in jobs.items() if name in held]
+    pairs = [(job, other.info(name)) for name, job in jobs.items() if name in held]
     _compare_all(pairs, stream, other, verdict, checksums=checksums, progress=progress)
     _compare_carried(source.facts.model_dir, other.facts.model_dir, verdict)
     return verdict
@@ -117,12 +119,13 @@ def verify_same(
     return verdict
 
 
-def _stored_as(job: TensorJob, found: TensorInfo) -> TensorJob:
-    """Return the job as ``--dtype`` would have stored it, if that explains the dtype that was found."""
-    if found.dtype != job.info.dtype and {found.dtype, job.info.dtype} <= set(FLOATS):
-        info = TensorInfo(name=job.info.name, shape=job.info.shape, dtype=found.dtype)
-        return TensorJob(info=info, source=job.source, surgery=job.surgery)
-    return job
+def _one_dtype(source: TensorSource) -> str | None:
+    """Return the dtype that ``--dtype`` may have given a checkpoint: the same for all floating-point tensors.
+
+    A single tensor of another dtype than the base's is no conversion but a difference.
+    """
+    dtypes = {source.info(name).dtype for name in source.keys()} & set(FLOATS)  # noqa: SIM118 - not a mapping
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(OPTIONS.values()) else None
 
 
 def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verdict) -> None:

@@ -29,7 +29,7 @@ def test_every_expansion_is_proved(tmp_path, family, options, dtype):
     report = run_expand(tmp_path / "in", tmp_path / "out", layers="0,2", seed=4, dtype=dtype, **options)
     verdict = verify_expansion(tmp_path / "in", tmp_path / "out")
     assert verdict.differences == []
-    assert verdict.notes == []
+    assert verdict.notes == (["floating-point tensors were converted to bfloat16"] if dtype else [])
     counts = {}
     for row in report.tensors.values():
         counts[row.change] = counts.get(row.change, 0) + 1
@@ -111,6 +111,12 @@ class TestSpoiled:
         found = self.spoil(pair, change)
         assert "tensor 'backbone.norm_f.weight' (kept) has shape (17,), not (16,)" in found
         assert "tensor 'backbone.layers.0.mixer.D' (kept) has dtype int64, not float32" in found
+
+    def test_one_rounded_tensor_is_not_a_conversion(self, pair):
+        def change(tensors):
+            tensors["backbone.norm_f.weight"] = tensors["backbone.norm_f.weight"].bfloat16()
+
+        assert self.spoil(pair, change) == ["tensor 'backbone.norm_f.weight' (kept) has dtype bfloat16, not float32"]
 
     def test_a_config_that_says_something_else(self, pair):
         path = pair[1] / "config.json"
