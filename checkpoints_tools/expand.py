@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.expansion_report import REPORT_NAME, ExpansionReport, make_report
+from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, ExpansionReport, make_report
 from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
 from checkpoints_tools.journal import ShardRecord
 from checkpoints_tools.model_check import check_apart, check_tensors
@@ -28,6 +28,7 @@ from checkpoints_tools.tensor_io import (
     total_bytes,
 )
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.manifest import refuse_target
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of
@@ -64,10 +65,10 @@ class Expansion:
         values = self.after.with_plan(self.values)
         return values if self.dtype is None else with_dtype(values, self.dtype)
 
-    def report(self, finished: dict[str, ShardRecord]) -> ExpansionReport:
-        """Return the account, with the checksums of what is ``finished``."""
+    def report(self, checksums: Checksums | None = None) -> ExpansionReport:
+        """Return the account, with the checksums of what has been written."""
         infos = [self.source.info(name) for name in self.source.keys() if name not in self.source.aliases]  # noqa: SIM118
-        return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, finished)
+        return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, checksums or Checksums())
 
 
 def read_model(source: str | Path) -> tuple[TensorSource, dict[str, Any], ModelConfig]:
@@ -89,8 +90,8 @@ def prepare_expansion(source: str | Path, plan: PlanOptions | None = None, *, dt
     Args:
         source: Whatever :func:`checkpoints_tools.sources.open_source` opens, with a ``config.json``.
         plan: What to do; None for the family's defaults.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New values are made in the source's dtype
-            and then rounded.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New rows of a tensor are made in its dtype
+            and then converted, as its old ones are.
 
     Raises:
         ConfigError: A wrong option, or a plan that does not fit the model.
@@ -118,6 +119,7 @@ def plan_expansion(
     """
     names = check_tensors(source, before)
     changed = surgeries(before, after)
+    _check_strangers(names, changed, before, source)
     embeddings = family_of(before.MODEL_TYPE).names.embeddings
     own = source.info(embeddings if embeddings in names else names[0]).dtype
     jobs = [_job(source.info(name), changed.get(name), dtype) for name in names]
@@ -129,9 +131,28 @@ def plan_expansion(
     return Expansion(source=source, values=values, before=before, after=after, jobs=jobs, dtype=dtype)
 
 
+def _check_strangers(names: list[str], changed: dict[str, Surgery], config: ModelConfig, source: TensorSource) -> None:
+    """Raise if a module that is to be expanded holds tensors that the family does not know: they would not fit."""
+    family = family_of(config.MODEL_TYPE)
+    known = family.tensors(config)
+    prefixes = {name: family.names.layer(surgery.layer) for name, surgery in changed.items()}
+    modules = {prefix + name.removeprefix(prefix).split(".")[0] + "." for name, prefix in prefixes.items()}
+    strangers = [
+        name
+        for name in names
+        if name not in known and name.startswith(tuple(modules)) and not name.endswith(config.DERIVED)
+    ]
+    if strangers:
+        listed = ", ".join(repr(name) for name in strangers[:8])
+        raise CheckpointError(
+            f"{source.facts.path}: {listed} in a layer that is to be expanded are unknown to {config.MODEL_TYPE}: how "
+            "they should grow is not known"
+        )
+
+
 def _job(info: TensorInfo, surgery: Surgery | None, dtype: str | None) -> TensorJob:
     """Return the job of one tensor of the source."""
-    if surgery is None or surgery.recipe.change == "kept":
+    if surgery is None:
         stored = TensorInfo(name=info.name, shape=info.shape, dtype=stored_dtype(info.dtype, dtype))
         return TensorJob(info=stored, source=info)
     _check_drawable(info.name, info.dtype)
@@ -171,25 +192,27 @@ def expand(
             is then as it was.
     """
     facts, options = expansion.source.facts, options or WriteOptions()
-    if facts.model_dir is not None:
-        check_apart(facts.model_dir, Path(target))
-    check_apart(facts.path, Path(target))
+    check_target(expansion, Path(target), options)
+    if not expansion.after.plain_keys():
+        logger.warning(
+            "config.json of %s carries a plan that other software does not know: it would refuse the model, or run its "
+            "expanded layers as they were before; load it with this package",
+            target,
+        )
     config = expansion.config_values()
-    report: list[ExpansionReport] = []
 
     def documents(finished: dict[str, ShardRecord]) -> dict[str, Any]:
-        report.append(expansion.report(finished))
-        return {CONFIG_NAME: config, REPORT_NAME: report[0].to_dict()}
+        return {CONFIG_NAME: config, REPORT_NAME: expansion.report(Checksums.of(finished)).to_dict()}
 
     assert expansion.after.statex is not None
-    written = write_hf_directory(
+    write_hf_directory(
         Path(target),
         expansion.source,
         expansion.jobs,
         options,
         documents=documents,
         info={
-            "source": str(facts.path),
+            "source": str(facts.path.resolve()),
             "source_kind": facts.kind,
             "step": facts.info.get("step"),
             "plan": expansion.after.statex.to_dict(),
@@ -197,4 +220,17 @@ def expand(
         },
         progress=progress,
     )
-    return report[0] if written else expansion.report({})
+    return expansion.report(Checksums.read(Path(target)))
+
+
+def check_target(expansion: Expansion, target: Path, options: WriteOptions) -> None:
+    """Raise if ``target`` may not be written: it overlaps the source, or holds something and is not to be replaced.
+
+    Raises:
+        CheckpointError: Why not.
+    """
+    facts = expansion.source.facts
+    for directory in {facts.path, facts.model_dir or facts.path}:
+        check_apart(directory, target)
+    if not options.resume:
+        refuse_target(target.resolve(), overwrite=options.overwrite)

@@ -52,6 +52,35 @@ class TensorChange:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Checksums:
+    """xxh3-128 digests by tensor name: of the stored bytes, and of the source's where all of them were kept."""
+
+    stored: dict[str, str] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, finished: Mapping[str, ShardRecord]) -> Checksums:
+        """Return the digests of written shards."""
+        return cls(
+            stored={name: value for shard in finished.values() for name, value in shard.digests.items()},
+            source={name: value for shard in finished.values() for name, value in shard.source_digests.items()},
+        )
+
+    @classmethod
+    def read(cls, directory: Path) -> Checksums:
+        """Return the digests of a directory's report.
+
+        Raises:
+            CheckpointError: It is unreadable.
+        """
+        tensors = (read_report(directory) or {"tensors": {}})["tensors"]
+        return cls(
+            stored={name: row["xxh3_128"] for name, row in tensors.items() if "xxh3_128" in row},
+            source={name: row["source_xxh3_128"] for name, row in tensors.items() if "source_xxh3_128" in row},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerAccount:
     """What happened to one expanded layer."""
 
@@ -117,7 +146,7 @@ def make_report(
     after: ModelConfig,
     jobs: Sequence[TensorJob],
     source_infos: Sequence[TensorInfo],
-    finished: Mapping[str, ShardRecord],
+    checksums: Checksums,
 ) -> ExpansionReport:
     """Return the account of an expansion.
 
@@ -127,11 +156,9 @@ def make_report(
         after: Config of the expanded model.
         jobs: Every tensor of the target.
         source_infos: Every tensor of the source.
-        finished: The written shards, for their digests; empty for a rehearsal.
+        checksums: Of the written tensors; empty for a rehearsal.
     """
-    digests = {name: value for shard in finished.values() for name, value in shard.digests.items()}
-    originals = {name: value for shard in finished.values() for name, value in shard.source_digests.items()}
-    tensors = {job.info.name: _change(job, digests, originals) for job in jobs}
+    tensors = {job.info.name: _change(job, checksums) for job in jobs}
     layers = []
     for expansion in new_expansions(before, after).layers:
         prefix = family_of(before.MODEL_TYPE).names.layer(expansion.layer)
@@ -157,7 +184,7 @@ def make_report(
     )
 
 
-def _change(job: TensorJob, digests: Mapping[str, str], originals: Mapping[str, str]) -> TensorChange:
+def _change(job: TensorJob, checksums: Checksums) -> TensorChange:
     recipe = job.surgery.recipe if job.surgery else None
     return TensorChange(
         change=recipe.change if recipe else "kept",
@@ -166,22 +193,26 @@ def _change(job: TensorJob, digests: Mapping[str, str], originals: Mapping[str, 
         dtype=job.info.dtype,
         rows=recipe.to_list() if recipe else None,
         seed=job.surgery.seed if job.surgery else None,
-        xxh3_128=digests.get(job.info.name),
-        source_xxh3_128=originals.get(job.info.name),
+        xxh3_128=checksums.stored.get(job.info.name),
+        source_xxh3_128=checksums.source.get(job.info.name),
     )
 
 
-def read_checksums(directory: Path) -> dict[str, str] | None:
-    """Return each tensor's digest from a directory's report, or None where it has no report.
+def read_report(directory: Path) -> dict[str, Any] | None:
+    """Return the contents of a directory's report, or None where it has none.
 
     Raises:
         CheckpointError: The report is unreadable.
     """
     path = directory / REPORT_NAME
     try:
-        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-        return {name: row["xxh3_128"] for name, row in tensors.items()}
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
+        raise CheckpointError(f"{path} is not an expansion report: it holds no mapping 'tensors'")
+    if not all(isinstance(row, dict) for row in content["tensors"].values()):
+        raise CheckpointError(f"{path} is not an expansion report: an entry of 'tensors' is not a mapping")
+    return content

@@ -12,10 +12,14 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from checkpoints_tools.journal import JOURNAL_NAME, Journal, ShardRecord, fingerprint
+from checkpoints_tools.raw_io import FileState
 from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsSource, ShardLayout, index_of, lay_out
 from checkpoints_tools.shard_writer import WriteOptions, write_shards
 from checkpoints_tools.tensor_io import TORCH_NAMES, Progress, TensorSource
@@ -27,6 +31,7 @@ from statex_dist.checkpoint.manifest import (
     finish_target,
     record_file,
     refuse_target,
+    remove_set_aside,
     temporary_for,
 )
 from statex_dist.errors import CheckpointError
@@ -40,6 +45,9 @@ CARRIED = (
     "added_tokens.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "tekken.json",
+    "*.tiktoken",
     "chat_template*",
     "vocab*",
     "merges*",
@@ -88,28 +96,32 @@ def write_hf_directory(
             then as it was; finished shards are kept for a later run with ``resume`` if this one had it.
     """
     target = target.resolve()
-    run = fingerprint(_identity(source, jobs, options, info))
+    run = fingerprint(_identity(source, jobs, options, info, documents({})))
     if options.resume and _is_complete(target, run):
         logger.info("%s is complete already", target)
+        remove_set_aside(target)
         return False
+    before = _states(source)
     metadata = source.metadata if isinstance(source, SafetensorsSource) else {}
     shards = lay_out([job.info for job in jobs], options.max_shard_size, metadata)
     journal = None
     try:
         refuse_target(target, overwrite=options.overwrite)
         journal = Journal(temporary_for(target), run=run, resume=options.resume)
+        refuse_target(target, overwrite=options.overwrite)  # again: another process may just have finished it
         _check_space(journal, shards)
         write_shards(journal, source, jobs, shards, options, progress)
         files = _write_documents(journal, source, shards, documents(journal.finished))
+        _check_unchanged(source, before)
         Manifest(kind="hf", files=files, info={**info, "run": run}).write(journal.directory)
-        (journal.directory / JOURNAL_NAME).unlink()
-        finish_target(journal.directory, target)
+        finish_target(journal.directory, target, overwrite=options.overwrite)
+        (target / JOURNAL_NAME).unlink()  # last: until the rename it says what a next run need not do again
     except BaseException as error:
-        keep = journal is not None and options.resume and journal.finished and not _is_full(error)
+        keep = journal is not None and options.resume and journal.finished
         if journal is not None and not keep:
             shutil.rmtree(journal.directory, ignore_errors=True)
         elif keep:
-            logger.info("finished files are kept; the same command goes on from them")
+            logger.info("finished files are kept in %s: the same command goes on from them", temporary_for(target))
         if isinstance(error, OSError):
             raise CheckpointError(f"target {target} cannot be written: {error.strerror or error}") from None
         raise
@@ -120,20 +132,53 @@ def write_hf_directory(
 
 
 def _identity(
-    source: TensorSource, jobs: Sequence[TensorJob], options: WriteOptions, info: dict[str, Any]
+    source: TensorSource,
+    jobs: Sequence[TensorJob],
+    options: WriteOptions,
+    info: dict[str, Any],
+    documents: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what decides the bytes of a target."""
-    stats = [(path.name, stat.st_size, stat.st_mtime_ns) for path in source.files for stat in (path.stat(),)]
-    tensors = [(j.info.name, j.info.dtype, j.info.shape) for j in jobs]
-    return {"info": info, "files": stats, "tensors": tensors, "max_shard_size": options.max_shard_size}
+    """Return what decides the bytes of a target: sources, tensors and their recipes, documents and options."""
+    carried = carried_files(source.facts.model_dir)
+    tensors = [
+        (j.info.name, j.info.dtype, j.info.shape, j.surgery and [j.surgery.seed, j.surgery.recipe.to_list()])
+        for j in jobs
+    ]
+    return {
+        "info": info,
+        "files": [(str(path), asdict(FileState.of(path.stat()))) for path in (*source.files, *carried)],
+        "tensors": tensors,
+        "documents": documents,
+        "options": (options.max_shard_size, options.allow_nonfinite),
+        "numpy": np.__version__,
+    }
 
 
 def _is_complete(target: Path, run: str) -> bool:
-    return (target / MANIFEST_NAME).is_file() and Manifest.read(target).info.get("run") == run
+    """Return whether an earlier run of the same command finished the target, and it is still whole.
+
+    Raises:
+        CheckpointError: It was finished but has been damaged since.
+    """
+    if not (target / MANIFEST_NAME).is_file():
+        return False
+    manifest = Manifest.read(target)
+    if manifest.info.get("run") != run:
+        return False
+    manifest.verify(target)
+    return True
 
 
-def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _states(source: TensorSource) -> dict[Path, FileState]:
+    """Return the state of every file that a target is made of."""
+    return {path: FileState.of(path.stat()) for path in (*source.files, *carried_files(source.facts.model_dir))}
+
+
+def _check_unchanged(source: TensorSource, before: dict[Path, FileState]) -> None:
+    """Raise if a file of the source is no longer what it was when the work began."""
+    for path, state in _states(source).items():
+        if before.get(path) != state:
+            raise CheckpointError(f"{path} changed while it was being read; run again when nothing writes to it")
 
 
 def _check_space(journal: Journal, shards: Sequence[ShardLayout]) -> None:

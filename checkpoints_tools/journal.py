@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from statex_dist.checkpoint.manifest import FileRecord, sync
+from statex_dist.checkpoint.manifest import FileRecord, write_durably
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -69,16 +69,8 @@ class Journal:
     def __init__(self, directory: Path, *, run: str, resume: bool):
         self.directory = directory
         self.finished: dict[str, ShardRecord] = {}
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(directory, os.O_RDONLY)
         self._write = threading.Lock()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise CheckpointError(
-                f"another process is writing {directory}; wait for it, or choose another target"
-            ) from None
+        self._lock = _lock(directory)
         try:
             self._begin(run, resume)
         except BaseException:
@@ -95,21 +87,16 @@ class Journal:
                     "run without --resume to start over, or with what it began with"
                 )
             for line in lines[1:]:
-                file = self.directory / line["file"]
-                shard = ShardRecord.from_dict(line["shard"])
+                name, shard = str(line["file"]), ShardRecord.from_dict(line["shard"])
+                file = self.directory / Path(name).name
                 if file.is_file() and file.stat().st_size == shard.record.size:
-                    self.finished[line["file"]] = shard
+                    self.finished[file.name] = shard
             logger.info("resuming %s: %d finished files", self.directory, len(self.finished))
+        text = json.dumps({"run": run}) + "\n" + "".join(_line(name, s) for name, s in self.finished.items())
+        write_durably(path, text)
         for left in self.directory.iterdir():
-            if left.name not in self.finished:
+            if left.name not in (*self.finished, JOURNAL_NAME):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        with path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"run": run}) + "\n")
-            for name, shard in self.finished.items():
-                file.write(_line(name, shard))
-            file.flush()
-            os.fsync(file.fileno())
-        sync(self.directory)
 
     def add(self, file: str, shard: ShardRecord) -> None:
         """Write down that a file is complete; it must be synced and under its final name."""
@@ -124,20 +111,56 @@ class Journal:
         os.close(self._lock)
 
 
+def _lock(directory: Path) -> int:
+    """Make a directory and lock it; return the descriptor that holds the lock.
+
+    Raises:
+        CheckpointError: Another process has it.
+    """
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise CheckpointError(
+                f"another process is writing {directory}; wait for it, or choose another target"
+            ) from None
+        except OSError as error:
+            # Some cluster file systems have no locks; the work can be done, if only one process does it.
+            logger.warning(
+                "%s cannot be locked (%s): make sure that nothing else writes there", directory, error.strerror
+            )
+            return descriptor
+        try:
+            if os.path.samestat(os.fstat(descriptor), directory.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its last owner renamed or removed it between our two calls
+
+
 def _line(file: str, shard: ShardRecord) -> str:
     return json.dumps({"file": file, "shard": asdict(shard)}) + "\n"
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the journal's whole lines."""
+    """Return the journal's lines up to the first that is torn or damaged."""
     try:
-        texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    lines = []
+    lines: list[dict[str, Any]] = []
     for text in texts:
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+            if lines:
+                ShardRecord.from_dict(line["shard"])
+                str(line["file"])
+            else:
+                str(line["run"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
+        lines.append(line)
     return lines

@@ -41,17 +41,17 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     """
     family = family_of(config.MODEL_TYPE)
     specs = family.tensors(config)
-    held = [name for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
+    # A name that only points to another tensor counts where the family asks for it, and is left out elsewhere.
+    held = [name for name in source.keys() if name not in source.aliases or name in specs]  # noqa: SIM118 - not a mapping
     known = set(held)
     where = source.facts.path
     head, embeddings = family.names.head, family.names.embeddings
     tied = config.tie_word_embeddings and head in source.keys()  # noqa: SIM118
-    if config.is_mixed:
-        outside = family.outside_tensors(config)
-        specs = {name: spec for name, spec in specs.items() if name not in outside or name in known}
     if missing := [name for name in specs if name not in known]:
         raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
-    others = [name for name in held if name not in specs]
+    others = sorted(name for name in held if name not in specs)
+    if config.is_mixed:
+        _check_other_layers(others, config, where)
     allowed = [name for name in others if name.endswith(config.DERIVED) or (tied and name == head)]
     if unused := [name for name in others if name not in allowed and not config.is_mixed]:
         raise CheckpointError(
@@ -67,6 +67,16 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
             f"{where}: config.json ties {head} to {embeddings} (tie_word_embeddings), but their values differ"
         )
     return [*specs, *others]
+
+
+def _check_other_layers(others: list[str], config: ModelConfig, where: Path) -> None:
+    """Raise unless every layer of another kind has tensors, and there are no layers beyond the last."""
+    names = family_of(config.MODEL_TYPE).names
+    found = {place[0] for name in others if (place := names.split(name))}
+    if beyond := sorted(layer for layer in found if layer >= config.num_hidden_layers):
+        raise CheckpointError(f"{where} holds tensors of layers {beyond}; config.json has {config.num_hidden_layers}")
+    if empty := sorted(set(range(config.num_hidden_layers)) - set(config.recurrent_layers) - found):
+        raise CheckpointError(f"{where} holds no tensor of layers {empty}")
 
 
 def _listed(names: list[str], most: int = 8) -> str:

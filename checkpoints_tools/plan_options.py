@@ -57,6 +57,10 @@ class PlanOptions:
     plan: str | Path | None = None
 
     def __post_init__(self) -> None:
+        for name in ("layers", "target_state", "plan"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str | Path) and str(value).strip()):
+                raise ConfigError(f"--{name.replace('_', '-')} must be a text that is not empty, not {value!r}")
         for name, allowed in (("init", get_args(Init)), ("op", get_args(Op)), ("recipe", tuple(RECIPES))):
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -84,6 +88,11 @@ def plan_model(config: ModelConfig, options: PlanOptions | None = None) -> Model
         return _planned(config, read_plan_file(Path(options.plan)), options.seed)
     if options.recipe is not None:
         row = {**RECIPES[options.recipe], "reset_dynamics": True}
+        family = "mamba2" if row["op"] == "grow_state" else "gla"
+        if config.MODEL_TYPE not in (family, f"{family}_state_spaces"):
+            raise ConfigError(
+                f"--recipe {options.recipe} is the authors' for {family}; this is a {config.MODEL_TYPE} model"
+            )
         if options.layers is not None:
             row["layers"] = options.layers
         return _add(config, row, options.seed)
@@ -98,6 +107,8 @@ def plan_model(config: ModelConfig, options: PlanOptions | None = None) -> Model
         init = options.init or "reinit"
         op = options.op or default_op(config, init)
         factor = _factor(config, options.factor, op) if options.factor is not None else None
+        if options.factor == "full":
+            factor = _full(config, op)
         found = find_plan(config, options.target_state, layers=options.layers, factor=factor, op=op, init=init)
         row |= {"layers": ",".join(map(str, found.layers)), "factor": found.factor, "op": op}
     return _add(config, row, options.seed)
@@ -124,10 +135,23 @@ def _factor(config: ModelConfig, factor: str | int | None, op: Op) -> int | None
         return DEFAULT_GROWTH if op == "grow_state" else None
     if factor == "full":
         return None
+    if isinstance(factor, int) and not isinstance(factor, bool):
+        return factor
     try:
-        return int(factor)
+        return int(factor if isinstance(factor, str) else "")
     except ValueError:
         raise ConfigError(f"--factor {factor!r} is neither a whole number from 2 nor 'full'") from None
+
+
+def _full(config: ModelConfig, op: Op) -> int:
+    """Return the number of heads of a layer, which ``full`` stands for.
+
+    Raises:
+        ConfigError: The operation is not one on heads.
+    """
+    if op == "grow_state":
+        raise ConfigError(f"--factor full is for models with heads to merge or mix; give a number for op {op}")
+    return config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).num_heads
 
 
 _ROW_KEYS = ("layer", "layers", "op", "factor", "init", "seed", "reset_dynamics")
@@ -151,7 +175,7 @@ def read_plan_file(path: Path) -> list[dict[str, Any]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--plan {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"--plan {path} is not YAML: {error}") from None
     rows = content.get("layers") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows:
@@ -162,6 +186,9 @@ def read_plan_file(path: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"{where}: needs one of 'layer' and 'layers', not {row!r}")
         if unknown := [key for key in row if key not in _ROW_KEYS]:
             raise ConfigError(f"{where}: unknown keys {unknown}; allowed: {', '.join(_ROW_KEYS)}")
+        layers = row.get("layers", row.get("layer"))
+        if layers is None or layers in ("", []):
+            raise ConfigError(f"{where}: names no layer")
         PlanOptions(op=row.get("op"), init=row.get("init"))
     return rows
 

@@ -22,7 +22,7 @@ from checkpoints_tools.tensor_io import (
 )
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.config import parse_size
-from statex_dist.errors import ConfigError
+from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ def reshard(
         logger.warning("%s has no %s: the tensors alone are written", opened.facts.path, CONFIG_NAME)
     elif config is None:
         logger.warning("model_type %r is not one of ours: tensors are not checked", values.get("model_type"))
+    if not names:
+        raise CheckpointError(f"{opened.facts.path} holds no tensors: there is nothing to write")
     jobs = [TensorJob(info=_stored(opened.info(name), wanted), source=opened.info(name)) for name in names]
     infos = [job.info for job in jobs]
     documents: dict[str, Any] = {}

@@ -49,8 +49,9 @@ class WriteOptions:
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"--workers must be 1 or more, not {self.workers}")
+        for option, value in (("--workers", self.workers), ("--max-shard-size", self.max_shard_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{option} must be a whole number from 1, not {value!r}")
 
 
 def write_shards(
@@ -90,9 +91,8 @@ def write_shards(
         futures = [pool.submit(write, shard, info) for shard in opened for info in shard.layout.tensors]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failures = [error for future in done if (error := future.exception()) is not None]
-            if failures:
-                raise next((e for e in failures if not isinstance(e, _StoppedError)), failures[0])
+            for future in done:
+                future.result()
         finally:
             counter.stopped = True
             pool.shutdown(wait=True, cancel_futures=True)

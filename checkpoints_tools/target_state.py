@@ -6,6 +6,7 @@ fewest layers is taken (the largest factor).
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ def parse_target(text: str, current: int) -> float:
             f"--target-state {text!r} is not a size; give a multiple such as 1.5x, or numbers such as 18.7M"
         )
     wanted = float(match[1]) * (current if match[2] == "x" else _UNITS[match[2]])
+    if not math.isfinite(wanted):
+        raise ConfigError(f"--target-state {text[:20]}... is out of all proportion")
     if wanted <= current:
         raise ConfigError(f"--target-state {text}: the model has {current:,} state numbers already; ask for more")
     return wanted

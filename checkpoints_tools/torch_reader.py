@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ class StateDictSource:
             raise CheckpointError(f"{path} holds no state dict" + (f" under '{key}'" if key else ""))
         self._tensors: dict[str, torch.Tensor] = module
         self._facts = facts
-        owners: dict[tuple[int, torch.Size], str] = {}
+        self._contiguous = lru_cache(maxsize=1)(lambda name: bytes_of(self._tensors[name]))
+        owners: dict[tuple[Any, ...], str] = {}
         self._aliases: dict[str, str] = {}
         for name, tensor in module.items():
-            owner = owners.setdefault((tensor.data_ptr(), tensor.shape), name)
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            owner = owners.setdefault(place, name)
             if owner != name and tensor.numel():
                 self._aliases[name] = owner
 
@@ -70,4 +73,5 @@ class StateDictSource:
         if tensor.is_contiguous():
             self._file.read(tensor, view, start)
         else:
-            view[:] = bytes_of(tensor)[start : start + len(view)]
+            # Transposed weights are copied whole, and kept until the next such tensor is asked for.
+            view[:] = self._contiguous(name)[start : start + len(view)]

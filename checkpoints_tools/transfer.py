@@ -70,10 +70,9 @@ class TensorStream:
                 # New values are rounded to the source's dtype first, so that --dtype rounds what it would have kept.
                 dtype = job.source.dtype if job.source is not None else job.info.dtype
                 for values in job.surgery.draw(index, size=BLOCK_BYTES // 4):
-                    try:
-                        yield cast(encode(values, dtype), dtype, job.info.dtype)
-                    except CheckpointError as error:
-                        raise CheckpointError(f"tensor '{job.info.name}' gets new rows, but {error}") from None
+                    made = cast(encode(values, dtype), dtype, job.info.dtype)
+                    self._check(made, job.info.dtype, job, "among its new rows")
+                    yield made
 
     def source_digest(self) -> str:
         """Return the xxh3-128 digest of the source bytes of the last job, where all of them were copied in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -12,14 +13,16 @@ import numpy as np
 import xxhash
 
 from checkpoints_tools.convert import cast
-from checkpoints_tools.expand import plan_expansion, read_model
-from checkpoints_tools.expansion_report import REPORT_NAME, read_checksums
+from checkpoints_tools.expand import DRAWABLE, Expansion, plan_expansion, read_model
+from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, read_report
 from checkpoints_tools.hf_writer import carried_files
+from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsSource
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.tensor_io import FLOATS, OPTIONS, TORCH_NAMES, Progress, TensorInfo, TensorSource
 from checkpoints_tools.transfer import TensorJob, TensorStream
+from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import read_config_dict
+from statex_dist.models.config import CONFIG_NAME, read_config_dict
 from statex_dist.models.kinds import config_from_dict
 
 DTYPE_KEYS = ("torch_dtype", "dtype")
@@ -33,6 +36,7 @@ class Verdict:
         first: The one directory (the base of an expansion).
         second: The other.
         tensors: Tensors that agree, by what was to become of them.
+        plan: The expansions that were verified.
         differences: Every disagreement in words; empty for a proof.
         notes: What was not or could not be checked.
     """
@@ -40,6 +44,7 @@ class Verdict:
     first: str
     second: str
     tensors: Counter[str] = field(default_factory=Counter)
+    plan: list[dict[str, Any]] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -77,21 +82,19 @@ def verify_expansion(base: str | Path, expanded: str | Path, *, progress: Progre
         verdict.differences.append(f"plan: layers {changed} of the base have another entry")
         return verdict
     after = before.replace(statex=after.statex)
-    _compare_configs(after.with_plan(values), found, verdict)
-    expansion = plan_expansion(source, values, before, after, dtype=_one_dtype(other))
+    verdict.plan = [e.to_dict() for e in after.statex.layers if e.layer not in old] if after.statex else []
+    wanted = _recorded_dtype(values, found, other, verdict)
+    expansion = plan_expansion(source, values, before, after, dtype=wanted)
+    _compare_configs(expansion.config_values(), found, verdict)
     jobs = {job.info.name: job for job in expansion.jobs}
-    if converted := {TORCH_NAMES[j.info.dtype] for j in jobs.values() if j.source and j.source.dtype != j.info.dtype}:
-        verdict.notes.append(f"floating-point tensors were converted to {', '.join(converted)}")
-    held = {name for name in other.keys() if name not in other.aliases}  # noqa: SIM118 - not a mapping
+    held = {name for name in other.keys() if name not in other.aliases or name in jobs}  # noqa: SIM118 - not a mapping
     verdict.differences += [f"tensor '{name}' is missing" for name in jobs if name not in held]
     verdict.differences += [f"tensor '{name}' should not be there" for name in sorted(held - jobs.keys())]
-    checksums = read_checksums(other.facts.path)
-    if checksums is None:
-        verdict.notes.append(f"no {REPORT_NAME}: checksums not compared")
     stream = TensorStream(source, allow_nonfinite=True)
     pairs = [(job, other.info(name)) for name, job in jobs.items() if name in held]
-    _compare_all(pairs, stream, other, verdict, checksums=checksums, progress=progress)
-    _compare_carried(source.facts.model_dir, other.facts.model_dir, verdict)
+    checksums = _compare_all(pairs, stream, other, verdict, progress=progress)
+    _compare_reports(expansion, checksums, other.facts.path, verdict)
+    _compare_files(source, other, verdict)
     return verdict
 
 
@@ -111,7 +114,10 @@ def verify_same(
     """
     a, b = open_source(first), open_source(second)
     verdict = Verdict(first=str(a.facts.path), second=str(b.facts.path))
+    # A name that only points to another tensor is compared where both have it: other layouts write the owner alone.
     names, others = a.keys(), set(b.keys())
+    names = [name for name in names if name in others or name not in a.aliases]
+    others = {name for name in others if name in names or name not in b.aliases}
     verdict.differences += [f"tensor '{name}' is in the first alone" for name in names if name not in others]
     verdict.differences += [f"tensor '{name}' is in the second alone" for name in sorted(others - set(names))]
     pairs = [(TensorJob(info=a.info(name), source=a.info(name)), b.info(name)) for name in names if name in others]
@@ -119,29 +125,76 @@ def verify_same(
     return verdict
 
 
-def _one_dtype(source: TensorSource) -> str | None:
-    """Return the dtype that ``--dtype`` may have given a checkpoint: the same for all floating-point tensors.
+def _recorded_dtype(base: dict[str, Any], found: dict[str, Any], other: TensorSource, verdict: Verdict) -> str | None:
+    """Return the dtype that ``--dtype`` gave the expanded model, if its ``config.json`` says that it was converted.
 
-    A single tensor of another dtype than the base's is no conversion but a difference.
+    Without that record nothing may be converted: a model whose tensors were rounded is not the base's expansion.
     """
-    dtypes = {source.info(name).dtype for name in source.keys()} & set(FLOATS)  # noqa: SIM118 - not a mapping
-    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(OPTIONS.values()) else None
+    said = {key: found[key] for key in DTYPE_KEYS if key in found and found[key] != base.get(key)}
+    if not said:
+        return None
+    wanted = next((dtype for dtype in OPTIONS.values() if TORCH_NAMES[dtype] in said.values()), None)
+    stored = {other.info(name).dtype for name in other.keys()} & set(FLOATS)  # noqa: SIM118 - not a mapping
+    if len(said) > 1 or wanted is None or stored != {wanted}:
+        names = ", ".join(sorted(TORCH_NAMES[dtype] for dtype in stored))
+        verdict.differences.append(f"config.json says {said}; the base's says otherwise, and {names} is stored")
+        return None
+    verdict.notes.append(f"floating-point tensors were converted to {TORCH_NAMES[wanted]}, as config.json says")
+    return wanted
 
 
 def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verdict) -> None:
-    """Compare ``config.json``; the stored dtype may differ, for ``--dtype`` changes it."""
+    """Compare ``config.json`` with what it must be."""
     for key in sorted(expected.keys() | found.keys()):
-        if key not in DTYPE_KEYS and expected.get(key) != found.get(key):
-            verdict.differences.append(f"config.json: {key} is {found.get(key)!r}, not {expected.get(key)!r}")
+        a, b = (json.dumps(values.get(key), sort_keys=True) for values in (expected, found))
+        if a != b and key not in DTYPE_KEYS:
+            verdict.differences.append(f"config.json: {key} is {b}, not {a}")
 
 
-def _compare_carried(base: Path | None, other: Path | None, verdict: Verdict) -> None:
-    for path in carried_files(base):
-        copy = other / path.name if other else None
-        if copy is None or not copy.is_file():
-            verdict.notes.append(f"{path.name} of the base was not carried along")
+def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory: Path, verdict: Verdict) -> None:
+    """Compare ``expansion_report.json`` with the account of what was found."""
+    report = read_report(directory)
+    if report is None:
+        verdict.differences.append(f"{REPORT_NAME} is missing")
+        return
+    expected = json.loads(json.dumps(expansion.report(Checksums(stored=checksums)).to_dict()))
+    layers = [row["layer"] for row in expected["layers"]]
+    described = [row["layer"] for row in report["layers"]]
+    if set(described) < set(layers):
+        verdict.notes.append(f"{REPORT_NAME} describes the last of several expansions, of layers {described}")
+        for name, digest in checksums.items():
+            if report["tensors"].get(name, {}).get("xxh3_128") != digest:
+                verdict.differences.append(f"{REPORT_NAME}: the checksum of '{name}' is not what was found")
+        return
+    for key in ("model_type", "state_before", "state_after", "parameters_before", "parameters_after", "layers"):
+        if report.get(key) != expected[key]:
+            verdict.differences.append(f"{REPORT_NAME}: {key} is not what was done")
+    for name in sorted(checksums.keys() | (report["tensors"].keys() - expected["tensors"].keys())):
+        said = dict(report["tensors"].get(name, {}))
+        kept = said.pop("source_xxh3_128", None)
+        wanted = expected["tensors"].get(name)
+        unconverted = wanted is not None and wanted["change"] == "kept" and expansion.dtype is None
+        if said != wanted or (unconverted and kept != said.get("xxh3_128")):
+            verdict.differences.append(f"{REPORT_NAME}: the entry of '{name}' is not what was found")
+
+
+def _compare_files(source: TensorSource, other: TensorSource, verdict: Verdict) -> None:
+    """Compare what lies beside the weights: carried files, metadata, and anything else."""
+    directory = other.facts.path
+    expected = {CONFIG_NAME, REPORT_NAME, MANIFEST_NAME, INDEX_NAME, *(path.name for path in other.files)}
+    for path in carried_files(source.facts.model_dir):
+        expected.add(path.name)
+        copy = directory / path.name
+        if not copy.is_file():
+            verdict.differences.append(f"{path.name} of the base is missing")
         elif copy.read_bytes() != path.read_bytes():
             verdict.differences.append(f"{path.name} differs from the base's")
+    for path in sorted(directory.iterdir()):
+        if path.name not in expected:
+            verdict.differences.append(f"{path.name} is of neither the base nor the expansion")
+    metadata = [{"format": "pt", **s.metadata} for s in (source, other) if isinstance(s, SafetensorsSource)]
+    if len(metadata) == 2 and metadata[0] != metadata[1]:
+        verdict.differences.append("the metadata of the safetensors files differs from the base's")
 
 
 def _compare_all(
@@ -151,29 +204,29 @@ def _compare_all(
     verdict: Verdict,
     *,
     rtol: float | None = None,
-    checksums: dict[str, str] | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Compare tensors of ``other`` with what the jobs say they are, and note agreement and differences."""
+) -> dict[str, str]:
+    """Compare tensors of ``other`` with what the jobs say they are; note what differs, return other digests."""
+    digests: dict[str, str] = {}
     total = sum(found.nbytes for _, found in pairs)
     done = 0
     for job, found in pairs:
         kind = job.surgery.recipe.change if job.surgery else "kept"
         if found.shape != job.info.shape:
             problem: str | None = f"has shape {found.shape}, not {job.info.shape}"
-        elif rtol is None and found.dtype != job.info.dtype:
+        elif found.dtype != job.info.dtype and (rtol is None or not {found.dtype, job.info.dtype} <= set(DRAWABLE)):
             problem = f"has dtype {TORCH_NAMES[found.dtype]}, not {TORCH_NAMES[job.info.dtype]}"
         else:
             problem, digest = _compare(stream.blocks(job), job.info, found, other, rtol)
-            if problem is None and checksums is not None and checksums.get(found.name) != digest:
-                problem = f"has another checksum than {REPORT_NAME} says"
         if problem:
             verdict.differences.append(f"tensor '{found.name}' ({kind}) {problem}")
         else:
+            digests[found.name] = digest
             verdict.tensors[kind] += 1
         done += found.nbytes
         if progress:
             progress(done, total)
+    return digests
 
 
 def _compare(
@@ -200,7 +253,7 @@ def _differing(
     block: np.ndarray, actual: np.ndarray, expected: TensorInfo, found: TensorInfo, rtol: float | None
 ) -> np.ndarray:
     """Return, per element of two blocks, whether it differs."""
-    if rtol is None or expected.dtype not in FLOATS:
+    if rtol is None or expected.dtype not in DRAWABLE:
         return (block.reshape(-1, expected.item_bytes) != actual.reshape(-1, found.item_bytes)).any(axis=1)
     a, b = (cast(x, info.dtype, "F64").view("<f8") for x, info in ((block, expected), (actual, found)))
     return ~np.isclose(a, b, rtol=rtol, atol=0, equal_nan=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -18,7 +19,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_plan_options(parser)
     parser.add_argument("--resume", action="store_true", help="go on with what a killed run of this command left")
     parser.add_argument("--allow-nonfinite", action="store_true", help="copy NaN and Inf instead of stopping there")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and print the account, write nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check names, shapes, plan and target; write nothing",
+    )
 
 
 def run(args: Any) -> int:
@@ -30,7 +35,7 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.expand import expand, prepare_expansion
+    from checkpoints_tools.expand import check_target, expand, prepare_expansion
     from checkpoints_tools.shard_writer import WriteOptions
     from statex_dist.config import parse_size
 
@@ -43,7 +48,8 @@ def run(args: Any) -> int:
     )
     expansion = prepare_expansion(args.source, plan_options(args), dtype=args.dtype)
     if args.dry_run:
-        report = expansion.report({})
+        check_target(expansion, Path(args.target), options)
+        report = expansion.report()
     else:
         with progress_bar("expand") as progress:
             report = expand(expansion, args.target, options, progress=progress)

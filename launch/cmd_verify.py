@@ -57,6 +57,8 @@ def run(args: Any) -> int:
         sys.stdout.write(f"differs: {difference}\n")
     for note in verdict.notes:
         sys.stdout.write(f"note: {note}\n")
+    for row in verdict.plan:
+        sys.stdout.write("plan: " + ", ".join(f"{key} {value}" for key, value in row.items()) + "\n")
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.tensors.items()))
     relation = "an expansion of" if args.as_expansion else "the same model as"
     word = "is" if verdict.ok else "is NOT"

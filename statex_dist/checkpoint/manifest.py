@@ -64,10 +64,10 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
-            return cls(kind=content["kind"], files=files, info=content["info"])
+            return cls(kind=content["kind"], files=files, info=dict(content["info"]))
         except FileNotFoundError:
             raise CheckpointError(f"{directory} holds no {MANIFEST_NAME}: the checkpoint is incomplete") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}") from None
 
     def verify(self, directory: Path) -> None:
@@ -171,8 +171,13 @@ def prepare_target(target: Path, *, overwrite: bool) -> Path:
     return temporary
 
 
-def finish_target(temporary: Path, target: Path) -> None:
-    """Put a finished temporary directory in ``target``'s place, keeping the old one until the new one is there."""
+def finish_target(temporary: Path, target: Path, *, overwrite: bool) -> None:
+    """Put a finished temporary directory in ``target``'s place, keeping the old one until the new one is there.
+
+    Raises:
+        CheckpointError: The target has come to hold something meanwhile, and ``overwrite`` is false.
+    """
+    refuse_target(target, overwrite=overwrite)
     old = _set_aside(target)
     if old.exists():
         shutil.rmtree(old)
@@ -185,6 +190,12 @@ def finish_target(temporary: Path, target: Path) -> None:
             old.replace(target)
         raise
     if old.exists():
+        shutil.rmtree(old)
+
+
+def remove_set_aside(target: Path) -> None:
+    """Remove the old directory that a process left which was killed right after it had put the new one in place."""
+    if (old := _set_aside(target)).exists() and target.exists():
         shutil.rmtree(old)
 
 

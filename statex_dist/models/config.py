@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
+
+LARGEST_SIZE = 2**40
+"""No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
 
 
 @dataclass(kw_only=True)
@@ -45,6 +49,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self.check_positive("vocab_size", "hidden_size", "num_hidden_layers")
+        if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: initializer_range must be 0 or more, not {self.initializer_range}"
+            )
 
     @classmethod
     def recognises(cls, values: dict[str, Any]) -> bool:
@@ -52,11 +60,22 @@ class ModelConfig:
         return values.get("model_type") == cls.MODEL_TYPE
 
     def check_positive(self, *names: str) -> None:
-        """Raise if one of these fields is given and below 1."""
+        """Raise if one of these fields is given and below 1, or larger than any tensor's axis."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {value}")
+            if value is not None and value > LARGEST_SIZE:
+                raise CheckpointError(
+                    f"{self.MODEL_TYPE} config: {name} must not exceed {LARGEST_SIZE}, but is {value}"
+                )
+
+    def check_sizes(self, *names: str) -> None:
+        """Raise unless these ratios are finite and above 0."""
+        for name in names:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be a number above 0, not {value}")
 
     def check_plan(self) -> None:
         """Raise if the plan does not fit the model.
@@ -134,6 +153,12 @@ class ModelConfig:
         """Whether the model has tensors that the family's layout does not list: they are passed through untouched."""
         return self.obstacle is not None
 
+    def common_factor(self) -> int | None:
+        """Return the factor by which every recurrent layer grows, or None where they grow differently or not at all."""
+        factors = {e.layer: e.factor for e in self.statex.layers} if self.statex else {}
+        alike = set(factors) == set(self.recurrent_layers) and len(set(factors.values())) == 1
+        return next(iter(factors.values())) if alike else None
+
     def plain_keys(self) -> dict[str, Any]:
         """Return changes of ``config.json`` that by themselves say what the plan says.
 
@@ -159,8 +184,7 @@ class ModelConfig:
             CheckpointError: A required key is missing or has the wrong type.
         """
         plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
-        if plan is not None:
-            values = {**values, **values["statex"].get("base", {})}
+        values = {**values, **base_keys(values)}
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)} - {"statex", "extra"}
         kept = {key: value for key, value in values.items() if key in names}
@@ -195,7 +219,7 @@ class ModelConfig:
         """
         if self.statex is None:
             return values
-        earlier = (values.get("statex") or {}).get("base", {})
+        earlier = base_keys(values)
         plain, entry = self.plain_keys(), self.statex.to_dict()
         values = {**values, **earlier}
         if plain:
@@ -209,6 +233,24 @@ class ModelConfig:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes``."""
         return dataclasses.replace(self, **changes)
+
+
+def base_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a ``config.json`` as they were before a plan that they express by themselves.
+
+    Raises:
+        CheckpointError: They are not a mapping.
+    """
+    plan = values.get("statex") or {}
+    base = plan.get("base", {}) if isinstance(plan, dict) else None
+    if not isinstance(base, dict):
+        raise CheckpointError(f"{CONFIG_NAME}: 'statex' must be a mapping, and 'base' in it too, not {plan!r}")
+    return base
+
+
+def is_layer(value: Any, num_layers: int) -> bool:
+    """Return whether a value of a ``config.json`` names one of ``num_layers`` layers."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_layers
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -245,7 +287,7 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
         if (model_dir / CHECKPOINTS_DIR).is_dir():
             hint = f"it is a training run; make a model of it: statex reshard --source {model_dir} --target DIR --to hf"
         raise CheckpointError(f"{model_dir} holds no {CONFIG_NAME}: {hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")

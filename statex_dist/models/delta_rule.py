@@ -42,6 +42,7 @@ class DeltaRuleConfig(FLAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("num_heads", "head_dim", "num_v_heads", "conv_size")
+        self.check_sizes("expand_v")
         if self.value_heads % self.num_heads:
             raise CheckpointError(
                 f"{self.MODEL_TYPE} config: num_v_heads={self.num_v_heads} must be a multiple of "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,15 @@ def generator_for(seed: int, name: str) -> np.random.Generator:
     """Return a generator whose stream is fixed by ``seed`` and ``name``."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+
+
+def _each(values: Iterable[float], function: Callable[[float], float]) -> np.ndarray:
+    """Return a function of each value, computed in double precision and rounded to fp32.
+
+    numpy's own logarithms and exponentials take other instructions on other processors and may differ in the last bit;
+    these tensors have a number per head, so a loop costs nothing.
+    """
+    return np.array([function(float(value)) for value in values], dtype=np.float64).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +79,8 @@ class LogUniform:
 
     def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
         """Return the next ``[count]`` values."""
-        values = self.low + rng.random(count, dtype=np.float32) * (self.high - self.low)
-        return np.log(np.maximum(values, np.float32(1e-6)), dtype=np.float32)
+        values = self.low + rng.random(count, dtype=np.float32).astype(np.float64) * (self.high - self.low)
+        return _each(values, lambda value: math.log(max(value, 1e-6)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class LogCount:
 
     def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
         """Return ``[count]`` values from the ``start``-th on."""
-        return np.log(np.arange(start + 1, start + count + 1, dtype=np.float32))
+        return _each(range(start + 1, start + count + 1), math.log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +103,12 @@ class TimeStep:
     def draw(self, rng: np.random.Generator, start: int, count: int) -> np.ndarray:
         """Return the next ``[count]`` values."""
         low, high = math.log(self.low), math.log(self.high)
-        steps = np.exp(low + rng.random(count, dtype=np.float32) * (high - low), dtype=np.float32)
-        steps = np.maximum(steps, np.float32(self.floor))
-        return steps + np.log(-np.expm1(-steps), dtype=np.float32)
+
+        def bias(share: float) -> float:
+            step = max(math.exp(low + share * (high - low)), self.floor)
+            return step + math.log(-math.expm1(-step))
+
+        return _each(rng.random(count, dtype=np.float32), bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import ModelConfig
+from statex_dist.models.config import ModelConfig, is_layer
 from statex_dist.models.layout import Names, TensorSpec
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
@@ -36,9 +36,16 @@ class FLAConfig(ModelConfig):
         super().__post_init__()
         self.check_positive("intermediate_size", "hidden_ratio")
         self.check_allowed("hidden_act", "swish")
-        for layer in self.attention_layers:
-            if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
-                raise CheckpointError(f"{self.MODEL_TYPE} config: attn names layer {layer!r}, which does not exist")
+        groups = [self.attn] if isinstance(self.attn, dict) else self.attn or []
+        for group in groups:
+            if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
+                raise CheckpointError(
+                    f"{self.MODEL_TYPE} config: attn must be a mapping with a list 'layers', or a list of such, not "
+                    f"{self.attn!r}"
+                )
+            for layer in group["layers"]:
+                if not is_layer(layer, self.num_hidden_layers):
+                    raise CheckpointError(f"{self.MODEL_TYPE} config: attn names layer {layer!r}, which does not exist")
 
     def check_allowed(self, name: str, *allowed: object) -> None:
         """Raise if a field has a value that we do not support."""
@@ -49,7 +56,7 @@ class FLAConfig(ModelConfig):
     def attention_layers(self) -> tuple[int, ...]:
         """Layers with softmax attention in place of the recurrence."""
         groups = [self.attn] if isinstance(self.attn, dict) else self.attn or []
-        return tuple(sorted(layer for group in groups for layer in group.get("layers", ())))
+        return tuple(sorted(layer for group in groups for layer in group["layers"]))
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:

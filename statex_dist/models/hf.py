@@ -45,7 +45,7 @@ def save_pretrained(model: RecurrentLM, directory: Path, *, overwrite: bool = Fa
     write_config(model.config, temporary)
     for path in temporary.iterdir():
         sync(path)
-    finish_target(temporary, directory)
+    finish_target(temporary, directory, overwrite=overwrite)
 
 
 def write_config(config: ModelConfig, directory: Path) -> None:

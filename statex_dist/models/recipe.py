@@ -88,11 +88,6 @@ class Recipe:
         ]
 
 
-def kept(shape: Sequence[int]) -> Recipe:
-    """Return the recipe of a tensor that stays as it is."""
-    return Recipe(shape=tuple(shape), blocks=(Keep(0, shape[0]),), source_rows=shape[0])
-
-
 def redrawn(shape: Sequence[int], distribution: Distribution, *, source_rows: int) -> Recipe:
     """Return the recipe of a tensor of which no value is kept."""
     return Recipe(shape=tuple(shape), blocks=(Fresh(shape[0], distribution),), source_rows=source_rows)

@@ -182,7 +182,7 @@ def test_tied_head_in_the_file(tmp_path):
         ({"num_heads": 5, "hidden_size": 40}, {"factor": 2}, ConfigError, "5 heads do not divide"),
         ({}, {"factor": 2, "layers": "0,3"}, ConfigError, "layer 3 is out of range"),
         ({}, {"factor": "most"}, ConfigError, "'most'"),
-        ({}, {"factor": 2, "workers": 0}, ConfigError, "--workers must be 1 or more, not 0"),
+        ({}, {"factor": 2, "workers": 0}, ConfigError, "--workers must be a whole number from 1, not 0"),
         ({}, {"factor": 2, "dtype": "int4"}, ConfigError, "int4"),
         ({}, {"factor": 2, "init": "lossless", "op": "merge_heads"}, ConfigError, "cannot be lossless"),
         ({}, {"factor": 2, "init": "copy"}, ConfigError, "init copy is for mamba2"),

@@ -181,7 +181,15 @@ class TestDisk:
         message = "cannot be written: No space left on device"
         options = {"progress": fill, "workers": 1, "max_shard_size": 100_000, "resume": resume}
         refused(tmp_path / "in", small_disk / "out", message, **options)
-        assert [p.name for p in small_disk.iterdir()] == ["other"]
+        # What is finished is kept for --resume, and for it alone.
+        left = [".tmp-out"] if resume else []
+        assert sorted(p.name for p in small_disk.iterdir()) == [*left, "other"]
+        if resume:
+            (small_disk / "other").unlink()
+            run_expand(tmp_path / "in", tmp_path / "whole", factor=2, max_shard_size=100_000)
+            run_expand(tmp_path / "in", small_disk / "out", factor=2, max_shard_size=100_000, resume=True)
+            assert sorted(p.name for p in small_disk.iterdir()) == ["out"]
+            assert files_of(small_disk / "out") == files_of(tmp_path / "whole")
 
     def test_a_read_only_disk(self, tmp_path, big_source):
         mounted(tmp_path / "ro", "ro")

@@ -141,7 +141,9 @@ class TestRecipes:
             assert all(e.reset_dynamics for e in planned(values, recipe=name))
 
     def test_a_recipe_of_the_other_family(self):
-        with pytest.raises(ConfigError, match="op merge_heads does not apply to mamba2; use grow_state"):
+        with pytest.raises(
+            ConfigError, match="--recipe statex-paper-gla is the authors' for gla; this is a mamba2 model"
+        ):
             planned(MAMBA2_1B3, recipe="statex-paper-gla")
 
 

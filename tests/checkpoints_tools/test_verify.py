@@ -29,7 +29,8 @@ def test_every_expansion_is_proved(tmp_path, family, options, dtype):
     report = run_expand(tmp_path / "in", tmp_path / "out", layers="0,2", seed=4, dtype=dtype, **options)
     verdict = verify_expansion(tmp_path / "in", tmp_path / "out")
     assert verdict.differences == []
-    assert verdict.notes == (["floating-point tensors were converted to bfloat16"] if dtype else [])
+    note = "floating-point tensors were converted to bfloat16, as config.json says"
+    assert verdict.notes == ([note] if dtype else [])
     counts = {}
     for row in report.tensors.values():
         counts[row.change] = counts.get(row.change, 0) + 1
@@ -42,7 +43,11 @@ def test_the_second_of_two_expansions_is_proved_against_the_first_and_both_again
     run_expand(tmp_path / "in", tmp_path / "one", layers="0", factor=2)
     run_expand(tmp_path / "one", tmp_path / "two", layers="1,2", factor=2, seed=9)
     for base, expanded in (("in", "one"), ("one", "two"), ("in", "two")):
-        assert verify_expansion(tmp_path / base, tmp_path / expanded).ok
+        verdict = verify_expansion(tmp_path / base, tmp_path / expanded)
+        assert verdict.differences == []
+        cumulative = base == "in" and expanded == "two"
+        assert len(verdict.notes) == cumulative
+    assert verdict.notes == ["expansion_report.json describes the last of several expansions, of layers [1, 2]"]
     assert json.loads((tmp_path / "two/config.json").read_text())["state_size"] == 12
     with pytest.raises(CheckpointError, match="no expansion plan beyond that of"):
         verify_expansion(tmp_path / "two", tmp_path / "one")
@@ -121,7 +126,7 @@ class TestSpoiled:
     def test_a_config_that_says_something_else(self, pair):
         path = pair[1] / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "layer_norm_epsilon": 1.0}))
-        assert verify_expansion(*pair).differences == ["config.json: layer_norm_epsilon is 1.0, not None"]
+        assert verify_expansion(*pair).differences == ["config.json: layer_norm_epsilon is 1.0, not null"]
 
     def test_a_plan_with_another_seed(self, pair):
         path = pair[1] / "config.json"
@@ -131,29 +136,53 @@ class TestSpoiled:
     def test_a_tokenizer_that_changed_or_is_gone(self, pair):
         (pair[1] / "tokenizer_config.json").write_text("{}")
         (pair[1] / "generation_config.json").unlink()
-        verdict = verify_expansion(*pair)
-        assert verdict.differences == ["tokenizer_config.json differs from the base's"]
-        assert verdict.notes == ["generation_config.json of the base was not carried along"]
+        (pair[1] / "modeling_other.py").write_text("print('hello')")
+        assert verify_expansion(*pair).differences == [
+            "generation_config.json of the base is missing",
+            "tokenizer_config.json differs from the base's",
+            "modeling_other.py is of neither the base nor the expansion",
+        ]
 
-    def test_checksums_of_the_report(self, pair):
+    @pytest.mark.parametrize(
+        ("keys", "value", "message"),
+        [
+            (("tensors", "backbone.norm_f.weight", "xxh3_128"), "0" * 32, "the entry of 'backbone.norm_f.weight' is"),
+            (("tensors", "backbone.norm_f.weight", "change"), "grown", "the entry of 'backbone.norm_f.weight' is"),
+            (("tensors", "stranger"), {"change": "kept"}, "the entry of 'stranger' is not what was found"),
+            (("state_after",), 1, "state_after is not what was done"),
+            (("layers", 0, "seed"), 9, "layers is not what was done"),
+        ],
+    )
+    def test_a_report_that_says_something_else(self, pair, keys, value, message):
         path = pair[1] / "expansion_report.json"
         report = json.loads(path.read_text())
-        report["tensors"]["backbone.norm_f.weight"]["xxh3_128"] = "0" * 32
+        place = report
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
         path.write_text(json.dumps(report))
-        found = verify_expansion(*pair).differences
-        assert found == ["tensor 'backbone.norm_f.weight' (kept) has another checksum than expansion_report.json says"]
+        (found,) = verify_expansion(*pair).differences
+        assert f"expansion_report.json: {message}" in found
+
+    def test_a_report_that_is_gone_or_broken(self, pair):
+        path = pair[1] / "expansion_report.json"
         path.unlink()
-        verdict = verify_expansion(*pair)
-        assert verdict.ok
-        assert verdict.notes == ["no expansion_report.json: checksums not compared"]
+        assert verify_expansion(*pair).differences == ["expansion_report.json is missing"]
         path.write_text("{")
         with pytest.raises(CheckpointError, match=r"expansion_report\.json cannot be read"):
             verify_expansion(*pair)
 
+    def test_a_conversion_that_the_config_does_not_record(self, pair):
+        def change(tensors):
+            for name in tensors:
+                tensors[name] = tensors[name].bfloat16()
+
+        assert all("has dtype bfloat16, not float32" in found for found in self.spoil(pair, change))
+
     def test_a_base_that_is_not_the_base(self, pair, tmp_path):
         write_model(tmp_path / "other", {**MAMBA2, "initializer_range": 0.2})
         found = verify_expansion(tmp_path / "other", pair[1]).differences
-        assert "config.json: initializer_range is None, not 0.2" in found
+        assert "config.json: initializer_range is null, not 0.2" in found
 
 
 class TestSameModel:

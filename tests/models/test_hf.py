@@ -191,7 +191,7 @@ class TestBadInput:
         [
             ({"num_heads": 3}, "num_heads=3 must divide the key size 16 and the value size 32"),
             ({"num_heads": 0}, "num_heads must be 1 or more, not 0"),
-            ({"expand_k": 0.0}, "the key size 0"),
+            ({"expand_k": 0.0}, "expand_k must be a number above 0"),
             ({"num_kv_heads": 2}, "num_kv_heads=2 is not supported"),
             ({"feature_map": "relu"}, "feature_map='relu' is not supported"),
             ({"use_output_gate": False}, "use_output_gate=False is not supported"),

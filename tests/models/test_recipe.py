@@ -20,7 +20,7 @@ from statex_dist.models.distributions import (
     describe,
     generator_for,
 )
-from statex_dist.models.recipe import Fresh, Keep, Recipe, added, from_blocks, grown_groups, kept, redrawn, repeated
+from statex_dist.models.recipe import Fresh, Keep, Recipe, added, from_blocks, grown_groups, redrawn, repeated
 from statex_dist.models.surgery import Surgery
 
 DISTRIBUTIONS = [
@@ -113,7 +113,7 @@ def test_neighbouring_blocks_are_joined():
 @pytest.mark.parametrize(
     ("recipe", "change"),
     [
-        (kept((4, 2)), "kept"),
+        (from_blocks((4, 2), [Keep(0, 4)]), "kept"),
         (repeated((4,), 3), "grown"),
         (redrawn((4, 2), Normal(1), source_rows=4), "reinitialised"),
         (added((4, 2), Constant(1)), "new"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import ModelConfig
+from statex_dist.models.config import ModelConfig, is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.state.geometry import StateGeometry
 
@@ -31,13 +31,14 @@ class BambaConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_positive("mamba_n_heads", "mamba_d_state", "mamba_n_groups", "mamba_d_conv", "mamba_expand")
         inner = self.mamba_expand * self.hidden_size
         if self.mamba_d_head == "auto":
             self.mamba_d_head = inner // self.mamba_n_heads
         if not isinstance(self.mamba_d_head, int):
             raise CheckpointError(f"bamba config: mamba_d_head={self.mamba_d_head!r} must be a number or 'auto'")
         for layer in self.attn_layer_indices or ():
-            if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
+            if not is_layer(layer, self.num_hidden_layers):
                 raise CheckpointError(f"bamba config: attn_layer_indices names layer {layer!r}, which does not exist")
         self.check_plan()
         self.mamba2()
@@ -79,10 +80,8 @@ class BambaConfig(ModelConfig):
 
     def plain_keys(self) -> dict[str, Any]:
         """Return the grown ``mamba_d_state`` where every Mamba2 layer grows by the same factor."""
-        factors = {e.layer: e.factor for e in self.statex.layers} if self.statex else {}
-        if set(factors) != set(self.recurrent_layers) or len(set(factors.values())) != 1:
-            return {}
-        return {"mamba_d_state": self.mamba_d_state * next(iter(factors.values()))}
+        factor = self.common_factor()
+        return {"mamba_d_state": self.mamba_d_state * factor} if factor else {}
 
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of a Mamba2 layer under the plan."""

@@ -53,7 +53,7 @@ class LightningConfig(ModelConfig):
             raise CheckpointError(
                 f"minimax config: num_experts_per_tok={self.num_experts_per_tok} must be 1 to {self.num_local_experts}"
             )
-        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {LINEAR, FULL}:
+        if len(self.kinds) != self.num_hidden_layers or any(kind not in (LINEAR, FULL) for kind in self.kinds):
             raise CheckpointError(
                 f"minimax config: layer_types must name {LINEAR} or {FULL} for each of {self.num_hidden_layers} layers"
             )
@@ -70,7 +70,9 @@ class LightningConfig(ModelConfig):
     @property
     def kinds(self) -> list[str]:
         """Each layer's kind; transformers' default begins with softmax attention and alternates."""
-        return self.layer_types or [LINEAR if layer % 2 else FULL for layer in range(self.num_hidden_layers)]
+        if self.layer_types is not None:
+            return self.layer_types
+        return [LINEAR if layer % 2 else FULL for layer in range(self.num_hidden_layers)]
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:

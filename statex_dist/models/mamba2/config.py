@@ -63,10 +63,8 @@ class Mamba2Config(ModelConfig):
 
     def plain_keys(self) -> dict[str, Any]:
         """Return the grown ``state_size`` where every recurrent layer grows by the same factor."""
-        factors = {e.layer: e.factor for e in self.statex.layers} if self.statex else {}
-        if set(factors) != set(self.recurrent_layers) or len(set(factors.values())) != 1:
-            return {}
-        return {"state_size": self.state_size * next(iter(factors.values()))}
+        factor = self.common_factor()
+        return {"state_size": self.state_size * factor} if factor else {}
 
     @property
     def inner_size(self) -> int:

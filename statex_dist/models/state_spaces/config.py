@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from statex_dist.errors import CheckpointError
+from statex_dist.models.config import base_keys, is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.state.plan import ExpansionPlan
 
 _DEFAULTS = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "bias": False, "conv_bias": True}
 _FIXED = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None}
@@ -41,8 +43,7 @@ class StateSpacesConfig(Mamba2Config):
         Raises:
             CheckpointError: Not a Mamba2 model, a key is missing or wrong, or a variant that we do not support.
         """
-        plan = values.get("statex") or {}
-        given = plan.get("base", {}).get("ssm_cfg") or values.get("ssm_cfg")
+        given = base_keys(values).get("ssm_cfg") or values.get("ssm_cfg")
         if not isinstance(given, dict) or given.get("layer") != "Mamba2":
             layer = given.get("layer", "Mamba1") if isinstance(given, dict) else given
             raise CheckpointError(f"config.json: ssm_cfg is of a {layer} model; only Mamba2 is supported")
@@ -52,16 +53,24 @@ class StateSpacesConfig(Mamba2Config):
                 raise CheckpointError(f"config.json: ssm_cfg.{key}={ssm[key]!r} is not supported; allowed: {wanted!r}")
         if values.get("rms_norm") is False:
             raise CheckpointError("config.json: rms_norm=false is not supported; allowed: true")
-        if missing := [key for key in ("d_model", "n_layer", "vocab_size") if not isinstance(values.get(key), int)]:
-            raise CheckpointError(f"config.json of a state-spaces model lacks the numbers {', '.join(missing)}")
-        multiple = values.get("pad_vocab_size_multiple", 8)
-        inner = ssm["expand"] * values["d_model"]
+        top = {"pad_vocab_size_multiple": 8, "d_intermediate": 0, **values}
+        numbers = {key: top.get(key) for key in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple")}
+        numbers |= {f"ssm_cfg.{key}": ssm[key] for key in ("d_state", "d_conv", "expand", "headdim", "ngroups")}
+        for key, number in numbers.items():
+            if not is_layer(number, 1 << 40) or number == 0:
+                raise CheckpointError(
+                    f"config.json of a state-spaces model: {key} must be a whole number from 1, not {number!r}"
+                )
+        mixed = values.get("attn_layer_idx") or []
+        if not isinstance(mixed, list) or not all(is_layer(layer, values["n_layer"]) for layer in mixed):
+            raise CheckpointError(f"config.json: attn_layer_idx must list layers of the model, not {mixed!r}")
+        multiple = top["pad_vocab_size_multiple"]
         config = Mamba2Config.from_dict(
             {
                 "vocab_size": -(-values["vocab_size"] // multiple) * multiple,
                 "hidden_size": values["d_model"],
                 "num_hidden_layers": values["n_layer"],
-                "num_heads": inner // ssm["headdim"],
+                "num_heads": ssm["expand"] * values["d_model"] // ssm["headdim"],
                 "head_dim": ssm["headdim"],
                 "state_size": ssm["d_state"],
                 "n_groups": ssm["ngroups"],
@@ -72,12 +81,11 @@ class StateSpacesConfig(Mamba2Config):
                 "residual_in_fp32": values.get("residual_in_fp32", True),
                 "tie_word_embeddings": values.get("tie_embeddings", True),
                 "initializer_range": 0.02,
-                **({"statex": {k: v for k, v in plan.items() if k != "base"}} if plan else {}),
             }
         )
+        plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
         known = {f.name: getattr(config, f.name) for f in fields(config)}
-        mixed = values.get("attn_layer_idx") or []
-        return cls(**known, original=dict(values), attention=list(mixed))
+        return cls(**{**known, "statex": plan}, original=dict(values), attention=list(mixed))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the original file's contents, with the plan."""
@@ -97,8 +105,5 @@ class StateSpacesConfig(Mamba2Config):
 
     def plain_keys(self) -> dict[str, Any]:
         """Return the grown ``ssm_cfg.d_state`` where every layer grows by the same factor."""
-        plain = super().plain_keys()
-        if not plain:
-            return {}
-        ssm = self.original["ssm_cfg"]
-        return {"ssm_cfg": {**ssm, "d_state": plain["state_size"]}}
+        factor = self.common_factor()
+        return {"ssm_cfg": {**self.original["ssm_cfg"], "d_state": self.state_size * factor}} if factor else {}
