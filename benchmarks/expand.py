@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shards", type=int, default=1, help="safetensors files of the source")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--dir", type=Path, default=None, help="directory for the files (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
