@@ -43,6 +43,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.scan
+	$(BIN)/python -m benchmarks.expand
 	$(BIN)/python -m benchmarks.reshard
 	$(BIN)/python -m benchmarks.loader
 

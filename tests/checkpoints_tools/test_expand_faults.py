@@ -90,22 +90,28 @@ class TestKilled:
 
     def test_without_resume_everything_is_written_anew(self, tmp_path, source):
         left = self.kill(source, tmp_path / "out", 0.7)
-        finished = {p.name: p.stat().st_ino for p in left.glob("*.safetensors")}
-        assert finished
+        name = next(p.name for p in left.glob("*.safetensors"))
+        (left / name).write_bytes(bytes((left / name).stat().st_size))
         (left / "stranger").mkdir()
         run_expand(source, tmp_path / "out", **OPTIONS)
         assert not (tmp_path / "out/stranger").exists()
         run_expand(source, tmp_path / "again", **OPTIONS)
         assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
-    @pytest.mark.parametrize("what", ["seed", "dtype", "source"])
+    @pytest.mark.parametrize("what", ["seed", "dtype", "source", "config", "tokenizer", "allow_nonfinite", "init"])
     def test_another_run_is_not_resumed(self, tmp_path, source, what):
         self.kill(source, tmp_path / "out", 0.5)
-        options = {**OPTIONS, "seed": {"seed": 1}, "dtype": {"dtype": "bf16"}}.get(what, {})
+        others = {"seed": 1, "dtype": "bf16", "allow_nonfinite": True, "init": "lossless"}
+        options = {what: others[what]} if what in others else {}
         if what == "source":
             (source / "model-00001-of-00002.safetensors").touch()
+        elif what == "config":
+            config = json.loads((source / "config.json").read_text())
+            (source / "config.json").write_text(json.dumps({**config, "initializer_range": 0.5}))
+        elif what == "tokenizer":
+            (source / "tokenizer_config.json").write_text("{}")
         with pytest.raises(CheckpointError, match="holds an unfinished run of another source, plan or options"):
-            run_expand(source, tmp_path / "out", resume=True, **OPTIONS, **options)
+            run_expand(source, tmp_path / "out", resume=True, **{**OPTIONS, **options})
         assert (tmp_path / ".tmp-out/JOURNAL.jsonl").exists(), "what is there is kept for whom it belongs to"
 
     def test_a_complete_target_is_left_alone(self, tmp_path, source):
@@ -115,6 +121,36 @@ class TestKilled:
         assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
         assert again.state_after == first.state_after
         refused(source, tmp_path / "out", "exists and is not empty; pass --overwrite", resume=True, seed=9)
+
+    def test_a_complete_target_that_was_damaged_is_not_called_complete(self, tmp_path, source):
+        run_expand(source, tmp_path / "out", resume=True, **OPTIONS)
+        path = next((tmp_path / "out").glob("*.safetensors"))
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=path.name):
+            run_expand(source, tmp_path / "out", resume=True, **OPTIONS)
+
+    def test_a_damaged_journal_starts_over(self, tmp_path, source):
+        left = self.kill(source, tmp_path / "out", 0.7)
+        (left / "JOURNAL.jsonl").write_bytes(bytes(100))
+        run_expand(source, tmp_path / "out", resume=True, **OPTIONS)
+        run_expand(source, tmp_path / "whole", **OPTIONS)
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+    def test_workers_do_not_matter(self, tmp_path, source):
+        for workers in (1, 2, 7):
+            run_expand(source, tmp_path / f"out{workers}", workers=workers, **OPTIONS)
+        assert files_of(tmp_path / "out1") == files_of(tmp_path / "out2") == files_of(tmp_path / "out7")
+
+    def test_a_target_that_appears_meanwhile_is_not_replaced(self, tmp_path, source):
+        def appear(done, total):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out/theirs").write_text("precious")
+
+        with pytest.raises(CheckpointError, match="exists and is not empty"):
+            run_expand(source, tmp_path / "out", progress=appear, **OPTIONS)
+        assert files_of(tmp_path / "out") == {"theirs": b"precious"}
 
     def test_an_interrupted_run_with_resume_keeps_what_it_has(self, tmp_path, source):
         def stop(done, total):
@@ -295,3 +331,8 @@ class TestSource:
         extra = {f"x{i}": torch.zeros(1) for i in range(3)}
         write_model(tmp_path / "more", GLA, {**tensors, **extra})
         refused(tmp_path / "more", tmp_path / "out", "holds tensors 'x0', 'x1', 'x2', unknown to the gla model")
+
+    def test_an_unknown_tensor_of_an_expanded_module_is_not_passed_through(self, tmp_path):
+        name = "backbone.layers.0.mixer.rotary"
+        write_model(tmp_path / "in", MAMBA2, {**random_tensors(MAMBA2), name: torch.zeros(4)})
+        refused(tmp_path / "in", tmp_path / "out", f"'{name}'")
