@@ -67,12 +67,12 @@ def test_replacing_a_directory_interrupted_anywhere_keeps_old_or_new(tmp_path: P
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                finish_target(temporary, target)
+                finish_target(temporary, target, overwrite=True)
         prepare_target(target, overwrite=True)
         assert (target / "weights").read_text() == "old"
     temporary = prepare_target(target, overwrite=True)
     (temporary / "weights").write_text("new")
-    finish_target(temporary, target)
+    finish_target(temporary, target, overwrite=True)
     assert (target / "weights").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
@@ -86,7 +86,7 @@ def test_a_failed_replacement_puts_the_old_directory_back(tmp_path: Path, monkey
 
     monkeypatch.setattr("statex_dist.checkpoint.manifest.commit_directory", fail)
     with pytest.raises(OSError, match="input/output error"):
-        finish_target(temporary, target)
+        finish_target(temporary, target, overwrite=True)
     assert (target / "weights").read_text() == "old"
 
 
@@ -110,3 +110,11 @@ def test_tags(tmp_path: Path):
             write_durably(tmp_path / tag_of(step) / "MANIFEST.json", "{}")
     assert complete_tags(tmp_path) == ["global_step10", "global_step9"]
     assert complete_tags(tmp_path / "none") == []
+
+
+def test_a_target_filled_meanwhile_is_not_replaced(tmp_path: Path):
+    temporary = prepare_target(tmp_path / "t", overwrite=False)
+    target = make(tmp_path / "t", "theirs")
+    with pytest.raises(CheckpointError, match="exists and is not empty; pass --overwrite"):
+        finish_target(temporary, target, overwrite=False)
+    assert (target / "weights").read_text() == "theirs"
