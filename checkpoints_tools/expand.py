@@ -72,10 +72,10 @@ class Expansion:
 
 
 def read_model(source: str | Path) -> tuple[TensorSource, dict[str, Any], ModelConfig]:
-    """Open a checkpoint of one of our families and check its tensors' names and shapes.
+    """Open a checkpoint of one of our families and return it with the contents of its ``config.json``, raw and typed.
 
     Raises:
-        CheckpointError: It is damaged, incomplete or of another architecture.
+        CheckpointError: It is damaged, has no ``config.json``, or is of another architecture.
     """
     opened = open_source(source)
     if opened.facts.model_dir is None:

@@ -6,7 +6,8 @@ otherwise; ``naive`` is for tests.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -29,6 +30,35 @@ def _check_backend(backend: str) -> None:
 def _takes_kernel(backend: str, q: torch.Tensor) -> bool:
     """Return whether flash-linear-attention's kernels are to run."""
     return backend == "kernel" or (backend == "auto" and q.is_cuda and q.dtype != torch.float64 and has_fla())
+
+
+class _Forms(NamedTuple):
+    """The implementations of one recurrence over queries, keys, values and what else it takes."""
+
+    naive: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    chunked: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def _mixed_scan(
+    forms: _Forms,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    mix: torch.Tensor | None,
+    backend: Backend,
+    chunk_size: int | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the form that fits; only the chunked one keeps the values of a head's partners apart."""
+    _check_backend(backend)
+    q, k, v, *rest = inputs
+    partners = 1 if mix is None else mix.shape[1]
+    if backend == "naive" or _takes_kernel(backend, q):
+        scan = forms.naive if backend == "naive" else forms.kernel
+        o, state = scan(q, k, v if mix is None else spread_values(v, partners), *rest, **options)
+    else:
+        o, state = forms.chunked(q, k, partner_values(v, partners), *rest, chunk_size=chunk_size, **options)
+    return (o if mix is None else mix_outputs(o, mix)), state
 
 
 def gla(
@@ -61,16 +91,16 @@ def gla(
     Returns:
         Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]``.
     """
-    _check_backend(backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    partners = 1 if mix is None else mix.shape[1]
-    options: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    if backend == "naive" or _takes_kernel(backend, q):
-        scan = naive_gla if backend == "naive" else fla_gla
-        o, state = scan(q, k, v if mix is None else spread_values(v, partners), g, **options)
-    else:
-        o, state = chunked_gla(q, k, partner_values(v, partners), g, chunk_size=chunk_size, **options)
-    return (o if mix is None else mix_outputs(o, mix)), state
+    return _mixed_scan(
+        _Forms(naive=naive_gla, kernel=fla_gla, chunked=chunked_gla),
+        (q, k, v, g),
+        mix=mix,
+        backend=backend,
+        chunk_size=chunk_size,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def gla_decode(
@@ -121,20 +151,16 @@ def delta_rule(
     Returns:
         Output ``[B, T, HV, V]`` and final states ``[S, HV, K, r V]``.
     """
-    _check_backend(backend)
-    partners = 1 if mix is None else mix.shape[1]
-    options: dict[str, Any] = {
-        "scale": q.shape[-1] ** -0.5,
-        "initial_state": initial_state,
-        "cu_seqlens": cu_seqlens,
-    }
-    if backend == "naive" or _takes_kernel(backend, q):
-        scan = naive_delta_rule if backend == "naive" else fla_delta_rule
-        o, state = scan(q, k, v if mix is None else spread_values(v, partners), g, beta, **options)
-    else:
-        values = partner_values(v, partners)
-        o, state = chunked_delta_rule(q, k, values, g, beta, chunk_size=chunk_size, **options)
-    return (o if mix is None else mix_outputs(o, mix)), state
+    return _mixed_scan(
+        _Forms(naive=naive_delta_rule, kernel=fla_delta_rule, chunked=chunked_delta_rule),
+        (q, k, v, g, beta),
+        mix=mix,
+        backend=backend,
+        chunk_size=chunk_size,
+        scale=q.shape[-1] ** -0.5,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def delta_decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -15,6 +16,16 @@ _RECURRENT_TOKENS = 64
 def has_fla() -> bool:
     """Return whether the GLA kernels can be imported (they need triton, not a GPU)."""
     return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
+
+
+def _common(scale: float, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> dict[str, Any]:
+    """Return the options of all kernels: they want fp32 states and int64 borders."""
+    return {
+        "scale": scale,
+        "initial_state": None if initial_state is None else initial_state.float(),
+        "output_final_state": True,
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.long(),
+    }
 
 
 def fla_gla(
@@ -30,10 +41,7 @@ def fla_gla(
     """Run gated linear attention on fla-core's Triton kernels. Arguments and results are those of ``naive_gla``."""
     from fla.ops.gla import chunk_gla, fused_recurrent_gla
 
-    state = None if initial_state is None else initial_state.float()
-    common = {"scale": scale, "initial_state": state, "output_final_state": True, "cu_seqlens": cu_seqlens}
-    if cu_seqlens is not None:
-        common["cu_seqlens"] = cu_seqlens.long()
+    common = _common(scale, initial_state, cu_seqlens)
     if q.shape[1] <= _RECURRENT_TOKENS:
         return fused_recurrent_gla(q=q, k=k, v=v, gk=g, **common)
     return chunk_gla(q=q, k=k, v=v, g=g, **common)
@@ -55,14 +63,4 @@ def fla_delta_rule(
     from fla.ops.kda import chunk_kda
 
     scan, decay = (chunk_gated_delta_rule, g.squeeze(-1)) if g.shape[-1] == 1 else (chunk_kda, g)
-    return scan(
-        q=q,
-        k=k,
-        v=v,
-        g=decay,
-        beta=beta,
-        scale=scale,
-        initial_state=None if initial_state is None else initial_state.float(),
-        output_final_state=True,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
-    )
+    return scan(q=q, k=k, v=v, g=decay, beta=beta, **_common(scale, initial_state, cu_seqlens))
