@@ -17,7 +17,7 @@ from statex_dist.errors import CheckpointError
 from statex_dist.models.distributions import Distribution
 from statex_dist.models.fla import FLAConfig
 from statex_dist.models.fla_expand import mix_recipe, redrawn_tensors, renewed_norms
-from statex_dist.models.layout import TensorSpec
+from statex_dist.models.layout import LayerUnits, TensorSpec
 from statex_dist.models.recipe import Recipe
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
@@ -110,14 +110,14 @@ class DeltaRuleConfig(FLAConfig):
         )
 
 
-def conv_tensors(config: DeltaRuleConfig) -> dict[str, TensorSpec]:
+def conv_tensors(config: DeltaRuleConfig, units: LayerUnits) -> dict[str, TensorSpec]:
     """Return the short convolutions of queries, keys and values, by name without the layer's prefix."""
     if not config.use_short_conv:
         return {}
-    sizes = {"q": config.key_dim, "k": config.key_dim, "v": config.value_dim}
+    keys, values = (config.key_dim, units.keys), (config.value_dim, units.values)
     return {
-        f"attn.{name}_conv1d.weight": TensorSpec(shape=(channels, 1, config.conv_size), decay=False)
-        for name, channels in sizes.items()
+        f"attn.{name}_conv1d.weight": TensorSpec(shape=(size, 1, config.conv_size), decay=False, units=(cut,))
+        for name, (size, cut) in {"q": keys, "k": keys, "v": values}.items()
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, is_layer
-from statex_dist.models.layout import Names, TensorSpec
+from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -113,15 +113,17 @@ def head_geometry(
     )
 
 
-def block_tensors(config: FLAConfig) -> dict[str, TensorSpec]:
-    """Return the tensors of a layer outside its token mixing, by name without the layer's prefix."""
+def block_tensors(config: FLAConfig, mixing: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the tensors of a layer around those of its token mixing, by name without the layer's prefix."""
     hidden, inner = config.hidden_size, config.mlp_size
+    channels = (Units(inner),)
     return {
         "attn_norm.weight": TensorSpec(shape=(hidden,), decay=False),
+        **mixing,
         "mlp_norm.weight": TensorSpec(shape=(hidden,), decay=False),
-        "mlp.gate_proj.weight": TensorSpec(shape=(inner, hidden)),
-        "mlp.up_proj.weight": TensorSpec(shape=(inner, hidden)),
-        "mlp.down_proj.weight": TensorSpec(shape=(hidden, inner)),
+        "mlp.gate_proj.weight": TensorSpec(shape=(inner, hidden), units=channels),
+        "mlp.up_proj.weight": TensorSpec(shape=(inner, hidden), units=channels),
+        "mlp.down_proj.weight": TensorSpec(shape=(hidden, inner), axis=1, units=channels),
     }
 
 

@@ -77,7 +77,7 @@ class Family:
         specs = self.names.outside_layers(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, tied=config.tie_word_embeddings
         )
-        return {**specs, **self.shared_tensors(config)}
+        return {**self.shared_tensors(config), **specs}
 
     def shared_tensors(self, config: ModelConfig) -> dict[str, TensorSpec]:
         """Return parameters that the layers share, by full name; most families have none."""
@@ -93,12 +93,16 @@ class Family:
         return self._module("layout").layer_tensors(config, layer)
 
     def tensors(self, config: ModelConfig) -> dict[str, TensorSpec]:
-        """Return every tensor of a model that the family knows, by full name (of a mixed model, not those between)."""
+        """Return every tensor of a model that the family knows, by full name (of a mixed model, not those between).
+
+        Their order is that of the built model's ``named_parameters()``, in which a ZeRO-3 checkpoint is flat.
+        """
         specs = self.outside_tensors(config)
+        behind = {name: specs.pop(name) for name in self.names.behind_layers if name in specs}
         for layer in config.recurrent_layers:
             prefix = self.names.layer(layer)
             specs.update({prefix + name: spec for name, spec in self.layer_tensors(config, layer).items()})
-        return specs
+        return {**specs, **behind}
 
     def layer_recipes(self, before: ModelConfig, after: ModelConfig, expansion: LayerExpansion) -> dict[str, Recipe]:
         """Return what becomes of a layer's tensors, by name without the prefix; those not named are kept.

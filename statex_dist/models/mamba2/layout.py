@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statex_dist.models.layout import Names, TensorSpec
+from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.models.mamba2.config import Mamba2Config
 
 NAMES = Names(trunk="backbone", final_norm="norm_f")
@@ -20,23 +20,33 @@ def in_proj_parts(config: Mamba2Config, layer: int) -> tuple[tuple[str, int], ..
 
 
 def layer_tensors(config: Mamba2Config, layer: int) -> dict[str, TensorSpec]:
-    """Return the tensors of one layer under the plan, by name without the layer's prefix."""
+    """Return the tensors of one layer under the plan, by name without the layer's prefix.
+
+    Tensor-parallel ranks share whole heads; B and C belong to groups of them.
+    """
     hidden, inner, heads = config.hidden_size, config.inner_size, config.num_heads
     rows, channels = in_proj_parts(config, layer), conv_parts(config, layer)
     num_rows, num_channels = sum(n for _, n in rows), sum(n for _, n in channels)
+    by_head, by_group = Units(heads), Units(config.n_groups)
+    row_units = (by_head, by_head, by_group, by_group, by_head)
+    conv_units = (by_head, by_group, by_group)
     specs = {
         "norm.weight": TensorSpec(shape=(hidden,), decay=False),
-        "mixer.in_proj.weight": TensorSpec(shape=(num_rows, hidden), parts=rows),
-        "mixer.conv1d.weight": TensorSpec(shape=(num_channels, 1, config.conv_kernel), parts=channels, decay=False),
-        "mixer.dt_bias": TensorSpec(shape=(heads,), decay=False),
-        "mixer.A_log": TensorSpec(shape=(heads,), decay=False),
-        "mixer.D": TensorSpec(shape=(heads,), decay=False),
-        "mixer.norm.weight": TensorSpec(shape=(inner,), decay=False),
-        "mixer.out_proj.weight": TensorSpec(shape=(hidden, inner)),
+        "mixer.dt_bias": TensorSpec(shape=(heads,), decay=False, units=(by_head,)),
+        "mixer.A_log": TensorSpec(shape=(heads,), decay=False, units=(by_head,)),
+        "mixer.D": TensorSpec(shape=(heads,), decay=False, units=(by_head,)),
+        "mixer.in_proj.weight": TensorSpec(shape=(num_rows, hidden), parts=rows, units=row_units),
     }
     if config.use_bias:
-        specs["mixer.in_proj.bias"] = TensorSpec(shape=(num_rows,), parts=rows, decay=False)
-        specs["mixer.out_proj.bias"] = TensorSpec(shape=(hidden,), decay=False)
+        specs["mixer.in_proj.bias"] = TensorSpec(shape=(num_rows,), parts=rows, decay=False, units=row_units)
+    specs["mixer.conv1d.weight"] = TensorSpec(
+        shape=(num_channels, 1, config.conv_kernel), parts=channels, decay=False, units=conv_units
+    )
     if config.use_conv_bias:
-        specs["mixer.conv1d.bias"] = TensorSpec(shape=(num_channels,), parts=channels, decay=False)
+        specs["mixer.conv1d.bias"] = TensorSpec(shape=(num_channels,), parts=channels, decay=False, units=conv_units)
+    specs["mixer.norm.weight"] = TensorSpec(shape=(inner,), decay=False, units=(by_head,))
+    specs["mixer.out_proj.weight"] = TensorSpec(shape=(hidden, inner), axis=1, units=(by_head,))
+    if config.use_bias:
+        # On every rank: it is added once, to the sum of the ranks' outputs.
+        specs["mixer.out_proj.bias"] = TensorSpec(shape=(hidden,), decay=False)
     return specs
