@@ -1,172 +1,29 @@
-"""Expansion of a checkpoint on disk, streamed: memory is bounded by buffers, whatever the model.
-
-What becomes of a tensor is decided in ``statex_dist/models/<family>/expand.py`` and nowhere else; this file pairs the
-recipes with the source's tensors, has them written and keeps the account.
-"""
+"""Expansion of a checkpoint on disk, streamed: memory is bounded by buffers, whatever the model."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, ExpansionReport, make_report
-from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
-from checkpoints_tools.journal import ShardRecord
-from checkpoints_tools.model_check import check_apart, check_tensors
-from checkpoints_tools.plan_options import PlanOptions, plan_model
-from checkpoints_tools.shard_writer import WriteOptions
-from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import (
-    FLOATS,
-    Progress,
-    TensorInfo,
-    TensorSource,
-    parse_dtype,
-    stored_dtype,
-    total_bytes,
-)
-from checkpoints_tools.transfer import TensorJob
+from checkpoints_tools.expand_training import expanded_training_plan
+from checkpoints_tools.expansion import Expansion
+from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, ExpansionReport
+from checkpoints_tools.hf_writer import hf_plan
+from checkpoints_tools.journal import WrittenTensor
+from checkpoints_tools.model_check import check_apart
+from checkpoints_tools.target import TargetPlan, write_target
+from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.tensor_io import Progress, total_bytes
 from statex_dist.checkpoint.manifest import refuse_target
-from statex_dist.errors import CheckpointError
-from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
-from statex_dist.models.kinds import config_from_dict, family_of
-from statex_dist.models.surgery import Surgery, surgeries
+from statex_dist.errors import ConfigError
+from statex_dist.models.config import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
 
-DRAWABLE = ("F64", "F32", "F16", "BF16")
-"""Dtypes in which new rows can be drawn; others can only be copied."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Expansion:
-    """A checked expansion: everything that is known before a byte is written.
-
-    Attributes:
-        source: The original checkpoint.
-        values: Contents of its ``config.json``.
-        before: Its config.
-        after: The config of the target.
-        jobs: Every tensor of the target.
-        dtype: In which floating-point tensors are stored; None keeps each tensor's own.
-    """
-
-    source: TensorSource
-    values: dict[str, Any]
-    before: ModelConfig
-    after: ModelConfig
-    jobs: list[TensorJob]
-    dtype: str | None = None
-
-    def config_values(self) -> dict[str, Any]:
-        """Return the contents of the target's ``config.json``: the source's, with the plan."""
-        values = self.after.with_plan(self.values)
-        return values if self.dtype is None else with_dtype(values, self.dtype)
-
-    def report(self, checksums: Checksums | None = None) -> ExpansionReport:
-        """Return the account, with the checksums of what has been written."""
-        infos = [self.source.info(name) for name in self.source.keys() if name not in self.source.aliases]  # noqa: SIM118
-        return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, checksums or Checksums())
-
-
-def read_model(source: str | Path) -> tuple[TensorSource, dict[str, Any], ModelConfig]:
-    """Open a checkpoint of one of our families and return it with the contents of its ``config.json``, raw and typed.
-
-    Raises:
-        CheckpointError: It is damaged, has no ``config.json``, or is of another architecture.
-    """
-    opened = open_source(source)
-    if opened.facts.model_dir is None:
-        raise CheckpointError(f"{opened.facts.path} has no {CONFIG_NAME}: what to expand is not known")
-    values = read_config_dict(opened.facts.model_dir)
-    return opened, values, config_from_dict(values)
-
-
-def prepare_expansion(source: str | Path, plan: PlanOptions | None = None, *, dtype: str | None = None) -> Expansion:
-    """Open a checkpoint and pair its tensors with what a plan does to them; nothing is written yet.
-
-    Args:
-        source: Whatever :func:`checkpoints_tools.sources.open_source` opens, with a ``config.json``.
-        plan: What to do; None for the family's defaults.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New rows of a tensor are made in its dtype
-            and then converted, as its old ones are.
-
-    Raises:
-        ConfigError: A wrong option, or a plan that does not fit the model.
-        CheckpointError: The source is damaged, incomplete or of another architecture.
-    """
-    wanted = parse_dtype(dtype)
-    opened, values, before = read_model(source)
-    return plan_expansion(opened, values, before, plan_model(before, plan), dtype=wanted)
-
-
-def plan_expansion(
-    source: TensorSource, values: dict[str, Any], before: ModelConfig, after: ModelConfig, *, dtype: str | None = None
-) -> Expansion:
-    """Pair the tensors of a source with what becomes of them.
-
-    Args:
-        source: The original checkpoint.
-        values: Contents of its ``config.json``.
-        before: Its config.
-        after: The same with a plan.
-        dtype: In which floating-point tensors are stored; None keeps each tensor's own.
-
-    Raises:
-        CheckpointError: Tensors are missing, unknown or of another shape, or new rows cannot be drawn in their dtype.
-    """
-    names = check_tensors(source, before)
-    changed = surgeries(before, after)
-    _check_strangers(names, changed, before, source)
-    embeddings = family_of(before.MODEL_TYPE).names.embeddings
-    own = source.info(embeddings if embeddings in names else names[0]).dtype
-    jobs = [_job(source.info(name), changed.get(name), dtype) for name in names]
-    for name, surgery in changed.items():
-        if surgery.recipe.source_rows is None:
-            _check_drawable(name, own)
-            info = TensorInfo(name=name, shape=surgery.recipe.shape, dtype=stored_dtype(own, dtype))
-            jobs.append(TensorJob(info=info, source=None, surgery=surgery))
-    return Expansion(source=source, values=values, before=before, after=after, jobs=jobs, dtype=dtype)
-
-
-def _check_strangers(names: list[str], changed: dict[str, Surgery], config: ModelConfig, source: TensorSource) -> None:
-    """Raise if a module that is to be expanded holds tensors that the family does not know: they would not fit."""
-    family = family_of(config.MODEL_TYPE)
-    known = family.tensors(config)
-    prefixes = {name: family.names.layer(surgery.layer) for name, surgery in changed.items()}
-    modules = {prefix + name.removeprefix(prefix).split(".")[0] + "." for name, prefix in prefixes.items()}
-    strangers = [
-        name
-        for name in names
-        if name not in known and name.startswith(tuple(modules)) and not name.endswith(config.DERIVED)
-    ]
-    if strangers:
-        listed = ", ".join(repr(name) for name in strangers[:8])
-        raise CheckpointError(
-            f"{source.facts.path}: {listed} in a layer that is to be expanded are unknown to {config.MODEL_TYPE}: how "
-            "they should grow is not known"
-        )
-
-
-def _job(info: TensorInfo, surgery: Surgery | None, dtype: str | None) -> TensorJob:
-    """Return the job of one tensor of the source."""
-    if surgery is None:
-        stored = TensorInfo(name=info.name, shape=info.shape, dtype=stored_dtype(info.dtype, dtype))
-        return TensorJob(info=stored, source=info)
-    _check_drawable(info.name, info.dtype)
-    stored = TensorInfo(name=info.name, shape=surgery.recipe.shape, dtype=stored_dtype(info.dtype, dtype))
-    return TensorJob(info=stored, source=info, surgery=surgery)
-
-
-def _check_drawable(name: str, dtype: str) -> None:
-    if dtype not in DRAWABLE:
-        reason = "float8 has no room for new values" if dtype in FLOATS else "it is not a floating-point dtype"
-        raise CheckpointError(
-            f"tensor '{name}' is to get new rows but has dtype {dtype} ({reason}); convert the checkpoint to one of "
-            f"{', '.join(DRAWABLE)} first"
-        )
+TARGETS = ("hf", "zero3")
+"""Layouts that an expansion can be written in."""
 
 
 def expand(
@@ -174,24 +31,30 @@ def expand(
     target: str | Path,
     options: WriteOptions | None = None,
     *,
+    to: str = "hf",
+    world_size: int | None = None,
     progress: Progress | None = None,
 ) -> ExpansionReport:
-    """Write an expanded copy of a checkpoint as a Hugging Face directory.
+    """Write an expanded copy of a checkpoint.
 
     Args:
-        expansion: What to write (:func:`prepare_expansion`).
+        expansion: What to write (:func:`checkpoints_tools.expansion.prepare_expansion`).
         target: Directory to make.
         options: How to write it.
+        to: ``hf``, or ``zero3`` for a run in training: the optimizer's states grow with the weights.
+        world_size: Ranks of a ``zero3`` target; None keeps the source's.
         progress: Told of the bytes written.
 
     Returns:
         The account, which is also written to ``expansion_report.json``.
 
     Raises:
+        ConfigError: A wrong option.
         CheckpointError: The source is damaged, changes or holds NaN or Inf, or the target is not writable. The target
             is then as it was.
     """
-    facts, options = expansion.source.facts, options or WriteOptions()
+    options = options or WriteOptions()
+    plan = target_plan(expansion, options, to=to, world_size=world_size)
     check_target(expansion, Path(target), options)
     if not expansion.after.plain_keys():
         logger.warning(
@@ -199,28 +62,35 @@ def expand(
             "expanded layers as they were before; load it with this package",
             target,
         )
-    config = expansion.config_values()
+    write_target(Path(target), expansion.source, plan, options, progress=progress)
+    return expansion.report(Checksums.read(Path(target) / plan.model_folder))
 
-    def documents(finished: dict[str, ShardRecord]) -> dict[str, Any]:
-        return {CONFIG_NAME: config, REPORT_NAME: expansion.report(Checksums.of(finished)).to_dict()}
+
+def target_plan(
+    expansion: Expansion, options: WriteOptions, *, to: str = "hf", world_size: int | None = None
+) -> TargetPlan:
+    """Lay out what :func:`expand` writes; the same arguments."""
+    if to not in TARGETS:
+        raise ConfigError(f"--to {to!r} is not available; allowed: {', '.join(TARGETS)}")
+    if world_size is not None and (to != "zero3" or world_size < 1):
+        raise ConfigError(f"--world-size {world_size} is for --to zero3, a whole number from 1")
+    config, facts = expansion.config_values(), expansion.source.facts
+
+    def documents(written: Mapping[str, WrittenTensor]) -> dict[str, Any]:
+        return {CONFIG_NAME: config, REPORT_NAME: expansion.report(Checksums.of(written)).to_dict()}
 
     assert expansion.after.statex is not None
-    write_hf_directory(
-        Path(target),
-        expansion.source,
-        expansion.jobs,
-        options,
-        documents=documents,
-        info={
-            "source": str(facts.path.resolve()),
-            "source_kind": facts.kind,
-            "step": facts.info.get("step"),
-            "plan": expansion.after.statex.to_dict(),
-            "weight_bytes": total_bytes(job.info for job in expansion.jobs),
-        },
-        progress=progress,
-    )
-    return expansion.report(Checksums.read(Path(target)))
+    info = {
+        "source": str(facts.path.resolve()),
+        "source_kind": facts.kind,
+        "step": facts.info.get("step"),
+        "plan": expansion.after.statex.to_dict(),
+        "weight_bytes": total_bytes(job.info for job in expansion.jobs),
+    }
+    if to == "zero3":
+        return expanded_training_plan(expansion, world_size, documents=documents, info=info)
+    size = options.max_shard_size
+    return hf_plan(expansion.source, expansion.jobs, max_shard_size=size, documents=documents, info=info)
 
 
 def check_target(expansion: Expansion, target: Path, options: WriteOptions) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.journal import ShardRecord
+from checkpoints_tools.journal import WrittenTensor
 from checkpoints_tools.tensor_io import TensorInfo
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.errors import CheckpointError
@@ -59,11 +59,11 @@ class Checksums:
     source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, finished: Mapping[str, ShardRecord]) -> Checksums:
-        """Return the digests of written shards."""
+    def of(cls, written: Mapping[str, WrittenTensor]) -> Checksums:
+        """Return the digests of written tensors."""
         return cls(
-            stored={name: value for shard in finished.values() for name, value in shard.digests.items()},
-            source={name: value for shard in finished.values() for name, value in shard.source_digests.items()},
+            stored={name: tensor.xxh3_128 for name, tensor in written.items()},
+            source={name: t.source_xxh3_128 for name, t in written.items() if t.source_xxh3_128 is not None},
         )
 
     @classmethod

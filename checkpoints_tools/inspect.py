@@ -1,53 +1,64 @@
-"""What a checkpoint directory holds."""
+"""What a checkpoint directory holds, told from names, sizes and headers: no value is read."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.model_check import check_tensors, read_source_config
-from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import TORCH_NAMES
+from checkpoints_tools.dtypes import FLOATS, TORCH_NAMES
+from checkpoints_tools.model_check import check_names, read_source_config
+from checkpoints_tools.sources import open_source, recognise
 from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
 
+_SHOWN_FILES = 16
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(kw_only=True, slots=True)
 class CheckpointFacts:
-    """What ``statex inspect`` prints.
+    """What ``statex inspect`` prints; None where something is not known.
 
     Attributes:
         path: Directory of the files (of a run: its newest tag).
-        kind: ``hf``, ``zero3`` or ``plain``.
+        kind: Layout: ``hf``, ``torch``, ``zero3``, ``plain``, ``tp`` or ``megatron``.
+        model_type: From ``config.json``.
+        plan: The expansion plan, if any.
+        step: Optimizer step.
+        world_size: Ranks that wrote it, or that it is cut for.
         tensors: Number of tensors, tied names not counted.
-        parameters: Their elements.
+        parameters: Elements of the floating-point tensors that are no buffers.
         dtypes: Tensors by dtype.
         tied: Tied names and their owners.
-        manifest: ``verified`` (every file agrees with it) or that there is none.
-        model_type: From ``config.json``, or None.
-        state_numbers: Of all layers, for a family of ours.
-        plan: The expansion plan, if any.
-        complete: Whether names and shapes are just those of ``config.json``; None where that is not known.
-        problem: Why not.
-        step: Optimizer step.
-        world_size: Ranks that wrote it.
+        states: Names of the optimizer's states.
+        state_numbers: Size of the recurrent state of all layers, of a family of ours.
+        files: Number of files below the directory.
+        bytes: Bytes of all of them.
+        largest: The largest files and their bytes.
+        manifest: ``sizes agree`` or that there is none.
+        complete: Whether nothing is missing; None where that is not known.
+        problem: What is missing or wrong.
     """
 
     path: str
     kind: str
-    tensors: int
-    parameters: int
-    dtypes: dict[str, int]
-    tied: dict[str, str]
-    manifest: str
-    model_type: str | None
-    state_numbers: int | None
-    plan: dict[str, Any] | None
-    complete: bool | None
-    problem: str | None = None
+    model_type: str | None = None
+    plan: dict[str, Any] | None = None
     step: int | None = None
     world_size: int | None = None
+    tensors: int | None = None
+    parameters: int | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    states: list[str] = field(default_factory=list)
+    state_numbers: int | None = None
+    files: int = 0
+    bytes: int = 0
+    largest: dict[str, int] = field(default_factory=dict)
+    manifest: str = f"no {MANIFEST_NAME}"
+    complete: bool | None = None
+    problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for JSON."""
@@ -55,37 +66,56 @@ class CheckpointFacts:
 
 
 def inspect(directory: str | Path) -> CheckpointFacts:
-    """Describe a checkpoint; every file listed in a manifest is compared with it.
+    """Describe a checkpoint; one that is incomplete or damaged is described as far as it can be.
 
     Raises:
-        CheckpointError: Not a checkpoint, or a damaged one.
+        CheckpointError: Not a checkpoint.
     """
-    source = open_source(directory)
-    values, config = read_source_config(source)
-    problem = None
-    if config is not None:
-        try:
-            check_tensors(source, config)
-        except CheckpointError as error:
-            problem = str(error)
-    infos = [source.info(name) for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
-    dtypes: dict[str, int] = {}
-    for info in infos:
-        dtypes[TORCH_NAMES[info.dtype]] = dtypes.get(TORCH_NAMES[info.dtype], 0) + 1
-    facts = source.facts
-    return CheckpointFacts(
-        path=str(facts.path),
-        kind=facts.kind,
-        tensors=len(infos),
-        parameters=sum(info.numel for info in infos),
-        dtypes=dtypes,
-        tied=dict(source.aliases),
-        manifest="verified" if facts.verified else f"no {MANIFEST_NAME}",
-        model_type=config.MODEL_TYPE if config else values.get("model_type") if values else None,
-        state_numbers=config.state_numbers if config else None,
-        plan=config.statex.to_dict() if config and config.statex else None,
-        complete=None if config is None else problem is None,
-        problem=problem,
-        step=facts.info.get("step"),
-        world_size=facts.info.get("world_size"),
+    kind, path = recognise(directory)
+    sizes = {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:_SHOWN_FILES]
+    facts = CheckpointFacts(
+        path=str(path),
+        kind=kind,
+        files=len(sizes),
+        bytes=sum(sizes.values()),
+        largest={name: sizes[name] for name in largest},
     )
+    try:
+        _describe(facts, path)
+    except CheckpointError as error:
+        facts.complete, facts.problem = False, str(error)
+    return facts
+
+
+def _describe(facts: CheckpointFacts, path: Path) -> None:
+    """Add what the headers say.
+
+    Raises:
+        CheckpointError: Files are missing, damaged, or not those of the manifest.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        manifest = Manifest.read(path)
+        facts.step, facts.world_size = manifest.info.get("step"), manifest.info.get("world_size")
+        manifest.verify_sizes(path)
+        facts.manifest, facts.complete = "sizes agree", True
+    source = open_source(path, verify=False, describe=True)
+    if facts.kind in ("zero3", "tp", "megatron"):
+        facts.complete = True  # these layouts say which files and tensors there are
+    infos = [source.info(name) for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
+    for info in infos:
+        facts.dtypes[TORCH_NAMES[info.dtype]] = facts.dtypes.get(TORCH_NAMES[info.dtype], 0) + 1
+    facts.tensors = len(infos)
+    facts.parameters = sum(i.numel for i in infos if i.dtype in FLOATS and i.name not in source.buffers)
+    facts.tied, facts.states = dict(source.aliases), list(source.states())
+    told = source.facts.info
+    facts.step = told.get("step", facts.step)
+    facts.world_size = told.get("world_size", told.get("tp", facts.world_size))
+    values, config = read_source_config(source)
+    if config is None:
+        facts.model_type = values.get("model_type") if values else None
+        return
+    facts.model_type, facts.state_numbers = config.MODEL_TYPE, config.state_numbers
+    facts.plan = config.statex.to_dict() if config.statex else None
+    check_names(source, config)
+    facts.complete = True

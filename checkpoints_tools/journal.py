@@ -1,7 +1,8 @@
-"""What a writer has finished, on disk, so that a killed one can go on: one JSON line per finished shard.
+"""What a writer has finished, on disk, so that a killed one can go on: one JSON line per step.
 
-The first line says what is being written (the source's files, the plan, the options). A line is added only when its
-shard is complete, synced and under its final name; a torn last line is ignored.
+The first line says what is being written (the source's files, the plan, the options). A line about tensors is added
+when their values are on disk, though perhaps in files that lack others; one about a file when it is complete, synced
+and under its final name. A torn last line is ignored.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import threading
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from statex_dist.checkpoint.manifest import FileRecord, write_durably
 from statex_dist.errors import CheckpointError
@@ -25,28 +26,16 @@ logger = logging.getLogger(__name__)
 JOURNAL_NAME = "JOURNAL.jsonl"
 
 
+PARTIAL_SUFFIX = ".partial"
+"""Ending of a file that still lacks values."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardRecord:
-    """One finished file.
+class WrittenTensor:
+    """Digests of one tensor: of its stored bytes, and of the source's where all of them were copied."""
 
-    Attributes:
-        record: Its size and digest.
-        digests: xxh3-128 of each tensor's stored bytes, by name.
-        source_digests: The same of the source's bytes, of tensors whose bytes were all read.
-    """
-
-    record: FileRecord
-    digests: dict[str, str]
-    source_digests: dict[str, str]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Return the record that :func:`dataclasses.asdict` wrote."""
-        return cls(
-            record=FileRecord(**values["record"]),
-            digests=dict(values["digests"]),
-            source_digests=dict(values["source_digests"]),
-        )
+    xxh3_128: str
+    source_xxh3_128: str | None = None
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
@@ -68,7 +57,8 @@ class Journal:
 
     def __init__(self, directory: Path, *, run: str, resume: bool):
         self.directory = directory
-        self.finished: dict[str, ShardRecord] = {}
+        self.files: dict[str, FileRecord] = {}
+        self.tensors: dict[str, WrittenTensor] = {}
         self._write = threading.Lock()
         self._lock = _lock(directory)
         try:
@@ -87,24 +77,72 @@ class Journal:
                     "run without --resume to start over, or with what it began with"
                 )
             for line in lines[1:]:
-                name, shard = str(line["file"]), ShardRecord.from_dict(line["shard"])
-                file = self.directory / Path(name).name
-                if file.is_file() and file.stat().st_size == shard.record.size:
-                    self.finished[file.name] = shard
-            logger.info("resuming %s: %d finished files", self.directory, len(self.finished))
-        text = json.dumps({"run": run}) + "\n" + "".join(_line(name, s) for name, s in self.finished.items())
-        write_durably(path, text)
-        for left in self.directory.iterdir():
-            if left.name not in (*self.finished, JOURNAL_NAME):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                self.tensors |= _tensors_of(line)
+                if "file" in line:
+                    self.files[str(line["file"])] = FileRecord(**line["record"])
+        else:
+            write_durably(path, json.dumps({"run": run}) + "\n")
 
-    def add(self, file: str, shard: ShardRecord) -> None:
-        """Write down that a file is complete; it must be synced and under its final name."""
+    def settle(self, files: Mapping[str, int], tensors: Mapping[str, Collection[str]]) -> None:
+        """Forget what turns out not to be there any more, and remove what belongs to nothing.
+
+        Args:
+            files: Bytes of every file of the target.
+            tensors: The files of every tensor.
+        """
+        for name in [*self.files]:
+            path = self.directory / name
+            if name not in files or not path.is_file() or path.stat().st_size != self.files[name].size:
+                del self.files[name]
+        partial = {
+            name
+            for name, size in files.items()
+            if (path := self.directory / (name + PARTIAL_SUFFIX)).is_file() and path.stat().st_size == size
+        }
+        for key in [*self.tensors]:
+            if not all(file in self.files or file in partial for file in tensors.get(key, ("",))):
+                del self.tensors[key]
+        missing = {file for key, names in tensors.items() if key not in self.tensors for file in names}
+        self.files = {name: record for name, record in self.files.items() if name not in missing}
+        text = (self.directory / JOURNAL_NAME).read_text(encoding="utf-8").splitlines()[0] + "\n"
+        text += _line({"tensors": _plain(self.tensors)}) if self.tensors else ""
+        text += "".join(_line({"file": name, "record": asdict(record)}) for name, record in self.files.items())
+        write_durably(self.directory / JOURNAL_NAME, text)
+        kept = {*self.files, *(name + PARTIAL_SUFFIX for name in partial if self.tensors), JOURNAL_NAME}
+        for left in sorted(self.directory.rglob("*"), reverse=True):
+            name = str(left.relative_to(self.directory))
+            if left.is_dir() and not left.is_symlink():
+                if not any(left.iterdir()):
+                    left.rmdir()
+            elif name not in kept:
+                left.unlink()
+        if self.tensors or self.files:
+            logger.info(
+                "resuming %s: %d finished files, %d tensors", self.directory, len(self.files), len(self.tensors)
+            )
+
+    def add(
+        self, tensors: Mapping[str, WrittenTensor], file: str | None = None, record: FileRecord | None = None
+    ) -> None:
+        """Write down tensors whose values are on disk and, with them, a file that is complete.
+
+        Args:
+            tensors: By key.
+            file: The file, synced and under its final name.
+            record: Its record.
+        """
+        line: dict[str, Any] = {}
+        if file is not None and record is not None:
+            line |= {"file": file, "record": asdict(record)}
+        if tensors:
+            line |= {"tensors": _plain(tensors)}
         with self._write, (self.directory / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
-            journal.write(_line(file, shard))
+            journal.write(_line(line))
             journal.flush()
             os.fsync(journal.fileno())
-            self.finished[file] = shard
+            self.tensors |= tensors
+            if file is not None and record is not None:
+                self.files[file] = record
 
     def close(self) -> None:
         """Let other processes write here."""
@@ -141,8 +179,16 @@ def _lock(directory: Path) -> int:
         os.close(descriptor)  # its last owner renamed or removed it between our two calls
 
 
-def _line(file: str, shard: ShardRecord) -> str:
-    return json.dumps({"file": file, "shard": asdict(shard)}) + "\n"
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values) + "\n"
+
+
+def _plain(tensors: Mapping[str, WrittenTensor]) -> dict[str, dict[str, Any]]:
+    return {key: asdict(tensor) for key, tensor in tensors.items()}
+
+
+def _tensors_of(line: dict[str, Any]) -> dict[str, WrittenTensor]:
+    return {str(key): WrittenTensor(**tensor) for key, tensor in line.get("tensors", {}).items()}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -156,8 +202,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             if lines:
-                ShardRecord.from_dict(line["shard"])
-                str(line["file"])
+                _tensors_of(line)
+                if "file" in line:
+                    FileRecord(**line["record"])
             else:
                 str(line["run"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

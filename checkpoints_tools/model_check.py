@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.raw_io import BLOCK_BYTES
 from checkpoints_tools.tensor_io import TensorSource
+from checkpoints_tools.transfer import TensorJob, TensorStream
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of, find_family
@@ -30,14 +30,34 @@ def read_source_config(source: TensorSource) -> tuple[dict[str, Any] | None, Mod
 def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     """Return the names of a model's tensors, after checking that the source holds just these.
 
-    A head of a tied model may be stored beside the embeddings as long as it equals them; a name that only points to
-    another tensor is left out. Models of mixed kind may hold any further tensors.
+    Arguments and errors of :func:`check_names`; besides, a head of a tied model must equal the embeddings.
+
+    Raises:
+        CheckpointError: See there, or a tied head has values of its own.
+    """
+    names = check_names(source, config)
+    family = family_of(config.MODEL_TYPE)
+    head, embeddings = family.names.head, family.names.embeddings
+    tied = config.tie_word_embeddings and head in source.keys()  # noqa: SIM118
+    if tied and not same_values(source, head, source, embeddings):
+        raise CheckpointError(
+            f"{source.facts.path}: config.json ties {head} to {embeddings} (tie_word_embeddings), but their values "
+            "differ"
+        )
+    return names
+
+
+def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
+    """Return the names of a model's tensors, after checking that the source holds just these, of the right shapes.
+
+    A head of a tied model may be stored beside the embeddings; a name that only points to another tensor is left out.
+    Models of mixed kind may hold any further tensors. No value is read.
 
     Returns:
         The family's tensors in its order, then the others in the source's.
 
     Raises:
-        CheckpointError: Tensors are missing, unused or of another shape, or a tied head has values of its own.
+        CheckpointError: Tensors are missing, unused or of another shape.
     """
     family = family_of(config.MODEL_TYPE)
     specs = family.tensors(config)
@@ -45,7 +65,7 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     held = [name for name in source.keys() if name not in source.aliases or name in specs]  # noqa: SIM118 - not a mapping
     known = set(held)
     where = source.facts.path
-    head, embeddings = family.names.head, family.names.embeddings
+    head = family.names.head
     tied = config.tie_word_embeddings and head in source.keys()  # noqa: SIM118
     if missing := [name for name in specs if name not in known]:
         raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
@@ -62,10 +82,6 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
             raise CheckpointError(
                 f"{where}: tensor '{name}' has shape {source.info(name).shape}; config.json asks for {spec.shape}"
             )
-    if tied and not same_values(source, head, source, embeddings):
-        raise CheckpointError(
-            f"{where}: config.json ties {head} to {embeddings} (tie_word_embeddings), but their values differ"
-        )
     return [*specs, *others]
 
 
@@ -91,13 +107,13 @@ def same_values(first: TensorSource, first_name: str, second: TensorSource, seco
     a, b = first.info(first_name), second.info(second_name)
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    for start in range(0, a.nbytes, BLOCK_BYTES):
-        one, other = (np.empty(min(BLOCK_BYTES, a.nbytes - start), dtype=np.uint8) for _ in range(2))
-        first.read_into(first_name, start, one.data)
-        second.read_into(second_name, start, other.data)
-        if not np.array_equal(one, other):
-            return False
-    return True
+    streams = [TensorStream(source, allow_nonfinite=True) for source in (first, second)]
+    try:
+        blocks = (s.blocks(TensorJob(info=info, source=info)) for s, info in zip(streams, (a, b), strict=True))
+        return all(np.array_equal(one, other) for one, other in zip(*blocks, strict=True))
+    finally:
+        for stream in streams:
+            stream.close()
 
 
 def check_apart(source: Path, target: Path) -> None:

@@ -1,33 +1,37 @@
-"""One checkpoint into another layout: for now training checkpoints (or safetensors) into safetensors."""
+"""One checkpoint into another layout: any of those that we read into any of those that we write."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.hf_writer import with_dtype, write_hf_directory
+from checkpoints_tools.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
+from checkpoints_tools.hf_writer import hf_plan, with_dtype
 from checkpoints_tools.model_check import check_apart, check_tensors, read_source_config
-from checkpoints_tools.shard_writer import DEFAULT_WORKERS, WriteOptions
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import (
-    FLOATS,
-    TORCH_NAMES,
-    Progress,
-    TensorInfo,
-    parse_dtype,
-    stored_dtype,
-    total_bytes,
-)
+from checkpoints_tools.target import TargetPlan, write_target
+from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource, natural_dtype, total_bytes
+from checkpoints_tools.tp_io import check_tp, tp_plan
+from checkpoints_tools.training_states import batch_proposal, fresh_training_states, read_training_states
 from checkpoints_tools.transfer import TensorJob
-from statex_dist.config import parse_size
+from checkpoints_tools.zero3_reader import Zero3Source
+from checkpoints_tools.zero3_writer import zero3_plan
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.config import CONFIG_NAME
+from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.kinds import family_of
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("hf",)
+TARGETS = ("hf", "zero3", "tp", "megatron")
+
+_ADAMW = {
+    **{"lr": 3e-4, "initial_lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "amsgrad": False, "maximize": False},
+    **{"foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True},
+}
+"""Settings of a group that has not been trained; a run's own configuration replaces them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,19 +42,57 @@ class ReshardSummary:
         source: Directory of the files that were read (of a run: the tag).
         kind: Layout of the source.
         target: Directory that was made.
-        tensors: Number of tensors.
+        to: Layout of the target.
+        tensors: Number of tensors, optimizer states not counted.
         parameters: Elements of the floating-point tensors.
-        weight_bytes: Bytes of the values.
-        verified: Whether the source agreed with a manifest.
+        weight_bytes: Bytes of the values, optimizer states included.
+        verified: Whether the source was held to a manifest.
+        states: Names of the optimizer's states that went along.
+        batch: How the global batch is kept on the new number of ranks (of ``zero3``, where the settings say).
+        notes: What has to be known about the result.
     """
 
     source: str
     kind: str
     target: str
+    to: str
     tensors: int
     parameters: int
     weight_bytes: int
     verified: bool
+    states: list[str] = field(default_factory=list)
+    batch: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Input:
+    """A source with what is known of its model: contents of ``config.json``, typed config, and names to be written."""
+
+    source: TensorSource
+    values: dict[str, Any] | None
+    config: ModelConfig | None
+    names: list[str]
+
+    def documents(self, dtype: str | None) -> dict[str, Any]:
+        """Return the documents of the model, with the dtype of its weights."""
+        if self.values is None:
+            return {}
+        return {CONFIG_NAME: self.values if dtype is None else with_dtype(self.values, dtype)}
+
+    def family_config(self, to: str) -> ModelConfig:
+        """Return the config where a layout needs one.
+
+        Raises:
+            CheckpointError: The model is not of one of our families.
+        """
+        if self.config is None:
+            given = "no config.json" if self.values is None else f"model_type {self.values.get('model_type')!r}"
+            raise CheckpointError(
+                f"{self.source.facts.path}: --to {to} from {self.source.facts.kind} needs a model of a known family; "
+                f"it has {given}"
+            )
+        return self.config
 
 
 def reshard(
@@ -59,12 +101,12 @@ def reshard(
     *,
     to: str = "hf",
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    workers: int = DEFAULT_WORKERS,
+    world_size: int | None = None,
+    tp: int | None = None,
+    options: WriteOptions | None = None,
     progress: Progress | None = None,
 ) -> ReshardSummary:
-    """Write a checkpoint as a Hugging Face directory: safetensors, ``config.json``, tokenizer files, manifest.
+    """Write a checkpoint in another layout.
 
     With a configuration of one of our families every name and shape is checked and a tied head is left out. Other
     checkpoints keep their names, a tied tensor once under each; without a configuration only the tensors are written.
@@ -72,12 +114,14 @@ def reshard(
     Args:
         source: Whatever :func:`checkpoints_tools.sources.open_source` opens.
         target: Directory to make.
-        to: Layout of the target; ``hf``.
+        to: ``hf`` (safetensors), ``zero3`` (DeepSpeed, for ``world_size`` ranks), ``tp`` (``tp`` tensor-parallel ranks)
+            or ``megatron`` (torch_dist).
         dtype: ``fp32``, ``bf16`` or ``fp16`` for all floating-point tensors; None keeps each tensor's own, which for a
-            ZeRO-3 checkpoint is fp32 (the master weights) and, for frozen parameters, the training dtype.
-        max_shard_size: Size of a safetensors file, at most.
-        overwrite: Whether a target that is not empty is replaced.
-        workers: Tensors read and written at a time.
+            ZeRO-3 checkpoint is fp32 (the master weights) and, for frozen parameters, the training dtype. With
+            ``zero3`` from another layout it is the precision of the run to come.
+        world_size: Ranks of a ``zero3`` target; None keeps the source's.
+        tp: Ranks of a ``tp`` target.
+        options: How to write.
         progress: Told of the bytes written.
 
     Raises:
@@ -85,48 +129,131 @@ def reshard(
         CheckpointError: The source is not usable or the target not writable; the target is then as it was.
     """
     if to not in TARGETS:
-        raise ConfigError(f"--to {to!r} is not available; allowed now: {', '.join(TARGETS)}")
-    wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size, option="--max-shard-size")
+        raise ConfigError(f"--to {to!r} is not available; allowed: {', '.join(TARGETS)}")
+    if world_size is not None and (to != "zero3" or world_size < 1):
+        raise ConfigError(f"--world-size {world_size} is for --to zero3, a whole number from 1")
+    if tp is not None and to != "tp":
+        raise ConfigError(f"--tp {tp} is for --to tp, not {to}")
+    wanted = parse_dtype(dtype)
     check_apart(Path(source), Path(target))
-    opened = open_source(source)
-    values, config = read_source_config(opened)
-    names = check_tensors(opened, config) if config is not None else opened.keys()
-    if values is None:
-        logger.warning("%s has no %s: the tensors alone are written", opened.facts.path, CONFIG_NAME)
-    elif config is None:
-        logger.warning("model_type %r is not one of ours: tensors are not checked", values.get("model_type"))
-    if not names:
-        raise CheckpointError(f"{opened.facts.path} holds no tensors: there is nothing to write")
-    jobs = [TensorJob(info=_stored(opened.info(name), wanted), source=opened.info(name)) for name in names]
-    infos = [job.info for job in jobs]
-    documents: dict[str, Any] = {}
-    if values is not None:
-        main = _main_dtype(infos)
-        documents[CONFIG_NAME] = values if main is None else with_dtype(values, main)
-    facts = opened.facts
-    write_hf_directory(
-        Path(target),
-        opened,
-        jobs,
-        # A training run that has diverged must still be exportable, to be looked at.
-        WriteOptions(max_shard_size=shard_bytes, overwrite=overwrite, workers=workers, allow_nonfinite=True),
-        documents=lambda finished: documents,
-        info={"source": str(facts.path), "source_kind": facts.kind, "step": facts.info.get("step"), "dtype": dtype},
-        progress=progress,
-    )
+    given = _read(source)
+    facts = given.source.facts
+    # A training run that has diverged must still be exportable, to be looked at.
+    options = replace(options or WriteOptions(), allow_nonfinite=True)
+    info = {"source": str(facts.path), "source_kind": facts.kind, "step": facts.info.get("step"), "dtype": dtype}
+    notes: list[str] = []
+    batch = None
+    if to == "zero3":
+        plan, notes, batch = _training_plan(given, wanted, world_size, info)
+    else:
+        plan = _weights_plan(given, wanted, to, tp, options, info)
+    write_target(Path(target), given.source, plan, options, progress=progress)
+    infos = [job.info for job in plan.jobs if job.state is None]
     return ReshardSummary(
         source=str(facts.path),
         kind=facts.kind,
         target=str(target),
+        to=to,
         tensors=len(infos),
         parameters=sum(info.numel for info in infos if info.dtype in FLOATS),
-        weight_bytes=total_bytes(infos),
+        weight_bytes=total_bytes(job.info for job in plan.jobs),
         verified=facts.verified,
+        states=sorted({job.state for job in plan.jobs if job.state is not None}),
+        batch=batch,
+        notes=notes,
     )
 
 
-def _stored(info: TensorInfo, wanted: str | None) -> TensorInfo:
-    return TensorInfo(name=info.name, shape=info.shape, dtype=stored_dtype(info.dtype, wanted))
+def _read(path: str | Path) -> _Input:
+    """Open a source and choose what is written of it."""
+    source = open_source(path)
+    values, config = read_source_config(source)
+    names = check_tensors(source, config) if config is not None else source.keys()
+    if values is None:
+        logger.warning("%s has no %s: the tensors alone are written", source.facts.path, CONFIG_NAME)
+    elif config is None:
+        logger.warning("model_type %r is not one of ours: tensors are not checked", values.get("model_type"))
+    if not names:
+        raise CheckpointError(f"{source.facts.path} holds no tensors: there is nothing to write")
+    return _Input(source=source, values=values, config=config, names=names)
+
+
+def _weights_plan(
+    given: _Input, wanted: str | None, to: str, tp: int | None, options: WriteOptions, info: dict[str, Any]
+) -> TargetPlan:
+    """Lay out a target that has weights alone."""
+    source = given.source
+    jobs = []
+    for name in given.names:
+        found = source.info(name)
+        stored = stored_dtype(natural_dtype(source, name), wanted)
+        jobs.append(TensorJob(info=replace(found, dtype=stored), source=found))
+    documents = given.documents(_main_dtype([job.info for job in jobs]))
+    if to == "tp":
+        return tp_plan(jobs, given.family_config("tp"), check_tp(tp), documents=lambda _: documents, info=info)
+    if to == "megatron":
+        from checkpoints_tools.megatron_io import megatron_plan
+
+        return megatron_plan(
+            source,
+            jobs,
+            config=given.config,
+            max_shard_size=options.max_shard_size,
+            documents=lambda _: documents,
+            info=info,
+        )
+    return hf_plan(source, jobs, max_shard_size=options.max_shard_size, documents=lambda _: documents, info=info)
+
+
+def _training_plan(
+    given: _Input, wanted: str | None, world_size: int | None, info: dict[str, Any]
+) -> tuple[TargetPlan, list[str], dict[str, Any] | None]:
+    """Lay out a ZeRO-3 checkpoint; return with it what has to be said, and how the batch is kept."""
+    source = given.source
+    if isinstance(source, Zero3Source):
+        if wanted is not None:
+            raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
+        ranks = world_size or source.world_size
+        training, notes = read_training_states(source, ranks)
+        names = [name for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
+        jobs = [TensorJob(info=source.info(name), source=source.info(name)) for name in names]
+        settings = source.model.get("ds_config") or {}
+        batch = batch_proposal(settings, source.world_size, ranks) if isinstance(settings, dict) else None
+        documents = {} if given.values is None else {CONFIG_NAME: given.values}
+        info = {**info, "batch": batch, "source_world_size": source.world_size}
+        plan = zero3_plan(training, jobs, ranks, documents=lambda _: documents, info=info)
+        return plan, notes, batch
+    if world_size is None:
+        raise ConfigError(f"--to zero3 from {source.facts.kind} needs --world-size, the number of ranks")
+    return _fresh_plan(given, wanted, world_size, info), ["no optimizer states: training starts anew from here"], None
+
+
+def _fresh_plan(given: _Input, wanted: str | None, world_size: int, info: dict[str, Any]) -> TargetPlan:
+    """Lay out a training checkpoint of a model that comes without optimizer states."""
+    # Flat groups know no names: without the order of the model's parameters they could not be filled.
+    source, config = given.source, given.family_config("zero3")
+    family = family_of(config.MODEL_TYPE)
+    if config.is_mixed:
+        raise CheckpointError(f"{source.facts.path}: --to zero3 is not possible for mixed models: we do not train them")
+    specs = family.tensors(config)
+    precision = wanted or _main_dtype([source.info(name) for name in specs])
+    if precision not in ("F32", "BF16"):
+        raise ConfigError(
+            f"--to zero3: a run in {TORCH_NAMES[precision or 'F16']} is not possible; give --dtype bf16 or fp32"
+        )
+    groups = [{n: s.shape for n, s in specs.items() if s.decay is decay} for decay in (True, False)]
+    settings = [{**_ADAMW, "weight_decay": decay} for decay in (0.1, 0.0)]
+    tied = {family.names.head: family.names.embeddings} if config.tie_word_embeddings else {}
+    training = fresh_training_states(
+        [group for group in groups if group],
+        [setting for setting, group in zip(settings, groups, strict=True) if group],
+        module=dict.fromkeys([*specs, *tied], precision),
+        shared=tied,
+        bf16=precision == "BF16",
+    )
+    jobs = [TensorJob(info=replace(source.info(n), dtype="F32"), source=source.info(n)) for n in specs]
+    documents = {} if given.values is None else {CONFIG_NAME: given.values}
+    return zero3_plan(training, jobs, world_size, documents=lambda _: documents, info=info)
 
 
 def _main_dtype(infos: list[TensorInfo]) -> str | None:

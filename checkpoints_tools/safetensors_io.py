@@ -7,30 +7,21 @@ used: a checkpoint is often somebody else's file.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from checkpoints_tools.raw_io import FileState, read_into
-from checkpoints_tools.tensor_io import ITEM_BYTES, SourceFacts, TensorInfo
+from checkpoints_tools.dtypes import ITEM_BYTES
+from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 _INDEX_MAX_BYTES = 100_000_000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
-    """Where a tensor's bytes are: file and absolute offset."""
-
-    info: TensorInfo
-    path: Path
-    offset: int
-    state: FileState
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,88 +118,66 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-class SafetensorsSource:
+class SafetensorsSource(TensorSource):
     """A Hugging Face directory: ``model.safetensors``, or shards and their index.
+
+    Attributes:
+        metadata: The entries of the files' ``__metadata__``.
 
     Args:
         directory: The directory.
-        verified: Whether the caller has verified the weight files against a manifest.
+        verified: Whether there is a manifest to which every byte that is read is held.
         info: Facts of the writer, if known.
+        digests: Digests of the tensors, if known.
 
     Raises:
         CheckpointError: A file is missing, damaged or not listed in the index.
     """
 
-    def __init__(self, directory: Path, *, verified: bool = False, info: dict[str, Any] | None = None):
-        self._files: list[Path] = []
-        self._places: dict[str, _Place] = {}
-        self._metadata: dict[str, str] = {}
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        verified: bool = False,
+        info: dict[str, Any] | None = None,
+        digests: Mapping[str, str] | None = None,
+    ):
+        self._places: dict[str, tuple[TensorInfo, Piece]] = {}
+        self.metadata: dict[str, str] = {}
         if (directory / SINGLE_NAME).exists():
             weight_map: dict[str, str] | None = None
-            self._files = [directory / SINGLE_NAME]
+            files = [directory / SINGLE_NAME]
         else:
             weight_map = _read_index(directory / INDEX_NAME)
-            self._files = [directory / name for name in dict.fromkeys(weight_map.values())]
-        for path in self._files:
+            files = [directory / name for name in dict.fromkeys(weight_map.values())]
+        for path in files:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; {INDEX_NAME} lists it")
-            state = FileState.of(path.stat())
             tensors, metadata = read_header(path)
-            self._metadata.update(metadata)
+            self.metadata.update(metadata)
             for name, (tensor, offset) in tensors.items():
                 if weight_map is not None and weight_map.get(name) != path.name:
                     raise CheckpointError(f"{path} holds tensor '{name}', which {INDEX_NAME} does not place there")
-                self._places[name] = _Place(info=tensor, path=path, offset=offset, state=state)
+                self._places[name] = tensor, Piece(path, offset, 0, tensor.numel)
         if weight_map is not None:
             if missing := [name for name in weight_map if name not in self._places]:
                 raise CheckpointError(
                     f"{directory / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {INDEX_NAME}"
                 )
             self._places = {name: self._places[name] for name in weight_map}
-        self._facts = SourceFacts(
+        facts = SourceFacts(
             kind="hf",
             path=directory,
             model_dir=directory if (directory / "config.json").is_file() else None,
             verified=verified,
             info=info or {},
+            digests=digests or {},
         )
+        super().__init__(facts, {name: tensor for name, (tensor, _) in self._places.items()}, files)
 
-    @property
-    def facts(self) -> SourceFacts:
-        """What is known about the checkpoint."""
-        return self._facts
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Nothing: a safetensors file cannot say that two tensors are one."""
-        return {}
-
-    @property
-    def files(self) -> list[Path]:
-        """The safetensors files."""
-        return self._files
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The entries of the files' ``__metadata__``."""
-        return self._metadata
-
-    def keys(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._places)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype of a tensor."""
-        return self._places[name].info
-
-    def read_into(self, name: str, start: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a tensor from byte ``start`` on.
-
-        Raises:
-            CheckpointError: The file ends early, cannot be read, or has changed since the source was opened.
-        """
-        place = self._places[name]
-        read_into(view, place.path, place.offset + start, expected=place.state)
+    def pieces(self, name: str) -> Pieces:
+        """Return where a tensor lies: one run of one file."""
+        return (self._places[name][1],)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +198,11 @@ class ShardLayout:
     def size(self) -> int:
         """Bytes of the file."""
         return len(self.header) + sum(info.nbytes for info in self.tensors)
+
+    def offsets(self) -> dict[str, int]:
+        """Return the byte at which each tensor begins."""
+        starts = itertools.accumulate((info.nbytes for info in self.tensors), initial=len(self.header))
+        return {info.name: start for info, start in zip(self.tensors, starts, strict=False)}
 
 
 def lay_out(
@@ -254,10 +228,17 @@ def lay_out(
         if len(shards) == 1
         else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     )
-    return [_lay_out_shard(name, shard, metadata or {}) for name, shard in zip(names, shards, strict=True)]
+    return [lay_out_file(name, shard, metadata or {}) for name, shard in zip(names, shards, strict=True)]
 
 
-def _lay_out_shard(file: str, shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> ShardLayout:
+def lay_out_file(file: str, shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> ShardLayout:
+    """Lay tensors out in one file.
+
+    Args:
+        file: Its name.
+        shard: The tensors.
+        metadata: Entries of the header's ``__metadata__`` beside ``format``.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     # Wide elements first, as the safetensors library does: then every tensor is aligned to its element size.
     tensors = tuple(sorted(shard, key=lambda info: -info.item_bytes))

@@ -8,7 +8,10 @@ from typing import Any
 
 from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
 from checkpoints_tools.tensor_io import SourceFacts, TensorSource
+from checkpoints_tools.torch_reader import StateDictSource
+from checkpoints_tools.tp_io import LAYOUT_NAME, TensorParallelSource
 from checkpoints_tools.zero3_layout import looks_like_zero
+from checkpoints_tools.zero3_reader import Zero3Source
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     LATEST_NAME,
@@ -26,28 +29,59 @@ logger = logging.getLogger(__name__)
 BIN_NAME = "pytorch_model.bin"
 
 
-def open_source(path: str | Path, *, verify: bool = True) -> TensorSource:
+def open_source(path: str | Path, *, verify: bool = True, describe: bool = False) -> TensorSource:
     """Open a checkpoint of any layout that we read.
 
     Args:
         path: A Hugging Face directory, a run, its ``checkpoints`` directory, a DeepSpeed checkpoint directory (with
             ``latest``) or one tag of it. Of several tags the newest complete one is taken, else what ``latest`` names.
-        verify: Whether to compare the weight files with the manifest, where there is one.
+        verify: Whether the weight files are held to the manifest, where there is one.
+        describe: Whether to open no more than tells what the checkpoint is: its tensors cannot be read then.
 
     Raises:
         CheckpointError: Not a checkpoint, incomplete, damaged, or of a layout that we do not read.
     """
+    kind, directory = recognise(path)
+    if kind in ("zero3", "plain"):
+        return _open_tag(directory, kind, verify=verify, describe=describe)
+    if kind == "torch":
+        return _open_state_dict(directory / BIN_NAME, kind=kind, key=None, model_dir=_model_dir(directory))
+    manifest, verified = _check_manifest(directory, verify=verify, only_weights=True)
+    reader: Any = {"hf": SafetensorsSource, "tp": TensorParallelSource}.get(kind)
+    if kind == "megatron":
+        from checkpoints_tools.megatron_io import MegatronSource
+
+        reader = MegatronSource
+    source: TensorSource = reader(
+        directory, verified=verified, info=_info(manifest), digests=_digests(manifest, verified)
+    )
+    _check_records(source, manifest)
+    return source
+
+
+def recognise(path: str | Path) -> tuple[str, Path]:
+    """Return what layout a directory has, and where its weight files lie (of a run: the tag).
+
+    Raises:
+        CheckpointError: Not a checkpoint, or none that is complete.
+    """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"source not found: {path}")
+    if "\0" in str(path) or not path.exists():
+        raise CheckpointError(f"source not found: {str(path)!r}")
     if not path.is_dir():
         raise CheckpointError(f"source {path} is a file; give the directory that holds the checkpoint")
     if (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists():
-        verified, info = _check_manifest(path, verify=verify, only_weights=True)
-        return SafetensorsSource(path, verified=verified, info=info)
+        return "hf", path
+    if (path / LAYOUT_NAME).is_file():
+        return "tp", path
+    if (path / ".metadata").is_file():
+        return "megatron", path
     if (path / BIN_NAME).is_file():
-        return _open_state_dict(path / BIN_NAME, kind="torch", key=None, model_dir=_model_dir(path))
-    return _open_tag(path if _is_tag(path) else _choose_tag(path), verify=verify)
+        return "torch", path
+    tag = path if _is_tag(path) else _choose_tag(path)
+    if not _is_tag(tag):
+        raise CheckpointError(f"{tag} holds neither {PLAIN_STATE_NAME} nor zero_pp_rank_*_states.pt")
+    return "plain" if (tag / PLAIN_STATE_NAME).is_file() else "zero3", tag
 
 
 def _is_tag(directory: Path) -> bool:
@@ -73,21 +107,41 @@ def _choose_tag(path: Path) -> Path:
     return checkpoints / tag
 
 
-def _open_tag(tag: Path, *, verify: bool) -> TensorSource:
-    if not _is_tag(tag):
-        raise CheckpointError(f"{tag} holds neither {PLAIN_STATE_NAME} nor zero_pp_rank_*_states.pt")
-    verified, info = _check_manifest(tag, verify=verify, only_weights=False)
-    if not (tag / MANIFEST_NAME).is_file():
-        logger.warning("%s holds no %s: sizes are checked, contents cannot be", tag, MANIFEST_NAME)
-    model_dir = _model_dir(tag / MODEL_DIR)
-    if (tag / PLAIN_STATE_NAME).is_file():
-        return _open_state_dict(
-            tag / PLAIN_STATE_NAME, kind="plain", key="module", model_dir=model_dir, verified=verified, info=info
-        )
-    # torch is needed for pickles alone, and its import costs more than many a job.
-    from checkpoints_tools.zero3_reader import Zero3Source
+def _open_tag(tag: Path, kind: str, *, verify: bool, describe: bool) -> TensorSource:
+    manifest, verified = _check_manifest(tag, verify=verify, only_weights=False)
+    if manifest is None and not describe:
+        logger.warning("%s holds no %s: what is read is held to the files' own checksums", tag, MANIFEST_NAME)
+    model_dir, info = _model_dir(tag / MODEL_DIR), _info(manifest)
+    if kind == "plain":
+        path = tag / PLAIN_STATE_NAME
+        return _open_state_dict(path, kind=kind, key="module", model_dir=model_dir, verified=verified, info=info)
+    source = Zero3Source(
+        tag,
+        model_dir=model_dir,
+        verified=verified,
+        info=info,
+        digests=_digests(manifest, verified),
+        only_first=describe,
+    )
+    _check_records(source, manifest)
+    return source
 
-    return Zero3Source(tag, model_dir=model_dir, verified=verified, info=info)
+
+def _check_records(source: TensorSource, manifest: Manifest | None) -> None:
+    """Raise unless the tensors are those of the manifest, if it lists any.
+
+    Raises:
+        CheckpointError: A tensor is missing, or of another shape or dtype.
+    """
+    for key, record in (manifest.tensors if manifest is not None else {}).items():
+        state, _, name = key.rpartition(":")
+        held = source.states().get(state) if state else source
+        info = held.info(name) if held is not None and name in held.keys() else None  # noqa: SIM118 - not a mapping
+        if info is None or (info.dtype, info.shape) != (record.dtype, record.shape):
+            found = "is missing" if info is None else f"has dtype {info.dtype} and shape {info.shape}"
+            raise CheckpointError(
+                f"{source.facts.path}: tensor '{key}' {found}; {MANIFEST_NAME} says {record.dtype} {record.shape}"
+            )
 
 
 def _model_dir(directory: Path) -> Path | None:
@@ -103,22 +157,41 @@ def _open_state_dict(
     verified: bool = False,
     info: dict[str, Any] | None = None,
 ) -> TensorSource:
-    from checkpoints_tools.torch_reader import StateDictSource
-
     facts = SourceFacts(kind=kind, path=path.parent, model_dir=model_dir, verified=verified, info=info or {})
     return StateDictSource(path, key=key, facts=facts)
 
 
-def _check_manifest(directory: Path, *, verify: bool, only_weights: bool) -> tuple[bool, dict[str, Any]]:
-    """Return whether the files were verified, and the writer's facts; a directory without manifest is not verified.
+def _check_manifest(directory: Path, *, verify: bool, only_weights: bool) -> tuple[Manifest | None, bool]:
+    """Return a directory's manifest, if it has one, and whether all that will be read is held to it.
 
-    ``only_weights`` leaves out what people edit by hand in a Hugging Face directory (config, tokenizer).
+    Sizes and archive directories are compared at once; contents while they are read, by the digests of tensors and the
+    CRCs of archives. Only a file that neither of them covers is read beforehand.
+
+    Args:
+        directory: The directory.
+        verify: Whether to compare anything.
+        only_weights: Leaves out what people edit by hand in a Hugging Face directory (config, tokenizer).
     """
     if not (directory / MANIFEST_NAME).is_file():
-        return False, {}
+        return None, False
     manifest = Manifest.read(directory)
     if not verify:
-        return False, manifest.info
+        return manifest, False
     files = {n: r for n, r in manifest.files.items() if not only_weights or n.endswith((".safetensors", INDEX_NAME))}
-    Manifest(kind=manifest.kind, files=files, info=manifest.info).verify(directory)
-    return True, manifest.info
+    Manifest(kind=manifest.kind, files=files).verify_sizes(directory)
+    for name, record in files.items():
+        covered = record.directory_xxh3_128 is not None if name.endswith(".pt") else bool(manifest.tensors)
+        if not covered or not name.endswith((".pt", ".safetensors", ".distcp")):
+            record.check(directory / name)
+    return manifest, True
+
+
+def _info(manifest: Manifest | None) -> dict[str, Any]:
+    return manifest.info if manifest is not None else {}
+
+
+def _digests(manifest: Manifest | None, verified: bool) -> dict[str, str]:
+    """Return the digests to which the tensors are held."""
+    if manifest is None or not verified:
+        return {}
+    return {name: record.xxh3_128 for name, record in manifest.tensors.items()}

@@ -1,41 +1,22 @@
-"""The one logical layer of the offline tools: named tensors, read as ranges of bytes.
+"""The one logical layer of the offline tools: named tensors, each a list of pieces that lie in files.
 
-A source knows the shape and dtype of every tensor before it reads any, so a target is laid out once, a checkpoint that
-does not fit is refused before a byte is written, and memory is bounded by buffers, never by a tensor or the model.
-Dtypes go by their names in the safetensors format, so that nothing here needs torch. Formats are further files of this
-folder; :mod:`checkpoints_tools.sources` recognises them.
+A source knows shape, dtype and pieces of every tensor before it reads any, a target knows the same of every tensor that
+it will get; whatever the two layouts are, the copy is one and the same, and memory is bounded by buffers, never by a
+tensor or the model. Formats are further files of this folder; :mod:`checkpoints_tools.sources` recognises them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from statex_dist.errors import ConfigError
-
-ITEM_BYTES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8},
-    **{"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
-}
-"""Every dtype that we read, by its name in safetensors, and the bytes of an element."""
-
-TORCH_NAMES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
-    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
-    **{"U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64"},
-    **{"F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
-}
-"""The same dtypes as torch and ``config.json`` spell them."""
-
-OPTIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-"""What ``--dtype`` accepts."""
-
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+from checkpoints_tools.dtypes import FLOATS, ITEM_BYTES
+from checkpoints_tools.raw_io import FileState
+from checkpoints_tools.torch_zip import TorchArchive
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and in all."""
@@ -43,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """Name, shape and dtype (a key of :data:`ITEM_BYTES`) of one tensor."""
+    """Name, shape and dtype (a key of :data:`checkpoints_tools.dtypes.ITEM_BYTES`) of one tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,17 +46,60 @@ class TensorInfo:
         return self.numel * self.item_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a tensor whose values lie one after the other in a file.
+
+    The tensor is seen as a matrix with rows of ``width`` elements; the piece is its rows ``start .. stop``, of which
+    the columns ``first .. last``. Most pieces are runs of the flattened tensor: rows of one element.
+
+    Attributes:
+        path: The file.
+        offset: Byte at which the values begin.
+        start: First row.
+        stop: Row after the last.
+        width: Elements of a row of the tensor.
+        first: First column.
+        last: Column after the last.
+    """
+
+    path: Path
+    offset: int
+    start: int
+    stop: int
+    width: int = 1
+    first: int = 0
+    last: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return (self.stop - self.start) * (self.last - self.first)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Part of a tensor whose values are in memory: elements ``start`` and on of the flattened tensor."""
+
+    start: int
+    data: bytes
+
+
+Pieces = Sequence[Piece | Held]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFacts:
     """What is known about a checkpoint besides its tensors.
 
     Attributes:
-        kind: ``hf`` (safetensors), ``torch`` (``pytorch_model.bin``), ``zero3`` (DeepSpeed) or ``plain`` (one process,
-            no DeepSpeed).
+        kind: ``hf`` (safetensors), ``torch`` (``pytorch_model.bin``), ``zero3`` (DeepSpeed), ``plain`` (one process, no
+            DeepSpeed), ``tp`` (tensor-parallel shards) or ``megatron`` (torch_dist).
         path: Directory of the weight files.
         model_dir: Directory with ``config.json`` and tokenizer files, or None where the checkpoint has no such.
-        verified: Whether a manifest was there and every weight file agreed with it.
+        verified: Whether there is a manifest to which every byte that is read is held.
         info: Facts of the writer: step, world size, manifest entries.
+        digests: xxh3-128 of tensors as the manifest has them, by name.
     """
 
     kind: str
@@ -83,49 +107,69 @@ class SourceFacts:
     model_dir: Path | None
     verified: bool
     info: dict[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
-class TensorSource(Protocol):
-    """A checkpoint that is read one range of one tensor at a time; reading is safe from several threads."""
+class TensorSource(ABC):
+    """A checkpoint, open for reading; it may be read by several threads.
 
-    @property
-    def facts(self) -> SourceFacts:
-        """What is known about the checkpoint."""
+    Attributes:
+        facts: What is known about the checkpoint.
+        files: The weight files.
+        opened: What each of them was when the checkpoint was opened: one that has changed since is refused.
+        aliases: Tied names, each with the name that owns the values; both are among :meth:`keys`.
+        buffers: Names of tensors that are no parameters, as far as the layout knows.
+    """
 
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Tied names, each with the name that owns the values; both are among :meth:`keys`."""
-
-    @property
-    def files(self) -> list[Path]:
-        """The weight files."""
+    def __init__(
+        self,
+        facts: SourceFacts,
+        infos: Mapping[str, TensorInfo],
+        files: Sequence[Path],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        buffers: Iterable[str] = (),
+    ):
+        self.facts = facts
+        self.files = list(files)
+        self.opened = {path: FileState.of(path.stat()) for path in files}
+        self.aliases = dict(aliases or {})
+        self.buffers = frozenset(buffers)
+        self._infos = dict(infos)
 
     def keys(self) -> list[str]:
         """Return the names of all tensors, in the checkpoint's order."""
+        return list(self._infos)
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of a tensor without reading it."""
+        return self._infos[name]
 
-    def read_into(self, name: str, start: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a (flattened) tensor from byte ``start`` on; both are whole elements."""
+    @abstractmethod
+    def pieces(self, name: str) -> Pieces:
+        """Return where the values of a tensor lie: every element once, in the order of :attr:`Piece.start`."""
+
+    def replicas(self, name: str) -> Sequence[Piece]:
+        """Return further places that must hold the same values as :meth:`pieces` (tensor parallelism repeats some)."""
+        return ()
+
+    def archives(self) -> Iterable[TorchArchive]:
+        """Return the ``torch.save`` files among :attr:`files`: they carry checksums of their own."""
+        return ()
+
+    def states(self) -> Mapping[str, TensorSource]:
+        """Return what the optimizer remembers of the parameters, by its names (``exp_avg``), as further sources."""
+        return {}
 
 
-def parse_dtype(text: str | None) -> str | None:
-    """Return the dtype that a ``--dtype`` value names; None keeps each tensor's own.
+def natural_dtype(source: TensorSource, name: str) -> str:
+    """Return the dtype in which a tensor is exported where nothing else is asked for.
 
-    Raises:
-        ConfigError: An unknown name.
+    DeepSpeed's own converter stores the floating-point buffers of a ZeRO-3 checkpoint as fp32, like its weights.
     """
-    if text is None:
-        return None
-    if text not in OPTIONS:
-        raise ConfigError(f"--dtype {text!r} is not supported; allowed: {', '.join(OPTIONS)}")
-    return OPTIONS[text]
-
-
-def stored_dtype(dtype: str, wanted: str | None) -> str:
-    """Return the dtype to store: ``wanted`` for floating-point values, else their own."""
-    return wanted if wanted is not None and dtype in FLOATS else dtype
+    dtype = source.info(name).dtype
+    widened = source.facts.kind == "zero3" and name in source.buffers and dtype in FLOATS
+    return "F32" if widened else dtype
 
 
 def total_bytes(infos: Iterable[TensorInfo]) -> int:

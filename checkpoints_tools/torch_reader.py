@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from checkpoints_tools.pickle_io import TorchFile, bytes_of, dtype_of
-from checkpoints_tools.tensor_io import SourceFacts, TensorInfo
+from checkpoints_tools.raw_io import read_bytes
+from checkpoints_tools.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from checkpoints_tools.torch_pickle import TensorRef
+from checkpoints_tools.torch_zip import TorchArchive, open_archive
 from statex_dist.errors import CheckpointError
 
 
-class StateDictSource:
+class StateDictSource(TensorSource):
     """A state dict in one file.
 
     Args:
@@ -27,51 +28,55 @@ class StateDictSource:
     """
 
     def __init__(self, path: Path, *, key: str | None, facts: SourceFacts):
-        self._file = TorchFile(path)
-        content: Any = self._file.content
+        self._archive = open_archive(path)
+        content: Any = self._archive.content
         module = content if key is None else content.get(key) if isinstance(content, dict) else None
-        if not isinstance(module, dict) or not all(isinstance(v, torch.Tensor) for v in module.values()):
+        if not isinstance(module, dict) or not all(isinstance(v, TensorRef) for v in module.values()):
             raise CheckpointError(f"{path} holds no state dict" + (f" under '{key}'" if key else ""))
-        self._tensors: dict[str, torch.Tensor] = module
-        self._facts = facts
-        self._contiguous = lru_cache(maxsize=1)(lambda name: bytes_of(self._tensors[name]))
-        owners: dict[tuple[Any, ...], str] = {}
-        self._aliases: dict[str, str] = {}
+        self._tensors: dict[str, TensorRef] = module
+        owners: dict[TensorRef, str] = {}
+        aliases: dict[str, str] = {}
         for name, tensor in module.items():
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            owner = owners.setdefault(place, name)
-            if owner != name and tensor.numel():
-                self._aliases[name] = owner
+            owner = owners.setdefault(tensor, name)
+            if owner != name and tensor.numel:
+                aliases[name] = owner
+        infos = {name: TensorInfo(name=name, shape=t.shape, dtype=t.dtype) for name, t in module.items()}
+        super().__init__(facts, infos, [path], aliases=aliases)
 
-    @property
-    def facts(self) -> SourceFacts:
-        """What is known about the checkpoint."""
-        return self._facts
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Names that share their memory with an earlier one."""
-        return self._aliases
-
-    @property
-    def files(self) -> list[Path]:
-        """The one file."""
-        return [self._file.path]
-
-    def keys(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype of a tensor."""
+    def pieces(self, name: str) -> Pieces:
+        """Return where a tensor lies: one run of the file, or, of a transposed one, its values."""
         tensor = self._tensors[name]
-        return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype_of(tensor))
+        if tensor.is_contiguous:
+            return (place_of(self._archive, tensor),)
+        return (Held(0, gathered(self._archive, tensor)),)
 
-    def read_into(self, name: str, start: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a tensor from byte ``start`` on."""
-        tensor = self._tensors[name]
-        if tensor.is_contiguous():
-            self._file.read(tensor, view, start)
-        else:
-            # Transposed weights are copied whole, and kept until the next such tensor is asked for.
-            view[:] = self._contiguous(name)[start : start + len(view)]
+    def archives(self) -> Iterable[TorchArchive]:
+        """Return the one file."""
+        return (self._archive,)
+
+
+def place_of(archive: TorchArchive, tensor: TensorRef) -> Piece:
+    """Return where a contiguous tensor of an archive lies.
+
+    Raises:
+        CheckpointError: Its storage is missing or shorter than the pickle says.
+    """
+    entry, item = archive.storage(tensor.storage.key), TensorInfo(name="", shape=(), dtype=tensor.dtype).item_bytes
+    if tensor.storage.numel * item > entry.size:
+        raise CheckpointError(
+            f"{archive.path} is damaged: its storage {tensor.storage.key} has {entry.size} bytes, "
+            f"{tensor.storage.numel * item} are needed"
+        )
+    return Piece(archive.path, entry.offset + tensor.offset * item, 0, tensor.numel)
+
+
+def gathered(archive: TorchArchive, tensor: TensorRef) -> bytes:
+    """Return the values of a tensor in order, whatever its strides; the whole tensor is then in memory."""
+    first = place_of(archive, tensor).offset
+    item = TensorInfo(name="", shape=(), dtype=tensor.dtype).item_bytes
+    if not tensor.numel:
+        return b""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
+    values = np.frombuffer(read_bytes(archive.path, first, span * item), dtype=f"V{item}")
+    strides = [stride * item for stride in tensor.stride]
+    return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False).tobytes()

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-
-from checkpoints_tools.convert import cast
-from checkpoints_tools.expand import DRAWABLE, Expansion, plan_expansion, read_model
+from checkpoints_tools.compare import Outcome, Pair, compare
+from checkpoints_tools.dtypes import FLOATS, OPTIONS, TORCH_NAMES
+from checkpoints_tools.expansion import Expansion, plan_expansion, read_model
 from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, read_report
-from checkpoints_tools.hf_writer import carried_files
 from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsSource
 from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import FLOATS, OPTIONS, TORCH_NAMES, Progress, TensorInfo, TensorSource
-from checkpoints_tools.transfer import TensorJob, TensorStream
+from checkpoints_tools.target import carried_files
+from checkpoints_tools.target_writer import DEFAULT_WORKERS
+from checkpoints_tools.tensor_io import Progress, TensorSource, natural_dtype
+from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
@@ -34,7 +32,7 @@ class Verdict:
 
     Attributes:
         first: The one directory (the base of an expansion).
-        second: The other.
+        second: The other; None where one was verified by itself.
         tensors: Tensors that agree, by what was to become of them.
         plan: The expansions that were verified.
         differences: Every disagreement in words; empty for a proof.
@@ -42,7 +40,7 @@ class Verdict:
     """
 
     first: str
-    second: str
+    second: str | None
     tensors: Counter[str] = field(default_factory=Counter)
     plan: list[dict[str, Any]] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
@@ -58,7 +56,9 @@ class Verdict:
         return {"ok": self.ok, **asdict(self), "tensors": dict(self.tensors)}
 
 
-def verify_expansion(base: str | Path, expanded: str | Path, *, progress: Progress | None = None) -> Verdict:
+def verify_expansion(
+    base: str | Path, expanded: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None
+) -> Verdict:
     """Prove that ``expanded`` is ``base`` with the plan in its ``config.json``, and that nothing else changed.
 
     Kept rows are compared with the base byte by byte, new rows are drawn again from the plan's seeds, checksums are
@@ -90,23 +90,28 @@ def verify_expansion(base: str | Path, expanded: str | Path, *, progress: Progre
     held = {name for name in other.keys() if name not in other.aliases or name in jobs}  # noqa: SIM118 - not a mapping
     verdict.differences += [f"tensor '{name}' is missing" for name in jobs if name not in held]
     verdict.differences += [f"tensor '{name}' should not be there" for name in sorted(held - jobs.keys())]
-    stream = TensorStream(source, allow_nonfinite=True)
-    pairs = [(job, other.info(name)) for name, job in jobs.items() if name in held]
-    checksums = _compare_all(pairs, stream, other, verdict, progress=progress)
+    pairs = [Pair(job, name) for name, job in jobs.items() if name in held]
+    checksums = _note(compare(pairs, source, other, workers=workers, progress=progress), verdict)
     _compare_reports(expansion, checksums, other.facts.path, verdict)
     _compare_files(source, other, verdict)
     return verdict
 
 
 def verify_same(
-    first: str | Path, second: str | Path, *, rtol: float | None = None, progress: Progress | None = None
+    first: str | Path,
+    second: str | Path,
+    *,
+    rtol: float | None = None,
+    workers: int = DEFAULT_WORKERS,
+    progress: Progress | None = None,
 ) -> Verdict:
-    """Compare two checkpoints of any layout tensor by tensor.
+    """Compare two checkpoints of any layout tensor by tensor; of two training checkpoints the optimizer's states too.
 
     Args:
         first: The one.
         second: The other.
         rtol: Largest relative difference of a value, dtypes aside; None asks for the same dtype and the same bytes.
+        workers: Tensors compared at a time.
         progress: Told of the bytes compared.
 
     Raises:
@@ -114,15 +119,46 @@ def verify_same(
     """
     a, b = open_source(first), open_source(second)
     verdict = Verdict(first=str(a.facts.path), second=str(b.facts.path))
+    pairs = _paired(a, b, None, verdict)
+    common = [state for state in a.states() if state in b.states()]
+    for state in common:
+        pairs += _paired(a.states()[state], b.states()[state], state, verdict)
+    if left := sorted(a.states().keys() ^ b.states().keys()):
+        verdict.notes.append(f"optimizer states {', '.join(left)} are in one of the two alone: not compared")
+    _note(compare(pairs, a, b, workers=workers, rtol=rtol, progress=progress), verdict)
+    return verdict
+
+
+def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verdict) -> list[Pair]:
+    """Pair the tensors of two checkpoints; note those that one of them lacks."""
     # A name that only points to another tensor is compared where both have it: other layouts write the owner alone.
     names, others = a.keys(), set(b.keys())
     names = [name for name in names if name in others or name not in a.aliases]
     others = {name for name in others if name in names or name not in b.aliases}
-    verdict.differences += [f"tensor '{name}' is in the first alone" for name in names if name not in others]
-    verdict.differences += [f"tensor '{name}' is in the second alone" for name in sorted(others - set(names))]
-    pairs = [(TensorJob(info=a.info(name), source=a.info(name)), b.info(name)) for name in names if name in others]
-    _compare_all(pairs, TensorStream(a, allow_nonfinite=True), b, verdict, rtol=rtol, progress=progress)
-    return verdict
+    what = "tensor" if state is None else state
+    verdict.differences += [f"{what} '{name}' is in the first alone" for name in names if name not in others]
+    verdict.differences += [f"{what} '{name}' is in the second alone" for name in sorted(others - set(names))]
+    jobs = [
+        TensorJob(info=replace(a.info(name), dtype=natural_dtype(a, name)), source=a.info(name), state=state)
+        for name in names
+        if name in others
+    ]
+    return [Pair(job, job.info.name) for job in jobs]
+
+
+def _note(outcomes: list[Outcome], verdict: Verdict) -> dict[str, str]:
+    """Enter what was found in the verdict, and return the digests of the tensors that agree."""
+    digests = {}
+    for outcome in outcomes:
+        pair = outcome.pair
+        if outcome.problem:
+            what = "tensor" if pair.job.state is None else pair.job.state
+            verdict.differences.append(f"{what} '{pair.found}' ({pair.kind}) {outcome.problem}")
+            continue
+        verdict.tensors[pair.kind if pair.job.state is None else pair.job.state] += 1
+        if outcome.digest is not None and pair.job.state is None:
+            digests[pair.found] = outcome.digest
+    return digests
 
 
 def _recorded_dtype(base: dict[str, Any], found: dict[str, Any], other: TensorSource, verdict: Verdict) -> str | None:
@@ -195,65 +231,3 @@ def _compare_files(source: TensorSource, other: TensorSource, verdict: Verdict) 
     metadata = [{"format": "pt", **s.metadata} for s in (source, other) if isinstance(s, SafetensorsSource)]
     if len(metadata) == 2 and metadata[0] != metadata[1]:
         verdict.differences.append("the metadata of the safetensors files differs from the base's")
-
-
-def _compare_all(
-    pairs: list[tuple[TensorJob, TensorInfo]],
-    stream: TensorStream,
-    other: TensorSource,
-    verdict: Verdict,
-    *,
-    rtol: float | None = None,
-    progress: Progress | None = None,
-) -> dict[str, str]:
-    """Compare tensors of ``other`` with what the jobs say they are; note what differs, return other digests."""
-    digests: dict[str, str] = {}
-    total = sum(found.nbytes for _, found in pairs)
-    done = 0
-    for job, found in pairs:
-        kind = job.surgery.recipe.change if job.surgery else "kept"
-        if found.shape != job.info.shape:
-            problem: str | None = f"has shape {found.shape}, not {job.info.shape}"
-        elif found.dtype != job.info.dtype and (rtol is None or not {found.dtype, job.info.dtype} <= set(DRAWABLE)):
-            problem = f"has dtype {TORCH_NAMES[found.dtype]}, not {TORCH_NAMES[job.info.dtype]}"
-        else:
-            problem, digest = _compare(stream.blocks(job), job.info, found, other, rtol)
-        if problem:
-            verdict.differences.append(f"tensor '{found.name}' ({kind}) {problem}")
-        else:
-            digests[found.name] = digest
-            verdict.tensors[kind] += 1
-        done += found.nbytes
-        if progress:
-            progress(done, total)
-    return digests
-
-
-def _compare(
-    blocks: Iterator[np.ndarray], expected: TensorInfo, found: TensorInfo, other: TensorSource, rtol: float | None
-) -> tuple[str | None, str]:
-    """Return what differs in one tensor, if anything, and the digest of the bytes that were found."""
-    digest = xxhash.xxh3_128()
-    row = max(found.numel // found.shape[0], 1) if found.shape and found.shape[0] else 1
-    element, problem = 0, None
-    for block in blocks:
-        count = len(block) // expected.item_bytes
-        actual = np.empty(count * found.item_bytes, dtype=np.uint8)
-        other.read_into(found.name, element * found.item_bytes, actual.data)
-        digest.update(actual.data)
-        if problem is None:
-            wrong = _differing(block, actual, expected, found, rtol)
-            if wrong.any():
-                problem = f"differs from row {(element + int(wrong.argmax())) // row} on"
-        element += count
-    return problem, digest.hexdigest()
-
-
-def _differing(
-    block: np.ndarray, actual: np.ndarray, expected: TensorInfo, found: TensorInfo, rtol: float | None
-) -> np.ndarray:
-    """Return, per element of two blocks, whether it differs."""
-    if rtol is None or expected.dtype not in DRAWABLE:
-        return (block.reshape(-1, expected.item_bytes) != actual.reshape(-1, found.item_bytes)).any(axis=1)
-    a, b = (cast(x, info.dtype, "F64").view("<f8") for x, info in ((block, expected), (actual, found)))
-    return ~np.isclose(a, b, rtol=rtol, atol=0, equal_nan=True)

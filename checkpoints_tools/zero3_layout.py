@@ -7,6 +7,7 @@ the other, in the order of ``param_shapes``, without alignment. Padding is unini
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from statex_dist.errors import CheckpointError
+
+DEFAULT_SUB_GROUP_SIZE = 10**9
+"""DeepSpeed's ``sub_group_size`` where the configuration does not say."""
 
 _MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
@@ -28,7 +32,7 @@ class RankFiles:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class FlatRun:
     """A run of elements that lies contiguously in one rank's flat group.
 
     Attributes:
@@ -120,7 +124,7 @@ class FlatLayout:
         offsets, position = {}, 0
         for name, shape in shapes.items():
             offsets[name] = position
-            position += partition_size(_numel(shape), world_size)
+            position += partition_size(math.prod(shape), world_size)
         if position != sum(group_sizes):
             raise CheckpointError(
                 f"{where}: {len(shapes)} parameters on {world_size} ranks need {position} elements a rank; "
@@ -128,9 +132,9 @@ class FlatLayout:
             )
         return cls(world_size=world_size, shapes=shapes, offsets=offsets, group_ends=(0, *accumulate(group_sizes)))
 
-    def pieces(self, name: str) -> Iterator[Piece]:
-        """Yield the pieces of a parameter, in order and without its padding."""
-        numel = _numel(self.shapes[name])
+    def runs(self, name: str) -> Iterator[FlatRun]:
+        """Yield the runs of a parameter, in order and without its padding."""
+        numel = math.prod(self.shapes[name])
         part, first = partition_size(numel, self.world_size), self.offsets[name]
         for rank in range(self.world_size):
             target, stop = rank * part, min((rank + 1) * part, numel)
@@ -139,12 +143,40 @@ class FlatLayout:
                 count = min(end - position, stop - target)
                 if position < begin or count <= 0:
                     continue
-                yield Piece(rank=rank, group=group, start=position - begin, target=target, numel=count)
+                yield FlatRun(rank=rank, group=group, start=position - begin, target=target, numel=count)
                 position, target = position + count, target + count
 
 
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def sub_groups(
+    groups: Sequence[Mapping[str, tuple[int, ...]]], world_size: int, sub_group_size: int | None
+) -> list[list[list[str]]]:
+    """Cut each parameter group of an optimizer into sub-groups, as DeepSpeed does.
+
+    A group whose parts (of one rank) have more elements than ``sub_group_size`` together is cut after the parameter
+    that reaches it, so that the cuts depend on the number of ranks
+    (DeepSpeed 0.19, ``runtime/zero/stage3.py``, ``_create_fp16_sub_groups``).
+
+    Args:
+        groups: Shapes of each group's parameters, by name in their order.
+        world_size: Number of ranks.
+        sub_group_size: The setting; None for no cuts.
+
+    Returns:
+        For each group its sub-groups: lists of names.
+    """
+    return [_cut(group, world_size, sub_group_size) for group in groups]
+
+
+def _cut(group: Mapping[str, tuple[int, ...]], world_size: int, sub_group_size: int | None) -> list[list[str]]:
+    sizes = {name: partition_size(math.prod(shape), world_size) for name, shape in group.items()}
+    if sub_group_size is None or sub_group_size >= sum(sizes.values()):
+        return [list(group)]
+    result: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled >= sub_group_size and result[-1]:
+            result.append([])
+            filled = 0
+        result[-1].append(name)
+        filled += size
+    return result

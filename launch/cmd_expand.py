@@ -17,7 +17,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex expand`` to ``parser``."""
     add_output_options(parser)
     add_plan_options(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with what a killed run of this command left")
+    parser.add_argument(
+        "--to", type=str, default="hf", help="layout of the target: hf, or zero3 to grow a run in training"
+    )
+    parser.add_argument(
+        "--world-size", type=int | None, default=None, help="ranks of a zero3 target (default: as many as the source)"
+    )
     parser.add_argument("--allow-nonfinite", action="store_true", help="copy NaN and Inf instead of stopping there")
     parser.add_argument(
         "--dry-run",
@@ -35,8 +40,9 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.expand import check_target, expand, prepare_expansion
-    from checkpoints_tools.shard_writer import WriteOptions
+    from checkpoints_tools.expand import check_target, expand, target_plan
+    from checkpoints_tools.expansion import prepare_expansion
+    from checkpoints_tools.target_writer import WriteOptions
     from statex_dist.config import parse_size
 
     options = WriteOptions(
@@ -48,11 +54,12 @@ def run(args: Any) -> int:
     )
     expansion = prepare_expansion(args.source, plan_options(args), dtype=args.dtype)
     if args.dry_run:
+        target_plan(expansion, options, to=args.to, world_size=args.world_size)
         check_target(expansion, Path(args.target), options)
         report = expansion.report()
     else:
         with progress_bar("expand") as progress:
-            report = expand(expansion, args.target, options, progress=progress)
+            report = expand(expansion, args.target, options, to=args.to, world_size=args.world_size, progress=progress)
     if args.json:
         sys.stdout.write(json.dumps(report.to_dict()) + "\n")
     else:

@@ -16,7 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Any) -> int:
-    """Print what the directory holds; 1 where its tensors are not those of its ``config.json``.
+    """Print what the directory holds; 1 where something is missing or is not what it should be.
 
     Args:
         args: The parsed options of :func:`add_arguments`.
@@ -38,6 +38,8 @@ def _print(facts: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from launch.cmd_plan import size
+
     table = Table(show_header=False)
     plan = ", ".join(
         f"{e['layer']}: {e['op']} x{e['factor']} {e['init']}" for e in (facts.plan or {}).get("layers", [])
@@ -45,16 +47,22 @@ def _print(facts: Any) -> None:
     rows = {
         "directory": facts.path,
         "layout": facts.kind,
+        "complete": {True: "yes", False: "NO", None: None}[facts.complete],
+        "problem": facts.problem,
         "model type": facts.model_type,
-        "tensors": f"{facts.tensors} ({', '.join(f'{n} {dtype}' for dtype, n in facts.dtypes.items())})",
-        "elements": f"{facts.parameters:,}",
-        "tied": ", ".join(f"{a} = {b}" for a, b in facts.tied.items()),
-        "state numbers": f"{facts.state_numbers:,}" if facts.state_numbers is not None else None,
         "plan": plan,
+        "state numbers": f"{facts.state_numbers:,}" if facts.state_numbers is not None else None,
         "step": facts.step,
         "ranks": facts.world_size,
+        "tensors": f"{facts.tensors} ({', '.join(f'{n} {d}' for d, n in facts.dtypes.items())})"
+        if facts.dtypes
+        else None,
+        "parameters": f"{facts.parameters:,}" if facts.parameters is not None else None,
+        "tied": ", ".join(f"{a} = {b}" for a, b in facts.tied.items()),
+        "optimizer states": ", ".join(facts.states),
+        "files": f"{facts.files}, {size(facts.bytes)}",
+        "largest": "\n".join(f"{name}  {size(count)}" for name, count in [*facts.largest.items()][:4]),
         "manifest": facts.manifest,
-        "fits config.json": {True: "yes", False: f"no: {facts.problem}", None: None}[facts.complete],
     }
     for name, value in rows.items():
         if value not in (None, ""):

@@ -24,13 +24,18 @@ def add_output_options(parser: ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="size limit of a safetensors file")
     parser.add_argument("--workers", type=int, default=4, help="tensors read and written at a time")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that is not empty")
+    parser.add_argument("--resume", action="store_true", help="go on with what a killed run of this command left")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex reshard`` to ``parser``."""
     add_output_options(parser)
-    parser.add_argument("--to", type=str, default="hf", help="layout of the target: hf")
+    parser.add_argument("--to", type=str, default="hf", help="layout of the target: hf, zero3, tp or megatron")
+    parser.add_argument(
+        "--world-size", type=int | None, default=None, help="ranks of a zero3 target (default: as many as the source)"
+    )
+    parser.add_argument("--tp", type=int | None, default=None, help="tensor-parallel ranks of a tp target")
 
 
 _LINE_SECONDS = 10.0
@@ -78,25 +83,44 @@ def run(args: Any) -> int:
         StateXError: The options, the source or the target are wrong.
     """
     from checkpoints_tools.reshard import reshard
+    from checkpoints_tools.target_writer import WriteOptions
     from launch.cmd_plan import size
+    from statex_dist.config import parse_size
 
+    options = WriteOptions(
+        max_shard_size=parse_size(args.max_shard_size, option="--max-shard-size"),
+        overwrite=args.overwrite,
+        workers=args.workers,
+        resume=args.resume,
+    )
     with progress_bar("reshard") as progress:
         summary = reshard(
             args.source,
             args.target,
             to=args.to,
             dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            overwrite=args.overwrite,
-            workers=args.workers,
+            world_size=args.world_size,
+            tp=args.tp,
+            options=options,
             progress=progress,
         )
     if args.json:
         sys.stdout.write(json.dumps(asdict(summary)) + "\n")
         return 0
-    checked = "verified against its manifest" if summary.verified else "no manifest to verify it against"
+    checked = "held to its manifest" if summary.verified else "no manifest to hold it to"
     sys.stdout.write(
-        f"{summary.target}: {summary.tensors} tensors, {summary.parameters:,} parameters, "
+        f"{summary.target} ({summary.to}): {summary.tensors} tensors, {summary.parameters:,} parameters, "
         f"{size(summary.weight_bytes)}, from {summary.kind} checkpoint {summary.source} ({checked})\n"
     )
+    if summary.states:
+        sys.stdout.write(f"optimizer states: {', '.join(summary.states)}\n")
+    if summary.batch is not None:
+        kept = "keeps" if summary.batch["kept"] else "comes nearest to, but does not keep,"
+        sys.stdout.write(
+            f"train_micro_batch_size_per_gpu {summary.batch['micro_batch_size_per_gpu']} with "
+            f"gradient_accumulation_steps {summary.batch['gradient_accumulation_steps']} {kept} the global batch of "
+            f"{summary.batch['global']}\n"
+        )
+    for note in summary.notes:
+        sys.stdout.write(f"note: {note}\n")
     return 0

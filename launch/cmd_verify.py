@@ -1,4 +1,4 @@
-"""``statex verify``: are two checkpoints the same model, or one the other's expansion and nothing else?"""
+"""``statex verify``: is a checkpoint whole, are two the same model, is one the other's expansion and nothing else?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from launch.cmd_reshard import progress_bar
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex verify`` to ``parser``."""
     parser.add_argument("first", type=str, metavar="A", help="checkpoint (with --as-expansion: the base)")
-    parser.add_argument("second", type=str, metavar="B", help="checkpoint (with --as-expansion: the expanded one)")
+    parser.add_argument(
+        "second",
+        type=str | None,
+        nargs="?",
+        default=None,
+        metavar="B",
+        help="checkpoint (with --as-expansion: the expanded one); without it A is held to its manifest and checksums",
+    )
     parser.add_argument(
         "--as-expansion",
         action="store_true",
@@ -26,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="largest relative difference of a value, dtypes aside (default: same dtype and same bytes)",
     )
+    parser.add_argument("--workers", type=int, default=4, help="tensors read at a time")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
 
 
@@ -38,6 +46,7 @@ def run(args: Any) -> int:
     Raises:
         StateXError: A checkpoint is damaged, or there is nothing to verify.
     """
+    from checkpoints_tools.integrity import verify_alone
     from checkpoints_tools.verify import verify_expansion, verify_same
     from statex_dist.errors import ConfigError
 
@@ -45,11 +54,18 @@ def run(args: Any) -> int:
         raise ConfigError("--rtol is for comparing two models; an expansion is verified to the last bit")
     if args.rtol is not None and not args.rtol >= 0:
         raise ConfigError(f"--rtol must be 0 or more, not {args.rtol}")
+    if args.workers < 1:
+        raise ConfigError(f"--workers must be a whole number from 1, not {args.workers}")
+    if args.second is None and (args.as_expansion or args.rtol is not None):
+        raise ConfigError("--as-expansion and --rtol compare two checkpoints; give B too")
+    common = {"workers": args.workers}
     with progress_bar("verify") as progress:
-        if args.as_expansion:
-            verdict = verify_expansion(args.first, args.second, progress=progress)
+        if args.second is None:
+            verdict = verify_alone(args.first, progress=progress, **common)
+        elif args.as_expansion:
+            verdict = verify_expansion(args.first, args.second, progress=progress, **common)
         else:
-            verdict = verify_same(args.first, args.second, rtol=args.rtol, progress=progress)
+            verdict = verify_same(args.first, args.second, rtol=args.rtol, progress=progress, **common)
     if args.json:
         sys.stdout.write(json.dumps(verdict.to_dict()) + "\n")
         return 0 if verdict.ok else 1
@@ -60,6 +76,10 @@ def run(args: Any) -> int:
     for row in verdict.plan:
         sys.stdout.write("plan: " + ", ".join(f"{key} {value}" for key, value in row.items()) + "\n")
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.tensors.items()))
+    if verdict.second is None:
+        word = "whole" if verdict.ok else "DAMAGED"
+        sys.stdout.write(f"{verdict.first} is {word} (checked: {counts or 'nothing'})\n")
+        return 0 if verdict.ok else 1
     relation = "an expansion of" if args.as_expansion else "the same model as"
     word = "is" if verdict.ok else "is NOT"
     sys.stdout.write(f"{verdict.second} {word} {relation} {verdict.first} (tensors that agree: {counts or 'none'})\n")

@@ -55,6 +55,7 @@ TOOLS_MAY_READ = (
     "statex_dist.config",
     "statex_dist.state*",
     "statex_dist.checkpoint",
+    "statex_dist.checkpoint.archive",
     "statex_dist.checkpoint.layout",
     "statex_dist.checkpoint.manifest",
     "statex_dist.models",

@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from statex_dist.checkpoint.archive import check_crcs, directory_digest
 from statex_dist.checkpoint.layout import MANIFEST_NAME, TEMPORARY_PREFIX
 from statex_dist.errors import CheckpointError
 
@@ -27,9 +28,62 @@ _BUFFER_BYTES = 16 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """Size in bytes and xxh3-128 digest (hexadecimal) of one file."""
+    """What one file was when it was written; at least one of the digests (hexadecimal) is known.
+
+    Attributes:
+        size: Bytes.
+        xxh3_128: Of the whole file.
+        directory_xxh3_128: Of an archive's directory, in which the CRCs of its entries stand (``torch.save`` files).
+    """
 
     size: int
+    xxh3_128: str | None = None
+    directory_xxh3_128: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.xxh3_128 is None and self.directory_xxh3_128 is None:
+            raise ValueError("a file record without a digest")
+
+    def check_size(self, path: Path) -> None:
+        """Raise unless the file is there and of this size.
+
+        Raises:
+            CheckpointError: It is not.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {MANIFEST_NAME} lists it")
+        if (size := path.stat().st_size) != self.size:
+            raise CheckpointError(f"{path} has {size} bytes; {MANIFEST_NAME} says {self.size}")
+
+    def check_directory(self, path: Path) -> None:
+        """Raise unless an archive's directory is the recorded one, if one is: the file is then this file, or damaged.
+
+        Raises:
+            CheckpointError: It is not.
+        """
+        if self.directory_xxh3_128 is not None and directory_digest(path) != self.directory_xxh3_128:
+            raise CheckpointError(f"{path} is damaged or another file: its zip directory differs from {MANIFEST_NAME}")
+
+    def check(self, path: Path) -> None:
+        """Raise unless the file is there, with these contents: it is read as a whole.
+
+        Raises:
+            CheckpointError: It is not.
+        """
+        self.check_size(path)
+        if self.xxh3_128 is None:
+            self.check_directory(path)
+            check_crcs(path)
+        elif digest_file(path) != self.xxh3_128:
+            raise CheckpointError(f"{path} is damaged: its digest differs from {MANIFEST_NAME}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRecord:
+    """One logical tensor, whatever files it lies in: dtype (a name of the safetensors format), shape, xxh3-128."""
+
+    dtype: str
+    shape: tuple[int, ...]
     xxh3_128: str
 
 
@@ -41,16 +95,24 @@ class Manifest:
         kind: What wrote it: ``zero3``, ``plain`` or ``hf``.
         files: Every file by its path relative to the directory, but for the manifest itself.
         info: Facts of the writer (step, world size, seeds, source).
+        tensors: Every logical tensor by name, without padding, in its stored dtype; of an optimizer state as
+            ``exp_avg:name``. Empty where the writer did not see whole tensors (a training run).
     """
 
     kind: str
     files: dict[str, FileRecord]
     info: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write the manifest durably into ``directory``."""
-        files = {name: {"size": r.size, "xxh3_128": r.xxh3_128} for name, r in sorted(self.files.items())}
+        files = {
+            name: {key: value for key, value in asdict(record).items() if value is not None}
+            for name, record in sorted(self.files.items())
+        }
         content = {"version": MANIFEST_VERSION, "kind": self.kind, "info": self.info, "files": files}
+        if self.tensors:
+            content["tensors"] = {name: asdict(record) for name, record in self.tensors.items()}
         write_durably(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -64,7 +126,14 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
-            return cls(kind=content["kind"], files=files, info=dict(content["info"]))
+            tensors = {
+                name: TensorRecord(dtype=str(r["dtype"]), shape=tuple(r["shape"]), xxh3_128=str(r["xxh3_128"]))
+                for name, r in content.get("tensors", {}).items()
+            }
+            for name in files:
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise CheckpointError(f"{path} names a file outside the directory: {name}")
+            return cls(kind=content["kind"], files=files, info=dict(content["info"]), tensors=tensors)
         except FileNotFoundError:
             raise CheckpointError(f"{directory} holds no {MANIFEST_NAME}: the checkpoint is incomplete") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -77,15 +146,17 @@ class Manifest:
             CheckpointError: A file is missing, has another size or other contents.
         """
         for name, record in self.files.items():
-            path = directory / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise CheckpointError(f"{directory / MANIFEST_NAME} names a file outside the directory: {name}")
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; {MANIFEST_NAME} lists it")
-            if (size := path.stat().st_size) != record.size:
-                raise CheckpointError(f"{path} has {size} bytes; {MANIFEST_NAME} says {record.size}")
-            if digest_file(path) != record.xxh3_128:
-                raise CheckpointError(f"{path} is damaged: its digest differs from {MANIFEST_NAME}")
+            record.check(directory / name)
+
+    def verify_sizes(self, directory: Path) -> None:
+        """Compare every file's size, and of archives the directory, with its record: what takes no time.
+
+        Raises:
+            CheckpointError: A file is missing or another one.
+        """
+        for name, record in self.files.items():
+            record.check_size(directory / name)
+            record.check_directory(directory / name)
 
 
 def digest_file(path: Path) -> str:
@@ -100,7 +171,8 @@ def digest_file(path: Path) -> str:
 def record_file(path: Path) -> FileRecord:
     """Flush a file to disk and return its record."""
     sync(path)
-    return FileRecord(size=path.stat().st_size, xxh3_128=digest_file(path))
+    directory = directory_digest(path) if path.suffix == ".pt" else None
+    return FileRecord(size=path.stat().st_size, xxh3_128=digest_file(path), directory_xxh3_128=directory)
 
 
 def sync(path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.expand import expand, prepare_expansion
+from checkpoints_tools.dtypes import TORCH_NAMES
+from checkpoints_tools.expand import expand
+from checkpoints_tools.expansion import prepare_expansion
 from checkpoints_tools.expansion_report import ExpansionReport
-from checkpoints_tools.pickle_io import dtype_of
+from checkpoints_tools.piece_io import read_tensor as read_bytes_of
 from checkpoints_tools.plan_options import PlanOptions
-from checkpoints_tools.shard_writer import WriteOptions
-from checkpoints_tools.tensor_io import TORCH_NAMES, TensorInfo, TensorSource
+from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.tensor_io import TensorInfo, TensorSource
 from statex_dist.models.kinds import config_from_dict, family_of
 
 GLA = {
@@ -53,14 +55,15 @@ def run_expand(source: Path, target: Path, *, progress=None, dtype: str | None =
 
 def info_of(name: str, tensor: torch.Tensor) -> TensorInfo:
     """Return a tensor's entry as our readers give it."""
-    return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype_of(tensor))
+    dtype = next(ours for ours, theirs in TORCH_NAMES.items() if f"torch.{theirs}" == str(tensor.dtype))
+    return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=dtype)
 
 
 def read_tensor(source: TensorSource, name: str) -> torch.Tensor:
     """Return one tensor of a source."""
     info = source.info(name)
     tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
-    source.read_into(name, 0, tensor.reshape(-1).view(torch.uint8).numpy().data)
+    tensor.reshape(-1).view(torch.uint8).numpy()[:] = read_bytes_of(source, name)
     return tensor
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.reshard import write_zero3
 from checkpoints_tools.reshard import reshard
 from checkpoints_tools.sources import open_source
+from checkpoints_tools.target_writer import WriteOptions
 from checkpoints_tools.zero3_layout import FlatLayout, partition_size
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError, ConfigError
@@ -40,7 +41,7 @@ def test_newest_complete_tag_of_a_run(tmp_path):
     write_run(tmp_path / "run", MAMBA2, 9)
     expected = write_run(tmp_path / "run", MAMBA2, 10)
     write_run(tmp_path / "run", MAMBA2, 11, manifest=False)
-    summary = reshard(tmp_path / "run", tmp_path / "out", max_shard_size="4KB")
+    summary = reshard(tmp_path / "run", tmp_path / "out", options=WriteOptions(max_shard_size=4000))
     assert summary.verified
     assert summary.source.endswith("global_step10")
     written = load_all(tmp_path / "out")
@@ -93,9 +94,14 @@ def test_names_and_shapes_must_be_those_of_the_config(tmp_path):
 def test_wrong_options_and_markers(tmp_path):
     write_run(tmp_path / "run", GLA, 1, manifest=False)
     for options, message in (
-        ({"to": "tp"}, "allowed now: hf"),
+        ({"to": "gguf"}, "--to 'gguf' is not available; allowed: hf, zero3, tp, megatron"),
         ({"dtype": "fp8"}, "fp8"),
-        ({"max_shard_size": "x"}, "x"),
+        ({"to": "tp"}, "--to tp needs --tp, a whole number from 1; not None"),
+        ({"to": "tp", "tp": 3}, "3 tensor-parallel ranks cannot share"),
+        ({"tp": 2}, "--tp 2 is for --to tp, not hf"),
+        ({"world_size": 2}, "--world-size 2 is for --to zero3"),
+        ({"to": "zero3", "world_size": 0}, "--world-size 0 is for --to zero3, a whole number from 1"),
+        ({"to": "zero3", "dtype": "bf16"}, "--dtype does not go with a training checkpoint"),
     ):
         with pytest.raises(ConfigError, match=message):
             reshard(tmp_path / "run", tmp_path / "out", **options)
@@ -132,7 +138,7 @@ def test_cut_then_join_is_the_identity(shapes, world_size, cuts):
     layout = FlatLayout.build(dict(zip(names, shapes, strict=True)), sizes, world_size, where=Path("x"))
     for name, tensor in tensors.items():
         out = torch.full((tensor.numel(),), torch.inf)
-        for p in layout.pieces(name):
+        for p in layout.runs(name):
             group = ranks[p.rank].split(sizes)[p.group]
             assert torch.isinf(out[p.target : p.target + p.numel]).all()
             out[p.target : p.target + p.numel] = group[p.start : p.start + p.numel]
@@ -142,7 +148,8 @@ def test_cut_then_join_is_the_identity(shapes, world_size, cuts):
 _MEASURED = """
 import sys
 from pathlib import Path
-from checkpoints_tools.expand import expand, prepare_expansion
+from checkpoints_tools.expand import expand
+from checkpoints_tools.expansion import prepare_expansion
 from checkpoints_tools.plan_options import PlanOptions
 from checkpoints_tools.reshard import reshard
 
@@ -150,14 +157,12 @@ def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
-if sys.argv[1] == "reshard":
-    import torch  # the reader of DeepSpeed's files needs it
 before = status("VmRSS")
 if sys.argv[1] == "reshard":
     reshard(sys.argv[2], sys.argv[3])
 else:
     expand(prepare_expansion(sys.argv[2], PlanOptions(factor=2)), sys.argv[3])
-    assert "torch" not in sys.modules, "expanding safetensors needs no torch"
+assert "torch" not in sys.modules, "the tools need no torch"
 print(status("VmHWM") - before)
 """
 

@@ -10,6 +10,7 @@ import torch
 from checkpoints_tools.inspect import inspect
 from checkpoints_tools.reshard import reshard
 from checkpoints_tools.sources import open_source
+from checkpoints_tools.target_writer import WriteOptions
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import load_all
@@ -57,7 +58,7 @@ def test_same_rounding_as_deepspeed(run, tmp_path, name, dtype):
 
     convert_zero_checkpoint_to_state_dict(str(run), str(tmp_path / "theirs"), dtype=dtype)
     theirs = torch.load(tmp_path / "theirs/pytorch_model.bin", weights_only=True)
-    reshard(run, tmp_path / "ours", dtype=name, max_shard_size="200")
+    reshard(run, tmp_path / "ours", dtype=name, options=WriteOptions(max_shard_size=200))
     ours = load_all(tmp_path / "ours")
     assert set(ours) == set(theirs)
     for key, tensor in theirs.items():
@@ -68,7 +69,7 @@ def test_same_rounding_as_deepspeed(run, tmp_path, name, dtype):
 def test_a_tag_can_be_named(run):
     assert open_source(run / "global_step2").facts.path == run / "global_step2"
     facts = inspect(run)
-    assert (facts.kind, facts.world_size, facts.step, facts.complete) == ("zero3", 2, 2, None)
+    assert (facts.kind, facts.world_size, facts.step, facts.complete) == ("zero3", 2, 2, True)
     assert facts.manifest == "no MANIFEST.json"
 
 
@@ -116,12 +117,18 @@ def test_wrong_arithmetic(damaged):
 
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
         content = torch.load(path, weights_only=True)
-    groups = content["optimizer_state_dict"]["fp32_flat_groups"]
-    groups[0] = groups[0][:-1].clone()
+    states = content["optimizer_state_dict"]
+    states["fp32_flat_groups"][0] = states["fp32_flat_groups"][0][:-1].clone()
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="'exp_avg' has neither one value per element nor one per sub-group"):
+        open_source(damaged)
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = states["optimizer_state_dict"]["state"][0]
+        state[name] = state[name][:-1].clone()
     torch.save(content, path)
     with pytest.raises(CheckpointError, match="differ in size from those of rank 0"):
         open_source(damaged)
-    shutil.copy(path, next(damaged.glob("*_1_*optim*")))
+    torch.save(content, next(damaged.glob("*_1_*optim*")))
     with pytest.raises(CheckpointError, match="the flat groups hold"):
         open_source(damaged)
     content["optimizer_state_dict"]["zero_stage"] = ZeroStageEnum(2)
@@ -157,8 +164,9 @@ def test_manifest_catches_a_flipped_byte(damaged, tmp_path):
     assert open_source(damaged.parent).facts.verified
     assert json.loads((damaged / "MANIFEST.json").read_text())["kind"] == "zero3"
     path = next(damaged.glob("*_1_*optim*"))
+    place = open_source(damaged).pieces("up.weight")[1]
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[place.offset + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{path.name} is damaged"):
+    with pytest.raises(CheckpointError, match=f"{path.name} is damaged: the CRC-32 of its 'data/"):
         reshard(damaged.parent, tmp_path / "out")

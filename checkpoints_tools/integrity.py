@@ -1,0 +1,81 @@
+"""Whether one checkpoint is what its writer wrote: held to its manifest, and to the checksums inside its files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoints_tools.compare import read_all
+from checkpoints_tools.piece_io import SourceCrcs
+from checkpoints_tools.sources import open_source
+from checkpoints_tools.target_writer import DEFAULT_WORKERS
+from checkpoints_tools.tensor_io import Progress
+from checkpoints_tools.transfer import TensorJob
+from checkpoints_tools.verify import Verdict
+from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.manifest import Manifest
+from statex_dist.errors import CheckpointError
+
+
+def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None) -> Verdict:
+    """Read a whole checkpoint and hold it to everything that is known of it.
+
+    Of files written by torch or DeepSpeed every entry has a CRC-32, so that a flipped byte is found without a manifest.
+    With one, also a file or a tensor that was exchanged for another sound one is found.
+
+    Args:
+        path: Whatever :func:`checkpoints_tools.sources.open_source` opens.
+        workers: Tensors read at a time.
+        progress: Told of the bytes read.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be opened: files are missing, truncated or of two saves.
+    """
+    source = open_source(path)
+    facts = source.facts
+    verdict = Verdict(first=str(facts.path), second=None)
+    manifest = Manifest.read(facts.path) if (facts.path / MANIFEST_NAME).is_file() else None
+    weights = {file.name for file in source.files}
+    for name, record in (manifest.files if manifest else {}).items():
+        # An archive of which the directory alone is recorded is held to it when it is opened, and to its CRCs below.
+        if name not in weights or record.xxh3_128 is not None:
+            with _noted(verdict):
+                record.check(facts.path / name)
+    jobs = [
+        TensorJob(info=source.info(name), source=source.info(name))
+        for name in source.keys()  # noqa: SIM118 - not a mapping
+        if name not in source.aliases
+    ]
+    for state, held in source.states().items():
+        jobs += [TensorJob(info=held.info(n), source=held.info(n), state=state) for n in held.keys()]  # noqa: SIM118
+    crcs = SourceCrcs(source.archives())
+    digests: dict[str, str] = {}
+    with _noted(verdict):
+        digests = read_all(jobs, source, crcs, workers=workers, progress=progress)
+    archives = list(source.archives())
+    if archives:
+        with _noted(verdict):
+            verdict.tensors["storages by CRC-32"] = crcs.finish(everything=True)
+    if manifest is not None and manifest.tensors:
+        verdict.tensors["tensors by digest"] = sum(key in manifest.tensors for key in digests)
+    elif manifest is not None:
+        verdict.tensors["files by digest"] = len(manifest.files)
+    elif not archives:
+        verdict.notes.append(
+            f"no {MANIFEST_NAME}, and safetensors have no checksums: only names and sizes were checked"
+        )
+    else:
+        verdict.notes.append(
+            f"no {MANIFEST_NAME}: a whole file that was exchanged for a sound one would not be noticed"
+        )
+    return verdict
+
+
+@contextlib.contextmanager
+def _noted(verdict: Verdict) -> Iterator[None]:
+    """Enter damage in the verdict and go on: there may be more."""
+    try:
+        yield
+    except CheckpointError as error:
+        verdict.differences.append(str(error))

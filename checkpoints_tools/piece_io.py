@@ -1,0 +1,217 @@
+"""Reading tensors from their pieces, a window of the flattened tensor at a time.
+
+Nothing is mapped (pages of a mapping would count as our memory) and no file is read as a whole. What is read of a
+``torch.save`` file is held against the CRCs in its directory on the way.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints_tools.crc import CrcLedger
+from checkpoints_tools.raw_io import BLOCK_BYTES, FileState, read_from
+from checkpoints_tools.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
+from checkpoints_tools.torch_zip import Entry, TorchArchive
+from statex_dist.errors import CheckpointError
+
+_OPEN_FILES = 32
+
+
+class SourceCrcs:
+    """The checksums that the ``torch.save`` files of a source carry, against what is read of them.
+
+    Args:
+        archives: The files.
+    """
+
+    def __init__(self, archives: Iterable[TorchArchive]):
+        self._archives = {archive.path: archive for archive in archives}
+        self._entries: dict[Path, list[tuple[int, str, Entry]]] = {}
+        for path, archive in self._archives.items():
+            stored = [(e.offset, name, e) for name, e in archive.entries.items() if name.startswith("data/") and e.size]
+            self._entries[path] = sorted(stored)
+        self._ledgers: dict[tuple[Path, str], CrcLedger] = {}
+
+    def note(self, path: Path, offset: int, data: memoryview) -> None:
+        """Note bytes that were read from a file; those of other files are nobody's."""
+        entries = self._entries.get(path)
+        if not entries:
+            return
+        start, name, entry = entries[bisect_right(entries, offset, key=lambda e: e[0]) - 1]
+        assert start <= offset
+        assert offset + len(data) <= start + entry.size
+        self._ledgers.setdefault((path, name), CrcLedger()).note(offset - start, data)
+
+    def finish(self, *, everything: bool = False) -> int:
+        """Check every storage of which anything was read; what was left out (padding) is read now.
+
+        Args:
+            everything: Whether to check the storages of which nothing was read, too.
+
+        Returns:
+            Number of storages that were checked.
+
+        Raises:
+            CheckpointError: A storage is not what was written.
+        """
+        if everything:
+            for path, entries in self._entries.items():
+                for _, name, _ in entries:
+                    self._ledgers.setdefault((path, name), CrcLedger())
+        for (path, name), ledger in self._ledgers.items():
+            entry, state = self._archives[path].entries[name], self._archives[path].state
+            check_entry(path, name, entry, ledger, state)
+        return len(self._ledgers)
+
+
+def check_entry(path: Path, name: str, entry: Entry, ledger: CrcLedger, state: FileState | None = None) -> None:
+    """Raise unless an archive's entry has the CRC that its directory says; what nobody noted yet is read.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    with path.open("rb", buffering=0) as file:
+        for start, stop in ledger.gaps(entry.size):
+            for position in range(start, stop, BLOCK_BYTES):
+                block = memoryview(bytearray(min(BLOCK_BYTES, stop - position)))
+                read_from(file.fileno(), block, entry.offset + position, path=path, expected=state)
+                ledger.note(position, block)
+    if ledger.total() != entry.crc:
+        raise CheckpointError(
+            f"{path} is damaged: the CRC-32 of its '{name}' is {ledger.total():08x}; {entry.crc:08x} was written"
+        )
+
+
+class PieceReader:
+    """Reads windows of tensors; one per thread.
+
+    Args:
+        states: What the files of the source were when it was opened; a file that has changed since is refused.
+        crcs: Where bytes of ``torch.save`` files are noted; None for nowhere.
+    """
+
+    def __init__(self, states: Mapping[Path, FileState], crcs: SourceCrcs | None = None):
+        self._states, self._crcs = states, crcs
+        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._scratch = np.empty(0, dtype=np.uint8)
+
+    def read(self, pieces: Pieces, info: TensorInfo, start: int, view: np.ndarray) -> None:
+        """Fill ``view`` with the bytes of a flattened tensor.
+
+        Args:
+            pieces: Where the tensor lies.
+            info: The tensor.
+            start: First element.
+            view: ``[n]`` uint8, whole elements; whole rows where a piece is not of all columns.
+
+        Raises:
+            CheckpointError: A file ends early, cannot be read, or has changed since the source was opened.
+        """
+        item = info.item_bytes
+        stop = start + len(view) // item
+        for piece in overlapping(pieces, start, stop):
+            if isinstance(piece, Held):
+                begin, end = max(start, piece.start), min(stop, piece.start + len(piece.data) // item)
+                if begin >= end:
+                    continue
+                data = piece.data[(begin - piece.start) * item : (end - piece.start) * item]
+                view[(begin - start) * item : (end - start) * item] = np.frombuffer(data, dtype=np.uint8)
+                continue
+            part, place = self._window(piece, start, stop, view, item)
+            if part.flags.c_contiguous:
+                self._fetch(piece.path, place, part.reshape(-1))
+            else:
+                run = self._room(part.size)
+                self._fetch(piece.path, place, run)
+                part[:] = run.reshape(part.shape)
+
+    def differing(self, piece: Piece, info: TensorInfo, start: int, view: np.ndarray) -> bool:
+        """Return whether a piece holds other values than ``view`` (as in :meth:`read`) where the two overlap."""
+        item = info.item_bytes
+        stop = start + len(view) // item
+        if not overlapping([piece], start, stop):
+            return False
+        part, place = self._window(piece, start, stop, view, item)
+        run = self._room(part.size)
+        self._fetch(piece.path, place, run)
+        return not np.array_equal(run.reshape(part.shape), part)
+
+    @staticmethod
+    def _window(piece: Piece, start: int, stop: int, view: np.ndarray, item: int) -> tuple[np.ndarray, int]:
+        """Return the part of ``view`` that a piece covers, and the byte of its file at which that part begins."""
+        width, columns = piece.width, piece.last - piece.first
+        if width > 1:
+            assert start % width == 0 == stop % width, "windows hold whole rows where a piece is of some columns"
+        first, last = max(start // width, piece.start), min(stop // width, piece.stop)
+        rows = view.reshape(-1, width * item)[first - start // width : last - start // width]
+        part = rows[:, piece.first * item : piece.last * item]
+        return part, piece.offset + (first - piece.start) * columns * item
+
+    def _fetch(self, path: Path, offset: int, run: np.ndarray) -> None:
+        if not len(run):
+            return
+        read_from(self._descriptor(path), run.data, offset, path=path, expected=self._states.get(path))
+        if self._crcs:
+            self._crcs.note(path, offset, run.data)
+
+    def _room(self, size: int) -> np.ndarray:
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, dtype=np.uint8)
+        return self._scratch[:size]
+
+    def _descriptor(self, path: Path) -> int:
+        descriptor = self._files.get(path)
+        if descriptor is not None:
+            self._files.move_to_end(path)
+            return descriptor
+        if len(self._files) >= _OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        self._files[path] = descriptor
+        return descriptor
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+def overlapping(pieces: Pieces, start: int, stop: int) -> Sequence[Piece | Held]:
+    """Return the pieces that hold any of the elements ``start .. stop`` of the flattened tensor."""
+    if len(pieces) == 1:
+        return pieces if _begin(pieces[0]) < stop and _has_after(pieces[0], start) else ()
+    last = len(pieces) if stop > _begin(pieces[-1]) else bisect_right(pieces, stop - 1, key=_begin)
+    first = bisect_right(pieces, start, hi=last, key=_begin)
+    # Before it are the pieces that begin no later than the window: the last of them, and those of equal rows, reach in.
+    while first > 0 and _has_after(pieces[first - 1], start):
+        first -= 1
+    return pieces[first:last]
+
+
+def _begin(piece: Piece | Held) -> int:
+    return piece.start if isinstance(piece, Held) else piece.start * piece.width
+
+
+def _has_after(piece: Piece | Held, start: int) -> bool:
+    return isinstance(piece, Held) or piece.stop * piece.width > start
+
+
+def read_tensor(source: TensorSource, name: str) -> np.ndarray:
+    """Return the bytes of a whole (small) tensor: ``[nbytes]`` uint8."""
+    info = source.info(name)
+    data = np.empty(info.nbytes, dtype=np.uint8)
+    reader = PieceReader(source.opened)
+    try:
+        reader.read(source.pieces(name), info, 0, data)
+    finally:
+        reader.close()
+    return data

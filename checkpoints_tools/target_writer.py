@@ -1,0 +1,377 @@
+"""Writing the files of a target: several tensors at a time, in any layout, journaled as they reach the disk.
+
+Workers take tensors in order; a tensor may go to one file (safetensors) or in parts to all of them (ZeRO, tensor
+parallelism). Every gigabyte what has been written is flushed and entered in the journal; whoever finishes a file's last
+tensor closes it: checksums are filled in, it is flushed and digested, gets its final name and is entered too.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from checkpoints_tools.crc import CrcLedger, crc_of_zeros
+from checkpoints_tools.journal import PARTIAL_SUFFIX, Journal, WrittenTensor
+from checkpoints_tools.piece_io import SourceCrcs
+from checkpoints_tools.raw_io import BLOCK_BYTES, read_from, write_from
+from checkpoints_tools.tensor_io import Piece, Progress, TensorSource, total_bytes
+from checkpoints_tools.torch_zip import ArchiveLayout
+from checkpoints_tools.transfer import TensorJob, TensorStream
+from checkpoints_tools.workers import Counter, in_threads
+from statex_dist.checkpoint.archive import directory_digest
+from statex_dist.checkpoint.manifest import FileRecord, digest_file
+from statex_dist.errors import ConfigError
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+DEFAULT_WORKERS = 4
+"""Threads: more than the cores of a small machine, because each of them also waits for the disk."""
+
+SYNC_BYTES = 1 << 30
+"""Bytes of tensors that a killed run has to write again, at most (per worker the one that it was at besides)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteOptions:
+    """How a directory is written.
+
+    Attributes:
+        max_shard_size: Bytes of values per safetensors file.
+        overwrite: Whether a target that is not empty is replaced.
+        workers: Tensors read, made and written at a time; each needs a few buffers.
+        resume: Whether to go on with what a killed process left.
+        allow_nonfinite: Whether NaN and Inf are copied.
+    """
+
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+    overwrite: bool = False
+    workers: int = DEFAULT_WORKERS
+    resume: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value in (("--workers", self.workers), ("--max-shard-size", self.max_shard_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{option} must be a whole number from 1, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetFile:
+    """One file that is to be written.
+
+    Attributes:
+        name: Path relative to the target.
+        size: Bytes.
+        header: What stands before the values.
+        archives: Where ``torch.save`` archives begin in it, and what lays them out. The layouts hold pickles and are
+            made when they are needed: of a thousand files only a few are in memory.
+        storages: Offset and size of every storage of its archives.
+    """
+
+    name: str
+    size: int
+    header: bytes = b""
+    archives: tuple[tuple[int, Callable[[], ArchiveLayout]], ...] = ()
+    storages: tuple[tuple[int, int], ...] = ()
+
+
+Places = Callable[[TensorJob], Sequence[Piece]]
+"""Returns where a tensor goes: pieces with paths relative to the target, repeated where files hold the same values."""
+
+
+def write_files(
+    journal: Journal,
+    source: TensorSource,
+    files: Sequence[TargetFile],
+    jobs: Sequence[TensorJob],
+    places: Places,
+    options: WriteOptions,
+    *,
+    crcs: SourceCrcs,
+    progress: Progress | None,
+) -> None:
+    """Write every file that the journal does not have; the first failure stops all workers.
+
+    Args:
+        journal: Where finished tensors and files are entered; its directory receives the files.
+        source: Where kept values come from.
+        files: The files.
+        jobs: Every tensor.
+        places: Where each of them goes.
+        options: How to write.
+        crcs: The checksums of the source's files.
+        progress: Told of the bytes written.
+
+    Raises:
+        CheckpointError: The source fails.
+        OSError: The disk refuses.
+    """
+    _allow_open_files(len(files))
+    writer = _Writer(journal, files, jobs, places, progress)
+    try:
+        writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
+        in_threads(
+            [job for job in jobs if job.key not in journal.tensors],
+            lambda: TensorStream(source, allow_nonfinite=options.allow_nonfinite, crcs=crcs),
+            writer.write,
+            workers=options.workers,
+            stop=writer.counter.stop,
+        )
+    finally:
+        writer.close()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files where a target needs more at a time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def files_of(jobs: Iterable[TensorJob], places: Places) -> dict[str, frozenset[str]]:
+    """Return the names of the files of every tensor, by its key; equal sets are one object."""
+    sets: dict[frozenset[str], frozenset[str]] = {}
+    result = {}
+    for job in jobs:
+        names = frozenset(str(place.path) for place in places(job))
+        result[job.key] = sets.setdefault(names, names)
+    return result
+
+
+class _Writer:
+    """The files of a target while tensors are written into them, by any number of workers."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        files: Sequence[TargetFile],
+        jobs: Sequence[TensorJob],
+        places: Places,
+        progress: Progress | None,
+    ):
+        self._journal, self._places = journal, places
+        self._lock = threading.Lock()
+        self._pending: dict[str, WrittenTensor] = {}
+        self._pending_bytes = 0
+        done = total_bytes(job.info for job in jobs if job.key in journal.tensors)
+        self.counter = Counter(total_bytes(job.info for job in jobs), progress, done=done)
+        self._open = {file.name: _OpenFile(file, journal) for file in files if file.name not in journal.files}
+        self._files_of = files_of(jobs, places)
+        for job in jobs:
+            for place in places(job):
+                if (file := self._open.get(str(place.path))) is not None:
+                    file.expect(job, place)
+            for name in self._files_of[job.key]:
+                if name in self._open and job.key not in journal.tensors:
+                    self._open[name].await_tensor()
+
+    def write(self, job: TensorJob, stream: TensorStream) -> None:
+        """Write one tensor to all its places, and complete the files of which it was the last."""
+        digest = xxhash.xxh3_128()
+        item, position = job.info.item_bytes, 0
+        places = self._places(job)
+        width = max((place.width for place in places), default=1)
+        for block in stream.blocks(job, width=width):
+            self._write_block(places, item, position, block)
+            digest.update(block.data)
+            position += len(block) // item
+            self.counter.advance(len(block))
+        assert position == job.info.numel, f"{job.info}: {position} elements"
+        source = stream.source_digest() if job.surgery is None else None
+        with self._lock:
+            self._pending[job.key] = WrittenTensor(xxh3_128=digest.hexdigest(), source_xxh3_128=source)
+            self._pending_bytes += job.info.nbytes
+            due = self._pending_bytes >= SYNC_BYTES
+            if due:
+                self._pending_bytes = 0
+        if due:
+            self._sync()
+        for name in self._files_of[job.key]:
+            if self._open[name].done_with(job):
+                self._finish(self._open[name])
+
+    def _write_block(self, places: Sequence[Piece], item: int, start: int, block: np.ndarray) -> None:
+        """Write elements ``start`` and on of a tensor, each of ``item`` bytes, to wherever they belong."""
+        stop = start + len(block) // item
+        for place in places:
+            first, last = max(start, place.start * place.width), min(stop, place.stop * place.width)
+            if first >= last:
+                continue
+            rows = block[(first - start) * item : (last - start) * item].reshape(-1, place.width * item)
+            part = np.ascontiguousarray(rows[:, place.first * item : place.last * item]).reshape(-1)
+            columns = place.last - place.first
+            offset = place.offset + (first // place.width - place.start) * columns * item
+            self._open[str(place.path)].write(offset, part.data)
+
+    def finish_resumed(self) -> None:
+        """Complete the files of which no tensor is missing: an earlier run was stopped there, or they hold none."""
+        for file in [*self._open.values()]:
+            if not file.lacks_tensors:
+                self._finish(file)
+
+    def _finish(self, file: _OpenFile) -> None:
+        name = file.layout.name
+        with self._lock:
+            mine = {key: tensor for key, tensor in self._pending.items() if name in self._files_of[key]}
+            alone = all(self._files_of[key] == {name} for key in mine)
+        if mine and not alone:
+            # They lie in other files too: those must be on disk before this one counts as finished.
+            self._sync()
+            mine = {}
+        record = file.finish()
+        self._journal.add(mine, name, record)
+        with self._lock:
+            self._pending = {key: tensor for key, tensor in self._pending.items() if key not in mine}
+
+    def _sync(self) -> None:
+        """Bring what has been written to disk, and enter it in the journal."""
+        with self._lock:
+            pending = dict(self._pending)
+        for file in [*self._open.values()]:
+            file.sync()
+        self._journal.add(pending)
+        with self._lock:
+            self._pending = {key: tensor for key, tensor in self._pending.items() if key not in pending}
+
+    def close(self) -> None:
+        """Close all files, finished or not."""
+        for file in self._open.values():
+            file.close()
+
+
+class _OpenFile:
+    """One file while it is written."""
+
+    def __init__(self, layout: TargetFile, journal: Journal):
+        self.layout = layout
+        self._final = journal.directory / layout.name
+        self._partial = journal.directory / (layout.name + PARTIAL_SUFFIX)
+        self._finished = journal.tensors.keys()
+        self._lock, self._descriptor = threading.Lock(), -1
+        self._missing = 0
+        self._written: list[tuple[TensorJob, Piece]] = []
+        self._storages = sorted(layout.storages)
+        self._ledgers = {offset: CrcLedger() for offset, _ in self._storages}
+        self._due = {offset: 0 for offset, _ in self._storages}
+
+    def expect(self, job: TensorJob, place: Piece) -> None:
+        """Note a place that a tensor has in the file; an earlier run may have written it."""
+        if self._storages:
+            self._due[self._storage_at(place.offset)] += place.numel * job.info.item_bytes
+        if job.key in self._finished:
+            self._written.append((job, place))
+
+    def await_tensor(self) -> None:
+        """Note that one more tensor has to be written before the file is complete."""
+        self._missing += 1
+
+    @property
+    def lacks_tensors(self) -> bool:
+        """Whether any tensor has still to be written."""
+        return self._missing > 0
+
+    def _storage_at(self, offset: int) -> int:
+        return self._storages[bisect_right(self._storages, offset, key=lambda storage: storage[0]) - 1][0]
+
+    def _ready(self) -> int:
+        """Return the descriptor, making the file on the first call: headers written, all its space reserved."""
+        with self._lock:
+            if self._descriptor < 0:
+                self._partial.parent.mkdir(parents=True, exist_ok=True)
+                keep = 0 if self._written else os.O_TRUNC
+                self._descriptor = os.open(self._partial, os.O_CREAT | keep | os.O_RDWR, 0o666)
+                os.posix_fallocate(self._descriptor, 0, self.layout.size)
+                write_from(self.layout.header, self._descriptor, 0)
+                for base, lay_out in self.layout.archives:
+                    for offset, data in lay_out().fixed:
+                        write_from(data, self._descriptor, base + offset)
+                self._count_written()
+            return self._descriptor
+
+    def _count_written(self) -> None:
+        """Note the checksums of what an earlier run wrote, by reading it again."""
+        if not self._storages:
+            return
+        block = bytearray(BLOCK_BYTES)
+        for job, place in self._written:
+            stop = place.offset + place.numel * job.info.item_bytes
+            for offset in range(place.offset, stop, BLOCK_BYTES):
+                view = memoryview(block)[: min(BLOCK_BYTES, stop - offset)]
+                read_from(self._descriptor, view, offset, path=self._partial)
+                self._note(offset, view)
+
+    def _note(self, offset: int, data: memoryview) -> None:
+        start = self._storage_at(offset)
+        self._ledgers[start].note(offset - start, data)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write values at a place that belongs to nobody else."""
+        write_from(data, self._ready(), offset)
+        if self._storages:
+            self._note(offset, data)
+
+    def done_with(self, job: TensorJob) -> bool:
+        """Note that a tensor is in the file; return whether it was the last one that the file lacked."""
+        self._ready()  # a tensor without elements has not opened it
+        with self._lock:
+            self._missing -= 1
+            return self._missing == 0
+
+    def sync(self) -> None:
+        """Flush what has been written."""
+        with self._lock:
+            descriptor = os.dup(self._descriptor) if self._descriptor >= 0 else -1
+        if descriptor >= 0:
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def finish(self) -> FileRecord:
+        """Complete, flush and digest the file and give it its final name."""
+        descriptor = self._ready()
+        for base, lay_out in self.layout.archives:
+            archive = lay_out()
+            crcs = {key: self._crc(base + offset, size) for key, (offset, size) in archive.storages.items()}
+            for offset, data in archive.closing(crcs):
+                write_from(data, descriptor, base + offset)
+        if [base for base, _ in self.layout.archives] == [0]:
+            # An archive's checksums are known already: to read it again would cost as much as to write it.
+            os.fsync(descriptor)
+            record = FileRecord(size=self.layout.size, directory_xxh3_128=directory_digest(self._partial))
+        else:
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush") as flusher:
+                flushed = flusher.submit(os.fsync, descriptor)
+                digest = digest_file(self._partial)
+                flushed.result()
+            record = FileRecord(size=self.layout.size, xxh3_128=digest)
+        self.close()
+        self._partial.replace(self._final)
+        return record
+
+    def _crc(self, start: int, size: int) -> int:
+        """Return the CRC of a storage; what nobody wrote is padding, which the file system has as zeros."""
+        ledger = self._ledgers[start]
+        gaps = ledger.gaps(size)
+        padding = sum(stop - begin for begin, stop in gaps)
+        assert size - padding == self._due[start], f"{self.layout.name}: {size - padding} of {self._due[start]} bytes"
+        for begin, stop in gaps:
+            ledger.note_crc(begin, stop - begin, crc_of_zeros(stop - begin))
+        return ledger.total()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1

@@ -1,0 +1,392 @@
+"""The pickles inside ``torch.save`` files, read without running anything and written without torch.
+
+A pickle may name any function and call it. Here every name becomes an inert class that only remembers how it was
+called: nothing of torch, DeepSpeed or the file's author is imported, let alone run. Names outside :data:`ALLOWED` are
+refused all the same, because what we write from such a file will be opened by software that does run them.
+
+Tensors become :class:`TensorRef`: where the values lie, not the values.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from checkpoints_tools.dtypes import ITEM_BYTES, TORCH_NAMES
+
+MAX_PICKLE_BYTES = 1 << 28
+_MAX_DEPTH = 200
+
+STORAGES = {
+    **{"DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"},
+    **{"LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8"},
+    **{"ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64"},
+}
+"""torch's typed storages and the dtype of their elements, by its name in safetensors."""
+
+_STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
+_DTYPES = {f"torch.{theirs}" for theirs in TORCH_NAMES.values()} | {"torch.complex128"}
+
+ALLOWED = {
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.Tensor",
+    "torch.device",
+    "torch.nn.parameter.Parameter",
+    "torch._tensor._rebuild_from_type_v2",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch.serialization._get_layout",
+    "torch.storage.UntypedStorage",
+    *(f"torch.{name}" for name in STORAGES),
+    *_DTYPES,
+    # What DeepSpeed's files hold beside tensors and builtins.
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    # What people put into client_state: states of random generators and parsed arguments.
+    "_codecs.encode",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "argparse.Namespace",
+    "builtins.set",
+    "builtins.complex",
+    "__builtin__.set",
+    "__builtin__.complex",
+    # A torch.distributed.checkpoint ``.metadata``.
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "pathlib.PosixPath",
+    # megatron-core keeps the ranks' plans in it.
+    *(
+        f"torch.distributed.checkpoint.planner.{name}"
+        for name in ["SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"]
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
+}
+"""The names that a pickle may hold."""
+
+
+class UnsafePickleError(Exception):
+    """A pickle that needs more than data; the message names what."""
+
+
+class Remembered:
+    """An object that was not made: its class's name, the arguments and the state that it would have got.
+
+    Attributes:
+        args: Arguments of the constructor.
+        state: What ``__setstate__`` would have been given; None for none.
+    """
+
+    NAME = ""
+    """Dotted name of the class or function (of subclasses)."""
+
+    __slots__ = ("args", "by_call", "state")
+
+    args: tuple[Any, ...]
+    state: Any
+    by_call: bool
+
+    def __new__(cls, *args: Any) -> Remembered:  # noqa: D102 - documented by the class
+        made = object.__new__(cls)
+        made.args, made.state, made.by_call = args, None, False
+        return made
+
+    def __init__(self, *args: Any):
+        # Only a call comes here: the NEWOBJ opcode makes objects with __new__ alone.
+        self.by_call = True
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Remembered) or type(other) is not type(self):
+            return False
+        return (self.args, self.state) == (other.args, other.state)
+
+    def __hash__(self) -> int:
+        # The state too, where it can be: a .metadata has thousands of keys that differ in nothing else.
+        try:
+            state = frozenset(self.state.items()) if isinstance(self.state, dict) else self.state
+            return hash((self.NAME, self.args, state))
+        except TypeError:
+            return hash((self.NAME, self.args))
+
+
+class Size(tuple[int, ...]):
+    """A ``torch.Size``."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """One storage of an archive: its key, the dtype of its elements, their number, and the device it was on."""
+
+    key: str
+    dtype: str
+    numel: int
+    location: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor: a storage and a view of it (offset and strides in elements)."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def dtype(self) -> str:
+        """Dtype, by its name in safetensors."""
+        return self.storage.dtype
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie one after the other."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return self.numel == 0
+            expected *= size
+        return True
+
+
+def new_tensor(key: str, dtype: str, shape: tuple[int, ...]) -> TensorRef:
+    """Return a contiguous tensor that fills a storage of its own."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= size
+    return TensorRef(StorageRef(key, dtype, step), 0, shape, tuple(reversed(stride)))
+
+
+def named(name: str) -> type[Remembered]:
+    """Return the inert class that stands for a dotted name."""
+    return _class(name)
+
+
+@cache
+def _class(name: str) -> type[Remembered]:
+    return type(name.rpartition(".")[2], (Remembered,), {"NAME": name, "__slots__": ()})
+
+
+def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> TensorRef:
+    if not isinstance(storage, StorageRef) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+        raise UnsafePickleError("a tensor whose storage, size or strides are not what torch writes")
+    tensor = TensorRef(storage, offset, tuple(size), tuple(stride))
+    if len(size) != len(stride):
+        raise UnsafePickleError("a tensor with as many strides as it has not dimensions")
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if tensor.numel and last >= storage.numel:
+        raise UnsafePickleError(f"a tensor that reaches beyond its storage of {storage.numel} elements")
+    return tensor
+
+
+def _rebuild_untyped(
+    storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    """Dtypes younger than typed storages name theirs apart."""
+    ours = next((o for o, theirs in TORCH_NAMES.items() if f"torch.{theirs}" == getattr(dtype, "NAME", "")), None)
+    if ours is None or not isinstance(storage, StorageRef):
+        raise UnsafePickleError(f"a tensor of dtype {getattr(dtype, 'NAME', dtype)!s}")
+    typed = StorageRef(storage.key, ours, storage.numel // ITEM_BYTES[ours], storage.location)
+    return _rebuild_tensor(typed, offset, size, stride)
+
+
+def _rebuild_from_type(function: Any, _: Any, args: Any, *__: Any) -> Any:
+    return function(*args)
+
+
+class _Call:
+    """A function that may be called while reading; nothing can be set on it."""
+
+    __slots__ = ("_function",)
+
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]):
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnsafePickleError(f"an attempt to set {name} on a function")
+
+
+_CALLS: Mapping[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": _Call(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": _Call(_rebuild_untyped),
+    "torch._utils._rebuild_parameter": _Call(lambda tensor, *_: tensor),
+    "torch._tensor._rebuild_from_type_v2": _Call(_rebuild_from_type),
+    "torch.Size": _Call(lambda sizes=(): Size(sizes)),
+    "collections.OrderedDict": OrderedDict,
+}
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full not in ALLOWED:
+            raise UnsafePickleError(full)
+        return _CALLS.get(full) or _class(full)
+
+    def persistent_load(self, pid: Any) -> StorageRef:
+        try:
+            kind, storage, key, location, numel = pid
+            dtype = (
+                STORAGES[storage.NAME.removeprefix("torch.")]
+                if storage.NAME != "torch.storage.UntypedStorage"
+                else "U8"
+            )
+            valid = kind == "storage" and isinstance(key, str) and isinstance(numel, int) and numel >= 0
+        except (TypeError, ValueError, KeyError, AttributeError):
+            valid = False
+        if not valid or "/" in key or ".." in key:
+            raise UnsafePickleError(f"a storage that torch does not write: {str(pid)[:80]}")
+        return StorageRef(key, dtype, numel, str(location))
+
+
+def loads(data: bytes) -> Any:
+    """Return the object of a pickle, inert.
+
+    Raises:
+        UnsafePickleError: It names what is not allowed, or is damaged.
+    """
+    if len(data) > MAX_PICKLE_BYTES:
+        raise UnsafePickleError(f"{len(data)} bytes of pickle; at most {MAX_PICKLE_BYTES} are read")
+    try:
+        return _Reader(io.BytesIO(data)).load()
+    except UnsafePickleError:
+        raise
+    except Exception as error:
+        # A damaged or hostile pickle raises whatever it likes: AttributeError, RecursionError, MemoryError, ...
+        raise UnsafePickleError(f"not a readable pickle: {type(error).__name__}: {str(error)[:120]}") from None
+
+
+def dumps(value: Any) -> bytes:
+    """Return a pickle (protocol 2, as torch writes) of what :func:`loads` gives.
+
+    Raises:
+        UnsafePickleError: A value that torch files do not hold, or nesting without end.
+    """
+    out = bytearray(b"\x80\x02")
+    _write(out, value, 0)
+    out += b"."
+    return bytes(out)
+
+
+def _write(out: bytearray, value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH or len(out) > MAX_PICKLE_BYTES:
+        raise UnsafePickleError("values nested without end")
+    depth += 1
+    kind = type(value)
+    if value is None:
+        out += b"N"
+    elif kind is bool:
+        out += b"\x88" if value else b"\x89"
+    elif kind is int:
+        _write_int(out, value)
+    elif kind is float:
+        out += b"G" + struct.pack(">d", value)
+    elif kind is str:
+        text = value.encode("utf-8", "surrogatepass")
+        out += b"X" + struct.pack("<I", len(text)) + text
+    elif kind in (bytes, bytearray):
+        _write_call(out, "_codecs.encode", (bytes(value).decode("latin1"), "latin1"), depth)
+    elif kind is tuple:
+        out += b"("
+        for item in value:
+            _write(out, item, depth)
+        out += b"t"
+    elif kind is list:
+        out += b"]("
+        for item in value:
+            _write(out, item, depth)
+        out += b"e"
+    elif kind in (dict, OrderedDict):
+        if kind is dict:
+            out += b"}"
+        else:
+            _write_call(out, "collections.OrderedDict", (), depth)
+        out += b"("
+        for key, item in value.items():
+            _write(out, key, depth)
+            _write(out, item, depth)
+        out += b"u"
+    elif kind in (set, frozenset):
+        _write_call(out, "__builtin__.set", (list(value),), depth)
+    elif kind is Size:
+        _write_call(out, "torch.Size", (tuple(value),), depth)
+    elif kind is TensorRef:
+        args = (value.storage, value.offset, value.shape, value.stride, False, OrderedDict[str, Any]())
+        _write_call(out, "torch._utils._rebuild_tensor_v2", args, depth)
+    elif kind is StorageRef:
+        if value.dtype not in _STORAGE_OF:
+            raise UnsafePickleError(f"tensors of dtype {value.dtype} cannot be written to a torch file")
+        storage = _class(f"torch.{_STORAGE_OF[value.dtype]}")
+        _write(out, ("storage", storage, value.key, value.location, value.numel), depth)
+        out += b"Q"
+    elif isinstance(value, type) and issubclass(value, Remembered):
+        _write_name(out, value.NAME)
+    elif isinstance(value, Remembered):
+        _write_name(out, value.NAME)
+        _write(out, value.args, depth)
+        out += b"R" if value.by_call else b"\x81"
+        if value.state is not None:
+            _write(out, value.state, depth)
+            out += b"b"
+    else:
+        raise UnsafePickleError(f"a value of type {kind.__name__}")
+
+
+def _write_int(out: bytearray, value: int) -> None:
+    if 0 <= value < 256:
+        out += b"K" + bytes([value])
+    elif -(2**31) <= value < 2**31:
+        out += b"J" + struct.pack("<i", value)
+    else:
+        data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+        out += (b"\x8a" + bytes([len(data)]) if len(data) < 256 else b"\x8b" + struct.pack("<i", len(data))) + data
+
+
+def _write_name(out: bytearray, name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    out += b"c" + module.encode() + b"\n" + attribute.encode() + b"\n"
+
+
+def _write_call(out: bytearray, name: str, args: tuple[Any, ...], depth: int) -> None:
+    _write_name(out, name)
+    _write(out, args, depth)
+    out += b"R"

@@ -1,0 +1,277 @@
+"""``torch.save`` files: zip archives of one pickle and the raw bytes of the storages, all uncompressed.
+
+Read without torch, and laid out so that the storages can be written later, by anyone, in any order: the headers and the
+pickle are known beforehand, the CRCs are filled in at the end.
+(Format: PyTorch, ``caffe2/serialize/inline_container.cc``; PKWARE APPNOTE for the archive.)
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.raw_io import FileState, read_bytes
+from checkpoints_tools.torch_pickle import UnsafePickleError, dumps, loads
+from statex_dist.config import one_line
+from statex_dist.errors import CheckpointError
+
+_ALIGNMENT = 64
+_LOCAL = struct.Struct("<IHHHHHIIIHH")
+_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+_UTF8 = 0x0800
+_ZIP64 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of an archive: where its bytes begin in the file on disk, how many there are, and their CRC-32."""
+
+    offset: int
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchArchive:
+    """One ``torch.save`` file, or one inside a larger file.
+
+    Attributes:
+        path: The file.
+        root: Name of the archive's folder: torch takes the file's own name when it saves, so that a file which was
+            renamed later still says what it was.
+        entries: By name below the root (``data.pkl``, ``data/0``, ...).
+        state: What the file was when it was opened.
+        content: What was saved, with tensors as references.
+    """
+
+    path: Path
+    root: str
+    entries: Mapping[str, Entry]
+    state: FileState
+    content: Any = field(repr=False)
+
+    def storage(self, key: str) -> Entry:
+        """Return where a storage lies.
+
+        Raises:
+            CheckpointError: The archive has no such storage.
+        """
+        entry = self.entries.get(f"data/{key}")
+        if entry is None:
+            raise CheckpointError(f"{self.path} is damaged: the bytes of its storage {key} are missing")
+        return entry
+
+
+def open_archive(path: Path) -> TorchArchive:
+    """Read the directory and the pickle of a ``torch.save`` file.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, not of torch's format, damaged, or needs more than data.
+    """
+    root, entries = read_directory(path)
+    state = FileState.of(path.stat())
+    if "data.pkl" not in entries:
+        raise CheckpointError(f"{path} is not a torch.save file: it has no data.pkl")
+    if (order := entries.get("byteorder")) and (found := read_bytes(path, order.offset, min(order.size, 16))) != (
+        sys.byteorder.encode()
+    ):
+        raise CheckpointError(f"{path} was written on a {found!r}-endian machine; convert it there")
+    pickled = entries["data.pkl"]
+    data = read_bytes(path, pickled.offset, pickled.size)
+    if zlib.crc32(data) != pickled.crc:
+        raise CheckpointError(f"{path} is damaged: the CRC of its data.pkl is not what was written")
+    try:
+        content = loads(data)
+    except UnsafePickleError as error:
+        raise CheckpointError(f"{path} is refused: its pickle needs more than tensors: {one_line(error)}") from None
+    return TorchArchive(path=path, root=root, entries=entries, state=state, content=content)
+
+
+def read_directory(path: Path) -> tuple[str, dict[str, Entry]]:
+    """Return the root folder and the entries of an archive, after checking that they lie in it without overlap.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or its directory is not one that torch writes.
+    """
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or not a torch.save file: {one_line(error)}") from None
+    roots = {info.filename.partition("/")[0] for info in infos}
+    if len(roots) != 1 or not infos:
+        raise CheckpointError(f"{path} is not a torch.save file: its entries lie in {len(roots)} folders")
+    root = roots.pop()
+    entries: dict[str, Entry] = {}
+    position = 0
+    with path.open("rb") as file:
+        for info in sorted(infos, key=lambda info: info.header_offset):
+            name = info.filename.partition("/")[2]
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise CheckpointError(f"{path} holds compressed entries, which torch.save never writes")
+            if name in entries:
+                raise CheckpointError(f"{path} is damaged: it holds '{name}' twice")
+            if not info.file_size:
+                entries[name] = Entry(info.header_offset, 0, info.CRC)  # of placeholders a file has one per parameter
+                continue
+            file.seek(info.header_offset)
+            header = file.read(_LOCAL.size)
+            if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):
+                raise CheckpointError(f"{path} is damaged: no header where its entry '{name}' begins")
+            fields = _LOCAL.unpack(header)
+            offset = info.header_offset + _LOCAL.size + fields[9] + fields[10]
+            if info.header_offset < position or offset + info.file_size > size:
+                raise CheckpointError(f"{path} is damaged: its entry '{name}' overlaps another or the file's end")
+            position = offset + info.file_size
+            entries[name] = Entry(offset, info.file_size, info.CRC)
+    return root, entries
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArchiveLayout:
+    """A ``torch.save`` file (or a part of a larger file) that is to be written.
+
+    Attributes:
+        root: Name of its folder.
+        size: Bytes in all.
+        storages: Byte offset and size of each storage whose bytes are to be written, by key.
+        fixed: ``(offset, bytes)`` of everything that is known beforehand.
+    """
+
+    root: str
+    size: int
+    storages: Mapping[str, tuple[int, int]]
+    fixed: tuple[tuple[int, bytes], ...]
+    _members: tuple[tuple[str, int, int, int, int | None], ...]  # name, header offset, offset, size, CRC if known
+    _directory: int
+
+    @classmethod
+    def build(cls, root: str, content: Any, storages: Mapping[str, int | bytes]) -> ArchiveLayout:
+        """Lay a file out.
+
+        Args:
+            root: Name of the folder: the file's name without its ending, as torch has it.
+            content: What is saved; its tensors refer to ``storages``.
+            storages: By key the number of bytes of each storage, or the bytes where they are known.
+        """
+        known = {
+            "data.pkl": dumps(content),
+            ".format_version": b"1",
+            ".storage_alignment": b"64",
+            "byteorder": b"little",
+        }
+        tail = {"version": b"3\n"}
+        names: list[tuple[str, bytes | int]] = [*known.items()]
+        names += [(f"data/{key}", size) for key, size in storages.items()]
+        names += [*tail.items()]
+        members, fixed, places, position = [], [], {}, 0
+        for name, data in names:
+            size = data if isinstance(data, int) else len(data)
+            header, crc = position, None if isinstance(data, int) else zlib.crc32(data)
+            full = f"{root}/{name}".encode()
+            large = _large(size)
+            begin = header + _LOCAL.size + len(full) + (20 if large else 0) + 4
+            padding = -begin % _ALIGNMENT
+            offset = begin + padding
+            extra = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
+            # "FB" with a length is how torch fills up to the alignment.
+            extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
+            shown = _ZIP64 if large else size
+            fixed.append(
+                (
+                    header,
+                    _LOCAL.pack(
+                        0x04034B50,
+                        45 if large else 20,
+                        _UTF8,
+                        0,
+                        0,
+                        0x21,
+                        crc or 0,
+                        shown,
+                        shown,
+                        len(full),
+                        len(extra),
+                    )
+                    + full
+                    + extra,
+                )
+            )
+            if isinstance(data, int):
+                places[name.removeprefix("data/")] = (offset, size)
+            else:
+                fixed.append((offset, data))
+            members.append((name, header, offset, size, crc))
+            position = offset + size
+        layout = cls(
+            root=root, size=0, storages=places, fixed=tuple(fixed), _members=tuple(members), _directory=position
+        )
+        end = layout._central({})
+        return cls(
+            root=root,
+            size=position + len(end),
+            storages=places,
+            fixed=tuple(fixed),
+            _members=tuple(members),
+            _directory=position,
+        )
+
+    def closing(self, crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
+        """Return the ``(offset, bytes)`` that complete the file once the storages are written.
+
+        Args:
+            crcs: CRC-32 of each storage, by key.
+        """
+        patches = []
+        for name, header, _, _, crc in self._members:
+            if crc is None:
+                patches.append((header + 14, struct.pack("<I", crcs[name.removeprefix("data/")])))
+        return [*patches, (self._directory, self._central(crcs))]
+
+    def _central(self, crcs: Mapping[str, int]) -> bytes:
+        entries = bytearray()
+        for name, header, _, size, known in self._members:
+            crc = known if known is not None else crcs.get(name.removeprefix("data/"), 0)
+            large, far = _large(size), header >= _ZIP64
+            wide = (struct.pack("<QQ", size, size) if large else b"") + (struct.pack("<Q", header) if far else b"")
+            extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
+            full = f"{self.root}/{name}".encode()
+            shown, version = _ZIP64 if large else size, 45 if wide else 20
+            entries += _CENTRAL.pack(
+                *(0x02014B50, version, version, _UTF8, 0, 0, 0x21, crc, shown, shown, len(full), len(extra)),
+                *(0, 0, 0, 0, _ZIP64 if far else header),
+            )
+            entries += full + extra
+        count, start, length = len(self._members), self._directory, len(entries)
+        if start + length >= _ZIP64 or count >= 0xFFFF:
+            entries += struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, length, start)
+            entries += struct.pack("<IIQI", 0x07064B50, 0, start + length, 1)
+        entries += struct.pack(
+            "<IHHHHIIH", 0x06054B50, 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), length, min(start, _ZIP64), 0
+        )
+        return bytes(entries)
+
+
+def _large(size: int) -> bool:
+    return size >= _ZIP64
+
+
+def save_small(path: Path, content: Any, storages: Mapping[str, bytes] | None = None) -> None:
+    """Write a whole ``torch.save`` file whose storages are in memory, and flush it to disk."""
+    layout = ArchiveLayout.build(path.stem, content, storages or {})
+    with path.open("wb") as file:
+        for offset, data in (*layout.fixed, *layout.closing({})):
+            file.seek(offset)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

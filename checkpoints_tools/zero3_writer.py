@@ -1,0 +1,288 @@
+"""Laying out a native DeepSpeed ZeRO stage 3 checkpoint for any number of ranks.
+
+DeepSpeed's plain ``load_checkpoint`` opens it: every rank gets its part of the weights and of each optimizer state, and
+all else that the source had (settings of each parameter group, step, scheduler, buffers, frozen parameters, client
+state). Its universal checkpoints are no part of this: at stage 3 they lose group settings, buffers and frozen
+parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.target import Documents, TargetPlan
+from checkpoints_tools.target_writer import TargetFile
+from checkpoints_tools.tensor_io import Piece, TensorInfo
+from checkpoints_tools.torch_pickle import Remembered, Size, TensorRef, new_tensor
+from checkpoints_tools.torch_zip import ArchiveLayout
+from checkpoints_tools.training_states import HeldTensor, TrainingStates
+from checkpoints_tools.transfer import TensorJob
+from checkpoints_tools.zero3_layout import FlatLayout, partition_size, sub_groups
+from checkpoints_tools.zero3_reader import WEIGHTS, Scalar
+from statex_dist.checkpoint.layout import LATEST_NAME, MODEL_DIR, tag_of
+
+
+def zero3_plan(
+    training: TrainingStates,
+    jobs: Sequence[TensorJob],
+    world_size: int,
+    *,
+    documents: Documents,
+    info: dict[str, Any],
+) -> TargetPlan:
+    """Lay a training checkpoint out for ``world_size`` ranks.
+
+    Args:
+        training: Everything but the tensors, and which tensors there are.
+        jobs: The weights: trained and frozen parameters and buffers, no tied names.
+        world_size: Number of ranks.
+        documents: Makes the small files of the model (``config.json``), by name.
+        info: Facts for the manifest.
+    """
+    layout = _Layout(training, world_size)
+    by_name = {job.info.name: job for job in jobs}
+    remembered = [
+        TensorJob(
+            info=replace(by_name[name].info, dtype="F32"),
+            source=None if (source := by_name[name].source) is None else replace(source, dtype="F32"),
+            surgery=by_name[name].surgery,
+            state=state,
+        )
+        for state in training.states
+        for name in layout.flat.shapes
+    ]
+    folder = tag_of(training.step)
+
+    def in_folder(written: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"{folder}/{MODEL_DIR}/{name}": content for name, content in documents(written).items()}
+
+    def places(job: TensorJob) -> Sequence[Piece]:
+        return layout.places(job, folder)
+
+    return TargetPlan(
+        kind="zero3",
+        files=[file for rank in range(world_size) for file in layout.files(rank, folder)],
+        jobs=[*jobs, *remembered],
+        places=places,
+        documents=in_folder,
+        info={**info, "step": training.step, "world_size": world_size},
+        folder=folder,
+        model_folder=f"{folder}/{MODEL_DIR}" if documents({}) else folder,
+        markers={LATEST_NAME: folder},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """Key, dtype and number of elements of a storage that tensors are copied into."""
+
+    key: str
+    dtype: str
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return TensorInfo(name="", shape=(self.numel,), dtype=self.dtype).nbytes
+
+
+class _Layout:
+    """Where everything goes in the two files of each rank."""
+
+    def __init__(self, training: TrainingStates, world_size: int):
+        self._training, self._world_size = training, world_size
+        cut = sub_groups(training.groups, world_size, training.sub_group_size)
+        self._owners = [index for index, group in enumerate(cut) for _ in group]
+        shapes = {name: shape for group in training.groups for name, shape in group.items()}
+        self._sub_groups = [{name: shapes[name] for name in names} for group in cut for names in group]
+        self._sizes = [
+            sum(partition_size(math.prod(shape), world_size) for shape in group.values()) for group in self._sub_groups
+        ]
+        self.flat = FlatLayout.build(
+            {name: shape for group in self._sub_groups for name, shape in group.items()},
+            self._sizes,
+            world_size,
+            where=Path("target"),
+        )
+        self._flat_storages = {
+            state: [
+                _Storage(f"{index}", "F32", size) for index, size in enumerate(self._sizes, number * len(self._sizes))
+            ]
+            for number, state in enumerate((WEIGHTS, *training.states))
+        }
+        self._model_storages = {
+            name: _Storage(str(index), item.dtype, self._stored(name))
+            for index, (name, item) in enumerate({**training.buffers, **training.frozen}.items())
+        }
+        # The archive's folder has the file's name, and so ranks of more digits have their storages elsewhere.
+        self._offsets = [
+            (self._offsets_of(rank, "model"), self._offsets_of(rank, "optim")) for rank in range(world_size)
+        ]
+
+    def _stored(self, name: str) -> int:
+        if name in self._training.buffers:
+            return self._training.buffers[name].numel
+        return partition_size(self._training.frozen[name].numel, self._world_size)
+
+    def _stem(self, rank: int, kind: str) -> str:
+        prefix = self._training.prefix if kind == "optim" else ""
+        return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_{kind}_states"
+
+    def _archive(self, rank: int, kind: str) -> ArchiveLayout:
+        """Lay out one file."""
+        content, storages = self._model_content(rank) if kind == "model" else self._optim_content()
+        return ArchiveLayout.build(self._stem(rank, kind), content, storages)
+
+    def _offsets_of(self, rank: int, kind: str) -> tuple[int, dict[str, tuple[int, int]]]:
+        archive = self._archive(rank, kind)
+        return archive.size, dict(archive.storages)
+
+    def files(self, rank: int, folder: str) -> list[TargetFile]:
+        """Return the two files of a rank."""
+        result = []
+        for kind, (size, storages) in zip(("model", "optim"), self._offsets[rank], strict=True):
+            result.append(
+                TargetFile(
+                    name=f"{folder}/{self._stem(rank, kind)}.pt",
+                    size=size,
+                    archives=((0, self._layer_out(rank, kind)),),
+                    storages=tuple(storages.values()),
+                )
+            )
+        return result
+
+    def _layer_out(self, rank: int, kind: str) -> Callable[[], ArchiveLayout]:
+        return lambda: self._archive(rank, kind)
+
+    def places(self, job: TensorJob, folder: str) -> list[Piece]:
+        """Return where a tensor goes: a buffer to every rank, all else in parts."""
+        name = job.info.name
+        if name in self._model_storages:
+            return self._model_places(name, job.info, folder)
+        found = []
+        storages = self._flat_storages[job.state or WEIGHTS]
+        for run in self.flat.runs(name):
+            offset, _ = self._offsets[run.rank][1][1][storages[run.group].key]
+            path = Path(folder, f"{self._stem(run.rank, 'optim')}.pt")
+            found.append(Piece(path, offset + 4 * run.start, run.target, run.target + run.numel))
+        return found
+
+    def _model_places(self, name: str, info: TensorInfo, folder: str) -> list[Piece]:
+        found = []
+        part = partition_size(info.numel, self._world_size)
+        for rank in range(self._world_size):
+            offset, _ = self._offsets[rank][0][1][self._model_storages[name].key]
+            path = Path(folder, f"{self._stem(rank, 'model')}.pt")
+            if name in self._training.buffers:
+                found.append(Piece(path, offset, 0, info.numel))
+            elif rank * part < info.numel:
+                found.append(Piece(path, offset, rank * part, min((rank + 1) * part, info.numel)))
+        return found
+
+    def _model_content(self, rank: int) -> tuple[dict[str, Any], dict[str, int | bytes]]:
+        """Return a rank's model states and their storages."""
+        training, storages = self._training, _Storages(len(self._model_storages))
+        for storage in self._model_storages.values():
+            storages.sizes[storage.key] = storage.nbytes
+        module: OrderedDict[str, Any] = OrderedDict()
+        for name, dtype in training.module.items():
+            if name in training.buffers:
+                module[name] = new_tensor(self._model_storages[name].key, dtype, training.buffers[name].shape)
+            else:
+                module[name] = storages.empty(dtype)
+        fragments = OrderedDict(
+            (name, new_tensor(self._model_storages[name].key, item.dtype, (self._stored(name),)))
+            for name, item in training.frozen.items()
+        )
+        content = {
+            **{key: storages.carried(value) for key, value in training.client(rank).items()},
+            "module": module,
+            "param_shapes": [_sizes(group) for group in self._sub_groups],
+            "frozen_param_shapes": _sizes({name: item.shape for name, item in training.frozen.items()}),
+            "frozen_param_fragments": fragments,
+            "shared_params": dict(training.shared) if rank == 0 else {},
+            "dp_world_size": self._world_size,
+        }
+        return content, storages.sizes
+
+    def _optim_content(self) -> tuple[dict[str, Any], dict[str, int | bytes]]:
+        """Return the optimizer states, the same for every rank but for the values, and their storages."""
+        training = self._training
+        storages = _Storages(sum(len(group) for group in self._flat_storages.values()))
+        for states in self._flat_storages.values():
+            for storage in states:
+                storages.sizes[storage.key] = storage.nbytes
+        flat = {
+            state: [new_tensor(storage.key, "F32", (storage.numel,)) for storage in group]
+            for state, group in self._flat_storages.items()
+        }
+        per_group: dict[int, dict[str, Any]] = {}
+        if training.states or any(training.scalars):
+            for index, owner in enumerate(self._owners):
+                per_group[index] = {
+                    **{name: storages.scalar(value) for name, value in training.scalars[owner].items()},
+                    **{state: flat[state][index] for state in training.states},
+                }
+        groups = [
+            {**{key: storages.carried(v) for key, v in settings.items()}, "params": self._indices(index)}
+            for index, settings in enumerate(training.settings)
+        ]
+        top = {key: storages.carried(value) for key, value in training.optim.items()}
+        states_of = {key: storages.carried(value) for key, value in training.optimizer.items()}
+        states_of["partition_count"] = self._world_size
+        states_of["optimizer_state_dict"] = {"state": per_group, "param_groups": groups}
+        states_of["fp32_flat_groups"] = flat[WEIGHTS]
+        return {**top, "optimizer_state_dict": states_of}, storages.sizes
+
+    def _indices(self, group: int) -> list[int]:
+        return [index for index, owner in enumerate(self._owners) if owner == group]
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> OrderedDict[str, Size]:
+    return OrderedDict((name, Size(shape)) for name, shape in shapes.items())
+
+
+class _Storages:
+    """Storages of a file besides those that tensors are copied into: their bytes are known now."""
+
+    def __init__(self, first: int):
+        self.sizes: dict[str, int | bytes] = {}
+        self._next = first
+        self._empty = lru_cache(maxsize=None)(lambda dtype: self._add(b""))
+
+    def _add(self, data: bytes) -> str:
+        key, self._next = str(self._next), self._next + 1
+        self.sizes[key] = data
+        return key
+
+    def empty(self, dtype: str) -> TensorRef:
+        """Return the placeholder that stands for a parameter: its values are in the flat groups."""
+        return new_tensor(self._empty(dtype), dtype, (0,))
+
+    def scalar(self, value: Scalar) -> Any:
+        """Return a value that the optimizer keeps once per sub-group, in a storage of its own."""
+        if value.dtype is None:
+            return value.value
+        shape, data = value.value
+        return new_tensor(self._add(data), value.dtype, shape)
+
+    def carried(self, value: Any) -> Any:
+        """Return a value with the tensors in it moved to storages of this file."""
+        if isinstance(value, HeldTensor):
+            return new_tensor(self._add(value.data), value.dtype, value.shape)
+        if isinstance(value, OrderedDict):
+            return OrderedDict((key, self.carried(item)) for key, item in value.items())
+        if isinstance(value, dict):
+            return {key: self.carried(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self.carried(item) for item in value)
+        if isinstance(value, Remembered):
+            made = type(value)(*self.carried(value.args))
+            made.by_call, made.state = value.by_call, self.carried(value.state)
+            return made
+        return value
