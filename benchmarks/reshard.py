@@ -1,15 +1,19 @@
-"""Resharding a ZeRO-3 checkpoint to safetensors: ours against DeepSpeed's ``zero_to_fp32 --safe_serialization``.
+"""Resharding ZeRO-3 checkpoints: ours against DeepSpeed's tools and against ``cp`` of the bytes read and written.
 
-Run ``python -m benchmarks.reshard [--layers 12] [--ranks 8] [--dir DIR]``. The checkpoint is synthesised with
-DeepSpeed's layout (flat fp32 weights and both Adam moments), so that its size is free; that real files are read rightly
-is tested elsewhere. Each tool runs in a process of its own, alternately and several times; wall time is that of the
-whole process with a ``sync`` after it, memory the peak resident set (mapped file pages included). Medians are printed.
+Run ``python -m benchmarks.reshard [--size 0.5b 1.3b] [--ranks 8] [--repeats 3] [--dir DIR]``. The checkpoint is
+synthetic, in DeepSpeed's own layout (:mod:`benchmarks.synthetic_zero3`): bf16 run, fp32 weights and both Adam moments.
+Each tool runs in a process of its own, alternately, from a cold page cache (as root), with a ``sync`` at the end that
+counts.
+
+Memory is the peak of the resident sets of all processes of a tool together, sampled every 20 ms: pages of mapped files
+count, as they do in a container's limit; pages that two processes share count twice.
+
+``--growth`` measures instead how our peak memory grows with the model and with the ranks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -17,175 +21,265 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import psutil
 
+from benchmarks.expand import drop_cache
 from statex_dist.models.kinds import config_from_dict, family_of
 
-SHAPE = {
-    "model_type": "gla",
-    "vocab_size": 32000,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_heads": 4,
-    "tie_word_embeddings": False,
+SIZES = {
+    "0.1b": {"hidden_size": 768, "num_hidden_layers": 8},
+    "0.5b": {"hidden_size": 1536, "num_hidden_layers": 14},
+    "1.3b": {"hidden_size": 2048, "num_hidden_layers": 24},
 }
+"""GLA models; the last is the public 1.3 B one."""
 
-_REPORT = "; import pathlib; print('PEAK', [l.split()[1] for l in pathlib.Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')][0])"  # noqa: E501 - a program for python -c
-_OURS = (
-    "import sys; from checkpoints_tools.reshard import reshard; reshard(sys.argv[1], sys.argv[2], dtype=sys.argv[3])"
-)
-_THEIRS = (
+_SAMPLE_SECONDS = 0.02
+_CONVERT = (
     "import sys; from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict as convert; "
-    "convert(sys.argv[1], sys.argv[2], dtype={'fp32': 'float32', 'bf16': 'bfloat16'}[sys.argv[3]], "
-    "safe_serialization=True)"
+    "convert(sys.argv[1], sys.argv[2], dtype={dtype}, max_shard_size='{shard}', safe_serialization=True)"
+)
+_LAZY = (
+    "import sys; from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as get; "
+    "tensors = get(sys.argv[1], lazy_mode=True); [tensors[name].contiguous() for name in list(tensors)]"
 )
 
 
-def write_zero3(
-    tag: Path,
-    tensors: Mapping[str, torch.Tensor],
-    world_size: int,
-    *,
-    moments: bool = True,
-    sub_group_size: int = 10**9,
-) -> None:
-    """Write tensors as the files of one ZeRO-3 tag, bf16 run.
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A command, what it is called, and of which of our rows it is a peer."""
 
-    Args:
-        tag: Directory to make.
-        tensors: The logical parameters, fp32.
-        world_size: Ranks.
-        moments: Whether to write Adam's moments too, as a real checkpoint does.
-        sub_group_size: Elements of a rank after which a new flat group begins.
-    """
-    tag.mkdir(parents=True)
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if filled >= sub_group_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += -(-tensor.numel() // world_size)
-    shapes = [{name: tensors[name].shape for name in group} for group in groups]
-    for rank in range(world_size):
-        flats = [torch.cat([_part(tensors[name], rank, world_size) for name in group]) for group in groups]
-        state = {i: {"exp_avg": f * 0.5, "exp_avg_sq": f * f} for i, f in enumerate(flats)} if moments else {}
-        optim = {
-            "zero_stage": 3,
-            "partition_count": world_size,
-            "optimizer_state_dict": {"state": state, "param_groups": []},
-            "fp32_flat_groups": flats,
-        }
-        model = {
-            "module": {},
-            "buffer_names": [],
-            "param_shapes": shapes,
-            "frozen_param_shapes": None,
-            "shared_params": {},
-            "dp_world_size": world_size,
-            "global_steps": 1,
-        }
-        torch.save(
-            {"optimizer_state_dict": optim, "ds_version": "synthetic"},
-            tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
-        )
-        torch.save(model, tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-    (tag.parent / "latest").write_text(tag.name)
+    task: str
+    name: str
+    command: tuple[str, ...]
 
 
-def _part(tensor: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """Return a rank's part of a tensor, padded with a number that must never be read."""
-    part = -(-tensor.numel() // world_size)
-    piece = tensor.reshape(-1)[rank * part : (rank + 1) * part]
-    return torch.cat([piece, torch.full((part - piece.numel(),), 1e30)])
+def shapes_of(size: str) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a model."""
+    values = {"model_type": "gla", "vocab_size": 32000, "num_heads": 4, "tie_word_embeddings": False, **SIZES[size]}
+    specs = family_of("gla").tensors(config_from_dict(values))
+    return {name: spec.shape for name, spec in specs.items()}
 
 
-def measure(program: str, source: Path, target: Path, dtype: str) -> tuple[float, float]:
-    """Return wall seconds (with sync) and peak MiB of one conversion in a fresh process."""
-    shutil.rmtree(target, ignore_errors=True)
-    os.sync()
+def write(tag: Path, shapes: dict[str, tuple[int, ...]], ranks: int) -> None:
+    """Write the source; imports torch, and so runs in a process of its own."""
+    from benchmarks.synthetic_zero3 import write_random_zero3
+
+    write_random_zero3(tag, shapes, ranks)
+
+
+def tools(root: Path, source: Path, target: Path, ranks: int, workers: int) -> list[Tool]:
+    """Return every command, ours first in each task."""
+    python, statex = sys.executable, str(Path(sys.executable).with_name("statex"))
+    ours = (statex, "reshard", "--source", str(source), "--target", str(target), "--workers", str(workers))
+    ends = (str(source), str(target))
+
+    def convert(dtype: str, shard: str) -> tuple[str, ...]:
+        return (python, "-c", _CONVERT.format(dtype=dtype, shard=shard), *ends)
+
+    universal = ("-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder")
+    return [
+        Tool("HF fp32", "statex reshard", ours),
+        Tool("HF fp32", "cp + sync", ("cp", str(root / "weights"), str(target))),
+        Tool("HF fp32", "zero_to_fp32", convert("'float32'", "5GB")),
+        Tool("HF fp32", "zero_to_fp32, 1 GB shards", convert("'float32'", "1GB")),
+        Tool("HF fp32", "zero_to_fp32, lazy, no write", (python, "-c", _LAZY, str(source))),
+        Tool("HF bf16", "statex reshard", (*ours, "--dtype", "bf16")),
+        Tool(
+            "HF bf16",
+            "cp + sync",
+            # As many bytes read as fp32 has, as many written as bf16 has.
+            ("sh", "-c", f"cp {root}/half {target} && cat {root}/other > /dev/null"),
+        ),
+        Tool("HF bf16", "zero_to_fp32", convert("'bfloat16'", "5GB")),
+        Tool(
+            f"{ranks} -> {ranks // 2} ranks",
+            "statex reshard",
+            (*ours, "--to", "zero3", "--world-size", str(ranks // 2)),
+        ),
+        Tool(f"{ranks} -> {ranks // 2} ranks", "cp + sync", ("cp", "-r", str(source), str(target))),
+        Tool(
+            f"{ranks} -> {ranks // 2} ranks",
+            "ds_to_universal",
+            (python, *universal, str(source / "global_step1"), "--output_folder", str(target)),
+        ),
+    ]
+
+
+def measure(command: Sequence[str], target: Path) -> tuple[float, float]:
+    """Run a command from a cold cache; return wall seconds, with everything on disk, and peak MiB of its processes."""
+    remove(target)
+    drop_cache()
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", program + _REPORT, str(source), str(target), dtype],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    os.sync()
-    seconds = time.perf_counter() - start
-    return seconds, int(done.stdout.rsplit("PEAK", 1)[1]) / 1024
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+        peak = _Peak(process.pid)
+        status = process.wait()
+        os.sync()
+        seconds = time.perf_counter() - start
+        if status:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command[:4])} failed with {status}: {errors.read()[-2000:].decode()}")
+    return seconds, peak.stop() / 2**20
+
+
+class _Peak:
+    """Samples the resident sets of a process and its descendants."""
+
+    def __init__(self, pid: int):
+        self._process, self._bytes, self._stopped = psutil.Process(pid), 0, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_SAMPLE_SECONDS):
+            total = 0
+            try:
+                for process in (self._process, *self._process.children(recursive=True)):
+                    try:
+                        total += process.memory_info().rss
+                    except psutil.Error:
+                        continue  # it has just ended
+            except psutil.Error:
+                return
+            self._bytes = max(self._bytes, total)
+
+    def stop(self) -> int:
+        """Return the largest sum of bytes."""
+        self._stopped.set()
+        self._thread.join()
+        return self._bytes
+
+
+def remove(target: Path) -> None:
+    """Delete whatever a tool made."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+
+
+def prepare(root: Path, size: str, ranks: int) -> tuple[Path, int]:
+    """Write the source, and plain files of as many bytes as a conversion reads and writes; return the parameters."""
+    shapes = shapes_of(size)
+    # In a process of its own: Linux counts what the parent held at the fork to a child's largest resident set.
+    with ProcessPoolExecutor(max_workers=1) as pool:
+        pool.submit(write, root / "source/global_step1", shapes, ranks).result()
+    count = sum(_numel(shape) for shape in shapes.values())
+    for name, nbytes in (("weights", 4 * count), ("half", 2 * count), ("other", 2 * count)):
+        with (root / name).open("wb") as file, (root / _optim(root, 0)).open("rb") as values:
+            left = nbytes
+            while left:
+                block = values.read(min(left, 16 << 20))
+                if not block:
+                    values.seek(0)
+                    continue
+                file.write(block)
+                left -= len(block)
+    return root / "source", count
+
+
+def _optim(root: Path, rank: int) -> Path:
+    return root / f"source/global_step1/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def compare(root: Path, size: str, ranks: int, repeats: int, workers: int) -> None:
+    """Measure every tool on one model and print a table."""
+    source, count = prepare(root, size, ranks)
+    target = root / "target"
+    entries = tools(root, source, target, ranks, workers)
+    runs: dict[Tool, list[tuple[float, float]]] = {tool: [] for tool in entries}
+    for _ in range(repeats):
+        for tool in entries:
+            runs[tool].append(measure(tool.command, target))
+            print(f"{tool.task}, {tool.name}: {runs[tool][-1][0]:.1f} s", file=sys.stderr, flush=True)
+    remove(target)
+    shutil.rmtree(source)
+    print(f"\nGLA {count / 1e9:.3f} B parameters, {ranks} ranks, {12 * count / 1e9:.1f} GB\n")
+    print("| task | tool | wall s (all runs) | peak MiB of its processes | ours / its time | its / our memory |")
+    print("|---|---|---|---|---|---|")
+    for tool, measured in runs.items():
+        mine = next(other for other in entries if other.task == tool.task)
+        ours, ours_peak = (statistics.median(column) for column in zip(*runs[mine], strict=True))
+        seconds, peak = (statistics.median(column) for column in zip(*measured, strict=True))
+        every = ", ".join(f"{run[0]:.1f}" for run in measured)
+        print(
+            f"| {tool.task} | {tool.name} | {seconds:.1f} ({every}) | {peak:.0f} | {ours / seconds:.2f} | "
+            f"{peak / ours_peak:.1f} |"
+        )
+
+
+def growth(root: Path, workers: int) -> None:
+    """Print our time and peak memory for models and numbers of ranks."""
+    print("\n| parameters | ranks | task | wall s | peak MiB |")
+    print("|---|---|---|---|---|")
+    for size, ranks in (("0.1b", 8), ("0.5b", 8), ("0.1b", 64), ("0.1b", 256)):
+        source, count = prepare(root, size, ranks)
+        for tool in tools(root, source, root / "target", ranks, workers):
+            if tool.name == "statex reshard" and tool.task != "HF bf16":
+                seconds, peak = measure(tool.command, root / "target")
+                print(f"| {count / 1e9:.3f} B | {ranks} | {tool.task} | {seconds:.1f} | {peak:.0f} |", flush=True)
+        remove(root / "target")
+        shutil.rmtree(source)
+
+
+def start_up(root: Path) -> None:
+    """Print what starting costs: the help text, and inspecting a checkpoint of a thousand files."""
+    shapes = {f"layer.{i}.weight": (64, 64) for i in range(100)}
+    with ProcessPoolExecutor(max_workers=1) as pool:
+        pool.submit(write, root / "many/global_step1", shapes, 500).result()
+    statex = str(Path(sys.executable).with_name("statex"))
+    for name, command in {
+        "statex reshard --help": (statex, "reshard", "--help"),
+        "statex inspect, 1000 files": (statex, "inspect", str(root / "many"), "--json"),
+    }.items():
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
+        print(f"{name}: {statistics.median(seconds):.2f} s")
+    shutil.rmtree(root / "many")
 
 
 def main() -> None:
-    """Synthesise the checkpoint, time both tools and print a table."""
+    """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--size", nargs="*", choices=list(SIZES), default=["0.5b", "1.3b"])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--growth", action="store_true", help="measure how memory grows instead")
     parser.add_argument("--dir", type=Path, default=None, help="directory for the files (default: a temporary one)")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     args = parser.parse_args()
-    config = config_from_dict({**SHAPE, "num_hidden_layers": args.layers})
-    specs = family_of("gla").tensors(config)
-    count = sum(spec.numel for spec in specs.values())
-    with tempfile.TemporaryDirectory(dir=args.dir) as name:
-        root = Path(name)
-        tensors = {name: torch.randn(spec.shape) for name, spec in specs.items()}
-        write_zero3(root / "source/global_step1", tensors, args.ranks)
-        del tensors
-        rows = []
-        for dtype in ("fp32", "bf16"):
-            runs: dict[str, list[tuple[float, float]]] = {"ours": [], "zero_to_fp32": []}
-            for _ in range(args.repeats):
-                for tool, program in (("ours", _OURS), ("zero_to_fp32", _THEIRS)):
-                    runs[tool].append(measure(program, root / "source", root / f"{tool}-{dtype}", dtype))
-            rows += [
-                {
-                    "dtype": dtype,
-                    "tool": tool,
-                    "seconds": statistics.median(run[0] for run in measured),
-                    "seconds_all": [round(run[0], 2) for run in measured],
-                    "peak_mib": statistics.median(run[1] for run in measured),
-                }
-                for tool, measured in runs.items()
-            ]
+    cold = "cold page cache" if drop_cache() else "warm page cache (not root)"
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores {platform.processor() or platform.machine()}, "
-        f"python {platform.python_version()}, torch {torch.__version__}, deepspeed {version('deepspeed')}"
+        f"load {os.getloadavg()[0]:.1f}, python {platform.python_version()}, torch {version('torch')}, "
+        f"deepspeed {version('deepspeed')}; {args.workers} workers, {cold}"
     )
-    print(
-        f"{count / 1e6:.1f} M parameters, {args.ranks} ranks, {count * 12 / 1e9:.2f} GB of optimizer states, warm cache"
-    )
-    for tool, module in (("ours", "checkpoints_tools.reshard"), ("zero_to_fp32", "deepspeed.utils.zero_to_fp32")):
-        seconds, peak = measure_import(module)
-        print(f"{tool}: of this, starting the process and importing takes {seconds:.1f} s and {peak:.0f} MiB")
-    print()
-    print("| to | tool | wall s (all runs) | peak MiB | wall, ours / theirs | peak, ours / theirs |")
-    print("|---|---|---|---|---|---|")
-    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        ratios = f"{ours['seconds'] / theirs['seconds']:.2f} | {ours['peak_mib'] / theirs['peak_mib']:.2f}"
-        for row, tail in ((ours, ratios), (theirs, " | ")):
-            print(
-                f"| {row['dtype']} | {row['tool']} | {row['seconds']:.1f} {row['seconds_all']} | "
-                f"{row['peak_mib']:.0f} | {tail} |"
-            )
-    if args.json:
-        args.json.write_text(json.dumps({"parameters": count, "ranks": args.ranks, "rows": rows}, indent=1) + "\n")
-
-
-def measure_import(module: str) -> tuple[float, float]:
-    """Return wall seconds and peak MiB of a process that only imports a module."""
-    start = time.perf_counter()
-    command = [sys.executable, "-c", f"import {module}" + _REPORT]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return time.perf_counter() - start, int(done.stdout.rsplit("PEAK", 1)[1]) / 1024
+    with tempfile.TemporaryDirectory(dir=args.dir) as name:
+        if args.growth:
+            growth(Path(name), args.workers)
+        else:
+            start_up(Path(name))
+            for size in args.size:
+                compare(Path(name), size, args.ranks, args.repeats, args.workers)
 
 
 if __name__ == "__main__":

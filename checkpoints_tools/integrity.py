@@ -11,6 +11,7 @@ from checkpoints_tools.piece_io import SourceCrcs
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.target_writer import DEFAULT_WORKERS
 from checkpoints_tools.tensor_io import Progress
+from checkpoints_tools.torch_zip import check_small_entries
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.verify import Verdict
 from statex_dist.checkpoint.layout import MANIFEST_NAME
@@ -54,6 +55,10 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
     with _noted(verdict):
         digests = read_all(jobs, source, crcs, workers=workers, progress=progress)
     archives = list(source.archives())
+    for path in source.files:
+        if path.suffix in (".pt", ".bin"):
+            with _noted(verdict):
+                check_small_entries(path)
     if archives:
         with _noted(verdict):
             verdict.tensors["storages by CRC-32"] = crcs.finish(everything=True)

@@ -40,13 +40,23 @@ class SourceCrcs:
 
     def note(self, path: Path, offset: int, data: memoryview) -> None:
         """Note bytes that were read from a file; those of other files are nobody's."""
-        entries = self._entries.get(path)
-        if not entries:
-            return
+        if self._entries.get(path):
+            start, entry, ledger = self._of(path, offset)
+            assert offset + len(data) <= start + entry.size
+            ledger.note(offset - start, data)
+
+    def expect(self, pieces: Pieces) -> None:
+        """Have the storages of a tensor checked that is not read now, because an earlier run has copied it."""
+        for piece in pieces:
+            if isinstance(piece, Piece) and piece.numel and self._entries.get(piece.path):
+                self._of(piece.path, piece.offset)
+
+    def _of(self, path: Path, offset: int) -> tuple[int, Entry, CrcLedger]:
+        """Return begin, entry and ledger of the storage at a byte of a file."""
+        entries = self._entries[path]
         start, name, entry = entries[bisect_right(entries, offset, key=lambda e: e[0]) - 1]
         assert start <= offset
-        assert offset + len(data) <= start + entry.size
-        self._ledgers.setdefault((path, name), CrcLedger()).note(offset - start, data)
+        return start, entry, self._ledgers.setdefault((path, name), CrcLedger())
 
     def finish(self, *, everything: bool = False) -> int:
         """Check every storage of which anything was read; what was left out (padding) is read now.

@@ -9,6 +9,8 @@ from typing import Any
 
 from checkpoints_tools.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
 from checkpoints_tools.hf_writer import hf_plan, with_dtype
+from checkpoints_tools.megatron_io import megatron_plan
+from checkpoints_tools.megatron_names import megatron_notes
 from checkpoints_tools.model_check import check_apart, check_tensors, read_source_config
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.target import TargetPlan, write_target
@@ -147,6 +149,7 @@ def reshard(
         plan, notes, batch = _training_plan(given, wanted, world_size, info)
     else:
         plan = _weights_plan(given, wanted, to, tp, options, info)
+        notes = megatron_notes(given.config) if to == "megatron" else []
     write_target(Path(target), given.source, plan, options, progress=progress)
     infos = [job.info for job in plan.jobs if job.state is None]
     return ReshardSummary(
@@ -192,8 +195,6 @@ def _weights_plan(
     if to == "tp":
         return tp_plan(jobs, given.family_config("tp"), check_tp(tp), documents=lambda _: documents, info=info)
     if to == "megatron":
-        from checkpoints_tools.megatron_io import megatron_plan
-
         return megatron_plan(
             source,
             jobs,

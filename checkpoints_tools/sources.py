@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.megatron_io import SIDE_FILES, MegatronSource, looks_like_megatron
 from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
 from checkpoints_tools.tensor_io import SourceFacts, TensorSource
 from checkpoints_tools.torch_reader import StateDictSource
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 BIN_NAME = "pytorch_model.bin"
 
+_WEIGHT_FILES = (".safetensors", ".distcp", INDEX_NAME, LAYOUT_NAME, *SIDE_FILES)
+"""Endings of the files of a model directory without which its tensors cannot be read."""
+
 
 def open_source(path: str | Path, *, verify: bool = True, describe: bool = False) -> TensorSource:
     """Open a checkpoint of any layout that we read.
@@ -47,14 +52,12 @@ def open_source(path: str | Path, *, verify: bool = True, describe: bool = False
     if kind == "torch":
         return _open_state_dict(directory / BIN_NAME, kind=kind, key=None, model_dir=_model_dir(directory))
     manifest, verified = _check_manifest(directory, verify=verify, only_weights=True)
-    reader: Any = {"hf": SafetensorsSource, "tp": TensorParallelSource}.get(kind)
-    if kind == "megatron":
-        from checkpoints_tools.megatron_io import MegatronSource
-
-        reader = MegatronSource
-    source: TensorSource = reader(
-        directory, verified=verified, info=_info(manifest), digests=_digests(manifest, verified)
-    )
+    readers: dict[str, Callable[..., TensorSource]] = {
+        "hf": SafetensorsSource,
+        "tp": TensorParallelSource,
+        "megatron": MegatronSource,
+    }
+    source = readers[kind](directory, verified=verified, info=_info(manifest), digests=_digests(manifest, verified))
     _check_records(source, manifest)
     return source
 
@@ -74,7 +77,7 @@ def recognise(path: str | Path) -> tuple[str, Path]:
         return "hf", path
     if (path / LAYOUT_NAME).is_file():
         return "tp", path
-    if (path / ".metadata").is_file():
+    if looks_like_megatron(path):
         return "megatron", path
     if (path / BIN_NAME).is_file():
         return "torch", path
@@ -177,7 +180,7 @@ def _check_manifest(directory: Path, *, verify: bool, only_weights: bool) -> tup
     manifest = Manifest.read(directory)
     if not verify:
         return manifest, False
-    files = {n: r for n, r in manifest.files.items() if not only_weights or n.endswith((".safetensors", INDEX_NAME))}
+    files = {n: r for n, r in manifest.files.items() if not only_weights or n.endswith(_WEIGHT_FILES)}
     Manifest(kind=manifest.kind, files=files).verify_sizes(directory)
     for name, record in files.items():
         covered = record.directory_xxh3_128 is not None if name.endswith(".pt") else bool(manifest.tensors)

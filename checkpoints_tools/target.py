@@ -133,6 +133,10 @@ def write_target(
         _check_space(journal, plan.files)
         (journal.directory / plan.folder).mkdir(parents=True, exist_ok=True)
         (journal.directory / plan.model_folder).mkdir(parents=True, exist_ok=True)
+        for job in plan.jobs:
+            if job.key in journal.tensors and job.source is not None:
+                of_state = source if job.state is None else source.states()[job.state]
+                crcs.expect(of_state.pieces(job.source.name))
         write_files(journal, source, plan.files, plan.jobs, plan.places, options, crcs=crcs, progress=progress)
         checked = crcs.finish()
         files = _write_documents(journal, source, plan)

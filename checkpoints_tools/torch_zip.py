@@ -137,6 +137,17 @@ def read_directory(path: Path) -> tuple[str, dict[str, Entry]]:
     return root, entries
 
 
+def check_small_entries(path: Path) -> None:
+    """Compare what an archive holds beside storages (the pickle, versions) with its CRCs.
+
+    Raises:
+        CheckpointError: An entry is not what was written.
+    """
+    for name, entry in read_directory(path)[1].items():
+        if not name.startswith("data/") and zlib.crc32(read_bytes(path, entry.offset, entry.size)) != entry.crc:
+            raise CheckpointError(f"{path} is damaged: the CRC-32 of its '{name}' is not what was written")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArchiveLayout:
     """A ``torch.save`` file (or a part of a larger file) that is to be written.

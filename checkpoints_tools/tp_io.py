@@ -157,7 +157,13 @@ class TensorParallelSource(TensorSource):
     ):
         path = directory / LAYOUT_NAME
         tp, files, tensors = _read_layout(path)
-        headers = [read_header(directory / file)[0] for file in files]
+        headers = []
+        for rank, file in enumerate(files):
+            header, metadata = read_header(directory / file)
+            said = metadata.get("tp_rank", str(rank)), metadata.get("tp_size", str(tp))
+            if said != (str(rank), str(tp)):
+                raise CheckpointError(f"{directory / file} says that it is rank {said[0]} of {said[1]}: it was renamed")
+            headers.append(header)
         self._pieces: dict[str, list[Piece]] = {}
         self._replicas: dict[str, list[Piece]] = {}
         infos = {}
@@ -224,14 +230,20 @@ def _read_layout(path: Path) -> tuple[int, list[str], dict[str, tuple[tuple[int,
             for name, entry in content["tensors"].items()
         }
         for name, (shape, axis, ranges) in tensors.items():
-            one_range = axis == 0 or all(len(of_rank) == 1 for of_rank in ranges)
-            size = shape[axis] if shape else 0
-            inside = all(0 <= start <= stop <= size for of_rank in ranges for start, stop in of_rank)
-            if len(ranges) != tp or axis not in (0, 1) or not one_range or not inside or min(shape, default=0) < 0:
+            if not _possible(shape, axis, ranges, tp):
                 raise ValueError(f"the ranges of tensor '{name}' are not those of {tp} ranks")
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     return tp, files, tensors
+
+
+def _possible(shape: tuple[int, ...], axis: int, ranges: Sequence[Ranges], tp: int) -> bool:
+    """Return whether ranges can be those of a tensor on ``tp`` ranks."""
+    if len(ranges) != tp or min(shape, default=0) < 0 or axis not in range(min(max(len(shape), 1), 2)):
+        return False
+    size = shape[axis] if shape else 0
+    inside = all(0 <= start <= stop <= size for of_rank in ranges for start, stop in of_rank)
+    return inside and (axis == 0 or all(len(of_rank) == 1 for of_rank in ranges))
 
 
 def _tiled(held: Sequence[Piece], info: TensorInfo, where: Path) -> tuple[list[Piece], list[Piece]]:

@@ -104,7 +104,7 @@ class Zero3Source(TensorSource):
                     )
         self.layout = FlatLayout.build(shapes, sizes, world_size, where=directory)
         self.groups = _parameter_groups(self.model, self.optim, first[1].path)
-        self.scalars = _scalars(self.groups, self.optim, self.model, first[1])
+        self.scalars = _scalars(self.groups, self.optim, self.model, first[1], self.ranks[0].flat)
         frozen = {name: tuple(shape) for name, shape in (self.model.get("frozen_param_shapes") or {}).items()}
         self._check_frozen(frozen)
         fragments = self.model.get("frozen_param_fragments") or {}
@@ -284,7 +284,7 @@ def _open_rank(files: RankFiles, first: tuple[TorchArchive, TorchArchive], world
         )
     for state in _state_names(inner, [p.numel for p in flat[WEIGHTS]], optim.path):
         flat[state] = tuple(place_of(optim, inner["state"][index][state]) for index in range(len(flat[WEIGHTS])))
-    if _scalar_values(inner, optim) != _scalar_values(expected, first[1]):
+    if _scalar_values(inner, optim, flat) != _scalar_values(expected, first[1], flat):
         raise CheckpointError(
             f"{optim.path}: the optimizer's step differs from {first[1].path.name}; the files are of two saves"
         )
@@ -338,12 +338,16 @@ def _state_names(inner: Mapping[str, Any], sizes: list[int], path: Path) -> list
     return found
 
 
-def _scalar_values(inner: Mapping[str, Any], archive: TorchArchive) -> list[dict[str, Scalar]]:
-    """Return the values that the optimizer keeps once per sub-group."""
+def _scalar_values(
+    inner: Mapping[str, Any], archive: TorchArchive, per_element: Iterable[str]
+) -> list[dict[str, Scalar]]:
+    """Return the values that the optimizer keeps once per sub-group: those that are not ``per_element``."""
     result = []
     for _, values in sorted((inner.get("state") or {}).items()):
         scalars = {}
         for name, value in sorted(values.items()):
+            if name in per_element:
+                continue  # a sub-group of one element looks the same
             if isinstance(value, TensorRef) and value.shape in ((), (1,)) and value.numel == 1:
                 place = place_of(archive, value)
                 item = TensorInfo(name="", shape=(), dtype=value.dtype).item_bytes
@@ -369,7 +373,11 @@ def _parameter_groups(model: Mapping[str, Any], optim: Mapping[str, Any], path: 
 
 
 def _scalars(
-    groups: list[list[str]], optim: Mapping[str, Any], model: Mapping[str, Any], archive: TorchArchive
+    groups: list[list[str]],
+    optim: Mapping[str, Any],
+    model: Mapping[str, Any],
+    archive: TorchArchive,
+    per_element: Iterable[str],
 ) -> list[dict[str, Scalar]]:
     """Return what the optimizer keeps once per sub-group, of each parameter group.
 
@@ -377,7 +385,7 @@ def _scalars(
         CheckpointError: Sub-groups of one parameter group differ: no value would be right for both.
     """
     inner = optim["optimizer_state_dict"].get("optimizer_state_dict") or {}
-    values = _scalar_values(inner, archive)
+    values = _scalar_values(inner, archive, per_element)
     if not values:
         return [{} for _ in groups]
     owner = {name: index for index, group in enumerate(model["param_shapes"]) for name in group}

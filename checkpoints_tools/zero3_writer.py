@@ -71,7 +71,13 @@ def zero3_plan(
         jobs=[*jobs, *remembered],
         places=places,
         documents=in_folder,
-        info={**info, "step": training.step, "world_size": world_size},
+        info={
+            **info,
+            "step": training.step,
+            "world_size": world_size,
+            # Nothing inside an optimizer file says of which rank it is.
+            "rank_files": [[Path(file.name).name for file in layout.files(rank, folder)] for rank in range(world_size)],
+        },
         folder=folder,
         model_folder=f"{folder}/{MODEL_DIR}" if documents({}) else folder,
         markers={LATEST_NAME: folder},

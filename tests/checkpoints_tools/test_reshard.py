@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.reshard import write_zero3
+from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.reshard import reshard
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.target_writer import WriteOptions

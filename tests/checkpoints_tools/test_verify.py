@@ -187,7 +187,7 @@ class TestSpoiled:
 
 class TestSameModel:
     def test_another_layout(self, tmp_path):
-        from benchmarks.reshard import write_zero3
+        from benchmarks.synthetic_zero3 import write_zero3
 
         tensors = write_model(tmp_path / "hf", GLA, shards=3)
         write_zero3(tmp_path / "zero/global_step1", tensors, 3)
