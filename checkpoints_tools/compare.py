@@ -100,7 +100,7 @@ class _Comparer:
     def __init__(self, first: _Side, second: _Side, rtol: float | None):
         self._stream = TensorStream(first.source, allow_nonfinite=True, crcs=first.crcs)
         self._other = TensorStream(second.source, allow_nonfinite=True, crcs=second.crcs)
-        self._reader = PieceReader(second.source.opened, second.crcs)
+        self._reader = PieceReader(second.source.opened, second.crcs, second.source.ahead)
         self._second, self._rtol = second.source, rtol
 
     def compare(self, pair: Pair) -> Outcome:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_tools.crc import CrcLedger
-from checkpoints_tools.raw_io import BLOCK_BYTES, FileState, read_from
+from checkpoints_tools.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
 from checkpoints_tools.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
 from checkpoints_tools.torch_zip import Entry, TorchArchive
 from statex_dist.errors import CheckpointError
@@ -104,10 +104,14 @@ class PieceReader:
     Args:
         states: What the files of the source were when it was opened; a file that has changed since is refused.
         crcs: Where bytes of ``torch.save`` files are noted; None for nowhere.
+        ahead: Fetches ahead for all threads together.
     """
 
-    def __init__(self, states: Mapping[Path, FileState], crcs: SourceCrcs | None = None):
+    def __init__(
+        self, states: Mapping[Path, FileState], crcs: SourceCrcs | None = None, ahead: ReadAhead | None = None
+    ):
         self._states, self._crcs = states, crcs
+        self._ahead = ahead or ReadAhead(len(states))
         self._files: OrderedDict[Path, int] = OrderedDict()
         self._scratch = np.empty(0, dtype=np.uint8)
 
@@ -166,7 +170,9 @@ class PieceReader:
     def _fetch(self, path: Path, offset: int, run: np.ndarray) -> None:
         if not len(run):
             return
-        read_from(self._descriptor(path), run.data, offset, path=path, expected=self._states.get(path))
+        descriptor = self._descriptor(path)
+        self._ahead.ask(descriptor, path, offset, len(run))
+        read_from(descriptor, run.data, offset, path=path, expected=self._states.get(path))
         if self._crcs:
             self._crcs.note(path, offset, run.data)
 

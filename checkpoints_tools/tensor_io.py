@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.dtypes import FLOATS, ITEM_BYTES
-from checkpoints_tools.raw_io import FileState
+from checkpoints_tools.raw_io import FileState, ReadAhead
 from checkpoints_tools.torch_zip import TorchArchive
 
 Progress = Callable[[int, int], None]
@@ -117,6 +117,7 @@ class TensorSource(ABC):
         facts: What is known about the checkpoint.
         files: The weight files.
         opened: What each of them was when the checkpoint was opened: one that has changed since is refused.
+        ahead: Fetches ahead what is read of the files.
         aliases: Tied names, each with the name that owns the values; both are among :meth:`keys`.
         buffers: Names of tensors that are no parameters, as far as the layout knows.
     """
@@ -133,6 +134,7 @@ class TensorSource(ABC):
         self.facts = facts
         self.files = list(files)
         self.opened = {path: FileState.of(path.stat()) for path in files}
+        self.ahead = ReadAhead(len(self.files))
         self.aliases = dict(aliases or {})
         self.buffers = frozenset(buffers)
         self._infos = dict(infos)

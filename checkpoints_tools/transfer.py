@@ -54,7 +54,7 @@ class TensorStream:
 
     def __init__(self, source: TensorSource, *, allow_nonfinite: bool, crcs: SourceCrcs | None = None):
         self._source, self._allow_nonfinite = source, allow_nonfinite
-        self._reader = PieceReader(source.opened, crcs)
+        self._reader = PieceReader(source.opened, crcs, source.ahead)
         self._buffer = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self._scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self._digest, self._width = xxhash.xxh3_128(), 1

@@ -89,7 +89,7 @@ def last_content(path: Path) -> int:
 
 
 def dead(path: Path, position: int) -> bool:
-    """Whether a byte of an archive is neither content nor directory: padding, and the headers that repeat the directory."""
+    """Whether a byte of an archive is neither content nor directory: padding, and headers that repeat the directory."""
     if path.suffix not in (".pt", ".distcp"):
         return False
     _, entries = read_directory(path)

@@ -39,7 +39,8 @@ def progress(done, total):
     if done >= float(sys.argv[4]) * total:
         os.kill(os.getpid(), signal.SIGKILL)
 
-reshard(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]), options=WriteOptions(resume=True, workers=2), progress=progress)
+options = WriteOptions(resume=True, workers=2)
+reshard(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]), options=options, progress=progress)
 """
 
 

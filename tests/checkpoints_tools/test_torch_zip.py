@@ -224,7 +224,7 @@ def test_damage_is_found(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             open_archive(path)
     path.write_bytes(whole[:-50])
-    with pytest.raises(CheckpointError, match="is truncated or not a torch.save file"):
+    with pytest.raises(CheckpointError, match=r"is truncated or not a torch\.save file"):
         open_archive(path)
     path.unlink()
     with pytest.raises(CheckpointError, match="is missing"):

@@ -34,7 +34,7 @@ EXPANSIONS = {"gla": {"factor": 8, "layers": "0"}, "mamba2": {"factor": 4, "init
 
 @pytest.fixture(params=[*MODELS, "gla-expanded", "mamba2-expanded"])
 def model(request, tmp_path) -> Path:
-    name, _, expanded = request.param.partition("-expanded")
+    name = request.param.removesuffix("-expanded")
     if request.param.endswith("-expanded"):
         write_model(tmp_path / "base", MODELS[name])
         run_expand(tmp_path / "base", tmp_path / "hf", **EXPANSIONS[name])
@@ -210,8 +210,10 @@ def test_a_missing_rank_and_swapped_ranks(shards, tmp_path):
 
 def test_more_ranks_than_can_share(tmp_path):
     write_model(tmp_path / "hf", MODELS["gla"])
-    with pytest.raises(ConfigError, match="3 tensor-parallel ranks cannot share axis 0 .*numbers of ranks: 1, 2, 4$"):
+    with pytest.raises(ConfigError, match=r"3 tensor-parallel ranks cannot share axis 0 .*numbers of ranks: 1, 2, 4$"):
         reshard(tmp_path / "hf", tmp_path / "out", to="tp", tp=3)
     (tmp_path / "hf/config.json").unlink()
-    with pytest.raises(CheckpointError, match="--to tp from hf needs a model of a known family; it has no config.json"):
+    with pytest.raises(
+        CheckpointError, match=r"--to tp from hf needs a model of a known family; it has no config\.json"
+    ):
         reshard(tmp_path / "hf", tmp_path / "out", to="tp", tp=2)
