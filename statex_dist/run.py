@@ -116,7 +116,8 @@ def _train(
     start_step = 0
     if client_state is not None:
         start_step = client_state["step"]
-        loader.load_state_dict(client_state["loader"])
+        if "loader" in client_state:  # a checkpoint made of weights alone begins with the first sequence
+            loader.load_state_dict(client_state["loader"])
     if start_step >= config.train.num_steps:
         logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, config.train.num_steps)
     metrics = None

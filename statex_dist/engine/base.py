@@ -227,7 +227,7 @@ class TrainEngine(ABC):
         if manifest.info.get("world_size") != self.world_size:
             raise CheckpointError(
                 f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {self.world_size}; "
-                "start it with the same number of ranks"
+                f"start it with as many, or reshard it: statex reshard --to zero3 --world-size {self.world_size}"
             )
         manifest.verify(directory)
         saved = json.loads((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
