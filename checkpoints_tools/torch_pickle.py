@@ -10,6 +10,7 @@ Tensors become :class:`TensorRef`: where the values lie, not the values.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 from collections import OrderedDict
@@ -161,10 +162,7 @@ class TensorRef:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def dtype(self) -> str:

@@ -9,6 +9,7 @@ outputs of matrices that are cut along their inputs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,10 +123,7 @@ class TensorSpec:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     def held_parts(self, tp: int, rank: int) -> list[tuple[int, int]] | None:
         """Return the range of each part (its blocks read as one) that a rank holds, or None if they cannot share."""
