@@ -221,7 +221,7 @@ def _open_chunk(path: Path, state: FileState, descriptor: int, chunk: Chunk, inf
             order = entries.get("byteorder")
             if order is not None and (endian := _small(file, order, chunk)) != sys.byteorder.encode():
                 raise ValueError(f"it was written on a {endian[:16]!r}-endian machine; convert it there")
-            content = loads(data)
+            content, _ = loads(data)
         except UnsafePickleError as error:
             raise CheckpointError(f"{where} is refused: its pickle needs more: {one_line(error)}") from None
         except (OSError, zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, OverflowError) as error:
@@ -242,8 +242,8 @@ def _small(file: io.BufferedReader[Any], entry: Entry | None, chunk: Chunk) -> b
 def _place(archive: TorchArchive, tile: Tile, info: TensorInfo) -> Piece | Strided:
     """Return where a chunk's values lie."""
     tensor: TensorRef = archive.content
-    place = place_of(archive, tensor)
     if tensor.is_contiguous:
+        place = place_of(archive, tensor)
         return Piece(place.path, place.offset, tile.start, tile.stop, tile.width, tile.first, tile.last)
     if tile.width > 1:
         raise CheckpointError(

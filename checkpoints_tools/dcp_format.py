@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> DcpContents:
         size = path.stat().st_size
         if size > MAX_PICKLE_BYTES:
             raise CheckpointError(f"{path} has {size} bytes; at most {MAX_PICKLE_BYTES} are read")
-        content = loads(path.read_bytes())
+        content, _ = loads(path.read_bytes())
     except UnsafePickleError as error:
         raise CheckpointError(f"{path} is refused: its pickle needs more than tensors: {one_line(error)}") from None
     except FileNotFoundError:

@@ -16,6 +16,7 @@ from checkpoints_tools.model_check import check_apart
 from checkpoints_tools.target import TargetPlan, write_target
 from checkpoints_tools.target_writer import WriteOptions
 from checkpoints_tools.tensor_io import Progress, total_bytes
+from checkpoints_tools.zero3_writer import check_world_size
 from statex_dist.checkpoint.manifest import refuse_target
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import CONFIG_NAME
@@ -72,8 +73,7 @@ def target_plan(
     """Lay out what :func:`expand` writes; the same arguments."""
     if to not in TARGETS:
         raise ConfigError(f"--to {to!r} is not available; allowed: {', '.join(TARGETS)}")
-    if world_size is not None and (to != "zero3" or world_size < 1):
-        raise ConfigError(f"--world-size {world_size} is for --to zero3, a whole number from 1")
+    check_world_size(world_size, to)
     config, facts = expansion.config_values(), expansion.source.facts
 
     def documents(written: Mapping[str, WrittenTensor]) -> dict[str, Any]:

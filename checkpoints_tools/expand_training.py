@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoints_tools.expansion import Expansion
 from checkpoints_tools.target import Documents, TargetPlan
-from checkpoints_tools.training_states import TrainingStates, read_training_states
+from checkpoints_tools.training_states import Placeholder, TrainingStates, read_training_states
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import zero3_plan
@@ -72,13 +72,13 @@ def _grown(training: TrainingStates, expansion: Expansion) -> TrainingStates:
                 f"{expansion.source.facts.path}: the optimizer has its parameters in another order than the "
                 f"{expansion.after.MODEL_TYPE} model; where new ones belong is not known"
             )
-    main = Counter(training.module[name] for group in training.groups for name in group if name in training.module)
-    dtype = main.most_common(1)[0][0]
+    entries = [training.module.get(name) for group in training.groups for name in group]
+    main = Counter(entry for entry in entries if isinstance(entry, Placeholder)).most_common(1)[0][0]
     return replace(
         training,
         groups=[dict(sorted(g.items(), key=lambda item: order.get(item[0], -1))) if new else g for g in groups],
         frozen={name: infos[name] for name in training.frozen},
-        module={**training.module, **{job.info.name: dtype for job in new}},
+        module={**training.module, **{job.info.name: main for job in new}},
     )
 
 

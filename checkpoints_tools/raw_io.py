@@ -13,7 +13,7 @@ BLOCK_BYTES = 4 << 20
 """Size of a buffer: memory is threads times a few of these."""
 
 _AHEAD_BYTES = 1 << 30
-_MOST_AHEAD, _LEAST_AHEAD = 32 << 20, 1 << 20
+_MOST_AHEAD, _LEAST_AHEAD = 8 << 20, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

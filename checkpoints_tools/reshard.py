@@ -20,7 +20,7 @@ from checkpoints_tools.tp_io import check_tp, tp_plan
 from checkpoints_tools.training_states import batch_proposal, fresh_training_states, read_training_states
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_reader import Zero3Source
-from checkpoints_tools.zero3_writer import zero3_plan
+from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of
@@ -132,8 +132,7 @@ def reshard(
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to!r} is not available; allowed: {', '.join(TARGETS)}")
-    if world_size is not None and (to != "zero3" or world_size < 1):
-        raise ConfigError(f"--world-size {world_size} is for --to zero3, a whole number from 1")
+    check_world_size(world_size, to)
     if tp is not None and to != "tp":
         raise ConfigError(f"--tp {tp} is for --to tp, not {to}")
     wanted = parse_dtype(dtype)
@@ -248,7 +247,7 @@ def _fresh_plan(given: _Input, wanted: str | None, world_size: int, info: dict[s
     training = fresh_training_states(
         [group for group in groups if group],
         [setting for setting, group in zip(settings, groups, strict=True) if group],
-        module=dict.fromkeys([*specs, *tied], precision),
+        module=[*specs, *tied],
         shared=tied,
         bf16=precision == "BF16",
     )

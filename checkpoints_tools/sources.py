@@ -22,7 +22,7 @@ from statex_dist.checkpoint.layout import (
     PLAIN_STATE_NAME,
     complete_tags,
 )
-from statex_dist.checkpoint.manifest import Manifest
+from statex_dist.checkpoint.manifest import Manifest, TensorRecord
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
 
@@ -124,6 +124,7 @@ def _open_tag(tag: Path, kind: str, *, verify: bool, describe: bool) -> TensorSo
         verified=verified,
         info=info,
         digests=_digests(manifest, verified),
+        state_digests=_state_digests(manifest, verified),
         only_first=describe,
     )
     _check_records(source, manifest)
@@ -131,20 +132,27 @@ def _open_tag(tag: Path, kind: str, *, verify: bool, describe: bool) -> TensorSo
 
 
 def _check_records(source: TensorSource, manifest: Manifest | None) -> None:
-    """Raise unless the tensors are those of the manifest, if it lists any.
+    """Raise unless the weight files and the tensors are those of the manifest, as far as it lists them.
 
     Raises:
-        CheckpointError: A tensor is missing, or of another shape or dtype.
+        CheckpointError: A weight file is not listed, or a tensor is missing or of another shape or dtype.
     """
-    for key, record in (manifest.tensors if manifest is not None else {}).items():
-        state, _, name = key.rpartition(":")
-        held = source.states().get(state) if state else source
-        info = held.info(name) if held is not None and name in held.keys() else None  # noqa: SIM118 - not a mapping
-        if info is None or (info.dtype, info.shape) != (record.dtype, record.shape):
-            found = "is missing" if info is None else f"has dtype {info.dtype} and shape {info.shape}"
-            raise CheckpointError(
-                f"{source.facts.path}: tensor '{key}' {found}; {MANIFEST_NAME} says {record.dtype} {record.shape}"
-            )
+    if manifest is None:
+        return
+    for path in source.files:
+        if str(path.relative_to(source.facts.path)) not in manifest.files:
+            raise CheckpointError(f"{path} is not one of the files that {MANIFEST_NAME} lists")
+    held: list[tuple[str | None, TensorSource | None, dict[str, TensorRecord]]] = [(None, source, manifest.tensors)]
+    held += [(state, source.states().get(state), records) for state, records in manifest.states.items()]
+    for state, of_state, records in held:
+        for name, record in records.items():
+            info = of_state.info(name) if of_state is not None and name in of_state else None
+            if info is None or (info.dtype, info.shape) != (record.dtype, record.shape):
+                found = "is missing" if info is None else f"has dtype {info.dtype} and shape {info.shape}"
+                what = "tensor" if state is None else state
+                raise CheckpointError(
+                    f"{source.facts.path}: {what} '{name}' {found}; {MANIFEST_NAME} says {record.dtype} {record.shape}"
+                )
 
 
 def _model_dir(directory: Path) -> Path | None:
@@ -198,3 +206,10 @@ def _digests(manifest: Manifest | None, verified: bool) -> dict[str, str]:
     if manifest is None or not verified:
         return {}
     return {name: record.xxh3_128 for name, record in manifest.tensors.items()}
+
+
+def _state_digests(manifest: Manifest | None, verified: bool) -> dict[str, dict[str, str]]:
+    """Return the same of the optimizer's states."""
+    if manifest is None or not verified:
+        return {}
+    return {state: {n: r.xxh3_128 for n, r in records.items()} for state, records in manifest.states.items()}

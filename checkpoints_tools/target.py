@@ -242,11 +242,14 @@ def _encoded(content: Any) -> bytes:
 def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, FileRecord], facts: dict[str, Any]) -> None:
     folder = journal.directory / plan.folder
     records = {str((journal.directory / name).relative_to(folder)): record for name, record in files.items()}
-    tensors = {
-        job.key: TensorRecord(dtype=job.info.dtype, shape=job.info.shape, xxh3_128=journal.tensors[job.key].xxh3_128)
-        for job in plan.jobs
-    }
-    Manifest(kind=plan.kind, files=records, info={**plan.info, **facts}, tensors=tensors).write(folder)
+    tensors: dict[str, TensorRecord] = {}
+    states: dict[str, dict[str, TensorRecord]] = {}
+    for job in plan.jobs:
+        digest = journal.tensors[job.key].xxh3_128
+        record = TensorRecord(dtype=job.info.dtype, shape=job.info.shape, xxh3_128=digest)
+        (tensors if job.state is None else states.setdefault(job.state, {}))[job.info.name] = record
+    info = {**plan.info, **facts}
+    Manifest(kind=plan.kind, files=records, info=info, tensors=tensors, states=states).write(folder)
 
 
 def carried_files(directory: Path | None) -> list[Path]:

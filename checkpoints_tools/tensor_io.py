@@ -143,6 +143,9 @@ class TensorSource(ABC):
         """Return the names of all tensors, in the checkpoint's order."""
         return list(self._infos)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of a tensor without reading it."""
         return self._infos[name]

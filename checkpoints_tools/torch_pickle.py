@@ -23,6 +23,7 @@ from checkpoints_tools.dtypes import ITEM_BYTES, TORCH_NAMES
 
 MAX_PICKLE_BYTES = 1 << 28
 _MAX_DEPTH = 200
+_MAX_PARTS = 5_000_000
 
 STORAGES = {
     **{"DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"},
@@ -65,6 +66,16 @@ ALLOWED = {
     "builtins.complex",
     "__builtin__.set",
     "__builtin__.complex",
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in ("frozenset", "bytearray", "slice", "range")
+    ),
+    "__builtin__.xrange",
+    "datetime.datetime",
+    "datetime.date",
+    "datetime.timedelta",
+    "datetime.timezone",
     # A torch.distributed.checkpoint ``.metadata``.
     "torch.distributed.checkpoint.metadata.Metadata",
     "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
@@ -254,6 +265,10 @@ _CALLS: Mapping[str, Any] = {
 
 
 class _Reader(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.storages: set[StorageRef] = set()
+
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full not in ALLOWED:
@@ -273,24 +288,49 @@ class _Reader(pickle.Unpickler):
             valid = False
         if not valid or "/" in key or ".." in key:
             raise UnsafePickleError(f"a storage that torch does not write: {str(pid)[:80]}")
-        return StorageRef(key, dtype, numel, str(location))
+        storage = StorageRef(key, dtype, numel, str(location))
+        self.storages.add(storage)
+        return storage
 
 
-def loads(data: bytes) -> Any:
-    """Return the object of a pickle, inert.
+def loads(data: bytes) -> tuple[Any, set[StorageRef]]:
+    """Return the object of a pickle, inert, and the storages that its tensors refer to.
 
     Raises:
-        UnsafePickleError: It names what is not allowed, or is damaged.
+        UnsafePickleError: It names what is not allowed, is damaged, or is too large once written out.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise UnsafePickleError(f"{len(data)} bytes of pickle; at most {MAX_PICKLE_BYTES} are read")
+    reader = _Reader(io.BytesIO(data))
     try:
-        return _Reader(io.BytesIO(data)).load()
+        value = reader.load()
     except UnsafePickleError:
         raise
     except Exception as error:
         # A damaged or hostile pickle raises whatever it likes: AttributeError, RecursionError, MemoryError, ...
         raise UnsafePickleError(f"not a readable pickle: {type(error).__name__}: {str(error)[:120]}") from None
+    _check_size(value)
+    return value, reader.storages
+
+
+def _check_size(value: Any) -> None:
+    """Raise where a value, written out without references, has too many parts: everything later walks through it.
+
+    Raises:
+        UnsafePickleError: It refers to itself, is nested too deeply, or repeats a part of itself too often.
+    """
+    left, open_ = _MAX_PARTS, [(value, 0)]
+    while open_:
+        value, depth = open_.pop()
+        left -= 1
+        if left < 0 or depth > _MAX_DEPTH:
+            raise UnsafePickleError("values nested without end")
+        if isinstance(value, dict):
+            open_ += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            open_ += [(part, depth + 1) for part in value]
+        elif isinstance(value, Remembered):
+            open_ += [(value.args, depth + 1), (value.state, depth + 1)]
 
 
 def dumps(value: Any) -> bytes:
@@ -344,7 +384,7 @@ def _write(out: bytearray, value: Any, depth: int) -> None:
             _write(out, item, depth)
         out += b"u"
     elif kind in (set, frozenset):
-        _write_call(out, "__builtin__.set", (list(value),), depth)
+        _write_call(out, f"__builtin__.{kind.__name__}", (list(value),), depth)
     elif kind is Size:
         _write_call(out, "torch.Size", (tuple(value),), depth)
     elif kind is TensorRef:

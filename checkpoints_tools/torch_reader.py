@@ -45,34 +45,45 @@ class StateDictSource(TensorSource):
 
     def pieces(self, name: str) -> Pieces:
         """Return where a tensor lies: one run of the file, or, of a transposed one, its values."""
-        tensor = self._tensors[name]
-        if tensor.is_contiguous:
-            return (place_of(self._archive, tensor),)
-        return (Held(0, gathered(self._archive, tensor)),)
+        return whole_pieces(self._archive, self._tensors[name])
 
     def archives(self) -> Iterable[TorchArchive]:
         """Return the one file."""
         return (self._archive,)
 
 
+def whole_pieces(archive: TorchArchive, tensor: TensorRef) -> Pieces:
+    """Return where a tensor of an archive lies: one run, or, of one that is not contiguous, its values."""
+    return (place_of(archive, tensor),) if tensor.is_contiguous else (Held(0, gathered(archive, tensor)),)
+
+
 def place_of(archive: TorchArchive, tensor: TensorRef) -> Piece:
     """Return where a contiguous tensor of an archive lies.
 
     Raises:
-        CheckpointError: Its storage is missing or shorter than the pickle says.
+        CheckpointError: It is not contiguous, or its storage is missing or shorter than the pickle says.
     """
+    if not tensor.is_contiguous:
+        raise CheckpointError(
+            f"{archive.path}: a tensor of shape {tensor.shape} is not contiguous, which is not supported"
+        )
+    return Piece(archive.path, _offset(archive, tensor), 0, tensor.numel)
+
+
+def _offset(archive: TorchArchive, tensor: TensorRef) -> int:
+    """Return the byte of the file at which a tensor begins."""
     entry, item = archive.storage(tensor.storage.key), TensorInfo(name="", shape=(), dtype=tensor.dtype).item_bytes
     if tensor.storage.numel * item > entry.size:
         raise CheckpointError(
             f"{archive.path} is damaged: its storage {tensor.storage.key} has {entry.size} bytes, "
             f"{tensor.storage.numel * item} are needed"
         )
-    return Piece(archive.path, entry.offset + tensor.offset * item, 0, tensor.numel)
+    return entry.offset + tensor.offset * item
 
 
 def gathered(archive: TorchArchive, tensor: TensorRef) -> bytes:
     """Return the values of a tensor in order, whatever its strides; the whole tensor is then in memory."""
-    first = place_of(archive, tensor).offset
+    first = _offset(archive, tensor)
     item = TensorInfo(name="", shape=(), dtype=tensor.dtype).item_bytes
     if not tensor.numel:
         return b""

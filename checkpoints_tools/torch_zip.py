@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.raw_io import FileState, read_bytes
 from checkpoints_tools.torch_pickle import UnsafePickleError, dumps, loads
 from statex_dist.config import one_line
@@ -25,7 +26,14 @@ from statex_dist.errors import CheckpointError
 _ALIGNMENT = 64
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
 _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+_END = struct.Struct("<IHHHHIIH")
+_LOCATOR = struct.Struct("<IIQI")
+_MAX_DIRECTORY_BYTES = 1 << 28
 _UTF8 = 0x0800
+_KNOWN_FLAGS = _UTF8 | 0x0008  # names in UTF-8; sizes and CRC stand behind the values too
+
+_DAMAGE = (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error)
+"""What reading a damaged archive may raise."""
 _ZIP64 = 0xFFFFFFFF
 
 
@@ -88,9 +96,15 @@ def open_archive(path: Path) -> TorchArchive:
     if zlib.crc32(data) != pickled.crc:
         raise CheckpointError(f"{path} is damaged: the CRC of its data.pkl is not what was written")
     try:
-        content = loads(data)
+        content, storages = loads(data)
     except UnsafePickleError as error:
         raise CheckpointError(f"{path} is refused: its pickle needs more than tensors: {one_line(error)}") from None
+    for storage in storages:
+        stored = entries.get(f"data/{storage.key}")
+        if stored is None or stored.size < storage.numel * ITEM_BYTES[storage.dtype]:
+            raise CheckpointError(f"{path} is damaged: the bytes of its storage {storage.key} are missing")
+    if "version" not in entries:
+        raise CheckpointError(f"{path} is not a torch.save file: it has no version")
     return TorchArchive(path=path, root=root, entries=entries, state=state, content=content)
 
 
@@ -102,39 +116,84 @@ def read_directory(path: Path) -> tuple[str, dict[str, Entry]]:
     """
     try:
         size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            infos, start = archive.infolist(), archive.start_dir
+            _check_end(file, start, len(infos))
+            headers = [_local_header(file, info) for info in infos if 0 <= info.header_offset < size]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path} is truncated or not a torch.save file: {one_line(error)}") from None
     roots = {info.filename.partition("/")[0] for info in infos}
-    if len(roots) != 1 or not infos:
+    if len(roots) != 1:
         raise CheckpointError(f"{path} is not a torch.save file: its entries lie in {len(roots)} folders")
-    root = roots.pop()
+    if len(headers) != len(infos):
+        raise CheckpointError(f"{path} is damaged: its directory names places outside the file")
     entries: dict[str, Entry] = {}
     position = 0
-    with path.open("rb") as file:
-        for info in sorted(infos, key=lambda info: info.header_offset):
-            name = info.filename.partition("/")[2]
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise CheckpointError(f"{path} holds compressed entries, which torch.save never writes")
-            if name in entries:
-                raise CheckpointError(f"{path} is damaged: it holds '{name}' twice")
-            if not info.file_size:
-                entries[name] = Entry(info.header_offset, 0, info.CRC)  # of placeholders a file has one per parameter
-                continue
-            file.seek(info.header_offset)
-            header = file.read(_LOCAL.size)
-            if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):
-                raise CheckpointError(f"{path} is damaged: no header where its entry '{name}' begins")
-            fields = _LOCAL.unpack(header)
-            offset = info.header_offset + _LOCAL.size + fields[9] + fields[10]
-            if info.header_offset < position or offset + info.file_size > size:
-                raise CheckpointError(f"{path} is damaged: its entry '{name}' overlaps another or the file's end")
-            position = offset + info.file_size
-            entries[name] = Entry(offset, info.file_size, info.CRC)
-    return root, entries
+    for info, header in sorted(zip(infos, headers, strict=True), key=lambda pair: pair[0].header_offset):
+        name = info.filename.partition("/")[2]
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise CheckpointError(f"{path} holds compressed entries, which torch.save never writes")
+        if name in entries:
+            raise CheckpointError(f"{path} is damaged: it holds '{name}' twice")
+        if (
+            header is None
+            or info.flag_bits & ~_KNOWN_FLAGS
+            or info.extract_version > 45
+            or info.volume
+            or info.external_attr
+        ):
+            raise CheckpointError(f"{path} is damaged: no header where its entry '{name}' begins, or another one")
+        if info.header_offset < position or header + info.file_size > start:
+            raise CheckpointError(f"{path} is damaged: its entry '{name}' overlaps another or the directory")
+        position = header + info.file_size
+        entries[name] = Entry(header, info.file_size, info.CRC)
+    return roots.pop(), entries
+
+
+def _check_end(file: BinaryIO, start: int, count: int) -> None:
+    """Raise unless the end of an archive is of this directory: torch reads it strictly, zipfile does not.
+
+    Raises:
+        zipfile.BadZipFile: It is not.
+    """
+    file.seek(start)
+    tail = file.read(_MAX_DIRECTORY_BYTES)
+    position = 0
+    for _ in range(count):
+        position += 46 + sum(struct.unpack_from("<HHH", tail, position + 28))
+    directory, end = position, len(tail) - _END.size
+    fits = position <= end
+    if fits and tail.startswith(b"PK\6\6", position):
+        *disks, here, total, length, offset = struct.unpack_from("<IIQQQQ", tail, position + 16)
+        lengths = struct.unpack_from("<Q", tail, position + 4)
+        locator = _LOCATOR.unpack_from(tail, position + 56)
+        fits = (here, total, length, offset, *disks, *lengths) == (count, count, directory, start, 0, 0, 44)
+        fits = fits and locator == (0x07064B50, 0, start + position, 1)
+        position += 76
+    found = _END.unpack_from(tail, end)
+    small = (min(count, 0xFFFF), min(count, 0xFFFF), min(directory, _ZIP64), min(start, _ZIP64))
+    # The short record may point to the long one even where its own fields would do.
+    large = (0xFFFF, 0xFFFF, _ZIP64, _ZIP64)
+    sizes_fit = all(value in pair for value, *pair in zip(found[3:7], small, large, strict=True))
+    if not fits or position != end or found[0] != 0x06054B50 or any((*found[1:3], found[7])) or not sizes_fit:
+        raise zipfile.BadZipFile(f"the records at its end are not those of {count} entries at byte {start}")
+
+
+def _local_header(file: BinaryIO, info: zipfile.ZipInfo) -> int | None:
+    """Return the byte at which an entry's values begin, or None where its header is missing or another one's."""
+    file.seek(info.header_offset)
+    fields = file.read(_LOCAL.size)
+    if len(fields) < _LOCAL.size:
+        return None
+    signature, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack(fields)
+    name = info.orig_filename.encode()
+    if (signature, flags, method) != (0x04034B50, info.flag_bits, info.compress_type):
+        return None
+    if file.read(name_length) != name:
+        return None
+    return info.header_offset + _LOCAL.size + name_length + extra_length
 
 
 def check_small_entries(path: Path) -> None:

@@ -218,8 +218,8 @@ def _read_layout(path: Path) -> tuple[int, list[str], dict[str, tuple[tuple[int,
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != LAYOUT_VERSION:
             raise ValueError(f"version {content['version']!r}; only {LAYOUT_VERSION} is known")
-        tp, files = int(content["tp"]), [str(name) for name in content["files"]]
-        if tp < 1 or files != [file_name(rank, tp) for rank in range(tp)]:
+        tp, files = content["tp"], [str(name) for name in content["files"]]
+        if type(tp) is not int or tp != len(files) or files != [file_name(rank, tp) for rank in range(len(files))]:
             raise ValueError(f"its files are not those of {tp} ranks")
         tensors: dict[str, tuple[tuple[int, ...], int, list[Ranges]]] = {
             str(name): (
@@ -232,7 +232,16 @@ def _read_layout(path: Path) -> tuple[int, list[str], dict[str, tuple[tuple[int,
         for name, (shape, axis, ranges) in tensors.items():
             if not _possible(shape, axis, ranges, tp):
                 raise ValueError(f"the ranges of tensor '{name}' are not those of {tp} ranks")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     return tp, files, tensors
 

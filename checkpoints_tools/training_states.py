@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -38,6 +38,13 @@ class HeldTensor:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Placeholder:
+    """Stands for a parameter or a buffer, whose values are elsewhere; of this dtype."""
+
+    dtype: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingStates:
     """A ZeRO-3 checkpoint without its tensors.
@@ -50,7 +57,8 @@ class TrainingStates:
         sub_group_size: DeepSpeed's setting of that name.
         buffers: The buffers.
         frozen: The frozen parameters.
-        module: Every name of the module's state dict, with the dtype that the module has it in.
+        module: Every entry of the module's state dict: a placeholder of a parameter, a buffer, or what else it holds
+            (an alias of a buffer, extra state), which goes along as it is.
         shared: Tied names and their owners.
         optim: What the optimizer file holds beside the optimizer's states.
         optimizer: What those hold beside values, settings and the number of ranks.
@@ -66,7 +74,7 @@ class TrainingStates:
     sub_group_size: int | None
     buffers: Mapping[str, TensorInfo]
     frozen: Mapping[str, TensorInfo]
-    module: Mapping[str, str]
+    module: Mapping[str, Placeholder | Any]
     shared: Mapping[str, str]
     optim: Mapping[str, Any]
     optimizer: Mapping[str, Any]
@@ -86,12 +94,12 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
     """
     states = source.optim["optimizer_state_dict"]
     inner = states.get("optimizer_state_dict") or {}
-    archive = source.model_states(0)
+    archive, optim_archive = source.model_states(0), source.ranks[0].archives[1]
     settings = [
-        {key: value for key, value in group.items() if key != "params"} for group in inner.get("param_groups") or []
+        {key: _held(value, optim_archive) for key, value in group.items() if key != "params"}
+        for group in inner.get("param_groups") or []
     ]
     zero = (source.model.get("ds_config") or source.optim.get("ds_config") or {}).get("zero_optimization") or {}
-    optim_archive = source.ranks[0].archives[1]
     kept = {k: v for k, v in states.items() if k not in ("optimizer_state_dict", "fp32_flat_groups", "partition_count")}
     shapes = source.layout.shapes
 
@@ -108,7 +116,7 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
         sub_group_size=zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE),
         buffers={name: source.info(name) for name in source.keys() if name in source.buffers},  # noqa: SIM118
         frozen={name: source.info(name) for name in source.frozen},
-        module={name: tensor.dtype for name, tensor in source.model["module"].items() if isinstance(tensor, TensorRef)},
+        module={name: _entry(name, value, source, archive) for name, value in source.model["module"].items()},
         shared=dict(source.model.get("shared_params") or {}),
         optim={k: _held(v, optim_archive) for k, v in source.optim.items() if k != "optimizer_state_dict"},
         optimizer={key: _held(value, optim_archive) for key, value in kept.items()},
@@ -117,6 +125,14 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
         client=client,
     )
     return training, _client_notes(client, source.world_size, world_size)
+
+
+def _entry(name: str, value: Any, source: Zero3Source, archive: TorchArchive) -> Any:
+    """Return an entry of the module's state dict."""
+    is_parameter = name in source.layout.shapes or name in source.frozen or name in source.aliases
+    if isinstance(value, TensorRef) and (is_parameter or name in source.buffers or not value.numel):
+        return Placeholder(value.dtype)
+    return _held(value, archive)
 
 
 def _client_notes(client: Callable[[int], Mapping[str, Any]], old: int, new: int) -> list[str]:
@@ -149,6 +165,8 @@ def _held(value: Any, archive: TorchArchive) -> Any:
             budget[0] -= len(data)
             return HeldTensor(value.dtype, value.shape, data)
         if isinstance(value, dict):
+            if any(isinstance(key, TensorRef) for key in value):
+                raise CheckpointError(f"{archive.path}: tensors as keys of a dict are not supported")
             return type(value)((key, hold(item)) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(hold(item) for item in value)
@@ -165,7 +183,7 @@ def fresh_training_states(
     groups: Sequence[Mapping[str, tuple[int, ...]]],
     settings: Sequence[Mapping[str, Any]],
     *,
-    module: Mapping[str, str],
+    module: Collection[str],
     shared: Mapping[str, str],
     bf16: bool,
 ) -> TrainingStates:
@@ -174,7 +192,7 @@ def fresh_training_states(
     Args:
         groups: Shapes of each optimizer group's parameters, by name in the order of the model.
         settings: Each group's settings.
-        module: Names of the module's state dict and the dtype of each.
+        module: Names of the module's state dict.
         shared: Tied names and their owners.
         bf16: Whether the run trains in bf16.
     """
@@ -206,7 +224,7 @@ def fresh_training_states(
         sub_group_size=DEFAULT_SUB_GROUP_SIZE,
         buffers={},
         frozen={},
-        module=module,
+        module=dict.fromkeys(module, Placeholder("BF16" if bf16 else "F32")),
         shared=shared,
         optim={"ds_config": config, "ds_version": "0.19.8"},
         optimizer={"zero_stage": stage, "loss_scaler": scaler, "dynamic_loss_scale": False, "overflow": False},

@@ -40,7 +40,7 @@ class TensorJob:
     @property
     def key(self) -> str:
         """What tells the tensor from all others of the target."""
-        return self.info.name if self.state is None else f"{self.state}:{self.info.name}"
+        return self.info.name if self.state is None else f"{self.state}\0{self.info.name}"
 
 
 class TensorStream:

@@ -168,6 +168,8 @@ def sub_groups(
 
 
 def _cut(group: Mapping[str, tuple[int, ...]], world_size: int, sub_group_size: int | None) -> list[list[str]]:
+    if not group:
+        return []  # all of its parameters are frozen
     sizes = {name: partition_size(math.prod(shape), world_size) for name, shape in group.items()}
     if sub_group_size is None or sub_group_size >= sum(sizes.values()):
         return [list(group)]

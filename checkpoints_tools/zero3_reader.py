@@ -17,7 +17,7 @@ from typing import Any
 from checkpoints_tools.raw_io import read_bytes
 from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from checkpoints_tools.torch_pickle import Remembered, TensorRef
-from checkpoints_tools.torch_reader import place_of
+from checkpoints_tools.torch_reader import place_of, whole_pieces
 from checkpoints_tools.torch_zip import TorchArchive, open_archive
 from checkpoints_tools.zero3_layout import FlatLayout, RankFiles, find_rank_files, partition_size
 from statex_dist.errors import CheckpointError
@@ -71,7 +71,8 @@ class Zero3Source(TensorSource):
         model_dir: Directory with ``config.json``, if the checkpoint has one.
         verified: Whether there is a manifest to which every byte that is read is held.
         info: Further facts of the writer.
-        digests: Digests of the tensors, if known; those of an optimizer state under ``exp_avg:name``.
+        digests: Digests of the tensors, if known.
+        state_digests: Those of the optimizer's states, by their names.
         only_first: Whether to open rank 0's files alone: enough to say what the checkpoint is, not to read it.
 
     Raises:
@@ -86,6 +87,7 @@ class Zero3Source(TensorSource):
         verified: bool = False,
         info: dict[str, Any] | None = None,
         digests: Mapping[str, str] | None = None,
+        state_digests: Mapping[str, Mapping[str, str]] | None = None,
         only_first: bool = False,
     ):
         files = find_rank_files(directory)
@@ -109,8 +111,9 @@ class Zero3Source(TensorSource):
         self._check_frozen(frozen)
         fragments = self.model.get("frozen_param_fragments") or {}
         module = self.model["module"]
-        self._buffers = {
-            name: place_of(first[0], module[name]) for name in self.model["buffer_names"] if name in module
+        self._first = first[0]
+        self._buffers: dict[str, TensorRef] = {
+            name: module[name] for name in self.model["buffer_names"] if isinstance(module.get(name), TensorRef)
         }
         infos = {
             **{n: TensorInfo(name=n, shape=module[n].shape, dtype=module[n].dtype) for n in self._buffers},
@@ -137,7 +140,12 @@ class Zero3Source(TensorSource):
         paths = [path for rank in files for path in (rank.model, rank.optim)]
         super().__init__(facts, infos, paths, aliases=aliases, buffers=self._buffers)
         self.frozen = frozen
-        self._states = {state: Zero3StateSource(self, state) for state in self.ranks[0].flat if state != WEIGHTS}
+        known = state_digests or {}
+        self._states = {
+            state: Zero3StateSource(self, state, known.get(state, {}))
+            for state in self.ranks[0].flat
+            if state != WEIGHTS
+        }
 
     def _check_frozen(self, frozen: Mapping[str, tuple[int, ...]]) -> None:
         """Raise unless every rank holds its fragment of every frozen parameter."""
@@ -155,7 +163,7 @@ class Zero3Source(TensorSource):
         """Return where a tensor lies, in the files of all ranks."""
         name = self.aliases.get(name, name)
         if name in self._buffers:
-            return (self._buffers[name],)
+            return whole_pieces(self._first, self._buffers[name])
         if name in self.frozen:
             return self._frozen_pieces(name)
         return self.flat_pieces(name, WEIGHTS)
@@ -197,15 +205,11 @@ class Zero3StateSource(TensorSource):
     Args:
         whole: The checkpoint.
         state: Name of the state.
+        digests: Digests of the values, if known.
     """
 
-    def __init__(self, whole: Zero3Source, state: str):
+    def __init__(self, whole: Zero3Source, state: str, digests: Mapping[str, str]):
         self._whole, self._state = whole, state
-        digests = {
-            name.removeprefix(f"{state}:"): digest
-            for name, digest in whole.facts.digests.items()
-            if name.startswith(f"{state}:")
-        }
         facts = SourceFacts(
             kind="zero3", path=whole.facts.path, model_dir=None, verified=whole.facts.verified, digests=digests
         )

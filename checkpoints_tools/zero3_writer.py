@@ -21,11 +21,12 @@ from checkpoints_tools.target_writer import TargetFile
 from checkpoints_tools.tensor_io import Piece, TensorInfo
 from checkpoints_tools.torch_pickle import Remembered, Size, TensorRef, new_tensor
 from checkpoints_tools.torch_zip import ArchiveLayout
-from checkpoints_tools.training_states import HeldTensor, TrainingStates
+from checkpoints_tools.training_states import HeldTensor, Placeholder, TrainingStates
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_layout import FlatLayout, partition_size, sub_groups
 from checkpoints_tools.zero3_reader import WEIGHTS, Scalar
 from statex_dist.checkpoint.layout import LATEST_NAME, MODEL_DIR, tag_of
+from statex_dist.errors import ConfigError
 
 
 def zero3_plan(
@@ -82,6 +83,18 @@ def zero3_plan(
         model_folder=f"{folder}/{MODEL_DIR}" if documents({}) else folder,
         markers={LATEST_NAME: folder},
     )
+
+
+def check_world_size(world_size: int | None, to: str) -> None:
+    """Raise unless ``--world-size`` goes with the layout and is a number of ranks.
+
+    Raises:
+        ConfigError: It does not, or is not.
+    """
+    if world_size is not None and to != "zero3":
+        raise ConfigError(f"--world-size {world_size} is for --to zero3, not {to}")
+    if world_size is not None and world_size < 1:
+        raise ConfigError(f"--world-size must be a whole number from 1, not {world_size}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +209,13 @@ class _Layout:
         for storage in self._model_storages.values():
             storages.sizes[storage.key] = storage.nbytes
         module: OrderedDict[str, Any] = OrderedDict()
-        for name, dtype in training.module.items():
+        for name, entry in training.module.items():
             if name in training.buffers:
-                module[name] = new_tensor(self._model_storages[name].key, dtype, training.buffers[name].shape)
+                buffer = training.buffers[name]
+                module[name] = new_tensor(self._model_storages[name].key, buffer.dtype, buffer.shape)
             else:
-                module[name] = storages.empty(dtype)
+                is_parameter = isinstance(entry, Placeholder)
+                module[name] = storages.empty(entry.dtype) if is_parameter else storages.carried(entry)
         fragments = OrderedDict(
             (name, new_tensor(self._model_storages[name].key, item.dtype, (self._stored(name),)))
             for name, item in training.frozen.items()
@@ -281,6 +296,7 @@ class _Storages:
         """Return a value with the tensors in it moved to storages of this file."""
         if isinstance(value, HeldTensor):
             return new_tensor(self._add(value.data), value.dtype, value.shape)
+        assert not isinstance(value, TensorRef), f"{value} belongs to another file"
         if isinstance(value, OrderedDict):
             return OrderedDict((key, self.carried(item)) for key, item in value.items())
         if isinstance(value, dict):

@@ -6,6 +6,7 @@ of any size, and a damaged byte is found without having kept anything beside the
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def directory_digest(path: Path) -> str | None:
         with path.open("rb") as file:
             file.seek(start)
             return xxhash.xxh3_128(file.read()).hexdigest()
-    except (OSError, zipfile.BadZipFile, ValueError):
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error):
         return None
 
 
@@ -40,5 +41,14 @@ def check_crcs(path: Path) -> None:
                 with archive.open(info) as entry:
                     while entry.read(_BUFFER_BYTES):
                         pass  # the check is made when the end is read
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OverflowError,
+        struct.error,
+    ) as error:
         raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from None

@@ -50,9 +50,13 @@ class FileRecord:
         Raises:
             CheckpointError: It is not.
         """
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        if size is None:
             raise CheckpointError(f"{path} is missing; {MANIFEST_NAME} lists it")
-        if (size := path.stat().st_size) != self.size:
+        if size != self.size:
             raise CheckpointError(f"{path} has {size} bytes; {MANIFEST_NAME} says {self.size}")
 
     def check_directory(self, path: Path) -> None:
@@ -92,17 +96,19 @@ class Manifest:
     """What a complete directory holds.
 
     Attributes:
-        kind: What wrote it: ``zero3``, ``plain`` or ``hf``.
+        kind: Its layout: ``zero3``, ``plain``, ``hf``, ``tp`` or ``megatron``.
         files: Every file by its path relative to the directory, but for the manifest itself.
         info: Facts of the writer (step, world size, seeds, source).
-        tensors: Every logical tensor by name, without padding, in its stored dtype; of an optimizer state as
-            ``exp_avg:name``. Empty where the writer did not see whole tensors (a training run).
+        tensors: Every logical tensor by name, without padding, in its stored dtype. Empty where the writer did not see
+            whole tensors (a training run).
+        states: The same of what the optimizer remembers, by its names (``exp_avg``) and the parameters'.
     """
 
     kind: str
     files: dict[str, FileRecord]
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    states: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write the manifest durably into ``directory``."""
@@ -113,6 +119,11 @@ class Manifest:
         content = {"version": MANIFEST_VERSION, "kind": self.kind, "info": self.info, "files": files}
         if self.tensors:
             content["tensors"] = {name: asdict(record) for name, record in self.tensors.items()}
+        if self.states:
+            content["states"] = {
+                state: {name: asdict(record) for name, record in records.items()}
+                for state, records in self.states.items()
+            }
         write_durably(directory / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -126,14 +137,18 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
-            tensors = {
-                name: TensorRecord(dtype=str(r["dtype"]), shape=tuple(r["shape"]), xxh3_128=str(r["xxh3_128"]))
-                for name, r in content.get("tensors", {}).items()
-            }
+            if content["version"] != MANIFEST_VERSION or not isinstance(content["kind"], str):
+                raise ValueError(
+                    f"version {content['version']!r}, kind {content['kind']!r}; only {MANIFEST_VERSION} is known"
+                )
+            if not isinstance(content["info"], dict):
+                raise ValueError("info is not a mapping")
+            tensors = _records(content.get("tensors", {}))
+            states = {str(state): _records(records) for state, records in content.get("states", {}).items()}
             for name in files:
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise CheckpointError(f"{path} names a file outside the directory: {name}")
-            return cls(kind=content["kind"], files=files, info=dict(content["info"]), tensors=tensors)
+            return cls(kind=content["kind"], files=files, info=content["info"], tensors=tensors, states=states)
         except FileNotFoundError:
             raise CheckpointError(f"{directory} holds no {MANIFEST_NAME}: the checkpoint is incomplete") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -157,6 +172,13 @@ class Manifest:
         for name, record in self.files.items():
             record.check_size(directory / name)
             record.check_directory(directory / name)
+
+
+def _records(values: dict[str, Any]) -> dict[str, TensorRecord]:
+    return {
+        name: TensorRecord(dtype=str(r["dtype"]), shape=tuple(r["shape"]), xxh3_128=str(r["xxh3_128"]))
+        for name, r in values.items()
+    }
 
 
 def digest_file(path: Path) -> str:

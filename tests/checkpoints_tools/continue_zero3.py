@@ -31,11 +31,12 @@ def loaded_facts(engine, client_state, model) -> dict:
         "note": client_state["note"],
         "rng": int(client_state["rng"][0]),
         "rank_of_rng": client_state["mine"],
-        "groups": [[group["lr"], group["weight_decay"]] for group in groups],
+        "groups": [[float(group["lr"]), group["weight_decay"]] for group in groups],
         "steps": sorted({float(s["step"]) for s in engine.optimizer.optimizer.state.values()}),
         "global_steps": engine.global_steps,
         "last_epoch": engine.lr_scheduler.last_epoch,
         "offset": model.offset.tolist(),
+        "turned": model.turned.tolist(),
     }
 
 
@@ -49,9 +50,19 @@ def main(out: str, first: int, last: int, load: str | None) -> None:
     if load is not None:
         with torch.no_grad():
             model.offset.fill_(7.0)
+    # What DeepSpeed knows under no name of a buffer, and a buffer whose values do not lie in order.
+    model.register_buffer("alias", model.offset)
+    model.register_buffer("turned", torch.arange(12.0).view(3, 4).t())
+    if load is not None:
+        model.turned.zero_()
     wide = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     narrow = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
-    groups = [{"params": wide, "weight_decay": 0.1}, {"params": narrow, "weight_decay": 0.0, "lr": 5e-3}]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    groups = [
+        {"params": wide, "weight_decay": 0.1},
+        {"params": frozen, "weight_decay": 0.2},  # no sub-group is made of it
+        {"params": narrow, "weight_decay": 0.0, "lr": torch.tensor(5e-3)},
+    ]
     share = GLOBAL_BATCH // world_size
     config = {
         "train_micro_batch_size_per_gpu": 1,

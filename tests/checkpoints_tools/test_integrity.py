@@ -81,7 +81,7 @@ def manifest_differs(first: Path, second: Path) -> bool:
         a, b = Manifest.read(first), Manifest.read(second)
     except CheckpointError:
         return True
-    return (a.files, a.tensors) != (b.files, b.tensors)
+    return (a.files, a.tensors, a.states) != (b.files, b.tensors, b.states)
 
 
 def last_content(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.synthetic_zero3 import write_zero3
+from checkpoints_tools.integrity import verify_alone
 from checkpoints_tools.reshard import reshard
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.verify import verify_same
 from checkpoints_tools.zero3_layout import FlatLayout, partition_size
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError, ConfigError
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
+from tests.checkpoints_tools.test_integrity import damage
 
 
 def write_run(run: Path, values, step: int, *, world_size: int = 3, manifest: bool = True, tensors=None):
@@ -99,8 +103,8 @@ def test_wrong_options_and_markers(tmp_path):
         ({"to": "tp"}, "--to tp needs --tp, a whole number from 1; not None"),
         ({"to": "tp", "tp": 3}, "3 tensor-parallel ranks cannot share"),
         ({"tp": 2}, "--tp 2 is for --to tp, not hf"),
-        ({"world_size": 2}, "--world-size 2 is for --to zero3"),
-        ({"to": "zero3", "world_size": 0}, "--world-size 0 is for --to zero3, a whole number from 1"),
+        ({"world_size": 2}, "--world-size 2 is for --to zero3, not hf"),
+        ({"to": "zero3", "world_size": 0}, "--world-size must be a whole number from 1, not 0"),
         ({"to": "zero3", "dtype": "bf16"}, "--dtype does not go with a training checkpoint"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -187,3 +191,41 @@ def test_models_of_others_keep_their_tensors(tmp_path, model_type):
     reshard(tmp_path / "in", tmp_path / "out", dtype="fp16")
     assert {n: t.dtype for n, t in load_all(tmp_path / "out").items()} == dict.fromkeys(tensors, torch.float16)
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_names_with_colons_and_names_like_states(tmp_path):
+    """Of a foreign model any name may come: ``exp_avg:x`` is a weight, not what Adam remembers of ``x``."""
+    tensors = {"x": torch.randn(3), "exp_avg:x": torch.randn(4), "a:b/c": torch.randn(2, 2), "ü": torch.randn(1)}
+    write_zero3(tmp_path / "run/global_step1", tensors, 2)
+    for name, options in (("hf", {}), ("zero", {"to": "zero3", "world_size": 3}), ("mega", {"to": "megatron"})):
+        reshard(tmp_path / "run", tmp_path / name, **options)
+        assert verify_same(tmp_path / "run", tmp_path / name).ok
+        assert verify_alone(tmp_path / name).ok
+    manifest = Manifest.read(tmp_path / "zero/global_step1")
+    assert manifest.tensors.keys() == tensors.keys() == manifest.states["exp_avg"].keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), "version 2, kind 'hf'; only 1 is known"),
+        (lambda m: m.update(kind=3), "version 1, kind 3"),
+        (lambda m: m.update(info=[]), "info is not a mapping"),
+        (lambda m: m.update(files={}), "is not one of the files that MANIFEST.json lists"),
+        (lambda m: m["files"].update({"x" * 5000: {"size": 1, "xxh3_128": "0"}}), "cannot be read: File name too long"),
+        (lambda m: m["files"].update({"../x": {"size": 1, "xxh3_128": "0"}}), "names a file outside the directory"),
+        (lambda m: m["tensors"].pop("lm_head.weight"), None),
+        (lambda m: m["tensors"]["lm_head.weight"].update(shape=[1]), "tensor 'lm_head.weight' has dtype F32 and shape"),
+        (lambda m: m["tensors"].update(ghost=m["tensors"]["lm_head.weight"]), "tensor 'ghost' is missing"),
+    ],
+)
+def test_manifests_that_say_something_else(tmp_path, change, message):
+    write_model(tmp_path / "in", GLA)
+    reshard(tmp_path / "in", tmp_path / "out")
+    content = json.loads((tmp_path / "out/MANIFEST.json").read_text())
+    change(content)
+    (tmp_path / "out/MANIFEST.json").write_text(json.dumps(content))
+    if message is None:
+        assert verify_alone(tmp_path / "out").ok  # the file's own digest covers it
+        return
+    assert re.search(message, damage(tmp_path / "out")[0])

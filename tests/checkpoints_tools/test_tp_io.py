@@ -168,6 +168,8 @@ def test_files_that_are_not_those_of_the_layout(shards, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda d: d.update(tp=10**30), "its files are not those of 10+ ranks"),
+        (lambda d: d.update(tp="2"), "its files are not those of 2 ranks"),
         (lambda d: d.update(version=9), "version 9; only 1 is known"),
         (lambda d: d.update(tp=3), "its files are not those of 3 ranks"),
         (lambda d: d.update(files=["../x", "/etc/passwd"]), "its files are not those of 2 ranks"),

@@ -199,8 +199,8 @@ class TestDeepSpeedGoesOn:
         expected = reports["whole"]["losses"]
         found = [row for world_size in (4, 2, 3, 1) for row in reports[world_size]["losses"]]
         assert len(found) == len(expected) == 8
-        # On a power of two ranks to the last bit; three of them sum gradients in another order.
-        assert found[:4] == expected[:4]
+        # What was loaded is the same to the last bit; another number of ranks then sums gradients in another order.
+        assert found[:3] == expected[:3]
         for ours, theirs in zip(found, expected, strict=True):
             values = [[float.fromhex(value) for value in row] for row in (ours, theirs)]
             assert values[0] == pytest.approx(values[1], abs=1e-5)
@@ -215,9 +215,11 @@ class TestDeepSpeedGoesOn:
             assert (loaded["global_steps"], loaded["last_epoch"], loaded["steps"]) == (steps, steps, [steps])
             assert loaded["groups"] == [
                 [pytest.approx(1e-2 * rate), 0.1],
+                [pytest.approx(1e-2 * rate), 0.2],
                 [pytest.approx(5e-3 * rate), 0.0],
             ]
             assert loaded["offset"][0] == -1.0, "buffers are restored"
+            assert loaded["turned"] == torch.arange(12.0).view(3, 4).t().tolist()
             # A rank has its own state of the generator; ranks beyond those that wrote get the first ones' again.
             wrote = {2: 4, 3: 2, 1: 3}[world_size]
             assert (loaded["rng"], loaded["rank_of_rng"]) == (rank % wrote, rank % wrote)
@@ -227,7 +229,7 @@ class TestDeepSpeedGoesOn:
         for wrote, loads in (("at4", "for2"), ("at2", "for3"), ("at3", "for1")):
             verdict = verify_same(root / wrote, root / loads)
             assert verdict.ok, verdict.differences
-            assert verdict.tensors == {"kept": 11, "exp_avg": 6, "exp_avg_sq": 6}
+            assert verdict.tensors == {"kept": 12, "exp_avg": 6, "exp_avg_sq": 6}
             assert verify_alone(root / loads).ok
             manifest = Manifest.read(root / loads / f"global_step{open_source(root / loads).facts.info['step']}")
             assert manifest.info["batch"]["kept"]
