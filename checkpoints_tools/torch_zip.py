@@ -142,7 +142,7 @@ def read_directory(path: Path) -> tuple[str, dict[str, Entry]]:
             or info.flag_bits & ~_KNOWN_FLAGS
             or info.extract_version > 45
             or info.volume
-            or info.external_attr
+            or info.external_attr & 0x10
         ):
             raise CheckpointError(f"{path} is damaged: no header where its entry '{name}' begins, or another one")
         if info.header_offset < position or header + info.file_size > start:
