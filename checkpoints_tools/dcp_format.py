@@ -24,11 +24,11 @@ from checkpoints_tools.torch_pickle import (
     Remembered,
     Size,
     UnsafePickleError,
-    dumps,
     loads,
     named,
     new_tensor,
 )
+from checkpoints_tools.torch_pickle_writer import dumps
 from checkpoints_tools.torch_zip import ArchiveLayout
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError

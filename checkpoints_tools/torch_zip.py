@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 
 from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.raw_io import FileState, read_bytes
-from checkpoints_tools.torch_pickle import UnsafePickleError, dumps, loads
+from checkpoints_tools.torch_pickle import UnsafePickleError, loads
+from checkpoints_tools.torch_pickle_writer import dumps
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 

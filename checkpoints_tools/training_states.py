@@ -12,7 +12,8 @@ from checkpoints_tools.torch_pickle import Remembered, TensorRef, named
 from checkpoints_tools.torch_reader import gathered
 from checkpoints_tools.torch_zip import TorchArchive
 from checkpoints_tools.zero3_layout import DEFAULT_SUB_GROUP_SIZE
-from checkpoints_tools.zero3_reader import Scalar, Zero3Source
+from checkpoints_tools.zero3_rank import Scalar
+from checkpoints_tools.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError
 
 MAX_CLIENT_BYTES = 64 << 20

@@ -24,7 +24,7 @@ from checkpoints_tools.torch_zip import ArchiveLayout
 from checkpoints_tools.training_states import HeldTensor, Placeholder, TrainingStates
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_layout import FlatLayout, partition_size, sub_groups
-from checkpoints_tools.zero3_reader import WEIGHTS, Scalar
+from checkpoints_tools.zero3_rank import WEIGHTS, Scalar
 from statex_dist.checkpoint.layout import LATEST_NAME, MODEL_DIR, tag_of
 from statex_dist.errors import ConfigError
 

@@ -18,7 +18,8 @@ import torch
 from checkpoints_tools.piece_io import read_tensor
 from checkpoints_tools.raw_io import read_bytes
 from checkpoints_tools.tensor_io import SourceFacts
-from checkpoints_tools.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, dumps, loads, new_tensor
+from checkpoints_tools.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads, new_tensor
+from checkpoints_tools.torch_pickle_writer import dumps
 from checkpoints_tools.torch_reader import StateDictSource
 from checkpoints_tools.torch_zip import ArchiveLayout, open_archive, save_small
 from statex_dist.checkpoint.archive import check_crcs
