@@ -10,12 +10,8 @@ import io
 import itertools
 import math
 import os
-import struct
-import sys
-import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +20,14 @@ from checkpoints_tools.dcp_format import METADATA_NAME, Chunk, StoredTensor
 from checkpoints_tools.piece_io import check_entry
 from checkpoints_tools.raw_io import FileState
 from checkpoints_tools.tensor_io import Held, Piece, TensorInfo
-from checkpoints_tools.torch_pickle import TensorRef, UnsafePickleError, loads
+from checkpoints_tools.torch_pickle import TensorRef, UnsafePickleError
 from checkpoints_tools.torch_reader import gathered, place_of
-from checkpoints_tools.torch_zip import Entry, TorchArchive
+from checkpoints_tools.torch_zip import ArchiveError, Entry, TorchArchive, read_content, read_entries
+from statex_dist.checkpoint.archive import DAMAGE
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 
 _MAX_PICKLE_BYTES = 1 << 20
-_LOCAL = struct.Struct("<IHHHHHIIIHH")
-_LOCAL_MAGIC = 0x04034B50
 _HEADER_BYTES = 2048  # what stands before the values of a chunk, and what stands behind them
 
 
@@ -198,45 +193,19 @@ def _open_chunk(path: Path, state: FileState, descriptor: int, chunk: Chunk, inf
     # Headers and pickles are at the two ends of the slice; a small buffer reads each of them at once.
     with io.BufferedReader(_Slice(descriptor, chunk.offset, chunk.length), _HEADER_BYTES) as file:
         try:
-            with zipfile.ZipFile(file) as archive:
-                infos = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-            entries: dict[str, Entry] = {}
-            position = 0
-            for entry in infos:
-                file.seek(entry.header_offset)
-                fields = _LOCAL.unpack(file.read(_LOCAL.size))
-                begin = entry.header_offset + _LOCAL.size + fields[9] + fields[10]
-                end = begin + entry.file_size
-                if fields[0] != _LOCAL_MAGIC or entry.header_offset < position or end > chunk.length:
-                    raise ValueError(f"its entry {entry.filename[:80]!r} is not where its directory says")
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                    raise ValueError("its entries are compressed")
-                name = entry.filename.partition("/")[2]
-                if entries.setdefault(name, made := Entry(chunk.offset + begin, entry.file_size, entry.CRC)) != made:
-                    raise ValueError(f"it holds {name[:80]!r} twice")
-                position = end
-            data = _small(file, entries.get("data.pkl"), chunk)
-            if zlib.crc32(data) != entries["data.pkl"].crc:
-                raise ValueError("the CRC of its data.pkl is not what was written")
-            order = entries.get("byteorder")
-            if order is not None and (endian := _small(file, order, chunk)) != sys.byteorder.encode():
-                raise ValueError(f"it was written on a {endian[:16]!r}-endian machine; convert it there")
-            content, _ = loads(data)
+            root, inside = read_entries(file, chunk.length)
+            content = read_content(file, inside, most=_MAX_PICKLE_BYTES)
         except UnsafePickleError as error:
             raise CheckpointError(f"{where} is refused: its pickle needs more: {one_line(error)}") from None
-        except (OSError, zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, OverflowError) as error:
+        except ArchiveError as error:
+            raise CheckpointError(f"{where} is damaged or not of torch's format: {one_line(error.why)}") from None
+        except DAMAGE as error:
             raise CheckpointError(f"{where} is damaged or not of torch's format: {one_line(error)}") from None
     if not isinstance(content, TensorRef) or (content.dtype, content.shape) != (info.dtype, chunk.sizes):
         found = f"{content.dtype} {list(content.shape)}" if isinstance(content, TensorRef) else "no tensor"
         raise CheckpointError(f"{where} holds {found}; {METADATA_NAME} says {info.dtype} {list(chunk.sizes)}")
-    return TorchArchive(path=path, root="archive", entries=entries, state=state, content=content)
-
-
-def _small(file: io.BufferedReader[Any], entry: Entry | None, chunk: Chunk) -> bytes:
-    if entry is None or entry.size > _MAX_PICKLE_BYTES:
-        raise ValueError("it has no data.pkl of a single tensor")
-    file.seek(entry.offset - chunk.offset)
-    return file.read(entry.size)
+    entries = {name: replace(entry, offset=chunk.offset + entry.offset) for name, entry in inside.items()}
+    return TorchArchive(path=path, root=root, entries=entries, state=state, content=content)
 
 
 def _place(archive: TorchArchive, tile: Tile, info: TensorInfo) -> Piece | Strided:

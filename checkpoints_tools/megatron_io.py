@@ -29,7 +29,7 @@ from checkpoints_tools.megatron_names import (
 )
 from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_zip import ArchiveLayout, TorchArchive
+from checkpoints_tools.torch_zip import TorchArchive, archive_bytes
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
@@ -81,7 +81,8 @@ def megatron_plan(
     parts = _parts_of([job.info for job in jobs], config)
     layout = lay_out([[_of_part(job.info, p) for p in parts[job.info.name]] for job in jobs], max_shard_size)
     metadata = metadata_bytes(layout.tensors)
-    common = _common_bytes({"checkpoint_version": _CHECKPOINT_VERSION, "iteration": source.facts.info.get("step") or 0})
+    step = source.facts.info.get("step") or 0
+    common = archive_bytes(Path(COMMON_FILE).stem, {"checkpoint_version": _CHECKPOINT_VERSION, "iteration": step})
 
     def places(job: TensorJob) -> list[Piece]:
         row = math.prod(job.info.shape[1:])
@@ -124,15 +125,6 @@ def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[s
 def _of_part(info: TensorInfo, part: Part) -> TensorInfo:
     shape = (part.stop - part.start, *info.shape[1:]) if info.shape else ()
     return TensorInfo(name=part.name, shape=shape, dtype=info.dtype)
-
-
-def _common_bytes(content: dict[str, Any]) -> bytes:
-    """Return the ``torch.save`` file of what is no tensor."""
-    layout = ArchiveLayout.build(Path(COMMON_FILE).stem, content, {})
-    data = bytearray(layout.size)
-    for offset, part in (*layout.fixed, *layout.closing({})):
-        data[offset : offset + len(part)] = part
-    return bytes(data)
 
 
 def looks_like_megatron(directory: Path) -> bool:

@@ -7,20 +7,22 @@ pickle are known beforehand, the CRCs are filled in at the end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.raw_io import FileState, read_bytes
-from checkpoints_tools.torch_pickle import UnsafePickleError, loads
+from checkpoints_tools.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
 from checkpoints_tools.torch_pickle_writer import dumps
+from statex_dist.checkpoint.archive import DAMAGE
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 
@@ -33,8 +35,6 @@ _MAX_DIRECTORY_BYTES = 1 << 28
 _UTF8 = 0x0800
 _KNOWN_FLAGS = _UTF8 | 0x0008  # names in UTF-8; sizes and CRC stand behind the values too
 
-_DAMAGE = (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error)
-"""What reading a damaged archive may raise."""
 _ZIP64 = 0xFFFFFFFF
 
 
@@ -78,34 +78,24 @@ class TorchArchive:
         return entry
 
 
+class ArchiveError(Exception):
+    """What is wrong with an archive: a verdict that fits behind its name (``is damaged``), and why."""
+
+    def __init__(self, verdict: str, why: str):
+        super().__init__(f"{verdict}: {why}")
+        self.why = why
+
+
 def open_archive(path: Path) -> TorchArchive:
     """Read the directory and the pickle of a ``torch.save`` file.
 
     Raises:
         CheckpointError: The file is missing, truncated, not of torch's format, damaged, or needs more than data.
     """
-    root, entries = read_directory(path)
-    state = FileState.of(path.stat())
-    if "data.pkl" not in entries:
-        raise CheckpointError(f"{path} is not a torch.save file: it has no data.pkl")
-    if (order := entries.get("byteorder")) and (found := read_bytes(path, order.offset, min(order.size, 16))) != (
-        sys.byteorder.encode()
-    ):
-        raise CheckpointError(f"{path} was written on a {found!r}-endian machine; convert it there")
-    pickled = entries["data.pkl"]
-    data = read_bytes(path, pickled.offset, pickled.size)
-    if zlib.crc32(data) != pickled.crc:
-        raise CheckpointError(f"{path} is damaged: the CRC of its data.pkl is not what was written")
-    try:
-        content, storages = loads(data)
-    except UnsafePickleError as error:
-        raise CheckpointError(f"{path} is refused: its pickle needs more than tensors: {one_line(error)}") from None
-    for storage in storages:
-        stored = entries.get(f"data/{storage.key}")
-        if stored is None or stored.size < storage.numel * ITEM_BYTES[storage.dtype]:
-            raise CheckpointError(f"{path} is damaged: the bytes of its storage {storage.key} are missing")
-    if "version" not in entries:
-        raise CheckpointError(f"{path} is not a torch.save file: it has no version")
+    with _opened(path) as (file, size):
+        root, entries = read_entries(file, size)
+        content = read_content(file, entries)
+        state = FileState.of(os.fstat(file.fileno()))
     return TorchArchive(path=path, root=root, entries=entries, state=state, content=content)
 
 
@@ -115,42 +105,102 @@ def read_directory(path: Path) -> tuple[str, dict[str, Entry]]:
     Raises:
         CheckpointError: The file is missing, truncated, or its directory is not one that torch writes.
     """
+    with _opened(path) as (file, size):
+        return read_entries(file, size)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file, and say of what is wrong with it that it is this file's."""
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            infos, start = archive.infolist(), archive.start_dir
-            _check_end(file, start, len(infos))
-            headers = [_local_header(file, info) for info in infos if 0 <= info.header_offset < size]
+        with path.open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except _DAMAGE as error:
+    except UnsafePickleError as error:
+        raise CheckpointError(f"{path} is refused: its pickle needs more than tensors: {one_line(error)}") from None
+    except ArchiveError as error:
+        raise CheckpointError(f"{path} {one_line(error)}") from None
+    except DAMAGE as error:
         raise CheckpointError(f"{path} is truncated or not a torch.save file: {one_line(error)}") from None
+
+
+def read_entries(file: BinaryIO, size: int) -> tuple[str, dict[str, Entry]]:
+    """Return the root folder and the entries of an archive, after checking that they lie in it without overlap.
+
+    Args:
+        file: The archive, or a slice of a larger file.
+        size: Its bytes.
+
+    Raises:
+        ArchiveError: It is not as torch writes it. (Or any of
+            :data:`statex_dist.checkpoint.archive.DAMAGE`: it is not an archive.)
+    """
+    with zipfile.ZipFile(file) as archive:
+        infos, start = archive.infolist(), archive.start_dir
+    _check_end(file, start, len(infos))
+    if not all(0 <= info.header_offset < size for info in infos):
+        raise ArchiveError("is damaged", "its directory names places outside the file")
     roots = {info.filename.partition("/")[0] for info in infos}
     if len(roots) != 1:
-        raise CheckpointError(f"{path} is not a torch.save file: its entries lie in {len(roots)} folders")
-    if len(headers) != len(infos):
-        raise CheckpointError(f"{path} is damaged: its directory names places outside the file")
+        raise ArchiveError("is not a torch.save file", f"its entries lie in {len(roots)} folders")
     entries: dict[str, Entry] = {}
     position = 0
-    for info, header in sorted(zip(infos, headers, strict=True), key=lambda pair: pair[0].header_offset):
-        name = info.filename.partition("/")[2]
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        name, begin = info.filename.partition("/")[2], _local_header(file, info)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise CheckpointError(f"{path} holds compressed entries, which torch.save never writes")
+            raise ArchiveError("holds compressed entries", "torch.save never writes such")
         if name in entries:
-            raise CheckpointError(f"{path} is damaged: it holds '{name}' twice")
-        if (
-            header is None
-            or info.flag_bits & ~_KNOWN_FLAGS
-            or info.extract_version > 45
-            or info.volume
-            or info.external_attr & 0x10
-        ):
-            raise CheckpointError(f"{path} is damaged: no header where its entry '{name}' begins, or another one")
-        if info.header_offset < position or header + info.file_size > start:
-            raise CheckpointError(f"{path} is damaged: its entry '{name}' overlaps another or the directory")
-        position = header + info.file_size
-        entries[name] = Entry(header, info.file_size, info.CRC)
+            raise ArchiveError("is damaged", f"it holds '{name[:80]}' twice")
+        if begin is None or not _is_plain(info):
+            raise ArchiveError("is damaged", f"no header where its entry '{name[:80]}' begins, or another one")
+        if info.header_offset < position or begin + info.file_size > start:
+            raise ArchiveError("is damaged", f"its entry '{name[:80]}' overlaps another or the directory")
+        position = begin + info.file_size
+        entries[name] = Entry(begin, info.file_size, info.CRC)
     return roots.pop(), entries
+
+
+def _is_plain(info: zipfile.ZipInfo) -> bool:
+    """Return whether an entry is a plain file, not encrypted and in this archive."""
+    known = not info.flag_bits & ~_KNOWN_FLAGS and info.extract_version <= 45
+    return known and not info.volume and not info.external_attr & 0x10
+
+
+def read_content(file: BinaryIO, entries: Mapping[str, Entry], *, most: int = MAX_PICKLE_BYTES) -> Any:
+    """Return what was saved in an archive, with tensors as references to storages that it has.
+
+    Args:
+        file: The archive.
+        entries: Its entries.
+        most: Bytes of its pickle, at most.
+
+    Raises:
+        ArchiveError: The pickle or a storage is missing or damaged, or is of another byte order.
+        UnsafePickleError: The pickle needs more than data.
+    """
+    for name in ("data.pkl", "version"):
+        if name not in entries:
+            raise ArchiveError("is not a torch.save file", f"it has no {name}")
+    if (order := entries.get("byteorder")) and (found := _read(file, order, 16)) != sys.byteorder.encode():
+        raise ArchiveError("cannot be read here", f"it was written on a {found!r}-endian machine; convert it there")
+    pickled = entries["data.pkl"]
+    if pickled.size > most:
+        raise ArchiveError("is not what was expected", f"its pickle has {pickled.size} bytes; at most {most} are read")
+    data = _read(file, pickled, most)
+    if zlib.crc32(data) != pickled.crc:
+        raise ArchiveError("is damaged", "the CRC of its data.pkl is not what was written")
+    content, storages = loads(data)
+    for storage in storages:
+        stored = entries.get(f"data/{storage.key}")
+        if stored is None or stored.size < storage.numel * ITEM_BYTES[storage.dtype]:
+            raise ArchiveError("is damaged", f"the bytes of its storage {storage.key} are missing")
+    return content
+
+
+def _read(file: BinaryIO, entry: Entry, most: int) -> bytes:
+    file.seek(entry.offset)
+    return file.read(min(entry.size, most))
 
 
 def _check_end(file: BinaryIO, start: int, count: int) -> None:
@@ -262,17 +312,8 @@ class ArchiveLayout:
                 (
                     header,
                     _LOCAL.pack(
-                        0x04034B50,
-                        45 if large else 20,
-                        _UTF8,
-                        0,
-                        0,
-                        0x21,
-                        crc or 0,
-                        shown,
-                        shown,
-                        len(full),
-                        len(extra),
+                        *(0x04034B50, 45 if large else 20, _UTF8, 0, 0, 0x21, crc or 0),
+                        *(shown, shown, len(full), len(extra)),
                     )
                     + full
                     + extra,
@@ -287,15 +328,7 @@ class ArchiveLayout:
         layout = cls(
             root=root, size=0, storages=places, fixed=tuple(fixed), _members=tuple(members), _directory=position
         )
-        end = layout._central({})
-        return cls(
-            root=root,
-            size=position + len(end),
-            storages=places,
-            fixed=tuple(fixed),
-            _members=tuple(members),
-            _directory=position,
-        )
+        return replace(layout, size=position + len(layout._central({})))
 
     def closing(self, crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
         """Return the ``(offset, bytes)`` that complete the file once the storages are written.
@@ -326,10 +359,8 @@ class ArchiveLayout:
         count, start, length = len(self._members), self._directory, len(entries)
         if start + length >= _ZIP64 or count >= 0xFFFF:
             entries += struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, length, start)
-            entries += struct.pack("<IIQI", 0x07064B50, 0, start + length, 1)
-        entries += struct.pack(
-            "<IHHHHIIH", 0x06054B50, 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), length, min(start, _ZIP64), 0
-        )
+            entries += _LOCATOR.pack(0x07064B50, 0, start + length, 1)
+        entries += _END.pack(0x06054B50, 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), length, min(start, _ZIP64), 0)
         return bytes(entries)
 
 
@@ -337,12 +368,10 @@ def _large(size: int) -> bool:
     return size >= _ZIP64
 
 
-def save_small(path: Path, content: Any, storages: Mapping[str, bytes] | None = None) -> None:
-    """Write a whole ``torch.save`` file whose storages are in memory, and flush it to disk."""
-    layout = ArchiveLayout.build(path.stem, content, storages or {})
-    with path.open("wb") as file:
-        for offset, data in (*layout.fixed, *layout.closing({})):
-            file.seek(offset)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def archive_bytes(root: str, content: Any, storages: Mapping[str, bytes] | None = None) -> bytes:
+    """Return a whole (small) ``torch.save`` file; arguments of :meth:`ArchiveLayout.build`."""
+    layout = ArchiveLayout.build(root, content, storages or {})
+    data = bytearray(layout.size)
+    for offset, part in (*layout.fixed, *layout.closing({})):
+        data[offset : offset + len(part)] = part
+    return bytes(data)

@@ -16,6 +16,12 @@ from statex_dist.errors import CheckpointError
 
 _BUFFER_BYTES = 4 << 20
 
+DAMAGE = (
+    *(OSError, zipfile.BadZipFile, ValueError, NotImplementedError),
+    *(RuntimeError, EOFError, OverflowError, struct.error),
+)
+"""What reading a damaged archive may raise."""
+
 
 def directory_digest(path: Path) -> str | None:
     """Return the xxh3-128 of an archive's directory, or None for a file that is not an archive."""
@@ -25,7 +31,7 @@ def directory_digest(path: Path) -> str | None:
         with path.open("rb") as file:
             file.seek(start)
             return xxhash.xxh3_128(file.read()).hexdigest()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error):
+    except DAMAGE:
         return None
 
 
@@ -41,14 +47,5 @@ def check_crcs(path: Path) -> None:
                 with archive.open(info) as entry:
                     while entry.read(_BUFFER_BYTES):
                         pass  # the check is made when the end is read
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from None

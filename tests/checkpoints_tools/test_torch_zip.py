@@ -21,7 +21,7 @@ from checkpoints_tools.tensor_io import SourceFacts
 from checkpoints_tools.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads, new_tensor
 from checkpoints_tools.torch_pickle_writer import dumps
 from checkpoints_tools.torch_reader import StateDictSource
-from checkpoints_tools.torch_zip import ArchiveLayout, open_archive, save_small
+from checkpoints_tools.torch_zip import ArchiveLayout, archive_bytes, open_archive
 from statex_dist.checkpoint.archive import check_crcs
 from statex_dist.errors import CheckpointError
 
@@ -55,7 +55,7 @@ def moved(path: Path, target: Path) -> None:
         for name, entry in archive.entries.items()
         if name.startswith("data/")
     }
-    save_small(target, archive.content, storages)
+    target.write_bytes(archive_bytes(target.stem, archive.content, storages))
 
 
 def test_what_torch_saved_comes_back_after_our_reader_and_writer(tmp_path):
@@ -190,7 +190,8 @@ def test_a_shared_value_repeated_without_end_is_refused():
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):
     for storages in ({"0": bytes(16)}, {"1": bytes(20)}):
-        save_small(tmp_path / "x.pt", {"a": new_tensor("0", "F32", (5,))}, storages)
+        content = {"a": new_tensor("0", "F32", (5,))}
+        (tmp_path / "x.pt").write_bytes(archive_bytes("x", content, storages))
         with pytest.raises(CheckpointError, match="is damaged: the bytes of its storage 0 are missing"):
             open_archive(tmp_path / "x.pt")
 
