@@ -14,6 +14,7 @@ count, as they do in a container's limit; pages that two processes share count t
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import shutil
@@ -173,7 +174,7 @@ def prepare(root: Path, size: str, ranks: int) -> tuple[Path, int]:
     # In a process of its own: Linux counts what the parent held at the fork to a child's largest resident set.
     with ProcessPoolExecutor(max_workers=1) as pool:
         pool.submit(write, root / "source/global_step1", shapes, ranks).result()
-    count = sum(_numel(shape) for shape in shapes.values())
+    count = sum(map(math.prod, shapes.values()))
     for name, nbytes in (("weights", 4 * count), ("half", 2 * count), ("other", 2 * count)):
         with (root / name).open("wb") as file, (root / _optim(root, 0)).open("rb") as values:
             left = nbytes
@@ -189,13 +190,6 @@ def prepare(root: Path, size: str, ranks: int) -> tuple[Path, int]:
 
 def _optim(root: Path, rank: int) -> Path:
     return root / f"source/global_step1/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def compare(root: Path, size: str, ranks: int, repeats: int, workers: int) -> None:

@@ -6,6 +6,7 @@ given or random.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def write_random_zero3(tag: Path, shapes: Mapping[str, tuple[int, ...]], world_s
     block = (rng.standard_normal(1 << 22, dtype=np.float32) * 0.02).astype(np.float32)
 
     def values(names: Sequence[str], rank: int, state: int) -> torch.Tensor:
-        size = sum(-(-int(np.prod(shapes[name], dtype=np.int64)) // world_size) for name in names)
+        size = sum(-(-math.prod(shapes[name]) // world_size) for name in names)
         flat = np.resize(np.roll(block, rank * 7919 + state), size)
         return torch.from_numpy(np.abs(flat) if state == 2 else flat)
 
@@ -73,7 +74,7 @@ def _write(
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += -(-int(np.prod(shape, dtype=np.int64)) // world_size)
+        filled += -(-math.prod(shape) // world_size)
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     config = {
         "train_micro_batch_size_per_gpu": 1,

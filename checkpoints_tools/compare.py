@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
 
 from checkpoints_tools.convert import cast
-from checkpoints_tools.dtypes import TORCH_NAMES
+from checkpoints_tools.dtypes import CONVERTIBLE, TORCH_NAMES
 from checkpoints_tools.piece_io import PieceReader, SourceCrcs
 from checkpoints_tools.tensor_io import Piece, Progress, TensorInfo, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob, TensorStream
 from checkpoints_tools.workers import Counter, in_threads
 from statex_dist.checkpoint.layout import MANIFEST_NAME
-
-COMPARABLE = ("F64", "F32", "F16", "BF16")
-"""Dtypes whose values can be compared with a tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +77,8 @@ def compare(
 
 def _info(source: TensorSource, pair: Pair) -> TensorInfo:
     """Return a tensor of the other checkpoint as it would be exported."""
-    state = pair.job.state
-    of_state = source if state is None else source.states()[state]
-    info = of_state.info(pair.found)
-    return TensorInfo(name=info.name, shape=info.shape, dtype=natural_dtype(of_state, pair.found))
+    of_state = source.of_state(pair.job.state)
+    return replace(of_state.info(pair.found), dtype=natural_dtype(of_state, pair.found))
 
 
 class _Side:
@@ -109,19 +104,19 @@ class _Comparer:
         if found.shape != expected.shape:
             return Outcome(pair, f"has shape {found.shape}, not {expected.shape}", None)
         mixed = found.dtype != expected.dtype
-        if mixed and (self._rtol is None or not {found.dtype, expected.dtype} <= set(COMPARABLE)):
+        if mixed and (self._rtol is None or not {found.dtype, expected.dtype} <= set(CONVERTIBLE)):
             return Outcome(pair, f"has dtype {TORCH_NAMES[found.dtype]}, not {TORCH_NAMES[expected.dtype]}", None)
-        of_state = self._second if pair.job.state is None else self._second.states()[pair.job.state]
-        stored = of_state.info(pair.found)
+        of_state = self._second.of_state(pair.job.state)
+        stored, pieces = of_state.info(pair.found), of_state.pieces(pair.found)
         # Both sides in windows of one size, whichever has the wider elements or the longer rows.
-        width = max((p.width for p in of_state.pieces(pair.found) if isinstance(p, Piece)), default=1)
+        width = max((p.width for p in pieces if isinstance(p, Piece)), default=1)
         digest, problem = xxhash.xxh3_128(), None
         row = max(found.numel // found.shape[0], 1) if found.shape and found.shape[0] else 1
         element = 0
         for block in self._stream.blocks(pair.job, width=width):
             count = len(block) // expected.item_bytes
             actual = np.empty(count * stored.item_bytes, dtype=np.uint8)
-            self._reader.read(of_state.pieces(pair.found), stored, element, actual)
+            self._reader.read(pieces, stored, element, actual)
             digest.update(actual.data)
             if problem is None:
                 wrong = _differing(block, cast(actual, stored.dtype, found.dtype), expected, found, self._rtol)
@@ -129,7 +124,7 @@ class _Comparer:
                     problem = f"differs from row {(element + int(wrong.argmax())) // row} on"
             element += count
         if of_state.replicas(pair.found):
-            for _ in self._other.blocks(TensorJob(info=stored, source=stored, state=pair.job.state)):
+            for _ in self._other.blocks(TensorJob.copy(stored, state=pair.job.state)):
                 pass  # reading compares the copies
         recorded = of_state.facts.digests.get(pair.found)
         if problem is None and recorded is not None and recorded != digest.hexdigest():
@@ -147,7 +142,7 @@ def _differing(
     block: np.ndarray, actual: np.ndarray, expected: TensorInfo, found: TensorInfo, rtol: float | None
 ) -> np.ndarray:
     """Return, per element of two blocks, whether it differs."""
-    if rtol is None or expected.dtype not in COMPARABLE:
+    if rtol is None or expected.dtype not in CONVERTIBLE:
         return (block.reshape(-1, expected.item_bytes) != actual.reshape(-1, found.item_bytes)).any(axis=1)
     a, b = (cast(x, info.dtype, "F64").view("<f8") for x, info in ((block, expected), (actual, found)))
     return ~np.isclose(a, b, rtol=rtol, atol=0, equal_nan=True)

@@ -198,7 +198,7 @@ def _open_chunk(path: Path, state: FileState, descriptor: int, chunk: Chunk, inf
         except UnsafePickleError as error:
             raise CheckpointError(f"{where} is refused: its pickle needs more: {one_line(error)}") from None
         except ArchiveError as error:
-            raise CheckpointError(f"{where} is damaged or not of torch's format: {one_line(error.why)}") from None
+            raise CheckpointError(f"{where} is damaged or not of torch's format: {error.why}") from None
         except DAMAGE as error:
             raise CheckpointError(f"{where} is damaged or not of torch's format: {one_line(error)}") from None
     if not isinstance(content, TensorRef) or (content.dtype, content.shape) != (info.dtype, chunk.sizes):

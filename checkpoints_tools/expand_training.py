@@ -53,7 +53,7 @@ def expanded_training_plan(
         )
     jobs = list(expansion.jobs)
     held = {job.info.name for job in jobs}
-    jobs += [TensorJob(info=source.info(name), source=source.info(name)) for name in grown.buffers if name not in held]
+    jobs += [TensorJob.copy(source.info(name)) for name in grown.buffers if name not in held]
     return zero3_plan(grown, jobs, world_size or source.world_size, documents=documents, info=info)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.dtypes import FLOATS, parse_dtype, stored_dtype
+from checkpoints_tools.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
 from checkpoints_tools.expansion_report import Checksums, ExpansionReport, make_report
 from checkpoints_tools.hf_writer import with_dtype
 from checkpoints_tools.model_check import check_tensors
@@ -22,9 +22,6 @@ from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.surgery import Surgery, surgeries
-
-DRAWABLE = ("F64", "F32", "F16", "BF16")
-"""Dtypes in which new rows can be drawn; others can only be copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +51,7 @@ class Expansion:
 
     def report(self, checksums: Checksums | None = None) -> ExpansionReport:
         """Return the account, with the checksums of what has been written."""
-        infos = [self.source.info(name) for name in self.source.keys() if name not in self.source.aliases]  # noqa: SIM118
+        infos = [self.source.info(name) for name in self.source.owned()]
         return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, checksums or Checksums())
 
 
@@ -140,17 +137,16 @@ def _check_strangers(names: list[str], changed: dict[str, Surgery], config: Mode
 def _job(info: TensorInfo, natural: str, surgery: Surgery | None, dtype: str | None) -> TensorJob:
     """Return the job of one tensor of the source; ``natural`` is its dtype where none is asked for."""
     if surgery is None:
-        stored = TensorInfo(name=info.name, shape=info.shape, dtype=stored_dtype(natural, dtype))
-        return TensorJob(info=stored, source=info)
+        return TensorJob.copy(info, dtype=stored_dtype(natural, dtype))
     _check_drawable(info.name, info.dtype)
     stored = TensorInfo(name=info.name, shape=surgery.recipe.shape, dtype=stored_dtype(info.dtype, dtype))
     return TensorJob(info=stored, source=info, surgery=surgery)
 
 
 def _check_drawable(name: str, dtype: str) -> None:
-    if dtype not in DRAWABLE:
+    if dtype not in CONVERTIBLE:
         reason = "float8 has no room for new values" if dtype in FLOATS else "it is not a floating-point dtype"
         raise CheckpointError(
             f"tensor '{name}' is to get new rows but has dtype {dtype} ({reason}); convert the checkpoint to one of "
-            f"{', '.join(DRAWABLE)} first"
+            f"{', '.join(CONVERTIBLE)} first"
         )

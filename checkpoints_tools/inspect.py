@@ -102,7 +102,7 @@ def _describe(facts: CheckpointFacts, path: Path) -> None:
     source = open_source(path, verify=False, describe=True)
     if facts.kind in ("zero3", "tp", "megatron"):
         facts.complete = True  # these layouts say which files and tensors there are
-    infos = [source.info(name) for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
+    infos = [source.info(name) for name in source.owned()]
     for info in infos:
         facts.dtypes[TORCH_NAMES[info.dtype]] = facts.dtypes.get(TORCH_NAMES[info.dtype], 0) + 1
     facts.tensors = len(infos)

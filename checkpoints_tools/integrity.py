@@ -44,16 +44,14 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
             with _noted(verdict):
                 record.check(facts.path / name)
     jobs = [
-        TensorJob(info=source.info(name), source=source.info(name))
-        for name in source.keys()  # noqa: SIM118 - not a mapping
-        if name not in source.aliases
+        TensorJob.copy(source.of_state(state).info(name), state=state)
+        for state in (None, *source.states())
+        for name in source.of_state(state).owned()
     ]
-    for state, held in source.states().items():
-        jobs += [TensorJob(info=held.info(n), source=held.info(n), state=state) for n in held.keys()]  # noqa: SIM118
-    crcs = SourceCrcs(source.archives())
+    archives = list(source.archives())
+    crcs = SourceCrcs(archives)
     with _noted(verdict):
         read_all(jobs, source, crcs, workers=workers, progress=progress)
-    archives = list(source.archives())
     for path in source.files:
         if path.suffix in (".pt", ".bin"):
             with _noted(verdict):

@@ -38,7 +38,7 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     names = check_names(source, config)
     family = family_of(config.MODEL_TYPE)
     head, embeddings = family.names.head, family.names.embeddings
-    tied = config.tie_word_embeddings and head in source.keys()  # noqa: SIM118
+    tied = config.tie_word_embeddings and head in source
     if tied and not same_values(source, head, source, embeddings):
         raise CheckpointError(
             f"{source.facts.path}: config.json ties {head} to {embeddings} (tie_word_embeddings), but their values "
@@ -66,7 +66,7 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     known = set(held)
     where = source.facts.path
     head = family.names.head
-    tied = config.tie_word_embeddings and head in source.keys()  # noqa: SIM118
+    tied = config.tie_word_embeddings and head in source
     if missing := [name for name in specs if name not in known]:
         raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
     others = sorted(name for name in held if name not in specs)
@@ -109,7 +109,7 @@ def same_values(first: TensorSource, first_name: str, second: TensorSource, seco
         return False
     streams = [TensorStream(source, allow_nonfinite=True) for source in (first, second)]
     try:
-        blocks = (s.blocks(TensorJob(info=info, source=info)) for s, info in zip(streams, (a, b), strict=True))
+        blocks = (s.blocks(TensorJob.copy(info)) for s, info in zip(streams, (a, b), strict=True))
         return all(np.array_equal(one, other) for one, other in zip(*blocks, strict=True))
     finally:
         for stream in streams:

@@ -137,7 +137,7 @@ class PieceReader:
                 data = piece.data[(begin - piece.start) * item : (end - piece.start) * item]
                 view[(begin - start) * item : (end - start) * item] = np.frombuffer(data, dtype=np.uint8)
                 continue
-            part, place = self._window(piece, start, stop, view, item)
+            part, place = window_of(piece, start, view, item)
             if part.flags.c_contiguous:
                 self._fetch(piece.path, place, part.reshape(-1))
             else:
@@ -148,24 +148,12 @@ class PieceReader:
     def differing(self, piece: Piece, info: TensorInfo, start: int, view: np.ndarray) -> bool:
         """Return whether a piece holds other values than ``view`` (as in :meth:`read`) where the two overlap."""
         item = info.item_bytes
-        stop = start + len(view) // item
-        if not overlapping([piece], start, stop):
+        if not overlapping([piece], start, start + len(view) // item):
             return False
-        part, place = self._window(piece, start, stop, view, item)
+        part, place = window_of(piece, start, view, item)
         run = self._room(part.size)
         self._fetch(piece.path, place, run)
         return not np.array_equal(run.reshape(part.shape), part)
-
-    @staticmethod
-    def _window(piece: Piece, start: int, stop: int, view: np.ndarray, item: int) -> tuple[np.ndarray, int]:
-        """Return the part of ``view`` that a piece covers, and the byte of its file at which that part begins."""
-        width, columns = piece.width, piece.last - piece.first
-        if width > 1:
-            assert start % width == 0 == stop % width, "windows hold whole rows where a piece is of some columns"
-        first, last = max(start // width, piece.start), min(stop // width, piece.stop)
-        rows = view.reshape(-1, width * item)[first - start // width : last - start // width]
-        part = rows[:, piece.first * item : piece.last * item]
-        return part, piece.offset + (first - piece.start) * columns * item
 
     def _fetch(self, path: Path, offset: int, run: np.ndarray) -> None:
         if not len(run):
@@ -199,6 +187,28 @@ class PieceReader:
         """Close the files."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+
+def window_of(piece: Piece, start: int, view: np.ndarray, item: int) -> tuple[np.ndarray, int]:
+    """Return the part of a window that a piece covers, and the byte of the piece's file at which that part begins.
+
+    Args:
+        piece: It overlaps the window.
+        start: First element of the window in the flattened tensor.
+        view: ``[n]`` uint8: the window; whole rows where the piece is not of all columns.
+        item: Bytes of an element.
+
+    Returns:
+        ``[rows, bytes]`` uint8, a view; and the byte.
+    """
+    width, columns = piece.width, piece.last - piece.first
+    stop = start + len(view) // item
+    if width > 1:
+        assert start % width == 0 == stop % width, "windows hold whole rows where a piece is of some columns"
+    first, last = max(start // width, piece.start), min(stop // width, piece.stop)
+    rows = view.reshape(-1, width * item)[first - start // width : last - start // width]
+    part = rows[:, piece.first * item : piece.last * item]
+    return part, piece.offset + (first - piece.start) * columns * item
 
 
 def overlapping(pieces: Pieces, start: int, stop: int) -> Sequence[Piece | Held]:

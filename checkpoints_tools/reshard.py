@@ -185,11 +185,10 @@ def _weights_plan(
 ) -> TargetPlan:
     """Lay out a target that has weights alone."""
     source = given.source
-    jobs = []
-    for name in given.names:
-        found = source.info(name)
-        stored = stored_dtype(natural_dtype(source, name), wanted)
-        jobs.append(TensorJob(info=replace(found, dtype=stored), source=found))
+    jobs = [
+        TensorJob.copy(source.info(name), dtype=stored_dtype(natural_dtype(source, name), wanted))
+        for name in given.names
+    ]
     documents = given.documents(_main_dtype([job.info for job in jobs]))
     if to == "tp":
         return tp_plan(jobs, given.family_config("tp"), check_tp(tp), documents=lambda _: documents, info=info)
@@ -215,8 +214,7 @@ def _training_plan(
             raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
         ranks = world_size or source.world_size
         training, notes = read_training_states(source, ranks)
-        names = [name for name in source.keys() if name not in source.aliases]  # noqa: SIM118 - not a mapping
-        jobs = [TensorJob(info=source.info(name), source=source.info(name)) for name in names]
+        jobs = [TensorJob.copy(source.info(name)) for name in source.owned()]
         settings = source.model.get("ds_config") or {}
         batch = batch_proposal(settings, source.world_size, ranks) if isinstance(settings, dict) else None
         documents = {} if given.values is None else {CONFIG_NAME: given.values}
@@ -251,7 +249,7 @@ def _fresh_plan(given: _Input, wanted: str | None, world_size: int, info: dict[s
         shared=tied,
         bf16=precision == "BF16",
     )
-    jobs = [TensorJob(info=replace(source.info(n), dtype="F32"), source=source.info(n)) for n in specs]
+    jobs = [TensorJob.copy(source.info(name), dtype="F32") for name in specs]
     documents = {} if given.values is None else {CONFIG_NAME: given.values}
     return zero3_plan(training, jobs, world_size, documents=lambda _: documents, info=info)
 

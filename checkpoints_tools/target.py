@@ -21,7 +21,7 @@ import numpy as np
 from checkpoints_tools.journal import JOURNAL_NAME, PARTIAL_SUFFIX, Journal, WrittenTensor, fingerprint
 from checkpoints_tools.piece_io import SourceCrcs
 from checkpoints_tools.raw_io import FileState
-from checkpoints_tools.target_writer import Places, TargetFile, WriteOptions, files_of, write_files
+from checkpoints_tools.target_writer import Places, TargetFile, WriteOptions, files_of_tensors, write_files
 from checkpoints_tools.tensor_io import Progress, TensorSource
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.layout import MANIFEST_NAME
@@ -126,18 +126,20 @@ def write_target(
         refuse_target(target, overwrite=options.overwrite)
         journal = Journal(temporary_for(target), run=run, resume=options.resume)
         refuse_target(target, overwrite=options.overwrite)  # again: another process may just have finished it
-        journal.settle(
-            {file.name: file.size for file in plan.files},
-            files_of(plan.jobs, plan.places),
-        )
+        files_of = files_of_tensors(plan.jobs, plan.places)
+        journal.settle({file.name: file.size for file in plan.files}, files_of)
         _check_space(journal, plan.files)
         (journal.directory / plan.folder).mkdir(parents=True, exist_ok=True)
         (journal.directory / plan.model_folder).mkdir(parents=True, exist_ok=True)
         for job in plan.jobs:
             if job.key in journal.tensors and job.source is not None:
-                of_state = source if job.state is None else source.states()[job.state]
-                crcs.expect(of_state.pieces(job.source.name))
-        write_files(journal, source, plan.files, plan.jobs, plan.places, options, crcs=crcs, progress=progress)
+                crcs.expect(source.of_state(job.state).pieces(job.source.name))
+        write_files(
+            *(journal, source, plan.files, plan.jobs, plan.places, options),
+            files_of=files_of,
+            crcs=crcs,
+            progress=progress,
+        )
         checked = crcs.finish()
         files = _write_documents(journal, source, plan)
         _check_unchanged(source, before)

@@ -11,7 +11,7 @@ import os
 import resource
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ import xxhash
 
 from checkpoints_tools.crc import CrcLedger, crc_of_zeros
 from checkpoints_tools.journal import PARTIAL_SUFFIX, Journal, WrittenTensor
-from checkpoints_tools.piece_io import SourceCrcs
+from checkpoints_tools.piece_io import SourceCrcs, window_of
 from checkpoints_tools.raw_io import BLOCK_BYTES, read_from, write_from
 from checkpoints_tools.tensor_io import Piece, Progress, TensorSource, total_bytes
 from checkpoints_tools.torch_zip import ArchiveLayout
@@ -95,6 +95,7 @@ def write_files(
     places: Places,
     options: WriteOptions,
     *,
+    files_of: Mapping[str, frozenset[str]],
     crcs: SourceCrcs,
     progress: Progress | None,
 ) -> None:
@@ -107,6 +108,7 @@ def write_files(
         jobs: Every tensor.
         places: Where each of them goes.
         options: How to write.
+        files_of: The names of the files of every tensor (:func:`files_of_tensors`).
         crcs: The checksums of the source's files.
         progress: Told of the bytes written.
 
@@ -115,7 +117,7 @@ def write_files(
         OSError: The disk refuses.
     """
     _allow_open_files(len(files))
-    writer = _Writer(journal, files, jobs, places, progress)
+    writer = _Writer(journal, files, jobs, places, files_of, progress)
     try:
         writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
         in_threads(
@@ -138,7 +140,7 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def files_of(jobs: Iterable[TensorJob], places: Places) -> dict[str, frozenset[str]]:
+def files_of_tensors(jobs: Iterable[TensorJob], places: Places) -> dict[str, frozenset[str]]:
     """Return the names of the files of every tensor, by its key; equal sets are one object."""
     sets: dict[frozenset[str], frozenset[str]] = {}
     result = {}
@@ -157,6 +159,7 @@ class _Writer:
         files: Sequence[TargetFile],
         jobs: Sequence[TensorJob],
         places: Places,
+        files_of: Mapping[str, frozenset[str]],
         progress: Progress | None,
     ):
         self._journal, self._places = journal, places
@@ -166,7 +169,7 @@ class _Writer:
         done = total_bytes(job.info for job in jobs if job.key in journal.tensors)
         self.counter = Counter(total_bytes(job.info for job in jobs), progress, done=done)
         self._open = {file.name: _OpenFile(file, journal) for file in files if file.name not in journal.files}
-        self._files_of = files_of(jobs, places)
+        self._files_of = files_of
         for job in jobs:
             for place in places(job):
                 if (file := self._open.get(str(place.path))) is not None:
@@ -201,21 +204,16 @@ class _Writer:
         if due:
             self._sync()
         for name in self._files_of[job.key]:
-            if self._open[name].done_with(job):
+            if self._open[name].done_with_tensor():
                 self._finish(self._open[name])
 
     def _write_block(self, places: Sequence[Piece], item: int, start: int, block: np.ndarray) -> None:
         """Write elements ``start`` and on of a tensor, each of ``item`` bytes, to wherever they belong."""
         stop = start + len(block) // item
         for place in places:
-            first, last = max(start, place.start * place.width), min(stop, place.stop * place.width)
-            if first >= last:
-                continue
-            rows = block[(first - start) * item : (last - start) * item].reshape(-1, place.width * item)
-            part = np.ascontiguousarray(rows[:, place.first * item : place.last * item]).reshape(-1)
-            columns = place.last - place.first
-            offset = place.offset + (first // place.width - place.start) * columns * item
-            self._open[str(place.path)].write(offset, part.data)
+            if place.start * place.width < stop and start < place.stop * place.width:
+                part, offset = window_of(place, start, block, item)
+                self._open[str(place.path)].write(offset, np.ascontiguousarray(part).reshape(-1).data)
 
     def finish_resumed(self) -> None:
         """Complete the files of which no tensor is missing: an earlier run was stopped there, or they hold none."""
@@ -325,7 +323,7 @@ class _OpenFile:
         if self._storages:
             self._note(offset, data)
 
-    def done_with(self, job: TensorJob) -> bool:
+    def done_with_tensor(self) -> bool:
         """Note that a tensor is in the file; return whether it was the last one that the file lacked."""
         self._ready()  # a tensor without elements has not opened it
         with self._lock:

@@ -146,6 +146,10 @@ class TensorSource(ABC):
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 
+    def owned(self) -> list[str]:
+        """Return the names that do not only point to another tensor."""
+        return [name for name in self._infos if name not in self.aliases]
+
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of a tensor without reading it."""
         return self._infos[name]
@@ -165,6 +169,10 @@ class TensorSource(ABC):
     def states(self) -> Mapping[str, TensorSource]:
         """Return what the optimizer remembers of the parameters, by its names (``exp_avg``), as further sources."""
         return {}
+
+    def of_state(self, state: str | None) -> TensorSource:
+        """Return one of :meth:`states`, or, for None, the weights themselves."""
+        return self if state is None else self.states()[state]
 
 
 def natural_dtype(source: TensorSource, name: str) -> str:

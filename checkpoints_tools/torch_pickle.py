@@ -189,6 +189,25 @@ class TensorRef:
         return True
 
 
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value of a pickle with everything in it that holds no other values replaced by ``change`` of it.
+
+    Raises:
+        UnsafePickleError: A tensor is the key of a dict: keys stay as they are.
+    """
+    if isinstance(value, dict):
+        if any(isinstance(key, TensorRef) for key in value):
+            raise UnsafePickleError("tensors as keys of a dict are not supported")
+        return type(value)((key, mapped(item, change)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(mapped(item, change) for item in value)
+    if isinstance(value, Remembered):
+        made = type(value)(*mapped(value.args, change))
+        made.by_call, made.state = value.by_call, mapped(value.state, change)
+        return made
+    return change(value)
+
+
 def new_tensor(key: str, dtype: str, shape: tuple[int, ...]) -> TensorRef:
     """Return a contiguous tensor that fills a storage of its own."""
     stride, step = [], 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.raw_io import read_bytes
 from checkpoints_tools.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from checkpoints_tools.torch_pickle import TensorRef
@@ -72,7 +73,7 @@ def place_of(archive: TorchArchive, tensor: TensorRef) -> Piece:
 
 def _offset(archive: TorchArchive, tensor: TensorRef) -> int:
     """Return the byte of the file at which a tensor begins."""
-    entry, item = archive.storage(tensor.storage.key), TensorInfo(name="", shape=(), dtype=tensor.dtype).item_bytes
+    entry, item = archive.storage(tensor.storage.key), ITEM_BYTES[tensor.dtype]
     if tensor.storage.numel * item > entry.size:
         raise CheckpointError(
             f"{archive.path} is damaged: its storage {tensor.storage.key} has {entry.size} bytes, "
@@ -84,7 +85,7 @@ def _offset(archive: TorchArchive, tensor: TensorRef) -> int:
 def gathered(archive: TorchArchive, tensor: TensorRef) -> bytes:
     """Return the values of a tensor in order, whatever its strides; the whole tensor is then in memory."""
     first = _offset(archive, tensor)
-    item = TensorInfo(name="", shape=(), dtype=tensor.dtype).item_bytes
+    item = ITEM_BYTES[tensor.dtype]
     if not tensor.numel:
         return b""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))

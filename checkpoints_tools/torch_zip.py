@@ -82,8 +82,8 @@ class ArchiveError(Exception):
     """What is wrong with an archive: a verdict that fits behind its name (``is damaged``), and why."""
 
     def __init__(self, verdict: str, why: str):
-        super().__init__(f"{verdict}: {why}")
-        self.why = why
+        self.why = " ".join(why.split())
+        super().__init__(f"{verdict}: {self.why}")
 
 
 def open_archive(path: Path) -> TorchArchive:
@@ -120,7 +120,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except UnsafePickleError as error:
         raise CheckpointError(f"{path} is refused: its pickle needs more than tensors: {one_line(error)}") from None
     except ArchiveError as error:
-        raise CheckpointError(f"{path} {one_line(error)}") from None
+        raise CheckpointError(f"{path} {error}") from None
     except DAMAGE as error:
         raise CheckpointError(f"{path} is truncated or not a torch.save file: {one_line(error)}") from None
 

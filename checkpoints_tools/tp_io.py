@@ -61,7 +61,9 @@ def tp_plan(
             cuts[job.info.name] = spec.axis, [shard_ranges(spec, job.info.name, tp, rank) for rank in range(tp)]
     layouts, starts = [], []
     for rank in range(tp):
-        local = [_local(job.info, *_of_rank(cuts[job.info.name], rank)) for job in jobs]
+        local = [
+            _local(job.info, axis, of_ranks[rank]) for job, (axis, of_ranks) in zip(jobs, cuts.values(), strict=True)
+        ]
         file = lay_out_file(file_name(rank, tp), local, {"tp_rank": str(rank), "tp_size": str(tp)})
         layouts.append(file)
         starts.append(file.offsets())
@@ -104,10 +106,6 @@ def tp_plan(
 def file_name(rank: int, tp: int) -> str:
     """Return the name of a rank's file."""
     return f"model-tp-{rank:02d}-of-{tp:02d}.safetensors"
-
-
-def _of_rank(cut: tuple[int, list[Ranges]], rank: int) -> tuple[int, Ranges]:
-    return cut[0], cut[1][rank]
 
 
 def _local(info: TensorInfo, axis: int, ranges: Ranges) -> TensorInfo:

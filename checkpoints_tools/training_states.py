@@ -8,11 +8,11 @@ from functools import lru_cache
 from typing import Any
 
 from checkpoints_tools.tensor_io import TensorInfo
-from checkpoints_tools.torch_pickle import Remembered, TensorRef, named
+from checkpoints_tools.torch_pickle import TensorRef, UnsafePickleError, mapped, named
 from checkpoints_tools.torch_reader import gathered
 from checkpoints_tools.torch_zip import TorchArchive
 from checkpoints_tools.zero3_layout import DEFAULT_SUB_GROUP_SIZE
-from checkpoints_tools.zero3_rank import Scalar
+from checkpoints_tools.zero3_rank import Scalar, base_states
 from checkpoints_tools.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError
 
@@ -94,11 +94,10 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
         CheckpointError: The client state holds more than is carried along.
     """
     states = source.optim["optimizer_state_dict"]
-    inner = states.get("optimizer_state_dict") or {}
-    archive, optim_archive = source.model_states(0), source.ranks[0].archives[1]
+    optim_archive = source.ranks[0].archives[1]
     settings = [
         {key: _held(value, optim_archive) for key, value in group.items() if key != "params"}
-        for group in inner.get("param_groups") or []
+        for group in base_states(source.optim).get("param_groups") or []
     ]
     zero = (source.model.get("ds_config") or source.optim.get("ds_config") or {}).get("zero_optimization") or {}
     kept = {k: v for k, v in states.items() if k not in ("optimizer_state_dict", "fp32_flat_groups", "partition_count")}
@@ -115,25 +114,25 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
         scalars=source.scalars,
         states=list(source.states()),
         sub_group_size=zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE),
-        buffers={name: source.info(name) for name in source.keys() if name in source.buffers},  # noqa: SIM118
+        buffers={name: source.info(name) for name in source.owned() if name in source.buffers},
         frozen={name: source.info(name) for name in source.frozen},
-        module={name: _entry(name, value, source, archive) for name, value in source.model["module"].items()},
+        module={name: _entry(name, value, source) for name, value in source.model["module"].items()},
         shared=dict(source.model.get("shared_params") or {}),
         optim={k: _held(v, optim_archive) for k, v in source.optim.items() if k != "optimizer_state_dict"},
         optimizer={key: _held(value, optim_archive) for key, value in kept.items()},
         prefix=source.ranks[0].files.optim.name.partition("zero_pp_rank_")[0],
-        step=int(archive.content.get("global_steps") or 0),
+        step=int(source.model.get("global_steps") or 0),
         client=client,
     )
     return training, _client_notes(client, source.world_size, world_size)
 
 
-def _entry(name: str, value: Any, source: Zero3Source, archive: TorchArchive) -> Any:
+def _entry(name: str, value: Any, source: Zero3Source) -> Any:
     """Return an entry of the module's state dict."""
     is_parameter = name in source.layout.shapes or name in source.frozen or name in source.aliases
     if isinstance(value, TensorRef) and (is_parameter or name in source.buffers or not value.numel):
         return Placeholder(value.dtype)
-    return _held(value, archive)
+    return _held(value, source.first)
 
 
 def _client_notes(client: Callable[[int], Mapping[str, Any]], old: int, new: int) -> list[str]:
@@ -153,31 +152,24 @@ def _client_notes(client: Callable[[int], Mapping[str, Any]], old: int, new: int
 
 def _held(value: Any, archive: TorchArchive) -> Any:
     """Return a value with the tensors in it read."""
-    budget = [MAX_CLIENT_BYTES]
+    left = [MAX_CLIENT_BYTES]
 
     def hold(value: Any) -> Any:
-        if isinstance(value, TensorRef):
-            data = gathered(archive, value) if value.numel * 8 <= budget[0] else None
-            if data is None or len(data) > budget[0]:
-                raise CheckpointError(
-                    f"{archive.path}: tensors beside the model's own need more than {MAX_CLIENT_BYTES >> 20} MiB; a "
-                    "client state of that size cannot be carried along"
-                )
-            budget[0] -= len(data)
-            return HeldTensor(value.dtype, value.shape, data)
-        if isinstance(value, dict):
-            if any(isinstance(key, TensorRef) for key in value):
-                raise CheckpointError(f"{archive.path}: tensors as keys of a dict are not supported")
-            return type(value)((key, hold(item)) for key, item in value.items())
-        if type(value) in (list, tuple):
-            return type(value)(hold(item) for item in value)
-        if isinstance(value, Remembered):
-            made = type(value)(*hold(value.args))
-            made.by_call, made.state = value.by_call, hold(value.state)
-            return made
-        return value
+        if not isinstance(value, TensorRef):
+            return value
+        data = gathered(archive, value) if value.numel * 8 <= left[0] else None
+        if data is None or len(data) > left[0]:
+            raise CheckpointError(
+                f"{archive.path}: tensors beside the model's own need more than {MAX_CLIENT_BYTES >> 20} MiB; a "
+                "client state of that size cannot be carried along"
+            )
+        left[0] -= len(data)
+        return HeldTensor(value.dtype, value.shape, data)
 
-    return hold(value)
+    try:
+        return mapped(value, hold)
+    except UnsafePickleError as error:
+        raise CheckpointError(f"{archive.path}: {error}") from None
 
 
 def fresh_training_states(

@@ -6,7 +6,7 @@ Both the writer and the verifier consume this stream, so what is proved of a che
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
@@ -36,6 +36,11 @@ class TensorJob:
     source: TensorInfo | None
     surgery: Surgery | None = None
     state: str | None = None
+
+    @classmethod
+    def copy(cls, info: TensorInfo, *, dtype: str | None = None, state: str | None = None) -> TensorJob:
+        """Return the job of a tensor of which all values are kept, in another dtype where one is given."""
+        return cls(info=info if dtype is None else replace(info, dtype=dtype), source=info, state=state)
 
     @property
     def key(self) -> str:
@@ -115,7 +120,7 @@ class TensorStream:
         """Yield elements ``start .. stop`` of a source tensor as bytes."""
         info = job.source
         assert info is not None
-        source = self._source_of(job)
+        source = self._source.of_state(job.state)
         pieces, replicas = source.pieces(info.name), source.replicas(info.name)
         step = _window_numel(job, pieces, self._width)
         for position in range(start, stop, step):
@@ -141,12 +146,9 @@ class TensorStream:
                 self._check(block, job.info.dtype, job, f"once it is stored as {job.info.dtype}")
             yield block
 
-    def _source_of(self, job: TensorJob) -> TensorSource:
-        return self._source if job.state is None else self._source.states()[job.state]
-
     def _expected(self, job: TensorJob) -> str | None:
         assert job.source is not None
-        return self._source_of(job).facts.digests.get(job.source.name)
+        return self._source.of_state(job.state).facts.digests.get(job.source.name)
 
     def _check_digest(self, job: TensorJob, found: str) -> None:
         """Raise unless the source's bytes are those of which the manifest has the digest, if it has one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,7 @@ def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verdic
     what = "tensor" if state is None else state
     verdict.differences += [f"{what} '{name}' is in the first alone" for name in names if name not in others]
     verdict.differences += [f"{what} '{name}' is in the second alone" for name in sorted(others - set(names))]
-    jobs = [
-        TensorJob(info=replace(a.info(name), dtype=natural_dtype(a, name)), source=a.info(name), state=state)
-        for name in names
-        if name in others
-    ]
+    jobs = [TensorJob.copy(a.info(name), dtype=natural_dtype(a, name), state=state) for name in names if name in others]
     return [Pair(job, job.info.name) for job in jobs]
 
 

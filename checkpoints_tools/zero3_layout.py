@@ -55,6 +55,15 @@ def partition_size(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
+def shares(numel: int, world_size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(rank, start, stop)`` of the elements that each rank owns, of ranks that own any."""
+    part = partition_size(numel, world_size)
+    for rank in range(world_size):
+        start, stop = rank * part, min((rank + 1) * part, numel)
+        if start < stop:
+            yield rank, start, stop
+
+
 def looks_like_zero(directory: Path) -> bool:
     """Return whether a directory holds files of a DeepSpeed ZeRO checkpoint."""
     return directory.is_dir() and any(
@@ -134,11 +143,8 @@ class FlatLayout:
 
     def runs(self, name: str) -> Iterator[FlatRun]:
         """Yield the runs of a parameter, in order and without its padding."""
-        numel = math.prod(self.shapes[name])
-        part, first = partition_size(numel, self.world_size), self.offsets[name]
-        for rank in range(self.world_size):
-            target, stop = rank * part, min((rank + 1) * part, numel)
-            position = first
+        for rank, target, stop in shares(math.prod(self.shapes[name]), self.world_size):
+            position = self.offsets[name]
             for group, (begin, end) in enumerate(pairwise(self.group_ends)):
                 count = min(end - position, stop - target)
                 if position < begin or count <= 0:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.raw_io import read_bytes
-from checkpoints_tools.tensor_io import Piece, TensorInfo
+from checkpoints_tools.tensor_io import Piece
 from checkpoints_tools.torch_pickle import Remembered, TensorRef
 from checkpoints_tools.torch_reader import place_of
 from checkpoints_tools.torch_zip import TorchArchive, open_archive
@@ -107,6 +108,11 @@ def optim_states(file: TorchArchive, world_size: int) -> dict[str, Any]:
     return file.content
 
 
+def base_states(optim: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the states of the optimizer that ZeRO is wrapped around, out of the contents of an optimizer file."""
+    return optim["optimizer_state_dict"].get("optimizer_state_dict") or {}
+
+
 def open_rank(files: RankFiles, first: tuple[TorchArchive, TorchArchive], world_size: int) -> RankStates:
     """Open and check one rank's files, and keep where its values lie.
 
@@ -122,9 +128,8 @@ def open_rank(files: RankFiles, first: tuple[TorchArchive, TorchArchive], world_
     optim = first[1] if files.optim == first[1].path else open_archive(files.optim)
     content = model_states(model, first[0], world_size)
     states = optim_states(optim, world_size)["optimizer_state_dict"]
-    reference = first[1].content["optimizer_state_dict"]
     flat = {WEIGHTS: tuple(place_of(optim, group) for group in states["fp32_flat_groups"])}
-    inner, expected = (s.get("optimizer_state_dict") or {} for s in (states, reference))
+    inner, expected = base_states(optim.content), base_states(first[1].content)
     if inner.get("param_groups") != expected.get("param_groups"):
         raise CheckpointError(
             f"{optim.path}: 'param_groups' differs from {first[1].path.name}; the files are of two saves"
@@ -197,7 +202,7 @@ def scalar_values(
                 continue  # a sub-group of one element looks the same
             if isinstance(value, TensorRef) and value.shape in ((), (1,)) and value.numel == 1:
                 place = place_of(archive, value)
-                item = TensorInfo(name="", shape=(), dtype=value.dtype).item_bytes
+                item = ITEM_BYTES[value.dtype]
                 scalars[name] = Scalar((value.shape, read_bytes(place.path, place.offset, item)), value.dtype)
             elif not isinstance(value, TensorRef):
                 scalars[name] = Scalar(value)

@@ -8,6 +8,7 @@ in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, 
 from checkpoints_tools.torch_pickle import TensorRef
 from checkpoints_tools.torch_reader import whole_pieces
 from checkpoints_tools.torch_zip import TorchArchive, open_archive
-from checkpoints_tools.zero3_layout import FlatLayout, find_rank_files, partition_size
-from checkpoints_tools.zero3_rank import WEIGHTS, Scalar, model_states, open_rank, optim_states, scalar_values
+from checkpoints_tools.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
+from checkpoints_tools.zero3_rank import (
+    WEIGHTS,
+    Scalar,
+    base_states,
+    model_states,
+    open_rank,
+    optim_states,
+    scalar_values,
+)
 from statex_dist.errors import CheckpointError
 
 
@@ -28,11 +37,12 @@ class Zero3Source(TensorSource):
         world_size: Number of ranks.
         ranks: Where each rank's values lie.
         layout: How the trained parameters are cut.
-        frozen_dtypes: Dtype of each frozen parameter.
+        frozen: Shape of each frozen parameter.
         groups: Names of the parameters of each optimizer group, in flat order.
         scalars: What the optimizer keeps once per parameter group, by its names.
         model: Contents of rank 0's model states.
         optim: Contents of rank 0's optimizer states.
+        first: Rank 0's model states, opened.
 
     Args:
         directory: The tag's directory, with two files a rank.
@@ -79,7 +89,7 @@ class Zero3Source(TensorSource):
         self._check_frozen(frozen)
         fragments = self.model.get("frozen_param_fragments") or {}
         module = self.model["module"]
-        self._first = first[0]
+        self.first = first[0]
         self._buffers: dict[str, TensorRef] = {
             name: module[name] for name in self.model["buffer_names"] if isinstance(module.get(name), TensorRef)
         }
@@ -118,7 +128,7 @@ class Zero3Source(TensorSource):
     def _check_frozen(self, frozen: Mapping[str, tuple[int, ...]]) -> None:
         """Raise unless every rank holds its fragment of every frozen parameter."""
         for name, shape in frozen.items():
-            part = partition_size(TensorInfo(name=name, shape=shape, dtype="F32").numel, self.world_size)
+            part = partition_size(math.prod(shape), self.world_size)
             for rank in self.ranks:
                 held = rank.frozen[name].numel if name in rank.frozen else 0
                 if held != part:
@@ -131,7 +141,7 @@ class Zero3Source(TensorSource):
         """Return where a tensor lies, in the files of all ranks."""
         name = self.aliases.get(name, name)
         if name in self._buffers:
-            return whole_pieces(self._first, self._buffers[name])
+            return whole_pieces(self.first, self._buffers[name])
         if name in self.frozen:
             return self._frozen_pieces(name)
         return self.flat_pieces(name, WEIGHTS)
@@ -145,14 +155,11 @@ class Zero3Source(TensorSource):
         return pieces
 
     def _frozen_pieces(self, name: str) -> Pieces:
-        info = self._infos[name]
-        part = partition_size(info.numel, self.world_size)
-        pieces = []
-        for index, rank in enumerate(self.ranks):
-            fragment, stop = rank.frozen[name], min((index + 1) * part, info.numel)
-            if index * part < stop:
-                pieces.append(Piece(fragment.path, fragment.offset, index * part, stop))
-        return pieces
+        held = [rank.frozen[name] for rank in self.ranks]
+        return [
+            Piece(held[rank].path, held[rank].offset, start, stop)
+            for rank, start, stop in shares(self._infos[name].numel, self.world_size)
+        ]
 
     def archives(self) -> Iterable[TorchArchive]:
         """Return both files of every rank."""
@@ -192,8 +199,7 @@ class Zero3StateSource(TensorSource):
 def _parameter_groups(model: Mapping[str, Any], optim: Mapping[str, Any], path: Path) -> list[list[str]]:
     """Return the parameters of each optimizer group, by the sub-groups that the optimizer says it has."""
     names = [list(group) for group in model["param_shapes"]]
-    inner = optim["optimizer_state_dict"].get("optimizer_state_dict") or {}
-    groups = inner.get("param_groups")
+    groups = base_states(optim).get("param_groups")
     if not groups:
         return names
     listed = [group.get("params") for group in groups]
@@ -215,8 +221,7 @@ def _scalars(
     Raises:
         CheckpointError: Sub-groups of one parameter group differ: no value would be right for both.
     """
-    inner = optim["optimizer_state_dict"].get("optimizer_state_dict") or {}
-    values = scalar_values(inner, archive, per_element)
+    values = scalar_values(base_states(optim), archive, per_element)
     if not values:
         return [{} for _ in groups]
     owner = {name: index for index, group in enumerate(model["param_shapes"]) for name in group}

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.target_writer import TargetFile
 from checkpoints_tools.tensor_io import Piece, TensorInfo
-from checkpoints_tools.torch_pickle import Remembered, Size, TensorRef, new_tensor
+from checkpoints_tools.torch_pickle import Size, TensorRef, mapped, new_tensor
 from checkpoints_tools.torch_zip import ArchiveLayout
 from checkpoints_tools.training_states import HeldTensor, Placeholder, TrainingStates
 from checkpoints_tools.transfer import TensorJob
-from checkpoints_tools.zero3_layout import FlatLayout, partition_size, sub_groups
+from checkpoints_tools.zero3_layout import FlatLayout, partition_size, shares, sub_groups
 from checkpoints_tools.zero3_rank import WEIGHTS, Scalar
 from statex_dist.checkpoint.layout import LATEST_NAME, MODEL_DIR, tag_of
 from statex_dist.errors import ConfigError
+
+_KINDS = ("model", "optim")
 
 
 def zero3_plan(
@@ -59,6 +62,7 @@ def zero3_plan(
         for name in layout.flat.shapes
     ]
     folder = tag_of(training.step)
+    files = [layout.files(rank, folder) for rank in range(world_size)]
 
     def in_folder(written: Mapping[str, Any]) -> dict[str, Any]:
         return {f"{folder}/{MODEL_DIR}/{name}": content for name, content in documents(written).items()}
@@ -68,7 +72,7 @@ def zero3_plan(
 
     return TargetPlan(
         kind="zero3",
-        files=[file for rank in range(world_size) for file in layout.files(rank, folder)],
+        files=[file for of_rank in files for file in of_rank],
         jobs=[*jobs, *remembered],
         places=places,
         documents=in_folder,
@@ -77,7 +81,7 @@ def zero3_plan(
             "step": training.step,
             "world_size": world_size,
             # Nothing inside an optimizer file says of which rank it is.
-            "rank_files": [[Path(file.name).name for file in layout.files(rank, folder)] for rank in range(world_size)],
+            "rank_files": [[Path(file.name).name for file in of_rank] for of_rank in files],
         },
         folder=folder,
         model_folder=f"{folder}/{MODEL_DIR}" if documents({}) else folder,
@@ -107,7 +111,7 @@ class _Storage:
 
     @property
     def nbytes(self) -> int:
-        return TensorInfo(name="", shape=(self.numel,), dtype=self.dtype).nbytes
+        return self.numel * ITEM_BYTES[self.dtype]
 
 
 class _Layout:
@@ -139,9 +143,7 @@ class _Layout:
             for index, (name, item) in enumerate({**training.buffers, **training.frozen}.items())
         }
         # The archive's folder has the file's name, and so ranks of more digits have their storages elsewhere.
-        self._offsets = [
-            (self._offsets_of(rank, "model"), self._offsets_of(rank, "optim")) for rank in range(world_size)
-        ]
+        self._files = {(rank, kind): self._laid_out(rank, kind) for rank in range(world_size) for kind in _KINDS}
 
     def _stored(self, name: str) -> int:
         if name in self._training.buffers:
@@ -157,26 +159,28 @@ class _Layout:
         content, storages = self._model_content(rank) if kind == "model" else self._optim_content()
         return ArchiveLayout.build(self._stem(rank, kind), content, storages)
 
-    def _offsets_of(self, rank: int, kind: str) -> tuple[int, dict[str, tuple[int, int]]]:
+    def _laid_out(self, rank: int, kind: str) -> tuple[int, dict[str, tuple[int, int]]]:
+        """Return the size of a file, and offset and size of its storages."""
         archive = self._archive(rank, kind)
         return archive.size, dict(archive.storages)
+
+    def _offset(self, rank: int, kind: str, storage: _Storage) -> int:
+        return self._files[rank, kind][1][storage.key][0]
 
     def files(self, rank: int, folder: str) -> list[TargetFile]:
         """Return the two files of a rank."""
         result = []
-        for kind, (size, storages) in zip(("model", "optim"), self._offsets[rank], strict=True):
+        for kind in _KINDS:
+            size, storages = self._files[rank, kind]
             result.append(
                 TargetFile(
                     name=f"{folder}/{self._stem(rank, kind)}.pt",
                     size=size,
-                    archives=((0, self._layer_out(rank, kind)),),
+                    archives=((0, partial(self._archive, rank, kind)),),
                     storages=tuple(storages.values()),
                 )
             )
         return result
-
-    def _layer_out(self, rank: int, kind: str) -> Callable[[], ArchiveLayout]:
-        return lambda: self._archive(rank, kind)
 
     def places(self, job: TensorJob, folder: str) -> list[Piece]:
         """Return where a tensor goes: a buffer to every rank, all else in parts."""
@@ -186,22 +190,24 @@ class _Layout:
         found = []
         storages = self._flat_storages[job.state or WEIGHTS]
         for run in self.flat.runs(name):
-            offset, _ = self._offsets[run.rank][1][1][storages[run.group].key]
+            offset = self._offset(run.rank, "optim", storages[run.group])
             path = Path(folder, f"{self._stem(run.rank, 'optim')}.pt")
             found.append(Piece(path, offset + 4 * run.start, run.target, run.target + run.numel))
         return found
 
     def _model_places(self, name: str, info: TensorInfo, folder: str) -> list[Piece]:
-        found = []
-        part = partition_size(info.numel, self._world_size)
-        for rank in range(self._world_size):
-            offset, _ = self._offsets[rank][0][1][self._model_storages[name].key]
-            path = Path(folder, f"{self._stem(rank, 'model')}.pt")
-            if name in self._training.buffers:
-                found.append(Piece(path, offset, 0, info.numel))
-            elif rank * part < info.numel:
-                found.append(Piece(path, offset, rank * part, min((rank + 1) * part, info.numel)))
-        return found
+        if name in self._training.buffers:
+            held = [(rank, 0, info.numel) for rank in range(self._world_size)]
+        else:
+            held = list(shares(info.numel, self._world_size))
+        return [
+            Piece(
+                Path(folder, f"{self._stem(rank, 'model')}.pt"),
+                self._offset(rank, "model", self._model_storages[name]),
+                *(start, stop),
+            )
+            for rank, start, stop in held
+        ]
 
     def _model_content(self, rank: int) -> tuple[dict[str, Any], dict[str, int | bytes]]:
         """Return a rank's model states and their storages."""
@@ -294,17 +300,10 @@ class _Storages:
 
     def carried(self, value: Any) -> Any:
         """Return a value with the tensors in it moved to storages of this file."""
-        if isinstance(value, HeldTensor):
-            return new_tensor(self._add(value.data), value.dtype, value.shape)
+        return mapped(value, self._moved)
+
+    def _moved(self, value: Any) -> Any:
         assert not isinstance(value, TensorRef), f"{value} belongs to another file"
-        if isinstance(value, OrderedDict):
-            return OrderedDict((key, self.carried(item)) for key, item in value.items())
-        if isinstance(value, dict):
-            return {key: self.carried(item) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self.carried(item) for item in value)
-        if isinstance(value, Remembered):
-            made = type(value)(*self.carried(value.args))
-            made.by_call, made.state = value.by_call, self.carried(value.state)
-            return made
-        return value
+        if not isinstance(value, HeldTensor):
+            return value
+        return new_tensor(self._add(value.data), value.dtype, value.shape)
