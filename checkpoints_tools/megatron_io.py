@@ -140,44 +140,27 @@ class MegatronSource(TensorSource):
 
     Args:
         directory: The directory with ``.metadata``.
-        verified: Whether there is a manifest to which every byte that is read is held.
-        info: Facts of the writer, if known.
-        digests: Digests of the tensors, if known.
+        facts: What is known of it besides; None for what the directory itself tells.
 
     Raises:
         CheckpointError: A file is missing, damaged or refused, chunks do not make up the tensors, or the tensors are
             not those of the model in ``config.json``.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        verified: bool = False,
-        info: Mapping[str, Any] | None = None,
-        digests: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, directory: Path, facts: SourceFacts | None = None):
         _check_backend(directory / CONFIG_FILE)
         contents = read_metadata(directory / METADATA_NAME)
         self._tensors, self._archives = open_chunks(directory, contents.tensors.values())
         infos = {name: tensor.info for name, tensor in contents.tensors.items()}
         ignored = list(contents.ignored)
-        model_dir = directory if (directory / CONFIG_NAME).is_file() else None
-        values = read_config_dict(model_dir) if model_dir is not None else {}
+        facts = facts or SourceFacts.of_directory("megatron", directory)
+        values = read_config_dict(facts.model_dir) if facts.model_dir is not None else {}
         if find_family(values):
             infos, self._tensors, others = _joined(infos, self._tensors, config_from_dict(values), directory)
             ignored += others
         self.ignored = tuple(ignored)
         if ignored:
             logger.info("%s: %d entries are not tensors of the model and are left out", directory, len(ignored))
-        facts = SourceFacts(
-            kind="megatron",
-            path=directory,
-            model_dir=model_dir,
-            verified=verified,
-            info=dict(info or {}),
-            digests=digests or {},
-        )
         super().__init__(facts, infos, [directory / METADATA_NAME, *(archive.path for archive in self._archives)])
 
     def pieces(self, name: str) -> Pieces:

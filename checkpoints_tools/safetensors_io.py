@@ -126,22 +126,13 @@ class SafetensorsSource(TensorSource):
 
     Args:
         directory: The directory.
-        verified: Whether there is a manifest to which every byte that is read is held.
-        info: Facts of the writer, if known.
-        digests: Digests of the tensors, if known.
+        facts: What is known of it besides; None for what the directory itself tells.
 
     Raises:
         CheckpointError: A file is missing, damaged or not listed in the index.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        verified: bool = False,
-        info: dict[str, Any] | None = None,
-        digests: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, directory: Path, facts: SourceFacts | None = None):
         self._places: dict[str, tuple[TensorInfo, Piece]] = {}
         self.metadata: dict[str, str] = {}
         if (directory / SINGLE_NAME).exists():
@@ -165,14 +156,7 @@ class SafetensorsSource(TensorSource):
                     f"{directory / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {INDEX_NAME}"
                 )
             self._places = {name: self._places[name] for name in weight_map}
-        facts = SourceFacts(
-            kind="hf",
-            path=directory,
-            model_dir=directory if (directory / "config.json").is_file() else None,
-            verified=verified,
-            info=info or {},
-            digests=digests or {},
-        )
+        facts = facts or SourceFacts.of_directory("hf", directory)
         super().__init__(facts, {name: tensor for name, (tensor, _) in self._places.items()}, files)
 
     def pieces(self, name: str) -> Pieces:

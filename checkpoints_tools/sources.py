@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from checkpoints_tools.megatron_io import SIDE_FILES, MegatronSource, looks_like_megatron
 from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
@@ -47,19 +47,55 @@ def open_source(path: str | Path, *, verify: bool = True, describe: bool = False
         CheckpointError: Not a checkpoint, incomplete, damaged, or of a layout that we do not read.
     """
     kind, directory = recognise(path)
-    if kind in ("zero3", "plain"):
-        return _open_tag(directory, kind, verify=verify, describe=describe)
+    in_tag = kind in ("zero3", "plain")
+    manifest = Manifest.read(directory) if kind != "torch" and (directory / MANIFEST_NAME).is_file() else None
+    if manifest is None and in_tag and not describe:
+        logger.warning("%s holds no %s: what is read is held to the files' own checksums", directory, MANIFEST_NAME)
+    if manifest is not None and verify:
+        _check_files(directory, manifest, only_weights=not in_tag)
+    facts = _facts(kind, directory, directory / MODEL_DIR if in_tag else directory, manifest, verify=verify)
+    source = _open(kind, directory, facts, describe=describe)
+    if manifest is not None and kind != "plain":
+        _check_records(source, manifest)
+    return source
+
+
+def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
+    """Open a directory whose layout is known."""
     if kind == "torch":
-        return _open_state_dict(directory / BIN_NAME, kind=kind, key=None, model_dir=_model_dir(directory))
-    manifest, verified = _check_manifest(directory, verify=verify, only_weights=True)
-    readers: dict[str, Callable[..., TensorSource]] = {
+        return StateDictSource(directory / BIN_NAME, key=None, facts=facts)
+    if kind == "plain":
+        return StateDictSource(directory / PLAIN_STATE_NAME, key="module", facts=facts)
+    if kind == "zero3":
+        return Zero3Source(directory, facts, only_first=describe)
+    readers: dict[str, Callable[[Path, SourceFacts], TensorSource]] = {
         "hf": SafetensorsSource,
         "tp": TensorParallelSource,
         "megatron": MegatronSource,
     }
-    source = readers[kind](directory, verified=verified, info=_info(manifest), digests=_digests(manifest, verified))
-    _check_records(source, manifest)
-    return source
+    return readers[kind](directory, facts)
+
+
+def _facts(kind: str, directory: Path, model_dir: Path, manifest: Manifest | None, *, verify: bool) -> SourceFacts:
+    """Return what is known of a checkpoint; ``verify`` holds what is read to the manifest's digests."""
+    known = SourceFacts(
+        kind=kind,
+        path=directory,
+        model_dir=model_dir if (model_dir / CONFIG_NAME).is_file() else None,
+        verified=manifest is not None and verify,
+        info=manifest.info if manifest is not None else {},
+    )
+    if manifest is None or not verify:
+        return known
+    return replace(
+        known,
+        digests=_digests(manifest.tensors),
+        state_digests={state: _digests(records) for state, records in manifest.states.items()},
+    )
+
+
+def _digests(records: dict[str, TensorRecord]) -> dict[str, str]:
+    return {name: record.xxh3_128 for name, record in records.items()}
 
 
 def recognise(path: str | Path) -> tuple[str, Path]:
@@ -110,35 +146,12 @@ def _choose_tag(path: Path) -> Path:
     return checkpoints / tag
 
 
-def _open_tag(tag: Path, kind: str, *, verify: bool, describe: bool) -> TensorSource:
-    manifest, verified = _check_manifest(tag, verify=verify, only_weights=False)
-    if manifest is None and not describe:
-        logger.warning("%s holds no %s: what is read is held to the files' own checksums", tag, MANIFEST_NAME)
-    model_dir, info = _model_dir(tag / MODEL_DIR), _info(manifest)
-    if kind == "plain":
-        path = tag / PLAIN_STATE_NAME
-        return _open_state_dict(path, kind=kind, key="module", model_dir=model_dir, verified=verified, info=info)
-    source = Zero3Source(
-        tag,
-        model_dir=model_dir,
-        verified=verified,
-        info=info,
-        digests=_digests(manifest, verified),
-        state_digests=_state_digests(manifest, verified),
-        only_first=describe,
-    )
-    _check_records(source, manifest)
-    return source
-
-
-def _check_records(source: TensorSource, manifest: Manifest | None) -> None:
+def _check_records(source: TensorSource, manifest: Manifest) -> None:
     """Raise unless the weight files and the tensors are those of the manifest, as far as it lists them.
 
     Raises:
         CheckpointError: A weight file is not listed, or a tensor is missing or of another shape or dtype.
     """
-    if manifest is None:
-        return
     for path in source.files:
         if str(path.relative_to(source.facts.path)) not in manifest.files:
             raise CheckpointError(f"{path} is not one of the files that {MANIFEST_NAME} lists")
@@ -155,61 +168,23 @@ def _check_records(source: TensorSource, manifest: Manifest | None) -> None:
                 )
 
 
-def _model_dir(directory: Path) -> Path | None:
-    return directory if (directory / CONFIG_NAME).is_file() else None
-
-
-def _open_state_dict(
-    path: Path,
-    *,
-    kind: str,
-    key: str | None,
-    model_dir: Path | None,
-    verified: bool = False,
-    info: dict[str, Any] | None = None,
-) -> TensorSource:
-    facts = SourceFacts(kind=kind, path=path.parent, model_dir=model_dir, verified=verified, info=info or {})
-    return StateDictSource(path, key=key, facts=facts)
-
-
-def _check_manifest(directory: Path, *, verify: bool, only_weights: bool) -> tuple[Manifest | None, bool]:
-    """Return a directory's manifest, if it has one, and whether all that will be read is held to it.
+def _check_files(directory: Path, manifest: Manifest, *, only_weights: bool) -> None:
+    """Hold a directory's files to its manifest, as far as that is not done while they are read.
 
     Sizes and archive directories are compared at once; contents while they are read, by the digests of tensors and the
     CRCs of archives. Only a file that neither of them covers is read beforehand.
 
     Args:
         directory: The directory.
-        verify: Whether to compare anything.
+        manifest: Its manifest.
         only_weights: Leaves out what people edit by hand in a Hugging Face directory (config, tokenizer).
+
+    Raises:
+        CheckpointError: A file is missing or another one.
     """
-    if not (directory / MANIFEST_NAME).is_file():
-        return None, False
-    manifest = Manifest.read(directory)
-    if not verify:
-        return manifest, False
     files = {n: r for n, r in manifest.files.items() if not only_weights or n.endswith(_WEIGHT_FILES)}
     Manifest(kind=manifest.kind, files=files).verify_sizes(directory)
     for name, record in files.items():
         covered = record.directory_xxh3_128 is not None if name.endswith(".pt") else bool(manifest.tensors)
         if not covered or not name.endswith((".pt", ".safetensors", ".distcp")):
             record.check(directory / name)
-    return manifest, True
-
-
-def _info(manifest: Manifest | None) -> dict[str, Any]:
-    return manifest.info if manifest is not None else {}
-
-
-def _digests(manifest: Manifest | None, verified: bool) -> dict[str, str]:
-    """Return the digests to which the tensors are held."""
-    if manifest is None or not verified:
-        return {}
-    return {name: record.xxh3_128 for name, record in manifest.tensors.items()}
-
-
-def _state_digests(manifest: Manifest | None, verified: bool) -> dict[str, dict[str, str]]:
-    """Return the same of the optimizer's states."""
-    if manifest is None or not verified:
-        return {}
-    return {state: {n: r.xxh3_128 for n, r in records.items()} for state, records in manifest.states.items()}

@@ -17,6 +17,7 @@ from typing import Any
 from checkpoints_tools.dtypes import FLOATS, ITEM_BYTES
 from checkpoints_tools.raw_io import FileState, ReadAhead
 from checkpoints_tools.torch_zip import TorchArchive
+from statex_dist.checkpoint.layout import CONFIG_NAME
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and in all."""
@@ -100,6 +101,7 @@ class SourceFacts:
         verified: Whether there is a manifest to which every byte that is read is held.
         info: Facts of the writer: step, world size, manifest entries.
         digests: xxh3-128 of tensors as the manifest has them, by name.
+        state_digests: The same of the optimizer's states, by their names.
     """
 
     kind: str
@@ -108,6 +110,13 @@ class SourceFacts:
     verified: bool
     info: dict[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    state_digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of_directory(cls, kind: str, directory: Path) -> SourceFacts:
+        """Return what is known of a model directory without a manifest."""
+        model_dir = directory if (directory / CONFIG_NAME).is_file() else None
+        return cls(kind=kind, path=directory, model_dir=model_dir, verified=False)
 
 
 class TensorSource(ABC):

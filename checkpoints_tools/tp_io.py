@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,22 +138,13 @@ class TensorParallelSource(TensorSource):
 
     Args:
         directory: The directory with ``tp_layout.json``.
-        verified: Whether there is a manifest to which every byte that is read is held.
-        info: Facts of the writer, if known.
-        digests: Digests of the tensors, if known.
+        facts: What is known of it besides; None for what the directory itself tells.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the ranks together do not hold every tensor.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        verified: bool = False,
-        info: Mapping[str, Any] | None = None,
-        digests: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, directory: Path, facts: SourceFacts | None = None):
         path = directory / LAYOUT_NAME
         tp, files, tensors = _read_layout(path)
         headers = []
@@ -185,14 +177,8 @@ class TensorParallelSource(TensorSource):
                 raise CheckpointError(
                     f"{directory / file} holds tensor '{unknown[0]}', which {LAYOUT_NAME} does not list"
                 )
-        facts = SourceFacts(
-            kind="tp",
-            path=directory,
-            model_dir=directory if (directory / "config.json").is_file() else None,
-            verified=verified,
-            info={**(info or {}), "tp": tp},
-            digests=digests or {},
-        )
+        facts = facts or SourceFacts.of_directory("tp", directory)
+        facts = replace(facts, info={**facts.info, "tp": tp})
         super().__init__(facts, infos, [directory / file for file in files])
 
     def pieces(self, name: str) -> Pieces:

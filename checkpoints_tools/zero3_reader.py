@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +47,14 @@ class Zero3Source(TensorSource):
 
     Args:
         directory: The tag's directory, with two files a rank.
-        model_dir: Directory with ``config.json``, if the checkpoint has one.
-        verified: Whether there is a manifest to which every byte that is read is held.
-        info: Further facts of the writer.
-        digests: Digests of the tensors, if known.
-        state_digests: Those of the optimizer's states, by their names.
+        facts: What is known of it besides.
         only_first: Whether to open rank 0's files alone: enough to say what the checkpoint is, not to read it.
 
     Raises:
         CheckpointError: A file is missing, damaged, refused, or the files do not belong together.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        model_dir: Path | None,
-        verified: bool = False,
-        info: dict[str, Any] | None = None,
-        digests: Mapping[str, str] | None = None,
-        state_digests: Mapping[str, Mapping[str, str]] | None = None,
-        only_first: bool = False,
-    ):
+    def __init__(self, directory: Path, facts: SourceFacts, *, only_first: bool = False):
         files = find_rank_files(directory)
         world_size = self.world_size = len(files)
         first = open_archive(files[0].model), open_archive(files[0].optim)
@@ -107,23 +94,11 @@ class Zero3Source(TensorSource):
             "world_size": world_size,
             "ds_version": self.model.get("ds_version"),
         }
-        facts = SourceFacts(
-            kind="zero3",
-            path=directory,
-            model_dir=model_dir,
-            verified=verified,
-            info={**(info or {}), **told},
-            digests=digests or {},
-        )
+        facts = replace(facts, info={**facts.info, **told})
         paths = [path for rank in files for path in (rank.model, rank.optim)]
         super().__init__(facts, infos, paths, aliases=aliases, buffers=self._buffers)
         self.frozen = frozen
-        known = state_digests or {}
-        self._states = {
-            state: Zero3StateSource(self, state, known.get(state, {}))
-            for state in self.ranks[0].flat
-            if state != WEIGHTS
-        }
+        self._states = {state: Zero3StateSource(self, state) for state in self.ranks[0].flat if state != WEIGHTS}
 
     def _check_frozen(self, frozen: Mapping[str, tuple[int, ...]]) -> None:
         """Raise unless every rank holds its fragment of every frozen parameter."""
@@ -180,14 +155,11 @@ class Zero3StateSource(TensorSource):
     Args:
         whole: The checkpoint.
         state: Name of the state.
-        digests: Digests of the values, if known.
     """
 
-    def __init__(self, whole: Zero3Source, state: str, digests: Mapping[str, str]):
+    def __init__(self, whole: Zero3Source, state: str):
         self._whole, self._state = whole, state
-        facts = SourceFacts(
-            kind="zero3", path=whole.facts.path, model_dir=None, verified=whole.facts.verified, digests=digests
-        )
+        facts = replace(whole.facts, model_dir=None, digests=whole.facts.state_digests.get(state, {}))
         infos = {n: TensorInfo(name=n, shape=tuple(s), dtype="F32") for n, s in whole.layout.shapes.items()}
         super().__init__(facts, infos, whole.files)
 
