@@ -29,3 +29,7 @@ class CheckpointError(StateXError):
     """A checkpoint is missing, incomplete, damaged or of another architecture."""
 
     exit_code = 2
+
+
+class ShardError(DataError):
+    """One shard of a dataset is missing, damaged or cannot be fetched; the others may be well."""

@@ -1,5 +1,8 @@
 """The MDS format, read: the index, a shard's file and the documents in it. Needs numpy and xxhash, not ``streaming``.
 
+A shard is random access from one memory map, so streaming's reader is not needed. It is not used either: when a shard
+is missing or damaged, its iteration ends early without an exception (0.13.0), which would quietly train on less.
+
 Layout of a raw shard of ``n`` samples (read from files and checked against streaming 0.13)::
 
     u32 n | u32 offset[n + 1] | JSON config | samples
@@ -9,23 +12,18 @@ Layout of a raw shard of ``n`` samples (read from files and checked against stre
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import hashlib
 import json
-from hashlib import blake2b
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from statex_dist.data.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry
 from statex_dist.data.store import Piece
 from statex_dist.errors import DataError
 
-TOKENS = "tokens"
-LOSS_MASK = "loss_mask"
-_TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+INDEX_NAME = "index.json"
 
 
 class MdsShard:
@@ -33,7 +31,7 @@ class MdsShard:
 
     Args:
         path: The raw shard.
-        info: Its entry in the index.
+        entry: Its entry in the index; ``details`` is streaming's own.
 
     Attributes:
         lengths: ``[documents]`` int64, tokens of each document.
@@ -42,7 +40,8 @@ class MdsShard:
         DataError: The file is not what the entry says.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any]):
+    def __init__(self, path: Path, entry: ShardEntry):
+        info = entry.details
         self._dtype = np.dtype(_column_dtype(info, TOKENS))
         try:
             self._map = np.memmap(path, np.uint8, mode="r")
@@ -52,7 +51,7 @@ class MdsShard:
                 f"{path} is not a readable MDS shard of tokens ({error}); prepare the dataset again"
             ) from error
 
-    def _locate(self, info: dict[str, Any]) -> None:
+    def _locate(self, info: Mapping[str, Any]) -> None:
         samples = int(info["samples"])
         head = self._map[: 4 * (samples + 2)]
         count, *_ = head[:4].view("<u4").tolist()
@@ -88,7 +87,7 @@ class MdsShard:
         if (header >> 2 != 1).any():
             raise ValueError("an array is not one-dimensional")
         head = 1 + (1 << (header & 3))
-        if ((size - head) % dtype.itemsize).any() or (size <= head).any():
+        if ((size - head) % dtype.itemsize).any() or (size < head).any():
             raise ValueError("an array's size does not fit its type")
         return position + head, (size - head) // dtype.itemsize
 
@@ -104,66 +103,51 @@ class MdsShard:
         return Piece(tokens, np.frombuffer(self._map, np.uint8, n, int(self._mask_begin[i]) + start))
 
 
-def verify_file(path: Path, info: dict[str, Any]) -> None:
-    """Check a shard file against its entry in the index.
+def read_index(content: bytes, origin: str) -> list[ShardEntry]:
+    """Return the shards that ``content``, an ``index.json``, describes.
 
-    Raises:
-        DataError: Its size or one of its hashes differs.
-    """
-    size = path.stat().st_size
-    if size != info["bytes"]:
-        raise DataError(
-            f"{path} has {size} bytes, the index says {info['bytes']}; restore it or prepare the data again"
-        )
-    for name, expected in info.get("hashes", {}).items():
-        digest = getattr(xxhash, name)() if name in xxhash.algorithms_available else hashlib.new(name)
-        digest.update(np.memmap(path, np.uint8, mode="r").data)
-        if digest.hexdigest() != expected:
-            raise DataError(f"{path} is damaged ({name} differs from the index); restore it or prepare the data again")
-
-
-def decompress(compression: str, content: bytes) -> bytes:
-    """Return the raw shard of a compressed one; ``compression`` is the index's word, such as ``"zstd:3"``."""
-    codec = compression.partition(":")[0]
-    if codec == "zstd":
-        import zstd
-
-        return zstd.decompress(content)
-    if codec in ("gz", "bz2"):
-        return gzip.decompress(content) if codec == "gz" else bz2.decompress(content)
-    raise DataError(f"compression {compression!r} is not read here; allowed: none, zstd, gz, bz2")
-
-
-def read_index(directory: Path) -> list[dict[str, Any]]:
-    """Return the entries of ``index.json``, one for each shard.
+    Args:
+        content: Its bytes.
+        origin: Its path or URL, for messages.
 
     Raises:
         DataError: It is damaged, empty or describes something other than MDS shards of tokens.
     """
-    path = directory / "index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(content)
         shards = index["shards"]
         if index["version"] != 2 or not shards:
-            raise DataError(f"{path}: MDS version {index['version']} with {len(shards)} shards; prepare the data again")
-        for shard in shards:
-            _check_entry(path, shard)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a readable MDS index ({error!r}); prepare the dataset again") from error
-    return shards
+            raise DataError(
+                f"{origin}: MDS version {index['version']} with {len(shards)} shards; prepare the data again"
+            )
+        return [_entry(origin, shard) for shard in shards]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{origin} is not a readable MDS index ({error!r}); prepare the dataset again") from error
 
 
-def _check_entry(path: Path, shard: dict[str, Any]) -> None:
+def _entry(origin: str, shard: dict[str, Any]) -> ShardEntry:
+    _check_entry(origin, shard)
+    return ShardEntry(
+        raw=_file(shard["raw_data"]),
+        packed=_file(shard["zip_data"]) if shard.get("zip_data") else None,
+        compression=shard.get("compression"),
+        documents=int(shard["samples"]),
+        details=shard,
+    )
+
+
+def _file(entry: Mapping[str, Any]) -> FileEntry:
+    return FileEntry(entry["basename"], int(entry["bytes"]), entry.get("hashes") or {})
+
+
+def _check_entry(path: str, shard: dict[str, Any]) -> None:
     if shard["format"] != "mds":
         raise DataError(f"{path}: shards of format {shard['format']!r}; allowed: mds")
-    for file in (shard["raw_data"], shard.get("zip_data")):
-        if file is not None and Path(file["basename"]).name != file["basename"]:
-            raise DataError(f"{path}: {file['basename']!r} is not a plain file name")
     if TOKENS not in shard["column_names"]:
         raise DataError(
             f"{path}: no column {TOKENS!r} (there are: {', '.join(shard['column_names'])}); prepare the text"
         )
-    for name, allowed in ((TOKENS, _TOKEN_DTYPES), (LOSS_MASK, ("uint8",))):
+    for name, allowed in ((TOKENS, TOKEN_DTYPES), (LOSS_MASK, ("uint8",))):
         if name in shard["column_names"] and _column_dtype(shard, name) not in allowed:
             raise DataError(
                 f"{path}: column {name!r} must be one-dimensional ndarray of {', '.join(allowed)}, not "
@@ -171,14 +155,6 @@ def _check_entry(path: Path, shard: dict[str, Any]) -> None:
             )
 
 
-def _column_dtype(shard: dict[str, Any], name: str) -> str:
+def _column_dtype(shard: Mapping[str, Any], name: str) -> str:
     encoding = shard["column_encodings"][shard["column_names"].index(name)]
     return encoding.removeprefix("ndarray:") if encoding.startswith("ndarray:") else ""
-
-
-def fingerprint(shards: list[dict[str, Any]]) -> str:
-    """Return a digest of the raw shards' sizes and hashes: equal for equal files."""
-    files = [
-        (s["samples"], s["raw_data"]["bytes"], s["raw_data"].get("hashes", {}), s["column_encodings"]) for s in shards
-    ]
-    return blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()

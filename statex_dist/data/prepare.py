@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 
 from statex_dist.data.documents import DEFAULT_SUFFIXES, Record, Unit, find_files, read_unit, split_units
+from statex_dist.data.manifest import LENGTHS_NAME, DatasetManifest, hash_lengths, pack_lengths
 from statex_dist.data.mds import MdsShardWriter
 from statex_dist.data.plan import permutation
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.spill import Spill, UnitResult, append
 from statex_dist.data.staging import Staging
-from statex_dist.data.store import DatasetManifest
 from statex_dist.data.tokenizer import Tokenizer, load_tokenizer
 from statex_dist.errors import ConfigError, DataError
 
@@ -176,7 +176,10 @@ def prepare(
         except BaseException:
             writer.abort()
             raise
-        manifest = _manifest(loaded, tokenizer, spill, dtype, seed, writer.shard_tokens)
+        lengths = spill.lengths[order]
+        (staging.directory / LENGTHS_NAME).write_bytes(pack_lengths(lengths))
+        left_out = {"short": short, "undecodable": sum(len(result.undecodable) for result in results)}
+        manifest = _manifest(loaded, tokenizer, lengths, spill.has_masks, dtype, seed, writer.shard_documents, left_out)
         staging.commit(manifest)
     return PrepareSummary(
         out=str(out),
@@ -192,22 +195,34 @@ def prepare(
 
 
 def _manifest(
-    loaded: Tokenizer, tokenizer: str | Path, spill: Spill, dtype: str, seed: int, shard_tokens: list[int]
+    loaded: Tokenizer,
+    tokenizer: str | Path,
+    lengths: np.ndarray,
+    loss_mask: bool,
+    dtype: str,
+    seed: int,
+    shard_documents: list[int],
+    left_out: dict[str, int],
 ) -> DatasetManifest:
-    powers = np.frexp(spill.lengths.astype(np.float64))[1] - 1
+    powers = np.frexp(lengths.astype(np.float64))[1] - 1
+    ends = np.cumsum(shard_documents)
     return DatasetManifest(
         format="mds",
         tokenizer=str(tokenizer),
         tokenizer_hash=loaded.hash,
         vocab_size=loaded.vocab_size,
         eos_token_id=loaded.eos_token_id,
-        documents=len(spill.lengths),
-        tokens=int(spill.lengths.sum()),
+        eos="append",
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
         dtype=dtype,
-        loss_mask=spill.has_masks,
+        loss_mask=loss_mask,
         seed=seed,
-        shard_tokens=shard_tokens,
+        shard_documents=shard_documents,
+        shard_tokens=[int(part.sum()) for part in np.split(lengths, ends[:-1])],
+        lengths_hash=hash_lengths(lengths),
         length_histogram=np.bincount(powers).tolist(),
+        left_out=left_out,
     )
 
 

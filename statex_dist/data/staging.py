@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from statex_dist.data.store import MANIFEST_NAME, DatasetManifest
+from statex_dist.data.manifest import MANIFEST_NAME, DatasetManifest
 from statex_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -2,24 +2,20 @@
 
 A document is a sequence of token ids that ends with EOS; a shard is a list of documents; a store is a list of shards.
 The planner needs only the lengths, the loader only slices, so any format with random access can stand behind
-:class:`ShardStore` (:mod:`statex_dist.data.mds` does; :class:`MemoryStore` holds documents in memory).
+:class:`ShardStore` (:class:`~statex_dist.data.disk_store.DiskStore` does for every format on disk or behind a URL;
+:class:`MemoryStore` holds documents in memory).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from statex_dist.errors import DataError
-
-MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
+from statex_dist.data.manifest import DatasetManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +29,6 @@ class Piece:
 
     tokens: np.ndarray
     loss_mask: np.ndarray | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetManifest:
-    """What ``prepare`` says about a dataset, in ``manifest.json`` beside the index; written last.
-
-    Attributes:
-        version: Version of this file's layout.
-        format: Shard format, ``"mds"``.
-        tokenizer: What was given as tokenizer (``"bytes"`` or a directory; a hint, the hash decides).
-        tokenizer_hash: :attr:`Tokenizer.hash`.
-        vocab_size: One more than the largest id that may occur.
-        eos_token_id: Id that ends every document.
-        documents: Number of documents.
-        tokens: Number of tokens, EOS included.
-        dtype: ``"uint16"`` or ``"uint32"``.
-        loss_mask: Whether the shards have a ``loss_mask`` column.
-        seed: Seed of the document shuffle.
-        shard_tokens: Tokens of each shard, so that a plan needs no file but this one.
-        length_histogram: Number of documents by length: entry ``k`` counts ``2**k <= n < 2**(k + 1)``.
-    """
-
-    version: int = MANIFEST_VERSION
-    format: str
-    tokenizer: str
-    tokenizer_hash: str
-    vocab_size: int
-    eos_token_id: int
-    documents: int
-    tokens: int
-    dtype: str
-    loss_mask: bool
-    seed: int
-    shard_tokens: list[int]
-    length_histogram: list[int]
-
-    def write(self, directory: Path) -> None:
-        """Write the manifest into ``directory``; the caller makes the directory durable."""
-        (directory / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 class ShardStore(Protocol):
@@ -97,19 +54,23 @@ class ShardStore(Protocol):
     def manifest(self) -> DatasetManifest | None: ...  # noqa: D102
 
     def lengths(self, shard: int) -> np.ndarray:
-        """Return the tokens of each document of ``shard``, EOS included: ``[documents]`` int64."""
+        """Return the tokens of each document of ``shard``, EOS included: ``[documents]`` int64. Opens no shard."""
         ...
 
     def num_tokens(self, shard: int) -> int:
-        """Return ``lengths(shard).sum()``, without opening the shard where the manifest knows it."""
+        """Return ``lengths(shard).sum()``."""
         ...
 
     def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
         """Return tokens ``start..stop`` of document ``i`` of ``shard``.
 
         Raises:
-            DataError: The shard's file is missing or damaged.
+            ShardError: The shard's file is missing, damaged or cannot be fetched.
         """
+        ...
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to fetch ``shards`` in the background, in this order; what fails is raised when it is read."""
         ...
 
 
@@ -152,28 +113,8 @@ class MemoryStore:
         mask = None if self._masks is None else self._masks[shard][i][start:stop]
         return Piece(self._shards[shard][i][start:stop], mask)
 
-
-def read_manifest(directory: Path) -> DatasetManifest | None:
-    """Return the manifest of ``directory``, or ``None`` where there is none (shards not made by ``prepare``).
-
-    Raises:
-        DataError: It is there but is not a manifest that this version reads.
-    """
-    path = directory / MANIFEST_NAME
-    if not path.exists():
-        return None
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is unreadable: {error}; prepare the dataset again") from error
-    names = {field.name for field in fields(DatasetManifest)}
-    if not isinstance(content, dict) or content.get("version") != MANIFEST_VERSION:
-        found = content.get("version") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: version {found} is not the supported {MANIFEST_VERSION}; prepare the dataset again")
-    if set(content) != names:
-        wrong = ", ".join(sorted(set(content) ^ names))
-        raise DataError(f"{path}: missing or unknown keys: {wrong}; prepare the dataset again")
-    return DatasetManifest(**content)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """There is nothing to fetch."""
 
 
 def sequential_documents(store: ShardStore) -> Iterator[Piece]:

@@ -1,0 +1,108 @@
+"""Documents in shard files: one store for every format, local or remote.
+
+Planning reads only the lengths of all documents; a shard is fetched, verified and mapped when its first token is read,
+and must then have the lengths that the plan was made from.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from statex_dist.data.files import DatasetFiles
+from statex_dist.data.manifest import DatasetManifest, hash_lengths
+from statex_dist.data.shards import OpenShard, ShardEntry
+from statex_dist.data.store import Piece
+from statex_dist.errors import DataError, ShardError
+
+_MAX_OPEN_SHARDS = 256
+
+
+class DiskStore:
+    """A :class:`~statex_dist.data.store.ShardStore` over shard files.
+
+    Args:
+        files: Where the files are.
+        entries: What the index says of each shard.
+        open_shard: Maps a raw file; raises :class:`DataError` where it is not what the entry says.
+        lengths: ``[documents]`` integers, of all shards in order.
+        has_loss_mask: Whether the shards carry masks.
+        manifest: What ``prepare`` wrote, if it did.
+    """
+
+    def __init__(
+        self,
+        files: DatasetFiles,
+        entries: Sequence[ShardEntry],
+        open_shard: Callable[[Path, ShardEntry], OpenShard],
+        *,
+        lengths: np.ndarray,
+        has_loss_mask: bool,
+        manifest: DatasetManifest | None = None,
+    ):
+        self.files = files
+        self.entries = list(entries)
+        self.manifest = manifest
+        self.has_loss_mask = has_loss_mask
+        self.num_shards = len(self.entries)
+        self.fingerprint = fingerprint(self.entries, hash_lengths(lengths))
+        self._open_shard = open_shard
+        self._begin = np.concatenate([[0], np.cumsum([entry.documents for entry in self.entries])]).astype(np.int64)
+        if self._begin[-1] != len(lengths):
+            raise DataError(f"{files.origin}: {len(lengths)} lengths for {self._begin[-1]} documents; prepare it again")
+        self._lengths = lengths
+        self._tokens = [int(self.lengths(shard).sum()) for shard in range(self.num_shards)]
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        # Several threads read: the loader's, and its owner's.
+        self._lock = threading.RLock()
+
+    def lengths(self, shard: int) -> np.ndarray:
+        """Return the tokens of each document of ``shard``: ``[documents]`` int64."""
+        return self._lengths[self._begin[shard] : self._begin[shard + 1]].astype(np.int64)
+
+    def num_tokens(self, shard: int) -> int:
+        """Return the tokens of ``shard``."""
+        return self._tokens[shard]
+
+    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
+        """Return tokens ``start..stop`` of document ``i``, as views of the mapped shard."""
+        return self._shard(shard).read(i, start, stop)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to fetch ``shards`` in the background, in this order."""
+        self.files.prefetch([self.entries[shard] for shard in shards])
+
+    def _shard(self, index: int) -> OpenShard:
+        with self._lock:
+            shard = self._open.get(index)
+            if shard is None:
+                shard = self._open[index] = self._checked(index)
+                if len(self._open) > _MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(index)
+            return shard
+
+    def _checked(self, index: int) -> OpenShard:
+        path = self.files.fetch(self.entries[index])
+        try:
+            shard = self._open_shard(path, self.entries[index])
+        except DataError as error:
+            raise ShardError(str(error)) from error
+        if not np.array_equal(shard.lengths, self.lengths(index)):
+            raise ShardError(
+                f"{path}: its documents are not those that the dataset's list of lengths counts; the files are not of "
+                "one dataset: prepare it again"
+            )
+        return shard
+
+
+def fingerprint(entries: Sequence[ShardEntry], lengths_hash: str) -> str:
+    """Return a digest of the raw shards' sizes and hashes and of all lengths: equal for equal data."""
+    files = [(entry.documents, entry.raw.size, sorted(entry.raw.hashes.items())) for entry in entries]
+    return blake2b(repr((files, lengths_hash)).encode(), digest_size=16).hexdigest()

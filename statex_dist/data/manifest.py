@@ -1,0 +1,120 @@
+"""What ``statex prepare`` says about a dataset (``manifest.json``), and the lengths of all its documents.
+
+``manifest.json`` is written last: a directory that holds one is complete. ``lengths.npy`` beside it lets every rank
+plan an epoch without opening, or downloading, a shard.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from statex_dist.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 2
+LENGTHS_NAME = "lengths.npy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetManifest:
+    """What ``prepare`` says about a dataset, in ``manifest.json`` beside the shards; written last.
+
+    Attributes:
+        version: Version of this file's layout.
+        format: Shard format, ``"mds"`` or ``"wds"`` (webdataset's tar).
+        tokenizer: What was given as tokenizer (``"bytes"`` or a directory; a hint, the hash decides).
+        tokenizer_hash: :attr:`Tokenizer.hash`.
+        vocab_size: One more than the largest id that may occur.
+        eos_token_id: Id that ends every document.
+        eos: ``"append"`` (every document ends with EOS) or ``"none"`` (documents are as they were).
+        documents: Number of documents.
+        tokens: Number of tokens, EOS included.
+        dtype: ``"uint16"`` or ``"uint32"``.
+        loss_mask: Whether the shards have a ``loss_mask`` column.
+        seed: Seed of the document shuffle.
+        shard_documents: Documents of each shard.
+        shard_tokens: Tokens of each shard.
+        lengths_hash: :func:`hash_lengths` of ``lengths.npy``.
+        length_histogram: Number of documents by length: entry ``k`` counts ``2**k <= n < 2**(k + 1)``.
+        left_out: Documents left out, by reason: ``"short"``, ``"filtered"``, ``"undecodable"``.
+    """
+
+    version: int = MANIFEST_VERSION
+    format: str
+    tokenizer: str
+    tokenizer_hash: str
+    vocab_size: int
+    eos_token_id: int
+    eos: str
+    documents: int
+    tokens: int
+    dtype: str
+    loss_mask: bool
+    seed: int
+    shard_documents: list[int]
+    shard_tokens: list[int]
+    lengths_hash: str
+    length_histogram: list[int]
+    left_out: dict[str, int]
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into ``directory``; the caller makes the directory durable."""
+        (directory / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def parse_manifest(content: bytes, origin: str) -> DatasetManifest:
+    """Return the manifest in ``content``.
+
+    Args:
+        content: The bytes of a ``manifest.json``.
+        origin: Its path or URL, for messages.
+
+    Raises:
+        DataError: It is not a manifest that this version reads.
+    """
+    try:
+        found: Any = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{origin} is unreadable: {error}; prepare the dataset again") from error
+    version = found.get("version") if isinstance(found, dict) else type(found).__name__
+    if version != MANIFEST_VERSION:
+        raise DataError(
+            f"{origin}: version {version} is not the supported {MANIFEST_VERSION}; prepare the dataset again"
+        )
+    if wrong := sorted(set(found) ^ {field.name for field in fields(DatasetManifest)}):
+        raise DataError(f"{origin}: missing or unknown keys: {', '.join(wrong)}; prepare the dataset again")
+    return DatasetManifest(**found)
+
+
+def hash_lengths(lengths: np.ndarray) -> str:
+    """Return a digest of documents' lengths ``[documents]``, in stored order."""
+    return blake2b(lengths.astype("<u4").tobytes(), digest_size=16).hexdigest()
+
+
+def pack_lengths(lengths: np.ndarray) -> bytes:
+    """Return ``[documents]`` lengths as the bytes of a ``.npy`` file of uint32."""
+    out = io.BytesIO()
+    np.save(out, lengths.astype("<u4"))
+    return out.getvalue()
+
+
+def read_lengths(path: Path, documents: int, expected_hash: str) -> np.ndarray:
+    """Return the lengths in ``path``, ``[documents]`` uint32.
+
+    Raises:
+        DataError: The file is missing or damaged, or not of these documents.
+    """
+    try:
+        lengths = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is not a readable list of lengths ({error}); prepare the dataset again") from error
+    if lengths.shape != (documents,) or hash_lengths(lengths) != expected_hash:
+        raise DataError(f"{path} does not belong to the manifest beside it; restore it or prepare the dataset again")
+    return lengths
