@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.config import dump_yaml, to_dict
+from statex_dist.config import dump_yaml, parse_size, to_dict
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
@@ -67,10 +67,10 @@ def train(config: RunConfig) -> bool:
     stop = StopRequest()
     stop.install()
 
-    store = open_store(config.data.path)
+    stores = open_stores(config)
     model = build_model(config)
-    loader = build_loader(config, store, model.config, env)
-    model_files = describe_model(config, store, model.config)
+    loader = build_loader(config, stores, model.config, env)
+    model_files = describe_model(config, stores, model.config)
     logger.info(
         "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
         model.config.MODEL_TYPE,
@@ -124,6 +124,15 @@ def _train(
     if engine.rank == 0:
         write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
         metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
+        for name, report in loader.report(max_windows=1).items():
+            logger.info(
+                "%s: %.2f %% padding, %.1f %% of the documents cut, %.1f documents in a sequence of %d (first window)",
+                config.data.paths[name],
+                100 * report.waste,
+                100 * report.cut_documents / max(report.documents, 1),
+                report.documents_per_pack,
+                report.seq_len,
+            )
     batches = iter(loader)
     trainer = Trainer(
         engine,
@@ -165,38 +174,56 @@ def build_model(config: RunConfig) -> RecurrentLM:
     return model
 
 
-def build_loader(config: RunConfig, store: ShardStore, model: ModelConfig, env: ProcessEnv) -> PackedLoader:
+def open_stores(config: RunConfig) -> dict[str, ShardStore]:
+    """Open every source of the data, by name."""
+    data = config.data
+    limit = None if data.cache_limit is None else parse_size(data.cache_limit, option="data.cache_limit")
+    return {name: open_store(path, cache_dir=data.cache_dir, cache_limit=limit) for name, path in data.paths.items()}
+
+
+def build_loader(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig, env: ProcessEnv) -> PackedLoader:
     """Return this rank's loader.
 
     Raises:
         DataError: The data was tokenized with another tokenizer or for a larger vocabulary than the model's.
     """
-    manifest = store.manifest
-    if manifest is not None and manifest.vocab_size > model.vocab_size:
-        raise DataError(
-            f"{config.data.path} uses a vocabulary of {manifest.vocab_size} ({manifest.tokenizer}); "
-            f"the model's has {model.vocab_size}"
-        )
     source = Path(config.model.path) if config.model.path is not None else None
-    comparable = source is not None and has_tokenizer(source)
-    if manifest is not None and comparable and load_tokenizer(str(source)).hash != manifest.tokenizer_hash:
-        raise DataError(
-            f"{config.data.path} was made with another tokenizer ({manifest.tokenizer}) than the one in {source}; "
-            f"prepare the text again with --tokenizer {source}"
-        )
+    wanted = load_tokenizer(str(source)).hash if source is not None and has_tokenizer(source) else None
+    first: str | None = None
+    for name, path in config.data.paths.items():
+        manifest = stores[name].manifest
+        if manifest is None:
+            continue
+        if manifest.vocab_size > model.vocab_size:
+            raise DataError(
+                f"{path} uses a vocabulary of {manifest.vocab_size} ({manifest.tokenizer}); "
+                f"the model's has {model.vocab_size}"
+            )
+        if wanted is not None and wanted != manifest.tokenizer_hash:
+            raise DataError(
+                f"{path} was made with another tokenizer ({manifest.tokenizer}) than the one in {source or first}; "
+                f"prepare the text again with --tokenizer {source or first}"
+            )
+        wanted, first = manifest.tokenizer_hash, first or manifest.tokenizer
     pad = model.pad_token_id if model.pad_token_id is not None else 0
     if not 0 <= pad < model.vocab_size:
         raise ConfigError(f"pad_token_id={pad} of the model is outside its vocabulary of {model.vocab_size}")
+    data = config.data
     return PackedLoader(
-        store,
-        seq_len=config.data.seq_len,
-        global_packs=config.data.packs_per_step,
+        stores,
+        stages=data.stages(),
+        global_packs=data.packs_per_step,
         pad_id=pad,
         rank=env.rank,
         world_size=env.world_size,
         seed=config.seed,
-        packing=config.data.packing,
-        window_tokens=config.data.window_tokens,
+        packing=data.packing,
+        tail=data.tail,
+        window_tokens=data.window_tokens,
+        long_documents=data.long_documents,
+        num_workers=data.num_workers,
+        vocab_size=model.vocab_size,
+        skip_corrupt=data.skip_corrupt,
     )
 
 
@@ -224,13 +251,13 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
     )
 
 
-def describe_model(config: RunConfig, store: ShardStore, model: ModelConfig) -> dict[str, str]:
+def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig) -> dict[str, str]:
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
     files = {CONFIG_NAME: model.to_json()}
     source = Path(config.model.path) if config.model.path is not None else None
     if source is not None and (found := _read_files(source, TOKENIZER_FILES)):
         return files | found
-    manifest = store.manifest
+    manifest = next((store.manifest for store in stores.values() if store.manifest is not None), None)
     if manifest is not None and (manifest.tokenizer == "bytes" or Path(manifest.tokenizer).is_dir()):
         with tempfile.TemporaryDirectory() as directory:
             load_tokenizer(manifest.tokenizer).save(directory)

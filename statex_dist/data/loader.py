@@ -1,44 +1,65 @@
-"""Packed batches for one rank, in an order that does not depend on the number of ranks.
+"""Packed batches for one rank, in an order that does not depend on the number of ranks or workers.
 
-Global step ``i`` consists of ``global_packs`` consecutive packs of the plan's stream; rank ``r`` of ``W`` builds the
-``r``-th run of ``global_packs / W`` of them. The state that travels with each batch is the place in the stream after
-its *global* step, so it is the same on every rank and valid for any number of ranks.
+Global step ``i`` consists of ``global_packs`` consecutive packs of the stream; rank ``r`` of ``W`` builds the ``r``-th
+run of ``global_packs / W`` of them. The state that travels with each batch is the place in the stream after its
+*global* step, so it is the same on every rank and valid for any number of ranks.
+
+Plans are made ahead in a thread, packs in another one or in worker processes. Workers are handed what to build, pack by
+pack, and answer in order: how many there are changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import logging
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
+from torch.utils.data import DataLoader, Dataset
 
-from statex_dist.data.plan import Cursor, PackPlan, PackReport, WindowPlan
+from statex_dist.data.collate import PackBuilder, PackSpec
+from statex_dist.data.mixing import Mixture, Place, PlannedPack, Stage
+from statex_dist.data.plan import PackPlan, PackReport
 from statex_dist.data.prefetch import prefetch
 from statex_dist.data.store import ShardStore
-from statex_dist.data.types import IGNORE_INDEX, PackedBatch
-from statex_dist.errors import ConfigError
+from statex_dist.data.types import PackedBatch
+from statex_dist.errors import ConfigError, DataError, StateXError
+
+log = logging.getLogger(__name__)
+
+ONLY_SOURCE = "data"
+_PLANNED_STEPS = 8
+_PACKS_AHEAD_OF_WORKER = 2
 
 
 class PackedLoader:
-    """Iterates the packs of a store; each item is the list of this rank's batches of one global step.
+    """Iterates the packs of one or several stores; each item is the list of this rank's batches of one global step.
 
     Iterating goes on from the current state: a fresh iterator continues where the last one stopped. All ranks get the
     same number of items. A global step that is incomplete at the end of an epoch is filled from the next epoch, also
     at the end of the last one, so every document is seen in every epoch.
 
     Args:
-        store: The documents.
-        seq_len: Tokens of a pack.
+        store: The documents, or those of each source by name.
+        seq_len: Tokens of a pack; not needed with ``stages``.
+        stages: The curriculum; default: one stage of ``seq_len`` and equal weights.
         global_packs: Packs of one optimizer step over all ranks; a multiple of ``world_size``.
         pad_id: Id in the positions after a pack's last document.
         rank: This rank.
         world_size: Number of ranks that share the steps (data-parallel ranks).
         seed: Seed of the shuffles.
         packing: See :class:`~statex_dist.data.plan.PackPlan`.
+        tail: See :class:`~statex_dist.data.plan.PackPlan`.
         window_tokens: See :class:`~statex_dist.data.plan.PackPlan`.
-        epochs: Passes over the data; ``None`` for no end.
-        prefetch_steps: Global steps built ahead in a thread; 0 builds in the caller.
+        long_documents: See :class:`~statex_dist.data.plan.PackPlan`.
+        epochs: Passes over the data; ``None`` for no end. Only with one source.
+        prefetch_steps: Global steps built ahead in a thread; 0 builds in the caller. Not used with workers.
+        num_workers: Processes that build packs; 0 for none.
+        vocab_size: Ids from here on are an error; ``None`` for no check.
+        skip_corrupt: Put padding in the place of a damaged shard's tokens and count them, instead of raising.
+
+    Attributes:
+        lost_tokens: Tokens of damaged shards in the batches handed out so far.
 
     Raises:
         ConfigError: A value is out of its range, or ``global_packs`` is not a multiple of ``world_size``.
@@ -46,18 +67,24 @@ class PackedLoader:
 
     def __init__(
         self,
-        store: ShardStore,
+        store: ShardStore | Mapping[str, ShardStore],
         *,
-        seq_len: int,
         global_packs: int,
         pad_id: int,
+        seq_len: int | None = None,
+        stages: Sequence[Stage] | None = None,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
         packing: str = "best_fit",
+        tail: str = "pad",
         window_tokens: int = 1 << 26,
+        long_documents: str = "restart",
         epochs: int | None = None,
         prefetch_steps: int = 1,
+        num_workers: int = 0,
+        vocab_size: int | None = None,
+        skip_corrupt: bool = False,
     ):
         if world_size < 1 or not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} of world size {world_size}; rank must be in 0..world_size - 1")
@@ -66,117 +93,206 @@ class PackedLoader:
                 f"global_packs is {global_packs} for {world_size} ranks; it must be a positive multiple of the number "
                 f"of ranks, for example {max(1, round(global_packs / world_size)) * world_size}"
             )
+        for name, value in (("prefetch_steps", prefetch_steps), ("num_workers", num_workers)):
+            if value < 0:
+                raise ConfigError(f"{name} is {value}; it must be at least 0")
+        self.stores = dict(store) if isinstance(store, Mapping) else {ONLY_SOURCE: store}
         if epochs is not None and epochs < 1:
             raise ConfigError(f"epochs is {epochs}; it must be at least 1, or null for no end")
-        if prefetch_steps < 0:
-            raise ConfigError(f"prefetch_steps is {prefetch_steps}; it must be at least 0")
-        self.plan = PackPlan(store, seq_len=seq_len, seed=seed, packing=packing, window_tokens=window_tokens)
-        self.store = store
-        self.pad_id = pad_id
+        if epochs is not None and len(self.stores) > 1:
+            raise ConfigError("epochs is for one source; a mixture has no end")
+        if stages is None:
+            if seq_len is None:
+                raise ConfigError("give seq_len or stages")
+            stages = [Stage(seq_len=seq_len)]
+        self._plan_settings: dict[str, Any] = {
+            "seed": seed,
+            "packing": packing,
+            "tail": tail,
+            "window_tokens": window_tokens,
+            "long_documents": long_documents,
+            "lanes": global_packs,
+        }
+        plans = {name: PackPlan(store, **self._plan_settings) for name, store in self.stores.items()}
+        self.mixture = Mixture(plans, stages)
         self.epochs = epochs
+        self.lost_tokens = 0
+        self._builder = PackBuilder(self.stores, pad_id=pad_id, vocab_size=vocab_size, skip_corrupt=skip_corrupt)
         self._global_packs = global_packs
         self._mine = slice(rank * (global_packs // world_size), (rank + 1) * (global_packs // world_size))
         self._prefetch_steps = prefetch_steps
-        self._cursor = Cursor()
+        self._num_workers = num_workers
+        self._place = self.mixture.begin()
         self._loads = 0
 
     def __iter__(self) -> Generator[list[PackedBatch], None, None]:
         while True:
             loads = self._loads
-            steps = prefetch(self._steps(self._cursor), self._prefetch_steps)
+            steps = self._with_workers() if self._num_workers else self._with_thread()
             try:
-                for cursor, batches in steps:
-                    self._cursor = cursor
+                for place, batches in steps:
+                    self._place = place
+                    self.lost_tokens += sum(batch.lost_tokens for batch in batches)
                     yield batches
                     if self._loads != loads:
                         break  # a state was loaded under a running iterator: what is prefetched is of the old place
                 else:
                     return
             finally:
-                steps.close()  # type: ignore[attr-defined]
+                steps.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last step that was yielded (JSON-able)."""
-        return self.plan.state(self._cursor)
+        return self.mixture.state(self._place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, which any rank of any world size may have saved; running iterators follow.
 
         Raises:
             CheckpointError: It is not a loader state.
-            ConfigError: It belongs to other data, another seed, sequence length or packing.
+            ConfigError: It belongs to other data, another seed or packing.
         """
-        self._cursor = self.plan.cursor(state)
+        self._place = self.mixture.place(state)
         self._loads += 1
+        stage = self.mixture.stage(self._place.step)
+        lengths = {cursor.taken[-1][0] for cursor in self._place.cursors.values() if cursor.taken} - {stage.seq_len}
+        if lengths:
+            log.info(
+                "the sequence length goes from %s to %d: what is left of the window is packed anew",
+                " and ".join(map(str, sorted(lengths))),
+                stage.seq_len,
+            )
 
-    def report(self, max_windows: int | None = None) -> PackReport:
-        """Return what packing costs in the first epoch (or its first ``max_windows`` windows)."""
-        # A plan of its own: the prefetch thread may be using the loader's.
-        plan = PackPlan(
-            self.store,
-            seq_len=self.plan.seq_len,
-            seed=self.plan.seed,
-            packing=self.plan.packing,
-            window_tokens=self.plan.window_tokens,
+    def report(self, max_windows: int | None = None) -> dict[str, PackReport]:
+        """Return what packing costs each source in the first epoch (or its first ``max_windows`` windows)."""
+        seq_len = self.mixture.stage(self._place.step).seq_len
+        # Plans of their own: the planning thread may be using the loader's.
+        return {
+            name: PackPlan(store, **self._plan_settings).report(seq_len, max_windows=max_windows)
+            for name, store in self.stores.items()
+        }
+
+    def _planned(self) -> Iterator[tuple[Place, list[PackSpec]]]:
+        """This rank's packs of every step, and the place after it."""
+        place = self._place
+        fetched: dict[str, tuple[int, int]] = {}
+        while self.epochs is None or place.cursors[ONLY_SOURCE].epoch < self.epochs:
+            self._fetch_ahead(place, fetched)
+            packs, place = self.mixture.take(place, self._global_packs)
+            state = self.mixture.state(place)
+            yield place, [self._spec(pack, state) for pack in packs[self._mine]]
+
+    def _spec(self, planned: PlannedPack, state: dict[str, Any]) -> PackSpec:
+        window, pack = planned.window, planned.pack
+        following = pack + self._global_packs
+        return PackSpec(
+            source=planned.source,
+            pieces=window.pieces(pack),
+            seq_len=window.seq_len,
+            carried=bool(window.carried[pack]),
+            goes_on=following < len(window) and bool(window.carried[following]),
+            state=state,
         )
-        return plan.report(max_windows=max_windows)
 
-    def _steps(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[PackedBatch]]]:
-        while self.epochs is None or cursor.epoch < self.epochs:
-            packs, cursor = self.plan.take(cursor, self._global_packs)
-            state = self.plan.state(cursor)
-            mine = packs[self._mine]
-            yield cursor, [self._build(plan, pack, dict(state)) for plan, pack in mine]
+    def _fetch_ahead(self, place: Place, fetched: dict[str, tuple[int, int]]) -> None:
+        """Have the shards of the window in hand and of the next one fetched, once for each window."""
+        for name, plan in self.mixture.plans.items():
+            cursor = place.cursors[name]
+            if fetched.get(name) == (cursor.epoch, cursor.window):
+                continue
+            fetched[name] = (cursor.epoch, cursor.window)
+            windows = plan.windows(cursor.epoch)
+            shards = windows[cursor.window].tolist()
+            last = cursor.window + 1 == len(windows)
+            following = plan.windows(cursor.epoch + 1)[0] if last else windows[cursor.window + 1]
+            self.stores[name].prefetch(shards + following.tolist())
 
-    def _build(self, plan: WindowPlan, pack: int, state: dict[str, Any]) -> PackedBatch:
-        return build_pack(self.store, plan.pieces(pack), self.plan.seq_len, self.pad_id, state)
+    def _with_thread(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
+        planned = prefetch(self._planned(), _PLANNED_STEPS if self._prefetch_steps else 0)
+        steps = prefetch(
+            ((place, [self._builder.build(spec) for spec in specs]) for place, specs in planned), self._prefetch_steps
+        )
+        try:
+            yield from steps
+        finally:
+            steps.close()
+            planned.close()
+
+    def _with_workers(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
+        planned = prefetch(self._planned(), _PLANNED_STEPS)
+        places: deque[tuple[Place, int]] = deque()
+
+        def specs() -> Iterator[PackSpec]:
+            for place, of_step in planned:
+                places.append((place, len(of_step)))
+                yield from of_step
+
+        # The workers are forked before the planning thread starts, which the first spec does.
+        built = iter(
+            DataLoader(
+                _Packs(self._builder),
+                sampler=_Once(specs()),
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=self._num_workers,
+                prefetch_factor=_PACKS_AHEAD_OF_WORKER,
+                multiprocessing_context="fork",
+            )
+        )
+        try:
+            batches: list[PackedBatch] = []
+            for item in _guarded(built):
+                if isinstance(item, StateXError):
+                    raise item
+                batches.append(item)
+                place, count = places[0]
+                if len(batches) == count:
+                    places.popleft()
+                    yield place, batches
+                    batches = []
+        finally:
+            del built
+            planned.close()
 
 
-def build_pack(
-    store: ShardStore, pieces: list[tuple[int, int, int, int, int]], seq_len: int, pad_id: int, state: dict[str, Any]
-) -> PackedBatch:
-    """Read the pieces of a pack and lay them out as a :class:`PackedBatch` of ``seq_len`` tokens.
+class _Packs(Dataset[PackedBatch | StateXError]):
+    """Builds packs in a worker process; a user's error is handed over, not wrapped into a traceback."""
 
-    A document of ``n`` tokens gives ``n - 1`` targets: its EOS has none. Where a document goes on behind a piece, the
-    piece's last token keeps its true target, read from the document. A target whose ``loss_mask`` is 0 is ignored.
+    def __init__(self, builder: PackBuilder):
+        self._builder = builder
 
-    Args:
-        store: The documents.
-        pieces: ``(shard, document, start, stop, document length)`` of each piece, in order.
-        seq_len: Tokens of the pack.
-        pad_id: Id of the positions behind the last piece.
-        state: The loader's state after this pack's global step.
-    """
-    read = [store.read(shard, document, start, stop) for shard, document, start, stop, _ in pieces]
-    sizes = np.array([stop - start for _, _, start, stop, _ in pieces], np.int64)
-    used = int(sizes.sum())
-    ids = np.empty(seq_len, np.int64)
-    np.concatenate([piece.tokens for piece in read], out=ids[:used], casting="same_kind")
-    ids[used:] = pad_id
+    def __getitem__(self, spec: Any) -> PackedBatch | StateXError:
+        try:
+            return self._builder.build(spec)
+        except StateXError as error:
+            return error
 
-    labels = np.full(seq_len, IGNORE_INDEX, np.int64)
-    labels[: used - 1] = ids[1:used]
-    if store.has_loss_mask:
-        masks = [np.ones(len(p.tokens), np.uint8) if p.loss_mask is None else p.loss_mask for p in read]
-        labels[: used - 1][np.concatenate(masks)[1:] == 0] = IGNORE_INDEX
-    ends = np.cumsum(sizes)
-    labels[ends - 1] = IGNORE_INDEX
-    for end, (shard, document, _, stop, length) in zip(ends.tolist(), pieces, strict=True):
-        if stop < length:
-            following = store.read(shard, document, stop, stop + 1)
-            if following.loss_mask is None or following.loss_mask[0]:
-                labels[end - 1] = following.tokens[0]
 
-    if used < seq_len:
-        sizes = np.append(sizes, seq_len - used)
-    borders = np.concatenate([[0], np.cumsum(sizes)])
-    positions = np.arange(seq_len) - np.repeat(borders[:-1], sizes)
-    segments = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        labels=torch.from_numpy(labels)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
-        seq_idx=torch.from_numpy(segments)[None],
-        loader_state=state,
-    )
+class _Once:
+    """A sampler over a running iterator."""
+
+    def __init__(self, items: Iterator[PackSpec]):
+        self._items = items
+
+    def __iter__(self) -> Iterator[PackSpec]:
+        return self._items
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _guarded(items: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a data worker ended by itself ({str(error).splitlines()[0]}); give it more memory, or set fewer "
+                "workers"
+            ) from error
+        yield item

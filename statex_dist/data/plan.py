@@ -2,21 +2,19 @@
 
 1. The shards of an epoch are permuted by ``(seed, epoch)``.
 2. A *window* is the next shards until they hold ``window_tokens`` tokens.
-3. Within a window the documents are permuted by ``(seed, epoch, window)``, cut where longer than ``seq_len``, packed
-   into sequences of ``seq_len``, and the packs permuted.
+3. Within a window the documents are permuted by ``(seed, epoch, window)``, laid into packs of ``seq_len`` tokens
+   (:mod:`statex_dist.data.packing`), and the packs permuted.
 4. The pack stream is the windows' packs one after the other, epoch after epoch, without end.
 
-Every rank computes the same plan without communication, so the place in the stream is three integers (epoch, window,
-pack), and what has been seen does not depend on the number of ranks. Permutations sort the raw output of Philox, keyed
-by a hash of their purpose; unlike ``Generator.permutation``, numpy promises that stream never to change.
-
-Best-fit packing follows "Fewer Truncations Improve Language Modeling" (arXiv:2404.10830): a document is cut only where
-it is longer than ``seq_len``.
+Every rank computes the same plan without communication, so the place in the stream is a few integers, and what has
+been seen does not depend on the number of ranks. Where the sequence length changes inside a window, what is left of the
+window is laid into packs of the new length: the place then also says how many packs of which length went before.
+Permutations sort the raw output of Philox, keyed by a hash of their purpose; unlike ``Generator.permutation``, numpy
+promises that stream never to change.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,11 +22,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from statex_dist.data.packing import Pieces, arrange, best_fit, concatenate, one_document
 from statex_dist.data.store import ShardStore
 from statex_dist.errors import CheckpointError, ConfigError, DataError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PACKINGS = ("best_fit", "concat", "one_document")
+TAILS = ("pad", "split")
+LONG_DOCUMENTS = ("restart", "carry")
+_KEPT_WINDOWS = 4
 
 
 def permutation(n: int, seed: int, *purpose: str | int) -> np.ndarray:
@@ -39,11 +41,23 @@ def permutation(n: int, seed: int, *purpose: str | int) -> np.ndarray:
 
 
 class Cursor(NamedTuple):
-    """A place in the pack stream: the next pack to be read."""
+    """A place in the pack stream: the next pack to be read.
+
+    Attributes:
+        epoch: Epoch.
+        window: Window of the epoch.
+        taken: What has been taken of the window: ``(seq_len, packs)`` for each length in turn.
+    """
 
     epoch: int = 0
     window: int = 0
-    pack: int = 0
+    taken: tuple[tuple[int, int], ...] = ()
+
+    def at_length(self, seq_len: int) -> Cursor:
+        """Return the same place, ready for packs of ``seq_len``."""
+        if self.taken and self.taken[-1][0] == seq_len:
+            return self
+        return self._replace(taken=(*(run for run in self.taken if run[1]), (seq_len, 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +65,24 @@ class WindowPlan:
     """The packs of one window; pack ``p`` consists of pieces ``bounds[p]..bounds[p + 1]``.
 
     Attributes:
+        seq_len: Tokens of a pack, padding included.
         bounds: ``[packs + 1]``, the first piece of each pack.
         shard: ``[pieces]``, shard of each piece.
         document: ``[pieces]``, its document in the shard.
         start: ``[pieces]``, its first token in the document.
         stop: ``[pieces]``, one past its last token.
         length: ``[pieces]``, tokens of the whole document.
+        carried: ``[packs]`` bool, whether the pack goes on where the one before it in its lane ends.
     """
 
+    seq_len: int
     bounds: np.ndarray
     shard: np.ndarray
     document: np.ndarray
     start: np.ndarray
     stop: np.ndarray
     length: np.ndarray
+    carried: np.ndarray
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -74,6 +92,11 @@ class WindowPlan:
         part = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
         columns = (self.shard, self.document, self.start, self.stop, self.length)
         return list(zip(*(column[part].tolist() for column in columns), strict=True))
+
+    def tokens(self, pack: int) -> int:
+        """Return the tokens of ``pack``, padding not counted."""
+        part = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
+        return int((self.stop[part] - self.start[part]).sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,124 +137,146 @@ class PackPlan:
 
     Args:
         store: The documents; only their lengths are used here.
-        seq_len: Tokens of a pack, ``>= 1``.
         seed: Seed of every permutation.
         packing: ``"best_fit"`` (cut only what is longer than a pack), ``"concat"`` (no padding, cut anywhere) or
             ``"one_document"`` (every piece in a pack of its own).
+        tail: ``"pad"``, or ``"split"``: with ``best_fit``, cut a few documents so that nearly nothing is padded.
         window_tokens: Tokens planned (and shuffled) at once.
+        long_documents: ``"restart"``: a piece of a cut document is like a document of its own; ``"carry"``: it begins a
+            pack that stands ``lanes`` places after the one where the document was cut, so that its state can be
+            carried over.
+        lanes: Packs of a global step; only used, and then fixed for a run, with ``"carry"``.
 
     Raises:
         ConfigError: A value is out of its range.
     """
 
     def __init__(
-        self, store: ShardStore, *, seq_len: int, seed: int = 0, packing: str = "best_fit", window_tokens: int = 1 << 26
+        self,
+        store: ShardStore,
+        *,
+        seed: int = 0,
+        packing: str = "best_fit",
+        tail: str = "pad",
+        window_tokens: int = 1 << 26,
+        long_documents: str = "restart",
+        lanes: int = 1,
     ):
-        if seq_len < 1:
-            raise ConfigError(f"seq_len is {seq_len}; it must be at least 1")
         if window_tokens < 1:
             raise ConfigError(f"window_tokens is {window_tokens}; it must be at least 1")
-        if packing not in PACKINGS:
-            raise ConfigError(f"packing is {packing!r}; allowed: {', '.join(PACKINGS)}")
+        for name, value, allowed in (
+            ("packing", packing, PACKINGS),
+            ("tail", tail, TAILS),
+            ("long_documents", long_documents, LONG_DOCUMENTS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if tail == "split" and packing != "best_fit":
+            raise ConfigError(f"tail 'split' is for packing 'best_fit', not {packing!r}; leave it at 'pad'")
         self.store = store
-        self.seq_len = seq_len
         self.seed = seed
         self.packing = packing
+        self.tail = tail
         self.window_tokens = window_tokens
-        self._settings = {
+        self.carry = long_documents == "carry"
+        self._lanes = lanes if self.carry else 1
+        self.settings = {
             "data": store.fingerprint,
             "seed": seed,
-            "seq_len": seq_len,
             "packing": packing,
+            "tail": tail,
             "window_tokens": window_tokens,
+            "long_documents": long_documents,
+            "lanes": self._lanes,
         }
-        self.hash = blake2b(repr((PLAN_VERSION, sorted(self._settings.items()))).encode(), digest_size=16).hexdigest()
+        self.hash = blake2b(repr((PLAN_VERSION, sorted(self.settings.items()))).encode(), digest_size=16).hexdigest()
         self._epochs: OrderedDict[int, list[np.ndarray]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], WindowPlan] = OrderedDict()
+        self._windows: OrderedDict[tuple[Any, ...], WindowPlan] = OrderedDict()
 
     def num_windows(self, epoch: int) -> int:
         """Return the number of windows of ``epoch``."""
-        return len(self._epoch(epoch))
+        return len(self.windows(epoch))
 
-    def window(self, epoch: int, window: int) -> WindowPlan:
-        """Return the packs of a window (the last two are kept).
+    def window(
+        self, epoch: int, window: int, seq_len: int, *, earlier: tuple[tuple[int, int], ...] = (), offset: int = 0
+    ) -> WindowPlan:
+        """Return the packs of a window (the last few are kept).
+
+        Args:
+            epoch: Epoch.
+            window: Window of the epoch.
+            seq_len: Tokens of a pack.
+            earlier: ``(seq_len, packs)`` that were taken from the window before, at other lengths.
+            offset: Places of the global step that are taken by what came before; only used to carry states.
 
         Raises:
             DataError: The window's shards hold no token.
         """
-        key = (epoch, window)
+        key = (epoch, window, seq_len, earlier, offset if self.carry else 0)
         # Looked up once: the loader's thread and its owner share these caches, and either may drop an entry.
         plan = self._windows.get(key)
         if plan is None:
-            plan = self._windows[key] = self._plan(epoch, window)
-            if len(self._windows) > 2:
+            plan = self._windows[key] = self._plan(*key)
+            if len(self._windows) > _KEPT_WINDOWS:
                 self._windows.popitem(last=False)
         return plan
 
-    def take(self, cursor: Cursor, count: int) -> tuple[list[tuple[WindowPlan, int]], Cursor]:
+    def take(self, cursor: Cursor, count: int, seq_len: int) -> tuple[list[tuple[WindowPlan, int]], Cursor]:
         """Return the next ``count`` packs of the stream as ``(window plan, pack)`` and the place after them.
+
+        Args:
+            cursor: The place to begin at; with carried states, the begin of a global step.
+            count: Packs; with carried states, all of a global step.
+            seq_len: Tokens of a pack.
 
         Raises:
             DataError: ``cursor`` lies outside the stream.
         """
+        if seq_len < 1:
+            raise ConfigError(f"seq_len is {seq_len}; it must be at least 1")
         taken: list[tuple[WindowPlan, int]] = []
-        epoch, window, pack = cursor
+        cursor = cursor.at_length(seq_len)
+        # A step begins at place 0 of a row, so the packs taken before tell where in its row the window began.
+        offset = -cursor.taken[-1][1] % self._lanes if len(cursor.taken) == 1 else 0
         while len(taken) < count:
-            plan = self.window(epoch, window)
-            if not 0 <= pack < len(plan):
-                raise DataError(f"no pack {pack} in window {window} of epoch {epoch} (it has {len(plan)})")
+            earlier, pack = cursor.taken[:-1], cursor.taken[-1][1]
+            plan = self.window(cursor.epoch, cursor.window, seq_len, earlier=earlier, offset=offset)
+            if not 0 <= pack <= len(plan):
+                raise DataError(f"no pack {pack} in window {cursor.window} of epoch {cursor.epoch} ({len(plan)} packs)")
             step = min(count - len(taken), len(plan) - pack)
             taken.extend((plan, pack + k) for k in range(step))
             pack += step
+            cursor = cursor._replace(taken=(*earlier, (seq_len, pack)))
             if pack == len(plan):
-                window, pack = window + 1, 0
-                if window == self.num_windows(epoch):
-                    epoch, window = epoch + 1, 0
-        return taken, Cursor(epoch, window, pack)
+                last = cursor.window + 1 == self.num_windows(cursor.epoch)
+                cursor = Cursor(cursor.epoch + 1) if last else Cursor(cursor.epoch, cursor.window + 1)
+                if len(taken) < count:
+                    cursor, offset = cursor.at_length(seq_len), len(taken) % self._lanes
+        return taken, cursor
 
-    def state(self, cursor: Cursor) -> dict[str, Any]:
-        """Return ``cursor`` as a JSON-able loader state that says which plan it belongs to."""
-        return {"version": PLAN_VERSION, **cursor._asdict(), "plan_hash": self.hash, **self._settings}
-
-    def cursor(self, state: dict[str, Any]) -> Cursor:
-        """Return the place that ``state`` (of :meth:`state`) marks.
+    def check(self, cursor: Cursor) -> None:
+        """Check that ``cursor`` lies in the stream.
 
         Raises:
-            CheckpointError: It is not a loader state of this version.
-            ConfigError: It belongs to another plan: other data, seed, length or packing.
+            CheckpointError: It does not.
         """
-        wanted = {"version", "plan_hash", *Cursor._fields, *self._settings}
-        if not isinstance(state, dict) or not wanted <= set(state):
-            missing = ", ".join(sorted(wanted - set(state))) if isinstance(state, dict) else type(state).__name__
-            raise CheckpointError(f"not a loader state: it lacks {missing}")
-        if state["version"] != PLAN_VERSION:
-            raise CheckpointError(f"loader state of version {state['version']}; this release reads {PLAN_VERSION}")
-        differing = [
-            f"{name} was {state[name]!r}, now {now!r}" for name, now in self._settings.items() if state[name] != now
-        ]
-        if differing or state["plan_hash"] != self.hash:
-            raise ConfigError(
-                f"the saved loader state is of another pack plan: {'; '.join(differing) or 'plan_hash differs'}; "
-                "restore the old values, or start the data from its beginning"
-            )
-        cursor = Cursor(*(int(state[name]) for name in Cursor._fields))
-        if min(cursor) < 0 or cursor.window >= self.num_windows(cursor.epoch):
+        counts = [count for run in cursor.taken for count in run]
+        if min(cursor.epoch, cursor.window, *counts, 0) < 0 or cursor.window >= self.num_windows(cursor.epoch):
             raise CheckpointError(f"the saved loader state points outside the data: {cursor}")
-        return cursor
 
-    def report(self, epoch: int = 0, max_windows: int | None = None) -> PackReport:
+    def report(self, seq_len: int, epoch: int = 0, max_windows: int | None = None) -> PackReport:
         """Return what packing costs over the first ``max_windows`` windows of ``epoch`` (default: all of them)."""
         windows = self.num_windows(epoch) if max_windows is None else min(max_windows, self.num_windows(epoch))
         packs = pieces = documents = cut = tokens = 0
         for w in range(windows):
-            plan = self.window(epoch, w)
+            plan = self.window(epoch, w, seq_len)
             packs += len(plan)
             pieces += len(plan.shard)
             documents += int((plan.start == 0).sum())
             cut += int(((plan.start == 0) & (plan.stop < plan.length)).sum())
             tokens += int((plan.stop - plan.start).sum())
         return PackReport(
-            seq_len=self.seq_len,
+            seq_len=seq_len,
             windows=windows,
             packs=packs,
             pieces=pieces,
@@ -240,8 +285,8 @@ class PackPlan:
             tokens=tokens,
         )
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        """The shards of each window of ``epoch``."""
+    def windows(self, epoch: int) -> list[np.ndarray]:
+        """Return the shards of each window of ``epoch``, in the order of the plan."""
         windows = self._epochs.get(epoch)
         if windows is None:
             order = permutation(self.store.num_shards, self.seed, "shards", epoch)
@@ -252,6 +297,8 @@ class PackPlan:
             while begin < len(order):
                 done = int(ends[begin - 1]) if begin else 0
                 stop = min(int(np.searchsorted(ends, done + self.window_tokens)) + 1, len(order))
+                if ends[-1] == ends[stop - 1]:
+                    stop = len(order)  # shards without tokens at the end are no window of their own
                 windows.append(order[begin:stop])
                 begin = stop
             self._epochs[epoch] = windows
@@ -259,78 +306,62 @@ class PackPlan:
                 self._epochs.popitem(last=False)
         return windows
 
-    def _plan(self, epoch: int, window: int) -> WindowPlan:
-        shards = self._epoch(epoch)[window]
+    def _plan(
+        self, epoch: int, window: int, seq_len: int, earlier: tuple[tuple[int, int], ...], offset: int
+    ) -> WindowPlan:
+        purpose = (epoch, window, *(count for run in earlier for count in run))
+        spans = self._left_over(epoch, window, earlier) if earlier else self._documents(epoch, window)
+        order = permutation(len(spans), self.seed, "documents", *purpose)
+        shard, document, begin, end, length = spans[order[spans[order, 3] > spans[order, 2]]].T
+        if not len(shard):
+            # Every pack of the window was taken at the lengths before.
+            nothing = np.zeros(0, np.int64)
+            return WindowPlan(seq_len, np.zeros(1, np.int64), *(nothing,) * 5, np.zeros(0, bool))
+        pieces = self._lay_out(end - begin, seq_len)
+        num_packs = int(pieces.pack.max()) + 1
+        rank = np.empty(num_packs, np.int64)
+        rank[permutation(num_packs, self.seed, "packs", *purpose)] = np.arange(num_packs)
+        bounds, order, carried = arrange(pieces, rank, lanes=self._lanes if self.carry else None, offset=offset)
+        span = pieces.span[order]
+        return WindowPlan(
+            seq_len,
+            bounds,
+            shard[span],
+            document[span],
+            begin[span] + pieces.start[order],
+            begin[span] + pieces.stop[order],
+            length[span],
+            carried,
+        )
+
+    def _lay_out(self, length: np.ndarray, seq_len: int) -> Pieces:
+        if self.packing == "concat":
+            return concatenate(length, seq_len)
+        if self.packing == "one_document":
+            return one_document(length, seq_len)
+        return best_fit(length, seq_len, split_tails=self.tail == "split", chained=self.carry)
+
+    def _documents(self, epoch: int, window: int) -> np.ndarray:
+        """Whole documents as spans ``[n, 5]``: shard, document, first token, one past the last, document length."""
+        shards = self.windows(epoch)[window]
         lengths = [self.store.lengths(int(shard)) for shard in shards]
         length = np.concatenate(lengths)
         shard = np.repeat(shards, [len(part) for part in lengths])
         document = np.concatenate([np.arange(len(part)) for part in lengths])
-        order = permutation(len(length), self.seed, "documents", epoch, window)
-        order = order[length[order] > 0]
-        length, shard, document = length[order], shard[order], document[order]
-        if not len(length):
-            raise DataError(f"window {window} of epoch {epoch} holds no tokens; raise window_tokens")
-        if self.packing == "concat":
-            owner, start, stop, pack = _concatenate(length, self.seq_len)
-        else:
-            owner, start, stop = _cut(length, self.seq_len)
-            pack = np.arange(len(owner)) if self.packing == "one_document" else _best_fit(stop - start, self.seq_len)
-        num_packs = int(pack.max()) + 1
-        rank = np.empty(num_packs, np.int64)
-        rank[permutation(num_packs, self.seed, "packs", epoch, window)] = np.arange(num_packs)
-        # Stable: inside a pack the pieces keep the order of the document shuffle, not the packer's order by length.
-        order = np.argsort(rank[pack], kind="stable")
-        owner, start, stop = owner[order], start[order], stop[order]
-        bounds = np.concatenate([[0], np.cumsum(np.bincount(pack, minlength=num_packs)[np.argsort(rank)])])
-        return WindowPlan(bounds, shard[owner], document[owner], start, stop, length[owner])
+        return np.stack([shard, document, np.zeros_like(length), length, length], 1)
 
-
-def _cut(length: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into pieces of at most ``seq_len``: ``(document, start, stop)``, each ``[pieces]``."""
-    count = -(-length // seq_len)
-    owner = np.repeat(np.arange(len(length)), count)
-    start = (np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)) * seq_len
-    return owner, start, np.minimum(start + seq_len, length[owner])
-
-
-def _concatenate(length: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lay documents end to end and cut every ``seq_len``: ``(document, start, stop, pack)``, each ``[pieces]``."""
-    ends = np.cumsum(length)
-    begin = ends - length
-    at = np.union1d(begin, np.arange(0, ends[-1], seq_len))
-    owner = np.searchsorted(begin, at, side="right") - 1
-    stop = np.concatenate([at[1:], ends[-1:]]) - begin[owner]
-    return owner, at - begin[owner], stop, at // seq_len
-
-
-def _best_fit(size: np.ndarray, seq_len: int) -> np.ndarray:
-    """Assign pieces, longest first, to the fullest pack that still has room: ``[pieces]`` pack numbers.
-
-    Packs with the same room are interchangeable, so the search runs over the distinct rooms only: a sorted list that
-    holds at most ``seq_len`` numbers, however many packs are open.
-    """
-    order = np.argsort(-size, kind="stable")
-    pack = np.empty(len(size), np.int64)
-    rooms: list[int] = []
-    open_packs: dict[int, list[int]] = {}
-    num_packs = 0
-    assigned = []
-    for n in size[order].tolist():
-        k = bisect_left(rooms, n)
-        if k == len(rooms):
-            chosen, room = num_packs, seq_len - n
-            num_packs += 1
-        else:
-            room = rooms[k]
-            chosen = open_packs[room].pop()
-            if not open_packs[room]:
-                del rooms[k], open_packs[room]
-            room -= n
-        if room:
-            if room not in open_packs:
-                insort(rooms, room)
-                open_packs[room] = []
-            open_packs[room].append(chosen)
-        assigned.append(chosen)
-    pack[order] = assigned
-    return pack
+    def _left_over(self, epoch: int, window: int, earlier: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """What the packs taken so far have left of the window, as spans; neighbouring pieces are joined again."""
+        (seq_len, packs), before = earlier[-1], earlier[:-1]
+        offset = 0 if before else -packs % self._lanes
+        plan = self.window(epoch, window, seq_len, earlier=before, offset=offset)
+        part = slice(int(plan.bounds[min(packs, len(plan))]), None)
+        columns = (plan.shard, plan.document, plan.start, plan.stop, plan.length)
+        pieces = np.stack([column[part] for column in columns], 1)
+        pieces = pieces[np.lexsort((pieces[:, 2], pieces[:, 1], pieces[:, 0]))]
+        begins = np.ones(len(pieces), bool)
+        begins[1:] = (pieces[1:, :2] != pieces[:-1, :2]).any(1) | (pieces[1:, 2] != pieces[:-1, 3])
+        spans = pieces[begins]
+        if len(spans):
+            spans[:, 3] = pieces[np.append(np.flatnonzero(begins)[1:], len(pieces)) - 1, 3]
+        return spans

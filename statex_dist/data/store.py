@@ -53,6 +53,10 @@ class ShardStore(Protocol):
     @property
     def manifest(self) -> DatasetManifest | None: ...  # noqa: D102
 
+    def name(self, shard: int) -> str:
+        """Return what to call ``shard`` in a message."""
+        ...
+
     def lengths(self, shard: int) -> np.ndarray:
         """Return the tokens of each document of ``shard``, EOS included: ``[documents]`` int64. Opens no shard."""
         ...
@@ -99,6 +103,10 @@ class MemoryStore:
         self.num_shards = len(self._shards)
         self.has_loss_mask = self._masks is not None
         self.manifest: DatasetManifest | None = None
+
+    def name(self, shard: int) -> str:
+        """Return what to call ``shard`` in a message."""
+        return f"shard {shard}"
 
     def lengths(self, shard: int) -> np.ndarray:
         """Return the tokens of each document of ``shard``: ``[documents]`` int64."""

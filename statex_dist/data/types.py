@@ -24,6 +24,10 @@ class PackedBatch:
             padding is a segment of its own, so that it can never touch a document's state.
         seq_idx: ``[1, T]`` int32, the segment each token belongs to, counted from 0 (mamba_ssm's form of the borders).
         loader_state: The loader's state *after* this batch: saving it resumes with the next one.
+        carried: Whether the first segment goes on where this lane's batch of the step before ends (a lane is a place in
+            the rank's list of batches), so that the state there is to be taken over.
+        goes_on: Whether this lane's batch of the next step takes over the state at the end of this one.
+        lost_tokens: Tokens of damaged shards that were skipped; padding stands in their place.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +36,9 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     seq_idx: torch.Tensor
     loader_state: dict[str, Any] = field(default_factory=dict)
+    carried: bool = False
+    goes_on: bool = False
+    lost_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -37,6 +37,7 @@ from statex_dist.checkpoint.manifest import (
     write_durably,
 )
 from statex_dist.data.types import PackedBatch
+from statex_dist.engine.carry import CarriedStates
 from statex_dist.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class TrainEngine(ABC):
     kind: str
     rank: int
     world_size: int
+    carried: CarriedStates
 
     @abstractmethod
     def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
@@ -151,7 +153,9 @@ class TrainEngine(ABC):
         mine: dict[str, dict[str, Any]] = {}
         problem = None
         try:
-            self._save(checkpoints, temporary.name, {"step": step, **client_state})
+            carried = self.carried.state_dict()
+            kept = {"step": step, **client_state, **({"carried": carried} if carried else {})}
+            self._save(checkpoints, temporary.name, kept)
             for path in temporary.iterdir():
                 owner = rank_of(path.name)
                 if path.is_file() and (owner == self.rank or (self.rank == 0 and owner is None)):
@@ -206,7 +210,9 @@ class TrainEngine(ABC):
         if tag is None:
             return None
         logger.info("resuming from %s", checkpoints / tag)
-        return self._load(checkpoints, tag)
+        client_state = self._load(checkpoints, tag)
+        self.carried.load_state_dict(client_state.pop("carried", {}))
+        return client_state
 
     def _find(self, checkpoints: Path, model_files: Mapping[str, str]) -> str | None:
         tags = complete_tags(checkpoints)

@@ -12,6 +12,7 @@ from torch import nn
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import StepResult, TrainEngine, keep_hyperparameters
+from statex_dist.engine.carry import CarriedStates
 
 
 class PlainEngine(TrainEngine):
@@ -42,13 +43,14 @@ class PlainEngine(TrainEngine):
         self.gradient_clipping = gradient_clipping
         self.device = device
         self.rank, self.world_size = 0, 1
+        self.carried = CarriedStates()
 
     def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
         """Accumulate the gradient of one global batch (see the base class)."""
         total = max(sum(batch.num_target_tokens for batch in batches), 1)
         loss_sum = 0.0
-        for batch in batches:
-            loss = forward_loss(self.model, batch.to(self.device)) / total
+        for lane, batch in enumerate(batches):
+            loss = self.carried.forward_loss(self.model, batch.to(self.device), lane) / total
             loss.backward()
             loss_sum += float(loss.detach())
         return loss_sum
@@ -97,9 +99,3 @@ class PlainEngine(TrainEngine):
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
         return state["client_state"]
-
-
-def forward_loss(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Return the summed cross entropy of a batch."""
-    output = model(batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, seq_idx=batch.seq_idx)
-    return output.loss_sum

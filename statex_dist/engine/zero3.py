@@ -27,8 +27,8 @@ import deepspeed.ops
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import EngineConfig, StepResult, TrainEngine, keep_hyperparameters
+from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.ds_config import deepspeed_config
-from statex_dist.engine.plain import forward_loss
 from statex_dist.errors import CheckpointError
 from statex_dist.parallel.env import ProcessEnv
 
@@ -89,6 +89,7 @@ class Zero3Engine(TrainEngine):
     ):
         self.rank, self.world_size, self.device = env.rank, env.world_size, env.device
         self.accumulation_steps = accumulation_steps
+        self.carried = CarriedStates()
         self.optimizer, self.schedule = optimizer, schedule
         settings = deepspeed_config(config, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
@@ -104,7 +105,8 @@ class Zero3Engine(TrainEngine):
         weight = self.world_size * self.accumulation_steps / total
         local = torch.zeros(1, dtype=torch.float64)
         for index, batch in enumerate(batches):
-            loss_sum = forward_loss(self.engine, batch.to(self.device))
+            lane = self.rank * len(batches) + index
+            loss_sum = self.carried.forward_loss(self.engine, batch.to(self.device), lane)
             self.engine.backward(loss_sum * weight)
             local += loss_sum.detach().double().cpu()
             if index + 1 < len(batches):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import TrainEngine, prune
-from statex_dist.errors import ConfigError, StateXError
+from statex_dist.errors import ConfigError, DataError, StateXError
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.signals import StopRequest
 
@@ -77,7 +77,8 @@ class Trainer:
         self.model_files = model_files
         self.metrics = metrics
         self.stop = stop
-        self.step = start_step
+        self.step = self.start_step = start_step
+        self.lost_tokens = 0
 
     def run(self) -> bool:
         """Train.
@@ -90,7 +91,7 @@ class Trainer:
         """
         while self.step < self.config.num_steps:
             start = time.perf_counter()
-            batch = next(self.batches)
+            batch = self._next_batch()
             loss = self.engine.forward_backward(batch)
             self._require_finite("loss", loss)
             result = self.engine.step()
@@ -118,6 +119,21 @@ class Trainer:
                 return False
         return True
 
+    def _next_batch(self) -> list[PackedBatch]:
+        """Return this rank's batch of the next step; if one rank has none, all stop with its reason."""
+        batch: list[PackedBatch] = []
+        problem = None
+        try:
+            batch = next(self.batches)
+        except StateXError as error:
+            problem = error
+        if self.engine.any_rank(problem is not None):
+            reports = self.engine.gather(None if problem is None else str(problem))
+            reason = next(text for text in reports if text is not None)
+            raise problem if problem is not None else DataError(reason)
+        self.lost_tokens += sum(pack.lost_tokens for pack in batch)
+        return batch
+
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise StateXError(
@@ -130,5 +146,7 @@ class Trainer:
         state = {"loader": batch[-1].loader_state}
         target = self.engine.save(self.checkpoints, self.step, state, self.model_files)
         logger.info("saved %s", target)
+        if lost := sum(self.engine.gather(self.lost_tokens)):
+            logger.warning("%d tokens of damaged shards were skipped since the start at step %d", lost, self.start_step)
         if self.engine.rank == 0:
             prune(self.checkpoints, self.config.keep_last)

@@ -1,5 +1,9 @@
+import gc
 import itertools
+import os
+import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import MemoryStore
 from statex_dist.data.types import IGNORE_INDEX, PackedBatch
 from statex_dist.errors import ConfigError, DataError
 
-from .synthetic import EOS, PAD, all_documents, memory_store
+from .synthetic import EOS, PAD, all_documents, make_documents, memory_store, write_mds
 
 FIELDS = ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
 
@@ -41,6 +46,11 @@ def global_stream(store, world_size: int, steps: int, state=None, **options):
     return packs, states
 
 
+def at(state):
+    source = state["sources"]["data"]
+    return source["epoch"], source["window"], source["taken"]
+
+
 LENGTHS = [3, 40, 7, 16, 2, 9, 30, 5, 12, 17, 33, 4, 8, 21, 6, 11, 2, 14, 19, 10]
 
 
@@ -50,14 +60,14 @@ def test_same_packs_in_the_same_order_at_any_world_size(packing):
     one, states = global_stream(store, 1, 20, packing=packing)
     for world_size in (2, 4):
         assert global_stream(store, world_size, 20, packing=packing) == (one, states)
-    assert states[-1]["epoch"] >= 2
+    assert at(states[-1])[0] >= 2
 
 
 def test_resume_at_every_point_twice_and_on_another_world_size():
     store = memory_store(LENGTHS)
     whole, states = global_stream(store, 2, 16, global_packs=4)
-    assert states[-4]["epoch"] >= 1  # the cut points below lie in several windows and epochs
-    assert {state["window"] for state in states} >= {0, 1, 2}
+    assert at(states[-4])[0] >= 1  # the cut points below lie in several windows and epochs
+    assert {at(state)[1] for state in states} >= {0, 1, 2}
     for step, state in enumerate(states[:-3]):
         for world_size in (1, 2, 4):
             tail, tail_states = global_stream(store, world_size, 1, state)
@@ -69,7 +79,7 @@ def test_resume_at_every_point_twice_and_on_another_world_size():
 def test_resume_exactly_at_window_and_epoch_borders():
     store = memory_store([16] * 12, shards=3)  # 12 packs, 4 to a window of 64 tokens
     whole, states = global_stream(store, 1, 9, window_tokens=64)
-    assert [(s["epoch"], s["window"], s["pack"]) for s in states[:3]] == [(0, 1, 0), (0, 2, 0), (1, 0, 0)]
+    assert [at(s) for s in states[:3]] == [(0, 1, []), (0, 2, []), (1, 0, [])]
     for step, state in enumerate(states[:-1]):
         assert global_stream(store, 4, 8 - step, state, window_tokens=64)[0] == whole[step + 1 :]
 
@@ -118,8 +128,9 @@ def test_pack_layout_and_labels(lengths, seq_len, packing, masks):
 
 
 def every_pack(loader: PackedLoader):
-    plan = loader.plan
-    return [plan.window(0, w).pieces(p) for w in range(plan.num_windows(0)) for p in range(len(plan.window(0, w)))]
+    plan, seq_len = loader.mixture.plans["data"], loader.mixture.stages[0].seq_len
+    windows = [plan.window(0, w, seq_len) for w in range(plan.num_windows(0))]
+    return [window.pieces(p) for window in windows for p in range(len(window))]
 
 
 def test_target_of_eos_is_never_the_next_document():
@@ -136,7 +147,7 @@ def test_last_step_of_the_last_epoch_is_filled_and_loses_nothing():
     assert [len(step) for step in steps] == [4, 4]
     seen = {tuple(batch.input_ids[0].tolist()) for step in steps for batch in step}
     assert seen == {tuple(d.tolist()) for d in all_documents(store)}
-    assert loader.state_dict()["epoch"] == 1
+    assert at(loader.state_dict())[0] == 1
     assert list(loader) == []  # resumed at its end, a run has nothing left
 
 
@@ -171,6 +182,141 @@ def test_loading_a_state_moves_a_running_iterator():
     steps.close()
 
 
+def mds_store(tmp_path, lengths=LENGTHS * 20, **options):
+    return reopened(write_mds(tmp_path / "ds", make_documents(lengths), **options))
+
+
+def reopened(path):
+    return open_store(path, cache_dir=path.parent / "cache")
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_workers_change_nothing(tmp_path, packing):
+    store = mds_store(tmp_path)
+    options = {"packing": packing, "seq_len": 64, "window_tokens": 1000}
+    whole, states = global_stream(store, 1, 30, **options)
+    assert at(states[-1])[0] >= 1
+    assert global_stream(store, 2, 30, num_workers=4, **options) == (whole, states)
+    for step in (0, 7, 20):  # resumed with workers running, twice, on other counts
+        head, further = global_stream(store, 4, 3, states[step], num_workers=1, **options)
+        tail, _ = global_stream(store, 2, 3, further[-1], num_workers=2, **options)
+        assert head + tail == whole[step + 1 : step + 7]
+
+
+def test_a_state_loaded_under_running_workers_moves_them(tmp_path):
+    store = mds_store(tmp_path)
+    whole, states = global_stream(store, 1, 12)
+    loader = make(store, num_workers=2)
+    steps = iter(loader)
+    for _ in range(2):
+        next(steps)
+    loader.load_state_dict(states[8])
+    assert [as_lists(b) for b in next(steps)] == whole[9]
+    steps.close()
+    assert loader.state_dict() == states[9]
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def test_workers_end_with_their_iterator_and_leave_no_shared_memory(tmp_path):
+    before = children()
+    steps = iter(make(mds_store(tmp_path), num_workers=3))
+    next(steps)
+    workers = children() - before
+    assert len(workers) == 3
+    steps.close()
+    del steps
+    gc.collect()
+    assert children() <= before
+    assert not [p for p in Path("/dev/shm").iterdir() if any(f"torch_{pid}_" in p.name for pid in workers)]
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
+    before = children()
+    steps = iter(make(mds_store(tmp_path), num_workers=2))
+    next(steps)
+    for pid in children() - before:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a data worker ended by itself .* set fewer workers"):
+        for _ in range(100):
+            next(steps)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
+def test_a_bad_shard_is_named_whoever_reads_it(tmp_path, workers, damage):
+    mds_store(tmp_path)  # its list of lengths is made from whole shards
+    shard = tmp_path / "ds" / "shard.00002.mds"
+    content = bytearray(shard.read_bytes())
+    if damage == "missing":
+        shard.unlink()
+    else:
+        content[-1] ^= 1
+        shard.write_bytes(content[:-10] if damage == "truncated" else content)
+    with pytest.raises(DataError, match=r"shard\.00002\.mds"):
+        list(make(reopened(tmp_path / "ds"), num_workers=workers, epochs=1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_corrupt_keeps_the_stream_and_counts_what_was_lost(tmp_path, workers, caplog):
+    whole, states = global_stream(mds_store(tmp_path), 1, 40, epochs=1)
+    (tmp_path / "ds" / "shard.00001.mds").unlink()
+    store = reopened(tmp_path / "ds")
+    loader = make(store, epochs=1, skip_corrupt=True, num_workers=workers, prefetch_steps=1)
+    specs = [spec for _, of_step in loader._planned() for spec in of_step]
+    batches = [batch for step in loader for batch in step]
+    assert [batch.loader_state for batch in batches[::4]][: len(states)] == states
+    # Nothing but the shard's own tokens is missing, and where they were nothing is learned.
+    lost = 0
+    for spec, batch, before in zip(specs, batches, [pack for step in whole for pack in step], strict=False):
+        ids, labels, *layout = as_lists(batch)
+        assert layout == before[2:]
+        for (shard, *_), begin, end in zip(spec.pieces, layout[1], layout[1][1:], strict=False):
+            if shard == 1:
+                lost += end - begin
+                assert ids[0][begin:end] == [PAD] * (end - begin)
+                assert labels[0][begin:end] == [IGNORE_INDEX] * (end - begin)
+            else:
+                assert ids[0][begin:end] == before[0][0][begin:end]
+                assert labels[0][begin:end] == before[1][0][begin:end]
+    assert sum(batch.lost_tokens for batch in batches) == loader.lost_tokens >= lost >= store.num_tokens(1)
+    if not workers:
+        assert [r.message for r in caplog.records if "skipped a shard" in r.message and "shard.00001.mds" in r.message]
+
+
+def test_ids_beyond_the_vocabulary_name_their_document(tmp_path):
+    documents = make_documents([20] * 6)
+    documents[4][7] = 300
+    store = reopened(write_mds(tmp_path / "ds", documents, shard_bytes=1 << 20))
+    assert len(list(make(store, epochs=1, vocab_size=301)))
+    with pytest.raises(DataError, match=r"ds/shard\.00000\.mds: document 4 has the id 300 at token 7, outside"):
+        list(make(store, epochs=1, vocab_size=258))
+
+
+def test_empty_documents_are_left_out():
+    store = MemoryStore([[np.arange(n) for n in (0, 5, 0, 9, 0)], [np.arange(0)]])
+    (batches,) = make(store, epochs=1, global_packs=1)
+    assert sorted(np.diff(batches[0].cu_seqlens).tolist()) == [2, 5, 9]
+
+
+def test_carried_pieces_say_so_on_both_sides():
+    store = memory_store([70, 20, 5, 40, 33, 16, 16, 8], shards=1)
+    options = {"long_documents": "carry", "global_packs": 2, "window_tokens": 1000, "epochs": 1, "prefetch_steps": 0}
+    steps = list(make(store, **options))
+    lanes = list(zip(*steps, strict=True))
+    assert sum(batch.carried for lane in lanes for batch in lane) >= 3
+    for lane in lanes:
+        for before, after in itertools.pairwise(lane):
+            assert before.goes_on == after.carried
+            if after.carried:  # the target of the last token is the first token of the lane's next pack
+                assert before.labels[0, -1] == after.input_ids[0, 0]
+    again = [make(store, rank=r, world_size=2, **options) for r in (0, 1)]
+    for lane, loader in zip(lanes, again, strict=True):
+        assert [as_lists(b) for (b,) in loader] == [as_lists(b) for b in lane]
+
+
 class BrokenStore(MemoryStore):
     def read(self, shard, i, start, stop):
         raise DataError("shard 7 is gone")
@@ -194,6 +340,7 @@ def test_error_in_the_thread_reaches_the_consumer_and_threads_end():
         ({"rank": 2, "world_size": 2}, "rank 2 of world size 2"),
         ({"epochs": 0}, "epochs is 0"),
         ({"prefetch_steps": -1}, "prefetch_steps is -1"),
+        ({"num_workers": -1}, "num_workers is -1"),
         ({"seq_len": 0}, "seq_len is 0"),
     ],
 )
@@ -203,7 +350,7 @@ def test_bad_settings(options, message):
 
 
 def test_report():
-    report = make(memory_store([8, 8, 40, 4]), window_tokens=1000).report()
+    report = make(memory_store([8, 8, 40, 4]), window_tokens=1000).report()["data"]
     assert (report.documents, report.cut_documents, report.tokens, report.packs) == (4, 1, 60, 4)
     assert report.waste == pytest.approx(1 - 60 / 64)
     assert report.documents_per_pack == pytest.approx(6 / 4)

@@ -1,22 +1,26 @@
-import json
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from statex_dist.data.plan import PACKINGS, Cursor, PackPlan, permutation
 from statex_dist.data.store import MemoryStore
-from statex_dist.errors import CheckpointError, ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError
 
 from .synthetic import memory_store
 
+WAYS = [
+    *((packing, "pad", "restart") for packing in PACKINGS),
+    ("best_fit", "split", "restart"),
+    *((packing, "pad", "carry") for packing in PACKINGS),
+    ("best_fit", "split", "carry"),
+]
 lengths_strategy = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
-def stream(plan: PackPlan, epoch: int):
+def stream(plan: PackPlan, epoch: int, seq_len: int):
     for w in range(plan.num_windows(epoch)):
-        window = plan.window(epoch, w)
+        window = plan.window(epoch, w, seq_len)
         for p in range(len(window)):
             yield window.pieces(p)
 
@@ -25,16 +29,25 @@ def stream(plan: PackPlan, epoch: int):
 @given(
     lengths_strategy,
     st.integers(1, 20),
-    st.sampled_from(PACKINGS),
+    st.sampled_from(WAYS),
     st.integers(1, 400),
     st.integers(0, 9),
     st.integers(0, 2),
 )
 def test_every_token_once_per_epoch(lengths, seq_len, packing, window_tokens, seed, epoch):
     store = memory_store(lengths)
-    plan = PackPlan(store, seq_len=seq_len, seed=seed, packing=packing, window_tokens=window_tokens)
+    name, tail, long_documents = packing
+    plan = PackPlan(
+        store,
+        seed=seed,
+        packing=name,
+        tail=tail,
+        window_tokens=window_tokens,
+        long_documents=long_documents,
+        lanes=3,
+    )
     seen = {(s, d): np.zeros(n, int) for s in range(store.num_shards) for d, n in enumerate(store.lengths(s).tolist())}
-    for pieces in stream(plan, epoch):
+    for pieces in stream(plan, epoch, seq_len):
         assert 1 <= sum(stop - start for _, _, start, stop, _ in pieces) <= seq_len
         for shard, document, start, stop, length in pieces:
             assert length == len(seen[shard, document])
@@ -45,31 +58,29 @@ def test_every_token_once_per_epoch(lengths, seq_len, packing, window_tokens, se
 @settings(max_examples=40, deadline=None)
 @given(lengths_strategy, st.integers(5, 30))
 def test_best_fit_cuts_only_what_must_be_cut(lengths, seq_len):
-    plan = PackPlan(memory_store(lengths), seq_len=seq_len)
-    for pieces in stream(plan, 0):
+    plan = PackPlan(memory_store(lengths))
+    for pieces in stream(plan, 0, seq_len):
         for _, _, start, stop, length in pieces:
             assert length > seq_len or (start, stop) == (0, length)
-    assert plan.report().cut_documents == sum(n > seq_len for n in lengths)
+    assert plan.report(seq_len).cut_documents == sum(n > seq_len for n in lengths)
 
 
 def test_concat_leaves_no_padding_inside_a_window():
-    plan = PackPlan(memory_store([7] * 50), seq_len=16, packing="concat")
-    used = sorted(sum(p[3] - p[2] for p in pieces) for pieces in stream(plan, 0))
+    plan = PackPlan(memory_store([7] * 50), packing="concat")
+    used = sorted(sum(p[3] - p[2] for p in pieces) for pieces in stream(plan, 0, 16))
     assert used == [350 % 16, *[16] * (350 // 16)]
 
 
 def test_one_document_is_alone():
-    plan = PackPlan(memory_store([5, 9, 40]), seq_len=16, packing="one_document")
-    assert sorted(len(pieces) for pieces in stream(plan, 0)) == [1] * 5
+    plan = PackPlan(memory_store([5, 9, 40]), packing="one_document")
+    assert sorted(len(pieces) for pieces in stream(plan, 0, 16)) == [1] * 5
 
 
 def test_epochs_and_seeds_differ_but_repeat_exactly():
     store = memory_store([3] * 60)
-    runs = {
-        (seed, epoch): list(stream(PackPlan(store, seq_len=9, seed=seed), epoch)) for seed in (0, 1) for epoch in (0, 1)
-    }
+    runs = {(seed, epoch): list(stream(PackPlan(store, seed=seed), epoch, 9)) for seed in (0, 1) for epoch in (0, 1)}
     assert len({str(run) for run in runs.values()}) == 4
-    assert list(stream(PackPlan(store, seq_len=9, seed=1), 1)) == runs[1, 1]
+    assert list(stream(PackPlan(store, seed=1), 1, 9)) == runs[1, 1]
 
 
 def test_permutation_is_pinned():
@@ -80,51 +91,97 @@ def test_permutation_is_pinned():
 def test_waste_of_a_long_tailed_corpus_is_small():
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(6.2, 1.1, 3000), 20000).astype(int) + 2
-    report = PackPlan(memory_store(lengths.tolist()), seq_len=4096).report()
+    report = PackPlan(memory_store(lengths.tolist())).report(4096)
     assert report.tokens == lengths.sum()
     assert report.waste < 0.01
     assert report.documents == 3000
 
 
 def test_take_crosses_windows_and_epochs():
-    plan = PackPlan(memory_store([4] * 12), seq_len=8, window_tokens=16)
+    plan = PackPlan(memory_store([4] * 12), window_tokens=16)
     assert plan.num_windows(0) == 3
-    packs, cursor = plan.take(Cursor(), 7)
-    assert cursor == Cursor(1, 0, 1)
-    again, same = plan.take(Cursor(0, 2, 0), 3)
+    packs, cursor = plan.take(Cursor(), 7, 8)
+    assert cursor == Cursor(1, 0, ((8, 1),))
+    again, same = plan.take(Cursor(0, 2), 3, 8)
     assert same == cursor
     assert [w.pieces(p) for w, p in again] == [w.pieces(p) for w, p in packs[4:]]
 
 
-def test_state_is_json_and_checked():
-    store = memory_store([5, 6, 7])
-    plan = PackPlan(store, seq_len=8, seed=3)
-    state = json.loads(json.dumps(plan.state(Cursor(2, 0, 1))))
-    assert plan.cursor(state) == Cursor(2, 0, 1)
-    for change, message in (
-        ({"seq_len": 16}, "seq_len was 8, now 16"),
-        ({"seed": 4}, "seed was 3, now 4"),
-        ({"packing": "concat"}, "packing was 'best_fit', now 'concat'"),
-        ({"window_tokens": 5}, "window_tokens was"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            PackPlan(store, **{"seq_len": 8, "seed": 3} | change).cursor(state)
-    with pytest.raises(ConfigError, match="data was"):
-        PackPlan(memory_store([5, 6, 8]), seq_len=8, seed=3).cursor(state)
-    with pytest.raises(CheckpointError, match="lacks pack"):
-        plan.cursor({k: v for k, v in state.items() if k != "pack"})
-    with pytest.raises(CheckpointError, match="version 99"):
-        plan.cursor(state | {"version": 99})
-    with pytest.raises(CheckpointError, match="outside the data"):
-        plan.cursor(state | {"window": 7})
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths_strategy,
+    st.sampled_from(WAYS),
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 3)), min_size=1, max_size=8),
+    st.integers(20, 300),
+)
+def test_a_change_of_length_loses_and_repeats_nothing(lengths, way, changes, window_tokens):
+    """Steps of 2 packs at lengths that change in the middle of windows: an epoch is still each token once."""
+    packing, tail, long_documents = way
+    store = memory_store(lengths)
+    plan = PackPlan(
+        store, packing=packing, tail=tail, long_documents=long_documents, lanes=2, window_tokens=window_tokens
+    )
+    seen = {(s, d): np.zeros(n, int) for s in range(store.num_shards) for d, n in enumerate(store.lengths(s).tolist())}
+    cursor, packs = Cursor(), []
+    schedule = [seq_len for seq_len, steps in changes for _ in range(steps)]
+    while cursor.epoch == 0:
+        seq_len = schedule.pop(0) if schedule else 7
+        taken, cursor = plan.take(cursor, 2, seq_len)
+        assert all(window.seq_len == seq_len for window, _ in taken)
+        packs += taken
+    assume((cursor.epoch, cursor.window) == (1, 0))
+    later = sum(count for _, count in cursor.taken)  # the last step may reach into the next epoch
+    for window, pack in packs[: len(packs) - later]:
+        for shard, document, start, stop, _ in window.pieces(pack):
+            seen[shard, document][start:stop] += 1
+    assert all((count == 1).all() for count in seen.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_strategy, st.integers(4, 30), st.sampled_from(["best_fit", "concat"]), st.integers(1, 5))
+def test_carried_packs_go_on_in_their_lane(lengths, seq_len, packing, width):
+    plan = PackPlan(
+        memory_store(lengths), packing=packing, long_documents="carry", lanes=width, window_tokens=sum(lengths) // 2 + 1
+    )
+    cursor, stream = Cursor(), []
+    while cursor.epoch == 0:
+        taken, cursor = plan.take(cursor, width, seq_len)
+        stream += taken
+    carried = begun = 0
+    for i, (window, pack) in enumerate(stream):
+        shard, document, start, _, _ = window.pieces(pack)[0]
+        begun += start > 0
+        if window.carried[pack]:
+            carried += 1
+            before, place = stream[i - width]  # one step earlier, in the same lane
+            assert before is window
+            assert before.pieces(place)[-1][:2] == (shard, document)
+            assert before.pieces(place)[-1][3] == start > 0
+            assert before.tokens(place) == seq_len
+    # A chain is broken only where a lane ends: once for each lane and window.
+    assert begun - carried <= width * len({id(window) for window, _ in stream})
+
+
+def test_split_tails_leave_next_to_no_padding():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(9.5, 1.0, 3000), 16_000, 200_000).astype(int) + 2
+    padded = PackPlan(memory_store(lengths.tolist())).report(65536)
+    split = PackPlan(memory_store(lengths.tolist()), tail="split").report(65536)
+    concat = PackPlan(memory_store(lengths.tolist()), packing="concat").report(65536)
+    assert padded.tokens == split.tokens == lengths.sum()
+    assert padded.waste > 0.005
+    assert split.waste < 0.001
+    assert padded.cut_documents < split.cut_documents < 0.6 * concat.cut_documents
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 0}, "seq_len is 0; it must be at least 1"),
-        ({"seq_len": 4, "window_tokens": 0}, "window_tokens is 0"),
-        ({"seq_len": 4, "packing": "best"}, "packing is 'best'; allowed: best_fit, concat, one_document"),
+        ({"window_tokens": 0}, "window_tokens is 0"),
+        ({"packing": "best"}, "packing is 'best'; allowed: best_fit, concat, one_document"),
+        ({"tail": "cut"}, "tail is 'cut'; allowed: pad, split"),
+        ({"packing": "concat", "tail": "split"}, "tail 'split' is for packing 'best_fit', not 'concat'"),
+        ({"long_documents": "go on"}, "long_documents is 'go on'; allowed: restart, carry"),
     ],
 )
 def test_bad_settings(options, message):
@@ -134,4 +191,4 @@ def test_bad_settings(options, message):
 
 def test_empty_data_is_refused():
     with pytest.raises(DataError, match="holds no tokens"):
-        PackPlan(MemoryStore([]), seq_len=4).take(Cursor(), 1)
+        PackPlan(MemoryStore([])).take(Cursor(), 1, 4)
