@@ -118,7 +118,8 @@ class PackBuilder:
         return Piece(np.full(stop - start, self._pad_id, np.int64), np.zeros(stop - start, np.uint8))
 
     def _check_ids(self, ids: np.ndarray, sizes: np.ndarray, spec: PackSpec) -> None:
-        if self._vocab_size is None or not len(ids) or 0 <= ids.min() <= ids.max() < self._vocab_size:
+        # As unsigned numbers negative ids are huge ones: one pass finds both.
+        if self._vocab_size is None or not len(ids) or ids.view(np.uint64).max() < self._vocab_size:
             return
         at = int(np.flatnonzero((ids < 0) | (ids >= self._vocab_size))[0])
         piece = int(np.searchsorted(np.cumsum(sizes), at, side="right"))

@@ -1,8 +1,12 @@
 import gc
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -240,8 +244,40 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     for pid in children() - before:
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a data worker ended by itself .* set fewer workers"):
-        for _ in range(100):
-            next(steps)
+        list(itertools.islice(steps, 100))
+
+
+ENDLESS = """
+import json, sys, time
+from statex_dist.data.formats import open_store
+from statex_dist.data.loader import PackedLoader
+store = open_store(sys.argv[1], cache_dir=sys.argv[2])
+loader = PackedLoader(store, seq_len=64, global_packs=4, pad_id=257, window_tokens=1000, num_workers=2)
+for batches in loader:
+    print(json.dumps(batches[0].loader_state), flush=True)
+    time.sleep(0.02)
+"""
+
+
+def test_kill_9_leaves_nothing_behind_and_the_next_start_goes_on(tmp_path):
+    """The main process is killed with its workers running: they end, and no lock or shared memory is left."""
+    path = write_mds(tmp_path / "ds", make_documents(LENGTHS * 20), compression="zstd")
+    whole, states = global_stream(reopened(path), 1, 20, seq_len=64, window_tokens=1000)
+    arguments = [sys.executable, "-c", ENDLESS, str(path), str(tmp_path / "cache")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    seen = [json.loads(process.stdout.readline()) for _ in range(5)]
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    assert seen == states[:5]
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive the killed process"
+        time.sleep(0.1)
+    pids = [process.pid, *workers]
+    assert not [p for p in Path("/dev/shm").iterdir() if any(f"torch_{pid}_" in p.name for pid in pids)]
+    assert global_stream(reopened(path), 2, 3, seen[-1], seq_len=64, window_tokens=1000)[0] == whole[5:8]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

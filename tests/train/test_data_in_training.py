@@ -1,0 +1,202 @@
+"""What the loader promises, seen from a training run: carried states, mixtures, bad shards, every launcher."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from statex_dist.config import parse_config
+from statex_dist.data.formats import open_store
+from statex_dist.data.prepare import prepare
+from statex_dist.data.store import sequential_documents
+from statex_dist.models.hf import from_pretrained, save_pretrained
+from statex_dist.run import train
+from statex_dist.run_config import RunConfig
+from tests.runs import GLA, MAMBA2, command, environment, expanded, losses, run_training, save_model, write_run
+
+
+def make_data(directory: Path, sizes: list[int], seed: int = 0) -> Path:
+    """Documents of so many bytes (one token each, and EOS)."""
+    generator = torch.Generator().manual_seed(seed)
+    letters = [torch.randint(97, 123, (n,), generator=generator).tolist() for n in sizes]
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = directory / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": bytes(ids).decode()}) + "\n" for ids in letters))
+    prepare([lines], directory / "shards", workers=1, shard_bytes=2048)
+    return directory / "shards"
+
+
+LONG = [90, 400, 33, 700, 5, 260, 12, 130, 511, 64, 8, 300]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"), LONG)
+
+
+@pytest.fixture(scope="module", params=[GLA, MAMBA2], ids=["gla", "mamba2"])
+def model(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh model, but one that says loudly what its states hold."""
+    directory = save_model(expanded(request.param), tmp_path_factory.mktemp("model"))
+    module = from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        module.lm_head.weight.mul_(30)
+    save_pretrained(module, directory, overwrite=True)
+    return directory
+
+
+def start(path: Path, *arguments: str, **sections) -> RunConfig:
+    file = write_run(path.with_suffix(".yaml"), **sections)
+    return parse_config(RunConfig, ["--config", str(file), *arguments], prog="train.py")
+
+
+def frozen_run(path: Path, model: Path, shards: Path, long_documents: str, steps: int) -> list[float]:
+    """Losses of an epoch with a learning rate of next to nothing, packed by ``concat`` into one lane of 64 tokens."""
+    config = start(
+        path,
+        model={"path": str(model)},
+        data={
+            "path": str(shards),
+            "seq_len": 64,
+            "packs_per_step": 1,
+            "packing": "concat",
+            "window_tokens": 100_000,
+            "long_documents": long_documents,
+        },
+        train={"num_steps": steps},
+        optimizer={"lr": 1e-12, "weight_decay": 0.0},
+        engine={"name": "plain"},
+    )
+    assert train(config)
+    return losses(path)
+
+
+def test_a_carried_state_makes_a_cut_document_whole(tmp_path: Path, model: Path, shards: Path):
+    """In one lane, carried, nothing is cut off: the losses add up to those of the whole documents run alone."""
+    tokens = sum(LONG) + len(LONG)
+    steps = -(-tokens // 64)
+    module = from_pretrained(model, dtype=torch.float32)
+    whole = 0.0
+    with torch.no_grad():
+        for piece in sequential_documents(open_store(shards)):
+            ids = torch.from_numpy(piece.tokens.astype("int64"))[None]
+            labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+            whole += float(module(ids, labels=labels).loss_sum)
+    carried = sums(frozen_run(tmp_path / "carry", model, shards, "carry", steps), shards, "carry")
+    restarted = sums(frozen_run(tmp_path / "restart", model, shards, "restart", steps), shards, "restart")
+    assert carried == pytest.approx(whole, rel=1e-5)
+    assert abs(restarted - whole) > 50 * abs(carried - whole)
+
+
+def sums(means: list[float], shards: Path, long_documents: str) -> float:
+    """The summed loss of a run, from its mean losses and the packs' own counts of targets."""
+    from statex_dist.data.loader import PackedLoader
+
+    loader = PackedLoader(
+        open_store(shards),
+        seq_len=64,
+        global_packs=1,
+        pad_id=257,
+        packing="concat",
+        window_tokens=100_000,
+        long_documents=long_documents,
+    )
+    return sum(mean * batch.num_target_tokens for mean, (batch,) in zip(means, loader, strict=False))
+
+
+@pytest.mark.distributed
+def test_carried_states_on_two_ranks_equal_one_and_survive_a_restart(tmp_path: Path, shards: Path):
+    sections = {
+        "model": {"config": GLA},
+        "data": {"path": str(shards), "seq_len": 64, "packs_per_step": 4, "long_documents": "carry"},
+        "train": {"num_steps": 7},
+        "schedule": {"name": "constant"},
+    }
+    assert train(start(tmp_path / "one", **sections, engine={"name": "plain"}))
+    runs = {"two": ["7"], "parts": ["3", "7"]}  # step 3 lies in the middle of long documents
+    for name, ends in runs.items():
+        file = write_run(tmp_path / f"{name}.yaml", **sections)
+        for steps in ends:
+            result = run_training(2, "--config", str(file), "--train.num_steps", steps)
+            assert result.returncode == 0, result.stderr
+            assert "no state was kept" not in result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "two")
+
+
+def test_a_mixture_with_a_curriculum_resumes_exactly(tmp_path: Path, shards: Path):
+    other = make_data(tmp_path / "other", [40, 50, 60, 70, 300] * 6, seed=1)
+    sections = {
+        "model": {"config": GLA},
+        "data": {
+            "sources": {"long": {"path": str(shards), "weight": 2}, "short": {"path": str(other)}},
+            "seq_len": 32,
+            "packs_per_step": 2,
+            "tail": "split",
+            "num_workers": 2,
+            "curriculum": [{"from_step": 3, "seq_len": 96}, {"from_step": 6, "weights": {"short": 1}}],
+        },
+        "engine": {"name": "plain"},
+        "schedule": {"name": "constant"},
+    }
+    assert train(start(tmp_path / "whole", "--train.num_steps", "9", **sections))
+    for steps in ("2", "4", "9"):
+        assert train(start(tmp_path / "parts", "--train.num_steps", steps, **sections))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] for line in lines] == [64] * 3 + [192] * 6
+
+
+LAUNCHERS = {
+    "torchrun": command(2),
+    "deepspeed": [
+        str(Path(sys.executable).parent / "deepspeed"),
+        *("--num_accelerators", "2"),
+        str(Path(command(1)[-1])),
+    ],
+    "python": [sys.executable, command(1)[-1]],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_bad_shard_ends_every_launcher_with_its_name(tmp_path: Path, launcher: str):
+    data = make_data(tmp_path / "data", LONG * 6)
+    (data / "shard.00003.mds").write_bytes(b"x" * 100)
+    sections = {
+        "model": {"config": GLA},
+        "data": {"path": str(data), "seq_len": 128, "packs_per_step": 2},
+        "train": {"num_steps": 200},
+    }
+    file = write_run(tmp_path / "run.yaml", **sections)
+    done = subprocess.run(
+        [*LAUNCHERS[launcher], "--config", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode != 0
+    said = done.stderr + done.stdout
+    ranks = 1 if launcher == "python" else 2
+    assert said.count("shard.00003.mds has 100 bytes, the index says") >= ranks, said[-3000:]
+    assert "Traceback" not in said or launcher == "torchrun"  # torchrun prints its own
+
+
+def test_skip_corrupt_goes_on_and_says_what_was_lost(tmp_path: Path, caplog):
+    data = make_data(tmp_path / "data", LONG * 6)
+    (data / "shard.00003.mds").unlink()
+    sections = {
+        "model": {"config": GLA},
+        "data": {"path": str(data), "seq_len": 128, "packs_per_step": 2, "skip_corrupt": True},
+        "engine": {"name": "plain"},
+    }
+    assert train(start(tmp_path / "run", "--train.num_steps", "40", **sections))
+    assert any("tokens of damaged shards were skipped" in record.message for record in caplog.records)
+    assert len(losses(tmp_path / "run")) == 40
