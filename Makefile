@@ -45,7 +45,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.scan
 	$(BIN)/python -m benchmarks.expand
 	$(BIN)/python -m benchmarks.reshard
-	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.data
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import jsonargparse
 
@@ -19,6 +20,7 @@ from statex_dist.log import setup_logging
 
 COMMANDS = {
     "prepare": "turn text, jsonl or parquet into shards of tokens",
+    "data-stats": "say how long a dataset's documents are, and what each packing would cost",
     "plan": "show what an expansion would do, before anything is done",
     "expand": "expand the recurrent state of a checkpoint",
     "reshard": "turn a training checkpoint into safetensors",
@@ -41,13 +43,17 @@ def build_parser() -> jsonargparse.ArgumentParser:
     subcommands = parser.add_subcommands(dest="command")
     for name, text in COMMANDS.items():
         # Aborting half-typed commands must not cost a torch import: the cmd_* modules import little at the top.
-        module = importlib.import_module(f"launch.cmd_{name}")
+        module = _module(name)
         subparser = jsonargparse.ArgumentParser(
             description=text[0].upper() + text[1:] + ".", exit_on_error=False, allow_abbrev=False
         )
         module.add_arguments(subparser)
         subcommands.add_subcommand(name, subparser, help=text)
     return parser
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"launch.cmd_{command.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         options = build_parser().parse_args(arguments)
-        return importlib.import_module(f"launch.cmd_{options.command}").run(options[options.command])
+        return _module(options.command).run(options[options.command])
     except argparse.ArgumentError as error:
         # The parser calls an option of a subcommand "command.option"; the user typed no such thing.
         sys.stderr.write(f"error: {one_line(error).replace(f'{arguments[0]}.', '')}\n")

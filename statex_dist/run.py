@@ -124,7 +124,7 @@ def _train(
     if engine.rank == 0:
         write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
         metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
-        for name, report in loader.report(max_windows=1).items():
+        for name, report in loader.report(max_windows=1).items() if start_step == 0 else ():
             logger.info(
                 "%s: %.2f %% padding, %.1f %% of the documents cut, %.1f documents in a sequence of %d (first window)",
                 config.data.paths[name],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,17 @@ from statex_dist.errors import DataError, ShardError
 log = logging.getLogger(__name__)
 
 
+PieceSpec = tuple[int, int, int, int, int]
+"""``(shard, document, start, stop, document length)``."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackSpec:
     """What one pack is made of.
 
     Attributes:
         source: Name of the source.
-        pieces: ``(shard, document, start, stop, document length)`` of each piece, in order.
+        pieces: The pieces, in order.
         seq_len: Tokens of the pack.
         carried: See :class:`~statex_dist.data.types.PackedBatch`.
         goes_on: See :class:`~statex_dist.data.types.PackedBatch`.
@@ -30,19 +35,37 @@ class PackSpec:
     """
 
     source: str
-    pieces: list[tuple[int, int, int, int, int]]
+    pieces: list[PieceSpec]
     seq_len: int
     carried: bool
     goes_on: bool
     state: dict[str, Any]
 
 
-class PackBuilder:
-    """Builds packs from the stores of all sources.
+@dataclass(frozen=True, slots=True)
+class PackParts:
+    """What was read for one pack; small, because workers hand it over.
+
+    Attributes:
+        tokens: ``[used]`` ids of all pieces, in the type that they are stored in.
+        loss_mask: ``[used]`` uint8, or ``None`` where all targets are learned.
+        following: For each piece that its document goes on behind: its number and the next id, or
+            :data:`IGNORE_INDEX` if that is not to be learned.
+        lost_tokens: Tokens of damaged shards; padding stands for them.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray | None
+    following: list[tuple[int, int]]
+    lost_tokens: int
+
+
+class PackReader:
+    """Reads the pieces of packs from the stores of all sources.
 
     Args:
         stores: The documents of each source.
-        pad_id: Id of the positions behind the last piece.
+        pad_id: Id of padding.
         vocab_size: Bound of the ids; ``None`` for no check.
         skip_corrupt: Put padding in the place of a damaged shard's tokens, instead of raising.
     """
@@ -54,56 +77,30 @@ class PackBuilder:
         self._skip_corrupt = skip_corrupt
         self._lost: set[tuple[str, int]] = set()
 
-    def build(self, spec: PackSpec) -> PackedBatch:
-        """Return the pack of ``spec``.
-
-        A document of ``n`` tokens gives ``n - 1`` targets: its EOS has none. Where a document goes on behind a piece,
-        the piece's last token keeps its true target, read from the document. A target whose ``loss_mask`` is 0 is
-        ignored.
+    def read(self, source: str, pieces: list[PieceSpec]) -> PackParts:
+        """Return what a pack of ``pieces`` needs.
 
         Raises:
             ShardError: A shard is missing or damaged, and is not to be skipped.
             DataError: An id is outside the vocabulary.
         """
-        store, pieces, seq_len = self._stores[spec.source], spec.pieces, spec.seq_len
-        read = [self._read(spec.source, shard, document, start, stop) for shard, document, start, stop, _ in pieces]
-        sizes = np.array([stop - start for _, _, start, stop, _ in pieces], np.int64)
-        used = int(sizes.sum())
-        ids = np.empty(seq_len, np.int64)
-        np.concatenate([piece.tokens for piece in read], out=ids[:used], casting="same_kind")
-        ids[used:] = self._pad_id
-        self._check_ids(ids[:used], sizes, spec)
-
-        labels = np.full(seq_len, IGNORE_INDEX, np.int64)
-        labels[: used - 1] = ids[1:used]
-        if store.has_loss_mask or any(piece.loss_mask is not None for piece in read):
-            masks = [np.ones(len(p.tokens), np.uint8) if p.loss_mask is None else p.loss_mask for p in read]
-            labels[: used - 1][np.concatenate(masks)[1:] == 0] = IGNORE_INDEX
-        ends = np.cumsum(sizes)
-        labels[ends - 1] = IGNORE_INDEX
-        for end, (shard, document, _, stop, length) in zip(ends.tolist(), pieces, strict=True):
+        read = [self._read(source, shard, document, start, stop) for shard, document, start, stop, _ in pieces]
+        tokens = np.concatenate([piece.tokens for piece in read])
+        self._check_ids(tokens, source, pieces)
+        loss_mask = None
+        if any(piece.loss_mask is not None for piece in read):
+            loss_mask = np.concatenate(
+                [np.ones(len(p.tokens), np.uint8) if p.loss_mask is None else p.loss_mask for p in read]
+            )
+        following = []
+        for number, (shard, document, _, stop, length) in enumerate(pieces):
             if stop < length:
-                following = self._read(spec.source, shard, document, stop, stop + 1)
-                if following.loss_mask is None or following.loss_mask[0]:
-                    labels[end - 1] = following.tokens[0]
-
-        if used < seq_len:
-            sizes = np.append(sizes, seq_len - used)
-        borders = np.concatenate([[0], np.cumsum(sizes)])
-        positions = np.arange(seq_len) - np.repeat(borders[:-1], sizes)
-        segments = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        lost = sum(stop - start for shard, _, start, stop, _ in pieces if (spec.source, shard) in self._lost)
-        return PackedBatch(
-            input_ids=torch.from_numpy(ids)[None],
-            labels=torch.from_numpy(labels)[None],
-            position_ids=torch.from_numpy(positions)[None],
-            cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
-            seq_idx=torch.from_numpy(segments)[None],
-            loader_state=spec.state,
-            carried=spec.carried,
-            goes_on=spec.goes_on,
-            lost_tokens=lost,
-        )
+                after = self._read(source, shard, document, stop, stop + 1)
+                learned = after.loss_mask is None or bool(after.loss_mask[0])
+                self._check_ids(after.tokens, source, [(shard, document, stop, stop + 1, length)])
+                following.append((number, int(after.tokens[0]) if learned else IGNORE_INDEX))
+        lost = sum(stop - start for shard, _, start, stop, _ in pieces if (source, shard) in self._lost)
+        return PackParts(tokens, loss_mask, following, lost)
 
     def _read(self, source: str, shard: int, document: int, start: int, stop: int) -> Piece:
         if (source, shard) not in self._lost:
@@ -115,17 +112,77 @@ class PackBuilder:
                 # The plan stays as it is, so every rank goes on with the same packs, whoever can read the shard.
                 log.warning("skipped a shard: %s", error)
                 self._lost.add((source, shard))
-        return Piece(np.full(stop - start, self._pad_id, np.int64), np.zeros(stop - start, np.uint8))
+        return Piece(np.full(stop - start, self._pad_id, np.uint32), np.zeros(stop - start, np.uint8))
 
-    def _check_ids(self, ids: np.ndarray, sizes: np.ndarray, spec: PackSpec) -> None:
-        # As unsigned numbers negative ids are huge ones: one pass finds both.
-        if self._vocab_size is None or not len(ids) or ids.view(np.uint64).max() < self._vocab_size:
+    def _check_ids(self, ids: np.ndarray, source: str, pieces: list[PieceSpec]) -> None:
+        if self._vocab_size is None or not len(ids):
+            return
+        if ids.max() < self._vocab_size and (ids.dtype.kind == "u" or ids.min() >= 0):
             return
         at = int(np.flatnonzero((ids < 0) | (ids >= self._vocab_size))[0])
-        piece = int(np.searchsorted(np.cumsum(sizes), at, side="right"))
-        shard, document, start, _, _ = spec.pieces[piece]
-        place = start + at - int(sizes[:piece].sum())
+        ends = np.cumsum([stop - start for _, _, start, stop, _ in pieces])
+        shard, document, _, stop, _ = pieces[int(np.searchsorted(ends, at, side="right"))]
+        place = stop - int(ends[np.searchsorted(ends, at, side="right")]) + at
         raise DataError(
-            f"{self._stores[spec.source].name(shard)}: document {document} has the id {ids[at]} at token {place}, "
+            f"{self._stores[source].name(shard)}: document {document} has the id {ids[at]} at token {place}, "
             f"outside the model's vocabulary of {self._vocab_size}; prepare the data with the model's tokenizer"
         )
+
+
+def lay_out(specs: Sequence[PackSpec], parts: Sequence[PackParts], pad_id: int) -> list[PackedBatch]:
+    """Lay packs of one length out as tensors, all at once: what it costs is by token, not by pack.
+
+    A document of ``n`` tokens gives ``n - 1`` targets: its EOS has none. Where a document goes on behind a piece, the
+    piece's last token keeps its true target. A target whose ``loss_mask`` is 0 is ignored.
+
+    Args:
+        specs: The packs, all of one ``seq_len``.
+        parts: What was read for each.
+        pad_id: Id of the positions behind a pack's last piece.
+
+    Returns:
+        One batch for each pack; their tensors are parts of common ones.
+    """
+    seq_len, total = specs[0].seq_len, len(specs) * specs[0].seq_len
+    sizes: list[np.ndarray] = []
+    for spec in specs:
+        lengths = [stop - start for _, _, start, stop, _ in spec.pieces]
+        padding = seq_len - sum(lengths)
+        sizes.append(np.array([*lengths, padding] if padding else lengths, np.int64))
+    ids = np.full(total, pad_id, np.int64)
+    for row, part in enumerate(parts):
+        ids[row * seq_len : row * seq_len + len(part.tokens)] = part.tokens
+
+    segments = np.concatenate(sizes)
+    ends = np.cumsum(segments)
+    labels = np.empty(total, np.int64)
+    labels[:-1] = ids[1:]
+    labels[ends - 1] = IGNORE_INDEX
+    positions = np.arange(total) - np.repeat(ends - segments, segments)
+    numbers = np.concatenate([np.arange(len(part), dtype=np.int32) for part in sizes])
+    seq_idx = np.repeat(numbers, segments)
+    batches = []
+    for row, (spec, part) in enumerate(zip(specs, parts, strict=True)):
+        here = slice(row * seq_len, (row + 1) * seq_len)
+        borders = np.concatenate([[0], np.cumsum(sizes[row])])
+        used = len(part.tokens)
+        row_labels = labels[here]
+        row_labels[used:] = IGNORE_INDEX
+        if part.loss_mask is not None:
+            row_labels[: used - 1][part.loss_mask[1:] == 0] = IGNORE_INDEX
+        for number, token in part.following:
+            row_labels[borders[number + 1] - 1] = token
+        batches.append(
+            PackedBatch(
+                input_ids=torch.from_numpy(ids[here])[None],
+                labels=torch.from_numpy(row_labels)[None],
+                position_ids=torch.from_numpy(positions[here])[None],
+                cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
+                seq_idx=torch.from_numpy(seq_idx[here])[None],
+                loader_state=spec.state,
+                carried=spec.carried,
+                goes_on=spec.goes_on,
+                lost_tokens=part.lost_tokens,
+            )
+        )
+    return batches

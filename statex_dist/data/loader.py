@@ -4,8 +4,8 @@ Global step ``i`` consists of ``global_packs`` consecutive packs of the stream; 
 run of ``global_packs / W`` of them. The state that travels with each batch is the place in the stream after its
 *global* step, so it is the same on every rank and valid for any number of ranks.
 
-Plans are made ahead in a thread, packs in another one or in worker processes. Workers are handed what to build, pack by
-pack, and answer in order: how many there are changes nothing.
+Plans are made ahead in a thread, packs are read and laid out in another one. With worker processes, those are handed
+what to read, some packs at a time, and answer in order: how many there are changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from statex_dist.data.collate import PackBuilder, PackSpec
+from statex_dist.data.collate import PackParts, PackReader, PackSpec, PieceSpec, lay_out
 from statex_dist.data.mixing import Mixture, Place, PlannedPack, Stage
 from statex_dist.data.plan import PackPlan, PackReport
 from statex_dist.data.prefetch import prefetch
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 ONLY_SOURCE = "data"
 _PLANNED_STEPS = 8
-_PACKS_AHEAD_OF_WORKER = 2
+_ORDERS_AHEAD_OF_WORKER = 2
+_TOKENS_AT_ONCE = 1 << 16
 
 
 class PackedLoader:
@@ -54,7 +55,7 @@ class PackedLoader:
         long_documents: See :class:`~statex_dist.data.plan.PackPlan`.
         epochs: Passes over the data; ``None`` for no end. Only with one source.
         prefetch_steps: Global steps built ahead in a thread; 0 builds in the caller. Not used with workers.
-        num_workers: Processes that build packs; 0 for none.
+        num_workers: Processes that read packs; 0 for none.
         vocab_size: Ids from here on are an error; ``None`` for no check.
         skip_corrupt: Put padding in the place of a damaged shard's tokens and count them, instead of raising.
 
@@ -117,7 +118,8 @@ class PackedLoader:
         self.mixture = Mixture(plans, stages)
         self.epochs = epochs
         self.lost_tokens = 0
-        self._builder = PackBuilder(self.stores, pad_id=pad_id, vocab_size=vocab_size, skip_corrupt=skip_corrupt)
+        self._pad_id = pad_id
+        self._reader = PackReader(self.stores, pad_id=pad_id, vocab_size=vocab_size, skip_corrupt=skip_corrupt)
         self._global_packs = global_packs
         self._mine = slice(rank * (global_packs // world_size), (rank + 1) * (global_packs // world_size))
         self._prefetch_steps = prefetch_steps
@@ -209,61 +211,75 @@ class PackedLoader:
 
     def _with_thread(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
         planned = prefetch(self._planned(), _PLANNED_STEPS if self._prefetch_steps else 0)
-        steps = prefetch(
-            ((place, [self._builder.build(spec) for spec in specs]) for place, specs in planned), self._prefetch_steps
-        )
+        steps = prefetch(((place, self._build(specs)) for place, specs in planned), self._prefetch_steps)
         try:
             yield from steps
         finally:
             steps.close()
             planned.close()
 
+    def _build(self, specs: list[PackSpec]) -> list[PackedBatch]:
+        return [
+            batch
+            for some in _chunks(specs)
+            for batch in lay_out(some, [self._reader.read(spec.source, spec.pieces) for spec in some], self._pad_id)
+        ]
+
     def _with_workers(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
         planned = prefetch(self._planned(), _PLANNED_STEPS)
-        places: deque[tuple[Place, int]] = deque()
+        waiting: deque[tuple[Place, list[list[PackSpec]]]] = deque()
 
-        def specs() -> Iterator[PackSpec]:
-            for place, of_step in planned:
-                places.append((place, len(of_step)))
-                yield from of_step
+        def orders() -> Iterator[_Order]:
+            for place, specs in planned:
+                chunks = list(_chunks(specs))
+                waiting.append((place, chunks))
+                for some in chunks:
+                    yield [(spec.source, spec.pieces) for spec in some]
 
-        # The workers are forked before the planning thread starts, which the first spec does.
-        built = iter(
+        # The workers are forked before the planning thread starts, which the first order does.
+        answers = iter(
             DataLoader(
-                _Packs(self._builder),
-                sampler=_Once(specs()),
+                _Reading(self._reader),
+                sampler=_Once(orders()),
                 batch_size=None,
                 collate_fn=_unchanged,
                 num_workers=self._num_workers,
-                prefetch_factor=_PACKS_AHEAD_OF_WORKER,
+                prefetch_factor=_ORDERS_AHEAD_OF_WORKER,
                 multiprocessing_context="fork",
             )
         )
         try:
-            batches: list[PackedBatch] = []
-            for item in _guarded(built):
-                if isinstance(item, StateXError):
-                    raise item
-                batches.append(item)
-                place, count = places[0]
-                if len(batches) == count:
-                    places.popleft()
-                    yield place, batches
-                    batches = []
+            while (answer := _next_answer(answers)) is not None:
+                place, chunks = waiting.popleft()
+                batches = lay_out(chunks[0], answer, self._pad_id)
+                for some in chunks[1:]:
+                    more = _next_answer(answers)
+                    assert more is not None, "a worker answers every order"
+                    batches += lay_out(some, more, self._pad_id)
+                yield place, batches
         finally:
-            del built
+            del answers
             planned.close()
 
 
-class _Packs(Dataset[PackedBatch | StateXError]):
-    """Builds packs in a worker process; a user's error is handed over, not wrapped into a traceback."""
+_Order = list[tuple[str, list[PieceSpec]]]
 
-    def __init__(self, builder: PackBuilder):
-        self._builder = builder
 
-    def __getitem__(self, spec: Any) -> PackedBatch | StateXError:
+def _chunks(specs: list[PackSpec]) -> Iterator[list[PackSpec]]:
+    """Split a step's packs (all of one length) into parts of some ten thousand tokens, which are built at once."""
+    count = max(1, _TOKENS_AT_ONCE // specs[0].seq_len)
+    return (specs[i : i + count] for i in range(0, len(specs), count))
+
+
+class _Reading(Dataset[list[PackParts] | StateXError]):
+    """Reads packs in a worker process; a user's error is handed over, not wrapped into a traceback."""
+
+    def __init__(self, reader: PackReader):
+        self._reader = reader
+
+    def __getitem__(self, order: Any) -> list[PackParts] | StateXError:
         try:
-            return self._builder.build(spec)
+            return [self._reader.read(source, pieces) for source, pieces in order]
         except StateXError as error:
             return error
 
@@ -271,10 +287,10 @@ class _Packs(Dataset[PackedBatch | StateXError]):
 class _Once:
     """A sampler over a running iterator."""
 
-    def __init__(self, items: Iterator[PackSpec]):
+    def __init__(self, items: Iterator[_Order]):
         self._items = items
 
-    def __iter__(self) -> Iterator[PackSpec]:
+    def __iter__(self) -> Iterator[_Order]:
         return self._items
 
 
@@ -282,17 +298,16 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _guarded(items: Iterator[Any]) -> Iterator[Any]:
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a data worker ended by itself ({str(error).splitlines()[0]}); give it more memory, or set fewer "
-                "workers"
-            ) from error
-        yield item
+def _next_answer(answers: Iterator[Any]) -> list[PackParts] | None:
+    """The next answer of the workers, in order; ``None`` at the end."""
+    try:
+        answer = next(answers, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data worker ended by itself ({str(error).splitlines()[0]}); give it more memory, or set fewer workers"
+        ) from error
+    if isinstance(answer, StateXError):
+        raise answer
+    return answer

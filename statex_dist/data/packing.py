@@ -151,25 +151,31 @@ def _assign(size: np.ndarray, seq_len: int, first: np.ndarray) -> np.ndarray:
     rooms = sorted(open_packs)
     order = np.flatnonzero(~first)
     order = order[np.argsort(-size[order], kind="stable")]
-    assigned = []
-    for n in size[order].tolist():
-        k = bisect_left(rooms, n)
-        if k == len(rooms):
-            chosen, room = num_packs, seq_len - n
-            num_packs += 1
-        else:
-            room = rooms[k]
-            chosen = open_packs[room].pop()
-            if not open_packs[room]:
-                del rooms[k], open_packs[room]
-            room -= n
-        if room:
-            if room not in open_packs:
-                insort(rooms, room)
-                open_packs[room] = []
-            open_packs[room].append(chosen)
-        assigned.append(chosen)
-    pack[order] = assigned
+    falling, counts = np.unique(-size[order], return_counts=True)
+    packs, repeats = [], []
+    for n, waiting in zip((-falling).tolist(), counts.tolist(), strict=True):
+        while waiting:
+            k = bisect_left(rooms, n)
+            if k == len(rooms):
+                chosen, room = num_packs, seq_len
+                num_packs += 1
+            else:
+                room = rooms[k]
+                chosen = open_packs[room].pop()
+                if not open_packs[room]:
+                    del rooms[k], open_packs[room]
+            # The tightest pack stays the tightest while it has room, so equal pieces go into it together.
+            taken = min(waiting, room // n)
+            waiting -= taken
+            room -= taken * n
+            if room:
+                if room not in open_packs:
+                    insort(rooms, room)
+                    open_packs[room] = []
+                open_packs[room].append(chosen)
+            packs.append(chosen)
+            repeats.append(taken)
+    pack[order] = np.repeat(np.array(packs, np.int64), repeats)
     return pack
 
 
