@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from statex_dist.config import parse_size
+from statex_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from statex_dist.data.prepare import PartSummary, PrepareSummary
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex prepare`` to ``parser``."""
     parser.add_argument("inputs", nargs="+", type=str, metavar="INPUT", help="files, directories or globs")
     parser.add_argument("--out", type=str, required=True, metavar="DIR", help="dataset directory to make")
-    parser.add_argument("--format", type=str, default="mds", help="shard format: mds")
+    parser.add_argument("--format", type=str, default="mds", help="shard format: mds or wds")
     parser.add_argument("--tokenizer", type=str, default="bytes", help="bytes, or a Hugging Face tokenizer's directory")
     parser.add_argument("--workers", type=int | None, default=None, help="processes (default: by cores and input size)")
     parser.add_argument("--text-field", type=str, default="text", help="text field of .jsonl, column of .parquet")
+    parser.add_argument(
+        "--where",
+        action="append",
+        type=str,
+        default=[],
+        metavar="EXPR",
+        help="take records with FIELD OP VALUE only, e.g. 'score>=0.5', 'meta.lang=en'; may be repeated",
+    )
+    parser.add_argument("--eos", type=str, default="append", help="append, or none: documents as they are")
     parser.add_argument("--seed", type=int, default=0, help="seed of the document shuffle")
     parser.add_argument("--shard-size", type=str, default="64MiB", help="size limit of a raw shard, e.g. 512KB, 64MiB")
-    parser.add_argument("--compression", type=str, default="none", help="none or zstd")
+    parser.add_argument("--compression", type=str, default="none", help="none, zstd or gz")
     parser.add_argument("--min-tokens", type=int, default=2, help="leave out documents shorter than this, EOS included")
+    parser.add_argument("--max-tokens", type=int | None, default=None, help="leave out documents longer than this")
     parser.add_argument("--max-documents", type=int | None, default=None, help="stop after this many documents")
     parser.add_argument("--skip-undecodable", action="store_true", help="leave out text files that are not UTF-8")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument("--work", type=str | None, default=None, metavar="DIR", help="directory of the finished units")
+    parser.add_argument("--part", type=str | None, default=None, metavar="I/N", help="tokenise only this share, as 3/8")
+    parser.add_argument("--merge", action="store_true", help="write the shards from what all parts have tokenised")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: Any) -> int:
-    """Prepare the dataset and print what was made.
+    """Prepare the dataset, or a part of it, and print what was made.
 
     Args:
         args: The parsed options of :func:`add_arguments`.
@@ -38,30 +55,85 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options or the inputs are wrong.
     """
+    if args.part is not None and args.merge:
+        raise ConfigError("--part and --merge are given; run the parts first, then --merge")
+    summary = _prepare_part(args) if args.part is not None else _prepare(args)
+    if args.json:
+        sys.stdout.write(json.dumps(summary.as_dict()) + "\n")
+    else:
+        sys.stdout.write((_describe_part(summary) if args.part is not None else _describe(summary)) + "\n")
+    return 0
+
+
+def _prepare(args: Any) -> Any:
     from statex_dist.data.prepare import prepare
 
-    summary = prepare(
+    return prepare(
         args.inputs,
         args.out,
         args.tokenizer,
         format=args.format,
         workers=args.workers,
         text_field=args.text_field,
+        where=args.where,
+        eos=args.eos,
         seed=args.seed,
         shard_bytes=parse_size(args.shard_size, option="--shard-size"),
         compression=args.compression,
         min_tokens=args.min_tokens,
+        max_tokens=args.max_tokens,
         max_documents=args.max_documents,
         skip_undecodable=args.skip_undecodable,
         overwrite=args.overwrite,
+        work=args.work,
+        merge=args.merge,
     )
-    if args.json:
-        sys.stdout.write(json.dumps(summary.as_dict()) + "\n")
-        return 0
-    short = f", {summary.short_documents} short ones left out" if summary.short_documents else ""
-    sys.stdout.write(
-        f"{summary.out}: {summary.documents} documents{short}, {summary.tokens} {summary.dtype} tokens in "
+
+
+def _prepare_part(args: Any) -> Any:
+    from statex_dist.data.prepare import prepare_part
+    from statex_dist.data.rules import DocumentRules
+    from statex_dist.data.work import parse_part
+
+    rules = DocumentRules(
+        text_field=args.text_field,
+        where=tuple(args.where),
+        eos=args.eos,
+        min_tokens=args.min_tokens,
+        max_tokens=args.max_tokens,
+        skip_undecodable=args.skip_undecodable,
+    )
+    return prepare_part(
+        args.inputs,
+        args.out,
+        args.tokenizer,
+        parse_part(args.part),
+        rules,
+        workers=args.workers,
+        max_documents=args.max_documents,
+        overwrite=args.overwrite,
+        work=args.work,
+    )
+
+
+def _describe(summary: PrepareSummary) -> str:
+    counts = {
+        "short": summary.short_documents,
+        "long": summary.long_documents,
+        "filtered": summary.filtered_documents,
+        "undecodable": summary.undecodable_files,
+    }
+    reasons = [f"{count} {reason}" for reason, count in counts.items() if count]
+    left_out = f", {' and '.join(reasons)} ones left out" if reasons else ""
+    return (
+        f"{summary.out}: {summary.documents} documents{left_out}, {summary.tokens} {summary.dtype} tokens in "
         f"{summary.shards} shard{'s' * (summary.shards != 1)}, from {summary.files} file{'s' * (summary.files != 1)} "
-        f"in {summary.seconds:.1f} s ({summary.tokens_per_second / 1e6:.2f}M tokens/s)\n"
+        f"in {summary.seconds:.1f} s ({summary.tokens_per_second / 1e6:.2f}M tokens/s)"
     )
-    return 0
+
+
+def _describe_part(summary: PartSummary) -> str:
+    return (
+        f"part {summary.part}: {summary.units} unit{'s' * (summary.units != 1)} ({summary.units_before} done before) "
+        f"with {summary.documents} documents, {summary.tokens} tokens, in {summary.work} ({summary.seconds:.1f} s)"
+    )

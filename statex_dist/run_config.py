@@ -81,6 +81,8 @@ class DataSource:
         skip_corrupt: Count the tokens of damaged shards and go on without them, instead of stopping.
         cache_dir: Where remote and compressed shards are kept; default ``~/.cache/statex``.
         cache_limit: Size that they may take there, for example ``500GB``.
+        download_retries: Further attempts after a download that failed.
+        download_timeout: Seconds without a new byte after which a download has failed.
     """
 
     path: str | None = None
@@ -96,6 +98,8 @@ class DataSource:
     skip_corrupt: bool = False
     cache_dir: str | None = None
     cache_limit: str | None = None
+    download_retries: int = 4
+    download_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.sources):

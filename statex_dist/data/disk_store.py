@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from statex_dist.data.cache import CacheFullError
 from statex_dist.data.files import DatasetFiles
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.shards import OpenShard, ShardEntry
@@ -58,8 +59,13 @@ class DiskStore:
         self._lengths = lengths
         self._tokens = [int(self.lengths(shard).sum()) for shard in range(self.num_shards)]
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._paths: dict[int, Path] = {}
         # Several threads read: the loader's, and its owner's.
         self._lock = threading.RLock()
+
+    def name(self, shard: int) -> str:
+        """Return what to call ``shard`` in a message."""
+        return f"{self.files.origin}/{self.entries[shard].raw.name}"
 
     def lengths(self, shard: int) -> np.ndarray:
         """Return the tokens of each document of ``shard``: ``[documents]`` int64."""
@@ -81,25 +87,56 @@ class DiskStore:
         with self._lock:
             shard = self._open.get(index)
             if shard is None:
-                shard = self._open[index] = self._checked(index)
+                self.files.used([self.entries[i] for i in self._open])
+                try:
+                    shard = self._checked(index)
+                except CacheFullError:
+                    self._close_evicted()
+                    shard = self._checked(index)
+                self._close_evicted()
+                self._open[index] = shard
                 if len(self._open) > _MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(index)
             return shard
 
+    def _close_evicted(self) -> None:
+        """Let go of shards that a cache with a limit removed: a file keeps its disk space while it is mapped."""
+        for index in [index for index in self._open if not self._paths[index].exists()]:
+            del self._open[index]
+
     def _checked(self, index: int) -> OpenShard:
-        path = self.files.fetch(self.entries[index])
-        try:
-            shard = self._open_shard(path, self.entries[index])
-        except DataError as error:
-            raise ShardError(str(error)) from error
+        self._paths[index], shard = fetch_and_open(self.files, self.entries[index], self._open_shard)
         if not np.array_equal(shard.lengths, self.lengths(index)):
             raise ShardError(
-                f"{path}: its documents are not those that the dataset's list of lengths counts; the files are not of "
-                "one dataset: prepare it again"
+                f"{self._paths[index]}: its documents are not those that the dataset's list of lengths counts; the "
+                "files are not of one dataset: prepare it again"
             )
         return shard
+
+
+def fetch_and_open(
+    files: DatasetFiles, entry: ShardEntry, open_shard: Callable[[Path, ShardEntry], OpenShard], attempts: int = 3
+) -> tuple[Path, OpenShard]:
+    """Return the raw file of a shard and the shard, open.
+
+    Args:
+        files: Where the files are.
+        entry: What the index says of the shard.
+        open_shard: Maps a raw file.
+        attempts: How often to fetch it: another process that makes room in the cache may remove it before it is mapped.
+
+    Raises:
+        ShardError: It cannot be fetched, or is not what the entry says.
+    """
+    path = files.fetch(entry)
+    try:
+        return path, open_shard(path, entry)
+    except (DataError, OSError) as error:
+        if path.exists() or attempts == 1:
+            raise ShardError(str(error)) from error
+    return fetch_and_open(files, entry, open_shard, attempts - 1)
 
 
 def fingerprint(entries: Sequence[ShardEntry], lengths_hash: str) -> str:

@@ -7,17 +7,19 @@ units, depend only on the inputs.
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from statex_dist.errors import DataError
+from statex_dist.data.compressed import DamagedStreamError, inner_name, is_compressed, open_stream
+from statex_dist.data.filters import Condition, all_hold
+from statex_dist.data.json_lines import read_lines
+from statex_dist.data.parquet_rows import read_rows, row_group_sizes
+from statex_dist.data.records import Record, record_from
+from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ TEXT_SUFFIXES = (
 )
 DEFAULT_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
 _UNIT_BYTES = 8 << 20
+# Every unit becomes a file or two: on a corpus of terabytes there should be thousands of them, not millions.
+_MANY_UNITS = 4096
 _UNIT_FILES = 512
 
 
@@ -40,7 +44,7 @@ class Unit:
         kind: ``"text"``, ``"jsonl"`` or ``"parquet"``.
         paths: The files; exactly one unless the kind is text.
         begin: First byte or row group.
-        end: One past the last.
+        end: One past the last. A compressed file of JSON lines is one unit: it cannot be entered in its middle.
     """
 
     kind: str
@@ -49,16 +53,12 @@ class Unit:
     end: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A document as read: ``text``, or ``input_ids`` ``[n]`` int64 with an optional ``loss_mask`` ``[n]`` uint8.
+@dataclass(slots=True)
+class LeftOut:
+    """What :func:`read_unit` left out: counts records and collects a message for each file that is not UTF-8."""
 
-    Ids are checked against the vocabulary where they are read, so that the message can name the place.
-    """
-
-    text: str | None = None
-    input_ids: np.ndarray | None = None
-    loss_mask: np.ndarray | None = None
+    filtered: int = 0
+    undecodable: list[str] = field(default_factory=list)
 
 
 def find_files(inputs: Sequence[str | Path], suffixes: Sequence[str] = DEFAULT_SUFFIXES) -> list[Path]:
@@ -86,7 +86,9 @@ def find_files(inputs: Sequence[str | Path], suffixes: Sequence[str] = DEFAULT_S
         else:
             raise DataError(f"input {given} does not exist")
         if not found:
-            raise DataError(f"input directory {given} has no file with a suffix of {', '.join(suffixes)}")
+            raise DataError(
+                f"input directory {given} has no file with a suffix of {', '.join(suffixes)} (or with .gz, .zst behind)"
+            )
         for file in found:
             files.setdefault(os.path.realpath(file), file)
     if not files:
@@ -101,7 +103,7 @@ def _walk(directory: Path, suffixes: Sequence[str]) -> list[Path]:
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            if name.lower().endswith(tuple(suffixes)):
+            if inner_name(name).lower().endswith(tuple(suffixes)):
                 found.append(Path(folder) / name)
             else:
                 skipped += 1
@@ -110,18 +112,26 @@ def _walk(directory: Path, suffixes: Sequence[str]) -> list[Path]:
     return found
 
 
-def split_units(files: Sequence[Path], unit_bytes: int = _UNIT_BYTES) -> tuple[list[Unit], int]:
-    """Return the units of ``files`` in order, and the files' bytes.
+def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[list[Unit], int]:
+    """Return the units of ``files`` in order, and the files' bytes on disk.
+
+    Args:
+        files: What :func:`find_files` returned.
+        unit_bytes: Size aimed at; default: 8 MiB, doubled until there are at most some thousand units.
 
     Raises:
         DataError: A file cannot be read, or a parquet file is damaged.
     """
+    sizes = [_size(file) for file in files]
+    total = sum(sizes)
+    if unit_bytes is None:
+        unit_bytes = _UNIT_BYTES
+        while total > unit_bytes * _MANY_UNITS:
+            unit_bytes *= 2
     units: list[Unit] = []
     texts: list[str] = []
-    waiting = total = 0
-    for file in files:
-        size = _size(file)
-        total += size
+    waiting = 0
+    for file, size in zip(files, sizes, strict=True):
         kind = _kind(file)
         if texts and (kind != "text" or waiting + size > unit_bytes or len(texts) == _UNIT_FILES):
             units.append(Unit("text", tuple(texts)))
@@ -130,9 +140,8 @@ def split_units(files: Sequence[Path], unit_bytes: int = _UNIT_BYTES) -> tuple[l
             texts.append(str(file))
             waiting += size
         elif kind == "jsonl":
-            units.extend(
-                Unit(kind, (str(file),), begin, min(begin + unit_bytes, size)) for begin in range(0, size, unit_bytes)
-            )
+            step = max(size, 1) if is_compressed(file.name) else unit_bytes
+            units.extend(Unit(kind, (str(file),), begin, min(begin + step, size)) for begin in range(0, size, step))
         else:
             units.extend(_parquet_units(file, unit_bytes))
     if texts:
@@ -141,7 +150,13 @@ def split_units(files: Sequence[Path], unit_bytes: int = _UNIT_BYTES) -> tuple[l
 
 
 def read_unit(
-    unit: Unit, vocab_size: int, text_field: str = "text", undecodable: list[str] | None = None
+    unit: Unit,
+    vocab_size: int,
+    text_field: str = "text",
+    *,
+    conditions: Sequence[Condition] = (),
+    skip_undecodable: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Iterator[Record]:
     """Yield the documents of ``unit``.
 
@@ -149,29 +164,74 @@ def read_unit(
         unit: What to read.
         vocab_size: Bound of the ids in records that are tokenised already.
         text_field: Field or column that holds the text.
-        undecodable: Collects a message for each text file that is not UTF-8, instead of raising.
+        conditions: Records that do not pass all of them are left out.
+        skip_undecodable: Leave out text files that are not UTF-8 instead of raising.
+        left_out: Counts what is left out.
 
     Raises:
         DataError: A file cannot be read or decoded, or a record is not a document; the message names file and place.
     """
+    out = LeftOut() if left_out is None else left_out
+
+    def parse(fields: dict[str, Any]) -> Record | None:
+        if all_hold(conditions, fields):
+            return record_from(fields, vocab_size, text_field)
+        out.filtered += 1
+        return None
+
     if unit.kind == "text":
-        return _read_texts(unit.paths, undecodable)
+        return _read_texts(unit.paths, out.undecodable if skip_undecodable else None)
     if unit.kind == "jsonl":
-        return _read_jsonl(unit, vocab_size, text_field)
-    return _read_parquet(unit, vocab_size, text_field)
+        return read_lines(unit.paths[0], unit.begin, unit.end, parse)
+    return read_rows(
+        unit.paths[0], unit.begin, unit.end, text_field, [condition.field for condition in conditions], parse
+    )
+
+
+def file_facts(path: str | Path) -> tuple[int, int]:
+    """Return the size of a file and its modification time in nanoseconds: what tells that it is the same as before.
+
+    Raises:
+        DataError: It is not there any more.
+    """
+    try:
+        found = os.stat(path)  # noqa: PTH116 - called for every file of the corpus
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def check_filterable(units: Sequence[Unit]) -> None:
+    """Refuse units whose documents have no fields that ``--where`` could look at.
+
+    Raises:
+        ConfigError: A unit is of text files.
+    """
+    for unit in units:
+        if unit.kind == "text":
+            raise ConfigError(f"--where looks at fields of .jsonl and .parquet; {unit.paths[0]} is a text file")
 
 
 def _kind(file: Path) -> str:
-    suffix = file.suffix.lower()
-    return "jsonl" if suffix in JSONL_SUFFIXES else "parquet" if suffix in PARQUET_SUFFIXES else "text"
+    suffix = Path(inner_name(file.name)).suffix.lower()
+    if suffix in JSONL_SUFFIXES:
+        return "jsonl"
+    if suffix not in PARQUET_SUFFIXES:
+        return "text"
+    if is_compressed(file.name):
+        raise DataError(f"{file} is parquet inside {file.suffix}; parquet is compressed by itself: unpack the file")
+    return "parquet"
 
 
 def _size(file: Path) -> int:
     try:
         with file.open("rb"):
-            return file.stat().st_size
+            size = file.stat().st_size
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    if not size and is_compressed(file.name):
+        raise DataError(f"{file} has no byte, which no {file.suffix} file has; make it again or leave it out")
+    return size
 
 
 def _read_texts(paths: Sequence[str], undecodable: list[str] | None) -> Iterator[Record]:
@@ -187,138 +247,19 @@ def _read_texts(paths: Sequence[str], undecodable: list[str] | None) -> Iterator
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        with open_stream(path) as file:
+            return file.read().decode("utf-8")
+    except DamagedStreamError as error:
+        raise DataError(f"{path} is damaged or cut off: {error}") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _read_jsonl(unit: Unit, vocab_size: int, text_field: str) -> Iterator[Record]:
-    path = unit.paths[0]
-    with Path(path).open("rb") as file:
-        at = unit.begin
-        if at:
-            # The line that runs into this range belongs to the range before; a line that starts exactly here is ours.
-            file.seek(at - 1)
-            at = at - 1 + len(file.readline())
-        for line in file:
-            if at >= unit.end:
-                return
-            if line.strip():
-                try:
-                    yield _json_record(line, vocab_size, text_field)
-                except DataError as error:
-                    raise DataError(f"{path}:{_line_number(path, at)}: {error}") from error
-            at += len(line)
-
-
-def _line_number(path: str, at: int) -> int:
-    with Path(path).open("rb") as file:
-        return file.read(at).count(b"\n") + 1
-
-
-def _json_record(line: bytes, vocab_size: int, text_field: str) -> Record:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start} of the line)") from error
-    except ValueError as error:
-        raise DataError(f"not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"a JSON object is needed, not {type(record).__name__}")
-    return record_from(record, vocab_size, text_field)
-
-
-def record_from(record: dict[str, Any], vocab_size: int, text_field: str) -> Record:
-    """Make a :class:`Record` of a mapping with a text field or ``input_ids``.
-
-    Raises:
-        DataError: It has neither, a value is of the wrong type, or an id is outside the vocabulary.
-    """
-    if record.get("input_ids") is not None:
-        return _tokenized_record(record, vocab_size)
-    text = record.get(text_field)
-    if text is None:
-        raise DataError(f"no field {text_field!r} or 'input_ids' (there are: {', '.join(map(str, record)) or 'none'})")
-    if not isinstance(text, str):
-        raise DataError(f"field {text_field!r} is {type(text).__name__}, a string is needed")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"field {text_field!r} has a lone surrogate at character {error.start}") from error
-    return Record(text=text)
-
-
-def _tokenized_record(record: dict[str, Any], vocab_size: int) -> Record:
-    ids = _integers(record["input_ids"], "input_ids")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(outside):
-        raise DataError(f"input_ids has {outside[0]}, outside the tokenizer's vocabulary 0..{vocab_size - 1}")
-    if record.get("loss_mask") is None:
-        return Record(input_ids=ids)
-    mask = _integers(record["loss_mask"], "loss_mask")
-    if len(mask) != len(ids):
-        raise DataError(f"loss_mask has {len(mask)} entries, input_ids {len(ids)}")
-    if ((mask != 0) & (mask != 1)).any():
-        raise DataError("loss_mask has entries other than 0 and 1")
-    return Record(input_ids=ids, loss_mask=mask.astype(np.uint8))
-
-
-def _integers(values: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-        if isinstance(values, list) and array.ndim == 1 and (array.dtype.kind in "bi" or not len(array)):
-            return array.astype(np.int64)
-    except (ValueError, OverflowError):
-        pass
-    raise DataError(f"{name} must be a list of integers")
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _parquet_units(file: Path, unit_bytes: int) -> Iterator[Unit]:
-    with _open_parquet(str(file)) as parquet:
-        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
+    sizes = row_group_sizes(str(file))
     begin, waiting = 0, 0
     for i, size in enumerate(sizes):
         waiting += size
         if waiting >= unit_bytes or i == len(sizes) - 1:
             yield Unit("parquet", (str(file),), begin, i + 1)
             begin, waiting = i + 1, 0
-
-
-def _open_parquet(path: str) -> Any:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        return ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
-
-
-def _read_parquet(unit: Unit, vocab_size: int, text_field: str) -> Iterator[Record]:
-    import pyarrow
-
-    path = unit.paths[0]
-    with _open_parquet(path) as parquet:
-        names = parquet.schema_arrow.names
-        columns = [name for name in (text_field, "input_ids", "loss_mask") if name in names]
-        if text_field not in columns and "input_ids" not in columns:
-            raise DataError(
-                f"{path}: no column {text_field!r} or 'input_ids' (there are: {', '.join(names) or 'none'})"
-            )
-        row = sum(parquet.metadata.row_group(i).num_rows for i in range(unit.begin))
-        for group in range(unit.begin, unit.end):
-            try:
-                table = parquet.read_row_group(group, columns=columns)
-                rows = table.to_pylist()
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}: row group {group} cannot be read: {_first_line(error)}") from error
-            for record in rows:
-                try:
-                    yield record_from(record, vocab_size, text_field)
-                except DataError as error:
-                    raise DataError(f"{path}: row {row}: {error}") from error
-                row += 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.disk_store import DiskStore, fingerprint
-from statex_dist.data.files import DatasetFiles, LocalFiles, default_cache_dir, write_atomically
+from statex_dist.data.cache import ShardCache
+from statex_dist.data.disk_store import DiskStore, fetch_and_open, fingerprint
+from statex_dist.data.files import DatasetFiles, LocalFiles, default_cache_dir, open_files, write_atomically
 from statex_dist.data.manifest import (
     LENGTHS_NAME,
     MANIFEST_NAME,
@@ -17,42 +20,90 @@ from statex_dist.data.manifest import (
     parse_manifest,
     read_lengths,
 )
-from statex_dist.data.mds_format import INDEX_NAME, MdsShard, read_index
+from statex_dist.data.mds_format import INDEX_NAME as MDS_INDEX_NAME
+from statex_dist.data.mds_format import MdsShard
+from statex_dist.data.mds_format import read_index as read_mds_index
+from statex_dist.data.remote import RetryPolicy
 from statex_dist.data.shards import LOSS_MASK, OpenShard, ShardEntry
+from statex_dist.data.tar_foreign import find_tars, index_tars
+from statex_dist.data.tar_format import HAS_LOSS_MASK, TarShard
+from statex_dist.data.tar_format import INDEX_NAME as TAR_INDEX_NAME
+from statex_dist.data.tar_format import read_index as read_tar_index
 from statex_dist.errors import DataError
 
 OpenFunction = Callable[[Path, ShardEntry], OpenShard]
 
 
-def open_store(path: str | Path, *, cache_dir: str | Path | None = None) -> DiskStore:
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """What is known of a dataset before a shard is opened; ``lengths`` only where finding the shards found them."""
+
+    entries: Sequence[ShardEntry]
+    open_shard: OpenFunction
+    has_loss_mask: bool
+    lengths: np.ndarray | None = None
+
+
+def open_store(
+    path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    cache_limit: int | None = None,
+    download_retries: int = 4,
+    download_timeout: float = 60.0,
+) -> DiskStore:
     """Open a dataset of tokenised documents, recognising its format.
 
     Args:
-        path: Directory that ``statex prepare`` or streaming's ``MDSWriter`` wrote.
-        cache_dir: Where shards that exist only compressed are unpacked; default ``$XDG_CACHE_HOME/statex`` or
-            ``~/.cache/statex``.
+        path: Directory or URL (``s3://bucket/dir`` and so on) of what ``statex prepare`` or streaming's ``MDSWriter``
+            wrote, or directory of tars such as webdataset's ``ShardWriter`` writes.
+        cache_dir: Where shards from a URL, and those that exist only compressed, are kept; default
+            ``$XDG_CACHE_HOME/statex`` or ``~/.cache/statex``.
+        cache_limit: Bytes that the shards in ``cache_dir`` may take, or ``None``.
+        download_retries: Further attempts after a download that failed.
+        download_timeout: Seconds without a new byte after which a download has failed.
 
     Raises:
+        ConfigError: The URL's scheme is not known or its package is missing, or an option is out of range.
         DataError: It is missing, empty, of an unknown format, or its index or manifest is damaged.
     """
-    directory = Path(path)
-    _check_directory(directory)
-    cache = Path(cache_dir or default_cache_dir())
-    files = LocalFiles(directory, cache)
-    found = files.small(INDEX_NAME)
-    if found is None:
-        raise DataError(f"dataset {directory} has no {INDEX_NAME}; give the directory that `statex prepare` wrote")
-    entries = read_index(found.read_bytes(), str(directory / INDEX_NAME))
-    has_loss_mask = any(LOSS_MASK in entry.details["column_names"] for entry in entries)
-    manifest = _manifest(files)
+    cache = ShardCache(Path(cache_dir or default_cache_dir()), cache_limit)
+    files = open_files(path, cache, RetryPolicy(retries=download_retries, timeout=download_timeout))
+    if isinstance(files, LocalFiles):
+        _check_directory(files.directory)
+    index = _index(files, cache.directory)
+    entries = index.entries
+    files.require_room(entries)
+    manifest = None if index.lengths is not None else _manifest(files)
     if manifest is not None and manifest.shard_documents != [entry.documents for entry in entries]:
         raise DataError(
-            f"{directory}: {MANIFEST_NAME} counts {len(manifest.shard_documents)} shards of {manifest.documents} "
+            f"{files.origin}: {MANIFEST_NAME} counts {len(manifest.shard_documents)} shards of {manifest.documents} "
             f"documents, the index {len(entries)} of {sum(entry.documents for entry in entries)}; prepare the dataset "
             "again"
         )
-    lengths = _lengths(files, entries, MdsShard, manifest, cache)
-    return DiskStore(files, entries, MdsShard, lengths=lengths, has_loss_mask=has_loss_mask, manifest=manifest)
+    lengths = index.lengths
+    if lengths is None:
+        lengths = _lengths(files, entries, index.open_shard, manifest, cache.directory)
+    return DiskStore(
+        files, entries, index.open_shard, lengths=lengths, has_loss_mask=index.has_loss_mask, manifest=manifest
+    )
+
+
+def _index(files: DatasetFiles, cache: Path) -> _Index:
+    """The dataset's shards, whatever its format."""
+    if found := files.small(MDS_INDEX_NAME):
+        entries = read_mds_index(found.read_bytes(), f"{files.origin}/{MDS_INDEX_NAME}")
+        return _Index(entries, MdsShard, any(LOSS_MASK in entry.details["column_names"] for entry in entries))
+    if found := files.small(TAR_INDEX_NAME):
+        entries = read_tar_index(found.read_bytes(), f"{files.origin}/{TAR_INDEX_NAME}")
+        return _Index(entries, TarShard, any(entry.details[HAS_LOSS_MASK] for entry in entries))
+    if isinstance(files, LocalFiles) and (tars := find_tars(files.directory)):
+        entries, lengths = index_tars(tars, cache)
+        return _Index(entries, TarShard, any(entry.details[HAS_LOSS_MASK] for entry in entries), lengths)
+    raise DataError(
+        f"dataset {files.origin} has no {MDS_INDEX_NAME} (MDS), no {TAR_INDEX_NAME} (tar) and no *.tar or *.tar.gz "
+        "(webdataset, in a directory); give the directory that `statex prepare` wrote"
+    )
 
 
 def _check_directory(directory: Path) -> None:
@@ -96,7 +147,9 @@ def _lengths(
         lengths = np.load(kept, allow_pickle=False)
         if lengths.shape == (documents,):
             return lengths
-    parts = [open_shard(files.fetch(entry), entry).lengths for entry in entries]
+    files.prefetch(entries)
+    parts = [fetch_and_open(files, entry, open_shard)[1].lengths for entry in entries]
     lengths = np.concatenate([*parts, np.zeros(0, np.int64)])
-    write_atomically(kept, pack_lengths(lengths))
+    with contextlib.suppress(OSError):  # kept only to spare the same work the next time
+        write_atomically(kept, pack_lengths(lengths))
     return lengths

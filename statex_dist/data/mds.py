@@ -25,7 +25,7 @@ _MAX_SHARD_BYTES = 1 << 31
 
 
 def has_streaming() -> bool:
-    """Return whether mosaicml-streaming is installed (only the writer needs it)."""
+    """Return whether mosaicml-streaming is installed (the writer and cloud storage need it)."""
     return importlib.util.find_spec("streaming") is not None
 
 
@@ -41,7 +41,10 @@ def load_streaming() -> ModuleType:
     if "LOCAL_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     if not has_streaming():
-        raise ConfigError("writing MDS needs mosaicml-streaming: pip install --no-deps mosaicml-streaming==0.13.0")
+        raise ConfigError(
+            "writing MDS and reading cloud storage need mosaicml-streaming: "
+            "pip install --no-deps mosaicml-streaming==0.13.0"
+        )
     streaming_hook.install()
     return importlib.import_module("streaming.base")
 

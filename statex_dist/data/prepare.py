@@ -1,51 +1,41 @@
 """Text, JSON lines and parquet to shards of tokenised documents.
 
 1. The inputs are split into work units (:mod:`statex_dist.data.documents`).
-2. Worker processes tokenise units; each appends its documents to a spill file of its own and reports their lengths.
-3. All documents are permuted by the seed and written as shards, read from the memory-mapped spill files. Shards are
-   thus shuffled globally, which the loader's shuffle within windows relies on.
+2. Worker processes tokenise units; each unit becomes files in a work directory (:mod:`statex_dist.data.work`), where
+   they outlive a killed run. Machines that share it may each do a part of the units.
+3. All documents are permuted by the seed and written as shards, read from the memory-mapped units. Shards are thus
+   shuffled globally, which the loader's shuffle within windows relies on.
 4. The manifest is written last, everything is flushed, and the directory is renamed into place.
 
 Memory holds the documents' lengths and one shard, never the corpus; the disk holds the tokens twice while it works.
-The result does not depend on the number of workers.
+The result does not depend on the number of workers or parts, nor on how often the work was cut off.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-import multiprocessing
-import os
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from statex_dist.data.documents import DEFAULT_SUFFIXES, Record, Unit, find_files, read_unit, split_units
-from statex_dist.data.manifest import LENGTHS_NAME, DatasetManifest, hash_lengths, pack_lengths
+from statex_dist.data.documents import DEFAULT_SUFFIXES
+from statex_dist.data.manifest import LENGTHS_NAME, pack_lengths
 from statex_dist.data.mds import MdsShardWriter
 from statex_dist.data.plan import permutation
 from statex_dist.data.progress import ProgressLine
-from statex_dist.data.spill import Spill, UnitResult, append
+from statex_dist.data.rules import DocumentRules
+from statex_dist.data.source import Source
+from statex_dist.data.spill import Spill
 from statex_dist.data.staging import Staging
-from statex_dist.data.tokenizer import Tokenizer, load_tokenizer
+from statex_dist.data.work import Part
 from statex_dist.errors import ConfigError, DataError
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from statex_dist.data.tar import WdsShardWriter
 
-FORMATS = ("mds",)
-COMPRESSIONS = ("none", "zstd")
-# Below this, starting processes costs more than it saves.
-_SERIAL_BYTES = 8 << 20
-_BATCH_TEXTS = 256
+FORMATS = ("mds", "wds")
+COMPRESSIONS = ("none", "zstd", "gz")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +47,8 @@ class PrepareSummary:
         files: Input files.
         documents: Documents written.
         short_documents: Documents left out because they had fewer than ``min_tokens`` tokens.
+        long_documents: Documents left out because they had more than ``max_tokens`` tokens.
+        filtered_documents: Records left out because they did not meet a condition.
         undecodable_files: Text files left out because they are not UTF-8 (with ``skip_undecodable``).
         tokens: Tokens written, EOS included.
         shards: Shards written.
@@ -68,6 +60,8 @@ class PrepareSummary:
     files: int
     documents: int
     short_documents: int
+    long_documents: int
+    filtered_documents: int
     undecodable_files: int
     tokens: int
     shards: int
@@ -84,6 +78,33 @@ class PrepareSummary:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSummary:
+    """What :func:`prepare_part` did.
+
+    Attributes:
+        work: The work directory.
+        part: Which part of how many.
+        units: Units of the part that are done, and needed.
+        units_before: Those of them that were done before this run.
+        documents: Documents in them.
+        tokens: Tokens in them.
+        seconds: Wall time.
+    """
+
+    work: str
+    part: str
+    units: int
+    units_before: int
+    documents: int
+    tokens: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for ``--json``."""
+        return asdict(self)
+
+
 def prepare(
     inputs: Sequence[str | Path],
     out: str | Path,
@@ -92,81 +113,90 @@ def prepare(
     format: str = "mds",
     workers: int | None = None,
     text_field: str = "text",
+    where: Sequence[str] = (),
+    eos: str = "append",
     seed: int = 0,
     shard_bytes: int = 64 << 20,
     compression: str = "none",
     min_tokens: int = 2,
+    max_tokens: int | None = None,
     max_documents: int | None = None,
     suffixes: Sequence[str] = DEFAULT_SUFFIXES,
     skip_undecodable: bool = False,
     overwrite: bool = False,
+    work: str | Path | None = None,
+    merge: bool = False,
 ) -> PrepareSummary:
     """Tokenise ``inputs`` into shards under ``out``.
 
     A text file is one document; a line of ``.jsonl`` and a row of ``.parquet`` are one document each, from their
     ``text_field`` or, tokenised already, from ``input_ids`` with an optional ``loss_mask``. EOS is appended to every
-    document (to ``input_ids`` only where it is missing, with mask 0 where there is a mask).
+    document (to ``input_ids`` only where it is missing, with mask 0 where there is a mask). A run that was cut off is
+    gone on with by the same call.
 
     Args:
         inputs: Files, directories or globs.
         out: Directory to make. It appears complete or not at all.
         tokenizer: ``"bytes"`` or a directory with a Hugging Face fast tokenizer.
-        format: ``"mds"``.
+        format: ``"mds"`` or ``"wds"``.
         workers: Processes; default: one for each core, one in all for small inputs.
         text_field: Field or column of the text.
+        where: Conditions on fields, see :class:`DocumentRules`.
+        eos: ``"append"``, or ``"none"`` to take documents as they are.
         seed: Seed of the document shuffle.
         shard_bytes: Size limit of a raw shard.
-        compression: ``"none"`` or ``"zstd"``.
+        compression: ``"none"``, ``"zstd"`` or ``"gz"``.
         min_tokens: Shorter documents (EOS included) are left out; a document below 2 tokens has no target.
+        max_tokens: Longer documents are left out.
         max_documents: Stop after so many documents, in input order.
-        suffixes: Suffixes taken from directories.
+        suffixes: Suffixes taken from directories, each also with ``.gz`` or ``.zst`` behind it.
         skip_undecodable: Leave out text files that are not UTF-8, with a warning each, instead of stopping.
         overwrite: Replace an existing dataset.
+        work: Work directory; default: ``.{name}.work`` beside ``out``. Removed when the dataset is complete.
+        merge: Tokenise nothing; take what :func:`prepare_part` left in the work directory.
 
     Raises:
         ConfigError: An argument is out of its range, or ``out`` exists and is not to be replaced.
-        DataError: An input is missing, empty, unreadable or malformed.
+        DataError: An input is missing, empty, unreadable or malformed, or a part has not done its units.
     """
     begin = time.monotonic()
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
     if compression not in COMPRESSIONS:
         raise ConfigError(f"compression is {compression!r}; allowed: {', '.join(COMPRESSIONS)}")
-    for name, value in (("workers", workers), ("min_tokens", min_tokens), ("max_documents", max_documents)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    loaded = load_tokenizer(tokenizer)
-    files = find_files(inputs, suffixes)
-    units, total_bytes = split_units(files)
-    dtype = "uint16" if loaded.vocab_size <= 65535 else "uint32"
-    if workers is None:
-        workers = 1 if total_bytes < _SERIAL_BYTES else os.cpu_count() or 1
-
-    with Staging(Path(out), overwrite=overwrite, inputs=files) as staging:
-        task = _Task(str(tokenizer), str(staging.scratch), dtype, text_field, min_tokens, skip_undecodable)
-        results: list[UnitResult] = []
-        found = 0
-        with ProgressLine("tokenize", len(units), "units") as progress:
-            for result in _tokenize(units, task, min(workers, max(1, len(units)))):
-                results.append(result)
-                for message in result.undecodable:
-                    log.warning("left out: %s", message)
-                found += len(result.lengths)
-                progress.advance(1, int(result.lengths.sum()))
-                if max_documents is not None and found >= max_documents:
-                    break
-        spill = Spill(results, dtype, max_documents)
-        short = sum(result.short for result in results)
+    rules = DocumentRules(
+        text_field=text_field,
+        where=tuple(where),
+        eos=eos,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        skip_undecodable=skip_undecodable,
+    )
+    source = Source(inputs, tokenizer, rules, suffixes, workers, max_documents)
+    with (
+        Staging(Path(out), overwrite=overwrite, inputs=source.files) as staging,
+        source.open_work(out, work, merge=merge) as directory,
+    ):
+        results = (source.merge(directory) if merge else source.tokenize(directory.jobs)).taken()
+        left_out = {
+            "short": sum(result.short for result in results),
+            "long": sum(result.long for result in results),
+            "filtered": sum(result.filtered for result in results),
+            "undecodable": sum(len(result.undecodable) for result in results),
+        }
+        spill = Spill(results, source.dtype, max_documents)
         if not len(spill.lengths):
-            raise DataError(
-                f"no documents in {len(files)} input file{'s' * (len(files) != 1)} ({short} shorter than "
-                f"{min_tokens} tokens); give files with text in them"
-            )
-        writer = MdsShardWriter(
-            staging.directory, dtype=dtype, loss_mask=spill.has_masks, compression=compression, shard_bytes=shard_bytes
+            directory.remove()
+            raise DataError(_nothing(len(source.files), left_out, rules))
+        writer = _writer_class(format)(
+            staging.directory,
+            dtype=source.dtype,
+            loss_mask=spill.has_masks,
+            compression=compression,
+            shard_bytes=shard_bytes,
         )
+        order = permutation(len(spill.lengths), seed, "prepare")
         try:
-            order = permutation(len(spill.lengths), seed, "prepare")
             with ProgressLine("write", len(order), "documents") as progress:
                 for i in order.tolist():
                     tokens, mask = spill.read(i)
@@ -178,152 +208,91 @@ def prepare(
             raise
         lengths = spill.lengths[order]
         (staging.directory / LENGTHS_NAME).write_bytes(pack_lengths(lengths))
-        left_out = {"short": short, "undecodable": sum(len(result.undecodable) for result in results)}
-        manifest = _manifest(loaded, tokenizer, lengths, spill.has_masks, dtype, seed, writer.shard_documents, left_out)
+        manifest = source.manifest(format, seed, lengths, spill.has_masks, writer.shard_documents, left_out)
         staging.commit(manifest)
+        directory.remove()
     return PrepareSummary(
         out=str(out),
-        files=len(files),
+        files=len(source.files),
         documents=manifest.documents,
-        short_documents=short,
-        undecodable_files=sum(len(result.undecodable) for result in results),
+        short_documents=left_out["short"],
+        long_documents=left_out["long"],
+        filtered_documents=left_out["filtered"],
+        undecodable_files=left_out["undecodable"],
         tokens=manifest.tokens,
         shards=len(manifest.shard_tokens),
-        dtype=dtype,
+        dtype=manifest.dtype,
         seconds=time.monotonic() - begin,
     )
 
 
-def _manifest(
-    loaded: Tokenizer,
+def prepare_part(
+    inputs: Sequence[str | Path],
+    out: str | Path,
     tokenizer: str | Path,
-    lengths: np.ndarray,
-    loss_mask: bool,
-    dtype: str,
-    seed: int,
-    shard_documents: list[int],
-    left_out: dict[str, int],
-) -> DatasetManifest:
-    powers = np.frexp(lengths.astype(np.float64))[1] - 1
-    ends = np.cumsum(shard_documents)
-    return DatasetManifest(
-        format="mds",
-        tokenizer=str(tokenizer),
-        tokenizer_hash=loaded.hash,
-        vocab_size=loaded.vocab_size,
-        eos_token_id=loaded.eos_token_id,
-        eos="append",
-        documents=len(lengths),
-        tokens=int(lengths.sum()),
-        dtype=dtype,
-        loss_mask=loss_mask,
-        seed=seed,
-        shard_documents=shard_documents,
-        shard_tokens=[int(part.sum()) for part in np.split(lengths, ends[:-1])],
-        lengths_hash=hash_lengths(lengths),
-        length_histogram=np.bincount(powers).tolist(),
-        left_out=left_out,
+    part: Part,
+    rules: DocumentRules,
+    *,
+    workers: int | None = None,
+    max_documents: int | None = None,
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES,
+    overwrite: bool = False,
+    work: str | Path | None = None,
+) -> PartSummary:
+    """Tokenise every ``part.count``-th unit of ``inputs`` into the work directory, for :func:`prepare` with ``merge``.
+
+    Parts may run at once, on machines that share the work directory and see the same inputs.
+
+    Args:
+        inputs: Files, directories or globs.
+        out: The dataset directory that the merge is to make; nothing is written there.
+        tokenizer: ``"bytes"`` or a directory with a Hugging Face fast tokenizer.
+        part: Which share.
+        rules: How records become documents.
+        workers: Processes; default: one for each core, one in all for small inputs.
+        max_documents: As the merge will be given; saves the work on what it would not take.
+        suffixes: Suffixes taken from directories.
+        overwrite: The merge may replace an existing dataset.
+        work: Work directory; default: ``.{name}.work`` beside ``out``.
+
+    Raises:
+        ConfigError: An argument is out of its range, or the work directory was begun with other settings.
+        DataError: An input is missing, empty, unreadable or malformed.
+    """
+    begin = time.monotonic()
+    source = Source(inputs, tokenizer, rules, suffixes, workers, max_documents)
+    # Not entered: it only looks, so that a part does not work for hours for a merge that would be refused.
+    Staging(Path(out), overwrite=overwrite, inputs=source.files)
+    with source.open_work(out, work, part=part) as directory:
+        found = source.tokenize(directory.jobs[part.index - 1 :: part.count])
+        results = found.taken()
+    return PartSummary(
+        work=str(directory.path),
+        part=str(part),
+        units=len(results),
+        units_before=found.before,
+        documents=sum(len(result.lengths) for result in results),
+        tokens=sum(int(result.lengths.sum()) for result in results),
+        seconds=time.monotonic() - begin,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    tokenizer: str
-    scratch: str
-    dtype: str
-    text_field: str
-    min_tokens: int
-    skip_undecodable: bool
+def _writer_class(format: str) -> type[MdsShardWriter] | type[WdsShardWriter]:
+    if format == "mds":
+        return MdsShardWriter
+    from statex_dist.data.tar import WdsShardWriter
+
+    return WdsShardWriter
 
 
-def _tokenize(units: list[Unit], task: _Task, workers: int) -> Iterator[UnitResult]:
-    """Yield the result of every unit, in order; the first bad unit in that order raises."""
-    if workers == 1:
-        worker = _Worker(task)
-        yield from map(worker.run, units)
-        return
-    # spawn: a fork of a process that runs threads (torch, a progress bar) may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
-        pending: deque[Future[UnitResult]] = deque()
-        source = iter(units)
-        try:
-            pending.extend(pool.submit(_run_unit, unit) for unit in itertools.islice(source, 4 * workers))
-            while pending:
-                yield pending.popleft().result()
-                pending.extend(pool.submit(_run_unit, unit) for unit in itertools.islice(source, 1))
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process ended by itself (out of memory, or a script without a main guard); use 1 worker"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Worker:
-    """Tokenises units and appends them to spill files that belong to this process alone."""
-
-    def __init__(self, task: _Task):
-        self._task = task
-        self._tokenizer = load_tokenizer(task.tokenizer)
-        self._dtype = np.dtype(task.dtype)
-        self._path = str(Path(task.scratch) / f"spill-{os.getpid()}")
-
-    def run(self, unit: Unit) -> UnitResult:
-        tokens: list[np.ndarray] = []
-        masks: list[np.ndarray | None] = []
-        short = 0
-        undecodable: list[str] = []
-        skipping = undecodable if self._task.skip_undecodable else None
-        records = read_unit(unit, self._tokenizer.vocab_size, self._task.text_field, skipping)
-        while batch := list(itertools.islice(records, _BATCH_TEXTS)):
-            for ids, mask in self._encode(batch):
-                if len(ids) < self._task.min_tokens:
-                    short += 1
-                    continue
-                tokens.append(ids.astype(self._dtype, copy=False))
-                masks.append(mask)
-        lengths = np.array([len(ids) for ids in tokens], np.int64)
-        masks_at = None
-        if any(mask is not None for mask in masks):
-            whole = [
-                np.ones(len(ids), np.uint8) if mask is None else mask for ids, mask in zip(tokens, masks, strict=True)
-            ]
-            masks_at = append(self._path + "m", whole)
-        return UnitResult(self._path, append(self._path, tokens), masks_at, lengths, short, undecodable)
-
-    def _encode(self, records: list[Record]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        eos = self._tokenizer.eos_token_id
-        encoded = iter(self._tokenizer.encode_batch([record.text for record in records if record.text is not None]))
-        for record in records:
-            ids, mask = record.input_ids, record.loss_mask
-            if ids is None:
-                yield np.append(next(encoded), np.uint32(eos)), None
-            elif len(ids) and ids[-1] == eos:
-                yield ids, mask
-            else:
-                yield np.append(ids, eos), None if mask is None else np.append(mask, np.uint8(0))
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(task: _Task) -> None:
-    global _worker
-    # Workers are the parallelism; threads inside each of them would only compete.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-    _worker = _Worker(task)
-
-
-def _die_with(sentinel: int) -> None:
-    # A pool's worker holds both ends of its own queue, so it would outlive a killed parent, waiting for work for ever.
-    wait([sentinel])
-    os._exit(1)
-
-
-def _run_unit(unit: Unit) -> UnitResult:
-    assert _worker is not None
-    return _worker.run(unit)
+def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules) -> str:
+    reasons = [f"{left_out['short']} shorter than {rules.min_tokens} tokens"]
+    if left_out["long"]:
+        reasons.append(f"{left_out['long']} longer than {rules.max_tokens} tokens")
+    if left_out["filtered"]:
+        reasons.append(f"{left_out['filtered']} did not meet --where {' '.join(rules.where)}")
+    if left_out["undecodable"]:
+        reasons.append(f"{left_out['undecodable']} not UTF-8")
+    return (
+        f"no documents in {files} input file{'s' * (files != 1)} ({', '.join(reasons)}); give files with text in them"
+    )

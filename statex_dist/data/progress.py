@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -21,14 +22,15 @@ class ProgressLine:
         title: What is being done, for example ``"tokenize"``.
         total: Number of steps.
         unit: What a step is, for example ``"files"``.
+        done: Steps that were done before; they do not count for the speed.
     """
 
-    def __init__(self, title: str, total: int, unit: str):
+    def __init__(self, title: str, total: int, unit: str, done: int = 0):
         self.title = title
         self.total = total
         self.unit = unit
         self.tokens = 0
-        self._done = 0
+        self._done = self._done_before = done
         self._begin = self._spoken = time.monotonic()
         console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -41,7 +43,7 @@ class ProgressLine:
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task(title, total=total, rate="")
+            self._task = self._bar.add_task(title, total=total, completed=done, rate="")
 
     def __enter__(self) -> ProgressLine:
         if self._bar is not None:
@@ -54,7 +56,7 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()
         if error is None:
-            log.info(self._line())
+            log.info(f"{self.title}: {self._done}/{self.total} {self.unit}, {self._rate()}")
 
     def advance(self, steps: int, tokens: int) -> None:
         """Count ``steps`` more steps and ``tokens`` more tokens."""
@@ -71,4 +73,11 @@ class ProgressLine:
         return f"{self.tokens / 1e6:.2f}M tokens, {self.tokens / seconds / 1e6:.2f}M tokens/s"
 
     def _line(self) -> str:
-        return f"{self.title}: {self._done}/{self.total} {self.unit}, {self._rate()}"
+        return f"{self.title}: {self._done}/{self.total} {self.unit}, {self._rate()}{self._left()}"
+
+    def _left(self) -> str:
+        steps = self._done - self._done_before
+        if not steps or self._done >= self.total:
+            return ""
+        seconds = (time.monotonic() - self._begin) / steps * (self.total - self._done)
+        return f", {timedelta(seconds=round(seconds))} left"

@@ -1,40 +1,152 @@
-"""Tokenised documents on their way from the workers to the shards: one pair of append-only files for each process."""
+"""Tokenised documents on their way from the workers to the shards: a few files for each finished work unit.
+
+``NAME.tokens`` holds the tokens of all documents of a unit, ``NAME.masks`` their masks where one document has one, and
+``NAME.done`` the lengths and what was left out. Each is written under a temporary name, flushed and renamed, ``.done``
+last: where it is, the unit is complete, whatever happened to the process afterwards.
+"""
 
 from __future__ import annotations
 
+import array
+import json
+import os
+import resource
+import socket
+import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+DONE_SUFFIX = ".done"
+_BUFFER_BYTES = 1 << 20
+_MAX_MAPS = 16384
 
 
 @dataclass(frozen=True, slots=True)
 class UnitResult:
-    """Where the documents of a work unit lie, and what was left out of it.
+    """The documents of a finished work unit, and what was left out of it.
 
     Attributes:
-        path: The spill file of the tokens; that of the masks is ``path + "m"``.
-        tokens_at: First byte of the unit's tokens.
-        masks_at: First byte of its masks; ``None`` where no document of the unit has one.
+        base: Path of the unit's files, without their suffixes.
         lengths: ``[documents]`` int64, tokens of each document.
+        has_masks: Whether some document has a loss mask.
         short: Documents left out because they were too short.
+        long: Documents left out because they were too long.
+        filtered: Records left out because they did not meet a condition.
         undecodable: A message for each file left out because it is not UTF-8.
     """
 
-    path: str
-    tokens_at: int
-    masks_at: int | None
+    base: str
     lengths: np.ndarray
+    has_masks: bool
     short: int
+    long: int
+    filtered: int
     undecodable: list[str]
 
 
-def append(path: str, arrays: list[np.ndarray]) -> int:
-    """Append ``arrays`` to the file at ``path`` and return the byte at which they begin."""
-    with Path(path).open("ab") as file:
-        at = file.tell()
-        file.writelines(array.data for array in arrays)
-    return at
+class UnitWriter:
+    """Writes the files of one unit, a document at a time; memory holds lengths only.
+
+    Args:
+        base: Path of the files, without their suffixes; the directory exists.
+        dtype: Type of the tokens.
+    """
+
+    def __init__(self, base: str, dtype: str):
+        self._base = base
+        self._dtype = np.dtype(dtype)
+        self._temporary = f".tmp-{socket.gethostname()}-{os.getpid()}"
+        self._lengths = array.array("q")
+        self._total = 0
+        self._tokens = self._open(".tokens")
+        self._masks: BinaryIO | None = None
+
+    def write(self, tokens: np.ndarray, mask: np.ndarray | None, end: int | None) -> None:
+        """Append a document.
+
+        Args:
+            tokens: ``[n]`` ids.
+            mask: ``[n]`` of 0 and 1, or ``None`` for ones.
+            end: One more id, with mask 0 where there is a mask; ``None`` for none.
+        """
+        length = len(tokens) + (end is not None)
+        if mask is not None and self._masks is None:
+            self._masks = self._open(".masks")
+            self._ones(self._total)
+        self._tokens.write(np.ascontiguousarray(tokens, self._dtype).data)
+        if end is not None:
+            self._tokens.write(self._dtype.type(end).tobytes())
+        if mask is not None and self._masks is not None:
+            self._masks.write(np.ascontiguousarray(mask, np.uint8).data)
+            if end is not None:
+                self._masks.write(b"\x00")
+        elif self._masks is not None:
+            self._ones(length)
+        self._lengths.append(length)
+        self._total += length
+
+    def finish(self, *, short: int, long: int, filtered: int, undecodable: list[str]) -> UnitResult:
+        """Make the files durable under their names and return the unit's result."""
+        lengths = np.array(self._lengths, np.int64)
+        result = UnitResult(self._base, lengths, self._masks is not None, short, long, filtered, undecodable)
+        if self._masks is not None:
+            self._place(self._masks, ".masks")
+        self._place(self._tokens, ".tokens")
+        done = self._open(DONE_SUFFIX)
+        facts = {"has_masks": result.has_masks, "short": short, "long": long, "filtered": filtered}
+        text = json.dumps({**facts, "undecodable": undecodable})
+        np.savez(done, lengths=lengths, facts=np.array(text))
+        self._place(done, DONE_SUFFIX)
+        return result
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        for file in (self._tokens, self._masks):
+            if file is not None:
+                file.close()
+        for suffix in (".tokens", ".masks"):
+            Path(self._base + suffix + self._temporary).unlink(missing_ok=True)
+
+    def _open(self, suffix: str) -> BinaryIO:
+        return Path(self._base + suffix + self._temporary).open("wb", buffering=_BUFFER_BYTES)
+
+    def _ones(self, count: int) -> None:
+        assert self._masks is not None
+        while count > 0:
+            size = min(count, _BUFFER_BYTES)
+            self._masks.write(b"\x01" * size)
+            count -= size
+
+    def _place(self, file: BinaryIO, suffix: str) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        final = Path(self._base + suffix)
+        Path(self._base + suffix + self._temporary).replace(final)
+        directory = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def load_result(base: str, dtype: str) -> UnitResult | None:
+    """Return the result of the unit at ``base``; ``None`` where it is not finished, or its files are not whole."""
+    try:
+        with np.load(base + DONE_SUFFIX, allow_pickle=False) as done:
+            lengths, facts = done["lengths"], json.loads(str(done["facts"]))
+        total = int(lengths.sum())
+        if Path(base + ".tokens").stat().st_size != total * np.dtype(dtype).itemsize:
+            return None
+        if facts["has_masks"] and Path(base + ".masks").stat().st_size != total:
+            return None
+        return UnitResult(base=base, lengths=lengths, **facts)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 class Spill:
@@ -58,20 +170,34 @@ class Spill:
         self._unit = np.repeat(np.arange(len(results)), [len(part) for part in lengths])[:limit]
         # First token of each document in its unit, counted in tokens.
         self._begin = np.concatenate([*(np.cumsum(part) - part for part in lengths), np.zeros(0, np.int64)])[:limit]
-        self.has_masks = any(results[unit].masks_at is not None for unit in np.unique(self._unit))
-        self._maps: dict[str, np.memmap] = {}
+        self.has_masks = any(results[unit].has_masks for unit in np.unique(self._unit))
+        self._maps: OrderedDict[str, np.memmap] = OrderedDict()
+        self._max_maps = _allow_maps(2 * len(results))
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the tokens ``[n]`` and the mask ``[n]`` (or ``None``) of document ``i``."""
         result = self._results[int(self._unit[i])]
         n, begin = int(self.lengths[i]), int(self._begin[i])
-        at = result.tokens_at + begin * self._dtype.itemsize
-        tokens = np.frombuffer(self._map(result.path), self._dtype, n, at)
-        if result.masks_at is None:
+        tokens = np.frombuffer(self._map(result.base + ".tokens"), self._dtype, n, begin * self._dtype.itemsize)
+        if not result.has_masks:
             return tokens, None
-        return tokens, np.frombuffer(self._map(result.path + "m"), np.uint8, n, result.masks_at + begin)
+        return tokens, np.frombuffer(self._map(result.base + ".masks"), np.uint8, n, begin)
 
     def _map(self, path: str) -> np.memmap:
-        if path not in self._maps:
-            self._maps[path] = np.memmap(path, np.uint8, mode="r")
+        if path in self._maps:
+            self._maps.move_to_end(path)
+            return self._maps[path]
+        if len(self._maps) >= self._max_maps:
+            self._maps.popitem(last=False)
+        self._maps[path] = np.memmap(path, np.uint8, mode="r")
         return self._maps[path]
+
+
+def _allow_maps(wanted: int) -> int:
+    """Return how many files may be mapped at once; Python keeps a descriptor open for each of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = min(wanted, _MAX_MAPS)
+    if need > soft // 2 and soft != resource.RLIM_INFINITY:
+        soft = 2 * need if hard == resource.RLIM_INFINITY else min(2 * need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return need if soft == resource.RLIM_INFINITY else max(1, min(need, soft // 2))

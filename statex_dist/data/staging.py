@@ -41,7 +41,6 @@ class Staging:
         self._overwrite = overwrite
         name = f"{socket.gethostname()}-{os.getpid()}"
         self.directory = self.out.parent / f".{self.out.name}.partial-{name}"
-        self.scratch = self.out.parent / f".{self.out.name}.scratch-{name}"
         self._old = self.out.parent / f".{self.out.name}.old-{name}"
         self._recover()
         self._check(inputs)
@@ -51,7 +50,6 @@ class Staging:
             raise ConfigError(f"out {self.out} is already being made by this process")
         try:
             self.directory.mkdir(parents=True)
-            self.scratch.mkdir()
         except OSError as error:
             raise ConfigError(f"out {self.out} cannot be written: {error.strerror}") from error
         _in_progress.add(self.out)
@@ -61,12 +59,10 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _in_progress.discard(self.out)
-        for left in (self.directory, self.scratch):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def commit(self, manifest: DatasetManifest) -> None:
         """Write the manifest, flush all files and rename the directory into place."""
-        shutil.rmtree(self.scratch)
         for file in self.directory.iterdir():
             _flush(file)
         manifest.write(self.directory)
@@ -82,7 +78,7 @@ class Staging:
     def _recover(self) -> None:
         """Undo what killed runs on this host left: put an old dataset back, remove partial ones."""
         siblings = list(self.out.parent.iterdir()) if self.out.parent.is_dir() else []
-        for kind in ("old", "partial", "scratch"):
+        for kind in ("old", "partial"):
             prefix = f".{self.out.name}.{kind}-{socket.gethostname()}-"
             for left in siblings:
                 if not left.name.startswith(prefix):

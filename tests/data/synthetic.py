@@ -7,6 +7,7 @@ import numpy as np
 
 from statex_dist.data.mds import MdsShardWriter
 from statex_dist.data.store import MemoryStore, ShardStore
+from statex_dist.data.tar import WdsShardWriter
 
 EOS = 256
 PAD = 257
@@ -32,6 +33,16 @@ def write_mds(directory: Path, documents: Sequence[np.ndarray], **options) -> Pa
     directory.mkdir(parents=True)
     settings = {"dtype": "uint16", "loss_mask": False, "compression": "none", "shard_bytes": 4096} | options
     writer = MdsShardWriter(directory, **settings)
+    for document in documents:
+        writer.write(document)
+    writer.finish()
+    return directory
+
+
+def write_tar(directory: Path, documents: Sequence[np.ndarray], **options) -> Path:
+    directory.mkdir(parents=True)
+    settings = {"dtype": "uint16", "loss_mask": False, "compression": "none", "shard_bytes": 10240} | options
+    writer = WdsShardWriter(directory, **settings)
     for document in documents:
         writer.write(document)
     writer.finish()

@@ -1,11 +1,14 @@
 import contextlib
+import io
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,25 +18,11 @@ from statex_dist.data.documents import Unit, read_unit, split_units
 from statex_dist.data.formats import open_store
 from statex_dist.data.mds import MdsShardWriter
 from statex_dist.data.prepare import prepare
+from statex_dist.data.progress import ProgressLine
 from statex_dist.data.store import sequential_documents
-from statex_dist.data.tokenizer import BytesTokenizer
+from statex_dist.data.worker_pool import _as_finished
 from statex_dist.errors import ConfigError, DataError
-
-EOS = 256
-
-
-def texts_of(path) -> list[str]:
-    tokenizer = BytesTokenizer()
-    found = []
-    for piece in sequential_documents(open_store(path)):
-        assert piece.tokens[-1] == EOS
-        assert (piece.tokens[:-1] < EOS).all()
-        found.append(tokenizer.decode(piece.tokens))
-    return found
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+from tests.data.prepared import EOS, files_of, json_lines, put, texts_of
 
 
 @pytest.fixture
@@ -78,7 +67,7 @@ def test_prepare_directory(corpus, tmp_path):
 
 
 def test_same_bytes_for_any_number_of_workers(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("statex_dist.data.prepare.split_units", lambda files: split_units(files, unit_bytes=700))
+    monkeypatch.setattr("statex_dist.data.source.split_units", lambda files: split_units(files, unit_bytes=700))
     for workers in (1, 2, 3):
         prepare([corpus], tmp_path / f"out{workers}", workers=workers)
     assert files_of(tmp_path / "out1") == files_of(tmp_path / "out2") == files_of(tmp_path / "out3")
@@ -95,6 +84,25 @@ def test_jsonl_ranges_read_every_line_once(tmp_path, unit_bytes, ending):
     units, size = split_units([path], unit_bytes)
     assert size == path.stat().st_size
     assert [record.text for unit in units for record in read_unit(unit, 258)] == texts
+
+
+def test_ranges_inside_a_long_line_read_only_their_own_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("statex_dist.data.json_lines._CHUNK_BYTES", 64)
+    path = put(tmp_path / "a.jsonl", json_lines({"text": "x" * 5000}, {"text": "y"}))
+    units, size = split_units([path], 300)
+    assert [record.text for unit in units for record in read_unit(unit, 258)] == ["x" * 5000, "y"]
+    monkeypatch.setattr("statex_dist.data.json_lines.Path.open", lambda *_: Counting(path))
+    assert list(read_unit(units[3], 258)) == []
+    assert 300 <= Counting.read_bytes < 300 + 64 < size
+
+
+class Counting(io.FileIO):
+    read_bytes = 0
+
+    def readline(self, size=-1):
+        line = super().readline(size)
+        Counting.read_bytes += len(line)
+        return line
 
 
 def test_parquet_and_globs_and_text_field(tmp_path):
@@ -155,11 +163,6 @@ def test_existing_output(corpus, tmp_path):
         prepare([out / "more.txt"], out, overwrite=True)
 
 
-def bad(tmp_path, name: str, content: bytes) -> Path:
-    (tmp_path / name).write_bytes(content)
-    return tmp_path / name
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
@@ -187,7 +190,7 @@ def test_bad_input(tmp_path, name, content, message, workers):
     if workers == 2 and name == "a.parquet":
         pytest.skip("found before workers start")
     with pytest.raises(DataError, match=message):
-        prepare([bad(tmp_path, name, content)], tmp_path / "out", workers=workers)
+        prepare([put(tmp_path / name, content)], tmp_path / "out", workers=workers)
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -202,7 +205,7 @@ def test_bad_paths_and_arguments(corpus, tmp_path):
         with pytest.raises(DataError, match=message):
             prepare(inputs, tmp_path / "out")
     for options, message in (
-        ({"format": "wds"}, "format is 'wds'; allowed: mds"),
+        ({"format": "tar"}, "format is 'tar'; allowed: mds, wds"),
         ({"compression": "lzma"}, "compression is 'lzma'; allowed: none, zstd"),
         ({"workers": 0}, "workers is 0; it must be at least 1"),
         ({"shard_bytes": 1 << 40}, "shard size"),
@@ -217,7 +220,7 @@ def test_bad_paths_and_arguments(corpus, tmp_path):
 
 
 def test_undecodable_files_can_be_left_out(corpus, tmp_path):
-    bad(corpus, "latin.txt", b"caf\xe9")
+    put(corpus / "latin.txt", b"caf\xe9")
     with pytest.raises(DataError, match=r"latin\.txt is not UTF-8"):
         prepare([corpus], tmp_path / "out")
     summary = prepare([corpus], tmp_path / "out", skip_undecodable=True)
@@ -231,7 +234,7 @@ def test_wide_vocabulary_needs_uint32(tmp_path):
     vocab = {f"w{i}": i for i in range(70000)} | {"<eos>": 70000}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "tok")
-    path = bad(tmp_path, "a.jsonl", b'{"text": "w69999"}\n{"input_ids": [69998, 70000]}')
+    path = put(tmp_path / "a.jsonl", b'{"text": "w69999"}\n{"input_ids": [69998, 70000]}')
     summary = prepare([path], tmp_path / "out", tmp_path / "tok")
     assert summary.dtype == "uint32"
     found = sorted(piece.tokens.tolist() for piece in sequential_documents(open_store(tmp_path / "out")))
@@ -251,7 +254,7 @@ if __name__ == "__main__":
 
 
 def test_killed_midway_leaves_no_output(corpus, tmp_path):
-    script = bad(tmp_path, "killed.py", KILLED.encode())
+    script = put(tmp_path / "killed.py", KILLED.encode())
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(script), str(corpus), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -280,16 +283,19 @@ def test_killed_between_the_renames_of_an_overwrite_brings_the_old_dataset_back(
 
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
-        "import statex_dist.data.prepare as p, time, os\n"
+        "import multiprocessing, time\n"
+        "from statex_dist.data.documents import Unit, file_facts\n"
+        "from statex_dist.data.rules import DocumentRules\n"
+        "from statex_dist.data.tokenize_unit import TokenizeTask, UnitJob\n"
+        "from statex_dist.data.worker_pool import tokenize_units\n"
         "if __name__ == '__main__':\n"
-        "    from statex_dist.data.documents import Unit\n"
-        f"    task = p._Task('bytes', {str(tmp_path)!r}, 'uint16', 'text', 2, False)\n"
-        f"    units = [Unit('text', ({str(tmp_path / 'a.txt')!r},))] * 4\n"
-        "    for result in p._tokenize(units, task, 2):\n"
-        "        print(result.path.rpartition('-')[2], flush=True); time.sleep(60)\n"
+        f"    path = {str(tmp_path / 'a.txt')!r}\n"
+        "    jobs = [UnitJob(Unit('text', (path,)), (file_facts(path),), f'{path}{i}') for i in range(4)]\n"
+        "    for result in tokenize_units(jobs, TokenizeTask('bytes', 'uint16', DocumentRules()), 2):\n"
+        "        print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)\n"
     )
-    bad(tmp_path, "a.txt", b"text")
-    script = bad(tmp_path, "orphans.py", code.encode())
+    put(tmp_path / "a.txt", b"text")
+    script = put(tmp_path / "orphans.py", code.encode())
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as process:
         worker = int(process.stdout.readline())
@@ -321,13 +327,13 @@ def test_output_that_appears_meanwhile_is_not_replaced(corpus, tmp_path, monkeyp
             with pytest.raises(ConfigError, match="already being made by this process"):
                 prepare([corpus], out)
             out.mkdir()
-            bad(out, "theirs", b"theirs")
+            put(out / "theirs", b"theirs")
 
     monkeypatch.setattr("statex_dist.data.prepare.MdsShardWriter", Interfered)
     with pytest.raises(ConfigError, match="exists and is not empty"):
         prepare([corpus], out)
     assert files_of(out) == {"theirs": b"theirs"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.work", "corpus", "out"]  # nothing to tokenise again
 
 
 def command_line(*arguments: str) -> int:
@@ -347,8 +353,55 @@ def test_command_line(corpus, tmp_path, capsys):
     assert list((tmp_path / "out").glob("*.zstd"))
     assert command_line(str(corpus), "--out", out, "--overwrite", "--workers", "2") == 0
     assert "231 documents" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="format is 'wds'"):
-        command_line(str(corpus), "--out", out, "--format", "wds")
+    with pytest.raises(ConfigError, match="format is 'tar'"):
+        command_line(str(corpus), "--out", out, "--format", "tar")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_bad_unit_is_the_error_unless_enough_comes_before_it(tmp_path, workers):
+    put(tmp_path / "a.jsonl", json_lines(*[{"text": "x" * 20000}] * 100))  # the slowest unit
+    for name in "bcd":
+        put(tmp_path / f"{name}.jsonl", b"{broken " + name.encode())
+    for _ in range(3):
+        with pytest.raises(DataError, match=r"b\.jsonl:1: not valid JSON"):
+            prepare([tmp_path], tmp_path / "out", workers=workers)
+    assert prepare([tmp_path], tmp_path / "out", workers=workers, max_documents=100).documents == 100
+
+
+def test_results_before_a_bad_unit_are_waited_for(monkeypatch):
+    def run(job):
+        time.sleep({0: 0.6, 1: 0.4, 3: 0.3}.get(job, 0.0))
+        if job in (1, 2):
+            raise DataError(f"bad unit {job}")
+        return f"result {job}"
+
+    monkeypatch.setattr("statex_dist.data.worker_pool._run_job", run)
+    found = []
+
+    def collect(pool):
+        for item in _as_finished(pool, range(9), 1):
+            found.append(item)
+
+    with ThreadPoolExecutor(4) as pool, pytest.raises(DataError, match="bad unit 1"):
+        collect(pool)
+    assert found == [(3, "result 3"), (0, "result 0")]  # and nothing is begun once a unit is known to be bad
+
+
+def test_progress_says_how_long_it_will_take(monkeypatch, caplog):
+    now = 100.0
+    monkeypatch.setattr("statex_dist.data.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("statex_dist.data.progress.log.propagate", True)
+    monkeypatch.setattr("statex_dist.data.progress.log.parent", logging.getLogger())
+    with caplog.at_level("INFO", "statex_dist.data.progress"), ProgressLine("tokenize", 120, "units", 20) as progress:
+        progress.advance(1, 10)  # too early for a line
+        now += 13.0
+        progress.advance(9, 54_600_000)
+        now += 1.0
+        progress.advance(90, 1_000_000)
+    assert caplog.messages == [
+        "tokenize: 30/120 units, 54.60M tokens, 4.20M tokens/s, 0:01:57 left",
+        "tokenize: 120/120 units, 55.60M tokens, 3.97M tokens/s",
+    ]
 
 
 def test_missing_file_between_listing_and_reading():

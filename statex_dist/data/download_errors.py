@@ -1,0 +1,97 @@
+"""What went wrong with a download, told from the exceptions of many SDKs, most of which are not installed.
+
+They have no common base class, so an exception is known by its HTTP status, wherever its SDK keeps that, or by name.
+"""
+
+from __future__ import annotations
+
+import errno
+from http import HTTPStatus
+
+import requests
+
+from statex_dist.errors import ConfigError, DataError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WORTH_RETRYING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+# S3 says this one with status 400.
+_CODES_WORTH_RETRYING = ("RequestTimeout", "RequestTimeoutException")
+_NO_ACCESS = (
+    *("NoCredentialsError", "PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError"),
+    *("AuthenticationException", "BadHostKeyException", "ConfigFileNotFound", "PermissionDenied"),
+    "Unauthenticated",
+)
+_MISSING = ("NotFound", "ResourceDoesNotExist")  # Databricks
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Return whether ``error`` says that a local file cannot be written."""
+    return isinstance(error, OSError) and error.errno in (*_DISK_FULL, errno.EROFS)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Return whether ``error`` says that there is no room for a file."""
+    return error.errno in _DISK_FULL
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status in an exception of requests, huggingface_hub, botocore, google, azure or oci."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata", {})
+        found = response.get("HTTPStatusCode")
+    else:
+        places = ((response, "status_code"), (error, "status_code"), (error, "status"), (error, "code"))
+        found = next((getattr(thing, name) for thing, name in places if hasattr(thing, name)), None)
+    return int(found) if isinstance(found, int) else None
+
+
+def _code(error: BaseException) -> str:
+    """The name that S3 gives to an error, or an empty string."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Return what ``error`` stands for, where a wrapper says less than what it wraps."""
+    return error.__cause__ or error if _is_offline(error) else error
+
+
+def _is_offline(error: BaseException) -> bool:
+    """huggingface_hub raises a kind of FileNotFoundError when it cannot reach its server."""
+    return type(error).__name__ == "LocalEntryNotFoundError"
+
+
+def is_missing(error: BaseException) -> bool:
+    """Return whether ``error`` says that there is no such object."""
+    if _is_offline(error):
+        return False
+    if (status := http_status(error)) is not None:
+        return status == HTTPStatus.NOT_FOUND
+    return isinstance(error, FileNotFoundError) or type(error).__name__ in _MISSING
+
+
+def is_worth_retrying(error: BaseException) -> bool:
+    """Return whether another attempt may succeed: so for all that is not known to be a mistake or a refusal."""
+    if _is_offline(error) or _code(error) in _CODES_WORTH_RETRYING:
+        return True
+    if (status := http_status(error)) is not None:
+        return status in _WORTH_RETRYING or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    if isinstance(error, requests.RequestException):
+        return not isinstance(error, ValueError)  # a malformed URL
+    mistakes = (DataError, ConfigError, PermissionError, FileNotFoundError, ValueError, TypeError, LookupError)
+    if isinstance(error, (*mistakes, AttributeError, AssertionError)) or not isinstance(error, Exception):
+        return False
+    return not is_disk_error(error) and type(error).__name__ not in _NO_ACCESS
+
+
+def cure(error: BaseException) -> str:
+    """Return what the user can do about ``error``."""
+    if http_status(error) in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) or type(error).__name__ in _NO_ACCESS:
+        return (
+            "check the credentials and that they allow reading and listing (a store that may not list answers 403 for "
+            "what does not exist)"
+        )
+    if is_worth_retrying(error):
+        return "check the network, or raise download_retries or download_timeout"
+    return "check the URL and the credentials"

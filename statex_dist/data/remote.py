@@ -1,0 +1,304 @@
+"""One object of a remote dataset, downloaded to a file: tried again where that helps, refused at once where not.
+
+``http(s)`` goes through requests, every other scheme through mosaicml-streaming's downloaders. Their SDKs differ in
+how long they wait and whether they try again (some wait for ever), so one watch over the growth of the file, and one
+loop of attempts, stand around all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import requests
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from statex_dist.data.download_errors import cure, http_status, is_disk_error, is_missing, is_worth_retrying, root_of
+from statex_dist.data.mds import load_streaming
+from statex_dist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = {
+    "s3": "'statex-dist[s3]'",
+    "gs": "'statex-dist[gs]'",
+    "azure": "'statex-dist[azure]'",
+    "azure-dl": "'statex-dist[azure]'",
+    "oci": "'statex-dist[oci]'",
+    "hf": "huggingface_hub",
+    "sftp": "'statex-dist[sftp]'",
+    "dbfs": "databricks-sdk",
+    "alipan": "alipcs-py",
+}
+"""What to install for each scheme of streaming's."""
+_HTTP = ("http", "https")
+_BLOCK = 1 << 16
+_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+-]+):(/+)(.*)", re.DOTALL)
+
+
+class MissingObjectError(DataError):
+    """The remote has no object of this name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryPolicy:
+    """How hard to try.
+
+    Attributes:
+        retries: Attempts after the first one.
+        timeout: Seconds without a new byte after which an attempt is given up.
+        first_wait: Seconds before the second attempt; doubled for each later one, with up to as much again at random.
+        longest_wait: Seconds that no wait exceeds.
+    """
+
+    retries: int = 4
+    timeout: float = 60.0
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise ConfigError(f"download_retries {self.retries} is negative; give 0 or more")
+        if self.timeout <= 0:
+            raise ConfigError(f"download_timeout {self.timeout} s is not positive; give seconds, such as 60")
+
+
+def split_url(path: str | Path) -> tuple[str, str] | None:
+    """Return the scheme and the whole of a URL, or ``None`` for a path of this machine.
+
+    Raises:
+        ConfigError: It is a URL of a scheme that is not known here.
+    """
+    found = _URL.fullmatch(str(path))
+    if found is None:
+        return None
+    scheme, slashes, rest = found[1].lower(), found[2], found[3]
+    if scheme not in (*_HTTP, *_PACKAGES, "local", "file"):
+        allowed = ", ".join([*_HTTP, *_PACKAGES, "local", "file"])
+        raise ConfigError(f"{path}: URLs of {scheme!r} are not known; allowed: {allowed}, or a directory")
+    if len(slashes) == 1 and scheme != "dbfs":
+        slashes = "//" if scheme not in ("local", "file") else "///"  # a Path folds them
+    return scheme, f"{scheme}:{slashes}{rest}"
+
+
+class RemoteDirectory:
+    """A directory of objects behind a URL.
+
+    Args:
+        url: The directory; a query (a signature) is put behind every object's name.
+        policy: How hard to try.
+
+    Attributes:
+        origin: The URL without password and query, for messages and as the identity of the dataset.
+
+    Raises:
+        ConfigError: The scheme is not known, or mosaicml-streaming is missing.
+    """
+
+    def __init__(self, url: str, policy: RetryPolicy):
+        split = split_url(url)
+        if split is None:
+            raise ConfigError(f"{url} is not a URL")
+        self._scheme, self._url = split
+        self._policy = policy
+        self.origin = _without_secrets(self._url).rstrip("/")
+        self._idle: list[Any] = []
+        self._pid = os.getpid()
+        if self._scheme not in _HTTP:
+            load_streaming()  # imports torch, which no download's timeout should count
+
+    def download(self, name: str, target: Path, size: int | None = None) -> None:
+        """Download an object into ``target``, in an existing directory; on failure nothing is left there.
+
+        Args:
+            name: Name of the object in the directory.
+            target: The file to make.
+            size: Its bytes, if they are known: another size counts as a broken download.
+
+        Raises:
+            MissingObjectError: There is no such object.
+            DataError: It cannot be fetched, after all attempts or because no further one could help.
+            ConfigError: A package is missing.
+            OSError: The disk is full or not writable.
+        """
+        url, shown = self._join(name)
+        retrying = Retrying(
+            stop=stop_after_attempt(self._policy.retries + 1),
+            wait=wait_exponential_jitter(
+                initial=self._policy.first_wait, max=self._policy.longest_wait, jitter=self._policy.first_wait
+            ),
+            retry=retry_if_exception(is_worth_retrying),
+            before_sleep=partial(self._warn, shown),
+            reraise=True,
+        )
+        try:
+            retrying(self._attempt, url, shown, target, size)
+        except (DataError, ConfigError):
+            raise
+        except Exception as error:
+            # Every SDK has exceptions of its own; those that are about this machine's disk are the caller's.
+            if is_disk_error(error):
+                # The traceback and tenacity's state hold each other, and so all that the callers' frames hold: shards
+                # that they map would keep their disk space when it is needed most.
+                error.__traceback__ = None
+                raise OSError(error.errno, error.strerror) from None  # type: ignore[attr-defined]
+            attempts = retrying.statistics.get("attempt_number", 1)
+            tried = "" if attempts == 1 else f" in {attempts} attempts"
+            raise DataError(f"{shown} cannot be downloaded{tried}: {self._reason(error)}; {cure(error)}") from error
+
+    def _join(self, name: str) -> tuple[str, str]:
+        shown = f"{self.origin}/{name}"
+        if self._scheme not in _HTTP:
+            return f"{self._url.rstrip('/')}/{name}", shown
+        parts = urlsplit(self._url)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}")), shown
+
+    def _attempt(self, url: str, shown: str, target: Path, size: int | None) -> None:
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".arriving-"))
+        try:
+            arriving = work / target.name
+            get = self._http_get if self._scheme in _HTTP else self._cloud_get
+            try:
+                _watched(lambda: get(url, arriving), work, self._policy.timeout)
+            except Exception as error:
+                if is_missing(error) and work.is_dir():
+                    raise MissingObjectError(f"{shown} does not exist; check the URL") from error
+                raise
+            if not arriving.exists():
+                raise ConnectionError("nothing arrived")
+            found = arriving.stat().st_size
+            if size is not None and found != size:
+                raise ConnectionError(f"{found} bytes arrived, the index says {size}")
+            arriving.replace(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _http_get(self, url: str, target: Path) -> None:
+        headers = {"Accept-Encoding": "identity"}  # the index counts the bytes as they are stored
+        with requests.get(url, stream=True, timeout=self._policy.timeout, headers=headers) as response:
+            response.raise_for_status()
+            with target.open("wb") as file:
+                for block in response.iter_content(_BLOCK):
+                    file.write(block)
+
+    def _cloud_get(self, url: str, target: Path) -> None:
+        if self._pid != os.getpid():
+            self._idle, self._pid = [], os.getpid()  # a forked process must not share its parent's connections
+        try:
+            try:
+                downloader = self._idle.pop()
+            except IndexError:
+                downloader = _downloader(self._url)
+            try:
+                downloader.download(url, str(target), self._policy.timeout)
+            except Exception as error:
+                if type(error).__name__ != "NoCredentialsError" or self._scheme != "s3":
+                    raise
+                # A public bucket. (streaming looks for this error where the client is made; boto3 raises it later.)
+                downloader._create_s3_client(unsigned=True, timeout=self._policy.timeout)
+                downloader.download(url, str(target), self._policy.timeout)
+        except ImportError as error:
+            package = _PACKAGES[self._scheme]
+            raise ConfigError(
+                f"{self._scheme}:// needs the package {error.name}, which is not installed: pip install {package}"
+            ) from error
+        self._idle.append(downloader)
+
+    def _warn(self, shown: str, state: RetryCallState) -> None:
+        assert state.outcome is not None
+        assert state.next_action is not None
+        error = state.outcome.exception()
+        assert error is not None
+        log.warning(
+            "%s: attempt %d of %d failed (%s); trying again in %.1f s",
+            *(shown, state.attempt_number, self._policy.retries + 1, self._reason(error), state.next_action.sleep),
+        )
+
+    def _reason(self, error: BaseException) -> str:
+        error = root_of(error)
+        status = http_status(error)
+        if isinstance(error, requests.HTTPError) and status is not None:
+            return f"HTTP {status} {error.response.reason}"
+        text = " ".join(str(error).split()).replace(self._url, self.origin)
+        for secret in (urlsplit(self._url).query, urlsplit(self._url).password):
+            if secret:
+                text = text.replace(secret, "...")
+        return ("" if status is None else f"HTTP {status}, ") + f"{type(error).__name__}: {text[:300]}"
+
+
+def _watched(work: Callable[[], None], directory: Path, seconds: float) -> None:
+    """Do ``work`` in a thread; give up when ``directory`` did not change for ``seconds``.
+
+    The thread that is given up ends with its SDK's own timeout; what it still writes is in nobody's way, because the
+    directory is removed.
+    """
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name="statex-download", daemon=True).start()
+    seen, since = -1, time.monotonic()
+    while not done.wait(min(1.0, seconds / 10)):
+        if (arrived := _size(directory)) != seen:
+            seen, since = arrived, time.monotonic()
+        elif time.monotonic() - since >= seconds:
+            raise TimeoutError(f"nothing arrived for {seconds:g} s (download_timeout)")
+    if failed:
+        raise failed.pop()
+
+
+def _size(directory: Path) -> int:
+    total = 0
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size  # noqa: PTH116, PTH118 - polled
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _downloader(url: str) -> Any:
+    """Return streaming's downloader for ``url``."""
+    downloader = load_streaming().storage.download.CloudDownloader.get(url)
+    if not hasattr(downloader, "_create_s3_client"):
+        return downloader
+    # streaming 0.13 answers a 400 by making a client without credentials and calling itself, for ever if that one is
+    # answered with 400 too.
+    create = downloader._create_s3_client
+    anonymous = False
+
+    def create_once(unsigned: bool = False, timeout: float = 60.0) -> None:
+        nonlocal anonymous
+        if unsigned and anonymous:
+            raise PermissionError("400 Bad Request, with and without credentials")
+        anonymous = anonymous or unsigned
+        create(unsigned=unsigned, timeout=timeout)
+
+    downloader._create_s3_client = create_once
+    return downloader
+
+
+def _without_secrets(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in (*_HTTP, "sftp"):
+        return url
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

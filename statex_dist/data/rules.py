@@ -1,0 +1,52 @@
+"""What ``statex prepare`` makes of a record: which field is the text, what is left out, what ends a document."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from statex_dist.data.filters import Condition, parse_condition
+from statex_dist.errors import ConfigError
+
+EOS_RULES = ("append", "none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRules:
+    """Rules for the making of documents.
+
+    Attributes:
+        text_field: Field or column of the text.
+        where: Conditions of the form ``FIELD OP VALUE``; a record that fails one is left out.
+        eos: ``"append"``: a document ends with EOS; ``"none"``: documents are taken as they are.
+        min_tokens: Shorter documents (EOS included) are left out; one below 2 tokens has no target.
+        max_tokens: Longer documents are left out; ``None`` for no bound.
+        skip_undecodable: Leave out text files that are not UTF-8 instead of stopping.
+
+    Raises:
+        ConfigError: A rule is not one of those allowed.
+    """
+
+    text_field: str = "text"
+    where: tuple[str, ...] = ()
+    eos: str = "append"
+    min_tokens: int = 2
+    max_tokens: int | None = None
+    skip_undecodable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eos not in EOS_RULES:
+            raise ConfigError(f"eos is {self.eos!r}; allowed: {', '.join(EOS_RULES)}")
+        if self.min_tokens < 1:
+            raise ConfigError(f"min_tokens is {self.min_tokens}; it must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least min_tokens ({self.min_tokens})")
+        self.conditions()
+
+    def conditions(self) -> tuple[Condition, ...]:
+        """Return :attr:`where`, parsed."""
+        return tuple(parse_condition(text) for text in self.where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the rules in the types of JSON."""
+        return {**asdict(self), "where": list(self.where)}

@@ -1,0 +1,150 @@
+"""The inputs of ``statex prepare`` on their way to tokenised units."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from statex_dist.data.documents import check_filterable, find_files, split_units
+from statex_dist.data.manifest import DatasetManifest, hash_lengths
+from statex_dist.data.progress import ProgressLine
+from statex_dist.data.rules import DocumentRules
+from statex_dist.data.tokenize_unit import TokenizeTask, UnitJob
+from statex_dist.data.tokenizer import Tokenizer, load_tokenizer
+from statex_dist.data.unit_results import UnitResults, finished_units
+from statex_dist.data.work import Part, WorkDirectory
+from statex_dist.data.worker_pool import tokenize_units
+from statex_dist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+# Below this, starting processes costs more than it saves.
+_SERIAL_BYTES = 8 << 20
+
+
+class Source:
+    """The inputs, found and split, and what tokenises them.
+
+    Args:
+        inputs: Files, directories or globs.
+        tokenizer: What :func:`load_tokenizer` takes.
+        rules: How records become documents.
+        suffixes: Suffixes taken from directories.
+        workers: Processes; ``None``: one for each core, one in all for small inputs.
+        max_documents: Documents that are enough, in input order; ``None`` for all.
+
+    Attributes:
+        files: The input files.
+        dtype: Type of the tokens.
+
+    Raises:
+        ConfigError: An argument is out of its range.
+        DataError: An input is missing or unreadable.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str | Path],
+        tokenizer: str | Path,
+        rules: DocumentRules,
+        suffixes: Sequence[str],
+        workers: int | None,
+        max_documents: int | None,
+    ):
+        for name, value in (("workers", workers), ("max_documents", max_documents)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        self._loaded: Tokenizer = load_tokenizer(tokenizer)
+        self._rules = rules
+        self._limit = max_documents
+        self.files = find_files(inputs, suffixes)
+        self._units, total_bytes = split_units(self.files)
+        if rules.where:
+            check_filterable(self._units)
+        self.dtype = "uint16" if self._loaded.vocab_size <= 65535 else "uint32"
+        self._task = TokenizeTask(str(tokenizer), self.dtype, rules)
+        # A job of a scheduler may have fewer cores than the machine.
+        self._workers = workers or (1 if total_bytes < _SERIAL_BYTES else len(os.sched_getaffinity(0)))
+
+    def open_work(
+        self, out: str | Path, work: str | Path | None, *, part: Part | None = None, merge: bool = False
+    ) -> WorkDirectory:
+        """Return the work directory of ``out``, not entered yet."""
+        target = Path(out).resolve()
+        path = Path(work) if work is not None else target.parent / f".{target.name}.work"
+        settings = {"tokenizer_hash": self._loaded.hash, "dtype": self.dtype, **self._rules.as_dict()}
+        return WorkDirectory(path, settings, self._units, part=part, merge=merge)
+
+    def tokenize(self, jobs: Sequence[UnitJob]) -> UnitResults:
+        """Do what is left to do of ``jobs``.
+
+        Raises:
+            DataError: An input is unreadable or malformed.
+        """
+        results, todo = finished_units(jobs, self.dtype, self._limit)
+        if results.before:
+            log.info("resuming: %d of %d units are done", results.before, len(jobs))
+        if results.enough:
+            return results
+        with ProgressLine("tokenize", len(jobs), "units", done=results.before) as progress:
+            for k, result in tokenize_units([jobs[i] for i in todo], self._task, self._workers):
+                for message in result.undecodable:
+                    log.warning("left out: %s", message)
+                results.add(todo[k], result)
+                progress.advance(1, int(result.lengths.sum()))
+                if results.enough:
+                    break
+        return results
+
+    def merge(self, work: WorkDirectory) -> UnitResults:
+        """Return what the parts have done.
+
+        Raises:
+            DataError: A part has units to do.
+        """
+        results, missing = finished_units(work.jobs, self.dtype, self._limit)
+        if results.enough:
+            return results
+        if work.parts is None:
+            raise DataError(f"{len(missing)} of {len(work.jobs)} units are to do; run without --merge to do them")
+        lacking = []
+        for index in range(1, work.parts + 1):
+            jobs = work.jobs[index - 1 :: work.parts]
+            if to_do := finished_units(jobs, self.dtype, self._limit)[0].missing:
+                lacking.append(f"part {index}/{work.parts} has {to_do} of {len(jobs)} units to do")
+        raise DataError(f"{'; '.join(lacking)}; run {'it' if len(lacking) == 1 else 'them'} again, then --merge")
+
+    def manifest(
+        self,
+        format: str,
+        seed: int,
+        lengths: np.ndarray,
+        loss_mask: bool,
+        shard_documents: list[int],
+        left_out: dict[str, int],
+    ) -> DatasetManifest:
+        """Return the manifest of documents with ``lengths``, in stored order."""
+        powers = np.frexp(lengths.astype(np.float64))[1] - 1
+        ends = np.cumsum(shard_documents)
+        return DatasetManifest(
+            format=format,
+            tokenizer=self._task.tokenizer,
+            tokenizer_hash=self._loaded.hash,
+            vocab_size=self._loaded.vocab_size,
+            eos_token_id=self._loaded.eos_token_id,
+            eos=self._rules.eos,
+            documents=len(lengths),
+            tokens=int(lengths.sum()),
+            dtype=self.dtype,
+            loss_mask=loss_mask,
+            seed=seed,
+            shard_documents=shard_documents,
+            shard_tokens=[int(part.sum()) for part in np.split(lengths, ends[:-1])],
+            lengths_hash=hash_lengths(lengths),
+            length_histogram=np.bincount(powers).tolist(),
+            left_out=left_out,
+        )

@@ -1,0 +1,33 @@
+"""What the tests of ``statex prepare`` share."""
+
+import json
+from pathlib import Path
+
+from statex_dist.data.formats import open_store
+from statex_dist.data.store import sequential_documents
+from statex_dist.data.tokenizer import BytesTokenizer
+
+EOS = 256
+
+
+def texts_of(path: Path) -> list[str]:
+    """The documents of a dataset in stored order; each must end with the only EOS in it."""
+    found = []
+    for piece in sequential_documents(open_store(path)):
+        assert piece.tokens[-1] == EOS
+        assert (piece.tokens[:-1] < EOS).all()
+        found.append(BytesTokenizer().decode(piece.tokens))
+    return found
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def put(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def json_lines(*records: dict) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
