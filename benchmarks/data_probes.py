@@ -14,9 +14,9 @@ from benchmarks.data_readers import STEP_TOKENS, log_normal_lengths
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.manifest import DatasetManifest
-from statex_dist.data.mds import MdsShardWriter, load_streaming
 from statex_dist.data.plan import PackPlan
 from statex_dist.data.stats import PackingMode
+from statex_dist.data.storage.mds import MdsShardWriter, load_streaming
 from statex_dist.data.store import Piece
 
 _DOCUMENT = 24

@@ -20,8 +20,8 @@ import torch
 
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.mds import MdsShardWriter, load_streaming
-from statex_dist.data.tar import WdsShardWriter, load_webdataset
+from statex_dist.data.storage.mds import MdsShardWriter, load_streaming
+from statex_dist.data.storage.tar import WdsShardWriter, load_webdataset
 
 EOS = 50000
 SHARD_BYTES = 16 << 20

@@ -91,9 +91,9 @@ def _prepare(args: Any) -> Any:
 
 
 def _prepare_part(args: Any) -> Any:
+    from statex_dist.data.corpus.rules import DocumentRules
+    from statex_dist.data.corpus.work import parse_part
     from statex_dist.data.prepare import prepare_part
-    from statex_dist.data.rules import DocumentRules
-    from statex_dist.data.work import parse_part
 
     rules = DocumentRules(
         text_field=args.text_field,

@@ -74,8 +74,11 @@ TOOLS_MAY_READ = (
 
 ENGINES = {
     "deepspeed": ("statex_dist.engine.zero3",),
-    "streaming": ("statex_dist.data.mds", "statex_dist.data.streaming_hook"),  # the hook makes the import possible
-    "webdataset": ("statex_dist.data.tar",),
+    "streaming": (
+        "statex_dist.data.storage.mds",
+        "statex_dist.data.streaming_hook",
+    ),  # the hook makes the import possible
+    "webdataset": ("statex_dist.data.storage.tar",),
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
     "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor"),
@@ -132,7 +135,7 @@ def floor(name: str) -> int | None:
 
 
 def folder(name: str) -> str:
-    """``data`` for ``statex_dist.data.mds``; the module itself where it lies at the top."""
+    """``data`` for ``statex_dist.data.storage.mds``; the module itself where it lies at the top."""
     return ".".join(name.split(".")[:2])
 
 

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.cache import ShardCache
-from statex_dist.data.disk_store import DiskStore, fetch_and_open, fingerprint
-from statex_dist.data.files import DatasetFiles, LocalFiles, default_cache_dir, open_files, write_atomically
 from statex_dist.data.manifest import (
     LENGTHS_NAME,
     MANIFEST_NAME,
@@ -20,15 +17,18 @@ from statex_dist.data.manifest import (
     parse_manifest,
     read_lengths,
 )
-from statex_dist.data.mds_format import INDEX_NAME as MDS_INDEX_NAME
-from statex_dist.data.mds_format import MdsShard
-from statex_dist.data.mds_format import read_index as read_mds_index
-from statex_dist.data.remote import RetryPolicy
-from statex_dist.data.shards import LOSS_MASK, OpenShard, ShardEntry
-from statex_dist.data.tar_foreign import find_tars, index_tars
-from statex_dist.data.tar_format import HAS_LOSS_MASK, TarShard
-from statex_dist.data.tar_format import INDEX_NAME as TAR_INDEX_NAME
-from statex_dist.data.tar_format import read_index as read_tar_index
+from statex_dist.data.storage.cache import ShardCache
+from statex_dist.data.storage.disk_store import DiskStore, fetch_and_open, fingerprint
+from statex_dist.data.storage.files import DatasetFiles, LocalFiles, default_cache_dir, open_files, write_atomically
+from statex_dist.data.storage.mds_format import INDEX_NAME as MDS_INDEX_NAME
+from statex_dist.data.storage.mds_format import MdsShard
+from statex_dist.data.storage.mds_format import read_index as read_mds_index
+from statex_dist.data.storage.remote import RetryPolicy
+from statex_dist.data.storage.shards import LOSS_MASK, OpenShard, ShardEntry
+from statex_dist.data.storage.tar_foreign import find_tars, index_tars
+from statex_dist.data.storage.tar_format import HAS_LOSS_MASK, TarShard
+from statex_dist.data.storage.tar_format import INDEX_NAME as TAR_INDEX_NAME
+from statex_dist.data.storage.tar_format import read_index as read_tar_index
 from statex_dist.errors import DataError
 
 OpenFunction = Callable[[Path, ShardEntry], OpenShard]

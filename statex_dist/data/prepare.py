@@ -1,8 +1,9 @@
 """Text, JSON lines and parquet to shards of tokenised documents.
 
-1. The inputs are split into work units (:mod:`statex_dist.data.documents`).
-2. Worker processes tokenise units; each unit becomes files in a work directory (:mod:`statex_dist.data.work`), where
-   they outlive a killed run. Machines that share it may each do a part of the units.
+1. The inputs are split into work units (:mod:`statex_dist.data.corpus.documents`).
+2. Worker processes tokenise units; each unit becomes files in a work directory
+   (:mod:`statex_dist.data.corpus.work`), where they outlive a killed run. Machines that share it may each do a part of
+   the units.
 3. All documents are permuted by the seed and written as shards, read from the memory-mapped units. Shards are thus
    shuffled globally, which the loader's shuffle within windows relies on.
 4. The manifest is written last, everything is flushed, and the directory is renamed into place.
@@ -19,20 +20,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statex_dist.data.documents import DEFAULT_SUFFIXES
+from statex_dist.data.corpus.documents import DEFAULT_SUFFIXES
+from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.source import Source
+from statex_dist.data.corpus.spill import Spill
+from statex_dist.data.corpus.staging import Staging
+from statex_dist.data.corpus.work import Part
 from statex_dist.data.manifest import LENGTHS_NAME, pack_lengths
-from statex_dist.data.mds import MdsShardWriter
 from statex_dist.data.plan import permutation
 from statex_dist.data.progress import ProgressLine
-from statex_dist.data.rules import DocumentRules
-from statex_dist.data.source import Source
-from statex_dist.data.spill import Spill
-from statex_dist.data.staging import Staging
-from statex_dist.data.work import Part
+from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from statex_dist.data.tar import WdsShardWriter
+    from statex_dist.data.storage.tar import WdsShardWriter
 
 FORMATS = ("mds", "wds")
 COMPRESSIONS = ("none", "zstd", "gz")
@@ -280,7 +281,7 @@ def prepare_part(
 def _writer_class(format: str) -> type[MdsShardWriter] | type[WdsShardWriter]:
     if format == "mds":
         return MdsShardWriter
-    from statex_dist.data.tar import WdsShardWriter
+    from statex_dist.data.storage.tar import WdsShardWriter
 
     return WdsShardWriter
 

@@ -2,8 +2,8 @@
 
 A document is a sequence of token ids that ends with EOS; a shard is a list of documents; a store is a list of shards.
 The planner needs only the lengths, the loader only slices, so any format with random access can stand behind
-:class:`ShardStore` (:class:`~statex_dist.data.disk_store.DiskStore` does for every format on disk or behind a URL;
-:class:`MemoryStore` holds documents in memory).
+:class:`ShardStore`: :class:`~statex_dist.data.storage.disk_store.DiskStore` for every format on disk or behind a URL,
+:class:`MemoryStore` for documents in memory.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.documents import find_files, read_unit, split_units
+from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import Piece, sequential_documents
 from statex_dist.data.tokenizer import Tokenizer

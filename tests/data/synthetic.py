@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.mds import MdsShardWriter
+from statex_dist.data.storage.mds import MdsShardWriter
+from statex_dist.data.storage.tar import WdsShardWriter
 from statex_dist.data.store import MemoryStore, ShardStore
-from statex_dist.data.tar import WdsShardWriter
 
 EOS = 256
 PAD = 257

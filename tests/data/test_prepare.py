@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from launch.cmd_prepare import add_arguments, run
-from statex_dist.data.documents import Unit, read_unit, split_units
+from statex_dist.data.corpus.documents import Unit, read_unit, split_units
+from statex_dist.data.corpus.worker_pool import _as_finished
 from statex_dist.data.formats import open_store
-from statex_dist.data.mds import MdsShardWriter
 from statex_dist.data.prepare import prepare
 from statex_dist.data.progress import ProgressLine
+from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.store import sequential_documents
-from statex_dist.data.worker_pool import _as_finished
 from statex_dist.errors import ConfigError, DataError
 from tests.data.prepared import EOS, files_of, json_lines, put, texts_of
 
@@ -67,7 +67,7 @@ def test_prepare_directory(corpus, tmp_path):
 
 
 def test_same_bytes_for_any_number_of_workers(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("statex_dist.data.source.split_units", lambda files: split_units(files, unit_bytes=700))
+    monkeypatch.setattr("statex_dist.data.corpus.source.split_units", lambda files: split_units(files, unit_bytes=700))
     for workers in (1, 2, 3):
         prepare([corpus], tmp_path / f"out{workers}", workers=workers)
     assert files_of(tmp_path / "out1") == files_of(tmp_path / "out2") == files_of(tmp_path / "out3")
@@ -87,11 +87,11 @@ def test_jsonl_ranges_read_every_line_once(tmp_path, unit_bytes, ending):
 
 
 def test_ranges_inside_a_long_line_read_only_their_own_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("statex_dist.data.json_lines._CHUNK_BYTES", 64)
+    monkeypatch.setattr("statex_dist.data.corpus.json_lines._CHUNK_BYTES", 64)
     path = put(tmp_path / "a.jsonl", json_lines({"text": "x" * 5000}, {"text": "y"}))
     units, size = split_units([path], 300)
     assert [record.text for unit in units for record in read_unit(unit, 258)] == ["x" * 5000, "y"]
-    monkeypatch.setattr("statex_dist.data.json_lines.Path.open", lambda *_: Counting(path))
+    monkeypatch.setattr("statex_dist.data.corpus.json_lines.Path.open", lambda *_: Counting(path))
     assert list(read_unit(units[3], 258)) == []
     assert 300 <= Counting.read_bytes < 300 + 64 < size
 
@@ -284,10 +284,10 @@ def test_killed_between_the_renames_of_an_overwrite_brings_the_old_dataset_back(
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
         "import multiprocessing, time\n"
-        "from statex_dist.data.documents import Unit, file_facts\n"
-        "from statex_dist.data.rules import DocumentRules\n"
-        "from statex_dist.data.tokenize_unit import TokenizeTask, UnitJob\n"
-        "from statex_dist.data.worker_pool import tokenize_units\n"
+        "from statex_dist.data.corpus.documents import Unit, file_facts\n"
+        "from statex_dist.data.corpus.rules import DocumentRules\n"
+        "from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob\n"
+        "from statex_dist.data.corpus.worker_pool import tokenize_units\n"
         "if __name__ == '__main__':\n"
         f"    path = {str(tmp_path / 'a.txt')!r}\n"
         "    jobs = [UnitJob(Unit('text', (path,)), (file_facts(path),), f'{path}{i}') for i in range(4)]\n"
@@ -375,7 +375,7 @@ def test_results_before_a_bad_unit_are_waited_for(monkeypatch):
             raise DataError(f"bad unit {job}")
         return f"result {job}"
 
-    monkeypatch.setattr("statex_dist.data.worker_pool._run_job", run)
+    monkeypatch.setattr("statex_dist.data.corpus.worker_pool._run_job", run)
     found = []
 
     def collect(pool):

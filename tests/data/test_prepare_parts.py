@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from launch.cli import build_parser, main
-from statex_dist.data.documents import find_files, split_units
+from statex_dist.data.corpus.documents import find_files, split_units
+from statex_dist.data.corpus.lock import sign, try_lock
+from statex_dist.data.corpus.work import Part, parse_part
 from statex_dist.data.formats import open_store
-from statex_dist.data.lock import sign, try_lock
 from statex_dist.data.prepare import prepare
-from statex_dist.data.work import Part, parse_part
 from statex_dist.errors import ConfigError
 from tests.data.prepared import files_of, json_lines, put
 from tests.runs import REPOSITORY
@@ -25,7 +25,9 @@ UNIT_BYTES = 500
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("statex_dist.data.source.split_units", lambda files: split_units(files, unit_bytes=UNIT_BYTES))
+    monkeypatch.setattr(
+        "statex_dist.data.corpus.source.split_units", lambda files: split_units(files, unit_bytes=UNIT_BYTES)
+    )
 
 
 @pytest.fixture
@@ -69,9 +71,9 @@ def test_parts_and_merge_make_what_one_machine_makes(tmp_path, corpus, capsys, c
 def test_parts_at_once_in_a_directory_of_their_own(tmp_path, corpus):
     code = (
         "import sys\n"
-        "import statex_dist.data.source as source\n"
+        "import statex_dist.data.corpus.source as source\n"
         "from launch.cli import main\n"
-        "from statex_dist.data.documents import split_units\n"
+        "from statex_dist.data.corpus.documents import split_units\n"
         f"source.split_units = lambda files: split_units(files, {UNIT_BYTES})\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

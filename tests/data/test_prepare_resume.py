@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from statex_dist.data.documents import split_units
+from statex_dist.data.corpus.documents import split_units
+from statex_dist.data.corpus.lock import try_lock
+from statex_dist.data.corpus.spill import Spill, UnitWriter, load_result
+from statex_dist.data.corpus.tokenize_unit import UnitJob, UnitTokenizer
 from statex_dist.data.formats import open_store
-from statex_dist.data.lock import try_lock
 from statex_dist.data.prepare import prepare
-from statex_dist.data.spill import Spill, UnitWriter, load_result
-from statex_dist.data.tokenize_unit import UnitJob, UnitTokenizer
 from statex_dist.errors import ConfigError, DataError
 from tests.data.prepared import files_of, json_lines, put, texts_of
 from tests.runs import REPOSITORY
@@ -44,8 +44,8 @@ if __name__ == "__main__":
     target = getattr(import_module(module), owner)
     original = getattr(target, name)
     setattr(target, name, killing)
-    import statex_dist.data.source as source
-    from statex_dist.data.documents import split_units
+    import statex_dist.data.corpus.source as source
+    from statex_dist.data.corpus.documents import split_units
     from statex_dist.data.prepare import prepare
     source.split_units = lambda files: split_units(files, unit_bytes=%d)
     prepare([root], out, workers=int(workers))
@@ -54,7 +54,9 @@ if __name__ == "__main__":
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("statex_dist.data.source.split_units", lambda files: split_units(files, unit_bytes=UNIT_BYTES))
+    monkeypatch.setattr(
+        "statex_dist.data.corpus.source.split_units", lambda files: split_units(files, unit_bytes=UNIT_BYTES)
+    )
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def finished(tmp_path: Path) -> set[str]:
 
 
 def all_units(corpus: Path) -> int:
-    from statex_dist.data.documents import find_files
+    from statex_dist.data.corpus.documents import find_files
 
     return len(split_units(find_files([corpus]), UNIT_BYTES)[0])
 
@@ -261,7 +263,7 @@ def test_unreadable_settings_begin_again(tmp_path, corpus):
 
 def test_a_work_directory_in_use_is_refused(tmp_path, corpus):
     work = tmp_path / "work"
-    code = "import sys\nfrom pathlib import Path\nfrom statex_dist.data.lock import sign, try_lock\n"
+    code = "import sys\nfrom pathlib import Path\nfrom statex_dist.data.corpus.lock import sign, try_lock\n"
     code += "file = try_lock(Path(sys.argv[1]))\nsign(file, 'a run')\nprint('locked', flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-c", code, str(work / "lock")]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -282,7 +284,7 @@ def test_a_lock_on_a_file_that_was_just_removed_is_taken_again(tmp_path, monkeyp
         calls.append(how)
         real(file, how)
 
-    monkeypatch.setattr("statex_dist.data.lock.fcntl.flock", flock)
+    monkeypatch.setattr("statex_dist.data.corpus.lock.fcntl.flock", flock)
     with try_lock(path) as file:
         assert os.path.samestat(os.fstat(file.fileno()), path.stat())
     assert len(calls) == 2
@@ -315,7 +317,7 @@ def test_more_units_than_files_may_be_open(tmp_path):
         "import resource, sys\n"
         "import numpy as np\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-        "from statex_dist.data.spill import Spill, UnitWriter\n"
+        "from statex_dist.data.corpus.spill import Spill, UnitWriter\n"
         "results = []\n"
         "for i in range(200):\n"
         "    writer = UnitWriter(f'{sys.argv[1]}/{i}', 'uint16')\n"

@@ -22,10 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from statex_dist.data.documents import Unit, file_facts
-from statex_dist.data.lock import holder, sign, try_lock
-from statex_dist.data.spill import DONE_SUFFIX
-from statex_dist.data.tokenize_unit import UnitJob
+from statex_dist.data.corpus.documents import Unit, file_facts
+from statex_dist.data.corpus.lock import holder, sign, try_lock
+from statex_dist.data.corpus.spill import DONE_SUFFIX
+from statex_dist.data.corpus.tokenize_unit import UnitJob
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

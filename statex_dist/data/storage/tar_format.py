@@ -2,7 +2,7 @@
 
 Webdataset itself reads tars only from front to end and cannot resume. With the place of every document known, a tar is
 as random access as MDS: ``prepare`` writes these places beside each shard, for tars of other origin they are found once
-(:mod:`statex_dist.data.tar_foreign`).
+(:mod:`statex_dist.data.storage.tar_foreign`).
 
 Layout of our datasets::
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from statex_dist.data.shards import TOKEN_DTYPES, FileEntry, ShardEntry
+from statex_dist.data.storage.shards import TOKEN_DTYPES, FileEntry, ShardEntry
 from statex_dist.data.store import Piece
 from statex_dist.errors import DataError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from statex_dist.data.spill import UnitResult, load_result
-from statex_dist.data.tokenize_unit import UnitJob
+from statex_dist.data.corpus.spill import UnitResult, load_result
+from statex_dist.data.corpus.tokenize_unit import UnitJob
 
 
 class UnitResults:

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from statex_dist.data.files import write_atomically
-from statex_dist.data.remote import is_disk_error
-from statex_dist.data.shards import FileEntry, ShardEntry, hash_file
-from statex_dist.data.tar_format import DTYPE, HAS_LOSS_MASK, MEMBERS_PATH, MEMBERS_SUFFIX, read_members
-from statex_dist.data.tar_members import scan_tar
+from statex_dist.data.storage.files import write_atomically
+from statex_dist.data.storage.remote import is_disk_error
+from statex_dist.data.storage.shards import FileEntry, ShardEntry, hash_file
+from statex_dist.data.storage.tar_format import DTYPE, HAS_LOSS_MASK, MEMBERS_PATH, MEMBERS_SUFFIX, read_members
+from statex_dist.data.storage.tar_members import scan_tar
 from statex_dist.errors import DataError
 
 log = logging.getLogger(__name__)

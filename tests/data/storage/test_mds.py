@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.mds import has_streaming, load_streaming
+from statex_dist.data.storage.mds import has_streaming, load_streaming
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
-
-from .synthetic import all_documents, make_documents, write_mds
+from tests.data.synthetic import all_documents, make_documents, write_mds
 
 LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
 
@@ -72,7 +71,7 @@ def test_we_read_streamings(tmp_path, encoding, compression):
 def test_shim_does_not_run_the_package_and_sets_the_launchers_variable():
     assert has_streaming()
     code = (
-        "import sys; from statex_dist.data.mds import load_streaming; base = load_streaming(); import os;"
+        "import sys; from statex_dist.data.storage.mds import load_streaming; base = load_streaming(); import os;"
         "assert 'streaming.vision' not in sys.modules and 'torchvision' not in sys.modules;"
         "import streaming; assert streaming.MDSWriter is base.MDSWriter;"
         "print(os.environ['LOCAL_WORLD_SIZE'])"

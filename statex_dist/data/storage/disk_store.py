@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.cache import CacheFullError
-from statex_dist.data.files import DatasetFiles
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
-from statex_dist.data.shards import OpenShard, ShardEntry
+from statex_dist.data.storage.cache import CacheFullError
+from statex_dist.data.storage.files import DatasetFiles
+from statex_dist.data.storage.shards import OpenShard, ShardEntry
 from statex_dist.data.store import Piece
 from statex_dist.errors import DataError, ShardError
 

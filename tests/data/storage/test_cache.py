@@ -19,11 +19,10 @@ import pytest
 
 from statex_dist.data.formats import open_store
 from statex_dist.errors import ConfigError, ShardError
+from tests.data.storage.loopback import serve, write_manifest
+from tests.data.synthetic import all_documents, make_documents, write_mds
 
-from .loopback import serve, write_manifest
-from .synthetic import all_documents, make_documents, write_mds
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCUMENTS = make_documents([1900] * 12)  # two of them in each shard of 8 KiB
 SHARD = "shard.00001.mds"
 

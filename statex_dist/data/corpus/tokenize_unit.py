@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from statex_dist.data.documents import LeftOut, Unit, file_facts, read_unit
-from statex_dist.data.records import Record
-from statex_dist.data.rules import DocumentRules
-from statex_dist.data.spill import UnitResult, UnitWriter
+from statex_dist.data.corpus.documents import LeftOut, Unit, file_facts, read_unit
+from statex_dist.data.corpus.records import Record
+from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.spill import UnitResult, UnitWriter
 from statex_dist.data.tokenizer import load_tokenizer
 from statex_dist.errors import DataError
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.documents import check_filterable, find_files, split_units
+from statex_dist.data.corpus.documents import check_filterable, find_files, split_units
+from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob
+from statex_dist.data.corpus.unit_results import UnitResults, finished_units
+from statex_dist.data.corpus.work import Part, WorkDirectory
+from statex_dist.data.corpus.worker_pool import tokenize_units
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.progress import ProgressLine
-from statex_dist.data.rules import DocumentRules
-from statex_dist.data.tokenize_unit import TokenizeTask, UnitJob
 from statex_dist.data.tokenizer import Tokenizer, load_tokenizer
-from statex_dist.data.unit_results import UnitResults, finished_units
-from statex_dist.data.work import Part, WorkDirectory
-from statex_dist.data.worker_pool import tokenize_units
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,6 @@
 """MDS shards: written by mosaicml-streaming, read by our own reader. The only file that imports ``streaming``.
 
-A shard is random access from one memory map (:mod:`statex_dist.data.mds_format`), so streaming's reader is not needed.
-It is not used either: when a shard is missing or damaged, its iteration ends early without an exception (0.13.0),
-which would quietly train on less.
+It writes only: :mod:`statex_dist.data.storage.mds_format` reads.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from statex_dist.data import streaming_hook
-from statex_dist.data.shards import LOSS_MASK, TOKENS
+from statex_dist.data.storage.shards import LOSS_MASK, TOKENS
 from statex_dist.errors import ConfigError, DataError
 
 _HASH = "xxh64"

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from statex_dist.data.records import first_line
+from statex_dist.data.corpus.records import first_line
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _BUFFER_BYTES = 1 << 20

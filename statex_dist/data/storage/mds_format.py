@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from statex_dist.data.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry
+from statex_dist.data.storage.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry
 from statex_dist.data.store import Piece
 from statex_dist.errors import DataError
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from statex_dist.data.compressed import DamagedStreamError, is_compressed, open_stream
-from statex_dist.data.records import Parse, Record
+from statex_dist.data.corpus.compressed import DamagedStreamError, is_compressed, open_stream
+from statex_dist.data.corpus.records import Parse, Record
 from statex_dist.errors import DataError
 
 _CHUNK_BYTES = 1 << 20

@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from statex_dist.data import remote
 from statex_dist.data.formats import open_store
 from statex_dist.data.manifest import pack_lengths
-from statex_dist.data.remote import MissingObjectError, RemoteDirectory, RetryPolicy, split_url
+from statex_dist.data.storage import remote
+from statex_dist.data.storage.remote import MissingObjectError, RemoteDirectory, RetryPolicy, split_url
 from statex_dist.errors import ConfigError, DataError, ShardError
+from tests.data.storage.loopback import s3_server, serve, upload, write_manifest
+from tests.data.synthetic import all_documents, make_documents, write_mds
 
-from .loopback import s3_server, serve, upload, write_manifest
-from .synthetic import all_documents, make_documents, write_mds
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCUMENTS = make_documents([1000, 1, 255, 256, 2000, 3, *[700] * 20])
 SHARD = "shard.00001.mds"
 
@@ -303,7 +302,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, url, modules, package
 
 
 def test_the_schemes_are_streamings():
-    from statex_dist.data.mds import load_streaming
+    from statex_dist.data.storage.mds import load_streaming
 
     known = load_streaming().storage.download.DOWNLOADER_MAPPINGS
     assert {name.removesuffix("-uc") for name in known if name} == set(remote._PACKAGES)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.shards import TOKEN_DTYPES
+from statex_dist.data.storage.shards import TOKEN_DTYPES
 from statex_dist.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,15 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from statex_dist.data.download_errors import cure, http_status, is_disk_error, is_missing, is_worth_retrying, root_of
-from statex_dist.data.mds import load_streaming
+from statex_dist.data.storage.download_errors import (
+    cure,
+    http_status,
+    is_disk_error,
+    is_missing,
+    is_worth_retrying,
+    root_of,
+)
+from statex_dist.data.storage.mds import load_streaming
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Where a dataset's files are, and how a shard becomes a verified local file.
 
 A dataset lies in a directory or behind a URL. What is remote is downloaded, and what is compressed is unpacked, once,
-into a cache that all processes of a machine share (:mod:`statex_dist.data.cache`).
+into a cache that all processes of a machine share (:mod:`statex_dist.data.storage.cache`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from statex_dist.data.cache import ShardCache, bytes_needed
-from statex_dist.data.remote import MissingObjectError, RemoteDirectory, RetryPolicy, split_url
-from statex_dist.data.shards import FileEntry, ShardEntry
+from statex_dist.data.storage.cache import ShardCache, bytes_needed
+from statex_dist.data.storage.remote import MissingObjectError, RemoteDirectory, RetryPolicy, split_url
+from statex_dist.data.storage.shards import FileEntry, ShardEntry
 from statex_dist.errors import DataError, ShardError
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Tar shards in webdataset's format, written by webdataset. The only file that imports it.
 
-It writes only: :mod:`statex_dist.data.tar_format` reads, because webdataset reads from front to end, gives ranks
-unequal numbers of samples and cannot resume.
+It writes only: :mod:`statex_dist.data.storage.tar_format` reads, because webdataset reads from front to end, gives
+ranks unequal numbers of samples and cannot resume.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from statex_dist.data.shards import FileEntry, ShardEntry, hash_file
-from statex_dist.data.tar_format import DTYPE, HAS_LOSS_MASK, INDEX_NAME, MEMBERS_SUFFIX, pack_index
-from statex_dist.data.tar_members import LENGTHS_MEMBER, LOSS_MASK_MEMBER, TOKENS_MEMBERS
+from statex_dist.data.storage.shards import FileEntry, ShardEntry, hash_file
+from statex_dist.data.storage.tar_format import DTYPE, HAS_LOSS_MASK, INDEX_NAME, MEMBERS_SUFFIX, pack_index
+from statex_dist.data.storage.tar_members import LENGTHS_MEMBER, LOSS_MASK_MEMBER, TOKENS_MEMBERS
 from statex_dist.errors import ConfigError
 
 COMPRESSIONS = ("none", "gz", "zstd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from statex_dist.data.filters import Condition, parse_condition
+from statex_dist.data.corpus.filters import Condition, parse_condition
 from statex_dist.errors import ConfigError
 
 EOS_RULES = ("append", "none")

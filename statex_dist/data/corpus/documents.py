@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from statex_dist.data.compressed import DamagedStreamError, inner_name, is_compressed, open_stream
-from statex_dist.data.filters import Condition, all_hold
-from statex_dist.data.json_lines import read_lines
-from statex_dist.data.parquet_rows import read_rows, row_group_sizes
-from statex_dist.data.records import Record, record_from
+from statex_dist.data.corpus.compressed import DamagedStreamError, inner_name, is_compressed, open_stream
+from statex_dist.data.corpus.filters import Condition, all_hold
+from statex_dist.data.corpus.json_lines import read_lines
+from statex_dist.data.corpus.parquet_rows import read_rows, row_group_sizes
+from statex_dist.data.corpus.records import Record, record_from
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from statex_dist.data.records import Parse, Record, first_line
+from statex_dist.data.corpus.records import Parse, Record, first_line
 from statex_dist.errors import DataError
 
 _BATCH_ROWS = 256

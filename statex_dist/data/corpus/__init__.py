@@ -1,0 +1,1 @@
+"""From files of text to tokenised documents on disk: what ``statex prepare`` works with."""

@@ -1,0 +1,1 @@
+"""Shard files: their formats, where they lie, and how they come to this machine."""

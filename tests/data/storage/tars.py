@@ -1,0 +1,24 @@
+"""What the tests of tar shards share."""
+
+from pathlib import Path
+
+import numpy as np
+
+from statex_dist.data.formats import open_store
+from statex_dist.data.store import sequential_documents
+
+
+def assert_same(read, written):
+    assert len(read) == len(written)
+    for a, b in zip(read, written, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def read_all(path, cache=None):
+    return list(sequential_documents(open_store(path, cache_dir=cache or path.parent / "cache")))
+
+
+def flip(path: Path, at: int, bit: int = 4) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= bit
+    path.write_bytes(content)
