@@ -126,13 +126,13 @@ def all_units(corpus: Path) -> int:
 @pytest.mark.parametrize(
     ("module", "owner", "name", "count", "when", "workers", "done"),
     [
-        ("spill", "UnitWriter", "_place", 1, "before", 1, 0),  # tokens under their temporary name
-        ("spill", "UnitWriter", "_place", 9, "after", 1, 4),  # a fifth unit's tokens are in place, the unit is not
-        ("spill", "UnitWriter", "_place", 10, "after", 1, 5),
-        ("unit_results", "UnitResults", "add", 6, "after", 2, None),  # in the parent of a pool
-        ("mds", "MdsShardWriter", "write", 50, "after", 1, "all"),
+        ("corpus.spill", "UnitWriter", "_place", 1, "before", 1, 0),  # tokens under their temporary name
+        ("corpus.spill", "UnitWriter", "_place", 9, "after", 1, 4),  # a fifth unit's tokens are in place, the unit is not
+        ("corpus.spill", "UnitWriter", "_place", 10, "after", 1, 5),
+        ("corpus.unit_results", "UnitResults", "add", 6, "after", 2, None),  # in the parent of a pool
+        ("storage.mds", "MdsShardWriter", "write", 50, "after", 1, "all"),
         ("manifest", "DatasetManifest", "write", 1, "after", 1, "all"),
-        ("staging", "Staging", "commit", 1, "after", 1, "all"),
+        ("corpus.staging", "Staging", "commit", 1, "after", 1, "all"),
     ],
 )
 def test_killed_runs_are_gone_on_with(

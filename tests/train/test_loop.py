@@ -118,9 +118,18 @@ def test_latest_without_a_complete_checkpoint_never_restarts_silently(tmp_path: 
 
 def test_another_data_order_is_refused_on_resume(tmp_path: Path, shards: Path):
     assert train(load(tmp_path, shards))
-    other = load(tmp_path, shards, "--data.seq_len", "64", "--train.num_steps", "8")
-    with pytest.raises(ConfigError, match="seq_len"):
+    other = load(tmp_path, shards, "--data.window_tokens", "500", "--train.num_steps", "8")
+    with pytest.raises(ConfigError, match="another pack plan: window_tokens was 2000, now 500"):
         train(other)
+
+
+def test_another_sequence_length_on_resume_goes_on_with_what_is_left(tmp_path: Path, shards: Path, caplog):
+    assert train(load(tmp_path, shards))
+    other = load(tmp_path, shards, "--data.seq_len", "64", "--train.num_steps", "8")
+    with caplog.at_level("INFO"):
+        assert train(other)
+    assert any("the sequence length goes from 128 to 64" in record.message for record in caplog.records)
+    assert len(losses(Path(other.run_dir))) == 8
 
 
 def test_checkpointing_activations_changes_nothing(tmp_path: Path, shards: Path):
