@@ -11,6 +11,7 @@ what to read, some packs at a time, and answer in order: how many there are chan
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ ONLY_SOURCE = "data"
 _PLANNED_STEPS = 8
 _ORDERS_AHEAD_OF_WORKER = 2
 _TOKENS_AT_ONCE = 1 << 16
+_MOST_WORKERS = 64
 
 
 class PackedLoader:
@@ -97,6 +99,8 @@ class PackedLoader:
         for name, value in (("prefetch_steps", prefetch_steps), ("num_workers", num_workers)):
             if value < 0:
                 raise ConfigError(f"{name} is {value}; it must be at least 0")
+        if num_workers > (most := max(_MOST_WORKERS, os.cpu_count() or 1)):
+            raise ConfigError(f"num_workers is {num_workers}, for each rank; more than {most} cannot help here")
         self.stores = dict(store) if isinstance(store, Mapping) else {ONLY_SOURCE: store}
         if epochs is not None and epochs < 1:
             raise ConfigError(f"epochs is {epochs}; it must be at least 1, or null for no end")

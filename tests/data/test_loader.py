@@ -377,6 +377,7 @@ def test_error_in_the_thread_reaches_the_consumer_and_threads_end():
         ({"epochs": 0}, "epochs is 0"),
         ({"prefetch_steps": -1}, "prefetch_steps is -1"),
         ({"num_workers": -1}, "num_workers is -1"),
+        ({"num_workers": 100_000}, "num_workers is 100000, for each rank; more than .* cannot help here"),
         ({"seq_len": 0}, "seq_len is 0"),
     ],
 )
