@@ -127,7 +127,7 @@ def all_units(corpus: Path) -> int:
     ("module", "owner", "name", "count", "when", "workers", "done"),
     [
         ("corpus.spill", "UnitWriter", "_place", 1, "before", 1, 0),  # tokens under their temporary name
-        ("corpus.spill", "UnitWriter", "_place", 9, "after", 1, 4),  # a fifth unit's tokens are in place, the unit is not
+        ("corpus.spill", "UnitWriter", "_place", 9, "after", 1, 4),  # a fifth unit has its tokens only
         ("corpus.spill", "UnitWriter", "_place", 10, "after", 1, 5),
         ("corpus.unit_results", "UnitResults", "add", 6, "after", 2, None),  # in the parent of a pool
         ("storage.mds", "MdsShardWriter", "write", 50, "after", 1, "all"),
@@ -160,7 +160,7 @@ def test_killed_runs_are_gone_on_with(
 def test_killed_again_and_again(tmp_path, corpus):
     prepare([corpus], tmp_path / "undisturbed")
     for expected in (2, 4, 6):
-        kill(tmp_path, corpus, "unit_results", "UnitResults", "add", expected, "after", 1)
+        kill(tmp_path, corpus, "corpus.unit_results", "UnitResults", "add", expected, "after", 1)
         assert len(finished(tmp_path)) == expected  # units found done are added first
     prepare([corpus], tmp_path / "out", workers=2)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
