@@ -33,3 +33,7 @@ class CheckpointError(StateXError):
 
 class ShardError(DataError):
     """One shard of a dataset is missing, damaged or cannot be fetched; the others may be well."""
+
+
+class CorruptShardError(ShardError):
+    """The shard itself is missing or damaged at its origin; network, cache and credentials are not to blame."""

@@ -177,7 +177,7 @@ def build_model(config: RunConfig) -> RecurrentLM:
 def open_stores(config: RunConfig) -> dict[str, ShardStore]:
     """Open every source of the data, by name."""
     data = config.data
-    limit = None if data.cache_limit is None else parse_size(data.cache_limit, option="data.cache_limit")
+    limit = None if data.cache_limit is None else parse_size(str(data.cache_limit), option="data.cache_limit")
     return {name: open_store(path, cache_dir=data.cache_dir, cache_limit=limit) for name, path in data.paths.items()}
 
 

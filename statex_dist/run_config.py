@@ -97,7 +97,7 @@ class DataSource:
     num_workers: int = 0
     skip_corrupt: bool = False
     cache_dir: str | None = None
-    cache_limit: str | None = None
+    cache_limit: str | int | None = None
     download_retries: int = 4
     download_timeout: float = 60.0
 
@@ -110,7 +110,7 @@ class DataSource:
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers must be 0 or more, not {self.num_workers}")
         if self.cache_limit is not None:
-            parse_size(self.cache_limit, option="data.cache_limit")
+            parse_size(str(self.cache_limit), option="data.cache_limit")
 
     @property
     def paths(self) -> dict[str, str]:
@@ -130,7 +130,8 @@ class DataSource:
                 seq_len=stages[-1].seq_len if given.seq_len is None else given.seq_len,
                 weights=stages[-1].weights if given.weights is None else given.weights,
             )
-            stages = [*stages, stage] if given.from_step > 0 else [stage]
+            # A first stage from step 0 takes the place of what `data` itself says.
+            stages = [stage] if given is self.curriculum[0] and given.from_step == 0 else [*stages, stage]
         return stages
 
 

@@ -12,7 +12,7 @@ import torch
 
 from statex_dist.data.store import Piece, ShardStore
 from statex_dist.data.types import IGNORE_INDEX, PackedBatch
-from statex_dist.errors import DataError, ShardError
+from statex_dist.errors import CorruptShardError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class PackReader:
         if (source, shard) not in self._lost:
             try:
                 return self._stores[source].read(shard, document, start, stop)
-            except ShardError as error:
+            except CorruptShardError as error:
                 if not self._skip_corrupt:
                     raise
                 # The plan stays as it is, so every rank goes on with the same packs, whoever can read the shard.

@@ -23,6 +23,7 @@ from statex_dist.data.storage.files import DatasetFiles, LocalFiles, default_cac
 from statex_dist.data.storage.mds_format import INDEX_NAME as MDS_INDEX_NAME
 from statex_dist.data.storage.mds_format import MdsShard
 from statex_dist.data.storage.mds_format import read_index as read_mds_index
+from statex_dist.data.storage.npy import read_npy
 from statex_dist.data.storage.remote import RetryPolicy
 from statex_dist.data.storage.shards import LOSS_MASK, OpenShard, ShardEntry
 from statex_dist.data.storage.tar_foreign import find_tars, index_tars
@@ -142,14 +143,25 @@ def _lengths(
         if found is None:
             raise DataError(f"{files.origin} has no {LENGTHS_NAME}; restore it or prepare the dataset again")
         return read_lengths(found, documents, manifest.lengths_hash)
-    kept = cache / f"lengths-{fingerprint(entries, files.origin)}.npy"
-    if kept.exists():
-        lengths = np.load(kept, allow_pickle=False)
-        if lengths.shape == (documents,):
-            return lengths
+    kept = cache / f"lengths-{fingerprint(entries, _identity(files, entries))}.npy"
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged: gathered again
+        return read_npy(kept, "uint32", (documents,))
     files.prefetch(entries)
     parts = [fetch_and_open(files, entry, open_shard)[1].lengths for entry in entries]
     lengths = np.concatenate([*parts, np.zeros(0, np.int64)])
     with contextlib.suppress(OSError):  # kept only to spare the same work the next time
         write_atomically(kept, pack_lengths(lengths))
     return lengths
+
+
+def _identity(files: DatasetFiles, entries: Sequence[ShardEntry]) -> str:
+    """What the shards' sizes and hashes do not tell: the place and, for local files without hashes, their times."""
+    if not isinstance(files, LocalFiles):
+        return files.origin
+    changed: list[int] = []
+    for entry in entries:
+        for file in (entry.raw, entry.packed):
+            if file is not None and not entry.raw.hashes:
+                with contextlib.suppress(OSError):  # a shard that is missing is reported when it is fetched
+                    changed.append((files.directory / file.name).stat().st_mtime_ns)
+    return repr((files.origin, changed)) if changed else files.origin

@@ -11,9 +11,13 @@ what to read, some packs at a time, and answer in order: how many there are chan
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +37,7 @@ _PLANNED_STEPS = 8
 _ORDERS_AHEAD_OF_WORKER = 2
 _TOKENS_AT_ONCE = 1 << 16
 _MOST_WORKERS = 64
+_GRACE_SECONDS = 30
 
 
 class PackedLoader:
@@ -182,7 +187,8 @@ class PackedLoader:
         """This rank's packs of every step, and the place after it."""
         place = self._place
         fetched: dict[str, tuple[int, int]] = {}
-        while self.epochs is None or place.cursors[ONLY_SOURCE].epoch < self.epochs:
+        only = next(iter(self.stores))
+        while self.epochs is None or place.cursors[only].epoch < self.epochs:
             self._fetch_ahead(place, fetched)
             packs, place = self.mixture.take(place, self._global_packs)
             state = self.mixture.state(place)
@@ -202,8 +208,10 @@ class PackedLoader:
 
     def _fetch_ahead(self, place: Place, fetched: dict[str, tuple[int, int]]) -> None:
         """Have the shards of the window in hand and of the next one fetched, once for each window."""
-        for name, plan in self.mixture.plans.items():
-            cursor = place.cursors[name]
+        weights = self.mixture.stage(place.step).weights
+        active = [name for name in self.mixture.plans if weights is None or weights.get(name)]
+        for name in active:
+            plan, cursor = self.mixture.plans[name], place.cursors[name]
             if fetched.get(name) == (cursor.epoch, cursor.window):
                 continue
             fetched[name] = (cursor.epoch, cursor.window)
@@ -211,7 +219,7 @@ class PackedLoader:
             shards = windows[cursor.window].tolist()
             last = cursor.window + 1 == len(windows)
             following = plan.windows(cursor.epoch + 1)[0] if last else windows[cursor.window + 1]
-            self.stores[name].prefetch(shards + following.tolist())
+            self.stores[name].prefetch(shards + following.tolist(), share=1 / len(active))
 
     def _with_thread(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
         planned = prefetch(self._planned(), _PLANNED_STEPS if self._prefetch_steps else 0)
@@ -241,17 +249,21 @@ class PackedLoader:
                     yield [(spec.source, spec.pieces) for spec in some]
 
         # The workers are forked before the planning thread starts, which the first order does.
-        answers = iter(
-            DataLoader(
-                _Reading(self._reader),
-                sampler=_Once(orders()),
-                batch_size=None,
-                collate_fn=_unchanged,
-                num_workers=self._num_workers,
-                prefetch_factor=_ORDERS_AHEAD_OF_WORKER,
-                multiprocessing_context="fork",
+        others = set(multiprocessing.active_children())
+        with _sigchld_as_it_is():
+            answers = iter(
+                DataLoader(
+                    _Reading(self._reader),
+                    sampler=_Once(orders()),
+                    batch_size=None,
+                    collate_fn=_unchanged,
+                    num_workers=self._num_workers,
+                    prefetch_factor=_ORDERS_AHEAD_OF_WORKER,
+                    multiprocessing_context="fork",
+                    worker_init_fn=_outlive_a_preemption,
+                )
             )
-        )
+        workers = set(multiprocessing.active_children()) - others
         try:
             while (answer := _next_answer(answers)) is not None:
                 place, chunks = waiting.popleft()
@@ -262,6 +274,9 @@ class PackedLoader:
                     batches += lay_out(some, more, self._pad_id)
                 yield place, batches
         finally:
+            # They only read. One that was killed may have left a queue locked, so the rest cannot be asked to end.
+            for worker in workers:
+                worker.kill()
             del answers
             planned.close()
 
@@ -296,6 +311,28 @@ class _Once:
 
     def __iter__(self) -> Iterator[_Order]:
         return self._items
+
+
+@contextmanager
+def _sigchld_as_it_is() -> Iterator[None]:
+    """Take back the handler that torch installs: it raises wherever the main thread is when a worker dies.
+
+    The DataLoader looks for dead workers by itself whenever an answer is late.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _outlive_a_preemption(_worker: int) -> None:
+    # A pre-emption reaches every process of the job. The trainer still needs batches to end its step and save.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(item: Any) -> Any:

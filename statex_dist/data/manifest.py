@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 import json
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
+from statex_dist.data.storage.npy import read_npy
 from statex_dist.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -81,7 +83,7 @@ def parse_manifest(content: bytes, origin: str) -> DatasetManifest:
     """
     try:
         found: Any = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{origin} is unreadable: {error}; prepare the dataset again") from error
     version = found.get("version") if isinstance(found, dict) else type(found).__name__
     if version != MANIFEST_VERSION:
@@ -90,7 +92,23 @@ def parse_manifest(content: bytes, origin: str) -> DatasetManifest:
         )
     if wrong := sorted(set(found) ^ {field.name for field in fields(DatasetManifest)}):
         raise DataError(f"{origin}: missing or unknown keys: {', '.join(wrong)}; prepare the dataset again")
+    for name, kind in get_type_hints(DatasetManifest).items():
+        if not _is_a(found[name], kind):
+            shown = reprlib.repr(found[name])
+            wanted = kind.__name__ if isinstance(kind, type) else kind
+            raise DataError(
+                f"{origin}: {name} is {shown}, not of type {wanted}; restore it or prepare the dataset again"
+            )
     return DatasetManifest(**found)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether ``value``, from JSON, has the type of a manifest's field; a bool is no int."""
+    if kind == list[int]:
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    if kind == dict[str, int]:
+        return isinstance(value, dict) and all(type(item) is int for item in value.values())
+    return type(value) is kind
 
 
 def hash_lengths(lengths: np.ndarray) -> str:
@@ -112,9 +130,11 @@ def read_lengths(path: Path, documents: int, expected_hash: str) -> np.ndarray:
         DataError: The file is missing or damaged, or not of these documents.
     """
     try:
-        lengths = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a readable list of lengths ({error}); prepare the dataset again") from error
-    if lengths.shape != (documents,) or hash_lengths(lengths) != expected_hash:
+        lengths = read_npy(path, "uint32", (documents,))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is not a readable list of lengths ({error}); restore it or prepare the dataset again"
+        ) from error
+    if hash_lengths(lengths) != expected_hash:
         raise DataError(f"{path} does not belong to the manifest beside it; restore it or prepare the dataset again")
     return lengths

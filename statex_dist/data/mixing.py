@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 from statex_dist.data.plan import PLAN_VERSION, Cursor, PackPlan, WindowPlan
 from statex_dist.errors import CheckpointError, ConfigError
 
+MAX_SEQ_LEN = 2**31 - 1
+"""``cu_seqlens`` are 32-bit numbers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
@@ -129,20 +132,21 @@ class Mixture:
                 "plan_hash": plan.hash,
                 **plan.settings,
             }
-        return {"version": PLAN_VERSION, "step": place.step, "sources": sources}
+        weights = self._weights(self.stage(place.step))
+        return {"version": PLAN_VERSION, "step": place.step, "weights": weights, "sources": sources}
 
     def place(self, state: dict[str, Any]) -> Place:
         """Return the place that ``state`` (of :meth:`state`) marks.
 
-        Stages may have changed: what is left of a window is then laid into packs of the new length. A source that is
-        new begins at its beginning.
+        Stages may have changed: what is left of a window is then laid into packs of the new length, and other shares
+        hold from here on. A source that is new begins at its beginning.
 
         Raises:
             CheckpointError: It is not a loader state of this version.
             ConfigError: It belongs to other data or another plan, or names a source that is not here.
         """
-        if not isinstance(state, dict) or not {"version", "step", "sources"} <= set(state):
-            raise CheckpointError("not a loader state: it lacks version, step or sources")
+        if not isinstance(state, dict) or not {"version", "step", "weights", "sources"} <= set(state):
+            raise CheckpointError("not a loader state: it lacks version, step, weights or sources")
         if state["version"] != PLAN_VERSION:
             raise CheckpointError(f"loader state of version {state['version']}; this release reads {PLAN_VERSION}")
         if gone := sorted(set(state["sources"]) - set(self.plans)):
@@ -155,7 +159,9 @@ class Mixture:
         for name, saved in state["sources"].items():
             begin.cursors[name] = _cursor(self.plans[name], saved, name if len(self.plans) > 1 else "")
             begin.tokens[name] = _integer(saved, "tokens")
-        return Place(step, begin.cursors, begin.tokens)
+        # Other shares than before begin anew: nothing has to catch up with what the old ones gave.
+        same = state["weights"] == self._weights(self.stage(step))
+        return Place(step, begin.cursors, begin.tokens if same else dict.fromkeys(self.plans, 0))
 
     def _weights(self, stage: Stage) -> dict[str, float]:
         weights = stage.weights or dict.fromkeys(self.plans, 1.0)
@@ -165,8 +171,8 @@ class Mixture:
 
 def _check_stage(stage: Stage, plans: Mapping[str, PackPlan]) -> None:
     where = f"stage from step {stage.from_step}"
-    if stage.seq_len < 1:
-        raise ConfigError(f"{where}: seq_len is {stage.seq_len}; it must be at least 1")
+    if not 1 <= stage.seq_len <= MAX_SEQ_LEN:
+        raise ConfigError(f"{where}: seq_len is {stage.seq_len}; it must be at least 1, and at most {MAX_SEQ_LEN}")
     for name, weight in (stage.weights or {}).items():
         if name not in plans:
             raise ConfigError(f"{where}: a weight for {name!r}, which is no source; there are: {', '.join(plans)}")

@@ -64,7 +64,11 @@ def best_fit(length: np.ndarray, seq_len: int, *, split_tails: bool, chained: bo
     first = start > 0 if chained else np.zeros(len(span), bool)
     pack = _assign(stop - start, seq_len, first)
     pieces = Pieces(span, start, stop, pack, first)
-    return _split_tails(pieces, seq_len) if split_tails else pieces
+    if not split_tails:
+        return pieces
+    # What takes over a state, and what hands one on, stays as it is.
+    kept = (first | (stop < length[span])) if chained else first
+    return _split_tails(pieces, seq_len, kept)
 
 
 def arrange(
@@ -179,15 +183,14 @@ def _assign(size: np.ndarray, seq_len: int, first: np.ndarray) -> np.ndarray:
     return pack
 
 
-def _split_tails(pieces: Pieces, seq_len: int) -> Pieces:
+def _split_tails(pieces: Pieces, seq_len: int, kept: np.ndarray) -> Pieces:
     """Dissolve the emptiest packs and lay their pieces, cut where needed, into the tails of the others.
 
-    As many packs are dissolved as the tails of ``MIN_ROOM`` tokens or more can hold, but none whose first piece takes
-    over a state.
+    As many packs are dissolved as the tails of ``MIN_ROOM`` tokens or more can hold, but none with a piece of ``kept``.
     """
     num_packs = int(pieces.pack.max()) + 1
     used = np.bincount(pieces.pack, weights=pieces.stop - pieces.start, minlength=num_packs).astype(np.int64)
-    fixed = np.bincount(pieces.pack[pieces.first], minlength=num_packs) > 0
+    fixed = np.bincount(pieces.pack[kept], minlength=num_packs) > 0
     room = np.where(seq_len - used >= MIN_ROOM, seq_len - used, 0)
     order = np.lexsort((used, fixed))  # the emptiest first, the fixed ones last
     order = order[: num_packs - int(fixed.sum())]
@@ -211,13 +214,13 @@ def _split_tails(pieces: Pieces, seq_len: int) -> Pieces:
     which = np.searchsorted(begin, at, side="right") - 1
     offset = start[which] - begin[which]
     pack = targets[np.searchsorted(room_ends, at, side="right")]
-    kept = ~moving
+    stay = ~moving
     joined = Pieces(
-        np.concatenate([pieces.span[kept], span[which]]),
-        np.concatenate([pieces.start[kept], at + offset]),
-        np.concatenate([pieces.stop[kept], np.concatenate([at[1:], ends[-1:]]) + offset]),
-        np.concatenate([pieces.pack[kept], pack]),
-        np.concatenate([pieces.first[kept], np.zeros(len(at), bool)]),
+        np.concatenate([pieces.span[stay], span[which]]),
+        np.concatenate([pieces.start[stay], at + offset]),
+        np.concatenate([pieces.stop[stay], np.concatenate([at[1:], ends[-1:]]) + offset]),
+        np.concatenate([pieces.pack[stay], pack]),
+        np.concatenate([pieces.first[stay], np.zeros(len(at), bool)]),
     )
     return joined._replace(pack=np.unique(joined.pack, return_inverse=True)[1])
 
@@ -245,9 +248,7 @@ def _chains(before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first pack of each pack's chain and its place in the chain, both ``[packs]``, by pointer doubling."""
     root = np.where(before >= 0, before, np.arange(len(before)))
     depth = (before >= 0).astype(np.int64)
-    while True:
-        further = root[root]
-        if (further == root).all():
-            return root, depth
+    for _ in range(len(before).bit_length()):
         depth += depth[root]
-        root = further
+        root = root[root]
+    return root, depth

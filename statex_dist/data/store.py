@@ -69,12 +69,18 @@ class ShardStore(Protocol):
         """Return tokens ``start..stop`` of document ``i`` of ``shard``.
 
         Raises:
-            ShardError: The shard's file is missing, damaged or cannot be fetched.
+            CorruptShardError: The shard's file is missing or damaged where it comes from.
+            ShardError: It cannot be fetched.
         """
         ...
 
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Begin to fetch ``shards`` in the background, in this order; what fails is raised when it is read."""
+    def prefetch(self, shards: Sequence[int], share: float = 1.0) -> None:
+        """Begin to fetch ``shards`` in the background, in this order; what fails is raised when it is read.
+
+        Args:
+            shards: What will be read soon.
+            share: How much of a cache that has a limit they may take: other stores use it too.
+        """
         ...
 
 
@@ -121,7 +127,7 @@ class MemoryStore:
         mask = None if self._masks is None else self._masks[shard][i][start:stop]
         return Piece(self._shards[shard][i][start:stop], mask)
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int], share: float = 1.0) -> None:
         """There is nothing to fetch."""
 
 

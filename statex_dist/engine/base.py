@@ -38,7 +38,7 @@ from statex_dist.checkpoint.manifest import (
 )
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +244,20 @@ class TrainEngine(ABC):
                 "give the model that this run began with, or another run_dir"
             )
         return tags[0]
+
+
+def require_targets(total: float) -> float:
+    """Return ``total``, the target tokens of a global batch, if there are any.
+
+    Raises:
+        DataError: There are none: a step would only decay the weights.
+    """
+    if not total:
+        raise DataError(
+            "no token of this step's batch is to be learned: all are padding, masked, or of damaged shards that were "
+            "skipped; look at the data"
+        )
+    return total
 
 
 @contextmanager

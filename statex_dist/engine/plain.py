@@ -11,7 +11,7 @@ from torch import nn
 
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
 from statex_dist.data.types import PackedBatch
-from statex_dist.engine.base import StepResult, TrainEngine, keep_hyperparameters
+from statex_dist.engine.base import StepResult, TrainEngine, keep_hyperparameters, require_targets
 from statex_dist.engine.carry import CarriedStates
 
 
@@ -47,7 +47,7 @@ class PlainEngine(TrainEngine):
 
     def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
         """Accumulate the gradient of one global batch (see the base class)."""
-        total = max(sum(batch.num_target_tokens for batch in batches), 1)
+        total = require_targets(sum(batch.num_target_tokens for batch in batches))
         loss_sum = 0.0
         for lane, batch in enumerate(batches):
             loss = self.carried.forward_loss(self.model, batch.to(self.device), lane) / total

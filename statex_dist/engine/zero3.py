@@ -26,7 +26,13 @@ import deepspeed.ops
 
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.data.types import PackedBatch
-from statex_dist.engine.base import EngineConfig, StepResult, TrainEngine, keep_hyperparameters
+from statex_dist.engine.base import (
+    EngineConfig,
+    StepResult,
+    TrainEngine,
+    keep_hyperparameters,
+    require_targets,
+)
 from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.ds_config import deepspeed_config
 from statex_dist.errors import CheckpointError
@@ -99,7 +105,7 @@ class Zero3Engine(TrainEngine):
         """Accumulate the gradient of one global batch (see the base class)."""
         assert len(batches) == self.accumulation_steps
         counts = torch.tensor([sum(batch.num_target_tokens for batch in batches)], dtype=torch.float64)
-        total = max(float(self._sum(counts)), 1.0)
+        total = require_targets(float(self._sum(counts)))
         # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone here, and the true
         # denominator, all target tokens of the global batch, put in their place.
         weight = self.world_size * self.accumulation_steps / total

@@ -153,6 +153,7 @@ def test_last_step_of_the_last_epoch_is_filled_and_loses_nothing():
     assert seen == {tuple(d.tolist()) for d in all_documents(store)}
     assert at(loader.state_dict())[0] == 1
     assert list(loader) == []  # resumed at its end, a run has nothing left
+    assert len(list(make({"books": store}, epochs=1))) == 2
 
 
 @pytest.mark.parametrize("prefetch_steps", [1, 3])

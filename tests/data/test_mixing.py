@@ -105,6 +105,27 @@ def test_a_new_source_begins_at_its_beginning_and_a_lost_one_is_refused():
         one.place(two.state(two.begin()))
 
 
+@pytest.mark.parametrize(
+    ("names", "stages"),
+    [
+        (("books", "code", "poems"), [Stage(seq_len=16)]),
+        (("books", "code"), [Stage(seq_len=16, weights={"books": 1, "code": 9})]),
+        (("books", "code"), [Stage(seq_len=16), Stage(from_step=100, seq_len=16, weights={"books": 9, "code": 1})]),
+    ],
+    ids=["a new source", "other weights", "a stage that has begun already"],
+)
+def test_other_shares_on_resume_hold_at_once(names, stages):
+    """Nothing has to catch up with what the old shares gave."""
+    before = mixture([Stage(seq_len=16)])
+    _, place = steps(before, 200)
+    after = mixture(stages, names)
+    found, _ = steps(after, 100, after.place(before.state(place)))
+    total = tokens_by_source(found)
+    wanted = after._weights(stages[-1])
+    for name in names:
+        assert abs(total[name] / sum(total.values()) - wanted[name]) * sum(total.values()) <= 16 * len(names)
+
+
 def test_the_loader_mixes_and_ranks_share_the_stream():
     stores = {"a": memory_store(LENGTHS), "b": memory_store(LENGTHS[5:])}
     stages = [Stage(seq_len=8, weights={"a": 1, "b": 2}), Stage(from_step=4, seq_len=16, weights={"a": 2, "b": 1})]
@@ -146,6 +167,7 @@ def test_the_loader_mixes_and_ranks_share_the_stream():
         ([Stage(from_step=2, seq_len=8)], "the first stage begins at step 2; it must begin at 0"),
         ([Stage(seq_len=8), Stage(from_step=0, seq_len=8)], "a stage from step 0 follows one from step 0"),
         ([Stage(seq_len=0)], "stage from step 0: seq_len is 0"),
+        ([Stage(seq_len=10**14)], "seq_len is 100000000000000; it must be at least 1, and at most 2147483647"),
         ([Stage(seq_len=8, weights={"poems": 1})], "a weight for 'poems', which is no source; there are: books, code"),
         ([Stage(seq_len=8, weights={"books": -1, "code": 1})], "the weight of 'books' is -1"),
         ([Stage(seq_len=8, weights={"books": float("nan")})], "the weight of 'books' is nan"),
@@ -197,7 +219,7 @@ def test_state_is_integers_and_hashes_and_is_checked():
         mix.place(state | {"sources": {"data": lacking}})
     with pytest.raises(CheckpointError, match="version 99"):
         mix.place(state | {"version": 99})
-    with pytest.raises(CheckpointError, match="it lacks version, step or sources"):
+    with pytest.raises(CheckpointError, match="it lacks version, step, weights or sources"):
         mix.place({"epoch": 1})
 
 

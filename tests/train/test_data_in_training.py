@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from statex_dist.config import parse_config
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
+from statex_dist.errors import ConfigError, DataError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
@@ -187,6 +191,70 @@ def test_a_bad_shard_ends_every_launcher_with_its_name(tmp_path: Path, launcher:
     ranks = 1 if launcher == "python" else 2
     assert said.count("shard.00003.mds has 100 bytes, the index says") >= ranks, said[-3000:]
     assert "Traceback" not in said or launcher == "torchrun"  # torchrun prints its own
+
+
+def test_a_stage_from_step_0_stands_for_the_whole_section_only_at_the_front(tmp_path: Path, shards: Path):
+    def stages(*curriculum):
+        sections = {"model": {"config": GLA}, "data": {"path": str(shards), "curriculum": list(curriculum)}}
+        return start(tmp_path / "run", **sections, engine={"name": "plain"}).data.stages()
+
+    assert [(s.from_step, s.seq_len) for s in stages({"from_step": 0, "seq_len": 32})] == [(0, 32)]
+    assert [(s.from_step, s.seq_len) for s in stages({"from_step": 9, "seq_len": 32})] == [(0, 128), (9, 32)]
+    config = start(
+        tmp_path / "run",
+        model={"config": GLA},
+        data={"path": str(shards), "curriculum": [{"from_step": 9}, {"from_step": 0, "seq_len": 32}]},
+        engine={"name": "plain"},
+    )
+    with pytest.raises(ConfigError, match="a stage from step 0 follows one from step 9"):
+        train(config)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["preemption of the group", "a killed worker"])
+def test_signals_with_workers(tmp_path: Path, shards: Path, how: str):
+    sections = {
+        "model": {"config": GLA},
+        "data": {"path": str(shards), "seq_len": 128, "packs_per_step": 2, "num_workers": 2},
+        "train": {"num_steps": 100_000},
+        "engine": {"name": "plain"},
+    }
+    file = write_run(tmp_path / "run.yaml", **sections)
+    process = subprocess.Popen(
+        [sys.executable, command(1)[-1], "--config", str(file)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    if how == "a killed worker":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=100)[1]
+    assert "Traceback" not in said
+    if how == "a killed worker":
+        assert process.returncode == 2
+        assert "error: a data worker ended by itself" in said
+    else:
+        assert process.returncode == 75
+        assert "stopped at step" in said
+
+
+def test_a_batch_without_a_target_is_refused(tmp_path: Path):
+    data = make_data(tmp_path / "data", [100] * 5)
+    for shard in data.glob("*.mds"):
+        shard.unlink()
+    sections = {"model": {"config": GLA}, "data": {"path": str(data), "skip_corrupt": True}}
+    with pytest.raises(DataError, match="no token of this step's batch is to be learned"):
+        train(start(tmp_path / "run", **sections, engine={"name": "plain"}))
 
 
 def test_skip_corrupt_goes_on_and_says_what_was_lost(tmp_path: Path, caplog):

@@ -218,8 +218,9 @@ class ShardCache:
             if partial == _partial_of(place):
                 continue
             with contextlib.suppress(Timeout), FileLock(_lock_of(partial.with_suffix("")), timeout=0):
-                log.warning("removing %s, left by a process that ended while it fetched", partial)
-                shutil.rmtree(partial, ignore_errors=True)
+                if partial.exists():  # else its process has just put the shard into its place
+                    log.warning("removing %s, left by a process that ended while it fetched", partial)
+                    shutil.rmtree(partial, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError, ValueError):
                 total += int((partial / _RESERVED).read_text())
         return total

@@ -6,7 +6,11 @@ and must then have the lengths that the plan was made from.
 
 from __future__ import annotations
 
+import functools
+import resource
 import threading
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -19,9 +23,13 @@ from statex_dist.data.storage.cache import CacheFullError
 from statex_dist.data.storage.files import DatasetFiles
 from statex_dist.data.storage.shards import OpenShard, ShardEntry
 from statex_dist.data.store import Piece
-from statex_dist.errors import DataError, ShardError
+from statex_dist.errors import CorruptShardError, DataError, ShardError
 
-_MAX_OPEN_SHARDS = 256
+_TIDY_SECONDS = 1.0
+_MOST_DESCRIPTORS = 1 << 16
+_MAX_MAPS = Path("/proc/sys/vm/max_map_count")
+_STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
+"""All stores of this process: its limits are theirs together."""
 
 
 class DiskStore:
@@ -60,6 +68,9 @@ class DiskStore:
         self._tokens = [int(self.lengths(shard).sum()) for shard in range(self.num_shards)]
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._paths: dict[int, Path] = {}
+        self._compared: dict[int, tuple[int, int, int]] = {}
+        self._tidied = time.monotonic()
+        _STORES.add(self)
         # Several threads read: the loader's, and its owner's.
         self._lock = threading.RLock()
 
@@ -79,27 +90,37 @@ class DiskStore:
         """Return tokens ``start..stop`` of document ``i``, as views of the mapped shard."""
         return self._shard(shard).read(i, start, stop)
 
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Begin to fetch ``shards`` in the background, in this order."""
-        self.files.prefetch([self.entries[shard] for shard in shards])
+    def prefetch(self, shards: Sequence[int], share: float = 1.0) -> None:
+        """Begin to fetch ``shards`` in the background, in this order, into ``share`` of the cache."""
+        self.files.prefetch([self.entries[shard] for shard in shards], share)
 
     def _shard(self, index: int) -> OpenShard:
         with self._lock:
             shard = self._open.get(index)
             if shard is None:
-                self.files.used([self.entries[i] for i in self._open])
-                try:
-                    shard = self._checked(index)
-                except CacheFullError:
-                    self._close_evicted()
-                    shard = self._checked(index)
-                self._close_evicted()
+                shard = self._opened(index)
                 self._open[index] = shard
-                if len(self._open) > _MAX_OPEN_SHARDS:
+                while len(self._open) > 1 and len(self._open) > max_open_shards(len(self._open)):
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(index)
             return shard
+
+    def _opened(self, index: int) -> OpenShard:
+        # Only what is fetched removes others from a cache, here or in the background: no reason to look at all of them
+        # for each shard that is mapped again.
+        tidy = not self.files.holds(self.entries[index]) or time.monotonic() - self._tidied >= _TIDY_SECONDS
+        if tidy:
+            self.files.used([self.entries[i] for i in self._open])
+        try:
+            shard = self._checked(index)
+        except CacheFullError:
+            self._close_evicted()
+            shard = self._checked(index)
+        if tidy:
+            self._close_evicted()
+            self._tidied = time.monotonic()
+        return shard
 
     def _close_evicted(self) -> None:
         """Let go of shards that a cache with a limit removed: a file keeps its disk space while it is mapped."""
@@ -108,12 +129,51 @@ class DiskStore:
 
     def _checked(self, index: int) -> OpenShard:
         self._paths[index], shard = fetch_and_open(self.files, self.entries[index], self._open_shard)
-        if not np.array_equal(shard.lengths, self.lengths(index)):
-            raise ShardError(
-                f"{self._paths[index]}: its documents are not those that the dataset's list of lengths counts; the "
-                "files are not of one dataset: prepare it again"
-            )
+        file = _identity(self._paths[index])
+        if file is None or self._compared.get(index) != file:
+            if not np.array_equal(shard.lengths, self.lengths(index)):
+                raise CorruptShardError(
+                    f"{self._paths[index]}: its documents are not those that the dataset's list of lengths counts; the "
+                    "files are not of one dataset: prepare it again"
+                )
+            if file is not None:
+                self._compared[index] = file
         return shard
+
+
+def max_open_shards(wanted: int) -> int:
+    """Return how many shards each store of this process may keep mapped, where one would like ``wanted``.
+
+    A map keeps a descriptor, and half of them are left to others. Where they do not suffice, the process's soft limit
+    is raised as far as the hard one allows.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    stores = max(1, len(_STORES))
+    if 2 * wanted * stores > _or_most(soft) and _or_most(soft) < _or_most(hard):
+        soft = _or_most(hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(_or_most(soft), _max_maps()) // 2 // stores
+
+
+def _or_most(limit: int) -> int:
+    return _MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit, _MOST_DESCRIPTORS)
+
+
+@functools.cache
+def _max_maps() -> int:
+    try:
+        return int(_MAX_MAPS.read_text())
+    except (OSError, ValueError):  # another system than Linux
+        return _MOST_DESCRIPTORS
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from one that took its place; ``None`` if it was removed. Its times say when it was used."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size
 
 
 def fetch_and_open(
@@ -128,14 +188,20 @@ def fetch_and_open(
         attempts: How often to fetch it: another process that makes room in the cache may remove it before it is mapped.
 
     Raises:
-        ShardError: It cannot be fetched, or is not what the entry says.
+        CorruptShardError: It is missing or damaged where it comes from, or is not what the entry says.
+        ShardError: It cannot be fetched or mapped.
     """
     path = files.fetch(entry)
     try:
         return path, open_shard(path, entry)
     except (DataError, OSError) as error:
         if path.exists() or attempts == 1:
-            raise ShardError(str(error)) from error
+            # Descriptors or memory that are used up say nothing of the shard, and neither does a file that is gone
+            # again.
+            systems = error if isinstance(error, OSError) else error.__cause__
+            here = isinstance(systems, OSError) and systems.errno is not None
+            kind = ShardError if here or not path.exists() else CorruptShardError
+            raise kind(str(error)) from error
     return fetch_and_open(files, entry, open_shard, attempts - 1)
 
 

@@ -14,21 +14,28 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from statex_dist.data.storage.cache import ShardCache, bytes_needed
-from statex_dist.data.storage.remote import MissingObjectError, RemoteDirectory, RetryPolicy, split_url
+from statex_dist.data.storage.remote import (
+    DamagedObjectError,
+    MissingObjectError,
+    RemoteDirectory,
+    RetryPolicy,
+    split_url,
+)
 from statex_dist.data.storage.shards import FileEntry, ShardEntry
-from statex_dist.errors import DataError, ShardError
+from statex_dist.errors import CorruptShardError, DataError, ShardError
 
 log = logging.getLogger(__name__)
 
 _BACKGROUND_THREADS = 4
+_PIECE_BYTES = 1 << 20
 
 
 class DatasetFiles(Protocol):
@@ -53,8 +60,13 @@ class DatasetFiles(Protocol):
         """Return the verified raw file of ``shard``, with its companion beside it; fetch it where needed.
 
         Raises:
-            ShardError: It is missing, damaged or cannot be fetched.
+            CorruptShardError: It is missing or damaged where it comes from.
+            ShardError: It cannot be fetched.
         """
+        ...
+
+    def holds(self, shard: ShardEntry) -> bool:
+        """Return whether ``shard`` is there, so that fetching it removes no other from the cache."""
         ...
 
     def require_room(self, shards: Sequence[ShardEntry]) -> None:
@@ -69,8 +81,8 @@ class DatasetFiles(Protocol):
         """Note that ``shards``, in this order, were read lately: a cache with a limit removes others first."""
         ...
 
-    def prefetch(self, shards: Sequence[ShardEntry]) -> None:
-        """Begin to fetch ``shards`` in the background, in this order."""
+    def prefetch(self, shards: Sequence[ShardEntry], share: float = 1.0) -> None:
+        """Begin to fetch ``shards`` in the background, in this order, into ``share`` of the cache."""
         ...
 
 
@@ -136,12 +148,21 @@ class LocalFiles:
                 return path
             if shard.packed is not None and (self.directory / shard.packed.name).exists():
                 return self._cache.fetch(self._identity, shard, partial(self._unpack, shard))
+            there = self.directory.is_dir()
         except ShardError:
             raise
         except DataError as error:
             raise ShardError(str(error)) from error
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read: {error.strerror}; make the dataset readable") from error
+        if not there:
+            raise ShardError(f"{self.directory} is gone, with all shards; mount it again, or correct the path")
         wanted = shard.raw.name + (f" or {shard.packed.name}" if shard.packed else "")
-        raise ShardError(f"{self.directory}: shard {wanted} is missing; restore it or prepare the dataset again")
+        raise CorruptShardError(f"{self.directory}: shard {wanted} is missing; restore it or prepare the dataset again")
+
+    def holds(self, shard: ShardEntry) -> bool:
+        """Return whether ``shard`` can be read where it is, or is unpacked."""
+        return (self.directory / shard.raw.name).exists() or self._cache.holds(self._identity, shard)
 
     def require_room(self, shards: Sequence[ShardEntry]) -> None:
         """Check that those of ``shards`` that are compressed can be unpacked."""
@@ -151,7 +172,7 @@ class LocalFiles:
         """Note that ``shards`` are in use."""
         self._cache.touch(self._identity, [shard for shard in shards if shard.packed is not None])
 
-    def prefetch(self, shards: Sequence[ShardEntry]) -> None:
+    def prefetch(self, shards: Sequence[ShardEntry], share: float = 1.0) -> None:
         """Local shards are read where they are."""
 
     @property
@@ -168,7 +189,7 @@ class LocalFiles:
         source = self.directory / shard.packed.name
         shard.packed.verify(source)
         raw = directory / shard.raw.name
-        raw.write_bytes(decompress(shard, source))
+        decompress(shard, source, raw)
         shard.raw.verify(raw)
         if shard.companion is not None:
             beside = self.directory / shard.companion.name
@@ -213,6 +234,10 @@ class RemoteFiles:
     def _fetch(self, shard: ShardEntry, urgent: bool) -> Path:
         return self._cache.fetch(self.origin, shard, partial(self._download, shard), urgent=urgent)
 
+    def holds(self, shard: ShardEntry) -> bool:
+        """Return whether ``shard`` is downloaded."""
+        return self._cache.holds(self.origin, shard)
+
     def require_room(self, shards: Sequence[ShardEntry]) -> None:
         """Check that ``shards`` can be downloaded."""
         self._cache.require_room(shards)
@@ -221,12 +246,12 @@ class RemoteFiles:
         """Note that ``shards`` are in use."""
         self._cache.touch(self.origin, shards)
 
-    def prefetch(self, shards: Sequence[ShardEntry]) -> None:
-        """Begin to download ``shards``: those first ones that the cache holds together, with one more beside them."""
+    def prefetch(self, shards: Sequence[ShardEntry], share: float = 1.0) -> None:
+        """Begin to download ``shards``: those first ones that the share holds together, with one more beside them."""
         wanted = list(shards)
         if self._cache.limit is not None:
             needed = [bytes_needed(shard) for shard in wanted]
-            room = self._cache.limit - max(needed, default=0)
+            room = self._cache.limit * share - max(needed, default=0)
             wanted = [shard for shard, total in zip(wanted, accumulate(needed), strict=True) if total <= room]
         self._cache.touch(self.origin, wanted)
         self._background.replace([shard for shard in wanted if not self._cache.holds(self.origin, shard)])
@@ -237,7 +262,7 @@ class RemoteFiles:
             if packed is not None:
                 self._download_whole(packed, directory)
                 raw = directory / shard.raw.name
-                raw.write_bytes(decompress(shard, directory / packed.name))
+                decompress(shard, directory / packed.name, raw)
                 (directory / packed.name).unlink()
                 shard.raw.verify(raw)
             else:
@@ -245,7 +270,9 @@ class RemoteFiles:
             if shard.companion is not None:
                 self._download_whole(shard.companion, directory)
         except DataError as error:
-            raise ShardError(str(error).replace(str(directory), self.origin)) from error
+            at_origin = isinstance(error, (CorruptShardError, DamagedObjectError, MissingObjectError))
+            kind = CorruptShardError if at_origin else ShardError
+            raise kind(str(error).replace(str(directory), self.origin)) from error
 
     def _download_whole(self, file: FileEntry, directory: Path) -> None:
         """Download a file that has the hashes of the index: damage on the way is not there the second time."""
@@ -258,7 +285,7 @@ class RemoteFiles:
             except DataError as error:
                 reason = str(error).partition(";")[0].replace(str(directory), self.origin)
                 if last:
-                    raise ShardError(
+                    raise CorruptShardError(
                         f"{reason}, downloaded twice: the remote copy is damaged; restore it or prepare the dataset "
                         "again"
                     ) from error
@@ -304,22 +331,52 @@ class _Background:
                 log.debug("in the background: %s", error)
 
 
-def decompress(shard: ShardEntry, source: Path) -> bytes:
-    """Return the raw bytes of ``shard`` from its compressed file.
+def decompress(shard: ShardEntry, source: Path, target: Path) -> None:
+    """Write the raw file of ``shard`` from its compressed one; never more of it than the index says.
+
+    Args:
+        shard: What the index says.
+        source: The compressed file.
+        target: Where the raw one goes.
 
     Raises:
-        ShardError: The compression is unknown, or the file is not of that compression.
+        CorruptShardError: The file is not of that compression or unpacks to too much.
+        ShardError: The compression is unknown, or the file cannot be read.
+        OSError: ``target`` cannot be written.
     """
-    codec = (shard.compression or "").partition(":")[0]
-    try:
-        content = source.read_bytes()
-        if codec == "zstd":
-            import zstd
+    total = 0
+    with target.open("wb") as out:
+        for piece in _unpacked_pieces(shard, source):
+            total += len(piece)
+            if total > shard.raw.size:
+                raise CorruptShardError(
+                    f"{source} unpacks to more than the {shard.raw.size} bytes that the index says; restore it or "
+                    "prepare the dataset again"
+                )
+            out.write(piece)
 
-            return zstd.decompress(content)
-        if codec in ("gz", "bz2"):
-            return gzip.decompress(content) if codec == "gz" else bz2.decompress(content)
+
+def _unpacked_pieces(shard: ShardEntry, source: Path) -> Iterator[bytes]:
+    codec = (shard.compression or "").partition(":")[0]
+    if codec not in ("zstd", "gz", "bz2"):
+        raise ShardError(f"{source}: compression {shard.compression!r} is not read here; allowed: none, zstd, gz, bz2")
+    try:
+        with _open_packed(source, codec) as stream:
+            piece = stream.read(_PIECE_BYTES)
+            while piece:
+                yield piece
+                piece = stream.read(_PIECE_BYTES)
     except Exception as error:
-        # Each codec has its own exception type; whatever it is, the file is not what the index says.
-        raise ShardError(f"{source} cannot be unpacked ({error}); restore it or prepare the dataset again") from error
-    raise ShardError(f"{source}: compression {shard.compression!r} is not read here; allowed: none, zstd, gz, bz2")
+        # Each codec has its own exception type; whatever it is, the file is not what the index says, unless this
+        # machine is to blame. (What a codec finds wrong is an OSError too, without a number.)
+        here = isinstance(error, (MemoryError, ImportError)) or getattr(error, "errno", None) is not None
+        kind = ShardError if here else CorruptShardError
+        raise kind(f"{source} cannot be unpacked ({error}); restore it or prepare the dataset again") from error
+
+
+def _open_packed(source: Path, codec: str) -> BinaryIO:
+    if codec == "zstd":
+        import pyarrow  # the `zstd` package cannot stream
+
+        return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.OSFile(str(source)), "zstd"))
+    return cast(BinaryIO, gzip.open(source) if codec == "gz" else bz2.open(source))

@@ -13,13 +13,14 @@ Layout of a raw shard of ``n`` samples (read from files and checked against stre
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from statex_dist.data.storage.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry
+from statex_dist.data.storage.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry, check_count
 from statex_dist.data.store import Piece
 from statex_dist.errors import DataError
 
@@ -52,13 +53,13 @@ class MdsShard:
             ) from error
 
     def _locate(self, info: Mapping[str, Any]) -> None:
-        samples = int(info["samples"])
+        samples = info["samples"]
         head = self._map[: 4 * (samples + 2)]
         count, *_ = head[:4].view("<u4").tolist()
         if count != samples:
             raise ValueError(f"{count} samples in it, {samples} in the index")
         offsets = head[4:].view("<u4").astype(np.int64)
-        if offsets[-1] != len(self._map) or (np.diff(offsets) <= 0).any():
+        if len(offsets) != samples + 1 or offsets[-1] != len(self._map) or (np.diff(offsets) <= 0).any():
             raise ValueError("sample offsets are out of order")
         names, sizes = info["column_names"], info["column_sizes"]
         variable = [name for name, size in zip(names, sizes, strict=True) if not size]
@@ -115,43 +116,63 @@ def read_index(content: bytes, origin: str) -> list[ShardEntry]:
     """
     try:
         index = json.loads(content)
-        shards = index["shards"]
-        if index["version"] != 2 or not shards:
-            raise DataError(
-                f"{origin}: MDS version {index['version']} with {len(shards)} shards; prepare the data again"
-            )
-        return [_entry(origin, shard) for shard in shards]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shards, version = index["shards"], index["version"]
+        if not isinstance(shards, list):
+            raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{origin} is not a readable MDS index ({error!r}); prepare the dataset again") from error
+    if version != 2 or not shards:
+        raise DataError(
+            f"{origin}: MDS version {reprlib.repr(version)} with {len(shards)} shards; prepare the data again"
+        )
+    return [_entry(f"{origin}: shard {number}", shard) for number, shard in enumerate(shards)]
 
 
-def _entry(origin: str, shard: dict[str, Any]) -> ShardEntry:
-    _check_entry(origin, shard)
-    return ShardEntry(
-        raw=_file(shard["raw_data"]),
-        packed=_file(shard["zip_data"]) if shard.get("zip_data") else None,
-        compression=shard.get("compression"),
-        documents=int(shard["samples"]),
-        details=shard,
-    )
+def _entry(where: str, shard: Any) -> ShardEntry:
+    try:
+        _check_columns(shard)
+        zipped = shard.get("zip_data")
+        return ShardEntry(
+            raw=_file(shard["raw_data"]),
+            packed=None if zipped is None else _file(zipped),
+            compression=shard.get("compression"),
+            documents=shard["samples"],
+            details=shard,
+        )
+    except DataError as error:
+        raise DataError(f"{where}: {error}; restore the index or prepare the data again") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is not a readable MDS entry ({error!r}); prepare the data again") from error
 
 
 def _file(entry: Mapping[str, Any]) -> FileEntry:
-    return FileEntry(entry["basename"], int(entry["bytes"]), entry.get("hashes") or {})
+    hashes = entry.get("hashes")
+    return FileEntry(entry["basename"], entry["bytes"], {} if hashes is None else hashes)
 
 
-def _check_entry(path: str, shard: dict[str, Any]) -> None:
+def _check_columns(shard: Mapping[str, Any]) -> None:
     if shard["format"] != "mds":
-        raise DataError(f"{path}: shards of format {shard['format']!r}; allowed: mds")
-    if TOKENS not in shard["column_names"]:
-        raise DataError(
-            f"{path}: no column {TOKENS!r} (there are: {', '.join(shard['column_names'])}); prepare the text"
-        )
+        raise DataError(f"its format is {reprlib.repr(shard['format'])}; allowed: mds")
+    columns = {name: shard[name] for name in ("column_names", "column_encodings", "column_sizes")}
+    for name, values in columns.items():
+        if not isinstance(values, list) or len(values) != len(columns["column_names"]):
+            raise DataError(f"{name} is {reprlib.repr(values)}; allowed: a list with one entry for each column")
+        if name == "column_sizes":
+            for size in values:
+                if size is not None:
+                    check_count("the size of a column", size)
+        elif not all(isinstance(value, str) for value in values):
+            raise DataError(f"{name} is {reprlib.repr(values)}; allowed: a list of text")
+    names = columns["column_names"]
+    if len(set(names)) != len(names):
+        raise DataError(f"two columns have one name: {', '.join(names)}")
+    if TOKENS not in names:
+        raise DataError(f"no column {TOKENS!r} (there are: {', '.join(names)})")
     for name, allowed in ((TOKENS, TOKEN_DTYPES), (LOSS_MASK, ("uint8",))):
-        if name in shard["column_names"] and _column_dtype(shard, name) not in allowed:
+        if name in names and _column_dtype(shard, name) not in allowed:
             raise DataError(
-                f"{path}: column {name!r} must be one-dimensional ndarray of {', '.join(allowed)}, not "
-                f"{shard['column_encodings'][shard['column_names'].index(name)]!r}"
+                f"column {name!r} must be one-dimensional ndarray of {', '.join(allowed)}, not "
+                f"{columns['column_encodings'][names.index(name)]!r}"
             )
 
 

@@ -58,6 +58,16 @@ class MissingObjectError(DataError):
     """The remote has no object of this name."""
 
 
+class DamagedObjectError(DataError):
+    """The remote's object has another size than it should have: attempt after attempt brought the same one."""
+
+
+class _WrongSizeError(ConnectionError):
+    def __init__(self, found: int, size: int):
+        super().__init__(f"{found} bytes arrived, the index says {size}")
+        self.found = found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
     """How hard to try.
@@ -135,11 +145,13 @@ class RemoteDirectory:
 
         Raises:
             MissingObjectError: There is no such object.
+            DamagedObjectError: It has not ``size`` bytes.
             DataError: It cannot be fetched, after all attempts or because no further one could help.
             ConfigError: A package is missing.
             OSError: The disk is full or not writable.
         """
         url, shown = self._join(name)
+        sizes: list[int] = []
         retrying = Retrying(
             stop=stop_after_attempt(self._policy.retries + 1),
             wait=wait_exponential_jitter(
@@ -150,7 +162,7 @@ class RemoteDirectory:
             reraise=True,
         )
         try:
-            retrying(self._attempt, url, shown, target, size)
+            retrying(self._attempt, url, shown, target, size, sizes)
         except (DataError, ConfigError):
             raise
         except Exception as error:
@@ -162,7 +174,13 @@ class RemoteDirectory:
                 raise OSError(error.errno, error.strerror) from None  # type: ignore[attr-defined]
             attempts = retrying.statistics.get("attempt_number", 1)
             tried = "" if attempts == 1 else f" in {attempts} attempts"
-            raise DataError(f"{shown} cannot be downloaded{tried}: {self._reason(error)}; {cure(error)}") from error
+            message = f"{shown} cannot be downloaded{tried}: {self._reason(error)}"
+            # One short answer may be a connection that broke where no length was announced; two alike are the object.
+            if isinstance(error, _WrongSizeError) and sizes.count(error.found) > 1:
+                raise DamagedObjectError(
+                    f"{message}: the remote copy is damaged; restore it or prepare the dataset again"
+                ) from error
+            raise DataError(f"{message}; {cure(error)}") from error
 
     def _join(self, name: str) -> tuple[str, str]:
         shown = f"{self.origin}/{name}"
@@ -171,7 +189,7 @@ class RemoteDirectory:
         parts = urlsplit(self._url)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}")), shown
 
-    def _attempt(self, url: str, shown: str, target: Path, size: int | None) -> None:
+    def _attempt(self, url: str, shown: str, target: Path, size: int | None, sizes: list[int]) -> None:
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".arriving-"))
         try:
             arriving = work / target.name
@@ -186,7 +204,8 @@ class RemoteDirectory:
                 raise ConnectionError("nothing arrived")
             found = arriving.stat().st_size
             if size is not None and found != size:
-                raise ConnectionError(f"{found} bytes arrived, the index says {size}")
+                sizes.append(found)
+                raise _WrongSizeError(found, size)
             arriving.replace(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -234,6 +253,8 @@ class RemoteDirectory:
 
     def _reason(self, error: BaseException) -> str:
         error = root_of(error)
+        if isinstance(error, _WrongSizeError):
+            return str(error)
         status = http_status(error)
         if isinstance(error, requests.HTTPError) and status is not None:
             return f"HTTP {status} {error.response.reason}"

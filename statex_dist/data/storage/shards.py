@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +15,14 @@ import numpy as np
 import xxhash
 
 from statex_dist.data.store import Piece
-from statex_dist.errors import DataError
+from statex_dist.errors import CorruptShardError, DataError, ShardError
 
 TOKENS = "tokens"
 LOSS_MASK = "loss_mask"
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+
+_MAX_NAME = 255
+_MAX_COUNT = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,9 @@ class FileEntry:
         name: Plain file name, beside the index.
         size: Its bytes.
         hashes: Hex digests by algorithm (``hashlib``'s or ``xxhash``'s names); may be empty.
+
+    Raises:
+        DataError: A value is of another type or not allowed.
     """
 
     name: str
@@ -34,28 +43,43 @@ class FileEntry:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name:
-            raise DataError(f"{self.name!r} is not a plain file name")
+        if not _is_plain_name(self.name):
+            raise DataError(
+                f"{reprlib.repr(self.name)} is not a plain file name (text without '/', of 1 to {_MAX_NAME} bytes)"
+            )
+        check_count(f"size of {self.name}", self.size)
+        if not isinstance(self.hashes, Mapping):
+            raise DataError(f"hashes of {self.name} are {reprlib.repr(self.hashes)}; allowed: digests by algorithm")
+        for algorithm, digest in self.hashes.items():
+            if not isinstance(digest, str):
+                raise DataError(f"{algorithm} of {self.name} is {reprlib.repr(digest)}; allowed: hex digits as text")
+            if not _is_known_hash(algorithm):
+                raise DataError(
+                    f"hash {reprlib.repr(algorithm)} of {self.name} is not known; allowed: those of fixed length in "
+                    "Python's hashlib, and xxhash's"
+                )
 
     def verify(self, path: Path) -> None:
         """Check the file at ``path``.
 
         Raises:
-            DataError: Its size or one of its hashes differs.
+            CorruptShardError: It is missing, or its size or one of its hashes differs.
+            ShardError: It cannot be read.
         """
         try:
             size = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; restore it or prepare the data again") from error
-        if size != self.size:
-            raise DataError(
-                f"{path} has {size} bytes, the index says {self.size}; restore it or prepare the data again"
-            )
-        for name, expected in self.hashes.items():
-            if hash_file(path, name) != expected:
-                raise DataError(
-                    f"{path} is damaged ({name} differs from the index); restore it or prepare the data again"
+            if size != self.size:
+                raise CorruptShardError(
+                    f"{path} has {size} bytes, the index says {self.size}; restore it or prepare the data again"
                 )
+            for name, expected in self.hashes.items():
+                if hash_file(path, name) != expected:
+                    raise CorruptShardError(
+                        f"{path} is damaged ({name} differs from the index); restore it or prepare the data again"
+                    )
+        except OSError as error:
+            kind = CorruptShardError if isinstance(error, FileNotFoundError) else ShardError
+            raise kind(f"{path} cannot be read: {error.strerror}; restore it or prepare the data again") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +93,9 @@ class ShardEntry:
         companion: A small file that is needed to read the shard (the member index of a tar), or ``None``.
         documents: Number of documents.
         details: What else the format's reader needs.
+
+    Raises:
+        DataError: A value is of another type or not allowed.
     """
 
     raw: FileEntry
@@ -77,6 +104,14 @@ class ShardEntry:
     companion: FileEntry | None = None
     documents: int
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_count(f"number of documents of {self.raw.name}", self.documents)
+        if self.compression is not None and not isinstance(self.compression, str):
+            raise DataError(f"compression of {self.raw.name} is {reprlib.repr(self.compression)}; allowed: a name")
+        names = [file.name for file in (self.raw, self.packed, self.companion) if file is not None]
+        if len(set(names)) != len(names):
+            raise DataError(f"files of one shard have one name: {', '.join(names)}")
 
 
 class OpenShard(Protocol):
@@ -92,6 +127,36 @@ class OpenShard(Protocol):
     def read(self, i: int, start: int, stop: int) -> Piece:
         """Return tokens ``start..stop`` of document ``i``, as views of the mapped file."""
         ...
+
+
+def check_count(what: str, value: object) -> None:
+    """Check that ``value``, from an index, counts something.
+
+    Raises:
+        DataError: It is no integer, negative, or more than any file has bytes.
+    """
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+        raise DataError(f"{what} is {reprlib.repr(value)}; allowed: an integer of 0 to {_MAX_COUNT}")
+
+
+def _is_plain_name(name: object) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= _MAX_NAME
+    except UnicodeEncodeError:
+        return False
+
+
+@cache
+def _is_known_hash(algorithm: str) -> bool:
+    """Whether it is a hash of fixed length; ``shake`` gives as many digits as it is asked for."""
+    if algorithm in xxhash.algorithms_available:
+        return True
+    try:
+        return hashlib.new(algorithm).digest_size > 0
+    except ValueError:
+        return False
 
 
 def hash_file(path: Path, algorithm: str) -> str:

@@ -22,7 +22,14 @@ from filelock import FileLock
 from statex_dist.data.storage.files import write_atomically
 from statex_dist.data.storage.remote import is_disk_error
 from statex_dist.data.storage.shards import FileEntry, ShardEntry, hash_file
-from statex_dist.data.storage.tar_format import DTYPE, HAS_LOSS_MASK, MEMBERS_PATH, MEMBERS_SUFFIX, read_members
+from statex_dist.data.storage.tar_format import (
+    DTYPE,
+    HAS_LOSS_MASK,
+    MEMBERS_PATH,
+    MEMBERS_SUFFIX,
+    array_details,
+    read_members,
+)
 from statex_dist.data.storage.tar_members import scan_tar
 from statex_dist.errors import DataError
 
@@ -97,7 +104,7 @@ def _index_tar(path: Path, kept: Path) -> tuple[ShardEntry, np.ndarray]:
             return _known_entry(path, members, summary)
         except FileNotFoundError:
             log.info("indexing %s", path)
-        except (DataError, ValueError, KeyError, TypeError) as error:
+        except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s is damaged (%s); indexing %s again", summary, error, path)
         _keep(path, members, summary)
         return _known_entry(path, members, summary)
@@ -112,7 +119,7 @@ def _known_entry(path: Path, members: Path, summary: Path) -> tuple[ShardEntry, 
         packed=packed,
         compression="gz" if packed else None,
         documents=known["documents"],
-        details={DTYPE: known[DTYPE], HAS_LOSS_MASK: known[HAS_LOSS_MASK], MEMBERS_PATH: str(members)},
+        details=array_details(known) | {MEMBERS_PATH: str(members)},
     )
     return entry, rows[:, 1]
 

@@ -18,12 +18,14 @@ ordinary text takes 2.67 bytes a token instead of 2.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from statex_dist.data.storage.npy import read_npy
 from statex_dist.data.storage.shards import TOKEN_DTYPES, FileEntry, ShardEntry
 from statex_dist.data.store import Piece
 from statex_dist.errors import DataError
@@ -94,17 +96,11 @@ def read_members(path: Path, documents: int) -> np.ndarray:
         DataError: It is missing, damaged or of another number of documents.
     """
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return read_npy(path, "int64", (documents, 3))
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is not a readable member index ({error}); restore it or prepare the data again"
         ) from error
-    if rows.dtype != np.int64 or rows.shape != (documents, 3):
-        raise DataError(
-            f"{path} holds {rows.dtype} of shape {rows.shape}, not int64 of {(documents, 3)}; restore it or prepare "
-            "the data again"
-        )
-    return rows
 
 
 def read_index(content: bytes, origin: str) -> list[ShardEntry]:
@@ -119,15 +115,26 @@ def read_index(content: bytes, origin: str) -> list[ShardEntry]:
     """
     try:
         index = json.loads(content)
-        shards = index["shards"]
-        if index["format"] != FORMAT or index["version"] != INDEX_VERSION or not shards:
-            raise DataError(
-                f"{origin}: format {index['format']!r}, version {index['version']}, {len(shards)} shards; needed: "
-                f"{FORMAT!r}, {INDEX_VERSION} and at least one; prepare the data again"
-            )
-        return [entry_from_record(shard) for shard in shards]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shards, format, version = index["shards"], index["format"], index["version"]
+        if not isinstance(shards, list):
+            raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{origin} is not a readable tar index ({error!r}); prepare the data again") from error
+    if format != FORMAT or version != INDEX_VERSION or not shards:
+        raise DataError(
+            f"{origin}: format {reprlib.repr(format)}, version {reprlib.repr(version)}, {len(shards)} shards; needed: "
+            f"{FORMAT!r}, {INDEX_VERSION} and at least one; prepare the data again"
+        )
+    return [_entry(f"{origin}: shard {number}", shard) for number, shard in enumerate(shards)]
+
+
+def _entry(where: str, record: Any) -> ShardEntry:
+    try:
+        return entry_from_record(record)
+    except DataError as error:
+        raise DataError(f"{where}: {error}; restore the index or prepare the data again") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is not a readable tar index entry ({error!r}); prepare the data again") from error
 
 
 def pack_index(entries: Sequence[ShardEntry]) -> bytes:
@@ -154,18 +161,31 @@ def entry_from_record(record: Mapping[str, Any]) -> ShardEntry:
     Raises:
         DataError: A value is not allowed.
         KeyError: One is missing.
+        TypeError: Something in it is no mapping.
     """
-    dtype = record[DTYPE]
-    if dtype not in TOKEN_DTYPES:
-        raise DataError(f"shard {record['file']}: {DTYPE} is {dtype!r}; allowed: {', '.join(TOKEN_DTYPES)}")
     return ShardEntry(
         raw=_file_from_record(record),
-        packed=record["packed"] and _file_from_record(record["packed"]),
+        packed=None if record["packed"] is None else _file_from_record(record["packed"]),
         compression=record["compression"],
         companion=_file_from_record(record["companion"]),
-        documents=int(record["documents"]),
-        details={DTYPE: dtype, HAS_LOSS_MASK: bool(record[HAS_LOSS_MASK])},
+        documents=record["documents"],
+        details=array_details(record),
     )
+
+
+def array_details(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokens' type and whether there are masks, as :attr:`ShardEntry.details` hold them.
+
+    Raises:
+        DataError: A value is not allowed.
+        KeyError: One is missing.
+    """
+    dtype, loss_mask = record[DTYPE], record[HAS_LOSS_MASK]
+    if dtype not in TOKEN_DTYPES:
+        raise DataError(f"{DTYPE} is {reprlib.repr(dtype)}; allowed: {', '.join(TOKEN_DTYPES)}")
+    if not isinstance(loss_mask, bool):
+        raise DataError(f"{HAS_LOSS_MASK} is {reprlib.repr(loss_mask)}; allowed: true, false")
+    return {DTYPE: dtype, HAS_LOSS_MASK: loss_mask}
 
 
 def _file_to_record(file: FileEntry) -> dict[str, Any]:
@@ -173,4 +193,4 @@ def _file_to_record(file: FileEntry) -> dict[str, Any]:
 
 
 def _file_from_record(record: Mapping[str, Any]) -> FileEntry:
-    return FileEntry(record["file"], int(record["bytes"]), record["hashes"])
+    return FileEntry(record["file"], record["bytes"], record["hashes"])

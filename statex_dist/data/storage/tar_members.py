@@ -2,7 +2,7 @@
 
 A sample is a run of members with one key (``KEY.tokens.npy``, ``KEY.loss_mask.npy``), as webdataset groups them: the
 key ends at the first dot of the file name. A name is never used as a path, a member that is no regular file is passed
-over, and an array's header is parsed by numpy without unpickling anything.
+over, and an array's header is parsed without unpickling anything.
 
 :mod:`tarfile` is used for single headers only: its own walk takes a damaged header in the middle of a file for the end
 of the archive, which would quietly train on less.
@@ -10,7 +10,6 @@ of the archive, which would quietly train on less.
 
 from __future__ import annotations
 
-import io
 import logging
 import mmap
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from statex_dist.data.storage.npy import MAX_HEADER, parse_header
 from statex_dist.data.storage.shards import TOKEN_DTYPES
 from statex_dist.errors import DataError
 
@@ -37,14 +37,11 @@ _META_NAME = re.compile(r"__[^/]*__/")
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 # Names and other attributes of a member; nothing that a tar writer makes is longer.
 _MAX_EXTENSION = 1 << 20
-# Twice of what numpy itself accepts.
-_MAX_NPY_HEADER = 20_000
 _EMPTY_TYPES = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE),
     *(tarfile.DIRTYPE, tarfile.FIFOTYPE),
 )
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
-_NPY_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,24 +233,22 @@ class _Scan:
         return np.stack([tokens.begin + first * tokens.dtype.itemsize, lengths, masks], 1), tokens.dtype.name
 
     def _array(self, member: _Member, allowed: tuple[str, ...]) -> _Array:
-        head = io.BytesIO(self._content[member.begin : member.begin + min(member.size, _MAX_NPY_HEADER)])
         try:
-            version = np.lib.format.read_magic(head)
-            shape, _, dtype = _NPY_READERS[version](head)
-        except Exception as error:
-            # The header is a Python literal that numpy parses: damaged ones raise nearly anything.
+            header = parse_header(self._content[member.begin : member.begin + min(member.size, MAX_HEADER)])
+        except ValueError as error:
             raise self._wrong(member, f"is not a readable npy array ({error}); write it with numpy.save") from error
+        dtype, shape = header.dtype, header.shape
         if dtype.name not in allowed or dtype.newbyteorder("<") != dtype or len(shape) != 1:
             raise self._wrong(
                 member,
                 f"holds {dtype.str} of shape {shape}; allowed: one-dimensional little-endian {', '.join(allowed)}",
             )
         count = shape[0]
-        if head.tell() + count * dtype.itemsize != member.size:
+        if header.size + count * dtype.itemsize != member.size:
             raise self._wrong(
                 member, f"claims {count} values of {dtype.name}, but has {member.size} bytes; write it again"
             )
-        return _Array(dtype, count, member.begin + head.tell())
+        return _Array(dtype, count, member.begin + header.size)
 
     def _wrong(self, member: _Member, what: str) -> DataError:
         return DataError(f"{self._path}: member {member.name!r} {what}")

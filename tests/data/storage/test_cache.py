@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 
 from statex_dist.data.formats import open_store
+from statex_dist.data.loader import PackedLoader
+from statex_dist.data.mixing import Stage
+from statex_dist.data.storage.cache import ShardCache
 from statex_dist.errors import ConfigError, ShardError
 from tests.data.storage.loopback import serve, write_manifest
 from tests.data.synthetic import all_documents, make_documents, write_mds
@@ -336,6 +339,43 @@ def test_prefetch_keeps_its_order_and_the_limit(tmp_path, raw, cache):
         assert [path.name[6:11] for path in raw_files(cache)] == ["00000", "00002", "00004"]
         store.read(4, 0, 0, 1)
         assert sum(server.requests[path.name] for path in raw_files(cache)) == 3
+
+
+def test_sources_do_not_remove_what_others_prefetched(tmp_path, cache):
+    """Four sources that are read and one that rests share a cache which holds their windows, but not all data."""
+    for name in "abcde":
+        write_manifest(write_mds(tmp_path / name, make_documents([200] * 100, seed=ord(name))))
+    with serve(tmp_path) as server:
+        stores = {
+            name: open_store(f"{server.url}/{name}", cache_dir=cache, cache_limit=24 * 4096, download_retries=0)
+            for name in "abcde"
+        }
+        paths = []
+        server._content, content = lambda m, t, path, h: paths.append(path) or content(m, t, path, h), server._content
+        loader = PackedLoader(
+            stores,
+            stages=[Stage(seq_len=512, weights=dict.fromkeys("abcd", 1.0))],
+            global_packs=4,
+            pad_id=257,
+            window_tokens=6000,
+            prefetch_steps=1,
+        )
+        tokens, steps = 0, iter(loader)
+        while tokens < 4 * 18000:
+            tokens += sum(batch.num_tokens for batch in next(steps))
+        steps.close()
+    shards = [path for path in paths if "/shard." in path]
+    assert not [path for path in shards if path.startswith("/e/")], "it rests"
+    assert len(shards) < 1.3 * len(set(shards)), "each about once"
+
+
+def test_what_is_just_finished_was_not_left_behind(cache, monkeypatch, caplog):
+    """Between the look and the lock its process ends the fetch."""
+    partial = cache / "dataset" / "shard.partial"
+    partial.parent.mkdir(parents=True)
+    monkeypatch.setattr(Path, "glob", lambda *_: [partial])
+    assert ShardCache(cache)._reserved_by_others(cache / "dataset" / "other") == 0
+    assert caplog.text == ""
 
 
 def test_prefetch_fails_in_silence_and_reading_does_not(tmp_path, raw, cache):

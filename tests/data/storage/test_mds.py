@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,10 @@ def test_open_store_messages(tmp_path, dataset):
         (json.dumps(index).replace('"tokens"', '"text"'), r"no column 'tokens' \(there are: text\)"),
         (json.dumps(index).replace("ndarray:uint16", "str"), "column 'tokens' must be one-dimensional ndarray"),
         (json.dumps(index).replace("ndarray:uint16", "ndarray:uint16:4"), "column 'tokens' must be"),
+        ("[" * 200_000, "is not a readable MDS index .RecursionError"),
+        ("[]", "is not a readable MDS index .TypeError"),
+        (json.dumps(index | {"shards": "ab"}), "its shards are 'ab', not a list"),
+        (json.dumps(index | {"shards": [None]}), r"index\.json: shard 0 is not a readable MDS entry"),
     ):
         (dataset / "index.json").write_text(damage)
         with pytest.raises(DataError, match=message):
@@ -176,3 +181,75 @@ def test_open_store_messages(tmp_path, dataset):
 def test_bad_shard_size_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="shard size 0 bytes"):
         write_mds(tmp_path / "ds", [], shard_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": ["mds"]}, r"its format is \['mds'\]; allowed: mds"),
+        ({"column_names": "tokens"}, "column_names is 'tokens'; allowed: a list with one entry for each column"),
+        ({"column_names": [5]}, r"column_names is \[5\]; allowed: a list of text"),
+        (
+            {"column_names": ["tokens", "x"]},
+            r"column_encodings is \['ndarray:uint16'\]; allowed: a list with one entry",
+        ),
+        ({"column_encodings": [None]}, r"column_encodings is \[None\]; allowed: a list of text"),
+        ({"column_sizes": None}, "column_sizes is None; allowed: a list with one entry for each column"),
+        ({"column_sizes": [-1]}, "the size of a column is -1; allowed: an integer of 0"),
+        ({"column_sizes": [10**30]}, "the size of a column is 10+; allowed"),
+        (
+            {"column_names": ["tokens"] * 2, "column_encodings": ["ndarray:uint16"] * 2, "column_sizes": [None] * 2},
+            "two columns have one name: tokens, tokens",
+        ),
+        ({"samples": True}, r"number of documents of shard\.00000\.mds is True; allowed: an integer of 0"),
+        ({"samples": 1.0}, r"number of documents of shard\.00000\.mds is 1\.0; allowed"),
+        ({"compression": []}, r"compression of shard\.00000\.mds is \[\]; allowed: a name"),
+        ({"raw_data": None}, "is not a readable MDS entry .*AttributeError"),
+        ({"raw_data": {"basename": "a/b", "bytes": 1}}, "'a/b' is not a plain file name"),
+        ({"raw_data": {"basename": "a", "bytes": "1"}}, "size of a is '1'; allowed: an integer of 0"),
+        ({"raw_data": {"basename": "a", "bytes": 1, "hashes": ["sha1"]}}, r"hashes of a are \['sha1'\]; allowed"),
+        ({"raw_data": {"basename": "a", "bytes": 1, "hashes": {"_": "0"}}}, "hash '_' of a is not known; allowed"),
+        ({"zip_data": {}}, "is not a readable MDS entry .*'basename'"),
+        ({"zip_data": False}, "is not a readable MDS entry .*AttributeError"),
+    ],
+)
+def test_a_hostile_entry_is_refused(dataset, change, message):
+    index = json.loads((dataset / "index.json").read_text())
+    index["shards"][1] = json.loads((dataset / "index.json").read_text())["shards"][0] | change
+    (dataset / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=rf"ds/index\.json: shard 1:? .*{message}") as found:
+        open_store(dataset)
+    assert str(found.value).isprintable()
+
+
+def test_an_entry_may_lack_its_hashes_and_its_packed_form(dataset):
+    index = json.loads((dataset / "index.json").read_text())
+    for shard in index["shards"]:
+        del shard["raw_data"]["hashes"], shard["zip_data"], shard["compression"]
+    (dataset / "index.json").write_text(json.dumps(index))
+    assert len(read_all(dataset)) == 8
+
+
+@pytest.mark.parametrize("size", [0, 50, 130])
+def test_kept_lengths_that_are_damaged_are_gathered_again(tmp_path, dataset, size):
+    cache = tmp_path / "cache"
+    fingerprint = open_store(dataset, cache_dir=cache).fingerprint
+    (kept,) = cache.glob("lengths-*.npy")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:size])
+    assert open_store(dataset, cache_dir=cache).fingerprint == fingerprint
+    assert kept.read_bytes() == whole
+
+
+def test_kept_lengths_are_not_those_of_a_rewritten_dataset_without_hashes(tmp_path):
+    documents = make_documents(range(10, 60))
+    for order in (documents, documents[::-1]):
+        shutil.rmtree(tmp_path / "ds", ignore_errors=True)
+        with load_streaming().MDSWriter(out=str(tmp_path / "ds"), columns={"tokens": "ndarray:uint16"}) as writer:
+            for document in order:
+                writer.write({"tokens": document})
+        for _ in range(2):
+            store = open_store(tmp_path / "ds", cache_dir=tmp_path / "cache")
+            assert store.num_shards == 1
+            assert_same(all_documents(store), order)
+    assert len(list((tmp_path / "cache").glob("lengths-*.npy"))) == 2

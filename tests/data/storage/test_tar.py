@@ -1,3 +1,5 @@
+import bz2
+import gzip
 import json
 import re
 from pathlib import Path
@@ -5,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
+import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.data.formats import open_store
 from statex_dist.data.storage import tar as tar_writer
+from statex_dist.data.storage.files import decompress
+from statex_dist.data.storage.shards import FileEntry, ShardEntry
 from statex_dist.data.storage.tar import WdsShardWriter
 from statex_dist.data.storage.tar_members import scan_tar
 from statex_dist.data.store import sequential_documents
@@ -184,7 +189,82 @@ def test_bad_settings_are_refused(tmp_path):
         write_tar(tmp_path / "b", [], compression="bz2")
 
 
-# Ours, damaged.
+# Ours, damaged or hostile.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("file", 5), "5 is not a plain file name"),
+        (("file", ""), "'' is not a plain file name"),
+        (("file", ".."), r"'\.\.' is not a plain file name"),
+        (("file", "a\0b"), r"'a\\x00b' is not a plain file name"),
+        (("file", "x" * 256), r"is not a plain file name \(text without '/', of 1 to 255 bytes\)"),
+        (("file", "\ud800"), "is not a plain file name"),
+        (
+            ("file", "shard-00000.tar.gz"),
+            r"files of one shard have one name: shard-00000\.tar\.gz, shard-00000\.tar\.gz",
+        ),
+        (("bytes", -1), r"size of shard-00000\.tar is -1; allowed: an integer of 0 to"),
+        (("bytes", True), r"size of shard-00000\.tar is True; allowed"),
+        (("bytes", 1e9), r"size of shard-00000\.tar is 1000000000\.0; allowed"),
+        (("bytes", 10**30), r"size of shard-00000\.tar is 10+; allowed"),
+        (("bytes", float("nan")), r"size of shard-00000\.tar is nan; allowed"),
+        (("documents", "8"), r"number of documents of shard-00000\.tar is '8'; allowed: an integer"),
+        (("documents", -8), r"number of documents of shard-00000\.tar is -8; allowed"),
+        (("hashes", None), r"hashes of shard-00000\.tar are None; allowed: digests by algorithm"),
+        (("hashes", {"xxh64": 5}), r"xxh64 of shard-00000\.tar is 5; allowed: hex digits as text"),
+        (("hashes", {"crc": "0"}), r"hash 'crc' of shard-00000\.tar is not known; allowed: .* hashlib, and xxhash's"),
+        (("hashes", {"shake_128": "0"}), "hash 'shake_128' of .* is not known; allowed: those of fixed length"),
+        (("dtype", ["uint16"]), r"dtype is \['uint16'\]; allowed: uint8, uint16"),
+        (("loss_mask", 0), "loss_mask is 0; allowed: true, false"),
+        (("compression", 3), r"compression of shard-00000\.tar is 3; allowed: a name"),
+        (("packed", {}), "is not a readable tar index entry .*'file'"),
+        (("packed", 0), "is not a readable tar index entry .*TypeError"),
+        (("packed.bytes", None), r"size of shard-00000\.tar\.gz is None; allowed"),
+        (("companion", None), "is not a readable tar index entry .*TypeError"),
+        (("companion.hashes", []), r"hashes of shard-00000\.tar\.index\.npy are \[\]; allowed"),
+    ],
+)
+def test_a_hostile_entry_is_refused(tmp_path, change, message):
+    path = write_tar(tmp_path / "ds", make_documents([4000] * 4), compression="gz")
+    index = json.loads((path / "shards.json").read_text())
+    (*outer, name), value = change[0].split("."), change[1]
+    place = index["shards"][0]
+    for key in outer:
+        place = place[key]
+    place[name] = value
+    (path / "shards.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=rf"ds/shards\.json: shard 0:? .*{message}") as found:
+        open_store(path, cache_dir=tmp_path / "cache")
+    assert str(found.value).isprintable()
+
+
+@pytest.mark.parametrize(("codec", "module"), [("zstd", zstd), ("gz", gzip), ("bz2", bz2)])
+def test_a_shard_that_unpacks_to_more_than_the_index_says_is_refused(tmp_path, codec, module):
+    bomb = tmp_path / "bomb"
+    bomb.write_bytes(module.compress(bytes(64 << 20)))
+    shard = ShardEntry(raw=FileEntry("raw", 5000), packed=FileEntry("bomb", 1), compression=codec, documents=1)
+    with pytest.raises(ShardError, match=r"bomb unpacks to more than the 5000 bytes that the index says; restore it"):
+        decompress(shard, bomb, tmp_path / "raw")
+    assert (tmp_path / "raw").stat().st_size <= 5000
+    bomb.write_bytes(module.compress(bytes(5000)))
+    decompress(shard, bomb, tmp_path / "raw")
+    assert (tmp_path / "raw").read_bytes() == bytes(5000)
+    # A full disk is not the shard's fault: the cache makes room and tries again.
+    with pytest.raises(OSError, match="No space left on device"):
+        decompress(shard, bomb, Path("/dev/full"))
+    for damage in (b"text" * 100, bomb.read_bytes()[:-5]):
+        bomb.write_bytes(damage)
+        with pytest.raises(ShardError, match=r"bomb cannot be unpacked \(.*\); restore it or prepare"):
+            decompress(shard, bomb, tmp_path / "raw")
+
+
+def test_an_unknown_compression_is_refused(tmp_path):
+    path = write_tar(tmp_path / "ds", make_documents([4000] * 4), compression="gz")
+    edit_index(path, lambda shard: shard.update(compression="lzma"))
+    with pytest.raises(ShardError, match=r"tar\.gz: compression 'lzma' is not read here; allowed: none, zstd, gz, bz2"):
+        read_all(path)
 
 
 @pytest.fixture
@@ -262,21 +342,22 @@ def read_shard(path, shard):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (np.zeros((3, 3), np.int64), r"holds int64 of shape \(3, 3\), not int64 of \(2, 3\)"),
-        (np.zeros((2, 3), np.float64), r"holds float64 of shape \(2, 3\), not int64"),
-        (np.zeros((2, 3), object), "is not a readable member index"),
-        (None, "is not a readable member index"),
+        (np.zeros((3, 3), np.int64), r"it holds int64 of shape \(3, 3\), not int64 of \(2, 3\)"),
+        (np.zeros((2, 3), np.float64), r"it holds float64 of shape \(2, 3\), not int64 of \(2, 3\)"),
+        (np.zeros((2, 3), object), r"it holds object of shape \(2, 3\), not int64"),
+        (None, "the magic string is not correct|EOF: reading magic string"),
     ],
 )
 def test_a_member_index_of_another_kind_is_refused(dataset, rows, message):
     path = dataset / "shard-00001.tar.index.npy"
     np.save(path, rows, allow_pickle=True) if rows is not None else path.write_bytes(b"rows")
-    size = path.stat().st_size
-    edit_index(dataset, lambda shard: (no_hashes(shard), shard["companion"].update(bytes=size)))
-    for name in ("shard-00000", "shard-00002", "shard-00003"):
-        other = dataset / f"{name}.tar.index.npy"
-        other.write_bytes(other.read_bytes().ljust(size)[:size])
-    with pytest.raises(DataError, match=rf"shard-0000[01]\.tar\.index\.npy {message}"):
+    sizes = {file.name: file.stat().st_size for file in dataset.glob("*.index.npy")}
+    edit_index(
+        dataset, lambda shard: (no_hashes(shard), shard["companion"].update(bytes=sizes[shard["companion"]["file"]]))
+    )
+    with pytest.raises(
+        DataError, match=rf"shard-00001\.tar\.index\.npy is not a readable member index \(.*({message}).*\); restore it"
+    ):
         read_shard(dataset, 1)
 
 
@@ -292,6 +373,9 @@ def test_a_damaged_index_is_refused(dataset):
         (json.dumps(index | {"format": "mds"}), "format 'mds'"),
         (text.replace("shard-00000.tar", "../shard"), r"'\.\./shard' is not a plain file name"),
         (text.replace("uint16", "object"), "dtype is 'object'; allowed: uint8, uint16"),
+        ("[" * 200_000, "is not a readable tar index .RecursionError"),
+        (json.dumps(index | {"shards": 5}), "its shards are 5, not a list"),
+        (json.dumps(index | {"shards": [None]}), "shard 0 is not a readable tar index entry"),
     ):
         (dataset / "shards.json").write_text(damage)
         with pytest.raises(DataError, match=message):

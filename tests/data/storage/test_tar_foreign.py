@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import json
 import logging
 import pickle
 import re
@@ -133,6 +134,19 @@ def test_the_walk_is_done_once(tmp_path, caplog):
     assert_same(all_documents(open_store(path, cache_dir=cache)), documents)
     assert len(caplog.records) == 3
     assert re.search(r"\.json is damaged \(.*\); indexing .*part-000\.tar again", caplog.records[0].getMessage())
+    for change, reason in (
+        ({"dtype": "object"}, "dtype is 'object'; allowed: uint8"),
+        ({"loss_mask": None}, "loss_mask is None; allowed: true, false"),
+        ({"documents": True}, r".* \(it holds int64 of shape \(\d, 3\), not int64 of \(True, 3\)\)"),
+        ({"bytes": "5"}, r"size of part-000\.tar is '5'; allowed: an integer"),
+        ({"hashes": {"shake_128": ""}}, "hash 'shake_128' of .* is not known"),
+    ):
+        caplog.clear()
+        kept = max((cache / "tar-index").glob("part-000.tar-*.json"), key=lambda file: file.stat().st_mtime_ns)
+        kept.write_text(json.dumps(json.loads(kept.read_text()) | change))
+        assert_same(all_documents(open_store(path, cache_dir=cache)), documents)
+        (record,) = caplog.records
+        assert re.search(rf"\.json is damaged \({reason}.*\); indexing .*part-000\.tar again", record.getMessage())
 
 
 def test_progress_is_logged(tmp_path, caplog, monkeypatch):
