@@ -17,7 +17,7 @@ NUM_SHARDS = 300
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return write_mds(tmp_path_factory.mktemp("many") / "ds", make_documents([100] * NUM_SHARDS), shard_bytes=400)
+    return write_mds(tmp_path_factory.mktemp("many") / "ds", make_documents([100] * NUM_SHARDS), shard_bytes=500)
 
 
 @pytest.fixture

@@ -255,7 +255,7 @@ def test_skip_corrupt_skips_what_is_damaged_at_the_origin(tmp_path, dataset, cap
         store = open_store(f"{server.url}/ds", cache_dir=tmp_path / "cache", download_retries=1)
         assert read_all_but_corrupt(store) >= store.num_tokens(1)
         assert [r.message for r in caplog.records if "skipped a shard" in r.message and name[:15] in r.message]
-        with pytest.raises(CorruptShardError, match="shard.00001.mds"):
+        with pytest.raises(CorruptShardError, match=r"shard\.00001\.mds"):
             store.read(1, 0, 0, 1)
 
 
