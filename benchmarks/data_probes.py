@@ -127,7 +127,7 @@ class LengthStore:
         """There is nothing to read."""
         raise NotImplementedError
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int], share: float = 1.0) -> None:
         """There is nothing to fetch."""
 
 
