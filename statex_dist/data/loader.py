@@ -115,15 +115,18 @@ class PackedLoader:
             if seq_len is None:
                 raise ConfigError("give seq_len or stages")
             stages = [Stage(seq_len=seq_len)]
-        self._plan_settings: dict[str, Any] = {
-            "seed": seed,
-            "packing": packing,
-            "tail": tail,
-            "window_tokens": window_tokens,
-            "long_documents": long_documents,
-            "lanes": global_packs,
+        plans = {
+            name: PackPlan(
+                store,
+                seed=seed,
+                packing=packing,
+                tail=tail,
+                window_tokens=window_tokens,
+                long_documents=long_documents,
+                lanes=global_packs,
+            )
+            for name, store in self.stores.items()
         }
-        plans = {name: PackPlan(store, **self._plan_settings) for name, store in self.stores.items()}
         self.mixture = Mixture(plans, stages)
         self.epochs = epochs
         self.lost_tokens = 0
@@ -177,11 +180,8 @@ class PackedLoader:
     def report(self, max_windows: int | None = None) -> dict[str, PackReport]:
         """Return what packing costs each source in the first epoch (or its first ``max_windows`` windows)."""
         seq_len = self.mixture.stage(self._place.step).seq_len
-        # Plans of their own: the planning thread may be using the loader's.
-        return {
-            name: PackPlan(store, **self._plan_settings).report(seq_len, max_windows=max_windows)
-            for name, store in self.stores.items()
-        }
+        plans = self.mixture.plans
+        return {name: plan.report(seq_len, max_windows=max_windows) for name, plan in plans.items()}
 
     def _planned(self) -> Iterator[tuple[Place, list[PackSpec]]]:
         """This rank's packs of every step, and the place after it."""

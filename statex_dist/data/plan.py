@@ -236,8 +236,7 @@ class PackPlan:
             raise ConfigError(f"seq_len is {seq_len}; it must be at least 1")
         taken: list[tuple[WindowPlan, int]] = []
         cursor = cursor.at_length(seq_len)
-        # A step begins at place 0 of a row, so the packs taken before tell where in its row the window began.
-        offset = -cursor.taken[-1][1] % self._lanes if len(cursor.taken) == 1 else 0
+        offset = self._offset(cursor.taken)
         while len(taken) < count:
             earlier, pack = cursor.taken[:-1], cursor.taken[-1][1]
             plan = self.window(cursor.epoch, cursor.window, seq_len, earlier=earlier, offset=offset)
@@ -350,11 +349,18 @@ class PackPlan:
         document = np.concatenate([np.arange(len(part)) for part in lengths])
         return np.stack([shard, document, np.zeros_like(length), length, length], 1)
 
+    def _offset(self, taken: tuple[tuple[int, int], ...]) -> int:
+        """Where in its row the last run of ``taken`` began.
+
+        A step begins at place 0, and so does a run at another length; the packs that the first run of a window has had
+        by the begin of a step tell where it began itself.
+        """
+        return -taken[-1][1] % self._lanes if len(taken) == 1 else 0
+
     def _left_over(self, epoch: int, window: int, earlier: tuple[tuple[int, int], ...]) -> np.ndarray:
         """What the packs taken so far have left of the window, as spans; neighbouring pieces are joined again."""
         (seq_len, packs), before = earlier[-1], earlier[:-1]
-        offset = 0 if before else -packs % self._lanes
-        plan = self.window(epoch, window, seq_len, earlier=before, offset=offset)
+        plan = self.window(epoch, window, seq_len, earlier=before, offset=self._offset(earlier))
         part = slice(int(plan.bounds[min(packs, len(plan))]), None)
         columns = (plan.shard, plan.document, plan.start, plan.stop, plan.length)
         pieces = np.stack([column[part] for column in columns], 1)

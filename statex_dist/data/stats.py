@@ -154,14 +154,15 @@ def packing_stats(
     """
     if windows < 1:
         raise ConfigError(f"windows is {windows}; it must be at least 1")
+    plans = {mode: PackPlan(store, seed=seed, window_tokens=window_tokens, **mode._asdict()) for mode in MODES}
     found = []
     for seq_len in seq_lens:
         if seq_len < 1:
             raise ConfigError(f"seq_len is {seq_len}; it must be at least 1")
-        for mode in MODES:
-            plan = PackPlan(store, seed=seed, window_tokens=window_tokens, **mode._asdict())
-            shards = [int(shard) for window in plan.windows(0)[:windows] for shard in window]
-            long = sum(int((store.lengths(shard) > seq_len).sum()) for shard in shards)
+        # Windows are the same whatever the packing.
+        shards = [int(shard) for window in plans[MODES[0]].windows(0)[:windows] for shard in window]
+        long = sum(int((store.lengths(shard) > seq_len).sum()) for shard in shards)
+        for mode, plan in plans.items():
             found.append(PackingStats(mode, plan.report(seq_len, max_windows=windows), long))
     return found
 

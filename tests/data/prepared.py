@@ -1,8 +1,12 @@
 """What the tests of ``statex prepare`` share."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import pytest
+
+from statex_dist.data.corpus.documents import split_units
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
 from statex_dist.data.tokenizer import BytesTokenizer
@@ -31,3 +35,8 @@ def put(path: Path, content: bytes) -> Path:
 
 def json_lines(*records: dict) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def split_small(monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
+    """Have ``prepare`` cut its inputs into units of so many bytes."""
+    monkeypatch.setattr("statex_dist.data.corpus.source.split_units", partial(split_units, unit_bytes=unit_bytes))

@@ -30,23 +30,26 @@ def memory_store(lengths: Sequence[int], shards: int = 3, masks: bool = False) -
 
 
 def write_mds(directory: Path, documents: Sequence[np.ndarray], **options) -> Path:
-    directory.mkdir(parents=True)
-    settings = {"dtype": "uint16", "loss_mask": False, "compression": "none", "shard_bytes": 4096} | options
-    writer = MdsShardWriter(directory, **settings)
-    for document in documents:
-        writer.write(document)
-    writer.finish()
-    return directory
+    return _write(MdsShardWriter, directory, documents, {"shard_bytes": 4096} | options)
 
 
 def write_tar(directory: Path, documents: Sequence[np.ndarray], **options) -> Path:
+    return _write(WdsShardWriter, directory, documents, {"shard_bytes": 10240} | options)
+
+
+def _write(writer_class, directory: Path, documents: Sequence[np.ndarray], options: dict) -> Path:
     directory.mkdir(parents=True)
-    settings = {"dtype": "uint16", "loss_mask": False, "compression": "none", "shard_bytes": 10240} | options
-    writer = WdsShardWriter(directory, **settings)
+    writer = writer_class(directory, **{"dtype": "uint16", "loss_mask": False, "compression": "none"} | options)
     for document in documents:
         writer.write(document)
     writer.finish()
     return directory
+
+
+def assert_same(read: Sequence[np.ndarray], written: Sequence[np.ndarray]) -> None:
+    assert len(read) == len(written)
+    for a, b in zip(read, written, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def all_documents(store: ShardStore) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
-from tests.data.prepared import EOS, files_of, json_lines, put, texts_of
+from tests.data.prepared import EOS, files_of, json_lines, put, split_small, texts_of
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_prepare_directory(corpus, tmp_path):
 
 
 def test_same_bytes_for_any_number_of_workers(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("statex_dist.data.corpus.source.split_units", lambda files: split_units(files, unit_bytes=700))
+    split_small(monkeypatch, 700)
     for workers in (1, 2, 3):
         prepare([corpus], tmp_path / f"out{workers}", workers=workers)
     assert files_of(tmp_path / "out1") == files_of(tmp_path / "out2") == files_of(tmp_path / "out3")

@@ -16,7 +16,7 @@ from statex_dist.data.corpus.work import Part, parse_part
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
 from statex_dist.errors import ConfigError
-from tests.data.prepared import files_of, json_lines, put
+from tests.data.prepared import files_of, json_lines, put, split_small
 from tests.runs import REPOSITORY
 
 SCRIPT = REPOSITORY / "launch" / "slurm_prepare.sbatch"
@@ -25,9 +25,7 @@ UNIT_BYTES = 500
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "statex_dist.data.corpus.source.split_units", lambda files: split_units(files, unit_bytes=UNIT_BYTES)
-    )
+    split_small(monkeypatch, UNIT_BYTES)
 
 
 @pytest.fixture

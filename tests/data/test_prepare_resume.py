@@ -20,7 +20,7 @@ from statex_dist.data.corpus.tokenize_unit import UnitJob, UnitTokenizer
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
 from statex_dist.errors import ConfigError, DataError
-from tests.data.prepared import files_of, json_lines, put, texts_of
+from tests.data.prepared import files_of, json_lines, put, split_small, texts_of
 from tests.runs import REPOSITORY
 
 UNIT_BYTES = 300
@@ -54,9 +54,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "statex_dist.data.corpus.source.split_units", lambda files: split_units(files, unit_bytes=UNIT_BYTES)
-    )
+    split_small(monkeypatch, UNIT_BYTES)
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from statex_dist.data.codecs import open_codec
 from statex_dist.data.corpus.records import first_line
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -38,13 +38,7 @@ def open_stream(path: str) -> BinaryIO:
     """
     if not is_compressed(path):
         return Path(path).open("rb")
-    if path.lower().endswith(".gz"):
-        source: BinaryIO = cast(BinaryIO, gzip.GzipFile(path))
-    else:
-        # pyarrow reads frame after frame and tells a cut-off one; the `zstd` package cannot stream at all.
-        import pyarrow
-
-        source = pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd")
+    source = open_codec(Path(path), "gz" if path.lower().endswith(".gz") else "zstd")
     return cast(BinaryIO, io.BufferedReader(_Unpacked(source), _BUFFER_BYTES))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import json
 import os
-import resource
 import socket
 import zipfile
 from collections import OrderedDict
@@ -19,6 +18,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from statex_dist.checkpoint.manifest import sync
+from statex_dist.data.descriptors import allow_descriptors
 
 DONE_SUFFIX = ".done"
 _BUFFER_BYTES = 1 << 20
@@ -127,11 +129,7 @@ class UnitWriter:
         file.close()
         final = Path(self._base + suffix)
         Path(self._base + suffix + self._temporary).replace(final)
-        directory = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(final.parent)
 
 
 def load_result(base: str, dtype: str) -> UnitResult | None:
@@ -172,7 +170,8 @@ class Spill:
         self._begin = np.concatenate([*(np.cumsum(part) - part for part in lengths), np.zeros(0, np.int64)])[:limit]
         self.has_masks = any(results[unit].has_masks for unit in np.unique(self._unit))
         self._maps: OrderedDict[str, np.memmap] = OrderedDict()
-        self._max_maps = _allow_maps(2 * len(results))
+        wanted = min(2 * len(results), _MAX_MAPS)
+        self._max_maps = max(1, min(wanted, allow_descriptors(2 * wanted) // 2))
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the tokens ``[n]`` and the mask ``[n]`` (or ``None``) of document ``i``."""
@@ -191,13 +190,3 @@ class Spill:
             self._maps.popitem(last=False)
         self._maps[path] = np.memmap(path, np.uint8, mode="r")
         return self._maps[path]
-
-
-def _allow_maps(wanted: int) -> int:
-    """Return how many files may be mapped at once; Python keeps a descriptor open for each of them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = min(wanted, _MAX_MAPS)
-    if need > soft // 2 and soft != resource.RLIM_INFINITY:
-        soft = 2 * need if hard == resource.RLIM_INFINITY else min(2 * need, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return need if soft == resource.RLIM_INFINITY else max(1, min(need, soft // 2))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from statex_dist.checkpoint.manifest import sync
 from statex_dist.data.manifest import MANIFEST_NAME, DatasetManifest
 from statex_dist.errors import ConfigError
 
@@ -64,15 +65,15 @@ class Staging:
     def commit(self, manifest: DatasetManifest) -> None:
         """Write the manifest, flush all files and rename the directory into place."""
         for file in self.directory.iterdir():
-            _flush(file)
+            sync(file)
         manifest.write(self.directory)
-        _flush(self.directory / MANIFEST_NAME)
-        _flush(self.directory)
+        sync(self.directory / MANIFEST_NAME)
+        sync(self.directory)
         self._refuse_existing()  # again: another run may have finished meanwhile
         if self.out.exists() and any(self.out.iterdir()):
             self.out.replace(self._old)
         self.directory.replace(self.out)
-        _flush(self.out.parent)
+        sync(self.out.parent)
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _recover(self) -> None:
@@ -120,11 +121,3 @@ class Staging:
     def _refuse_existing(self) -> None:
         if not self._overwrite and self.out.exists() and any(self.out.iterdir()):
             raise ConfigError(f"out {self.out} exists and is not empty; choose another or give --overwrite")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

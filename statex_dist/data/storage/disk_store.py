@@ -7,7 +7,6 @@ and must then have the lengths that the plan was made from.
 from __future__ import annotations
 
 import functools
-import resource
 import threading
 import time
 import weakref
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from statex_dist.data.descriptors import MOST_DESCRIPTORS, allow_descriptors
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.storage.cache import CacheFullError
 from statex_dist.data.storage.files import DatasetFiles
@@ -26,7 +26,6 @@ from statex_dist.data.store import Piece
 from statex_dist.errors import CorruptShardError, DataError, ShardError
 
 _TIDY_SECONDS = 1.0
-_MOST_DESCRIPTORS = 1 << 16
 _MAX_MAPS = Path("/proc/sys/vm/max_map_count")
 _STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
 """All stores of this process: its limits are theirs together."""
@@ -147,16 +146,8 @@ def max_open_shards(wanted: int) -> int:
     A map keeps a descriptor, and half of them are left to others. Where they do not suffice, the process's soft limit
     is raised as far as the hard one allows.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     stores = max(1, len(_STORES))
-    if 2 * wanted * stores > _or_most(soft) and _or_most(soft) < _or_most(hard):
-        soft = _or_most(hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return min(_or_most(soft), _max_maps()) // 2 // stores
-
-
-def _or_most(limit: int) -> int:
-    return _MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit, _MOST_DESCRIPTORS)
+    return min(allow_descriptors(2 * wanted * stores), _max_maps()) // 2 // stores
 
 
 @functools.cache
@@ -164,7 +155,7 @@ def _max_maps() -> int:
     try:
         return int(_MAX_MAPS.read_text())
     except (OSError, ValueError):  # another system than Linux
-        return _MOST_DESCRIPTORS
+        return MOST_DESCRIPTORS
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

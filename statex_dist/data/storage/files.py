@@ -6,8 +6,6 @@ into a cache that all processes of a machine share (:mod:`statex_dist.data.stora
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import logging
 import os
 import shutil
@@ -18,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from statex_dist.data.codecs import CODECS, open_codec
 from statex_dist.data.storage.cache import ShardCache, bytes_needed
 from statex_dist.data.storage.remote import (
     DamagedObjectError,
@@ -149,10 +148,6 @@ class LocalFiles:
             if shard.packed is not None and (self.directory / shard.packed.name).exists():
                 return self._cache.fetch(self._identity, shard, partial(self._unpack, shard))
             there = self.directory.is_dir()
-        except ShardError:
-            raise
-        except DataError as error:
-            raise ShardError(str(error)) from error
         except OSError as error:
             raise ShardError(f"{path} cannot be read: {error.strerror}; make the dataset readable") from error
         if not there:
@@ -358,10 +353,10 @@ def decompress(shard: ShardEntry, source: Path, target: Path) -> None:
 
 def _unpacked_pieces(shard: ShardEntry, source: Path) -> Iterator[bytes]:
     codec = (shard.compression or "").partition(":")[0]
-    if codec not in ("zstd", "gz", "bz2"):
+    if codec not in CODECS:
         raise ShardError(f"{source}: compression {shard.compression!r} is not read here; allowed: none, zstd, gz, bz2")
     try:
-        with _open_packed(source, codec) as stream:
+        with open_codec(source, codec) as stream:
             piece = stream.read(_PIECE_BYTES)
             while piece:
                 yield piece
@@ -372,11 +367,3 @@ def _unpacked_pieces(shard: ShardEntry, source: Path) -> Iterator[bytes]:
         here = isinstance(error, (MemoryError, ImportError)) or getattr(error, "errno", None) is not None
         kind = ShardError if here else CorruptShardError
         raise kind(f"{source} cannot be unpacked ({error}); restore it or prepare the dataset again") from error
-
-
-def _open_packed(source: Path, codec: str) -> BinaryIO:
-    if codec == "zstd":
-        import pyarrow  # the `zstd` package cannot stream
-
-        return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.OSFile(str(source)), "zstd"))
-    return cast(BinaryIO, gzip.open(source) if codec == "gz" else bz2.open(source))

@@ -2,16 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
-
-
-def assert_same(read, written):
-    assert len(read) == len(written)
-    for a, b in zip(read, written, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def read_all(path, cache=None):

@@ -12,15 +12,9 @@ from statex_dist.data.formats import open_store
 from statex_dist.data.storage.mds import has_streaming, load_streaming
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
-from tests.data.synthetic import all_documents, make_documents, write_mds
+from tests.data.synthetic import all_documents, assert_same, make_documents, write_mds
 
 LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
-
-
-def assert_same(read, written):
-    assert len(read) == len(written)
-    for a, b in zip(read, written, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])

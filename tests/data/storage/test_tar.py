@@ -19,8 +19,8 @@ from statex_dist.data.storage.tar import WdsShardWriter
 from statex_dist.data.storage.tar_members import scan_tar
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError, ShardError
-from tests.data.storage.tars import assert_same, flip, read_all
-from tests.data.synthetic import all_documents, make_documents, write_tar
+from tests.data.storage.tars import flip, read_all
+from tests.data.synthetic import all_documents, assert_same, make_documents, write_tar
 
 LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
 

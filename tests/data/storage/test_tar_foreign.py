@@ -17,8 +17,7 @@ import webdataset as wds
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import DataError, ShardError
-from tests.data.storage.tars import assert_same
-from tests.data.synthetic import all_documents, make_documents
+from tests.data.synthetic import all_documents, assert_same, make_documents
 
 LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
 
