@@ -50,6 +50,28 @@ class PackedBatch:
         """Number of positions that carry loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def slice(self, start: int, stop: int) -> PackedBatch:
+        """Return the tokens ``start .. stop`` of this batch; ``carried`` and ``goes_on`` say what the cuts cut."""
+        marks = self.cu_seqlens
+        inside = marks[(marks > start) & (marks < stop)] - start
+        ends = [inside.new_zeros(1), inside, inside.new_full((1,), stop - start)]
+        places = (slice(None), slice(start, stop))
+        return replace(
+            self,
+            input_ids=self.input_ids[places],
+            labels=self.labels[places],
+            position_ids=self.position_ids[places],
+            cu_seqlens=torch.cat(ends),
+            seq_idx=self.seq_idx[places] - self.seq_idx[:, start : start + 1],
+            carried=self.carried if start == 0 else not bool((marks == start).any()),
+            goes_on=self.goes_on if stop == self.num_tokens else not bool((marks == stop).any()),
+        )
+
+    def segments(self, num_tokens: int) -> list[PackedBatch]:
+        """Return the batch cut into pieces of at most ``num_tokens`` tokens; 0 leaves it whole."""
+        step = num_tokens or self.num_tokens
+        return [self.slice(i, min(i + step, self.num_tokens)) for i in range(0, self.num_tokens, step)]
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on ``device``."""
         moved = {

@@ -1,7 +1,8 @@
-"""Recurrent states that go from the end of one packed sequence to the begin of the next (truncated BPTT).
+"""A pack's forward pass: its segments one after another, its share of a context group, and the states between them.
 
-The loader puts what goes on after a cut into the same lane of the next step: the same place in the global batch. The
-state there is taken over as a value; no gradient flows through it.
+States go from the end of one segment or packed sequence to the begin of the next (truncated BPTT): the loader puts what
+goes on after a cut into the same lane of the next step, the same place in the global batch. The state there is taken
+over as a value; no gradient flows through it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from statex_dist.data.types import PackedBatch
+from statex_dist.parallel.context import ContextGroup, ContextShare
 
 logger = logging.getLogger(__name__)
 
@@ -20,37 +22,67 @@ LaneStates = list[tuple[torch.Tensor, ...]]
 
 
 class CarriedStates:
-    """The states that wait at the ends of this rank's lanes."""
+    """The states that wait at the ends of this rank's lanes.
 
-    def __init__(self) -> None:
+    Args:
+        context: The ranks that share each pack, or None. All of them keep the state at its end.
+    """
+
+    def __init__(self, context: ContextGroup | None = None) -> None:
+        self.context = context
         self._lanes: dict[int, LaneStates] = {}
+        self.observed: list[torch.Tensor] | None = None
+        """Mean squares of each layer's recurrent state at the end of the last pack, where it was asked for."""
 
-    def forward_loss(self, model: nn.Module, batch: PackedBatch, lane: int) -> torch.Tensor:
-        """Return the summed cross entropy of ``batch``; take over and keep the lane's state as the batch says.
+    def forward_loss(
+        self, model: nn.Module, batch: PackedBatch, lane: int, device: torch.device, *, observe: bool = False
+    ) -> torch.Tensor:
+        """Return the summed cross entropy of this rank's share of ``batch``; take over and keep the lane's state.
 
         Args:
             model: Its forward takes the fields of a batch and returns an object with ``loss_sum`` and ``states``.
-            batch: On the model's device.
-            lane: Place of the batch in the global batch.
+            batch: A pack or a segment of one, whole.
+            lane: Place of the pack in the global batch.
+            device: Where the model computes.
+            observe: Whether to measure the states at the end.
         """
+        share, context = batch, None
+        if self.context is not None:
+            share = batch.slice(*self.context.share(batch.num_tokens))
+            context = ContextShare.of(
+                self.context,
+                cu_seqlens=share.cu_seqlens,
+                opens=share.carried,
+                offset=int(share.position_ids[0, 0]),
+            )
         states = None
         kept = self._lanes.pop(lane, None)
         if batch.carried and kept is None:
             logger.warning("no state was kept for lane %d: its document goes on from an empty one", lane)
         elif batch.carried and kept is not None:
-            states = _first_of(kept, len(batch.cu_seqlens) - 1, batch.input_ids.device)
+            states = _first_of(kept, 1 if context else len(batch.cu_seqlens) - 1, device)
+        share = share.to(device)
         output = model(
-            batch.input_ids,
-            labels=batch.labels,
-            cu_seqlens=batch.cu_seqlens,
-            seq_idx=batch.seq_idx,
+            share.input_ids,
+            labels=share.labels,
+            cu_seqlens=share.cu_seqlens,
+            seq_idx=share.seq_idx,
             states=states,
-            output_states=batch.goes_on,
+            output_states=batch.goes_on or observe,
+            context=context,
         )
-        if batch.goes_on:
+        if batch.goes_on or observe:
             # A document that goes on fills its pack to the end, so its state is the last one.
-            self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
+            last = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
+            if batch.goes_on:
+                self._lanes[lane] = last
+            if observe:
+                self.observed = [layer[0].double().square().mean() for layer in last]
         return output.loss_sum
+
+    def forget(self) -> None:
+        """Drop all states, after a step whose numbers cannot be trusted."""
+        self._lanes.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states by lane, on the CPU; empty where nothing waits."""

@@ -88,6 +88,7 @@ class DeltaAttention(nn.Module):
                 cu_seqlens=sequences.cu_seqlens,
                 backend=sequences.backend,  # type: ignore[arg-type]
                 chunk_size=sequences.chunk_size,
+                context=sequences.context,
             )
         new_state = (recurrent, *new_tail) if sequences.output_states else None
         return self.o_proj(self.gated(o.to(x.dtype), x).flatten(-2)), new_state

@@ -11,7 +11,7 @@ from torch import nn
 
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.conv import causal_conv, conv_tail
+from statex_dist.ops.conv import convolve_sequences
 from statex_dist.ops.dispatch import gla, gla_decode
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.state.geometry import StateGeometry
@@ -82,13 +82,17 @@ def convolve(
     """
     weights = [module.get_submodule(f"{name}_conv1d").weight for name in names]
     joined, weight = torch.cat(list(inputs), dim=-1), torch.cat(weights)  # type: ignore[arg-type]
-    out = causal_conv(joined, weight, initial_state=tail, cu_seqlens=sequences.cu_seqlens)
+    out, new_tail = convolve_sequences(
+        joined,
+        weight,
+        tail=tail,
+        cu_seqlens=sequences.cu_seqlens,
+        output_tail=sequences.output_states,
+        context=sequences.context,
+    )
     if activation:
         out = F.silu(out)
-    new_tail: tuple[torch.Tensor, ...] = ()
-    if sequences.output_states:
-        new_tail = (conv_tail(joined, weight.shape[-1], initial_state=tail, cu_seqlens=sequences.cu_seqlens),)
-    return out.split([y.shape[-1] for y in inputs], dim=-1), new_tail
+    return out.split([y.shape[-1] for y in inputs], dim=-1), (() if new_tail is None else (new_tail,))
 
 
 def add_mix(module: nn.Module, geometry: StateGeometry) -> None:
@@ -140,4 +144,5 @@ def linear_attention(
         cu_seqlens=sequences.cu_seqlens,
         backend=sequences.backend,  # type: ignore[arg-type]
         chunk_size=sequences.chunk_size,
+        context=sequences.context,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from statex_dist.models.kinds import Family, family_of
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.precision import wide_dtype
+from statex_dist.parallel.context import ContextShare
+
+Recompute = Literal["none", "block", "expanded"]
+"""Layers that keep only their input for the backward pass and compute the rest again: none, each, or the expanded."""
 
 
 class LMOutput(NamedTuple):
@@ -47,12 +51,17 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm_name = family.names.final_norm
         self.add_module(self.final_norm_name, RMSNorm(config.hidden_size, eps=config.final_norm_eps))
-        self.activation_checkpointing = False
+        self.recompute: Recompute = "none"
 
     @property
     def embedding_table(self) -> nn.Embedding:
         """The embedding table, under whatever name the family's checkpoints have for it."""
         return self.get_submodule(self.embedding_name)  # type: ignore[return-value]
+
+    def _recomputes(self, layer: int) -> bool:
+        if self.recompute == "expanded":
+            return self.config.statex is not None and self.config.statex.get(layer) is not None
+        return self.recompute == "block"
 
     def forward(
         self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
@@ -63,7 +72,7 @@ class Trunk(nn.Module):
         shared = family_of(self.config.MODEL_TYPE).shared_inputs(self)
         for index, layer in enumerate(self.layers):
             inputs = (hidden, sequences, states[index] if states else None, *(x[index] for x in shared))
-            if self.activation_checkpointing and self.training:
+            if self.training and self._recomputes(index):
                 hidden, new_state = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 hidden, new_state = layer(*inputs)
@@ -72,6 +81,38 @@ class Trunk(nn.Module):
         norm = self.get_submodule(self.final_norm_name)
         weight: torch.Tensor = norm.weight  # type: ignore[assignment]
         return norm(hidden.to(weight.dtype)), new_states
+
+
+class LMHead(nn.Linear):
+    """Hidden states to logits, or to their summed cross entropy without ever holding all logits.
+
+    Attributes:
+        chunk_tokens: Tokens whose logits are held at once with labels; they are computed again in the backward pass.
+            0 holds them all.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.chunk_tokens = 0
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Return logits ``[B, T, vocab]``; with ``labels [B, T]`` the sum of the cross entropy in nats.
+
+        One call, whatever the number of chunks: ZeRO-3 gathers the weight once for it.
+        """
+        if labels is None:
+            return super().forward(hidden)
+        tokens, targets = hidden.flatten(0, 1), labels.flatten()
+        if not 0 < self.chunk_tokens < len(targets):
+            return self._loss_sum(tokens, targets)
+        pairs = zip(tokens.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
+        losses = [checkpoint(self._loss_sum, *pair, use_reentrant=False) for pair in pairs]
+        return torch.stack(losses).sum()
+
+    def _loss_sum(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(tokens)
+        wide = logits.to(wide_dtype(logits.dtype))
+        return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class RecurrentLM(nn.Module):
@@ -85,7 +126,7 @@ class RecurrentLM(nn.Module):
         super().__init__()
         self.config = config
         self.add_module(self.family.names.trunk, Trunk(config))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.trunk.embedding_table.weight
 
@@ -110,6 +151,7 @@ class RecurrentLM(nn.Module):
         output_states: bool = False,
         backend: str = "auto",
         chunk_size: int | None = None,
+        context: ContextShare | None = None,
     ) -> LMOutput:
         """Run the model.
 
@@ -123,19 +165,22 @@ class RecurrentLM(nn.Module):
             output_states: Whether to return the states after ``input_ids``.
             backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
             chunk_size: Tokens per chunk of the PyTorch scan, a power of two from 4; None picks one.
+            context: How ``input_ids`` hang together with the tokens of other ranks, or None. ``states`` are then those
+                before and after the whole pack, ``[1, ...]``.
         """
         sequences = Sequences(
-            cu_seqlens=cu_seqlens, seq_idx=seq_idx, output_states=output_states, backend=backend, chunk_size=chunk_size
+            cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
+            output_states=output_states,
+            backend=backend,
+            chunk_size=chunk_size,
+            context=context,
         )
         hidden, new_states = self.trunk(input_ids, sequences, states)
-        logits = self.lm_head(hidden)
-        loss_sum = None
-        if labels is not None:
-            wide = logits.to(wide_dtype(logits.dtype))
-            loss_sum = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        result = self.lm_head(hidden, labels)
         return LMOutput(
-            logits=logits if labels is None else None,
-            loss_sum=loss_sum,
+            logits=result if labels is None else None,
+            loss_sum=None if labels is None else result,
             states=new_states if output_states else None,
         )
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from statex_dist.parallel.context import ContextShare
+
 LayerState = tuple[torch.Tensor, ...]
 """State of one layer after its last token: the recurrent matrix ``[S, H, ., .]``, then the convolutions' tails."""
 
@@ -20,6 +22,8 @@ class Sequences:
         output_states: Whether layers return their final states.
         backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
         chunk_size: Tokens per chunk of the PyTorch scan; None picks one.
+        context: How the tokens hang together with those of other ranks, or None. States before and after the tokens
+            are then those before and after the whole pack, ``[1, ...]``.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -27,3 +31,4 @@ class Sequences:
     output_states: bool = False
     backend: str = "auto"
     chunk_size: int | None = None
+    context: ContextShare | None = None

@@ -9,6 +9,47 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from statex_dist.errors import ConfigError
+from statex_dist.parallel.context import ContextShare
+
+
+def convolve_sequences(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    tail: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    output_tail: bool = False,
+    context: ContextShare | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Convolve a segment and return the state after it; arguments are those of :func:`causal_conv`.
+
+    Args:
+        tail: :func:`causal_conv`'s ``initial_state``.
+        output_tail: Whether to return the state after ``x``.
+        context: How ``x`` hangs together with the tokens of other ranks; the states are then those before and after
+            the whole pack, ``[1, D, W - 1]``.
+
+    Returns:
+        ``[B, T, D]`` and the state ``[S, D, W - 1]`` (None unless asked for).
+
+    Raises:
+        ConfigError: A rank's share of the tokens is shorter than the convolution.
+    """
+    need = weight.shape[-1] - 1
+    if context is None:
+        out = causal_conv(x, weight, bias, initial_state=tail, cu_seqlens=cu_seqlens)
+        return out, conv_tail(x, need + 1, initial_state=tail, cu_seqlens=cu_seqlens) if output_tail else None
+    assert cu_seqlens is not None
+    if x.shape[1] < need:
+        raise ConfigError(f"a rank's share of {x.shape[1]} tokens is shorter than the convolution's {need}")
+    last = x[:, int(cu_seqlens[-2]) :]
+    before, after = context.exchange(conv_tail(last, need + 1), None, tail)
+    others = before.new_zeros(len(cu_seqlens) - 2, *before.shape[1:])
+    out = causal_conv(x, weight, bias, initial_state=torch.cat([before, others]), cu_seqlens=cu_seqlens)
+    return out, after if output_tail else None
+
 
 def causal_conv(
     x: torch.Tensor,

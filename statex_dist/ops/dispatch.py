@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from statex_dist.errors import ConfigError
+from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_across
 from statex_dist.ops.chunked import chunked_gla, chunked_ssd
 from statex_dist.ops.delta import chunked_delta_rule, delta_step, naive_delta_rule
 from statex_dist.ops.fla_api import fla_delta_rule, fla_gla, has_fla
 from statex_dist.ops.mamba_api import fits_mamba_ssm, has_mamba_ssm, mamba_ssd
 from statex_dist.ops.mixing import mix_outputs, partner_values, spread_values
 from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
+from statex_dist.parallel.context import ContextShare
 
 Backend = Literal["auto", "kernel", "chunked", "naive"]
 
@@ -38,6 +40,7 @@ class _Forms(NamedTuple):
     naive: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     chunked: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    across: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def _mixed_scan(
@@ -47,17 +50,26 @@ def _mixed_scan(
     mix: torch.Tensor | None,
     backend: Backend,
     chunk_size: int | None,
+    context: ContextShare | None,
+    initial_state: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the form that fits; only the chunked one keeps the values of a head's partners apart."""
+    """Run the form that fits; only the chunked one keeps the values of a head's partners apart.
+
+    Of a context share the scan starts from zero, and what the state before the share adds is added.
+    """
     _check_backend(backend)
     q, k, v, *rest = inputs
+    options["initial_state"] = initial_state if context is None else None
     partners = 1 if mix is None else mix.shape[1]
     if backend == "naive" or _takes_kernel(backend, q):
         scan = forms.naive if backend == "naive" else forms.kernel
         o, state = scan(q, k, v if mix is None else spread_values(v, partners), *rest, **options)
     else:
         o, state = forms.chunked(q, k, partner_values(v, partners), *rest, chunk_size=chunk_size, **options)
+    if context is not None:
+        added, state = forms.across(context, inputs, state[-1:], initial_state, scale=options["scale"])
+        o = add_to_first(o, added)
     return (o if mix is None else mix_outputs(o, mix)), state
 
 
@@ -73,6 +85,7 @@ def gla(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    context: ContextShare | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gated linear attention, plain, merged (one wide head) or mixed.
 
@@ -87,16 +100,19 @@ def gla(
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the chunked form; None picks one.
+        context: How the tokens hang together with those of other ranks, or None. States are then those before and
+            after the whole pack, of one sequence.
 
     Returns:
         Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]``.
     """
     return _mixed_scan(
-        _Forms(naive=naive_gla, kernel=fla_gla, chunked=chunked_gla),
+        _Forms(naive=naive_gla, kernel=fla_gla, chunked=chunked_gla, across=gla_across),
         (q, k, v, g),
         mix=mix,
         backend=backend,
         chunk_size=chunk_size,
+        context=context,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
@@ -133,6 +149,7 @@ def delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    context: ContextShare | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gated delta rule, plain or mixed, with one decay per head (Gated DeltaNet) or per key channel (KDA).
 
@@ -147,16 +164,19 @@ def delta_rule(
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the chunked form; None picks one.
+        context: How the tokens hang together with those of other ranks, or None. States are then those before and
+            after the whole pack, of one sequence.
 
     Returns:
         Output ``[B, T, HV, V]`` and final states ``[S, HV, K, r V]``.
     """
     return _mixed_scan(
-        _Forms(naive=naive_delta_rule, kernel=fla_delta_rule, chunked=chunked_delta_rule),
+        _Forms(naive=naive_delta_rule, kernel=fla_delta_rule, chunked=chunked_delta_rule, across=delta_across),
         (q, k, v, g, beta),
         mix=mix,
         backend=backend,
         chunk_size=chunk_size,
+        context=context,
         scale=q.shape[-1] ** -0.5,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
@@ -194,6 +214,7 @@ def ssd(
     output_final_state: bool = True,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    context: ContextShare | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The Mamba2 scan for any ``d_state``.
 
@@ -210,11 +231,29 @@ def ssd(
         output_final_state: Whether the final states are needed (the kernel cannot give them for packed sequences).
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the chunked form; None picks one.
+        context: How the tokens hang together with those of other ranks, or None. States are then those before and
+            after the whole pack, of one sequence.
 
     Returns:
         Output ``[B, T, H, P]`` and final states ``[S, H, P, N]`` (None unless asked for).
     """
     _check_backend(backend)
+    if context is not None:
+        y, _ = ssd(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
+            output_final_state=False,
+            backend=backend,
+            chunk_size=chunk_size,
+        )
+        added, after = ssd_across(context, x, dt, A, B, C, cu_seqlens, initial_state)
+        return add_to_first(y, added), after if output_final_state else None
     fits = fits_mamba_ssm(x, B, 256, cu_seqlens=cu_seqlens, has_initial_state=initial_state is not None)
     fits = fits and (cu_seqlens is None or (seq_idx is not None and not output_final_state))
     if backend == "kernel" and not fits:

@@ -113,7 +113,7 @@ def test_activation_checkpointing_changes_no_gradient(config):
 
     def gradients(checkpointing):
         model = build(config, dtype=torch.float32).train()
-        model.trunk.activation_checkpointing = checkpointing
+        model.trunk.recompute = "block" if checkpointing else "none"
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             loss = model(ids, labels=labels, **packed_kwargs(LENGTHS)).loss_sum

@@ -13,7 +13,7 @@ from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.mamba2.layout import conv_parts, in_proj_parts
 from statex_dist.models.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.conv import causal_conv, conv_tail
+from statex_dist.ops.conv import convolve_sequences
 from statex_dist.ops.dispatch import ssd, ssd_decode
 from statex_dist.ops.precision import wide_dtype
 
@@ -56,13 +56,16 @@ class Mamba2Mixer(nn.Module):
         config = self.config
         z, xbc, dt = self.in_proj(x).split([config.inner_size, sum(self.conv_sizes), config.num_heads], dim=-1)
         recurrent, tail = state if state else (None, None)
-        new_tail = None
-        if sequences.output_states:
-            new_tail = conv_tail(xbc, config.conv_kernel, initial_state=tail, cu_seqlens=sequences.cu_seqlens)
-        xbc = F.silu(
-            causal_conv(xbc, self.conv1d.weight, self.conv1d.bias, initial_state=tail, cu_seqlens=sequences.cu_seqlens)
+        xbc, new_tail = convolve_sequences(
+            xbc,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            tail=tail,
+            cu_seqlens=sequences.cu_seqlens,
+            output_tail=sequences.output_states,
+            context=sequences.context,
         )
-        inputs, B, C = xbc.split(self.conv_sizes, dim=-1)
+        inputs, B, C = F.silu(xbc).split(self.conv_sizes, dim=-1)
         inputs = inputs.unflatten(-1, (config.num_heads, config.head_dim))
         B, C = (y.unflatten(-1, (config.n_groups, -1)) for y in (B, C))
         # The dynamics stay fp32 in bf16 training: a rounded decay is a different memory.
@@ -87,6 +90,7 @@ class Mamba2Mixer(nn.Module):
                 output_final_state=sequences.output_states,
                 backend=sequences.backend,  # type: ignore[arg-type]
                 chunk_size=sequences.chunk_size,
+                context=sequences.context,
             )
         y = self.norm(y.to(x.dtype).flatten(-2), z)
         if not sequences.output_states:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from statex_dist.errors import ConfigError
 from statex_dist.models.fla_block import FLABlock
 from statex_dist.models.gla.mixer import GatedLinearAttention
 from statex_dist.models.retnet.config import RetNetConfig
@@ -48,6 +49,10 @@ def _positions(x: torch.Tensor, sequences: Sequences, before: torch.Tensor | Non
         lengths = borders_of(sequences.cu_seqlens)
     counts = torch.tensor([stop - start for start, stop in lengths], device=x.device)
     starts = torch.zeros_like(counts) if before is None else before
+    if sequences.context is not None:
+        if before is not None or sequences.output_states:
+            raise ConfigError("retnet: states are not carried from pack to pack under parallel.context; set it to 1")
+        starts[0] = sequences.context.offset
     rows = [
         torch.arange(stop - start, device=x.device) + first
         for (start, stop), first in zip(lengths, starts, strict=True)

@@ -1,0 +1,193 @@
+"""Context parallelism on real gloo ranks: loss and every gradient equal those of one rank that has the whole pack."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from statex_dist.data.types import PackedBatch
+from statex_dist.engine.carry import CarriedStates
+from statex_dist.errors import ConfigError
+from statex_dist.models.kinds import config_from_dict, make_plan
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.parallel.context import ContextGroup, ContextShare, ParallelConfig
+from tests.runs import GLA, MAMBA2, OTHERS, expanded
+
+RANKS = 4
+TOKENS = 96
+PACKS = {
+    "one document": [96],
+    "borders at the cuts": [24, 24, 48],
+    "many": [5, 1, 30, 2, 2, 10, 46],
+    "a document over three ranks": [20, 60, 16],
+    "borders beside the cuts": [23, 2, 22, 3, 46],
+}
+
+
+def models() -> dict[str, Any]:
+    gla, mamba2 = config_from_dict(GLA), config_from_dict(MAMBA2)
+    return {
+        "gla": gla,
+        "gla merged": make_plan(gla, layers="all", factor=4, init="reinit", op="merge_heads"),
+        "gla every kind": expanded(GLA),
+        "mamba2": mamba2,
+        "mamba2 grown": expanded(MAMBA2),
+        "hgrn2": expanded(OTHERS["hgrn2"]),
+        "minimax": expanded(OTHERS["minimax"]),
+        "kda": expanded(OTHERS["kda"]),
+        "retnet": config_from_dict({**GLA, "model_type": "retnet"}),
+    }
+
+
+def build(config: Any, dtype: torch.dtype) -> RecurrentLM:
+    model = RecurrentLM(config)
+    model.init_parameters(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mix"):
+                parameter.normal_(std=0.5, generator=generator)
+            elif name.endswith("gk_proj.1.bias"):
+                parameter.uniform_(-3, 3, generator=generator)  # some heads forget within a share, others do not
+    return model.to(dtype).train()
+
+
+def pack(lengths: list[int], *, carried: bool = False, goes_on: bool = False) -> PackedBatch:
+    generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
+    ids = torch.randint(0, 256, (1, sum(lengths)), generator=generator)
+    labels = torch.cat([ids[:, 1:], torch.zeros(1, 1, dtype=torch.long)], dim=1)
+    borders = [0, *itertools.accumulate(lengths)]
+    labels[:, [b - 1 for b in borders[1:]]] = -100
+    return PackedBatch(
+        input_ids=ids,
+        labels=labels,
+        position_ids=torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        seq_idx=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0).int(),
+        carried=carried,
+        goes_on=goes_on,
+    )
+
+
+def run(model: RecurrentLM, packs: list[PackedBatch], context: ContextGroup | None) -> dict[str, torch.Tensor]:
+    """Loss, gradients and the state at the end, of packs one after another in one lane."""
+    model.zero_grad()
+    carried = CarriedStates(context)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in packs:
+        loss = carried.forward_loss(model, batch, 0, torch.device("cpu"))
+        loss.backward()
+        total += loss.detach()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    kept = {
+        f"state {layer} {part}": tensor
+        for layers in carried.state_dict().values()
+        for layer, tensors in enumerate(layers)
+        for part, tensor in enumerate(tensors)
+    }
+    if context is not None:
+        # What a data-parallel engine does: sums over all ranks.
+        total = sum(context.all_gather(total))
+        found = {name: sum(context.all_gather(grad)) for name, grad in found.items()}
+    return {"loss": total, **found, **kept}
+
+
+def largest_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """The largest error of any value, relative to the largest number in its tensor."""
+    assert found.keys() == reference.keys()
+    errors = [(found[n] - value).abs().max() / value.abs().max().clamp(min=1e-3) for n, value in reference.items()]
+    return float(max(errors))
+
+
+def work(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{directory}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    groups = {size: ContextGroup.join(size) for size in (2, 4)}
+    out: dict[str, float] = {}
+
+    def compare(label: str, model: RecurrentLM, packs: list[PackedBatch]) -> None:
+        reference = run(model, packs, None) if rank == 0 else {}
+        for size, group in groups.items():
+            found = run(model, packs, group)
+            if rank == 0:
+                out[f"{label} | {size} ranks"] = largest_error(found, reference)
+
+    for name, config in models().items():
+        for dtype in (torch.float64, torch.float32):
+            model = build(config, dtype)
+            for label in PACKS if dtype == torch.float64 else ["many"]:
+                compare(f"{dtype} | {name} | {label}", model, [pack(PACKS[label])])
+        if name != "retnet":
+            model = build(config, torch.float64)
+            halves = [pack([30, 66], goes_on=True), pack([50, 46], carried=True, goes_on=True)]
+            compare(f"{torch.float64} | {name} | carried on", model, halves)
+            whole = [pack([96], goes_on=True), pack([96], carried=True, goes_on=True)]
+            compare(f"{torch.float64} | {name} | carried through", model, whole)
+            model.trunk.recompute = "block"
+            model.lm_head.chunk_tokens = 7
+            compare(f"{torch.float64} | {name} | recomputed", model, [pack(PACKS["many"])])
+        exchange = ContextShare.exchange
+        ContextShare.exchange = lambda *args: tuple(torch.zeros_like(part) for part in exchange(*args))
+        compare(f"without | {name}", build(config, torch.float64), [pack(PACKS["one document"])])
+        ContextShare.exchange = exchange
+    if rank == 0:
+        torch.save(out, f"{directory}/errors.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    directory = tmp_path_factory.mktemp("context")
+    mp.spawn(work, args=(str(directory),), nprocs=RANKS)
+    return torch.load(Path(directory) / "errors.pt")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", list(models()))
+def test_loss_gradients_and_states_equal_those_of_one_rank(errors: dict[str, float], name: str):
+    cases = {label: error for label, error in errors.items() if f"| {name} |" in label and "without" not in label}
+    assert len(cases) == 2 * (len(PACKS) + 1 + (0 if name == "retnet" else 3))
+    bounds = {"torch.float64": 1e-10, "torch.float32": 1e-5}
+    wrong = {label: error for label, error in cases.items() if not error < bounds[label.split(" | ")[0]]}
+    assert not wrong
+    assert min(errors[f"without | {name} | {size} ranks"] for size in (2, 4)) > 1e-4, "the state hardly matters here"
+
+
+def test_ranks_must_divide_into_groups():
+    assert ParallelConfig(context=4).data_parallel_size(8) == 2
+    with pytest.raises(ConfigError, match=r"parallel.context=4 does not divide the 6 ranks"):
+        ParallelConfig(context=4).data_parallel_size(6)
+    with pytest.raises(ConfigError, match=r"parallel.context must be 1 or more, not 0"):
+        ParallelConfig(context=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_cover_a_sequence_of_any_length(size: int):
+    for tokens in (size, 17, 100):
+        shares = [ContextGroup(rank=rank, size=size, group=None).share(tokens) for rank in range(size)]
+        assert [shares[0][0], shares[-1][1]] == [0, tokens]
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
+        lengths = [stop - start for start, stop in shares]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_slices_of_a_pack_say_what_they_cut():
+    batch = pack([24, 24, 48])
+    first, second, third = batch.slice(0, 24), batch.slice(24, 60), batch.slice(60, 96)
+    assert [(s.carried, s.goes_on) for s in (first, second, third)] == [(False, False), (False, True), (True, False)]
+    assert second.cu_seqlens.tolist() == [0, 24, 36]
+    assert second.seq_idx.tolist() == [[0] * 24 + [1] * 12]
+    assert third.position_ids[0, 0] == 12
+    parts = batch.segments(40)
+    assert [part.num_tokens for part in parts] == [40, 40, 16]
+    assert torch.equal(torch.cat([part.labels for part in parts], dim=1), batch.labels)
+    assert batch.segments(0)[0].num_tokens == 96
+    ends = pack([10, 10], carried=True, goes_on=True)
+    assert [(s.carried, s.goes_on) for s in (ends.slice(0, 5), ends.slice(15, 20))] == [(True, True), (True, True)]
