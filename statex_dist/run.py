@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, parse_size, to_dict
 from statex_dist.data.formats import open_store
@@ -20,19 +20,25 @@ from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
 from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.optim.groups import build_optimizer
+from statex_dist.models.roles import parameter_roles
+from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule
+from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
 from statex_dist.run_config import RunConfig
-from statex_dist.train.loop import Trainer
+from statex_dist.train.guard import Guard
+from statex_dist.train.loop import Observers, Trainer
 from statex_dist.train.metrics import Metrics
-from statex_dist.train.signals import StopRequest
+from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
+from statex_dist.train.status import RunStatus, State, write_status
+from statex_dist.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +53,12 @@ TOKENIZER_FILES = (
 )
 
 
-def train(config: RunConfig) -> bool:
+def train(config: RunConfig, fit: Fit | None = None) -> bool:
     """Run, or resume, a training run on this process and its peers.
 
     Args:
         config: The run.
+        fit: Makes a checkpoint of another number of ranks one of this; None refuses such a one.
 
     Returns:
         Whether the run is complete (False: told to stop, and saved).
@@ -83,7 +90,7 @@ def train(config: RunConfig) -> bool:
     with claim(Path(config.run_dir)) if env.rank == 0 else nullcontext():
         engine = build_engine(config, model, env, accumulation_steps)
         try:
-            return _train(config, engine, loader, model_files, stop)
+            return _train(config, engine, loader, model_files, stop, fit)
         finally:
             engine.close()
 
@@ -108,22 +115,31 @@ def claim(run_dir: Path) -> FileLock:
 
 
 def _train(
-    config: RunConfig, engine: TrainEngine, loader: PackedLoader, model_files: dict[str, str], stop: StopRequest
+    config: RunConfig,
+    engine: TrainEngine,
+    loader: PackedLoader,
+    model_files: dict[str, str],
+    stop: StopRequest,
+    fit: Fit | None,
 ) -> bool:
     run_dir = Path(config.run_dir)
-    checkpoints = run_dir / CHECKPOINTS_DIR
-    client_state = engine.load(checkpoints, model_files)
+    checkpoints = Checkpoints(engine, run_dir / CHECKPOINTS_DIR, model_files, config.train.save_policy)
+    guard = Guard(config.guard, run_dir, rank=engine.rank)
+    client_state = checkpoints.resume(fit)
     start_step = 0
     if client_state is not None:
         start_step = client_state["step"]
         if "loader" in client_state:  # a checkpoint made of weights alone begins with the first sequence
             loader.load_state_dict(client_state["loader"])
+        if "guard" in client_state:
+            guard.load_state_dict(client_state["guard"])
     if start_step >= config.train.num_steps:
         logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, config.train.num_steps)
-    metrics = None
+    observers = Observers(states_every=config.metrics.states_every)
     if engine.rank == 0:
         write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
-        metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
+        _write_status(run_dir, engine, "running", start_step)
+        observers.metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
         for name, report in loader.report(max_windows=1).items() if start_step == 0 else ():
             logger.info(
                 "%s: %.2f %% padding, %.1f %% of the documents cut, %.1f documents in a sequence of %d (first window)",
@@ -133,26 +149,36 @@ def _train(
                 report.documents_per_pack,
                 report.seq_len,
             )
+    if config.train.hang_minutes:
+        observers.watchdog = Watchdog(60 * config.train.hang_minutes, run_dir / STACKS_DIR, engine.rank)
     batches = iter(loader)
     trainer = Trainer(
         engine,
         batches,
         config.train,
         checkpoints=checkpoints,
-        model_files=model_files,
-        metrics=metrics,
+        guard=guard,
+        observers=observers,
         stop=stop,
         start_step=start_step,
     )
     try:
-        done = trainer.run()
+        with observers.watching():
+            done = trainer.run()
     finally:
         batches.close()
-        if metrics is not None:
-            metrics.close()
+        if observers.metrics is not None:
+            observers.metrics.close()
+    if engine.rank == 0:
+        _write_status(run_dir, engine, "complete" if done else "preempted", trainer.step)
     if not done:
         logger.info("stopped at step %d of %d; the same command goes on", trainer.step, config.train.num_steps)
     return done
+
+
+def _write_status(run_dir: Path, engine: TrainEngine, state: State, step: int) -> None:
+    exit_code = {"complete": 0, "preempted": EXIT_PREEMPTED}.get(state)
+    write_status(run_dir, RunStatus(state=state, step=step, world_size=engine.world_size, exit_code=exit_code))
 
 
 def build_model(config: RunConfig) -> RecurrentLM:
@@ -170,7 +196,8 @@ def build_model(config: RunConfig) -> RecurrentLM:
         model = RecurrentLM(settings)
         model.init_parameters(config.seed)
         model = model.to(dtype)
-    model.trunk.activation_checkpointing = config.engine.activation_checkpointing == "block"
+    model.trunk.recompute = config.engine.activation_checkpointing
+    model.lm_head.chunk_tokens = config.engine.loss_chunk_tokens
     return model
 
 
@@ -214,8 +241,8 @@ def build_loader(config: RunConfig, stores: dict[str, ShardStore], model: ModelC
         stages=data.stages(),
         global_packs=data.packs_per_step,
         pad_id=pad,
-        rank=env.rank,
-        world_size=env.world_size,
+        rank=env.rank // config.parallel.context,
+        world_size=config.parallel.data_parallel_size(env.world_size),
         seed=config.seed,
         packing=data.packing,
         tail=data.tail,
@@ -235,11 +262,20 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
         from statex_dist.engine.zero3 import Zero3Engine, init_process_group
 
         init_process_group(env, config.engine)
-    optimizer = build_optimizer(model.named_parameters(), no_decay=no_decay, config=config.optimizer)
+    roles = parameter_roles(model.config)
+    freeze_parameters(model.named_parameters(), roles=roles, config=config.optimizer)
+    optimizer = build_optimizer(model.named_parameters(), no_decay=no_decay, roles=roles, config=config.optimizer)
     schedule = build_schedule(optimizer, config.schedule, num_steps=config.train.num_steps)
     clipping = config.optimizer.gradient_clipping
     if config.engine.name == "plain":
-        return PlainEngine(model, optimizer, schedule, gradient_clipping=clipping, device=env.device)
+        return PlainEngine(
+            model,
+            optimizer,
+            schedule,
+            gradient_clipping=clipping,
+            device=env.device,
+            segment_tokens=config.engine.segment_tokens,
+        )
     return Zero3Engine(
         model,
         optimizer,
@@ -248,6 +284,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
         env=env,
         gradient_clipping=clipping,
         accumulation_steps=accumulation_steps,
+        context=ContextGroup.join(config.parallel.context),
     )
 
 

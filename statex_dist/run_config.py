@@ -12,6 +12,8 @@ from statex_dist.engine.base import EngineConfig
 from statex_dist.errors import ConfigError
 from statex_dist.optim.groups import OptimizerConfig
 from statex_dist.optim.schedule import ScheduleConfig
+from statex_dist.parallel.context import ParallelConfig
+from statex_dist.train.guard import GuardConfig
 from statex_dist.train.loop import TrainConfig
 from statex_dist.train.metrics import MetricsConfig
 
@@ -146,6 +148,8 @@ class RunConfig:
         train: How long, how often to save.
         seed: Of the data order and of a new model's parameters.
         engine: How it is computed.
+        parallel: How ranks share sequences.
+        guard: When a step is skipped.
         optimizer: AdamW.
         schedule: Learning rate.
         metrics: What is reported.
@@ -157,6 +161,8 @@ class RunConfig:
     train: TrainConfig
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -166,14 +172,16 @@ class RunConfig:
             raise ConfigError("run_dir must not be empty")
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Return the packs per rank and step.
+        """Return the packs per data-parallel rank and step.
 
         Raises:
             ConfigError: The packs of a step do not divide over the ranks.
         """
-        if self.data.packs_per_step % world_size:
+        size = self.parallel.data_parallel_size(world_size)
+        if self.data.packs_per_step % size:
+            context = "" if self.parallel.context == 1 else f" in context groups of {self.parallel.context}"
             raise ConfigError(
-                f"data.packs_per_step={self.data.packs_per_step} does not divide over {world_size} ranks; "
-                f"set it to a multiple of {world_size}"
+                f"data.packs_per_step={self.data.packs_per_step} does not divide over {world_size} ranks{context}; "
+                f"set it to a multiple of {size}"
             )
-        return self.data.packs_per_step // world_size
+        return self.data.packs_per_step // size

@@ -3,6 +3,8 @@
     RUN/
       config.yaml                 the resolved configuration
       metrics.jsonl               one line per logged step
+      status.json                 how the last start of the run is doing, or how it ended
+      stacks/rank0.txt            where each rank was when the watchdog ended the job
       checkpoints/
         latest                    the newest complete tag, written last (DeepSpeed's own marker)
         global_step100/           one tag; complete if and only if it holds MANIFEST.json
@@ -10,6 +12,8 @@
           bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt
           model/config.json                               the model's configuration and tokenizer marker
           MANIFEST.json
+        global_step100-ranks2/    the same step, resharded for two ranks
+        damaged-global_step80/    one that was found damaged, set aside
         .tmp-global_step200/      a save that has not been committed (or was killed)
 
 A plain (one process, no DeepSpeed) run writes ``plain_state.pt`` in place of the rank files.
@@ -27,31 +31,41 @@ MODEL_DIR = "model"
 CONFIG_NAME = "config.json"
 PLAIN_STATE_NAME = "plain_state.pt"
 TEMPORARY_PREFIX = ".tmp-"
+DAMAGED_PREFIX = "damaged-"
+STATUS_NAME = "status.json"
+STACKS_DIR = "stacks"
 
-_TAG = re.compile(r"global_step(\d+)$")
+_TAG = re.compile(r"global_step(\d+)(?:-ranks([1-9]\d*))?", flags=re.ASCII)
 _RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt$")
+_OFFLOADED_FILE = re.compile(r"offloaded_tensors/rank(\d+)/")
 
 
-def tag_of(step: int) -> str:
-    """Return the tag of an optimizer step."""
-    return f"global_step{step}"
+def tag_of(step: int, ranks: int | None = None) -> str:
+    """Return the tag of an optimizer step, or of its copy that was resharded for a number of ranks."""
+    return f"global_step{step}" if ranks is None else f"global_step{step}-ranks{ranks}"
 
 
 def step_of(tag: str) -> int | None:
     """Return the optimizer step of a tag, or None for a name that is not one of our tags."""
-    match = _TAG.match(tag)
+    match = _TAG.fullmatch(tag)
     return int(match[1]) if match else None
 
 
+def ranks_of(tag: str) -> int | None:
+    """Return the number of ranks that a tag was resharded for, or None of a tag as it was saved, or another name."""
+    match = _TAG.fullmatch(tag)
+    return int(match[2]) if match and match[2] else None
+
+
 def rank_of(file_name: str) -> int | None:
-    """Return the data-parallel rank that wrote a ZeRO file, or None for any other file."""
-    match = _RANK_FILE.match(file_name)
+    """Return the rank that wrote a ZeRO file (its path relative to the tag), or None for any other file."""
+    match = _RANK_FILE.match(file_name) or _OFFLOADED_FILE.match(file_name)
     return int(match[1]) if match else None
 
 
 def complete_tags(checkpoints: Path) -> list[str]:
-    """Return the tags that hold a manifest, newest first."""
+    """Return the tags that hold a manifest, newest first; of one step the resharded copies come before the original."""
     if not checkpoints.is_dir():
         return []
     tags = [p.name for p in checkpoints.iterdir() if step_of(p.name) is not None and (p / MANIFEST_NAME).is_file()]
-    return sorted(tags, key=lambda tag: step_of(tag) or 0, reverse=True)
+    return sorted(tags, key=lambda tag: (step_of(tag) or 0, ranks_of(tag) or 0, tag), reverse=True)

@@ -1,46 +1,26 @@
-"""The seam between the training loop and whatever computes: forward, backward, step, save, load.
-
-Saving is the same for every engine: all ranks write into a temporary directory and sync their files, rank 0 writes the
-manifest, renames the directory and moves ``latest``. Whenever the job is killed there is a complete checkpoint or none.
-"""
+"""The seam between the training loop and whatever computes: forward, backward, step, and what a checkpoint holds."""
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
+import resource
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from statex_dist.checkpoint.layout import (
-    CONFIG_NAME,
-    LATEST_NAME,
-    MANIFEST_NAME,
-    MODEL_DIR,
-    TEMPORARY_PREFIX,
-    complete_tags,
-    rank_of,
-    step_of,
-    tag_of,
-)
-from statex_dist.checkpoint.manifest import (
-    FileRecord,
-    Manifest,
-    commit_directory,
-    record_file,
-    write_durably,
-)
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
-from statex_dist.errors import CheckpointError, ConfigError, DataError
+from statex_dist.engine.timing import PhaseTimer
+from statex_dist.errors import ConfigError, DataError
+from statex_dist.parallel.context import ContextGroup
 
-logger = logging.getLogger(__name__)
+Place = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(kw_only=True)
@@ -50,17 +30,30 @@ class EngineConfig:
     Attributes:
         name: ``zero3`` (DeepSpeed, any number of ranks) or ``plain`` (PyTorch, one process).
         precision: Of parameters and activations; optimizer states and master weights are fp32 either way.
-        activation_checkpointing: ``block`` recomputes each layer in the backward pass.
+        activation_checkpointing: Layers that are recomputed in the backward pass: ``none``, every ``block``, or only
+            the ``expanded`` ones, whose states are the largest.
+        loss_chunk_tokens: Tokens whose logits are held at once; 0 holds those of the whole sequence.
+        segment_tokens: A packed sequence is run in segments of so many tokens, each with its own backward pass; states
+            go on from one to the next, gradients do not (truncated BPTT). 0 runs it whole.
         param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements whole on every rank.
         sub_group_size: Elements that ZeRO-3's optimizer updates at once, per rank.
+        offload_optimizer: Where ZeRO-3 keeps optimizer states and master weights instead of the GPU: ``none``, ``cpu``
+            or ``nvme``.
+        offload_parameters: The same of the parameters.
+        nvme_path: Directory on a local disk, for ``nvme``.
         timeout_minutes: After which a collective gives up on a dead peer.
     """
 
     name: Literal["zero3", "plain"] = "zero3"
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "block"] = "none"
+    activation_checkpointing: Literal["none", "block", "expanded"] = "none"
+    loss_chunk_tokens: int = 8192
+    segment_tokens: int = 0
     param_persistence_threshold: int = 100_000
     sub_group_size: int = 1_000_000_000
+    offload_optimizer: Place = "none"
+    offload_parameters: Place = "none"
+    nvme_path: str | None = None
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
@@ -69,44 +62,136 @@ class EngineConfig:
         for name in ("sub_group_size", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"engine.{name} must be above 0, not {getattr(self, name)}")
+        for name in ("loss_chunk_tokens", "segment_tokens", "param_persistence_threshold"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"engine.{name} must be 0 or more, not {getattr(self, name)}")
+        places = {self.offload_optimizer, self.offload_parameters}
+        if self.name == "plain" and places != {"none"}:
+            raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name zero3")
+        if "nvme" in places and self.nvme_path is None:
+            raise ConfigError("engine: offloading to nvme needs engine.nvme_path, a directory on a local disk")
+        if self.nvme_path is not None and "nvme" not in places:
+            raise ConfigError("engine.nvme_path is given, but nothing is offloaded to nvme")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What an optimizer step reports: global gradient norm before clipping, and the learning rate that was used."""
+    """What an optimizer step reports: whether parameters were updated, and the learning rate that was used."""
 
-    grad_norm: float
+    updated: bool
     lr: float
 
 
 class TrainEngine(ABC):
-    """Computes training steps on this rank's share of the batch."""
+    """Computes training steps on this rank's share of the batch.
+
+    Attributes:
+        kind: Layout of its checkpoints.
+        rank: This process among all.
+        world_size: All processes.
+        data_parallel_size: Groups of ranks that get packs of their own.
+        data_parallel_rank: This process's group.
+        timer: Measures ``forward`` and ``backward``.
+        carried: States between packs.
+    """
 
     kind: str
     rank: int
     world_size: int
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
     carried: CarriedStates
+    timer: PhaseTimer
 
-    @abstractmethod
-    def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
+    def __init__(
+        self, *, rank: int, world_size: int, device: torch.device, segment_tokens: int, context: ContextGroup | None
+    ):
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.segment_tokens, self.context = segment_tokens, context
+        self.carried = CarriedStates(context)
+        self.timer = PhaseTimer(device)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of ranks that get packs of their own."""
+        return self.world_size // (self.context.size if self.context else 1)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This process's group among them."""
+        return self.rank // (self.context.size if self.context else 1)
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank counts what its packs hold: every rank of a context group has the same packs."""
+        return self.context is None or self.context.rank == 0
+
+    def forward_backward(self, batches: Sequence[PackedBatch], *, observe_states: bool = False) -> float:
         """Accumulate the gradient of one global batch.
 
         The loss is weighted by target token over *all* ranks, so that unevenly filled packs do not bias the gradient.
 
         Args:
-            batches: This rank's packs, as many on every rank.
+            batches: This data-parallel rank's packs, as many on every one.
+            observe_states: Whether :meth:`state_norms` is to be asked for afterwards.
 
         Returns:
             Mean cross entropy per target token of the global batch, in nats.
+
+        Raises:
+            DataError: There is no target token in the global batch.
         """
+        targets = sum(batch.num_target_tokens for batch in batches) if self.counts else 0
+        total = require_targets(self.sum([float(targets)])[0])
+        pieces = [
+            (self.data_parallel_rank * len(batches) + index, piece)
+            for index, batch in enumerate(batches)
+            for piece in batch.segments(self.segment_tokens)
+        ]
+        losses = []
+        for index, (lane, piece) in enumerate(pieces):
+            last = index + 1 == len(pieces)
+            with self.timer.phase("forward"):
+                loss_sum = self.carried.forward_loss(
+                    self.model, piece, lane, self.device, observe=observe_states and last
+                )
+            with self.timer.phase("backward"):
+                self._backward(loss_sum, total, last=last)
+            losses.append(loss_sum.detach())
+        return self.sum([float(torch.stack(losses).double().sum())])[0] / total
+
+    def state_norms(self) -> dict[str, float]:
+        """Return the root mean square of each layer's state at the end of this rank's last observed pack, by layer."""
+        assert self.carried.observed is not None
+        return {str(layer): float(square) ** 0.5 for layer, square in enumerate(self.carried.observed)}
+
+    def peak_memory(self) -> int:
+        """Return the most bytes this process held: allocated on the GPU, or resident where there is none."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     @abstractmethod
-    def step(self) -> StepResult:
-        """Clip, update the parameters, advance the schedule and clear the gradients."""
+    def _backward(self, loss_sum: torch.Tensor, total: float, *, last: bool) -> None:
+        """Add the gradient of ``loss_sum / total`` over all ranks; ``last`` completes the global batch."""
 
     @abstractmethod
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether ``flag`` is true on any rank."""
+    def grad_norms(self) -> dict[str, float]:
+        """Return the global norm of the accumulated gradient by parameter group, before clipping."""
+
+    @abstractmethod
+    def step(self, *, skip: bool = False) -> StepResult:
+        """Clip, update the parameters, advance the schedule and clear the gradients; ``skip`` updates nothing."""
+
+    @abstractmethod
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of ``values`` over all ranks."""
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is true on any rank."""
+        return [total > 0 for total in self.sum([float(flag) for flag in flags])]
 
     @abstractmethod
     def barrier(self) -> None:
@@ -125,125 +210,18 @@ class TrainEngine(ABC):
         """Release what the engine holds of the other ranks."""
 
     @abstractmethod
-    def _save(self, checkpoints: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write this rank's files into ``checkpoints / tag``."""
+    def capture(self, directory: Path, client_state: Mapping[str, Any]) -> list[tuple[Path, Any]]:
+        """Return what this rank's files of a checkpoint in ``directory`` are to hold; tensors are the live ones.
+
+        All ranks call it together.
+        """
 
     @abstractmethod
-    def _load(self, checkpoints: Path, tag: str) -> dict[str, Any]:
-        """Restore from ``checkpoints / tag`` and return the client state."""
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Restore from the checkpoint ``directory`` and return the client state.
 
-    def save(self, checkpoints: Path, step: int, client_state: dict[str, Any], model_files: Mapping[str, str]) -> Path:
-        """Write a complete checkpoint, or none.
-
-        Args:
-            checkpoints: The run's directory of checkpoints.
-            step: Optimizer steps done.
-            client_state: Plain values to get back from :meth:`load`.
-            model_files: Text files that describe the model (``config.json``, tokenizer), by name.
-
-        Returns:
-            The checkpoint's directory.
+        Learning rate, betas and weight decay stay those of this start.
         """
-        target, temporary = checkpoints / tag_of(step), checkpoints / f"{TEMPORARY_PREFIX}{tag_of(step)}"
-        if self.rank == 0:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        self.barrier()
-        mine: dict[str, dict[str, Any]] = {}
-        problem = None
-        try:
-            carried = self.carried.state_dict()
-            kept = {"step": step, **client_state, **({"carried": carried} if carried else {})}
-            self._save(checkpoints, temporary.name, kept)
-            for path in temporary.iterdir():
-                owner = rank_of(path.name)
-                if path.is_file() and (owner == self.rank or (self.rank == 0 and owner is None)):
-                    mine[path.name] = asdict(record_file(path))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            problem = f"checkpoint {target} cannot be written by rank {self.rank}: {error}"
-        # No rank goes on alone: the others would wait for it until the collective's timeout.
-        reports = self.gather((problem, mine))
-        if problems := [text for text, _ in reports if text]:
-            raise CheckpointError(problems[0])
-        if self.rank == 0:
-            files = {name: FileRecord(**record) for _, part in reports for name, record in part.items()}
-            (temporary / MODEL_DIR).mkdir()
-            for name, text in model_files.items():
-                write_durably(temporary / MODEL_DIR / name, text)
-                files[f"{MODEL_DIR}/{name}"] = record_file(temporary / MODEL_DIR / name)
-            info = {"step": step, "world_size": self.world_size}
-            Manifest(kind=self.kind, files=files, info=info).write(temporary)
-            if target.exists():
-                # Only a directory without a manifest is ever in the way: resuming starts after the newest complete one.
-                if (target / MANIFEST_NAME).is_file():
-                    raise CheckpointError(f"{target} is already complete; a checkpoint is never overwritten")
-                shutil.rmtree(target)
-            commit_directory(temporary, target)
-            write_durably(checkpoints / LATEST_NAME, target.name)
-        self.barrier()
-        return target
-
-    def load(self, checkpoints: Path, model_files: Mapping[str, str]) -> dict[str, Any] | None:
-        """Restore the newest complete checkpoint; learning rate, betas and weight decay stay those of this start.
-
-        Args:
-            checkpoints: The run's directory of checkpoints.
-            model_files: As in :meth:`save`; the checkpoint must be of the same model.
-
-        Returns:
-            The client state, or None where the run has not saved anything yet.
-
-        Raises:
-            CheckpointError: Files are damaged, there is no complete checkpoint although ``latest`` names one, or it
-                is of another model or was written by another number of ranks.
-        """
-        found: tuple[str | None, str | None] = (None, None)
-        if self.rank == 0:
-            try:
-                found = (self._find(checkpoints, model_files), None)
-            except CheckpointError as error:
-                found = (None, str(error))
-        tag, problem = self.broadcast(found)
-        if problem:
-            raise CheckpointError(problem)
-        if tag is None:
-            return None
-        logger.info("resuming from %s", checkpoints / tag)
-        client_state = self._load(checkpoints, tag)
-        self.carried.load_state_dict(client_state.pop("carried", {}))
-        return client_state
-
-    def _find(self, checkpoints: Path, model_files: Mapping[str, str]) -> str | None:
-        tags = complete_tags(checkpoints)
-        if not tags:
-            if (checkpoints / LATEST_NAME).exists():
-                raise CheckpointError(
-                    f"{checkpoints / LATEST_NAME} exists but no checkpoint there is complete; "
-                    "restore one, or start in another run directory"
-                )
-            return None
-        directory = checkpoints / tags[0]
-        manifest = Manifest.read(directory)
-        if manifest.kind != self.kind:
-            raise CheckpointError(
-                f"{directory} was written by engine {manifest.kind}, this run uses {self.kind}; "
-                f"give --engine.name {manifest.kind}, or another run_dir"
-            )
-        if manifest.info.get("world_size") != self.world_size:
-            raise CheckpointError(
-                f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {self.world_size}; "
-                f"start it with as many, or reshard it: statex reshard --to zero3 --world-size {self.world_size}"
-            )
-        manifest.verify(directory)
-        saved = json.loads((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
-        given = json.loads(model_files[CONFIG_NAME])
-        if other := sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key)):
-            raise CheckpointError(
-                f"{directory} is of another model (config.json differs in {', '.join(other)}); "
-                "give the model that this run began with, or another run_dir"
-            )
-        return tags[0]
 
 
 def require_targets(total: float) -> float:
@@ -275,16 +253,6 @@ def keep_hyperparameters(
         group.update(kept, lr=base_lr * factor(schedule.last_epoch))
 
 
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` complete checkpoints, and what killed saves left behind.
-
-    A checkpoint is first renamed to a temporary name: killed half-way, it is not taken for a complete one.
-    """
-    for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-    for tag in complete_tags(checkpoints)[keep_last:]:
-        assert step_of(tag) is not None
-        doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
-        (checkpoints / tag).replace(doomed)
-        shutil.rmtree(doomed)
+def group_name(group: Mapping[str, Any], index: int) -> str:
+    """Return the name of an optimizer's parameter group, or its number where it has none."""
+    return str(group.get("name", index))

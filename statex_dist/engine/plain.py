@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
-from statex_dist.data.types import PackedBatch
-from statex_dist.engine.base import StepResult, TrainEngine, keep_hyperparameters, require_targets
-from statex_dist.engine.carry import CarriedStates
+from statex_dist.engine.base import StepResult, TrainEngine, group_name, keep_hyperparameters
 
 
 class PlainEngine(TrainEngine):
@@ -24,6 +22,7 @@ class PlainEngine(TrainEngine):
         schedule: Over the optimizer.
         gradient_clipping: Largest global gradient norm; 0 for no clipping.
         device: Where the model lives.
+        segment_tokens: See ``EngineConfig``.
     """
 
     kind = "plain"
@@ -36,38 +35,40 @@ class PlainEngine(TrainEngine):
         *,
         gradient_clipping: float,
         device: torch.device,
+        segment_tokens: int = 0,
     ):
+        super().__init__(rank=0, world_size=1, device=device, segment_tokens=segment_tokens, context=None)
         self.model = model.to(device).train()
         self.optimizer = optimizer
         self.schedule = schedule
         self.gradient_clipping = gradient_clipping
-        self.device = device
-        self.rank, self.world_size = 0, 1
-        self.carried = CarriedStates()
 
-    def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
-        """Accumulate the gradient of one global batch (see the base class)."""
-        total = require_targets(sum(batch.num_target_tokens for batch in batches))
-        loss_sum = 0.0
-        for lane, batch in enumerate(batches):
-            loss = self.carried.forward_loss(self.model, batch.to(self.device), lane) / total
-            loss.backward()
-            loss_sum += float(loss.detach())
-        return loss_sum
+    def _backward(self, loss_sum: torch.Tensor, total: float, *, last: bool) -> None:
+        (loss_sum / total).backward()
 
-    def step(self) -> StepResult:
+    def grad_norms(self) -> dict[str, float]:
+        """Return the norm of each parameter group's gradient."""
+        return {
+            group_name(group, index): float(
+                nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+            )
+            for index, group in enumerate(self.optimizer.param_groups)
+        }
+
+    def step(self, *, skip: bool = False) -> StepResult:
         """Clip, update, advance the schedule."""
-        limit = self.gradient_clipping if self.gradient_clipping > 0 else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
+        if not skip:
+            limit = self.gradient_clipping if self.gradient_clipping > 0 else float("inf")
+            nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm=float(norm), lr=lr)
+        return StepResult(updated=not skip, lr=lr)
 
-    def any_rank(self, flag: bool) -> bool:
-        """Return ``flag``."""
-        return flag
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return ``values``."""
+        return list(values)
 
     def barrier(self) -> None:
         """Nobody to wait for."""
@@ -83,17 +84,19 @@ class PlainEngine(TrainEngine):
     def close(self) -> None:
         """Nothing is held."""
 
-    def _save(self, checkpoints: Path, tag: str, client_state: dict[str, Any]) -> None:
+    def capture(self, directory: Path, client_state: Mapping[str, Any]) -> list[tuple[Path, Any]]:
+        """Return the one file's contents."""
         state = {
             "module": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "client_state": client_state,
+            "client_state": dict(client_state),
         }
-        torch.save(state, checkpoints / tag / PLAIN_STATE_NAME)
+        return [(directory / PLAIN_STATE_NAME, state)]
 
-    def _load(self, checkpoints: Path, tag: str) -> dict[str, Any]:
-        state = torch.load(checkpoints / tag / PLAIN_STATE_NAME, map_location=self.device, weights_only=True)
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Restore from ``directory``; learning rate, betas and weight decay stay those of this start."""
+        state = torch.load(directory / PLAIN_STATE_NAME, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["module"])
         with keep_hyperparameters(self.optimizer, self.schedule):
             self.optimizer.load_state_dict(state["optimizer"])

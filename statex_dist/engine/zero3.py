@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,13 @@ if not torch.cuda.is_available():
 # behind). gloo gives the same numbers without a compiler, so the operator is reported as not available.
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from statex_dist.checkpoint.layout import rank_of
-from statex_dist.data.types import PackedBatch
-from statex_dist.engine.base import (
-    EngineConfig,
-    StepResult,
-    TrainEngine,
-    keep_hyperparameters,
-    require_targets,
-)
-from statex_dist.engine.carry import CarriedStates
+from statex_dist.engine.base import EngineConfig, StepResult, TrainEngine, group_name, keep_hyperparameters
 from statex_dist.engine.ds_config import deepspeed_config
 from statex_dist.errors import CheckpointError
+from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv
 
 logger = logging.getLogger(__name__)
@@ -67,6 +61,18 @@ def init_process_group(env: ProcessEnv, config: EngineConfig) -> None:
     )
 
 
+class _Capture(TorchCheckpointEngine):
+    """Keeps what DeepSpeed would write, so that it can be written crash-safely, and later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: list[tuple[Path, Any]] = []
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Remember one file."""
+        self.files.append((Path(path), state_dict))
+
+
 class Zero3Engine(TrainEngine):
     """Trains a model with ZeRO stage 3 on all ranks of the process group.
 
@@ -77,7 +83,8 @@ class Zero3Engine(TrainEngine):
         config: The engine's section of the run's configuration.
         env: This process.
         gradient_clipping: Largest global gradient norm; 0 for none.
-        accumulation_steps: Packs per rank and optimizer step.
+        accumulation_steps: Packs per data-parallel rank and optimizer step.
+        context: The ranks that share each pack, or None.
     """
 
     kind = "zero3"
@@ -92,49 +99,79 @@ class Zero3Engine(TrainEngine):
         env: ProcessEnv,
         gradient_clipping: float,
         accumulation_steps: int,
+        context: ContextGroup | None = None,
     ):
-        self.rank, self.world_size, self.device = env.rank, env.world_size, env.device
+        super().__init__(
+            rank=env.rank,
+            world_size=env.world_size,
+            device=env.device,
+            segment_tokens=config.segment_tokens,
+            context=context,
+        )
         self.accumulation_steps = accumulation_steps
-        self.carried = CarriedStates()
         self.optimizer, self.schedule = optimizer, schedule
         settings = deepspeed_config(config, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
         self.engine.train()
+        self.engine.checkpoint_engine = _Capture()
+        self.model = self.engine
 
-    def forward_backward(self, batches: Sequence[PackedBatch]) -> float:
-        """Accumulate the gradient of one global batch (see the base class)."""
-        assert len(batches) == self.accumulation_steps
-        counts = torch.tensor([sum(batch.num_target_tokens for batch in batches)], dtype=torch.float64)
-        total = require_targets(float(self._sum(counts)))
-        # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone here, and the true
-        # denominator, all target tokens of the global batch, put in their place.
+    def _backward(self, loss_sum: torch.Tensor, total: float, *, last: bool) -> None:
+        # How many backward passes make a step depends on the sequence length and the segments, so that the end of the
+        # accumulation is said here. DeepSpeed divides by the accumulation steps of its configuration and averages over
+        # ranks; both are undone, and the true denominator, all target tokens of the global batch, put in their place.
         weight = self.world_size * self.accumulation_steps / total
-        local = torch.zeros(1, dtype=torch.float64)
-        for index, batch in enumerate(batches):
-            lane = self.rank * len(batches) + index
-            loss_sum = self.carried.forward_loss(self.engine, batch.to(self.device), lane)
-            self.engine.backward(loss_sum * weight)
-            local += loss_sum.detach().double().cpu()
-            if index + 1 < len(batches):
-                self.engine.step()  # counts the micro-step; nothing is updated before the last one
-        return float(self._sum(local)) / total
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss_sum * weight)
+        if not last:
+            self.engine.step()  # counts the micro-step; nothing is updated before the last one
 
-    def step(self) -> StepResult:
+    def grad_norms(self) -> dict[str, float]:
+        """Return the norm of each parameter group's gradient, summed over the ranks' partitions."""
+        zero = self.engine.optimizer
+        squares = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in self.optimizer.param_groups]
+        for index, parameters in enumerate(zero.fp16_groups):
+            square = squares[zero.sub_group_to_group_id[index]]
+            if zero.offload_optimizer:
+                known = (zero.norm_for_param_grads.get(zero.get_param_id(p)) for p in parameters)
+                norms = [norm for norm in known if norm is not None]
+            else:
+                norms = torch._foreach_norm(zero.averaged_gradients[index])
+            for norm in norms:
+                square += norm.to(square).square()
+        sums = self.sum(torch.stack(squares).tolist())
+        return {
+            group_name(group, index): total**0.5
+            for index, (group, total) in enumerate(zip(self.optimizer.param_groups, sums, strict=True))
+        }
+
+    def step(self, *, skip: bool = False) -> StepResult:
         """Clip, update the partitions, advance the schedule."""
         lr = self.optimizer.param_groups[0]["lr"]
+        if skip:
+            self._spoil_gradient()
+        skipped = self.engine.skipped_steps
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        assert norm is not None, "DeepSpeed computes the global norm in every optimizer step of stage 3"
-        return StepResult(grad_norm=float(norm), lr=lr)
+        updated = self.engine.skipped_steps == skipped
+        if not updated:
+            self.schedule.step()  # DeepSpeed leaves it where it was; here it is a function of the step
+        return StepResult(updated=updated, lr=lr)
 
-    def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        value = value.to(self.device)
-        dist.all_reduce(value)
-        return value.cpu()
+    def _spoil_gradient(self) -> None:
+        """Make DeepSpeed drop this step: it does so, and only so, where the gradient is not finite."""
+        zero = self.engine.optimizer
+        if zero.offload_optimizer:
+            for norm in zero.norm_for_param_grads.values():
+                norm.fill_(torch.nan)
+        else:
+            for gradients in zero.averaged_gradients.values():
+                gradients[0].fill_(torch.nan)
 
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether ``flag`` is true on any rank."""
-        return bool(self._sum(torch.tensor([float(flag)])) > 0)
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of ``values`` over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -158,20 +195,31 @@ class Zero3Engine(TrainEngine):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _save(self, checkpoints: Path, tag: str, client_state: dict[str, Any]) -> None:
-        self.engine.save_checkpoint(str(checkpoints), tag=tag, client_state=client_state, save_latest=False)
+    def capture(self, directory: Path, client_state: Mapping[str, Any]) -> list[tuple[Path, Any]]:
+        """Return what DeepSpeed would write for this rank; what it copies by itself is then in ``directory``."""
+        self.engine.checkpoint_engine.files = []
+        self.engine.save_checkpoint(
+            str(directory.parent), tag=directory.name, client_state=dict(client_state), save_latest=False
+        )
+        files, self.engine.checkpoint_engine.files = self.engine.checkpoint_engine.files, []
+        return files
 
-    def _load(self, checkpoints: Path, tag: str) -> dict[str, Any]:
-        mine = [path for path in (checkpoints / tag).glob("*.pt") if rank_of(path.name) == self.rank]
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Restore from ``directory``; learning rate, betas and weight decay stay those of this start.
+
+        Raises:
+            CheckpointError: A file holds code beside DeepSpeed's own, or DeepSpeed refuses the checkpoint.
+        """
+        mine = [path for path in directory.glob("*.pt") if rank_of(path.name) == self.rank]
         # All ranks must stop if one does: the others would wait for it inside DeepSpeed.
         if problems := [
             problem for found in self.gather([foreign_code(path) for path in mine]) for problem in found if problem
         ]:
             raise CheckpointError(problems[0])
         with keep_hyperparameters(self.optimizer, self.schedule):
-            loaded, client_state = self.engine.load_checkpoint(str(checkpoints), tag=tag)
+            loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if loaded is None:
-            raise CheckpointError(f"DeepSpeed could not load {checkpoints / tag}")
+            raise CheckpointError(f"DeepSpeed could not load {directory}")
         return client_state
 
 

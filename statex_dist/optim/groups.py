@@ -1,18 +1,29 @@
-"""AdamW with weight decay on matrices only.
+"""AdamW over named groups: who is trained at all, at which learning rate, and with weight decay on matrices only.
 
 The groups are made from parameter *names*: under ZeRO-3 a partitioned parameter is flat, so that the usual rule "decay
-what has two dimensions" would decay everything or nothing.
+what has two dimensions" would decay everything or nothing. What an expansion made of a parameter comes in as its *role*
+(:mod:`statex_dist.models.roles`): ``base``, ``expanded``, ``new`` or ``mix``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from statex_dist.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("base", "expanded", "new", "mix")
+"""Roles of a parameter, in the order of their groups."""
+
+_TRAINED = {"all": ROLES, "expanded": ("expanded", "new", "mix"), "new": ("new", "mix")}
 
 
 @dataclass(kw_only=True)
@@ -25,6 +36,11 @@ class OptimizerConfig:
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay of matrices; norms, biases, convolutions and dynamics have none.
         gradient_clipping: Largest global gradient norm; 0 for no clipping.
+        train: ``all`` parameters, those of the ``expanded`` layers, or only what an expansion made ``new`` (tensors
+            that it added, grew or drew anew). The others are frozen.
+        freeze: Regular expressions; parameters with a match anywhere in their name are frozen too.
+        lr_factors: Learning rate relative to ``lr`` by role of a parameter: ``mix`` (mixing matrices), ``new`` (what
+            else an expansion added, grew or drew anew), ``expanded`` (the rest of the expanded layers), ``base``.
     """
 
     lr: float = 3e-4
@@ -32,6 +48,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0
+    train: Literal["all", "expanded", "new"] = "all"
+    freeze: list[str] = field(default_factory=list)
+    lr_factors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
@@ -42,26 +61,103 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} must be 0 or more, not {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas must lie in [0, 1), not {self.betas}")
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"optimizer.freeze: {pattern!r} is not a regular expression: {error}") from None
+        for role, factor in self.lr_factors.items():
+            if role not in ROLES:
+                raise ConfigError(f"optimizer.lr_factors: unknown role {role!r}; allowed: {', '.join(ROLES)}")
+            if not 0 < factor < float("inf"):
+                raise ConfigError(
+                    f"optimizer.lr_factors.{role} must be a number above 0, not {factor}; to train nothing of a kind "
+                    "use optimizer.train or optimizer.freeze"
+                )
+
+
+def freeze_parameters(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, roles: Mapping[str, str], config: OptimizerConfig
+) -> None:
+    """Take the gradient from every parameter that the configuration does not train.
+
+    Args:
+        named_parameters: The model's parameters.
+        roles: Role of each parameter by name.
+        config: Says which are trained.
+
+    Raises:
+        ConfigError: The model has no expanded layers to train, a pattern matches nothing, or nothing is left.
+    """
+    parameters = dict(named_parameters)
+    if config.train != "all" and all(roles[name] == "base" for name in parameters):
+        raise ConfigError(
+            f"optimizer.train {config.train} needs a model with an expansion plan, and this one has none; expand it "
+            "(statex expand), or set optimizer.train to all"
+        )
+    frozen = {name for name in parameters if roles[name] not in _TRAINED[config.train]}
+    for pattern in config.freeze:
+        matches = {name for name in parameters if re.search(pattern, name)}
+        if not matches:
+            examples = ", ".join(list(parameters)[:3])
+            raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter; names are such as {examples}")
+        frozen |= matches
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
+    if not sizes:
+        patterns = f" and optimizer.freeze {config.freeze}" if config.freeze else ""
+        raise ConfigError(f"optimizer.train {config.train}{patterns} leave no parameter to train; freeze less")
+    if frozen:
+        total = sum(parameter.numel() for parameter in parameters.values())
+        logger.info(
+            "training %d of %d parameters, in %d of %d tensors", sum(sizes.values()), total, len(sizes), len(parameters)
+        )
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, no_decay: Collection[str], config: OptimizerConfig
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    no_decay: Collection[str],
+    roles: Mapping[str, str],
+    config: OptimizerConfig,
 ) -> torch.optim.AdamW:
-    """Return AdamW over two groups, with and without weight decay.
+    """Return AdamW over two groups, ``decay`` and ``no_decay``; with ``lr_factors``, over two for each role.
+
+    A group also carries its ``name`` and its ``lr_factor``: its learning rate over the configuration's, whatever the
+    schedule.
 
     Args:
-        named_parameters: The model's parameters that are to be trained.
+        named_parameters: The model's parameters; those without gradient are left out.
         no_decay: Names of parameters without weight decay.
+        roles: Role of each parameter by name.
         config: Hyper-parameters.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    apart = bool(config.lr_factors)
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for role in ROLES if apart else ("",):
+        members |= {(role, True): [], (role, False): []}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (plain if name in no_decay else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+            members[roles[name] if apart else "", name not in no_decay].append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (role, decay), parameters in members.items():
+        factor = float(config.lr_factors.get(role, 1.0))
+        groups.append(
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decay else 0.0,
+                "lr": config.lr * factor,
+                "name": f"{role}.{_kind(decay)}" if apart else _kind(decay),
+                "lr_factor": factor,
+            }
+        )
+    for role in config.lr_factors:
+        if not any(members[role, decay] for decay in (True, False)):
+            logger.warning("optimizer.lr_factors.%s has no effect: no trained parameter has this role", role)
     # DeepSpeed's fused Adam would be compiled on first use; torch's own needs no compiler.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _kind(decay: bool) -> str:
+    return "decay" if decay else "no_decay"

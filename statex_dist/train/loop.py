@@ -1,22 +1,26 @@
 """The training loop: batches in, steps out, a checkpoint now and then.
 
-It knows an engine and an iterator of batches, and nothing of models, DeepSpeed or files.
+It knows an engine and an iterator of batches, and nothing of models, DeepSpeed or files. Whatever one rank alone finds
+out (bad data, a signal, files written) is agreed on once a step, in one small all-reduce.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from statex_dist.data.types import PackedBatch
-from statex_dist.engine.base import TrainEngine, prune
+from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.checkpoints import Checkpoints, SavePolicy
 from statex_dist.errors import ConfigError, DataError, StateXError
+from statex_dist.train.guard import Guard
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.signals import StopRequest
+from statex_dist.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +32,87 @@ class TrainConfig:
     Attributes:
         num_steps: Optimizer steps of the whole run.
         save_every: Steps between checkpoints; 0 saves only at the end.
-        keep_last: Checkpoints that are kept.
+        keep_last: Newest checkpoints that are kept.
+        keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
+        save_async: Whether training goes on while a checkpoint is written, from a copy in host memory.
+        save_retries: Further attempts of a rank whose files could not be written.
+        hang_minutes: A step, or a phase of one, that takes longer ends the job, with the stacks of every rank; 0 never.
     """
 
     num_steps: int
     save_every: int = 0
     keep_last: int = 2
+    keep_every: int = 0
+    save_async: bool = False
+    save_retries: int = 2
+    hang_minutes: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ConfigError(f"train.num_steps must be 1 or more, not {self.num_steps}")
-        if self.save_every < 0:
-            raise ConfigError(f"train.save_every must be 0 or more, not {self.save_every}")
-        if self.keep_last < 1:
-            raise ConfigError(f"train.keep_last must be 1 or more, not {self.keep_last}")
+        for name in ("num_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("save_every", "keep_every", "save_retries", "hang_minutes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
+        if self.keep_every and (self.save_every == 0 or self.keep_every % self.save_every):
+            raise ConfigError(
+                f"train.keep_every={self.keep_every} must be a multiple of train.save_every={self.save_every}"
+            )
+
+    @property
+    def save_policy(self) -> SavePolicy:
+        """How checkpoints are written and which are kept."""
+        return SavePolicy(
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+            asynchronous=self.save_async,
+            retries=self.save_retries,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Observers:
+    """Who looks on.
+
+    Attributes:
+        metrics: Writes the figures; None on ranks above 0.
+        watchdog: Told of every phase; None where nobody watches.
+        states_every: Steps between measurements of the states' norms; 0 for none.
+    """
+
+    metrics: Metrics | None = None
+    watchdog: Watchdog | None = None
+    states_every: int = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have the watchdog watch what is done inside."""
+        if self.watchdog is None:
+            yield
+            return
+        self.watchdog.start()
+        try:
+            yield
+        finally:
+            self.watchdog.stop()
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """A batch that is there, or why there is none, and the seconds that were waited for it."""
+
+    batch: list[PackedBatch] = field(default_factory=list)
+    problem: StateXError | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Agreed:
+    """What all ranks know after a step: whether any has no batch or was told to stop, whether all have written."""
+
+    no_batch: bool
+    stop: bool
+    written: bool
 
 
 class Trainer:
@@ -49,11 +120,11 @@ class Trainer:
 
     Args:
         engine: Computes steps.
-        batches: Yields this rank's packs of each global batch.
+        batches: Yields this data-parallel rank's packs of each global batch.
         config: How long, how often.
-        checkpoints: Where checkpoints go.
-        model_files: Text files that describe the model, stored with each checkpoint.
-        metrics: Writes the figures; None on ranks above 0.
+        checkpoints: Saves.
+        guard: Judges steps.
+        observers: Look on.
         stop: Whether this process was told to stop.
         start_step: Steps done before.
     """
@@ -64,9 +135,9 @@ class Trainer:
         batches: Iterator[list[PackedBatch]],
         config: TrainConfig,
         *,
-        checkpoints: Path,
-        model_files: Mapping[str, str],
-        metrics: Metrics | None,
+        checkpoints: Checkpoints,
+        guard: Guard,
+        observers: Observers,
         stop: StopRequest,
         start_step: int = 0,
     ):
@@ -74,8 +145,8 @@ class Trainer:
         self.batches = batches
         self.config = config
         self.checkpoints = checkpoints
-        self.model_files = model_files
-        self.metrics = metrics
+        self.guard = guard
+        self.observers = observers
         self.stop = stop
         self.step = self.start_step = start_step
         self.lost_tokens = 0
@@ -87,66 +158,120 @@ class Trainer:
             Whether the run is complete (False: told to stop, and saved).
 
         Raises:
-            StateXError: The loss or the gradient is not finite; nothing is saved after that.
+            StateXError: Too many steps in a row were skipped, a batch cannot be had or a checkpoint not be saved.
         """
-        while self.step < self.config.num_steps:
-            start = time.perf_counter()
-            batch = self._next_batch()
-            loss = self.engine.forward_backward(batch)
-            self._require_finite("loss", loss)
-            result = self.engine.step()
-            self._require_finite("gradient norm", result.grad_norm)
-            self.step += 1
-            seconds = time.perf_counter() - start
-            if self.metrics is not None:
-                tokens = sum(pack.num_tokens for pack in batch) * self.engine.world_size
-                self.metrics.write(
-                    {
-                        "step": self.step,
-                        "loss": loss,
-                        "lr": result.lr,
-                        "grad_norm": result.grad_norm,
-                        "tokens": tokens,
-                        "seconds": seconds,
-                        "tokens_per_s": tokens / seconds,
-                    }
-                )
-            stopping = self.engine.any_rank(self.stop.received)
-            due = self.config.save_every > 0 and self.step % self.config.save_every == 0
-            if due or stopping or self.step == self.config.num_steps:
-                self._save(batch)
-            if stopping and self.step < self.config.num_steps:
-                return False
-        return True
+        if self.step >= self.config.num_steps:
+            return True
+        fetched = self._fetch()
+        if self._agree(fetched).no_batch:
+            self._raise(fetched)
+        while True:
+            start, batch = time.perf_counter(), fetched.batch
+            record = self._train_step(batch)
+            done = self.step == self.config.num_steps
+            fetched = _Fetched() if done else self._fetch()
+            agreed = self._agree(fetched)
+            last = done or agreed.stop or agreed.no_batch
+            save_seconds = self._save_if_due(batch, last=last, written=agreed.written)
+            record["time"] |= {"data": fetched.seconds, "save": save_seconds}
+            self._report(record, batch, time.perf_counter() - start)
+            if agreed.no_batch:
+                self._raise(fetched)
+            if last:
+                return done
 
-    def _next_batch(self) -> list[PackedBatch]:
-        """Return this rank's batch of the next step; if one rank has none, all stop with its reason."""
-        batch: list[PackedBatch] = []
-        problem = None
+    def _beat(self, phase: str) -> None:
+        if self.observers.watchdog is not None:
+            self.observers.watchdog.beat(phase, step=self.step + 1)
+
+    def _fetch(self) -> _Fetched:
+        self._beat("data")
+        start, fetched = time.perf_counter(), _Fetched()
         try:
-            batch = next(self.batches)
+            fetched.batch = next(self.batches)
         except StateXError as error:
-            problem = error
-        if self.engine.any_rank(problem is not None):
-            reports = self.engine.gather(None if problem is None else str(problem))
-            reason = next(text for text in reports if text is not None)
-            raise problem if problem is not None else DataError(reason)
-        self.lost_tokens += sum(pack.lost_tokens for pack in batch)
-        return batch
+            fetched.problem = error
+        fetched.seconds = time.perf_counter() - start
+        return fetched
 
-    def _require_finite(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
+    def _agree(self, fetched: _Fetched) -> _Agreed:
+        """Return what holds on any rank, or on all."""
+        self._beat("agreement")
+        pending = self.checkpoints.pending
+        no_batch, stop, unwritten = self.engine.any_rank(
+            fetched.problem is not None, self.stop.received, pending and not self.checkpoints.written()
+        )
+        return _Agreed(no_batch=no_batch, stop=stop, written=pending and not unwritten)
+
+    def _raise(self, fetched: _Fetched) -> NoReturn:
+        """Stop on all ranks with the reason of the one that has no batch."""
+        reports = self.engine.gather(None if fetched.problem is None else str(fetched.problem))
+        reason = next(text for text in reports if text is not None)
+        raise fetched.problem if fetched.problem is not None else DataError(reason)
+
+    def _train_step(self, batch: list[PackedBatch]) -> dict[str, Any]:
+        """Run one optimizer step and return its record."""
+        if self.engine.counts:
+            self.lost_tokens += sum(pack.lost_tokens for pack in batch)
+        every = self.observers.states_every
+        observe = every > 0 and ((self.step + 1) % every == 0 or self.step == self.start_step)
+        self._beat("forward and backward")
+        loss = self.engine.forward_backward(batch, observe_states=observe)
+        norms = self.engine.grad_norms()
+        grad_norm = sum(norm**2 for norm in norms.values()) ** 0.5
+        reason = self.guard.judge(loss, grad_norm)
+        self._beat("optimizer step")
+        with self.engine.timer.phase("step"):
+            result = self.engine.step(skip=reason is not None)
+        if reason is None and not result.updated:
+            reason = "DeepSpeed found a gradient that is not finite"
+        if reason is not None:
+            self._skip(batch, reason)
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": loss,
+            "lr": result.lr,
+            "grad_norm": grad_norm,
+            "grad_norms": norms,
+            "skipped": self.guard.skipped,
+            "time": self.engine.timer.take(),
+            **({"state_norms": self.engine.state_norms()} if observe else {}),
+        }
+
+    def _skip(self, batch: list[PackedBatch], reason: str) -> None:
+        self.engine.carried.forget()
+        if not self.guard.skip(self.step + 1, reason, batch):
             raise StateXError(
-                f"the {name} is {value} at step {self.step + 1}; resume from the last checkpoint with a lower "
-                "optimizer.lr, or look at the data of that step"
+                f"{reason} at step {self.step + 1}, and {self.guard.in_a_row - 1} step(s) before it were skipped; "
+                "start again from the last checkpoint with a lower optimizer.lr, or look at the batches in "
+                f"{self.guard.directory}"
             )
 
-    def _save(self, batch: list[PackedBatch]) -> None:
-        # The state travels with the batch: a loader that has already fetched ahead does not matter.
-        state = {"loader": batch[-1].loader_state}
-        target = self.engine.save(self.checkpoints, self.step, state, self.model_files)
-        logger.info("saved %s", target)
-        if lost := sum(self.engine.gather(self.lost_tokens)):
-            logger.warning("%d tokens of damaged shards were skipped since the start at step %d", lost, self.start_step)
-        if self.engine.rank == 0:
-            prune(self.checkpoints, self.config.keep_last)
+    def _save_if_due(self, batch: list[PackedBatch], *, last: bool, written: bool) -> float:
+        """Save, or finish a save that has been written behind the loop; return the seconds that it took."""
+        start = time.perf_counter()
+        if last or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
+            self._beat("save")
+            # The state travels with the batch: a loader that has already fetched ahead does not matter.
+            state = {"loader": batch[-1].loader_state, "guard": self.guard.state_dict()}
+            self.checkpoints.save(self.step, state, last=last)
+            if lost := self.engine.sum([float(self.lost_tokens)])[0]:
+                logger.warning(
+                    "%d tokens of damaged shards were skipped since the start at step %d", lost, self.start_step
+                )
+        elif written:
+            self._beat("end of a save")
+            self.checkpoints.finish()
+        return time.perf_counter() - start
+
+    def _report(self, record: dict[str, Any], batch: list[PackedBatch], seconds: float) -> None:
+        if self.observers.metrics is not None:
+            tokens = sum(pack.num_tokens for pack in batch) * self.engine.data_parallel_size
+            record |= {
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_s": tokens / seconds,
+                "memory_bytes": self.engine.peak_memory(),
+            }
+            self.observers.metrics.write(record)

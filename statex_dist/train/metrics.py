@@ -1,17 +1,20 @@
-"""Where a run's figures go: a JSONL file, the log, and Weights & Biases. The only file that imports wandb."""
+"""Where a run's figures go: ``metrics.jsonl``, the log, and Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import uuid
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, DataError
+from statex_dist.train.console import StepLines
+from statex_dist.train.mfu import Utilisation
+from statex_dist.train.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +27,26 @@ class MetricsConfig:
 
     Attributes:
         log_every: Optimizer steps between log lines (every step goes to ``metrics.jsonl``).
+        peak_tflops: Dense 16-bit peak of one device in TFLOP/s, for the MFU; None takes it from the device's name,
+            where we know it.
+        states_every: Optimizer steps between measurements of the layers' states; 0 for none.
         wandb_project: Weights & Biases project; None for none. Without a login it records offline.
         wandb_name: Name of the run there.
     """
 
     log_every: int = 10
+    peak_tflops: float | None = None
+    states_every: int = 0
     wandb_project: str | None = None
     wandb_name: str | None = None
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"metrics.log_every must be 1 or more, not {self.log_every}")
+        if self.states_every < 0:
+            raise ConfigError(f"metrics.states_every must be 0 or more, not {self.states_every}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ConfigError(f"metrics.peak_tflops must be a number above 0, not {self.peak_tflops}")
 
 
 class Metrics:
@@ -47,79 +59,101 @@ class Metrics:
         config: What is reported.
         start_step: Steps done before; records after it are of a life that was lost and are dropped.
         settings: The run's configuration, for wandb.
+        num_steps: Steps of the whole run, for the time left; None where its end is not known.
+        utilisation: Computes the MFU; None where the device's peak is not known.
     """
 
-    def __init__(self, run_dir: Path, config: MetricsConfig, *, start_step: int, settings: dict[str, Any]):
-        self.config = config
+    def __init__(
+        self,
+        run_dir: Path,
+        config: MetricsConfig,
+        *,
+        start_step: int,
+        settings: dict[str, Any],
+        num_steps: int | None = None,
+        utilisation: Utilisation | None = None,
+    ):
         self.path = run_dir / METRICS_NAME
+        self._utilisation = utilisation
+        self._lines = StepLines(log_every=config.log_every, num_steps=num_steps)
         _drop_after(self.path, start_step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.wandb_run = self._start_wandb(run_dir, settings) if config.wandb_project else None
+        self._wandb = None
+        if config.wandb_project:
+            self._wandb = WandbRun(run_dir, project=config.wandb_project, name=config.wandb_name, settings=settings)
 
-    def _start_wandb(self, run_dir: Path, settings: dict[str, Any]) -> Any:
-        import wandb
-
-        logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-        logger.info("wandb project %s, %s", self.config.wandb_project, mode)
-        return wandb.init(
-            project=self.config.wandb_project,
-            name=self.config.wandb_name,
-            dir=str(run_dir),
-            config=settings,
-            mode=mode,  # type: ignore[arg-type]
-            id=_wandb_id(run_dir),
-            resume="allow",
-        )
-
-    def write(self, record: dict[str, float | int]) -> None:
-        """Write one step's record; ``record['step']`` counts from 1."""
-        self.file.write(json.dumps(record) + "\n")
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write one step's record; ``record['step']`` counts from 1. Numbers that are not finite become null."""
+        record = _finite(record)
+        if self._utilisation is not None:
+            record["mfu"] = self._utilisation.share(record["tokens_per_s"])
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log(record, step=int(record["step"]))
-        if record["step"] == 1 or record["step"] % self.config.log_every == 0:
-            logger.info(
-                "step %d  loss %.4f  lr %.2e  grad norm %.3f  %d tokens/s",
-                record["step"],
-                record["loss"],
-                record["lr"],
-                record["grad_norm"],
-                record["tokens_per_s"],
-            )
+        if self._wandb is not None:
+            self._wandb.log(record)
+        if line := self._lines.line(record):
+            logger.info("%s", line)
 
     def close(self) -> None:
         """Flush and close."""
         self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, oldest first."""
-    lines = (run_dir / METRICS_NAME).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """Return the records of a run, oldest first; a last line that is being written, or was cut short, is left out.
+
+    Raises:
+        DataError: There is no such file, it holds no record, or a line of it is none.
+    """
+    path = run_dir / METRICS_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{run_dir} holds no {METRICS_NAME}: not the directory of a training run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        if (record := _record(line)) is None:
+            raise DataError(f"{path}, line {number} is no record of a step: {line[:80]!r}")
+        records.append(record)
+    if (last := _record(lines[-1])) is not None:
+        records.append(last)
+    if not records:
+        raise DataError(f"{path} holds no record: the run has not finished a step")
+    return records
 
 
-def _wandb_id(run_dir: Path) -> str:
-    """Return the run's wandb id, drawn once: a resumed run goes on under it, another run has another."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        write_durably(path, uuid.uuid4().hex)
-    return path.read_text(encoding="utf-8")
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record that strict JSON can hold: readers of the file choke on NaN."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: clean(value) for key, value in record.items()}
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Remove records after ``step``, and a last line that a kill cut short."""
+    """Remove records after ``step``, and lines that are none, such as a last one that a kill cut short."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            keep = json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        record = _record(line)
+        if record is None:
             logger.warning("%s: dropping a line that is no record: %.80s", path, line)
-            continue
-        if keep:
+        elif record["step"] <= step:
             kept.append(line)
     write_durably(path, "".join(line + "\n" for line in kept))

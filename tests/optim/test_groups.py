@@ -1,82 +1,159 @@
-"""Parameter groups by name, and the schedules against their formulas."""
+"""Who is trained, in which group, at which learning rate."""
 
-import math
+import logging
 
 import pytest
 import torch
-from torch import nn
 
+from statex_dist.engine.base import keep_hyperparameters
 from statex_dist.errors import ConfigError
-from statex_dist.models.kinds import family_of
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import config_from_dict, family_of, make_plan
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.optim.groups import OptimizerConfig, build_optimizer
+from statex_dist.models.roles import parameter_roles
+from statex_dist.optim.groups import OptimizerConfig, build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import ScheduleConfig, build_schedule
 from tests.runs import GLA, MAMBA2, expanded
+
+
+def built(config: ModelConfig, settings: OptimizerConfig) -> tuple[torch.optim.AdamW, dict[str, set[str]]]:
+    """Return the optimizer of a model and the names of the parameters in each of its groups."""
+    model, roles = RecurrentLM(config), parameter_roles(config)
+    no_decay = {name for name, spec in family_of(config.MODEL_TYPE).tensors(config).items() if not spec.decay}
+    freeze_parameters(model.named_parameters(), roles=roles, config=settings)
+    optimizer = build_optimizer(model.named_parameters(), no_decay=no_decay, roles=roles, config=settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return optimizer, {group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
 
 
 @pytest.mark.parametrize("values", [GLA, MAMBA2], ids=["gla", "mamba2"])
 def test_matrices_decay_and_nothing_else(values):
     config = expanded(values)
-    model = RecurrentLM(config)
-    specs = family_of(config.MODEL_TYPE).tensors(config)
-    no_decay = {name for name, spec in specs.items() if not spec.decay}
-    optimizer = build_optimizer(model.named_parameters(), no_decay=no_decay, config=OptimizerConfig())
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    optimizer, members = built(config, OptimizerConfig())
+    assert list(members) == ["decay", "no_decay"]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert decayed | plain == set(names.values())
-    shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 3e-4]
+    decayed, plain = members["decay"], members["no_decay"]
+    shapes = {name: parameter.ndim for name, parameter in RecurrentLM(config).named_parameters()}
+    assert decayed | plain == set(shapes)
     assert all(shapes[name] == 2 for name in decayed)
     assert all(shapes[name] != 2 or name.endswith("mix") for name in plain)
     for suffix in ("A_log", "dt_bias", ".D", "norm.weight", "mix", "conv1d.weight"):
         assert not any(name.endswith(suffix) for name in decayed)
 
 
-def test_frozen_parameters_are_left_out():
-    weight, frozen = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    optimizer = build_optimizer([("a", weight), ("b", frozen)], no_decay=set(), config=OptimizerConfig())
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+@pytest.mark.parametrize("values", [GLA, MAMBA2], ids=["gla", "mamba2"])
+@pytest.mark.parametrize("train", ["expanded", "new"])
+def test_only_what_was_asked_for_is_trained(values, train):
+    config = (
+        expanded(values)
+        if values is MAMBA2
+        else make_plan(config_from_dict(values), layers="1", factor=2, init="reinit")
+    )
+    _, members = built(config, OptimizerConfig(train=train))
+    trained, roles = set().union(*members.values()), parameter_roles(config)
+    prefix = family_of(config.MODEL_TYPE).names.layer(1)
+    in_layer = {name for name in roles if name.startswith(prefix)}
+    new = {name for name, role in roles.items() if role == "new"}
+    assert new < in_layer
+    assert trained == (in_layer if train == "expanded" else new)
 
 
-def rates(config: ScheduleConfig, num_steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule = build_schedule(optimizer, config, num_steps=num_steps)
-    values = []
-    for _ in range(num_steps):
-        values.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return values
+def test_factors_give_each_role_its_groups():
+    settings = OptimizerConfig(lr=0.01, lr_factors={"new": 3, "mix": 10.0})
+    config = expanded(GLA)
+    optimizer, members = built(config, settings)
+    roles = parameter_roles(config)
+    for group in optimizer.param_groups:
+        role, decay = group["name"].split(".")
+        assert {roles[name] for name in members[group["name"]]} == {role}
+        assert group["lr_factor"] == {"new": 3, "mix": 10}.get(role, 1)
+        assert group["lr"] == 0.01 * group["lr_factor"]
+        assert group["weight_decay"] == (0.1 if decay == "decay" else 0)
+    assert list(members) == [
+        *("base.decay", "base.no_decay", "expanded.decay", "expanded.no_decay", "new.decay", "new.no_decay"),
+        "mix.no_decay",
+    ]
+    assert sum(len(names) for names in members.values()) == len(roles)
 
 
-def test_cosine_follows_its_formula():
-    values = rates(ScheduleConfig(name="cosine", warmup_steps=4, min_ratio=0.1), 20)
-    assert values[:4] == pytest.approx([0, 0.25, 0.5, 0.75])
-    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)) for step in range(4, 20)]
-    assert values[4:] == pytest.approx(cosine)
+def test_patterns_freeze_by_name():
+    _, members = built(expanded(GLA), OptimizerConfig(freeze=["embeddings", r"layers\.[01]\.mlp"]))
+    everything = set(parameter_roles(expanded(GLA)))
+    left_out = everything - set().union(*members.values())
+    assert left_out == {n for n in everything if "embeddings" in n or ("mlp" in n and "layers.2" not in n)}
+    assert len(left_out) == 9
 
 
-def test_wsd_is_flat_and_then_falls():
-    values = rates(ScheduleConfig(name="wsd", warmup_steps=2, decay_steps=5), 20)
-    assert values[2:15] == pytest.approx([1.0] * 13)
-    assert values[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-
-
-def test_constant_stays():
-    assert rates(ScheduleConfig(name="constant", warmup_steps=2), 6) == pytest.approx([0, 0.5, 1, 1, 1, 1])
+def test_a_model_without_a_plan_takes_the_same_settings(caplog):
+    """LPT and StateX are one file but for the model."""
+    settings = OptimizerConfig(lr_factors={"new": 3.0, "base": 0.5})
+    with caplog.at_level(logging.WARNING):
+        optimizer, members = built(config_from_dict(GLA), settings)
+    assert list(members) == ["base.decay", "base.no_decay"]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5 * 3e-4] * 2
+    assert caplog.messages == ["optimizer.lr_factors.new has no effect: no trained parameter has this role"]
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("config", "settings", "message"),
     [
-        (lambda: OptimizerConfig(lr=0), "optimizer.lr must be above 0, not 0"),
-        (lambda: OptimizerConfig(weight_decay=-1), "optimizer.weight_decay must be 0 or more, not -1"),
-        (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"optimizer.betas must lie in \[0, 1\)"),
-        (lambda: ScheduleConfig(warmup_steps=-1), "schedule.warmup_steps must be 0 or more, not -1"),
-        (lambda: ScheduleConfig(name="wsd"), "schedule.decay_steps must be above 0 for the wsd schedule"),
-        (lambda: rates(ScheduleConfig(warmup_steps=9), 5), "exceed the run's 5 steps"),
+        (
+            config_from_dict(GLA),
+            {"train": "expanded"},
+            r"train expanded needs a model with an expansion plan.*statex exp",
+        ),
+        (config_from_dict(GLA), {"train": "new"}, "or set optimizer.train to all"),
+        (expanded(GLA), {"freeze": ["nothing"]}, "'nothing' matches no parameter; names are such as model.embeddings"),
+        (expanded(GLA), {"freeze": ["."]}, r"optimizer.train all and optimizer.freeze \['\.'\] leave no parameter"),
+        (
+            make_plan(config_from_dict({**GLA, "num_heads": 4}), layers="1", factor=4, init="inherit", op="mix_heads"),
+            {"train": "new", "freeze": ["mix$"]},
+            "leave no parameter to train; freeze less",
+        ),
     ],
 )
-def test_bad_values_are_named(make, message):
+def test_choices_that_cannot_be_are_refused(config, settings, message):
     with pytest.raises(ConfigError, match=message):
-        make()
+        built(config, OptimizerConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0}, "optimizer.lr must be above 0, not 0"),
+        ({"weight_decay": -1}, "optimizer.weight_decay must be 0 or more, not -1"),
+        ({"betas": (0.9, 1.0)}, r"optimizer.betas must lie in \[0, 1\)"),
+        ({"freeze": ["("]}, r"optimizer.freeze: '\(' is not a regular expression"),
+        ({"lr_factors": {"old": 2.0}}, "unknown role 'old'; allowed: base, expanded, new, mix"),
+        ({"lr_factors": {"mix": 0.0}}, "optimizer.lr_factors.mix must be a number above 0, not 0.0"),
+        ({"lr_factors": {"mix": float("nan")}}, "must be a number above 0, not nan"),
+    ],
+)
+def test_bad_values_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_factors_hold_through_the_schedule(name):
+    optimizer, _ = built(expanded(GLA), OptimizerConfig(lr=0.01, lr_factors={"new": 3.0, "mix": 10.0}))
+    schedule = build_schedule(optimizer, ScheduleConfig(name=name, warmup_steps=2, decay_steps=2), num_steps=8)
+    for _ in range(8):
+        base = optimizer.param_groups[0]["lr"]
+        assert all(group["lr"] == pytest.approx(base * group["lr_factor"]) for group in optimizer.param_groups)
+        optimizer.step()
+        schedule.step()
+
+
+def test_states_of_groups_without_names_are_taken_over():
+    """Checkpoints from before the groups had names resume."""
+    optimizer, _ = built(expanded(GLA), OptimizerConfig(lr=0.01))
+    schedule = build_schedule(optimizer, ScheduleConfig(name="constant"), num_steps=8)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["name"], group["lr_factor"]
+    with keep_hyperparameters(optimizer, schedule):
+        optimizer.load_state_dict(saved)
+    assert [group["name"] for group in optimizer.param_groups] == ["decay", "no_decay"]
+    assert [group["lr_factor"] for group in optimizer.param_groups] == [1.0, 1.0]

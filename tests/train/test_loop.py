@@ -53,19 +53,19 @@ def test_interrupted_training_equals_uninterrupted_training(tmp_path: Path, shar
     whole = load(tmp_path, shards, name="whole", model=model)
     assert train(whole)
     parted = load(tmp_path, shards, name="parted", model=model, train={"save_every": 2})
-    write, seen = Metrics.write, []
+    step, calls = PlainEngine.step, []
 
-    def stop_after_three(self, record):
-        write(self, record)
-        seen.append(record["step"])
-        if record["step"] == 3:
+    def stop_in_third_step(self, **kwargs):
+        calls.append(self)
+        if len(calls) == 3:
             signal.raise_signal(signal.SIGTERM)
+        return step(self, **kwargs)
 
-    monkeypatch.setattr(Metrics, "write", stop_after_three)
+    monkeypatch.setattr(PlainEngine, "step", stop_in_third_step)
     assert not train(parted), "a run that is told to stop is not complete"
-    assert seen == [1, 2, 3]
+    assert len(calls) == 3
     assert complete_tags(Path(parted.run_dir) / "checkpoints") == ["global_step3", "global_step2"]
-    monkeypatch.setattr(Metrics, "write", write)
+    monkeypatch.setattr(PlainEngine, "step", step)
     assert train(parted)
     assert losses(Path(parted.run_dir)) == losses(Path(whole.run_dir))
     reference = final_state(whole)
@@ -181,20 +181,80 @@ def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(tmp_path: Path, 
     assert [record["lr"] for record in read_metrics(Path(again.run_dir))] == [0.01, 0.01, 1e-5, 1e-5]
 
 
-def test_an_infinite_gradient_is_never_saved(tmp_path: Path, shards: Path, monkeypatch):
-    config = load(tmp_path, shards, train={"save_every": 1})
-    step, calls = PlainEngine.step, []
+def explode_in(monkeypatch, steps: set[int], value: float) -> None:
+    """Have the gradients of these calls filled with ``value``."""
+    norms, calls = PlainEngine.grad_norms, []
 
     def explode(self):
         calls.append(self)
-        if len(calls) == 2:
-            next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
-        return step(self)
+        if len(calls) in steps:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(value)
+        return norms(self)
 
-    monkeypatch.setattr(PlainEngine, "step", explode)
-    with pytest.raises(StateXError, match=r"the gradient norm is (nan|inf) at step 2"):
+    monkeypatch.setattr(PlainEngine, "grad_norms", explode)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e6])
+def test_a_bad_step_is_skipped_and_its_batch_kept(tmp_path: Path, shards: Path, monkeypatch, value: float):
+    steps = {"num_steps": 12, "save_every": 1, "keep_last": 12}
+    config = load(tmp_path, shards, "--guard.spike_factor", "50", train=steps)
+    explode_in(monkeypatch, {10}, value)
+    assert train(config)
+    run = Path(config.run_dir)
+    records = read_metrics(run)
+    assert [record["skipped"] for record in records] == [0] * 9 + [1] * 3
+    before, after = (torch.load(run / f"checkpoints/global_step{n}/plain_state.pt") for n in (9, 10))
+    assert all(torch.equal(tensor, after["module"][name]) for name, tensor in before["module"].items())
+    assert before["client_state"]["loader"] != after["client_state"]["loader"], "the batch counts as done"
+    kept = torch.load(run / "bad_batches" / "step10-rank0.pt")
+    assert len(kept["packs"]) == 4
+    assert kept["packs"][0]["input_ids"].shape == (1, 128)
+    assert "gradient norm" in kept["reason"]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path, shards: Path, monkeypatch):
+    config = load(tmp_path, shards, "--guard.max_skipped", "2", train={"num_steps": 8, "save_every": 1})
+    explode_in(monkeypatch, {2, 4, 5, 6}, float("nan"))
+    with pytest.raises(
+        StateXError, match=r"the gradient norm is nan at step 6, and 2 step\(s\) before it were skipped"
+    ):
         train(config)
-    assert complete_tags(Path(config.run_dir) / "checkpoints") == ["global_step1"]
+    assert complete_tags(Path(config.run_dir) / "checkpoints")[0] == "global_step5"
+    assert len(list((Path(config.run_dir) / "bad_batches").iterdir())) == 4
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_for_an_older_one(tmp_path: Path, shards: Path, caplog):
+    caplog.set_level("INFO")
+    schedule = {"name": "constant"}
+    whole = load(tmp_path, shards, name="whole", train={"num_steps": 9}, schedule=schedule)
+    assert train(whole)
+    config = load(tmp_path, shards, train={"save_every": 2}, schedule=schedule)
+    assert train(config)
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    path = checkpoints / "global_step6" / "plain_state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    caplog.clear()
+    assert train(load(tmp_path, shards, "--train.num_steps", "9", train={"save_every": 2}, schedule=schedule))
+    messages = [record.message for record in caplog.records]
+    assert any("plain_state.pt is damaged" in text and "going back to an older checkpoint" in text for text in messages)
+    assert any(text.endswith("global_step4") and text.startswith("resuming from") for text in messages)
+    assert (checkpoints / "damaged-global_step6" / "plain_state.pt").is_file()
+    assert losses(Path(config.run_dir)) == losses(Path(whole.run_dir))
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_milestones_are_kept(tmp_path: Path, shards: Path, asynchronous: str):
+    config = load(
+        *(tmp_path, shards, "--train.save_async", asynchronous),
+        train={"num_steps": 9, "save_every": 1, "keep_last": 2, "keep_every": 4},
+    )
+    assert train(config)
+    names = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
+    assert names == ["global_step4", "global_step8", "global_step9", "latest"]
 
 
 def test_another_model_in_the_same_run_is_refused(tmp_path: Path, shards: Path):

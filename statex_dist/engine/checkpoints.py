@@ -1,0 +1,359 @@
+"""A run's checkpoints: complete or not there, written behind the loop or in it, found again whatever happened.
+
+All ranks write into a temporary directory and sync their files; rank 0 writes the manifest, renames the directory and
+moves ``latest``. Whenever the job is killed there is a complete checkpoint or none. DeepSpeed's own save gives none of
+this (it names a checkpoint in ``latest`` before other ranks have written theirs), so it is only asked what to write.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from statex_dist.checkpoint.layout import (
+    CONFIG_NAME,
+    DAMAGED_PREFIX,
+    LATEST_NAME,
+    MANIFEST_NAME,
+    MODEL_DIR,
+    TEMPORARY_PREFIX,
+    complete_tags,
+    step_of,
+    tag_of,
+)
+from statex_dist.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    commit_directory,
+    record_file,
+    write_durably,
+)
+from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.snapshot import FileWriter, HostCopy, WriteErrors, remove_tree
+from statex_dist.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
+"""Saves in a row that may fail before the run stops."""
+
+Fit = Callable[[Path, str, int], str]
+"""Makes of a tag in a directory one for so many ranks, and returns its name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavePolicy:
+    """How checkpoints are written and which are kept.
+
+    Attributes:
+        keep_last: Newest checkpoints that are kept.
+        keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
+        asynchronous: Whether training goes on while files are written (from a copy in host memory).
+        retries: Further attempts of a rank whose write failed.
+    """
+
+    keep_last: int = 2
+    keep_every: int = 0
+    asynchronous: bool = False
+    retries: int = 2
+
+
+class Checkpoints:
+    """Saves and finds the checkpoints of one run. Every method but :meth:`written` is called by all ranks together.
+
+    Args:
+        engine: Whose state it is.
+        directory: Where they are.
+        model_files: Text files that describe the model (``config.json``, tokenizer), by name.
+        policy: How to write, what to keep.
+    """
+
+    def __init__(self, engine: TrainEngine, directory: Path, model_files: Mapping[str, str], policy: SavePolicy):
+        self.engine = engine
+        self.directory = directory
+        self.model_files = model_files
+        self.policy = policy
+        self.failed = 0
+        self._copy = HostCopy()
+        self._pending: tuple[int, FileWriter] | None = None
+
+    def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False) -> None:
+        """Save the state after ``step`` optimizer steps; one that is still being written is finished first.
+
+        Args:
+            step: Optimizer steps done.
+            client_state: Plain values to get back from :meth:`resume`.
+            last: Whether the process ends after this, so that it must be on disk when this returns.
+
+        Raises:
+            CheckpointError: The last save failed, or too many in a row.
+        """
+        if self._pending is not None:
+            self.finish()
+        temporary = self._temporary(step)
+        problem = None
+        if self.engine.rank == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+            except OSError as error:
+                problem = f"{temporary} cannot be made: {error}"
+        if problem := self.engine.broadcast(problem):
+            self._report_failure(step, problem, last=last)
+            return
+        carried = self.engine.carried.state_dict()
+        state = {"step": step, "rng": random_state(), **client_state, **({"carried": carried} if carried else {})}
+        files = self.engine.capture(temporary, state)
+        behind = self.policy.asynchronous and not last
+        writer = FileWriter(
+            self._copy.take(files) if behind else files,
+            temporary,
+            rank=self.engine.rank,
+            retries=self.policy.retries,
+        )
+        self._pending = (step, writer)
+        if behind:
+            writer.start()
+        else:
+            writer.run()
+            self.finish(last=last)
+
+    def written(self) -> bool:
+        """Return whether this rank has written its files of a save that is not finished yet."""
+        return self._pending is not None and self._pending[1].done
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save waits for :meth:`finish`; the same on all ranks."""
+        return self._pending is not None
+
+    def finish(self, *, last: bool = False) -> None:
+        """Wait until all ranks have written the pending save, and make it a checkpoint.
+
+        Raises:
+            CheckpointError: The last save failed, or too many in a row.
+        """
+        assert self._pending is not None
+        (step, writer), self._pending = self._pending, None
+        writer.wait()
+        reports = self.engine.gather((writer.problem, writer.records))
+        problem = next((text for text, _ in reports if text), None)
+        if self.engine.rank == 0 and problem is None:
+            try:
+                self._commit(step, {n: FileRecord(**r) for _, part in reports for n, r in part.items()})
+            except WriteErrors as error:
+                problem = f"{self.directory / tag_of(step)} cannot be completed: {error}"
+        if problem := self.engine.broadcast(problem):
+            self._report_failure(step, problem, last=last)
+            return
+        self.failed = 0
+        logger.info("saved %s", self.directory / tag_of(step))
+        if self.engine.rank == 0:
+            prune(self.directory, self.policy)
+
+    def _report_failure(self, step: int, problem: str, *, last: bool) -> None:
+        self.failed += 1
+        if self.engine.rank == 0:
+            remove_tree(self._temporary(step))
+        if last or self.failed == MAX_FAILED_SAVES:
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be saved: {problem}; free the disk and start again: "
+                "the run goes on from the last complete one"
+            )
+        logger.error(
+            "the checkpoint of step %d is NOT saved (%d of %d failures that are borne): %s",
+            *(step, self.failed, MAX_FAILED_SAVES - 1, problem),
+        )
+
+    def _temporary(self, step: int) -> Path:
+        return self.directory / f"{TEMPORARY_PREFIX}{tag_of(step)}"
+
+    def _commit(self, step: int, files: dict[str, FileRecord]) -> None:
+        target, temporary = self.directory / tag_of(step), self._temporary(step)
+        (temporary / MODEL_DIR).mkdir()
+        for name, text in self.model_files.items():
+            write_durably(temporary / MODEL_DIR / name, text)
+            files[f"{MODEL_DIR}/{name}"] = record_file(temporary / MODEL_DIR / name)
+        info = {"step": step, "world_size": self.engine.world_size}
+        Manifest(kind=self.engine.kind, files=files, info=info).write(temporary)
+        if target.exists():
+            # Only a directory without a manifest is ever in the way: resuming starts after the newest complete one.
+            if (target / MANIFEST_NAME).is_file():
+                raise OSError(f"{target} is already complete; a checkpoint is never overwritten")
+            shutil.rmtree(target)
+        commit_directory(temporary, target)
+        write_durably(self.directory / LATEST_NAME, target.name)
+
+    def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
+        """Restore the newest whole checkpoint; learning rate, betas and weight decay stay those of this start.
+
+        Every file is read and compared with the manifest, each rank a part of them. A damaged checkpoint is left for
+        an older one, set aside and named in the log.
+
+        Args:
+            fit: Makes a checkpoint of another number of ranks one of this; None refuses such a one.
+
+        Returns:
+            The client state, or None where the run has not saved anything yet.
+
+        Raises:
+            CheckpointError: There is no whole checkpoint although there have been some, or it is of another model or
+                engine, or of another number of ranks and cannot be fitted.
+        """
+        damaged: dict[str, str] = {}
+        while True:
+            tag, problem = self._on_rank_0(lambda: self._choose(damaged))
+            if problem:
+                raise CheckpointError(problem)
+            if tag is None:
+                return None
+            problems = [text for text in self.engine.gather(self._verify_part(tag)) if text]
+            if not problems:
+                break
+            damaged[tag] = problems[0]
+            logger.warning("%s: going back to an older checkpoint", problems[0])
+        tag, problem = self._on_rank_0(lambda: self._settle(tag, damaged, fit))
+        if problem:
+            raise CheckpointError(problem)
+        logger.info("resuming from %s", self.directory / tag)
+        client_state = self.engine.load(self.directory / tag)
+        self.engine.carried.load_state_dict(client_state.pop("carried", {}))
+        if rng := client_state.pop("rng", None):
+            set_random_state(rng)
+        return client_state
+
+    def _on_rank_0(self, action: Callable[[], str | None]) -> tuple[Any, str | None]:
+        """Return what ``action`` returned on rank 0, and why it failed there."""
+        outcome: tuple[str | None, str | None] = (None, None)
+        if self.engine.rank == 0:
+            try:
+                outcome = (action(), None)
+            except (CheckpointError, OSError) as error:
+                outcome = (None, str(error))
+        return self.engine.broadcast(outcome)
+
+    def _choose(self, damaged: Mapping[str, str]) -> str | None:
+        """Return the newest complete tag that is not known to be damaged, after cheap checks of its manifest."""
+        tags = [tag for tag in complete_tags(self.directory) if tag not in damaged]
+        if not tags:
+            if damaged:
+                raise CheckpointError(f"no checkpoint in {self.directory} is whole: {next(iter(damaged.values()))}")
+            if (self.directory / LATEST_NAME).exists():
+                raise CheckpointError(
+                    f"{self.directory / LATEST_NAME} exists but no checkpoint there is complete; "
+                    "restore one, or start in another run directory"
+                )
+            return None
+        # Of one step there may be copies for several numbers of ranks.
+        newest = [tag for tag in tags if step_of(tag) == step_of(tags[0])]
+        return next((tag for tag in newest if self._ranks_of(tag) == self.engine.world_size), newest[0])
+
+    def _ranks_of(self, tag: str) -> Any:
+        try:
+            return Manifest.read(self.directory / tag).info.get("world_size")
+        except CheckpointError:
+            return None  # what is wrong with it is found, and said, when it is verified
+
+    def _verify_part(self, tag: str) -> str | None:
+        """Return what is wrong with this rank's part of a checkpoint's files, or None."""
+        directory = self.directory / tag
+        try:
+            manifest = Manifest.read(directory)
+            for name in sorted(manifest.files)[self.engine.rank :: self.engine.world_size]:
+                manifest.files[name].check(directory / name)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def _settle(self, tag: str, damaged: Mapping[str, str], fit: Fit | None) -> str:
+        """Return the tag to load: of this model and number of ranks. What is damaged is set aside."""
+        directory = self.directory / tag
+        manifest = Manifest.read(directory)
+        if manifest.kind != self.engine.kind:
+            raise CheckpointError(
+                f"{directory} was written by engine {manifest.kind}, this run uses {self.engine.kind}; "
+                f"give --engine.name {manifest.kind}, or another run_dir"
+            )
+        saved = json.loads((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
+        given = json.loads(self.model_files[CONFIG_NAME])
+        if other := sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key)):
+            raise CheckpointError(
+                f"{directory} is of another model (config.json differs in {', '.join(other)}); "
+                "give the model that this run began with, or another run_dir"
+            )
+        ranks = self.engine.world_size
+        if manifest.info.get("world_size") != ranks:
+            if fit is None:
+                raise CheckpointError(
+                    f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; "
+                    f"start it with as many, or reshard it: statex reshard --to zero3 --world-size {ranks}"
+                )
+            tag = fit(self.directory, tag, ranks)
+        for bad in damaged:
+            aside = self.directory / f"{DAMAGED_PREFIX}{bad}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            (self.directory / bad).replace(aside)
+            logger.warning("the damaged checkpoint is kept as %s", aside)
+        # A kill between rename and marker, or a damaged newest one, leaves a marker that names another.
+        latest = self.directory / LATEST_NAME
+        if not latest.is_file() or latest.read_text(encoding="utf-8").strip() != tag:
+            write_durably(latest, tag)
+        _remove_leftovers(self.directory)
+        return tag
+
+
+def prune(checkpoints: Path, policy: SavePolicy) -> None:
+    """Delete complete checkpoints that the policy does not keep, and what killed saves left behind.
+
+    A checkpoint is first renamed to a temporary name: killed half-way, it is not taken for a complete one.
+    """
+    _remove_leftovers(checkpoints)
+    tags = {tag: step_of(tag) or 0 for tag in complete_tags(checkpoints)}
+    kept = sorted(set(tags.values()), reverse=True)[: policy.keep_last]
+    for tag, step in tags.items():
+        if step in kept or (policy.keep_every and step % policy.keep_every == 0):
+            continue
+        doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
+        (checkpoints / tag).replace(doomed)
+        remove_tree(doomed)
+
+
+def _remove_leftovers(checkpoints: Path) -> None:
+    for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
+        if leftover.is_dir():
+            remove_tree(leftover)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of torch's (and this GPU's), numpy's and Python's generators as plain values."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: Mapping[str, Any]) -> None:
+    """Restore :func:`random_state`."""
+    torch.set_rng_state(states["torch"].cpu())
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())

@@ -1,0 +1,134 @@
+"""Copies of a training state in host memory, and the writing of them: in this thread, or behind the training loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from statex_dist.checkpoint.layout import rank_of
+from statex_dist.checkpoint.manifest import record_file
+
+logger = logging.getLogger(__name__)
+
+WriteErrors = (OSError, RuntimeError)
+"""What a full or broken disk raises; torch reports it as RuntimeError."""
+
+_FIRST_PAUSE_SECONDS = 1.0
+_NICENESS = 10
+
+
+class HostCopy:
+    """Copies nested states to host memory, into the same buffers every time: fresh pages cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+
+    def take(self, state: Any) -> Any:
+        """Return ``state`` with every tensor copied; what an earlier call returned is overwritten."""
+        old, self._buffers = self._buffers[::-1], []
+        copied = self._copy(state, old)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, value: Any, old: list[torch.Tensor]) -> Any:
+        if isinstance(value, torch.Tensor):
+            buffer = old.pop() if old else None
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers.append(buffer)
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return type(value)({key: self._copy(item, old) for key, item in value.items()})
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._copy(item, old) for item in value))
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(item, old) for item in value)
+        return value
+
+
+class FileWriter:
+    """Writes one rank's files of a checkpoint, with retries.
+
+    Args:
+        files: Paths and what they are to hold.
+        directory: The checkpoint's temporary directory; this rank's other files there are recorded too.
+        rank: This rank.
+        retries: Further attempts after one that failed.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, Any]], directory: Path, *, rank: int, retries: int):
+        self._files, self._directory, self._rank, self._retries = files, directory, rank, retries
+        self._thread: threading.Thread | None = None
+        self.records: dict[str, dict[str, Any]] = {}
+        self.problem: str | None = None
+
+    def start(self) -> None:
+        """Write in a thread of low priority."""
+        self._thread = threading.Thread(target=self._run_behind, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being written any more."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the thread; an error of it that is no failed write is raised here."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run_behind(self) -> None:
+        # On Linux niceness belongs to the thread: the loop's threads go first.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        self.run()
+
+    def run(self) -> None:
+        """Write, and record every file, or say in ``problem`` why it failed."""
+        for attempt in range(self._retries + 1):
+            try:
+                self.records = self._write()
+                self.problem = None
+                break
+            except WriteErrors as error:
+                self.problem = f"checkpoint file of rank {self._rank} cannot be written: {error}"
+                if attempt < self._retries:
+                    logger.warning("%s; trying again (%d of %d)", self.problem, attempt + 1, self._retries)
+                    time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+            except Exception as error:
+                # Anything else is a fault of the program; it must reach the loop, not die with the thread.
+                self.problem = f"checkpoint writer of rank {self._rank} failed: {error!r}"
+                break
+        self._files = ()
+
+    def _write(self) -> dict[str, dict[str, Any]]:
+        for path, state in self._files:
+            try:
+                torch.save(state, path)
+            except WriteErrors:
+                path.unlink(missing_ok=True)  # a part of a file only takes up the disk that is full
+                raise
+        records = {}
+        for path in sorted(self._directory.rglob("*")):
+            name = path.relative_to(self._directory).as_posix()
+            owner = rank_of(name)
+            if path.is_file() and (owner == self._rank or (self._rank == 0 and owner is None)):
+                records[name] = asdict(record_file(path))
+        return records
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete a directory under a name that is never taken for a checkpoint; a failure is only said."""
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", directory, error)

@@ -1,0 +1,116 @@
+"""What a run says of itself in ``status.json``: for whoever started it, and who may have to start it again.
+
+A start under a supervisor has a name (:data:`ATTEMPT_VARIABLE`), so that what an earlier start wrote, or a rank of it
+that is still alive somewhere, is not taken for the news of this one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, get_args
+
+from statex_dist.checkpoint.layout import STATUS_NAME, TEMPORARY_PREFIX
+from statex_dist.checkpoint.manifest import sync, write_durably
+from statex_dist.errors import StateXError
+
+logger = logging.getLogger(__name__)
+
+ATTEMPT_VARIABLE = "STATEX_ATTEMPT"
+"""Environment variable that names this start of the run; the supervisor sets it."""
+
+State = Literal["running", "complete", "preempted", "failed"]
+
+
+def this_attempt() -> str:
+    """Return the name of this start; empty without a supervisor."""
+    return os.environ.get(ATTEMPT_VARIABLE, "")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStatus:
+    """How a run is doing.
+
+    Attributes:
+        state: ``running``, ``complete`` (all steps done), ``preempted`` (told to stop, and saved) or ``failed``.
+        step: Optimizer steps done (while it runs, those it began with); None if it failed before the first batch.
+        world_size: Number of ranks.
+        message: Why it failed, in one line.
+        exit_code: With which the processes end, where that is known.
+        time: When this was written (ISO 8601, UTC).
+        attempt: Name of the start that wrote it; empty without a supervisor.
+    """
+
+    state: State
+    step: int | None
+    world_size: int
+    message: str = ""
+    exit_code: int | None = None
+    time: str = field(default_factory=_now)
+    attempt: str = field(default_factory=this_attempt)
+
+    def __post_init__(self) -> None:
+        texts, numbers = (self.message, self.time, self.attempt), (self.world_size, self.step or 0, self.exit_code or 0)
+        if (
+            self.state not in get_args(State)
+            or not all(type(text) is str for text in texts)
+            or not all(type(number) is int for number in numbers)
+        ):
+            raise ValueError(f"not a status: {self}")
+
+
+def write_status(run_dir: Path, status: RunStatus) -> None:
+    """Replace ``status.json`` durably; several processes may do so at once."""
+    draft = run_dir / f"{TEMPORARY_PREFIX}{STATUS_NAME}-{os.uname().nodename}-{os.getpid()}"
+    write_durably(draft, json.dumps(asdict(status), indent=1) + "\n")
+    draft.replace(run_dir / STATUS_NAME)
+    sync(run_dir)
+
+
+def write_failure(run_dir: Path, message: str, *, exit_code: int, world_size: int, step: int | None = None) -> None:
+    """Record why a start failed, from any rank, on the way out.
+
+    The first to speak names the cause; what other ranks say after it are consequences, and a run that is complete or
+    pre-empted has not failed. Where the run has no directory nothing is written: a start that is refused leaves none.
+
+    Args:
+        run_dir: The run's directory.
+        message: Why, in one line.
+        exit_code: With which this process ends.
+        world_size: Number of ranks.
+        step: Optimizer steps done; None before the first batch.
+    """
+    if not run_dir.is_dir():
+        return
+    status = RunStatus(state="failed", step=step, world_size=world_size, message=message, exit_code=exit_code)
+    try:
+        earlier = read_status(run_dir)
+        if earlier is None or earlier.state == "running" or not earlier.attempt or earlier.attempt != status.attempt:
+            write_status(run_dir, status)
+    except (StateXError, OSError) as error:
+        # The failure itself is what has to reach the user; a full disk is a likely cause of both.
+        logger.warning("%s was not written: %s", run_dir / STATUS_NAME, error)
+
+
+def read_status(run_dir: Path) -> RunStatus | None:
+    """Return what the run said last, or None where it has not said anything.
+
+    Raises:
+        StateXError: The file cannot be read.
+    """
+    path = run_dir / STATUS_NAME
+    try:
+        return RunStatus(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise StateXError(f"{path} cannot be read ({reason}); delete it, the next start writes it anew") from None
