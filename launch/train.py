@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Launchers start this file by its path, which puts launch/ on the module path but not the repository.
@@ -19,23 +20,41 @@ from statex_dist.config import one_line, parse_config
 from statex_dist.errors import StateXError
 from statex_dist.log import setup_logging
 
+if TYPE_CHECKING:
+    from statex_dist.run_config import RunConfig
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
     setup_logging()
+    config = None
     try:
+        from launch.fit_world_size import fit_world_size
         from statex_dist.run import train
         from statex_dist.run_config import RunConfig
         from statex_dist.train.signals import EXIT_PREEMPTED
 
         config = parse_config(RunConfig, arguments, prog="train.py", description="Train a recurrent language model.")
-        return 0 if train(config) else EXIT_PREEMPTED
+        return 0 if train(config, fit_world_size) else EXIT_PREEMPTED
     except StateXError as error:
         # Every rank speaks: what is wrong may be so on one node only.
         rank = os.environ.get("RANK", "0")
         sys.stderr.write(f"error: {one_line(error)}\n" if rank == "0" else f"[rank {rank}] error: {one_line(error)}\n")
+        _record_failure(config, error, error.exit_code)
         return error.exit_code
+    except Exception as error:
+        _record_failure(config, error, 1)
+        raise
+
+
+def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) -> None:
+    """Leave word in the run's directory, where there is one."""
+    from statex_dist.train.status import write_failure
+
+    if config is not None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        write_failure(Path(config.run_dir), one_line(error), exit_code=exit_code, world_size=world_size)
 
 
 if __name__ == "__main__":

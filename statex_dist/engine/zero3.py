@@ -136,7 +136,7 @@ class Zero3Engine(TrainEngine):
                 known = (zero.norm_for_param_grads.get(zero.get_param_id(p)) for p in parameters)
                 norms = [norm for norm in known if norm is not None]
             else:
-                norms = torch._foreach_norm(zero.averaged_gradients[index])
+                norms = list(torch._foreach_norm(zero.averaged_gradients[index]))
             for norm in norms:
                 square += norm.to(square).square()
         sums = self.sum(torch.stack(squares).tolist())

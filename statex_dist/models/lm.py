@@ -95,7 +95,7 @@ class LMHead(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.chunk_tokens = 0
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[B, T, vocab]``; with ``labels [B, T]`` the sum of the cross entropy in nats.
 
         One call, whatever the number of chunks: ZeRO-3 gathers the weight once for it.

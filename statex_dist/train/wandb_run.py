@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +20,9 @@ from statex_dist.checkpoint.manifest import write_durably
 
 logger = logging.getLogger(__name__)
 
-# Ten more are spent on checking the key, by wandb's own limit.
-INIT_SECONDS = 15.0
+PROBE_SECONDS = 5.0
+# Checking the key takes another ten where the server takes requests and does not answer them.
+INIT_SECONDS = 12.0
 # A run that is told to stop has some 30 seconds in all.
 FINISH_SECONDS = 15.0
 
@@ -34,12 +38,9 @@ class WandbRun:
     """
 
     def __init__(self, run_dir: Path, *, project: str, name: str | None, settings: dict[str, Any]):
+        # Its own telemetry would hold the process for 20 seconds at its end where the server is gone.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
-
-        self._failed = False
-        logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-        logger.info("wandb project %s, %s", project, mode)
 
         def start(mode: str) -> Any:
             return wandb.init(
@@ -53,18 +54,25 @@ class WandbRun:
                 settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
             )
 
-        try:
-            self._run = start(mode)
-        except Exception as error:
-            if mode != "online":
-                raise
-            # Whatever it is (no network, a wrong key, a server of another age), the training can do without.
-            logger.warning(
-                "wandb cannot be reached (%s); recording in %s instead, to be sent with: wandb sync DIRECTORY",
-                _first_line(error),
-                run_dir / "wandb",
-            )
-            self._run = start("offline")
+        self._failed = False
+        logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+        logger.info("wandb project %s, %s", project, mode)
+        if mode == "online":
+            try:
+                _require_answer(wandb.setup().settings.base_url)
+                self._run = start(mode)
+                return
+            except Exception as error:
+                # Whatever it is (no network, a wrong key, a server of another age), the training can do without.
+                logger.warning(
+                    "wandb cannot be reached (%s); recording in %s instead, to be sent with: wandb sync DIRECTORY",
+                    _first_line(error),
+                    run_dir / "wandb",
+                )
+                wandb.teardown()  # its service would not begin a second run with the id of the first
+                mode = "offline"
+        self._run = start(mode)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send a step's record; nested figures get names such as ``time/data``."""
@@ -94,6 +102,21 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:
         elif value is not None:
             result[prefix + key] = value
     return result
+
+
+def _require_answer(url: str) -> None:
+    """Raise unless a server answers, whatever it says: wandb itself would try for much longer.
+
+    Raises:
+        OSError: Nobody answers.
+    """
+    try:
+        urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # wandb has certificates of its own to try
+            raise
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -105,6 +106,10 @@ def largest_error(found: dict[str, torch.Tensor], reference: dict[str, torch.Ten
     return float(max(errors))
 
 
+def _hand_on_nothing(share: ContextShare, final: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros_like(final), torch.zeros_like(final)
+
+
 def work(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", RANKS)
@@ -133,10 +138,8 @@ def work(rank: int, directory: str) -> None:
             model.trunk.recompute = "block"
             model.lm_head.chunk_tokens = 7
             compare(f"{torch.float64} | {name} | recomputed", model, [pack(PACKS["many"])])
-        exchange = ContextShare.exchange
-        ContextShare.exchange = lambda *args: tuple(torch.zeros_like(part) for part in exchange(*args))
+    with mock.patch.object(ContextShare, "exchange", _hand_on_nothing):
         compare(f"without | {name}", build(config, torch.float64), [pack(PACKS["one document"])])
-        ContextShare.exchange = exchange
     if rank == 0:
         torch.save(out, f"{directory}/errors.pt")
     dist.destroy_process_group()

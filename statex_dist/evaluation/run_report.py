@@ -1,0 +1,265 @@
+"""A training run, or several side by side, as one page that needs no network: ``statex report``.
+
+What is drawn is what the run's own files say: ``metrics.jsonl``, ``config.yaml``, ``status.json`` and the plan in its
+newest checkpoint. No torch is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, STATUS_NAME, complete_tags
+from statex_dist.errors import DataError
+from statex_dist.evaluation.run_figures import Figure, draw_runs
+from statex_dist.train.metrics import read_metrics
+
+CONFIG_FILE = "config.yaml"
+
+_PAGE = Template(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title><style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
+figure { margin: 0 } figure img { width: 100%; background: #fff; border-radius: .4rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } pre { overflow-x: auto }
+</style></head><body><h1>$title</h1>
+$tables
+<main>$figures</main>
+$configs
+</body></html>
+"""
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRun:
+    """What a run left behind.
+
+    Attributes:
+        name: What to call it.
+        directory: Where it lies.
+        records: One a step, oldest first.
+        config: Text of its ``config.yaml``; empty where there is none.
+        status: Contents of its ``status.json``; empty where there is none.
+        expanded: Its expanded layers, as far as a checkpoint tells.
+    """
+
+    name: str
+    directory: Path
+    records: Sequence[Mapping[str, Any]]
+    config: str
+    status: Mapping[str, Any]
+    expanded: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """A run in figures; None where its records do not say.
+
+    Attributes:
+        run: Its directory.
+        state: ``running``, ``complete``, ``preempted`` or ``failed``, as it last said.
+        steps: Optimizer steps done.
+        tokens: Tokens of all steps, padding included.
+        hours: Time of all steps.
+        final_loss: Loss of the last step whose loss is finite.
+        median_tokens_per_s: Median throughput of a step.
+        median_mfu: Median model FLOPs utilisation, from 0 to 1.
+        time_shares: Share of the time by phase of a step.
+        peak_memory_bytes: Most memory of rank 0.
+        skipped_steps: Steps that updated nothing.
+    """
+
+    run: str
+    state: str | None
+    steps: int
+    tokens: int | None
+    hours: float | None
+    final_loss: float | None
+    median_tokens_per_s: float | None
+    median_mfu: float | None
+    time_shares: dict[str, float]
+    peak_memory_bytes: int | None
+    skipped_steps: int | None
+
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share of the time in which the run waited for data."""
+        return self.time_shares.get("data")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures, JSON-able."""
+        return {**asdict(self), "data_wait_share": self.data_wait_share}
+
+
+def read_runs(directories: Sequence[Path]) -> list[TrainingRun]:
+    """Read the runs, and give each a name of its own: the last part of its path, where that tells them apart.
+
+    Raises:
+        DataError: A directory is missing or given twice, is not that of a run, or one of its files is damaged.
+    """
+    resolved = [directory.resolve() for directory in directories]
+    if len(set(resolved)) != len(resolved):
+        raise DataError(f"a run is given twice: {', '.join(map(str, directories))}")
+    short = [directory.name for directory in resolved]
+    names = short if len(set(short)) == len(short) else [str(directory) for directory in directories]
+    return [_read_run(directory, name) for directory, name in zip(directories, names, strict=True)]
+
+
+def _read_run(directory: Path, name: str) -> TrainingRun:
+    if not directory.is_dir():
+        raise DataError(f"run directory not found: {directory}")
+    records = read_metrics(directory)
+    config, status = _text(directory / CONFIG_FILE), _json(directory / STATUS_NAME)
+    checkpoints = directory / CHECKPOINTS_DIR
+    tags = complete_tags(checkpoints)
+    model = _json(checkpoints / tags[0] / MODEL_DIR / CONFIG_NAME) if tags else {}
+    plan = model.get("statex") or {}
+    expanded = tuple(sorted(entry["layer"] for entry in plan.get("layers", ())))
+    return TrainingRun(name=name, directory=directory, records=records, config=config, status=status, expanded=expanded)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_text(path) or "{}")
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return values
+
+
+def summarise(run: TrainingRun) -> RunSummary:
+    """Return a run in figures."""
+
+    def values(key: str) -> list[float]:
+        return [record[key] for record in run.records if record.get(key) is not None]
+
+    times = [record for record in run.records if "time" in record]
+    seconds = sum(record["seconds"] for record in times)
+    phases = dict.fromkeys(phase for record in times for phase in record["time"])
+    losses, rates, shares = values("loss"), values("tokens_per_s"), values("mfu")
+    return RunSummary(
+        run=str(run.directory),
+        state=run.status.get("state"),
+        steps=run.records[-1]["step"],
+        tokens=int(sum(values("tokens"))) or None,
+        hours=sum(values("seconds")) / 3600 or None,
+        final_loss=losses[-1] if losses else None,
+        median_tokens_per_s=statistics.median(rates) if rates else None,
+        median_mfu=statistics.median(shares) if shares else None,
+        time_shares={p: sum(r["time"].get(p, 0.0) for r in times) / seconds for p in phases} if seconds else {},
+        peak_memory_bytes=int(max(memory)) if (memory := values("memory_bytes")) else None,
+        skipped_steps=int(skipped[-1]) if (skipped := values("skipped")) else None,
+    )
+
+
+def make_page(runs: Sequence[TrainingRun]) -> str:
+    """Return the report on ``runs`` as one HTML page."""
+    title = "Training run " + runs[0].name if len(runs) == 1 else "Training runs"
+    return _PAGE.substitute(
+        title=html.escape(title),
+        tables=_summary_table(runs) + _difference_table(runs) + _messages(runs),
+        figures="\n".join(_figure(figure) for figure in draw_runs(runs)),
+        configs="\n".join(_config(run) for run in runs if run.config),
+    )
+
+
+def summary_rows(summary: RunSummary) -> dict[str, str]:
+    """Return the figures of a run as people read them, by title; what is not known is left out."""
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    memory = summary.peak_memory_bytes
+    rows = {
+        "state": summary.state or "",
+        "steps": f"{summary.steps:,}",
+        "tokens": number(summary.tokens, ","),
+        "hours": number(summary.hours, ".2f"),
+        "final loss": number(summary.final_loss, ".4f"),
+        "median tokens/s": number(summary.median_tokens_per_s, ",.0f"),
+        "median MFU": number(summary.median_mfu, ".1%"),
+        **{f"time: {phase}": f"{share:.1%}" for phase, share in summary.time_shares.items()},
+        "peak memory, rank 0": "" if memory is None else f"{memory / (1 << 30):.2f} GiB",
+        "skipped steps": number(summary.skipped_steps, ","),
+    }
+    return {title: text for title, text in rows.items() if text}
+
+
+def _summary_table(runs: Sequence[TrainingRun]) -> str:
+    rows = {run.name: summary_rows(summarise(run)) for run in runs}
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
+    lines = [["", *rows], *([title, *(row.get(title, "") for row in rows.values())] for title in titles)]
+    return _table(lines)
+
+
+def _difference_table(runs: Sequence[TrainingRun]) -> str:
+    """Return the settings in which the runs differ."""
+    settings = [_flat(yaml.safe_load(run.config) or {}) for run in runs]
+    keys = list(dict.fromkeys(key for values in settings for key in values))
+    lines = [[key, *(str(values.get(key, "")) for values in settings)] for key in keys]
+    lines = [line for line in lines if len(set(line[1:])) > 1]
+    return "<h2>Settings that differ</h2>" + _table([["", *(run.name for run in runs)], *lines]) if lines else ""
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {prefix.removesuffix("."): values} if prefix else {}
+    return {name: item for key, value in values.items() for name, item in _flat(value, f"{prefix}{key}.").items()}
+
+
+def _messages(runs: Sequence[TrainingRun]) -> str:
+    """Return what the runs say of their end."""
+    said = [(run.name, run.status["message"]) for run in runs if run.status.get("message")]
+    return "".join(f"<p><b>{html.escape(name)}</b>: {html.escape(str(text))}</p>" for name, text in said)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+    body = "".join(row(line, "td") for line in lines[1:])
+    return f'<div class="wide"><table><thead>{row(lines[0], "th")}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(figure: Figure) -> str:
+    # An image of its own: inlined, the figures' elements would share their ids.
+    data = base64.b64encode(figure.svg.encode()).decode()
+    text = html.escape(figure.text, quote=True)
+    return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}"></figure>'
+
+
+def _config(run: TrainingRun) -> str:
+    name, text = html.escape(run.name), html.escape(run.config)
+    return f"<details><summary>Configuration of {name}</summary><pre>{text}</pre></details>"
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page in one piece: a reader finds the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
