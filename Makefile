@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FAMILY ?= gla
 SEEDS ?= 1
+# Processes that run tests; each may start up to four ranks.
+JOBS ?= 2
 
 # DeepSpeed compiles operators on first use and locks a shared cache: one cache per environment avoids the race.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
@@ -30,7 +32,7 @@ demo: $(READY)
 	$(BIN)/statex demo --out demo --family $(FAMILY) --seeds $(SEEDS) --overwrite
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -46,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.expand
 	$(BIN)/python -m benchmarks.reshard
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.training
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

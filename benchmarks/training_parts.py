@@ -135,7 +135,7 @@ class _Bench:
         )
         self.engine.barrier()
         start = time.perf_counter()
-        with trainer.observers.watching():
+        with trainer.observers.looking():
             trainer.run()
         seconds = time.perf_counter() - start
         self.step = trainer.step

@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": "compare two checkpoints, or prove that one is the other's expansion",
     "inspect": "say what a checkpoint is and whether it is whole",
     "eval": "measure recall or perplexity of a model",
+    "report": "draw how training runs went, on one page",
     "demo": "the whole road on a tiny model: pre-train, expand, post-train, compare",
 }
 

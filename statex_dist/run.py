@@ -24,6 +24,7 @@ from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.lm import RecurrentLM
@@ -36,6 +37,8 @@ from statex_dist.run_config import RunConfig
 from statex_dist.train.guard import Guard
 from statex_dist.train.loop import Observers, Trainer
 from statex_dist.train.metrics import Metrics
+from statex_dist.train.mfu import utilisation
+from statex_dist.train.profile import Profiler
 from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
 from statex_dist.train.status import RunStatus, State, write_status
 from statex_dist.train.watchdog import Watchdog
@@ -90,7 +93,7 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     with claim(Path(config.run_dir)) if env.rank == 0 else nullcontext():
         engine = build_engine(config, model, env, accumulation_steps)
         try:
-            return _train(config, engine, loader, model_files, stop, fit)
+            return _train(config, engine, model.config, loader, model_files, stop, fit)
         finally:
             engine.close()
 
@@ -117,6 +120,7 @@ def claim(run_dir: Path) -> FileLock:
 def _train(
     config: RunConfig,
     engine: TrainEngine,
+    model: ModelConfig,
     loader: PackedLoader,
     model_files: dict[str, str],
     stop: StopRequest,
@@ -135,11 +139,26 @@ def _train(
             guard.load_state_dict(client_state["guard"])
     if start_step >= config.train.num_steps:
         logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, config.train.num_steps)
-    observers = Observers(states_every=config.metrics.states_every)
+    observers = Observers(
+        profiler=Profiler(config.profile, run_dir, rank=engine.rank, world_size=engine.world_size),
+        states_every=config.metrics.states_every,
+    )
     if engine.rank == 0:
         write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
         _write_status(run_dir, engine, "running", start_step)
-        observers.metrics = Metrics(run_dir, config.metrics, start_step=start_step, settings=to_dict(config))
+        observers.metrics = Metrics(
+            run_dir,
+            config.metrics,
+            start_step=start_step,
+            settings=to_dict(config),
+            num_steps=config.train.num_steps,
+            utilisation=utilisation(
+                training_flops_per_token(model),
+                device=engine.device,
+                ranks=engine.world_size,
+                given_tflops=config.metrics.peak_tflops,
+            ),
+        )
         for name, report in loader.report(max_windows=1).items() if start_step == 0 else ():
             logger.info(
                 "%s: %.2f %% padding, %.1f %% of the documents cut, %.1f documents in a sequence of %d (first window)",
@@ -163,7 +182,7 @@ def _train(
         start_step=start_step,
     )
     try:
-        with observers.watching():
+        with observers.looking():
             done = trainer.run()
     finally:
         batches.close()

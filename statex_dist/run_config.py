@@ -8,6 +8,7 @@ from typing import Any, Literal
 from statex_dist.config import parse_size
 from statex_dist.data.loader import ONLY_SOURCE
 from statex_dist.data.mixing import Stage
+from statex_dist.data.types import num_segments
 from statex_dist.engine.base import EngineConfig
 from statex_dist.errors import ConfigError
 from statex_dist.optim.groups import OptimizerConfig
@@ -16,6 +17,10 @@ from statex_dist.parallel.context import ParallelConfig
 from statex_dist.train.guard import GuardConfig
 from statex_dist.train.loop import TrainConfig
 from statex_dist.train.metrics import MetricsConfig
+from statex_dist.train.profile import ProfileConfig
+
+MIN_SHARE = 8
+"""Tokens of a sequence that a rank of a context group has at least: more than any convolution reaches back."""
 
 
 @dataclass(kw_only=True)
@@ -153,6 +158,7 @@ class RunConfig:
         optimizer: AdamW.
         schedule: Learning rate.
         metrics: What is reported.
+        profile: Steps that torch's profiler looks into.
     """
 
     run_dir: str
@@ -166,10 +172,18 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if not self.run_dir:
             raise ConfigError("run_dir must not be empty")
+        segment = self.engine.segment_tokens
+        share = min(s.seq_len // num_segments(s.seq_len, segment) for s in self.data.stages()) // self.parallel.context
+        if self.parallel.context > 1 and share < MIN_SHARE:
+            raise ConfigError(
+                f"parallel.context={self.parallel.context} leaves {share} tokens to a rank, at least {MIN_SHARE} are "
+                "needed; lower it, or raise data.seq_len or engine.segment_tokens"
+            )
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the packs per data-parallel rank and step.

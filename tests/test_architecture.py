@@ -85,7 +85,7 @@ ENGINES = {
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
     "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor"),
-    "wandb": ("statex_dist.train.metrics",),
+    "wandb": ("statex_dist.train.wandb_run",),
 }
 """The only importers of each external engine."""
 

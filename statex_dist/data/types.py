@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,9 +69,10 @@ class PackedBatch:
         )
 
     def segments(self, num_tokens: int) -> list[PackedBatch]:
-        """Return the batch cut into pieces of at most ``num_tokens`` tokens; 0 leaves it whole."""
-        step = num_tokens or self.num_tokens
-        return [self.slice(i, min(i + step, self.num_tokens)) for i in range(0, self.num_tokens, step)]
+        """Return the batch cut into equal pieces of at most ``num_tokens`` tokens; 0 leaves it whole."""
+        count = num_segments(self.num_tokens, num_tokens)
+        borders = [index * self.num_tokens // count for index in range(count + 1)]
+        return [self.slice(start, stop) for start, stop in itertools.pairwise(borders)]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on ``device``."""
@@ -79,3 +81,8 @@ class PackedBatch:
             for name in ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
         }
         return replace(self, **moved)
+
+
+def num_segments(total: int, num_tokens: int) -> int:
+    """Return how many segments of at most ``num_tokens`` tokens a pack of ``total`` is run in; 0 is one."""
+    return -(-total // num_tokens) if num_tokens else 1

@@ -114,6 +114,9 @@ class Zero3Engine(TrainEngine):
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
         self.engine.train()
         self.engine.checkpoint_engine = _Capture()
+        # It would copy its converter, a script, into every checkpoint: on a full disk rank 0 would stop at that while
+        # the others wait for it. `statex reshard --to hf` is the converter.
+        self.engine._copy_recovery_script = lambda _: None
         self.model = self.engine
 
     def _backward(self, loss_sum: torch.Tensor, total: float, *, last: bool) -> None:
@@ -196,7 +199,7 @@ class Zero3Engine(TrainEngine):
             dist.destroy_process_group()
 
     def capture(self, directory: Path, client_state: Mapping[str, Any]) -> list[tuple[Path, Any]]:
-        """Return what DeepSpeed would write for this rank; what it copies by itself is then in ``directory``."""
+        """Return what DeepSpeed would write for this rank; tensors swapped to NVMe are copied into ``directory``."""
         self.engine.checkpoint_engine.files = []
         self.engine.save_checkpoint(
             str(directory.parent), tag=directory.name, client_state=dict(client_state), save_latest=False

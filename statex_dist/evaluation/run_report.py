@@ -21,6 +21,7 @@ import yaml
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, STATUS_NAME, complete_tags
 from statex_dist.errors import DataError
 from statex_dist.evaluation.run_figures import Figure, draw_runs
+from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
 
 CONFIG_FILE = "config.yaml"
@@ -54,6 +55,7 @@ class TrainingRun:
         directory: Where it lies.
         records: One a step, oldest first.
         config: Text of its ``config.yaml``; empty where there is none.
+        settings: The same by dotted names.
         status: Contents of its ``status.json``; empty where there is none.
         expanded: Its expanded layers, as far as a checkpoint tells.
     """
@@ -62,6 +64,7 @@ class TrainingRun:
     directory: Path
     records: Sequence[Mapping[str, Any]]
     config: str
+    settings: Mapping[str, Any]
     status: Mapping[str, Any]
     expanded: tuple[int, ...]
 
@@ -128,9 +131,20 @@ def _read_run(directory: Path, name: str) -> TrainingRun:
     checkpoints = directory / CHECKPOINTS_DIR
     tags = complete_tags(checkpoints)
     model = _json(checkpoints / tags[0] / MODEL_DIR / CONFIG_NAME) if tags else {}
-    plan = model.get("statex") or {}
-    expanded = tuple(sorted(entry["layer"] for entry in plan.get("layers", ())))
-    return TrainingRun(name=name, directory=directory, records=records, config=config, status=status, expanded=expanded)
+    plan = ExpansionPlan.from_dict(model["statex"]) if model.get("statex") else ExpansionPlan()
+    try:
+        settings = _flat(yaml.safe_load(config) or {})
+    except yaml.YAMLError as error:
+        raise DataError(f"{directory / CONFIG_FILE} is not valid YAML: {' '.join(str(error).split())}") from None
+    return TrainingRun(
+        name=name,
+        directory=directory,
+        records=records,
+        config=config,
+        settings=settings,
+        status=status,
+        expanded=tuple(expansion.layer for expansion in plan.layers),
+    )
 
 
 def _text(path: Path) -> str:
@@ -219,9 +233,8 @@ def _summary_table(runs: Sequence[TrainingRun]) -> str:
 
 def _difference_table(runs: Sequence[TrainingRun]) -> str:
     """Return the settings in which the runs differ."""
-    settings = [_flat(yaml.safe_load(run.config) or {}) for run in runs]
-    keys = list(dict.fromkeys(key for values in settings for key in values))
-    lines = [[key, *(str(values.get(key, "")) for values in settings)] for key in keys]
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    lines = [[key, *(str(run.settings.get(key, "")) for run in runs)] for key in keys]
     lines = [line for line in lines if len(set(line[1:])) > 1]
     return "<h2>Settings that differ</h2>" + _table([["", *(run.name for run in runs)], *lines]) if lines else ""
 

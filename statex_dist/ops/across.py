@@ -1,7 +1,7 @@
 """What the state before a rank's share of a sequence adds to the outputs of a scan that began from zero.
 
 Each function gives its share's total decay and final state to the other ranks, gets the state before the share, and
-returns the outputs that this state adds to the share's first sequence (docs/method.md, section 5). They serve every
+returns the outputs that this state adds to the share's first sequence (docs/method.md, section 3). They serve every
 backend of the scan alike. No exponent is positive.
 """
 

@@ -3,7 +3,7 @@
 A linear recurrence maps the state before a share of the tokens to the state after it by ``S -> D S + F``, where ``D``
 (the total decay) and ``F`` (the state from an empty start) are known without the state before. So all ranks scan at
 once, exchange ``D`` and ``F``, and each adds what the true state before its share contributes (docs/method.md, section
-5). What crosses ranks is one state per layer, however long the sequence is.
+3). What crosses ranks is one state per layer, however long the sequence is.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from statex_dist.engine.checkpoints import Checkpoints, SavePolicy
 from statex_dist.errors import ConfigError, DataError, StateXError
 from statex_dist.train.guard import Guard
 from statex_dist.train.metrics import Metrics
+from statex_dist.train.profile import Profiler
 from statex_dist.train.signals import StopRequest
 from statex_dist.train.watchdog import Watchdog
 
@@ -77,24 +78,25 @@ class Observers:
     Attributes:
         metrics: Writes the figures; None on ranks above 0.
         watchdog: Told of every phase; None where nobody watches.
+        profiler: Told of every step; None where nothing is profiled.
         states_every: Steps between measurements of the states' norms; 0 for none.
     """
 
     metrics: Metrics | None = None
     watchdog: Watchdog | None = None
+    profiler: Profiler | None = None
     states_every: int = 0
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Have the watchdog watch what is done inside."""
-        if self.watchdog is None:
+    def looking(self) -> Iterator[None]:
+        """Have the watchdog and the profiler follow what is done inside."""
+        with ExitStack() as stack:
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
+            if self.watchdog is not None:
+                self.watchdog.start()
+                stack.callback(self.watchdog.stop)
             yield
-            return
-        self.watchdog.start()
-        try:
-            yield
-        finally:
-            self.watchdog.stop()
 
 
 @dataclass(slots=True)
@@ -165,6 +167,7 @@ class Trainer:
         fetched = self._fetch()
         if self._agree(fetched).no_batch:
             self._raise(fetched)
+        self._tell_profiler()
         while True:
             start, batch = time.perf_counter(), fetched.batch
             record = self._train_step(batch)
@@ -175,6 +178,7 @@ class Trainer:
             save_seconds = self._save_if_due(batch, last=last, written=agreed.written)
             record["time"] |= {"data": fetched.seconds, "save": save_seconds}
             self._report(record, batch, time.perf_counter() - start)
+            self._tell_profiler()
             if agreed.no_batch:
                 self._raise(fetched)
             if last:
@@ -183,6 +187,10 @@ class Trainer:
     def _beat(self, phase: str) -> None:
         if self.observers.watchdog is not None:
             self.observers.watchdog.beat(phase, step=self.step + 1)
+
+    def _tell_profiler(self) -> None:
+        if self.observers.profiler is not None:
+            self.observers.profiler.step(self.step)
 
     def _fetch(self) -> _Fetched:
         self._beat("data")

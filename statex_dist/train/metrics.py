@@ -36,7 +36,7 @@ class MetricsConfig:
 
     log_every: int = 10
     peak_tflops: float | None = None
-    states_every: int = 0
+    states_every: int = 100
     wandb_project: str | None = None
     wandb_name: str | None = None
 

@@ -189,7 +189,7 @@ def test_slices_of_a_pack_say_what_they_cut():
     assert second.seq_idx.tolist() == [[0] * 24 + [1] * 12]
     assert third.position_ids[0, 0] == 12
     parts = batch.segments(40)
-    assert [part.num_tokens for part in parts] == [40, 40, 16]
+    assert [part.num_tokens for part in parts] == [32, 32, 32]
     assert torch.equal(torch.cat([part.labels for part in parts], dim=1), batch.labels)
     assert batch.segments(0)[0].num_tokens == 96
     ends = pack([10, 10], carried=True, goes_on=True)

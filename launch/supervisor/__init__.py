@@ -1,0 +1,1 @@
+"""What ``launch/supervise.py`` is made of."""

@@ -1,0 +1,262 @@
+"""Starts a training run again until it is complete, told to stop, or gets no further."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import signal
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from launch.fit_world_size import fit_world_size
+from launch.supervisor import processes
+from launch.supervisor.attempt import Attempt
+from launch.supervisor.hosts import Host, answering, spread
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, complete_tags, step_of
+from statex_dist.errors import CheckpointError, ConfigError, StateXError
+from statex_dist.run_config import RunConfig
+from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
+from statex_dist.train.status import RunStatus, read_status
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".supervise.lock"
+MAX_PAUSE_SECONDS = 600.0
+_POLL_SECONDS = 0.2
+_WRONG_USAGE = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """When to start again.
+
+    Attributes:
+        min_ranks: Fewest ranks to go on with.
+        max_restarts: Restarts in a row that may bring no new checkpoint.
+        backoff: Seconds before a restart; doubled with every one in a row that brought nothing.
+        grace: Seconds that ranks have to save in when they are told to stop.
+    """
+
+    min_ranks: int = 1
+    max_restarts: int = 3
+    backoff: float = 5.0
+    grace: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.min_ranks < 1:
+            raise ConfigError(f"--min-ranks must be 1 or more, not {self.min_ranks}")
+        for name in ("max_restarts", "backoff", "grace"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why an attempt ended, and the exit code if there is to be no other."""
+
+    reason: str
+    exit_code: int | None = None
+
+
+class Supervisor:
+    """Watches one run.
+
+    Args:
+        config: The run's configuration.
+        arguments: What it was read from: the arguments of ``launch/train.py``.
+        ranks: Ranks that this machine can run.
+        hosts: Machines to use instead.
+        policy: When to start again.
+
+    Raises:
+        ConfigError: There is no number of ranks, of those allowed, over which a step can be divided.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arguments: Sequence[str],
+        *,
+        ranks: int,
+        hosts: Sequence[Host] = (),
+        policy: Policy | None = None,
+    ) -> None:
+        self.config, self.arguments, self.hosts, self.policy = config, arguments, hosts, policy or Policy()
+        self.ranks = sum(host.slots for host in hosts) if hosts else ranks
+        self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / CHECKPOINTS_DIR
+        # Attempts of an earlier supervisor of the run are found by the first part.
+        self.run_name = hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:16]
+        self.stop = StopRequest()
+        if self.world_size(self.ranks) is None:
+            raise ConfigError(
+                f"data.packs_per_step={config.data.packs_per_step} divides over no number of ranks from "
+                f"{self.policy.min_ranks} (--min-ranks) to {self.ranks} (what there is)"
+            )
+
+    def world_size(self, available: int) -> int | None:
+        """Return the largest number of ranks that a step can be divided over, or None."""
+        largest = min(available, 1) if self.config.engine.name == "plain" else available
+        return next((n for n in range(largest, self.policy.min_ranks - 1, -1) if self._divides(n)), None)
+
+    def _divides(self, ranks: int) -> bool:
+        try:
+            self.config.accumulation_steps(ranks)
+        except ConfigError:
+            return False
+        return True
+
+    def run(self) -> int:
+        """Bring the run to its end, and return the exit code.
+
+        Raises:
+            StateXError: Another supervisor watches the run, or a process does not die.
+        """
+        with self._claim():
+            self.stop.install()
+            self._end_leftovers()
+            number, failures = 0, 0
+            while not self.stop.received:
+                number += 1
+                before = self.newest_step()
+                verdict = self._attempt(number)
+                if verdict.exit_code is not None:
+                    return verdict.exit_code
+                failures = 0 if self.newest_step() > before else failures + 1
+                if failures > self.policy.max_restarts:
+                    logger.error(
+                        "%d attempts in a row brought no new checkpoint: giving up (%s)", failures, verdict.reason
+                    )
+                    return 1
+                self._pause(failures)
+            return EXIT_PREEMPTED
+
+    def newest_step(self) -> int:
+        """Return the step of the newest complete checkpoint, or -1."""
+        return max((step_of(tag) or 0 for tag in complete_tags(self.checkpoints)), default=-1)
+
+    def _progress(self) -> str:
+        step = self.newest_step()
+        return "no checkpoint yet" if step < 0 else f"newest checkpoint of step {step}"
+
+    def _claim(self) -> FileLock:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.run_dir / LOCK_NAME, blocking=False)
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"run_dir {self.run_dir}: another supervisor watches it; stop that one first, or give another run_dir"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.run_dir} cannot be written: {error}") from None
+        return lock
+
+    def _end_leftovers(self) -> None:
+        """End what a supervisor that was killed has left running: after a save, if the ranks still can."""
+        if not processes.ask_ranks_to_stop(self.run_name):
+            return
+        logger.warning("an earlier supervisor has left ranks running: they are told to save and end")
+        deadline = time.monotonic() + self.policy.grace
+        while any(processes.find(self.run_name)) and time.monotonic() < deadline and not self.stop.received:
+            time.sleep(_POLL_SECONDS)
+        processes.kill(self.run_name)
+
+    def _attempt(self, number: int) -> Verdict:
+        """Start the job once, wait for its end, and say how it ended."""
+        hosts = answering(self.hosts)
+        available = sum(host.slots for host in hosts) if self.hosts else self.ranks
+        ranks = self.world_size(available)
+        if ranks is None:
+            reason = f"{available} ranks are available, too few for --min-ranks {self.policy.min_ranks}"
+            logger.warning("attempt %d: %s", number, reason)
+            return Verdict(reason)
+        self._fit(ranks)
+        name, step, stacks = f"{self.run_name}-{uuid.uuid4().hex[:8]}", self.newest_step(), self._stacks()
+        logger.info("attempt %d: %d ranks, from step %d", number, ranks, max(step, 0))
+        began = time.monotonic()
+        with Attempt(name, self.arguments, ranks=ranks, hosts=spread(hosts, ranks) if self.hosts else ()) as attempt:
+            code = self._wait(attempt)
+        verdict = self._judge(self._status(name), code, step)
+        new = [str(path) for path, size in self._stacks().items() if size > stacks.get(path, 0)]
+        logger.log(
+            logging.INFO if verdict.exit_code in (0, EXIT_PREEMPTED) else logging.ERROR,
+            "attempt %d: ended after %.0f s, %s: %s%s",
+            *(number, time.monotonic() - began, self._progress(), verdict.reason),
+            f"; stacks of the hanging ranks: {', '.join(new)}" if new else "",
+        )
+        return verdict
+
+    def _fit(self, ranks: int) -> None:
+        """See to it that the newest checkpoint is for so many ranks."""
+        tags = complete_tags(self.checkpoints)
+        if not tags:
+            return
+        try:
+            fit_world_size(self.checkpoints, tags[0], ranks)
+        except CheckpointError as error:
+            # The job itself looks at every byte, and goes back to an older one.
+            logger.warning("%s: the newest checkpoint cannot be cut for %d ranks", error, ranks)
+
+    def _wait(self, attempt: Attempt) -> int | None:
+        """Wait for the launcher; pass on a request to stop. Return None if the ranks did not end in the time given."""
+        deadline: float | None = None
+        while (code := attempt.poll()) is None:
+            if self.stop.received:
+                if deadline is None:
+                    logger.info("the ranks are told to save and end; they have %.0f s", self.policy.grace)
+                    deadline = time.monotonic() + self.policy.grace
+                if time.monotonic() > deadline:
+                    return None
+                attempt.ask_to_stop()
+            time.sleep(_POLL_SECONDS)
+        return code
+
+    def _status(self, name: str) -> RunStatus | None:
+        """Return what the attempt said of itself, if it did."""
+        try:
+            status = read_status(self.run_dir)
+        except StateXError as error:
+            logger.warning("%s", error)
+            return None
+        return status if status is not None and status.attempt == name else None
+
+    def _judge(self, status: RunStatus | None, code: int | None, before: int) -> Verdict:
+        if status is not None and status.state == "complete":
+            return Verdict("complete", 0)
+        if status is not None and status.state == "preempted":
+            return Verdict(f"told to stop, and saved at step {status.step}", EXIT_PREEMPTED)
+        reason = self._reason(status, code)
+        if self.stop.received:
+            return Verdict(f"told to stop, and not saved ({reason})", EXIT_PREEMPTED)
+        if status is not None and status.exit_code == _WRONG_USAGE and (status.step or 0) <= max(before, 0):
+            return Verdict(f"{reason}; to start it again would not help", _WRONG_USAGE)
+        return Verdict(reason)
+
+    def _reason(self, status: RunStatus | None, code: int | None) -> str:
+        if code is None:
+            ended = f"the ranks did not end within {self.policy.grace:.0f} s"
+        elif code < 0:
+            ended = f"launcher ended by {signal.Signals(-code).name}"
+        else:
+            ended = f"launcher exit code {code}"
+        if status is not None and status.state == "failed":
+            return f"{status.message} (exit code {status.exit_code}; {ended})"
+        return ended
+
+    def _stacks(self) -> dict[Path, int]:
+        return {path: path.stat().st_size for path in sorted((self.run_dir / STACKS_DIR).glob("*.txt"))}
+
+    def _pause(self, failures: int) -> None:
+        pause = min(self.policy.backoff * 2 ** max(failures - 1, 0), MAX_PAUSE_SECONDS) * random.uniform(0.75, 1.25)
+        without = f" ({failures} of {self.policy.max_restarts} that may bring no new checkpoint)" if failures else ""
+        logger.info("starting again in %.0f s%s", pause, without)
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline and not self.stop.received:
+            time.sleep(_POLL_SECONDS)

@@ -1,0 +1,107 @@
+"""Breaks a training process at a chosen place. Python runs this file by itself where it lies on PYTHONPATH.
+
+``STATEX_FAULTS`` holds a JSON list of ``{"point", "rank", "call"}``. In each start of the job the first fault that has
+not happened yet is armed: at the ``call``-th passage of its point by its rank it happens, and leaves a file in
+``STATEX_FAULTS_DONE``. The library itself knows nothing of this.
+"""
+
+import functools
+import importlib.abc
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def _armed():
+    done = Path(os.environ["STATEX_FAULTS_DONE"])
+    for index, fault in enumerate(json.loads(os.environ["STATEX_FAULTS"])):
+        if not (done / str(index)).exists():
+            return fault, done / str(index)
+    return None, None
+
+
+def _die(marker):
+    marker.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang_here(marker):
+    marker.touch()
+    while True:
+        time.sleep(1)
+
+
+def _apply():
+    import torch
+
+    from statex_dist.engine import checkpoints, snapshot
+    from statex_dist.engine.carry import CarriedStates
+
+    fault, marker = _armed()
+    if fault is None or fault["rank"] != int(os.environ.get("RANK", "0")):
+        return
+    calls = 0
+
+    def at(function, act, only=lambda *args: True):
+        """Wrap ``function``: at the chosen call ``act`` comes first."""
+
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            if only(*args):
+                calls += 1
+                if calls == fault["call"]:
+                    act(*args)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def die(*_):
+        _die(marker)
+
+    def half_a_file(state, path, **_):
+        Path(path).write_bytes(b"half of a checkpoint" * 1000)
+        _die(marker)
+
+    point = fault["point"]
+    if point == "forward":
+        CarriedStates.forward_loss = at(CarriedStates.forward_loss, die)
+    elif point == "hang":
+        CarriedStates.forward_loss = at(CarriedStates.forward_loss, lambda *_: _hang_here(marker))
+    elif point == "optimizer step":
+        torch.optim.AdamW.step = at(torch.optim.AdamW.step, die)
+    elif point == "save":
+        torch.save = at(torch.save, half_a_file)
+    elif point == "before the manifest":
+        snapshot.FileWriter.wait = at(snapshot.FileWriter.wait, die)
+    elif point == "between rename and latest":
+        names_latest = lambda path, _: path.name == "latest"  # noqa: E731
+        checkpoints.write_durably = at(checkpoints.write_durably, die, only=names_latest)
+    else:
+        raise ValueError(point)
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Applies the fault as soon as the training program has been imported."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "statex_dist.run":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            _apply()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if "STATEX_FAULTS" in os.environ:
+    sys.meta_path.insert(0, _After())
