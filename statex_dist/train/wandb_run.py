@@ -66,7 +66,7 @@ class WandbRun:
             except Exception as error:
                 # Whatever it is (no network, a wrong key, a server of another age), the training can do without.
                 logger.warning(
-                    "wandb cannot be reached (%s); recording in %s instead, to be sent with: wandb sync DIRECTORY",
+                    "wandb cannot be used online (%s); recording in %s instead, to be sent with: wandb sync DIRECTORY",
                     _first_line(error),
                     run_dir / "wandb",
                 )
