@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.config import dump_yaml, parse_size, to_dict
+from statex_dist.config import dump_yaml, one_line, parse_size, to_dict
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
@@ -22,7 +22,7 @@ from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.plain import PlainEngine
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, StateXError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained
@@ -40,7 +40,7 @@ from statex_dist.train.metrics import Metrics
 from statex_dist.train.mfu import utilisation
 from statex_dist.train.profile import Profiler
 from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
-from statex_dist.train.status import RunStatus, State, write_status
+from statex_dist.train.status import RunStatus, State, write_failure, write_status
 from statex_dist.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -184,12 +184,16 @@ def _train(
     try:
         with observers.looking():
             done = trainer.run()
+        if engine.rank == 0:
+            _write_status(run_dir, engine, "complete" if done else "preempted", trainer.step)
+    except Exception as error:
+        exit_code = error.exit_code if isinstance(error, StateXError) else 1
+        write_failure(run_dir, one_line(error), exit_code=exit_code, world_size=engine.world_size, step=trainer.step)
+        raise
     finally:
         batches.close()
         if observers.metrics is not None:
             observers.metrics.close()
-    if engine.rank == 0:
-        _write_status(run_dir, engine, "complete" if done else "preempted", trainer.step)
     if not done:
         logger.info("stopped at step %d of %d; the same command goes on", trainer.step, config.train.num_steps)
     return done
@@ -201,7 +205,7 @@ def _write_status(run_dir: Path, engine: TrainEngine, state: State, step: int) -
 
 
 def build_model(config: RunConfig) -> RecurrentLM:
-    """Load or make the model, in the run's precision."""
+    """Load or make the model, in the run's precision, with what is not trained frozen."""
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     if config.model.path is not None:
         model = from_pretrained(Path(config.model.path), dtype=dtype)
@@ -215,6 +219,7 @@ def build_model(config: RunConfig) -> RecurrentLM:
         model = RecurrentLM(settings)
         model.init_parameters(config.seed)
         model = model.to(dtype)
+    freeze_parameters(model.named_parameters(), roles=parameter_roles(model.config), config=config.optimizer)
     model.trunk.recompute = config.engine.activation_checkpointing
     model.lm_head.chunk_tokens = config.engine.loss_chunk_tokens
     return model
@@ -281,9 +286,9 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
         from statex_dist.engine.zero3 import Zero3Engine, init_process_group
 
         init_process_group(env, config.engine)
-    roles = parameter_roles(model.config)
-    freeze_parameters(model.named_parameters(), roles=roles, config=config.optimizer)
-    optimizer = build_optimizer(model.named_parameters(), no_decay=no_decay, roles=roles, config=config.optimizer)
+    optimizer = build_optimizer(
+        model.named_parameters(), no_decay=no_decay, roles=parameter_roles(model.config), config=config.optimizer
+    )
     schedule = build_schedule(optimizer, config.schedule, num_steps=config.train.num_steps)
     clipping = config.optimizer.gradient_clipping
     if config.engine.name == "plain":

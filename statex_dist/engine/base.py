@@ -17,7 +17,7 @@ from torch import nn
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.timing import PhaseTimer
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.parallel.context import ContextGroup
 
 Place = Literal["none", "cpu", "nvme"]
@@ -251,6 +251,25 @@ def keep_hyperparameters(
         optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True
     ):
         group.update(kept, lr=base_lr * factor(schedule.last_epoch))
+
+
+def base_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of this step for a parameter without a factor of its own."""
+    first = optimizer.param_groups[0]
+    return first["lr"] / first.get("lr_factor", 1.0)
+
+
+def check_groups(saved: Sequence[Any], ours: Sequence[Any], where: Path) -> None:
+    """Raise if a checkpoint's parameter groups are not those of this run.
+
+    Raises:
+        CheckpointError: They differ: an optimizer's states could not be told apart.
+    """
+    if list(saved) != list(ours):
+        raise CheckpointError(
+            f"{where} has its parameters in other groups; optimizer.train, optimizer.freeze, the roles in "
+            "optimizer.lr_factors and engine.sub_group_size must stay as they were when the run began"
+        )
 
 
 def group_name(group: Mapping[str, Any], index: int) -> str:

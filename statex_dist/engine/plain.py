@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
-from statex_dist.engine.base import StepResult, TrainEngine, group_name, keep_hyperparameters
+from statex_dist.engine.base import (
+    StepResult,
+    TrainEngine,
+    base_lr,
+    check_groups,
+    group_name,
+    keep_hyperparameters,
+)
 
 
 class PlainEngine(TrainEngine):
@@ -57,7 +64,7 @@ class PlainEngine(TrainEngine):
 
     def step(self, *, skip: bool = False) -> StepResult:
         """Clip, update, advance the schedule."""
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = base_lr(self.optimizer)
         if not skip:
             limit = self.gradient_clipping if self.gradient_clipping > 0 else float("inf")
             nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -97,6 +104,8 @@ class PlainEngine(TrainEngine):
     def load(self, directory: Path) -> dict[str, Any]:
         """Restore from ``directory``; learning rate, betas and weight decay stay those of this start."""
         state = torch.load(directory / PLAIN_STATE_NAME, map_location=self.device, weights_only=True)
+        saved, ours = state["optimizer"]["param_groups"], self.optimizer.param_groups
+        check_groups([len(group["params"]) for group in saved], [len(group["params"]) for group in ours], directory)
         self.model.load_state_dict(state["module"])
         with keep_hyperparameters(self.optimizer, self.schedule):
             self.optimizer.load_state_dict(state["optimizer"])

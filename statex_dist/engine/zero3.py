@@ -26,7 +26,15 @@ import deepspeed.ops
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from statex_dist.checkpoint.layout import rank_of
-from statex_dist.engine.base import EngineConfig, StepResult, TrainEngine, group_name, keep_hyperparameters
+from statex_dist.engine.base import (
+    EngineConfig,
+    StepResult,
+    TrainEngine,
+    base_lr,
+    check_groups,
+    group_name,
+    keep_hyperparameters,
+)
 from statex_dist.engine.ds_config import deepspeed_config
 from statex_dist.errors import CheckpointError
 from statex_dist.parallel.context import ContextGroup
@@ -40,6 +48,8 @@ _EXPECTED_GLOBALS = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
 }
+
+_MODEL_STATES = "_model_states.pt"
 
 
 def init_process_group(env: ProcessEnv, config: EngineConfig) -> None:
@@ -150,7 +160,7 @@ class Zero3Engine(TrainEngine):
 
     def step(self, *, skip: bool = False) -> StepResult:
         """Clip, update the partitions, advance the schedule."""
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = base_lr(self.optimizer)
         if skip:
             self._spoil_gradient()
         skipped = self.engine.skipped_steps
@@ -219,6 +229,13 @@ class Zero3Engine(TrainEngine):
             problem for found in self.gather([foreign_code(path) for path in mine]) for problem in found if problem
         ]:
             raise CheckpointError(problems[0])
+        for path in mine:
+            if path.name.endswith(_MODEL_STATES):
+                content = torch.load(
+                    path, map_location="cpu", mmap=True, weights_only=False
+                )  # held to be harmless above
+                saved, ours = content["param_shapes"], self.engine._get_zero_param_shapes()
+                check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
         with keep_hyperparameters(self.optimizer, self.schedule):
             loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if loaded is None:

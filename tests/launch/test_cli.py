@@ -135,7 +135,7 @@ def test_the_training_script_refuses_a_bad_config(tmp_path: Path):
     good = {"run_dir": str(tmp_path / "run"), "model": {"config": MAMBA2}, "data": {"path": str(shards)}}
     script = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(file)]
     for section, expected in (
-        ({"train": {"num_steps": 2, "steps": 3}}, "unknown key 'train.steps'; allowed here: keep_last, num_steps"),
+        ({"train": {"num_steps": 2, "steps": 3}}, "unknown key 'train.steps'; allowed here: hang_minutes, keep_every"),
         ({"train": {"num_steps": "many"}}, 'Parser key "train.num_steps"'),
     ):
         file.write_text(json.dumps({**good, **section}))

@@ -18,6 +18,7 @@ from statex_dist.run import claim, train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
 from statex_dist.train.signals import StopRequest
+from statex_dist.train.status import read_status
 from tests.runs import GLA, MAMBA2, expanded, losses, make_shards, save_model, write_run
 
 
@@ -287,3 +288,41 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, shards: Path):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_hash": "0" * 32}))
     with pytest.raises(DataError, match="was made with another tokenizer"):
         train(load(tmp_path, copy, name="other", model={"path": str(model)}))
+
+
+@pytest.mark.parametrize("change", [["--optimizer.lr_factors", "{mix: 2.0}"], ["--optimizer.freeze", "[lm_head]"]])
+def test_other_parameter_groups_are_refused_on_resume(tmp_path: Path, shards: Path, change: list[str]):
+    model = {"path": str(save_model(expanded(GLA), tmp_path / "model"))}
+    assert train(load(tmp_path, shards, model=model))
+    with pytest.raises(CheckpointError, match=r"parameters in other groups; optimizer.train, optimizer.freeze"):
+        train(load(tmp_path, shards, "--train.num_steps", "8", *change, model=model))
+
+
+def test_the_state_of_a_run_can_be_read_while_and_after_it_runs(tmp_path: Path, shards: Path, monkeypatch):
+    config = load(tmp_path, shards)
+    run, step, seen = Path(config.run_dir), PlainEngine.step, []
+
+    def look(self, **kwargs):
+        seen.append(read_status(run))
+        return step(self, **kwargs)
+
+    monkeypatch.setattr(PlainEngine, "step", look)
+    assert train(config)
+    assert {(status.state, status.step) for status in seen} == {("running", 0)}
+    assert read_status(run).state == "complete"
+    explode_in(monkeypatch, set(range(1, 20)), float("nan"))
+    with pytest.raises(StateXError):
+        train(load(tmp_path, shards, "--train.num_steps", "12"))
+    failed = read_status(run)
+    assert (failed.state, failed.exit_code, failed.step) == ("failed", 1, 9)
+    assert "the gradient norm is nan at step 10" in failed.message
+
+
+def test_random_states_go_on(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards)
+    torch.manual_seed(5)
+    assert train(config)
+    expected = torch.rand(3)
+    torch.manual_seed(6)
+    assert train(load(tmp_path, shards))
+    assert torch.equal(torch.rand(3), expected)
