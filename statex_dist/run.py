@@ -169,6 +169,12 @@ def _train(
                 report.seq_len,
             )
     if config.train.hang_minutes:
+        if config.train.hang_minutes >= config.engine.timeout_minutes:
+            logger.warning(
+                "train.hang_minutes=%g is not below engine.timeout_minutes=%g: collectives give up before the "
+                "stacks of a hung rank are written",
+                *(config.train.hang_minutes, config.engine.timeout_minutes),
+            )
         observers.watchdog = Watchdog(60 * config.train.hang_minutes, run_dir / STACKS_DIR, engine.rank)
     batches = iter(loader)
     trainer = Trainer(

@@ -39,7 +39,7 @@ from statex_dist.checkpoint.manifest import (
 )
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.snapshot import FileWriter, HostCopy, WriteErrors, remove_tree
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, StateXError
 
 logger = logging.getLogger(__name__)
 
@@ -238,8 +238,9 @@ class Checkpoints:
         if self.engine.rank == 0:
             try:
                 outcome = (action(), None)
-            except (CheckpointError, OSError) as error:
-                outcome = (None, str(error))
+            except (StateXError, OSError, ValueError) as error:
+                # Whatever a damaged file makes of itself: the others wait for an answer.
+                outcome = (None, f"{self.directory}: {error}" if isinstance(error, ValueError) else str(error))
         return self.engine.broadcast(outcome)
 
     def _choose(self, damaged: Mapping[str, str]) -> str | None:
@@ -271,7 +272,7 @@ class Checkpoints:
             manifest = Manifest.read(directory)
             for name in sorted(manifest.files)[self.engine.rank :: self.engine.world_size]:
                 manifest.files[name].check(directory / name)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             return str(error)
         return None
 

@@ -68,9 +68,12 @@ class Guard:
             usual = statistics.median(self._norms)
             if grad_norm > self.config.spike_factor * usual:
                 return f"the gradient norm of {grad_norm:.3g} is more than {self.config.spike_factor:g} x {usual:.3g}"
+        return None
+
+    def passed(self, grad_norm: float) -> None:
+        """Remember a step that has been made."""
         self._norms.append(grad_norm)
         self.in_a_row = 0
-        return None
 
     def skip(self, step: int, reason: str, batches: Sequence[PackedBatch]) -> bool:
         """Count a skipped step and keep its batch.
@@ -86,10 +89,15 @@ class Guard:
         self.skipped += 1
         self.in_a_row += 1
         path = self.directory / f"step{step}-rank{self.rank}.pt"
-        self.directory.mkdir(parents=True, exist_ok=True)
         names = ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
         packs = [{name: getattr(pack, name) for name in names} for pack in batches]
-        torch.save({"step": step, "reason": reason, "packs": packs, "loader": batches[-1].loader_state}, path)
+        content = {"step": step, "reason": reason, "packs": packs, "loader": batches[-1].loader_state}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path)
+        except (OSError, RuntimeError) as error:
+            # One rank must not end where the others go on; the batch can be had again from the loader's state.
+            logger.warning("the batch of step %d cannot be kept: %s", step, error)
         if self.rank == 0:
             logger.warning("step %d is skipped: %s (%d in a row); its batch: %s", step, reason, self.in_a_row, path)
         return self.in_a_row <= self.config.max_skipped

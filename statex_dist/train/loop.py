@@ -233,7 +233,9 @@ class Trainer:
             result = self.engine.step(skip=reason is not None)
         if reason is None and not result.updated:
             reason = "DeepSpeed found a gradient that is not finite"
-        if reason is not None:
+        if reason is None:
+            self.guard.passed(grad_norm)
+        else:
             self._skip(batch, reason)
         self.step += 1
         return {
