@@ -247,7 +247,8 @@ def _estimate(
         geometry = config.layer_geometry(layer)
         whole = width * tokens * widths[layer] + 4 * -(-tokens // geometry.chunk_size) * geometry.numbers
         expanded = config.statex is not None and config.statex.get(layer) is not None
-        if settings.activation_checkpointing == "block" or (settings.activation_checkpointing == "expanded" and expanded):
+        policy = settings.activation_checkpointing
+        if policy == "block" or (policy == "expanded" and expanded):
             kept += width * tokens * config.hidden_size
             again.append(whole)
         else:

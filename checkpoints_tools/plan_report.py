@@ -1,16 +1,7 @@
-"""What an expansion costs, before anything is done.
+"""What an expansion costs, before anything is done: states, parameters, FLOPs and the memory of training.
 
-Memory of training under ZeRO-3, per rank, for ``P`` parameters on ``W`` ranks and ``T`` tokens a rank:
-
-* states: ``16 P / W`` bytes: bf16 parameters 2, bf16 gradients 2, fp32 master weights 4, Adam moments 8;
-* gathered: ``4`` bytes per parameter of the largest layer (or of the embeddings): whole weights and whole gradients;
-* activations, with every layer checkpointed: ``2 T hidden`` bytes at each layer's input, and for the one layer that is
-  recomputed ``2 T (rows + columns)`` of each of its matrices and ``4 T / C`` times its state numbers (the states at the
-  borders of chunks of ``C`` tokens);
-* logits: ``12 T vocab`` bytes: bf16 logits and their gradient, and both once more in fp32.
-
-FLOPs are those of a forward pass for one token: ``2`` per element of every matrix that multiplies it, and the scan's.
-These are estimates to plan with: allocator slack, communication buffers and kernels' workspaces come on top.
+FLOPs are those of a forward pass for one token (:mod:`statex_dist.models.flops`); memory is that of one rank under
+ZeRO-3 (:mod:`checkpoints_tools.plan_memory`).
 """
 
 from __future__ import annotations
@@ -18,12 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from statex_dist.errors import ConfigError
+from checkpoints_tools.plan_memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import Family, family_of
-from statex_dist.models.layout import TensorSpec
+from statex_dist.models.flops import forward_flops_per_token
+from statex_dist.models.kinds import family_of
 
-STATE_BYTES_PER_PARAMETER = 16
 _THOUSAND_TOKENS = 1024
 
 
@@ -37,21 +27,6 @@ class LayerState:
     numbers_after: int
     bytes_before: int
     bytes_after: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingMemory:
-    """Bytes per rank; the module's docstring has the formulas."""
-
-    states: int
-    gathered: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.states + self.gathered + self.activations + self.logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +47,7 @@ class PlanReport:
 
     Attributes:
         model_type: Family of the model.
-        world_size: Ranks that share the training states.
-        seq_len: Tokens a rank holds at once.
+        training: The run that memory is predicted for.
         layers: Every layer's state.
         before: Figures of the model as it is.
         after: Figures of the expanded model.
@@ -82,8 +56,7 @@ class PlanReport:
     """
 
     model_type: str
-    world_size: int
-    seq_len: int
+    training: TrainingSettings
     layers: tuple[LayerState, ...]
     before: ModelCost
     after: ModelCost
@@ -94,7 +67,7 @@ class PlanReport:
         """Return plain containers for JSON."""
         values = asdict(self)
         for side in ("before", "after"):
-            values[side]["memory"]["total"] = getattr(self, side).memory.total
+            values[side]["memory"] = getattr(self, side).memory.to_dict()
         return values
 
 
@@ -108,21 +81,21 @@ def forget_threshold(state_numbers: int) -> int | None:
     return int(thousands * _THOUSAND_TOKENS) if thousands > 0 else None
 
 
-def report_plan(before: ModelConfig, after: ModelConfig, *, world_size: int = 1, seq_len: int = 65536) -> PlanReport:
+def report_plan(
+    before: ModelConfig,
+    after: ModelConfig,
+    training: TrainingSettings | None = None,
+    count_activations: CountActivations | None = None,
+) -> PlanReport:
     """Return the costs of expanding ``before`` into ``after``.
 
     Args:
         before: The model as it is.
         after: The model with its plan.
-        world_size: Ranks that share the training states.
-        seq_len: Tokens a rank holds at once in training.
-
-    Raises:
-        ConfigError: ``world_size`` or ``seq_len`` is below 1.
+        training: The run to predict the memory of.
+        count_activations: Counts activations instead of the estimate for GPU kernels.
     """
-    for name, value in (("--world-size", world_size), ("--seq-len", seq_len)):
-        if value < 1:
-            raise ConfigError(f"{name} must be 1 or more, not {value}")
+    training = training or TrainingSettings()
     layers = []
     for layer in before.recurrent_layers:
         old, new = before.layer_geometry(layer), after.layer_geometry(layer)
@@ -137,63 +110,35 @@ def report_plan(before: ModelConfig, after: ModelConfig, *, world_size: int = 1,
                 bytes_after=new.state_bytes,
             )
         )
-    cost = _cost(after, world_size, seq_len)
+    cost = _cost(after, training, count_activations)
     warning = None
-    if cost.forget_tokens and seq_len < cost.forget_tokens:
+    if cost.forget_tokens and training.seq_len < cost.forget_tokens:
         warning = (
-            f"--seq-len {seq_len} is below the forget threshold of {cost.forget_tokens} tokens for "
+            f"--seq-len {training.seq_len} is below the forget threshold of {cost.forget_tokens} tokens for "
             f"{cost.state_numbers / 1e6:.1f} M state numbers: the model may not learn to forget and can collapse "
             "beyond its training length (Stuffed Mamba, arXiv 2410.07145; a law fitted on Mamba-2)"
         )
     return PlanReport(
         model_type=before.MODEL_TYPE,
-        world_size=world_size,
-        seq_len=seq_len,
+        training=training,
         layers=tuple(layers),
-        before=_cost(before, world_size, seq_len),
+        before=_cost(before, training, count_activations),
         after=cost,
         warning=warning,
         mixed=before.is_mixed,
     )
 
 
-def _cost(config: ModelConfig, world_size: int, seq_len: int) -> ModelCost:
-    family = family_of(config.MODEL_TYPE)
-    specs = family.tensors(config)
+def _cost(config: ModelConfig, training: TrainingSettings, count_activations: CountActivations | None) -> ModelCost:
+    specs = family_of(config.MODEL_TYPE).tensors(config)
     geometries = [config.layer_geometry(layer) for layer in config.recurrent_layers]
     parameters = sum(spec.numel for spec in specs.values())
     numbers = sum(geometry.numbers for geometry in geometries)
-    matrices = sum(spec.numel for spec in specs.values() if spec.trunk and len(spec.shape) >= 2)
     return ModelCost(
         state_numbers=numbers,
         state_bytes=sum(geometry.state_bytes for geometry in geometries),
         parameters=parameters,
-        flops_per_token=2 * matrices + sum(geometry.scan_flops for geometry in geometries),
-        memory=_memory(family, config, specs, world_size, seq_len),
+        flops_per_token=forward_flops_per_token(config),
+        memory=training_memory(config, training, count_activations),
         forget_tokens=forget_threshold(numbers),
-    )
-
-
-def _memory(
-    family: Family, config: ModelConfig, specs: dict[str, TensorSpec], world_size: int, seq_len: int
-) -> TrainingMemory:
-    parameters = sum(spec.numel for spec in specs.values())
-    layer_parameters = [0] * config.num_hidden_layers
-    layer_widths = [0] * config.num_hidden_layers
-    for name, spec in specs.items():
-        if place := family.names.split(name):
-            layer_parameters[place[0]] += spec.numel
-            if len(spec.shape) == 2:
-                layer_widths[place[0]] += sum(spec.shape)
-    working = []
-    for layer in config.recurrent_layers:
-        width = layer_widths[layer]
-        geometry = config.layer_geometry(layer)
-        chunks = -(-seq_len // geometry.chunk_size)
-        working.append(2 * seq_len * width + 4 * chunks * geometry.numbers)
-    return TrainingMemory(
-        states=-(-STATE_BYTES_PER_PARAMETER * parameters // world_size),
-        gathered=4 * max(*layer_parameters, specs[family.names.embeddings].numel),
-        activations=2 * seq_len * config.hidden_size * config.num_hidden_layers + max(working),
-        logits=12 * seq_len * config.vocab_size,
     )

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser
 
+from statex_dist.errors import ConfigError
 from statex_dist.state.plan import Op
 
 if TYPE_CHECKING:
+    from checkpoints_tools.plan_memory import TrainingMemory, TrainingSettings
     from checkpoints_tools.plan_options import PlanOptions
+    from statex_dist.models.config import ModelConfig
 
 
+_OF_ENGINE = (
+    *("precision", "activation_checkpointing", "loss_chunk_tokens", "segment_tokens", "offload_optimizer"),
+    *("offload_parameters", "param_persistence_threshold", "sub_group_size"),
+)
 RECIPE_NAMES = "statex-paper-gla, statex-paper-merge, statex-paper-mamba4, statex-paper-merge-copy"
 
 
@@ -52,10 +60,25 @@ def plan_options(args: Any) -> PlanOptions:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex plan`` to ``parser``."""
-    parser.add_argument("model_dir", type=str, metavar="MODEL_DIR", help="directory with the model's config.json")
+    parser.add_argument(
+        "model_dir", type=str | None, nargs="?", metavar="MODEL_DIR", help="directory with the model's config.json"
+    )
     add_plan_options(parser)
+    parser.add_argument("--config", type=str | None, default=None, help="a run's YAML, for what is not given below")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that share the training states (ZeRO-3)")
-    parser.add_argument("--seq-len", type=int, default=65536, help="tokens of a training sequence on one rank")
+    for name, kind, text in (
+        ("seq-len", int, "tokens of a packed sequence (default 65536)"),
+        ("context", int, "ranks that share a packed sequence (default 1)"),
+        ("precision", str, "bf16 or fp32 (default bf16)"),
+        ("activation-checkpointing", str, "none, block or expanded (default none)"),
+        ("loss-chunk-tokens", int, "tokens whose logits are held at once, 0 for all (default 8192)"),
+        ("segment-tokens", int, "tokens that are run at once, 0 for the whole sequence (default 0)"),
+        ("accumulation", int, "packed sequences per rank and step (default 1)"),
+        ("offload-optimizer", str, "none, cpu or nvme (default none)"),
+        ("offload-parameters", str, "none, cpu or nvme (default none)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
+    parser.add_argument("--device", type=str, default="cuda", help="cuda (kernels) or cpu (PyTorch scans, gloo)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -68,20 +91,63 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options are wrong or do not fit the model.
     """
-    from checkpoints_tools.plan_options import plan_model
+    from checkpoints_tools.plan_options import PlanOptions, plan_model
     from checkpoints_tools.plan_report import report_plan
     from statex_dist.models.kinds import read_config
 
     options = plan_options(args)
-    before = read_config(Path(args.model_dir))
-    after = plan_model(before, options)
-    report = report_plan(before, after, world_size=args.world_size, seq_len=args.seq_len)
+    training, model_dir = _training(args)
+    before = read_config(Path(model_dir))
+    # A run's model is taken as it is, unless an expansion is asked for.
+    after = before if args.config is not None and options == PlanOptions() else plan_model(before, options)
+    report = report_plan(before, after, training, count_activations if training.device == "cpu" else None)
     if args.json:
-        assert after.statex is not None
-        sys.stdout.write(json.dumps({**report.to_dict(), "plan": after.statex.to_dict()}) + "\n")
+        plan = after.statex.to_dict() if after.statex is not None else None
+        sys.stdout.write(json.dumps({**report.to_dict(), "plan": plan}) + "\n")
     else:
         _print(report)
     return 0
+
+
+def _training(args: Any) -> tuple[TrainingSettings, str]:
+    """Return the run to plan for, and the model's directory."""
+    from checkpoints_tools.plan_memory import TrainingSettings
+
+    values: dict[str, Any] = {}
+    model_dir = args.model_dir
+    if args.config is not None:
+        from statex_dist.config import parse_config
+        from statex_dist.run_config import RunConfig
+
+        run = parse_config(RunConfig, ["--config", args.config], prog="statex plan")
+        engine = run.engine
+        model_dir = model_dir or run.model.path
+        values = {
+            "seq_len": max(stage.seq_len for stage in run.data.stages()),
+            "context": run.parallel.context,
+            "accumulation": run.accumulation_steps(args.world_size),
+            "save_async": run.train.save_async,
+            **{name: getattr(engine, name) for name in _OF_ENGINE},
+        }
+    if model_dir is None:
+        raise ConfigError("give MODEL_DIR, or --config with a run's YAML that has model.path")
+    names = ("seq_len", "context", "accumulation", *_OF_ENGINE)
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    return TrainingSettings(world_size=args.world_size, device=args.device, **(values | given)), model_dir
+
+
+def count_activations(config: ModelConfig, training: TrainingSettings) -> int:
+    """Return the bytes of activations of a pass on a CPU."""
+    from statex_dist.models.activations import activation_bytes
+
+    return activation_bytes(
+        config,
+        num_tokens=training.tokens,
+        precision=training.precision,
+        recompute=training.activation_checkpointing,
+        loss_chunk_tokens=training.loss_chunk_tokens,
+        carried=training.carried,
+    )
 
 
 def _print(report: Any) -> None:
@@ -102,8 +168,8 @@ def _print(report: Any) -> None:
             size(row.bytes_after),
         )
     console.print(layers)
-    before, after = report.before, report.after
-    totals = Table(title=f"The model, and training it on {report.world_size} rank(s) at {report.seq_len} tokens a rank")
+    before, after, run = report.before, report.after, report.training
+    totals = Table(title=f"The model, and training it on {run.world_size} rank(s), {run.tokens} tokens at once on each")
     for name in ("", "before", "after", "change"):
         totals.add_column(name, justify="right" if name else "left")
     for label, old, new, shown in (
@@ -111,20 +177,33 @@ def _print(report: Any) -> None:
         ("state bytes", before.state_bytes, after.state_bytes, size),
         ("parameters", before.parameters, after.parameters, "{:,}".format),
         ("forward FLOPs per token", before.flops_per_token, after.flops_per_token, "{:,}".format),
-        ("memory: training states", before.memory.states, after.memory.states, size),
-        ("memory: gathered layer", before.memory.gathered, after.memory.gathered, size),
-        ("memory: activations", before.memory.activations, after.memory.activations, size),
-        ("memory: logits", before.memory.logits, after.memory.logits, size),
-        ("memory per rank, estimate", before.memory.total, after.memory.total, size),
+        *_memory_rows(before.memory, after.memory),
     ):
         totals.add_row(label, shown(old), shown(new), f"{100 * (new / old - 1):+.1f} %" if old else "")
     console.print(totals)
+    if run.device == "cuda":
+        console.print("GPU memory of activations is an estimate; host memory is that of each rank, not of a machine")
     if report.mixed:
         console.print("parameters, FLOPs and memory leave out the layers of another kind, which are passed through")
     if after.forget_tokens:
         console.print(f"forget threshold: {after.forget_tokens:,} tokens after expansion (a law fitted on Mamba-2)")
     if report.warning:
         console.print(f"warning: {report.warning}", style="yellow")
+
+
+def _memory_rows(before: TrainingMemory, after: TrainingMemory) -> Iterator[tuple[str, int, int, Callable[[int], str]]]:
+    """Yield the rows of memory per rank: what is held, what a pass adds, each phase, the peak."""
+    for title, old, new in (
+        ("held", before.parts, after.parts),
+        ("of a pass", before.passing, after.passing),
+        ("at", before.phases, after.phases),
+        ("peak", {"": before.peak}, {"": after.peak}),
+    ):
+        for name, share in old.items():
+            for place, label in (("device", "GPU"), ("host", "host")):
+                values = getattr(share, place), getattr(new[name], place)
+                if any(values):
+                    yield f"{label} memory, {title} {name}".rstrip(), *values, size
 
 
 def size(count: int) -> str:

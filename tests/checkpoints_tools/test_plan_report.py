@@ -1,5 +1,6 @@
 import pytest
 
+from checkpoints_tools.plan_memory import TrainingSettings, training_memory
 from checkpoints_tools.plan_options import PlanOptions, plan_model
 from checkpoints_tools.plan_report import forget_threshold, report_plan
 from statex_dist.errors import ConfigError
@@ -18,26 +19,28 @@ GLA_1B = {
 
 def test_the_papers_gla():
     before = config_from_dict(GLA_1B)
-    report = report_plan(before, plan_model(before), world_size=8)
+    report = report_plan(before, plan_model(before), TrainingSettings(world_size=8))
     assert report.before.state_numbers == 24 * 4 * 256 * 512
     assert report.after.state_numbers == report.before.state_numbers * 3 // 2
     assert [row.layer for row in report.layers if row.expansion] == [0, 6, 12, 18]
     # The paper's table: no new parameter but the norms of the merged values.
     assert report.after.parameters - report.before.parameters == 4 * (2048 - 512)
-    assert report.before.memory.states == 16 * report.before.parameters // 8
+    parts = report.before.memory.parts
+    states = sum(parts[name].device for name in ("master weights", "moments", "gradients"))
+    assert states == pytest.approx(14 * report.before.parameters / 8, rel=1e-6)
     assert 91 < report.after.forget_tokens / 1024 < 94
     assert report.warning is not None
     assert "Mamba-2" in report.warning
-    assert report_plan(before, plan_model(before), seq_len=131072).warning is None
+    assert report_plan(before, plan_model(before), TrainingSettings(seq_len=131072)).warning is None
     # 2 FLOPs a parameter and token, embeddings not counted, and the scan on top.
     assert report.before.flops_per_token > 2 * (report.before.parameters - 32000 * 2048 - 24 * 10000)
-    assert report.to_dict()["after"]["memory"]["total"] == report.after.memory.total
+    assert report.to_dict()["after"]["memory"]["peak"]["device"] == report.after.memory.peak.device
 
 
 @pytest.mark.parametrize("values", [GLA, MAMBA2])
 def test_small_models_have_no_threshold(values):
     before = config_from_dict(values)
-    report = report_plan(before, plan_model(before, PlanOptions(factor=2)), seq_len=128)
+    report = report_plan(before, plan_model(before, PlanOptions(factor=2)), TrainingSettings(seq_len=128))
     assert report.after.forget_tokens is None
     assert report.warning is None
     assert report.after.state_numbers > report.before.state_numbers
@@ -48,8 +51,40 @@ def test_threshold_is_the_fitted_law():
     assert forget_threshold(100) is None
 
 
-@pytest.mark.parametrize("options", [{"world_size": 0}, {"seq_len": 0}])
-def test_refuses_nonsense(options):
-    config = config_from_dict(GLA)
-    with pytest.raises(ConfigError, match="1 or more"):
-        report_plan(config, plan_model(config), **options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"world_size": 0}, "--world-size must be 1 or more, not 0"),
+        ({"seq_len": 0}, "--seq-len must be 1 or more"),
+        ({"segment_tokens": -1}, "--segment-tokens must be 0 or more"),
+        ({"precision": "fp16"}, "--precision must be one of bf16, fp32, not 'fp16'"),
+        ({"world_size": 4, "context": 3}, "--context 3 does not divide --world-size 4"),
+    ],
+)
+def test_refuses_nonsense(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainingSettings(**options)
+
+
+def test_what_each_setting_saves():
+    config = config_from_dict(GLA_1B)
+
+    def memory(**options):
+        return training_memory(config, TrainingSettings(world_size=8, **options))
+
+    plain = memory()
+    assert memory(offload_optimizer="cpu").peak.device < plain.peak.device
+    held = memory(offload_optimizer="cpu", offload_parameters="cpu").parts
+    assert all(held[name].device == 0 for name in ("master weights", "moments", "gradients"))
+    assert held["moments"].host == plain.parts["moments"].device
+    block, chunks = memory(activation_checkpointing="block").passing, memory(loss_chunk_tokens=1024).passing
+    assert block["activations"].device < plain.passing["activations"].device / 4
+    assert chunks["logits"].device * 8 == plain.passing["logits"].device
+    assert memory(segment_tokens=8192).passing["activations"].device * 8 == plain.passing["activations"].device
+    assert memory(context=8).passing["activations"].device * 8 == plain.passing["activations"].device
+    assert memory(accumulation=2).parts["gradients"].device == 2 * plain.parts["gradients"].device
+    saved = memory(save_async=True).phases["update"]
+    assert saved.host == pytest.approx(12 * 1.4e9 / 8, rel=0.1)
+    cpu = memory(device="cpu", precision="fp32")
+    assert cpu.peak.device == 0
+    assert cpu.parts["master weights"].host == 0

@@ -1,0 +1,53 @@
+"""DeepSpeed's configuration as our settings make it, read by DeepSpeed itself."""
+
+from __future__ import annotations
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from statex_dist.engine.base import EngineConfig
+from statex_dist.engine.ds_config import deepspeed_config
+from statex_dist.errors import ConfigError
+
+
+def made(accumulation_steps: int = 1, **settings):
+    return deepspeed_config(EngineConfig(**settings), gradient_clipping=1.0, accumulation_steps=accumulation_steps)
+
+
+@pytest.mark.parametrize("place", ["none", "cpu", "nvme"])
+def test_offloading(place: str):
+    path = {"nvme_path": "/mnt/nvme"} if place == "nvme" else {}
+    settings = made(offload_optimizer=place, offload_parameters=place, **path)["zero_optimization"]
+    zero = DeepSpeedZeroConfig(**settings)
+    if place == "none":
+        assert zero.offload_optimizer is zero.offload_param is None
+        return
+    for section in (zero.offload_optimizer, zero.offload_param):
+        assert section.device == place
+        assert str(section.nvme_path or "") == path.get("nvme_path", "")
+
+
+def test_only_one_part_is_offloaded():
+    zero = DeepSpeedZeroConfig(**made(offload_optimizer="nvme", nvme_path="/mnt/nvme")["zero_optimization"])
+    assert zero.offload_optimizer.device == "nvme"
+    assert zero.offload_param is None
+
+
+def test_gradients_are_summed_in_fp32():
+    assert made()["data_types"] == {}
+    assert made(accumulation_steps=2)["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert made(segment_tokens=64)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"offload_optimizer": "nvme"}, "needs engine.nvme_path"),
+        ({"nvme_path": "/mnt"}, "nothing is offloaded to nvme"),
+        ({"name": "plain", "precision": "fp32", "offload_parameters": "cpu"}, "need engine.name zero3"),
+        ({"loss_chunk_tokens": -1}, "engine.loss_chunk_tokens must be 0 or more, not -1"),
+    ],
+)
+def test_what_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
