@@ -101,7 +101,7 @@ class TrainingSettings:
         for name, allowed in (
             ("precision", ("bf16", "fp32")),
             ("activation_checkpointing", ("none", "block", "expanded")),
-            ("offload_optimizer", get_args(Place)),
+            ("offload_optimizer", ("none", "cpu")),
             ("offload_parameters", get_args(Place)),
             ("device", ("cuda", "cpu")),
         ):

@@ -74,7 +74,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("loss-chunk-tokens", int, "tokens whose logits are held at once, 0 for all (default 8192)"),
         ("segment-tokens", int, "tokens that are run at once, 0 for the whole sequence (default 0)"),
         ("accumulation", int, "packed sequences per rank and step (default 1)"),
-        ("offload-optimizer", str, "none, cpu or nvme (default none)"),
+        ("offload-optimizer", str, "none or cpu (default none)"),
         ("offload-parameters", str, "none, cpu or nvme (default none)"),
     ):
         parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)

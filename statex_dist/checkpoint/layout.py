@@ -37,7 +37,6 @@ STACKS_DIR = "stacks"
 
 _TAG = re.compile(r"global_step(\d+)(?:-ranks([1-9]\d*))?", flags=re.ASCII)
 _RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt$")
-_OFFLOADED_FILE = re.compile(r"offloaded_tensors/rank(\d+)/")
 
 
 def tag_of(step: int, ranks: int | None = None) -> str:
@@ -58,8 +57,8 @@ def ranks_of(tag: str) -> int | None:
 
 
 def rank_of(file_name: str) -> int | None:
-    """Return the rank that wrote a ZeRO file (its path relative to the tag), or None for any other file."""
-    match = _RANK_FILE.match(file_name) or _OFFLOADED_FILE.match(file_name)
+    """Return the rank that wrote a ZeRO file, or None for any other file."""
+    match = _RANK_FILE.match(file_name)
     return int(match[1]) if match else None
 
 

@@ -37,9 +37,9 @@ class EngineConfig:
             go on from one to the next, gradients do not (truncated BPTT). 0 runs it whole.
         param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements whole on every rank.
         sub_group_size: Elements that ZeRO-3's optimizer updates at once, per rank.
-        offload_optimizer: Where ZeRO-3 keeps optimizer states and master weights instead of the GPU: ``none``, ``cpu``
-            or ``nvme``.
-        offload_parameters: The same of the parameters.
+        offload_optimizer: Where ZeRO-3 keeps optimizer states and master weights instead of the GPU: ``none`` or
+            ``cpu``.
+        offload_parameters: The same of the parameters, which may go to ``nvme`` too.
         nvme_path: Directory on a local disk, for ``nvme``.
         timeout_minutes: After which a collective gives up on a dead peer.
     """
@@ -68,6 +68,11 @@ class EngineConfig:
         places = {self.offload_optimizer, self.offload_parameters}
         if self.name == "plain" and places != {"none"}:
             raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name zero3")
+        if self.offload_optimizer == "nvme":
+            raise ConfigError(
+                "engine.offload_optimizer nvme is refused: DeepSpeed 0.19 does not restore such a run from its "
+                "checkpoint (it goes on with the wrong weights); use cpu. engine.offload_parameters may be nvme"
+            )
         if "nvme" in places and self.nvme_path is None:
             raise ConfigError("engine: offloading to nvme needs engine.nvme_path, a directory on a local disk")
         if self.nvme_path is not None and "nvme" not in places:

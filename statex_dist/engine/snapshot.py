@@ -118,11 +118,10 @@ class FileWriter:
                 path.unlink(missing_ok=True)  # a part of a file only takes up the disk that is full
                 raise
         records = {}
-        for path in sorted(self._directory.rglob("*")):
-            name = path.relative_to(self._directory).as_posix()
-            owner = rank_of(name)
+        for path in sorted(self._directory.iterdir()):
+            owner = rank_of(path.name)
             if path.is_file() and (owner == self._rank or (self._rank == 0 and owner is None)):
-                records[name] = asdict(record_file(path))
+                records[path.name] = asdict(record_file(path))
         return records
 
 

@@ -209,7 +209,7 @@ class Zero3Engine(TrainEngine):
             dist.destroy_process_group()
 
     def capture(self, directory: Path, client_state: Mapping[str, Any]) -> list[tuple[Path, Any]]:
-        """Return what DeepSpeed would write for this rank; tensors swapped to NVMe are copied into ``directory``."""
+        """Return what DeepSpeed would write for this rank."""
         self.engine.checkpoint_engine.files = []
         self.engine.save_checkpoint(
             str(directory.parent), tag=directory.name, client_state=dict(client_state), save_latest=False
