@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class _Bench:
         }
 
     def context(self) -> dict[str, Callable[[], Block]]:
-        group = ContextGroup.join(dist.get_world_size())
+        group = ContextGroup.join(dist.get_world_size(), timeout=timedelta(minutes=5))
         return {"data parallel": self._bare, "context parallel": lambda: self._split(group)}
 
     def _bare(self) -> Block:

@@ -45,6 +45,13 @@ def fit_world_size(checkpoints: Path, tag: str, world_size: int) -> str:
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged or of one process, or the disk is full.
     """
+    try:
+        return _fit(checkpoints, tag, world_size)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoints / tag} cannot be cut for {world_size} ranks: {error}") from None
+
+
+def _fit(checkpoints: Path, tag: str, world_size: int) -> str:
     step = step_of(tag)
     assert step is not None, tag
     assert world_size >= 1, world_size

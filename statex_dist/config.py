@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -107,6 +108,23 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
         raise ConfigError(f"{prog}: {one_line(error)}") from None
     values.pop("config", None)
     return cls(**values)
+
+
+def check_finite(config: Any, section: str) -> None:
+    """Raise if a number of a configuration is not finite: comparisons with NaN would let it pass.
+
+    Args:
+        config: A dataclass.
+        section: Its name in the configuration, for the message.
+
+    Raises:
+        ConfigError: It is NaN or infinite.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{section}.{field.name} must be a finite number, not {number}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

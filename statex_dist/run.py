@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -168,14 +169,16 @@ def _train(
                 report.documents_per_pack,
                 report.seq_len,
             )
-    if config.train.hang_minutes:
-        if config.train.hang_minutes >= config.engine.timeout_minutes:
+    minutes, limit = config.train.hang_minutes, config.engine.timeout_minutes
+    if minutes is None or minutes > 0:
+        if minutes is not None and minutes >= limit:
             logger.warning(
                 "train.hang_minutes=%g is not below engine.timeout_minutes=%g: collectives give up before the "
                 "stacks of a hung rank are written",
-                *(config.train.hang_minutes, config.engine.timeout_minutes),
+                *(minutes, limit),
             )
-        observers.watchdog = Watchdog(60 * config.train.hang_minutes, run_dir / STACKS_DIR, engine.rank)
+        seconds = 60 * (limit * 2 / 3 if minutes is None else minutes)
+        observers.watchdog = Watchdog(seconds, run_dir / STACKS_DIR, engine.rank)
     batches = iter(loader)
     trainer = Trainer(
         engine,
@@ -207,7 +210,10 @@ def _train(
 
 def _write_status(run_dir: Path, engine: TrainEngine, state: State, step: int) -> None:
     exit_code = {"complete": 0, "preempted": EXIT_PREEMPTED}.get(state)
-    write_status(run_dir, RunStatus(state=state, step=step, world_size=engine.world_size, exit_code=exit_code))
+    try:
+        write_status(run_dir, RunStatus(state=state, step=step, world_size=engine.world_size, exit_code=exit_code))
+    except OSError as error:
+        logger.warning("the status of %s is not written: %s", run_dir, error)
 
 
 def build_model(config: RunConfig) -> RecurrentLM:
@@ -314,7 +320,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
         env=env,
         gradient_clipping=clipping,
         accumulation_steps=accumulation_steps,
-        context=ContextGroup.join(config.parallel.context),
+        context=ContextGroup.join(config.parallel.context, timeout=timedelta(minutes=config.engine.timeout_minutes)),
     )
 
 

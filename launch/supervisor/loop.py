@@ -64,6 +64,10 @@ class Verdict:
     exit_code: int | None = None
 
 
+def _signal_name(number: int) -> str:
+    return next((known.name for known in signal.Signals if known == number), f"signal {number}")
+
+
 class Supervisor:
     """Watches one run.
 
@@ -235,7 +239,8 @@ class Supervisor:
         reason = self._reason(status, code)
         if self.stop.received:
             return Verdict(f"told to stop, and not saved ({reason})", EXIT_PREEMPTED)
-        if status is not None and status.exit_code == _WRONG_USAGE and (status.step or 0) <= max(before, 0):
+        # A run that has got somewhere was not wrong: a disk or a network is away for a while.
+        if status is not None and status.exit_code == _WRONG_USAGE and before <= 0 and not status.step:
             return Verdict(f"{reason}; to start it again would not help", _WRONG_USAGE)
         return Verdict(reason)
 
@@ -243,7 +248,7 @@ class Supervisor:
         if code is None:
             ended = f"the ranks did not end within {self.policy.grace:.0f} s"
         elif code < 0:
-            ended = f"launcher ended by {signal.Signals(-code).name}"
+            ended = f"launcher ended by {_signal_name(-code)}"
         else:
             ended = f"launcher exit code {code}"
         if status is not None and status.state == "failed":

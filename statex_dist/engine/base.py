@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from statex_dist.config import check_finite
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.timing import PhaseTimer
@@ -57,6 +58,7 @@ class EngineConfig:
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
+        check_finite(self, "engine")
         if self.name == "plain" and self.precision != "fp32":
             raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
         for name in ("sub_group_size", "timeout_minutes"):
@@ -168,9 +170,11 @@ class TrainEngine(ABC):
         return self.sum([float(torch.stack(losses).double().sum())])[0] / total
 
     def state_norms(self) -> dict[str, float]:
-        """Return the root mean square of each layer's state at the end of this rank's last observed pack, by layer."""
-        assert self.carried.observed is not None
-        return {str(layer): float(square) ** 0.5 for layer, square in enumerate(self.carried.observed)}
+        """Return the root mean square of each layer's state after the last document of this rank's last pack.
+
+        By layer; empty where it was not observed, or is not known (padding behind it, in a pack over several ranks).
+        """
+        return {str(layer): float(square) ** 0.5 for layer, square in enumerate(self.carried.observed or ())}
 
     def peak_memory(self) -> int:
         """Return the most bytes this process held: allocated on the GPU, or resident where there is none."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from statex_dist.data.types import PackedBatch
+from statex_dist.data.types import IGNORE_INDEX, PackedBatch
 from statex_dist.parallel.context import ContextGroup, ContextShare
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class CarriedStates:
         self.context = context
         self._lanes: dict[int, LaneStates] = {}
         self.observed: list[torch.Tensor] | None = None
-        """Mean squares of each layer's recurrent state at the end of the last pack, where it was asked for."""
+        """Mean squares of each layer's state after the last document, where they were asked for and are known."""
 
     def forward_loss(
         self, model: nn.Module, batch: PackedBatch, lane: int, device: torch.device, *, observe: bool = False
@@ -49,18 +49,18 @@ class CarriedStates:
         share, context = batch, None
         if self.context is not None:
             share = batch.slice(*self.context.share(batch.num_tokens))
-            context = ContextShare.of(
-                self.context,
-                cu_seqlens=share.cu_seqlens,
-                opens=share.carried,
-                offset=int(share.position_ids[0, 0]),
-            )
+            context = ContextShare.of(self.context, cu_seqlens=share.cu_seqlens, opens=share.carried)
+        if observe:
+            self.observed = None
         states = None
         kept = self._lanes.pop(lane, None)
         if batch.carried and kept is None:
             logger.warning("no state was kept for lane %d: its document goes on from an empty one", lane)
         elif batch.carried and kept is not None:
             states = _first_of(kept, 1 if context else len(batch.cu_seqlens) - 1, device)
+        # Padding at the end is a sequence of its own; of a pack over several ranks only the state at its end is known.
+        last = _last_sequence(batch)
+        observe = observe and (context is None or last == len(batch.cu_seqlens) - 2)
         share = share.to(device)
         output = model(
             share.input_ids,
@@ -73,11 +73,11 @@ class CarriedStates:
         )
         if batch.goes_on or observe:
             # A document that goes on fills its pack to the end, so its state is the last one.
-            last = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
             if batch.goes_on:
-                self._lanes[lane] = last
+                self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
             if observe:
-                self.observed = [layer[0].double().square().mean() for layer in last]
+                place = 0 if context else last
+                self.observed = [layer[0][place].detach().double().square().mean() for layer in output.states]
         return output.loss_sum
 
     def forget(self) -> None:
@@ -91,6 +91,12 @@ class CarriedStates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self._lanes = {int(lane): [tuple(layer) for layer in layers] for lane, layers in state.items()}
+
+
+def _last_sequence(batch: PackedBatch) -> int:
+    """Return the number of the last sequence of which anything is learned."""
+    learned = batch.seq_idx[batch.labels != IGNORE_INDEX]
+    return int(learned[-1]) if len(learned) else 0
 
 
 def _first_of(kept: LaneStates, sequences: int, device: torch.device) -> LaneStates:

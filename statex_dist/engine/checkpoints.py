@@ -11,6 +11,8 @@ import json
 import logging
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,10 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops."""
+
+_ANSWER_SECONDS = 2.0
+_READ_ATTEMPTS = 3
+_READ_PAUSE_SECONDS = 1.0
 
 Fit = Callable[[Path, str, int], str]
 """Makes of a tag in a directory one for so many ranks, and returns its name."""
@@ -98,7 +104,7 @@ class Checkpoints:
             CheckpointError: The last save failed, or too many in a row.
         """
         if self._pending is not None:
-            self.finish()
+            self.finish(bear=last)  # with room again, the last save may well succeed
         temporary = self._temporary(step)
         problem = None
         if self.engine.rank == 0:
@@ -137,8 +143,12 @@ class Checkpoints:
         """Whether a save waits for :meth:`finish`; the same on all ranks."""
         return self._pending is not None
 
-    def finish(self, *, last: bool = False) -> None:
+    def finish(self, *, last: bool = False, bear: bool = False) -> None:
         """Wait until all ranks have written the pending save, and make it a checkpoint.
+
+        Args:
+            last: Whether there is to be no other.
+            bear: Whether a failure is only said, however many there were.
 
         Raises:
             CheckpointError: The last save failed, or too many in a row.
@@ -154,21 +164,23 @@ class Checkpoints:
             except WriteErrors as error:
                 problem = f"{self.directory / tag_of(step)} cannot be completed: {error}"
         if problem := self.engine.broadcast(problem):
-            self._report_failure(step, problem, last=last)
+            self._report_failure(step, problem, last=last, bear=bear)
             return
         self.failed = 0
         logger.info("saved %s", self.directory / tag_of(step))
         if self.engine.rank == 0:
             prune(self.directory, self.policy)
 
-    def _report_failure(self, step: int, problem: str, *, last: bool) -> None:
+    def _report_failure(self, step: int, problem: str, *, last: bool, bear: bool = False) -> None:
         self.failed += 1
         if self.engine.rank == 0:
             remove_tree(self._temporary(step))
-        if last or self.failed == MAX_FAILED_SAVES:
+        if last or (self.failed >= MAX_FAILED_SAVES and not bear):
+            newest = next(iter(complete_tags(self.directory)), None)
+            whence = "the beginning: nothing has been saved" if newest is None else newest
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be saved: {problem}; free the disk and start again: "
-                "the run goes on from the last complete one"
+                f"the checkpoint of step {step} cannot be saved: {problem}; see to the disk (is it full?) and start "
+                f"again: the run goes on from {whence}"
             )
         logger.error(
             "the checkpoint of step %d is NOT saved (%d of %d failures that are borne): %s",
@@ -192,7 +204,11 @@ class Checkpoints:
                 raise OSError(f"{target} is already complete; a checkpoint is never overwritten")
             shutil.rmtree(target)
         commit_directory(temporary, target)
-        write_durably(self.directory / LATEST_NAME, target.name)
+        try:
+            write_durably(self.directory / LATEST_NAME, target.name)
+        except OSError as error:
+            # The checkpoint is there, and a resume finds it without the marker.
+            logger.warning("%s cannot be written: %s", self.directory / LATEST_NAME, error)
 
     def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint; learning rate, betas and weight decay stay those of this start.
@@ -217,7 +233,10 @@ class Checkpoints:
                 raise CheckpointError(problem)
             if tag is None:
                 return None
-            problems = [text for text in self.engine.gather(self._verify_part(tag)) if text]
+            reports = self.engine.gather(self._verify_part(tag))
+            if unreadable := [text for _, text in reports if text]:
+                raise CheckpointError(f"{unreadable[0]}; that says nothing of what it holds: start again")
+            problems = [text for text, _ in reports if text]
             if not problems:
                 break
             damaged[tag] = problems[0]
@@ -233,15 +252,30 @@ class Checkpoints:
         return client_state
 
     def _on_rank_0(self, action: Callable[[], str | None]) -> tuple[Any, str | None]:
-        """Return what ``action`` returned on rank 0, and why it failed there."""
-        outcome: tuple[str | None, str | None] = (None, None)
-        if self.engine.rank == 0:
+        """Return what ``action`` returned on rank 0, and why it failed there.
+
+        It may take long (a checkpoint is cut anew), so the others hear now and then that it is still at it: no
+        collective waits for longer than a few seconds.
+        """
+        answers: list[tuple[str | None, str | None]] = []
+
+        def act() -> None:
             try:
-                outcome = (action(), None)
-            except (StateXError, OSError, ValueError) as error:
-                # Whatever a damaged file makes of itself: the others wait for an answer.
-                outcome = (None, f"{self.directory}: {error}" if isinstance(error, ValueError) else str(error))
-        return self.engine.broadcast(outcome)
+                answers.append((action(), None))
+            except (StateXError, OSError) as error:
+                answers.append((None, str(error)))
+            except Exception as error:  # whatever a damaged file makes of itself: the others wait for an answer
+                answers.append((None, f"{self.directory}: {error!r}"))
+
+        worker = threading.Thread(target=act, name="resume", daemon=True)
+        if self.engine.rank == 0:
+            worker.start()
+        while True:
+            if self.engine.rank == 0:
+                worker.join(_ANSWER_SECONDS)
+            answer = self.engine.broadcast(answers[0] if answers else None)
+            if answer is not None:
+                return answer
 
     def _choose(self, damaged: Mapping[str, str]) -> str | None:
         """Return the newest complete tag that is not known to be damaged, after cheap checks of its manifest."""
@@ -265,16 +299,23 @@ class Checkpoints:
         except CheckpointError:
             return None  # what is wrong with it is found, and said, when it is verified
 
-    def _verify_part(self, tag: str) -> str | None:
-        """Return what is wrong with this rank's part of a checkpoint's files, or None."""
+    def _verify_part(self, tag: str) -> tuple[str | None, str | None]:
+        """Return what is wrong with this rank's part of a checkpoint's files, and why it cannot be read."""
         directory = self.directory / tag
-        try:
-            manifest = Manifest.read(directory)
-            for name in sorted(manifest.files)[self.engine.rank :: self.engine.world_size]:
-                manifest.files[name].check(directory / name)
-        except (CheckpointError, OSError) as error:
-            return str(error)
-        return None
+        damage = unreadable = None
+        for attempt in range(_READ_ATTEMPTS):
+            if attempt:  # a network file system may fail to read a file that is whole
+                time.sleep(_READ_PAUSE_SECONDS)
+            try:
+                manifest = Manifest.read(directory)
+                for name in sorted(manifest.files)[self.engine.rank :: self.engine.world_size]:
+                    manifest.files[name].check(directory / name)
+                return None, None
+            except CheckpointError as error:
+                damage, unreadable = str(error), None
+            except OSError as error:
+                damage, unreadable = None, f"{directory} cannot be read: {error}"
+        return damage, unreadable
 
     def _settle(self, tag: str, damaged: Mapping[str, str], fit: Fit | None) -> str:
         """Return the tag to load: of this model and number of ranks. What is damaged is set aside."""
@@ -293,19 +334,20 @@ class Checkpoints:
                 "give the model that this run began with, or another run_dir"
             )
         ranks = self.engine.world_size
-        if manifest.info.get("world_size") != ranks:
-            if fit is None:
-                raise CheckpointError(
-                    f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; "
-                    f"start it with as many, or reshard it: statex reshard --to zero3 --world-size {ranks}"
-                )
-            tag = fit(self.directory, tag, ranks)
+        if fit is None and manifest.info.get("world_size") != ranks:
+            raise CheckpointError(
+                f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; "
+                f"start it with as many, or reshard it: statex reshard --to zero3 --world-size {ranks}"
+            )
+        # Before anything new gets their names.
         for bad in damaged:
             aside = self.directory / f"{DAMAGED_PREFIX}{bad}"
             if aside.exists():
                 shutil.rmtree(aside)
             (self.directory / bad).replace(aside)
             logger.warning("the damaged checkpoint is kept as %s", aside)
+        if fit is not None and manifest.info.get("world_size") != ranks:
+            tag = fit(self.directory, tag, ranks)
         # A kill between rename and marker, or a damaged newest one, leaves a marker that names another.
         latest = self.directory / LATEST_NAME
         if not latest.is_file() or latest.read_text(encoding="utf-8").strip() != tag:

@@ -23,6 +23,7 @@ WriteErrors = (OSError, RuntimeError)
 """What a full or broken disk raises; torch reports it as RuntimeError."""
 
 _FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 30.0
 _NICENESS = 10
 
 
@@ -103,7 +104,7 @@ class FileWriter:
                 self.problem = f"checkpoint file of rank {self._rank} cannot be written: {error}"
                 if attempt < self._retries:
                     logger.warning("%s; trying again (%d of %d)", self.problem, attempt + 1, self._retries)
-                    time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+                    time.sleep(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS))
             except Exception as error:
                 # Anything else is a fault of the program; it must reach the loop, not die with the thread.
                 self.problem = f"checkpoint writer of rank {self._rank} failed: {error!r}"

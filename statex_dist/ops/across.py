@@ -90,21 +90,29 @@ def ssd_across(
         What to add to the first outputs ``[1, L, H, P]``, and the state after the whole pack.
     """
     assert cu_seqlens is not None
-    wide, groups = wide_dtype(x.dtype), B.shape[2]
     last = slice(int(cu_seqlens[-2]), None)
-    g = (dt * A).to(wide)
-    # Summed from the end: what is near the end has a small exponent, which a difference of two large ones would round.
-    later = g[:, last].flip(1).cumsum(dim=1).flip(1) - g[:, last]
-    weighted = (x[:, last] * dt[:, last].unsqueeze(-1)).to(wide) * later.exp().unsqueeze(-1)
-    final = torch.einsum("btghp,btgn->bghpn", weighted.unflatten(2, (groups, -1)), B[:, last].to(wide)).flatten(1, 2)
-    b = g[:, : context.first_tokens].cumsum(dim=1)
+    final = ssd_final_state(x[:, last], dt[:, last], A, B[:, last])
+    b = (dt[:, : context.first_tokens] * A).to(final.dtype).cumsum(dim=1)
     before, after = context.exchange(final, b[:, -1].exp()[..., None, None], initial)
     reads = torch.einsum(
         "btgn,bghpn->btghp",
         C[:, : context.first_tokens],
-        before.unflatten(1, (groups, -1)).to(C.dtype),
+        before.unflatten(1, (C.shape[2], -1)).to(C.dtype),
     ).flatten(2, 3)
     return (reads * b.exp().unsqueeze(-1)).to(x.dtype), after
+
+
+def ssd_final_state(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Return the Mamba2 state ``[1, H, P, N]`` after one sequence from zero; arguments are those of :func:`ssd_across`.
+
+    Decays are summed from the end: what is near it has a small exponent, which a difference of two large ones would
+    round.
+    """
+    wide, groups = wide_dtype(x.dtype), B.shape[2]
+    g = (dt * A).to(wide)
+    later = g.flip(1).cumsum(dim=1).flip(1) - g
+    weighted = (x * dt.unsqueeze(-1)).to(wide) * later.exp().unsqueeze(-1)
+    return torch.einsum("btghp,btgn->bghpn", weighted.unflatten(2, (groups, -1)), B.to(wide)).flatten(1, 2)
 
 
 def add_to_first(o: torch.Tensor, added: torch.Tensor) -> torch.Tensor:

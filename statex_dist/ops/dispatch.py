@@ -6,13 +6,14 @@ otherwise; ``naive`` is for tests.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_across
+from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_across, ssd_final_state
 from statex_dist.ops.chunked import chunked_gla, chunked_ssd
 from statex_dist.ops.delta import chunked_delta_rule, delta_step, naive_delta_rule
 from statex_dist.ops.fla_api import fla_delta_rule, fla_gla, has_fla
@@ -228,7 +229,7 @@ def ssd(
         initial_state: ``[S, H, P, N]`` or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; the batch must be 1.
         seq_idx: ``[B, T]`` int32, the same borders in mamba_ssm's form; needed beside ``cu_seqlens`` by its kernel.
-        output_final_state: Whether the final states are needed (the kernel cannot give them for packed sequences).
+        output_final_state: Whether the final states are needed.
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the chunked form; None picks one.
         context: How the tokens hang together with those of other ranks, or None. States are then those before and
@@ -255,11 +256,11 @@ def ssd(
         added, after = ssd_across(context, x, dt, A, B, C, cu_seqlens, initial_state)
         return add_to_first(y, added), after if output_final_state else None
     fits = fits_mamba_ssm(x, B, 256, cu_seqlens=cu_seqlens, has_initial_state=initial_state is not None)
-    fits = fits and (cu_seqlens is None or (seq_idx is not None and not output_final_state))
+    fits = fits and (cu_seqlens is None or seq_idx is not None)
     if backend == "kernel" and not fits:
         raise ConfigError(
             "scan backend 'kernel': mamba_ssm would compute this case wrongly (packed sequences without seq_idx or "
-            "with initial or final states, or more than 2^31 numbers); use 'auto' or 'chunked'"
+            "with initial states, or more than 2^31 numbers); use 'auto' or 'chunked'"
         )
     state: torch.Tensor | None
     if backend == "naive":
@@ -268,6 +269,9 @@ def ssd(
         backend == "auto" and x.is_cuda and x.dtype != torch.float64 and fits and has_mamba_ssm()
     ):
         y, state = mamba_ssd(x, dt, A, B, C, initial_state=initial_state, seq_idx=seq_idx)
+        if cu_seqlens is not None and output_final_state:  # the kernel gives that of the last sequence alone
+            borders = itertools.pairwise(cu_seqlens.tolist())
+            state = torch.cat([ssd_final_state(x[:, a:b], dt[:, a:b], A, B[:, a:b]) for a, b in borders])
     else:
         y, state = chunked_ssd(
             x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens, chunk_size=chunk_size

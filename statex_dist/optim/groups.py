@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from statex_dist.config import check_finite
 from statex_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class OptimizerConfig:
     lr_factors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_finite(self, "optimizer")
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optimizer.{name} must be above 0, not {getattr(self, name)}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import get_scheduler
 
+from statex_dist.config import check_finite
 from statex_dist.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ class ScheduleConfig:
     min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self, "schedule")
         for name in ("warmup_steps", "decay_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"schedule.{name} must be 0 or more, not {getattr(self, name)}")

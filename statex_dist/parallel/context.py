@@ -9,6 +9,7 @@ once, exchange ``D`` and ``F``, and each adds what the true state before its sha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,11 +59,16 @@ class ContextGroup:
     group: Any
 
     @classmethod
-    def join(cls, size: int) -> ContextGroup | None:
-        """Divide the ranks of the world into groups of ``size`` neighbours; None where each rank is its own."""
+    def join(cls, size: int, *, timeout: timedelta) -> ContextGroup | None:
+        """Divide the ranks of the world into groups of ``size`` neighbours; None where each rank is its own.
+
+        Args:
+            size: Ranks of a group.
+            timeout: After which an exchange gives up on a dead peer.
+        """
         if size == 1:
             return None
-        group, _ = dist.new_subgroups(group_size=size)
+        group, _ = dist.new_subgroups(group_size=size, timeout=timeout)
         return cls(rank=dist.get_rank() % size, size=size, group=group)
 
     def share(self, num_tokens: int) -> tuple[int, int]:
@@ -87,24 +93,21 @@ class ContextShare:
         passes: Whether the share lies within one sequence that began before it: what comes in also goes out.
         first_tokens: Tokens that the state before the share reaches: those of a first sequence that began before it,
             else 1, so that every rank takes part in the backward exchange.
-        offset: Position of the share's first token within its sequence.
     """
 
     group: ContextGroup
     opens: bool
     passes: bool
     first_tokens: int
-    offset: int
 
     @classmethod
-    def of(cls, group: ContextGroup, *, cu_seqlens: torch.Tensor, opens: bool, offset: int) -> ContextShare:
+    def of(cls, group: ContextGroup, *, cu_seqlens: torch.Tensor, opens: bool) -> ContextShare:
         """Describe a share by the borders ``[S + 1]`` of its sequences."""
         return cls(
             group=group,
             opens=opens,
             passes=opens and len(cu_seqlens) == 2,
             first_tokens=int(cu_seqlens[1]) if opens else 1,
-            offset=offset,
         )
 
     def exchange(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from statex_dist.config import check_finite
 from statex_dist.data.types import PackedBatch
 from statex_dist.errors import ConfigError
 
@@ -37,6 +38,7 @@ class GuardConfig:
     spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self, "guard")
         if self.max_skipped < 0:
             raise ConfigError(f"guard.max_skipped must be 0 or more, not {self.max_skipped}")
         if self.spike_factor < 0 or 0 < self.spike_factor <= 1:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from statex_dist.config import check_finite
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, SavePolicy
@@ -24,6 +25,8 @@ from statex_dist.train.signals import StopRequest
 from statex_dist.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+MAX_RETRIES = 10
 
 
 @dataclass(kw_only=True)
@@ -37,7 +40,8 @@ class TrainConfig:
         keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
         save_async: Whether training goes on while a checkpoint is written, from a copy in host memory.
         save_retries: Further attempts of a rank whose files could not be written.
-        hang_minutes: A step, or a phase of one, that takes longer ends the job, with the stacks of every rank; 0 never.
+        hang_minutes: A phase of a step that takes longer ends the job, with the stacks of every rank; 0 never, None
+            after two thirds of ``engine.timeout_minutes``, when collectives have not given up yet.
     """
 
     num_steps: int
@@ -46,15 +50,18 @@ class TrainConfig:
     keep_every: int = 0
     save_async: bool = False
     save_retries: int = 2
-    hang_minutes: float = 20.0
+    hang_minutes: float | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self, "train")
         for name in ("num_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("save_every", "keep_every", "save_retries", "hang_minutes"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
+        if self.save_retries > MAX_RETRIES:
+            raise ConfigError(f"train.save_retries must be {MAX_RETRIES} or less, not {self.save_retries}")
         if self.keep_every and (self.save_every == 0 or self.keep_every % self.save_every):
             raise ConfigError(
                 f"train.keep_every={self.keep_every} must be a multiple of train.save_every={self.save_every}"
@@ -246,12 +253,14 @@ class Trainer:
             "grad_norms": norms,
             "skipped": self.guard.skipped,
             "time": self.engine.timer.take(),
-            **({"state_norms": self.engine.state_norms()} if observe else {}),
+            **({"state_norms": states} if observe and (states := self.engine.state_norms()) else {}),
         }
 
     def _skip(self, batch: list[PackedBatch], reason: str) -> None:
         self.engine.carried.forget()
         if not self.guard.skip(self.step + 1, reason, batch):
+            if self.checkpoints.pending:
+                self.checkpoints.finish(bear=True)
             raise StateXError(
                 f"{reason} at step {self.step + 1}, and {self.guard.in_a_row - 1} step(s) before it were skipped; "
                 "start again from the last checkpoint with a lower optimizer.lr, or look at the batches in "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,7 @@ class Metrics:
         self._lines = StepLines(log_every=config.log_every, num_steps=num_steps)
         _drop_after(self.path, start_step)
         self.file = self.path.open("a", encoding="utf-8")
+        self._incomplete = False
         self._wandb = None
         if config.wandb_project:
             self._wandb = WandbRun(run_dir, project=config.wandb_project, name=config.wandb_name, settings=settings)
@@ -87,15 +90,26 @@ class Metrics:
         record = _finite(record)
         if self._utilisation is not None:
             record["mfu"] = self._utilisation.share(record["tokens_per_s"])
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
+        self._append(json.dumps(record, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.log(record)
         if line := self._lines.line(record):
             logger.info("%s", line)
 
+    def _append(self, line: str) -> None:
+        """Write a line at once, or leave it out: figures are not worth a run."""
+        try:
+            size, data = os.fstat(self.file.fileno()).st_size, line.encode()
+            if os.write(self.file.fileno(), data) < len(data):
+                os.ftruncate(self.file.fileno(), size)  # half a line would spoil the next one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._incomplete:
+                logger.warning("%s has gaps from here on: %s", self.path, error)
+            self._incomplete = True
+
     def close(self) -> None:
-        """Flush and close."""
+        """Close."""
         self.file.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -67,13 +67,12 @@ class Profiler:
         rank: This process.
         world_size: All processes.
 
-    Raises:
-        ConfigError: A rank that is to be profiled does not exist.
     """
 
     def __init__(self, config: ProfileConfig, run_dir: Path, *, rank: int, world_size: int):
         if config.steps is not None and max(config.ranks) >= world_size:
-            raise ConfigError(f"profile.ranks {config.ranks}: this run has the ranks 0..{world_size - 1}")
+            # Not an error: a run may go on with fewer ranks than it began with.
+            logger.warning("profile.ranks %s: this run has the ranks 0..%d", config.ranks, world_size - 1)
         self._config, self._rank = config, rank
         self._directory = Path(config.directory) if config.directory is not None else run_dir / "profile"
         self._window = config.window if rank in config.ranks else range(0)

@@ -35,6 +35,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+_BEGAN = _now()
+"""When this process began, near enough; all ranks of a start begin within seconds."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStatus:
     """How a run is doing.
@@ -93,11 +97,17 @@ def write_failure(run_dir: Path, message: str, *, exit_code: int, world_size: in
     status = RunStatus(state="failed", step=step, world_size=world_size, message=message, exit_code=exit_code)
     try:
         earlier = read_status(run_dir)
-        if earlier is None or earlier.state == "running" or not earlier.attempt or earlier.attempt != status.attempt:
+        if earlier is None or earlier.state == "running" or not _of_this_start(earlier):
             write_status(run_dir, status)
     except (StateXError, OSError) as error:
         # The failure itself is what has to reach the user; a full disk is a likely cause of both.
         logger.warning("%s was not written: %s", run_dir / STATUS_NAME, error)
+
+
+def _of_this_start(status: RunStatus) -> bool:
+    if status.attempt or this_attempt():
+        return status.attempt == this_attempt()
+    return datetime.fromisoformat(status.time) >= datetime.fromisoformat(_BEGAN)
 
 
 def read_status(run_dir: Path) -> RunStatus | None:

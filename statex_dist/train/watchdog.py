@@ -98,9 +98,10 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
         self._thread = None
+        empty = self._file.seek(0, os.SEEK_END) == 0
         self._file.close()
-        if not self.path.stat().st_size:
-            self.path.unlink()
+        if empty:
+            self.path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         last = self._last

@@ -241,6 +241,7 @@ def test_only_restarts_without_progress_count(tmp_path: Path, monkeypatch):
 
 
 def test_the_pause_doubles_and_ends_when_told_to_stop(tmp_path: Path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     job = make(tmp_path, backoff=100.0)
     job.stop.received = True
     monkeypatch.setattr("launch.supervisor.loop.random.uniform", lambda low, high: 1.0)
@@ -269,14 +270,9 @@ def test_the_pause_doubles_and_ends_when_told_to_stop(tmp_path: Path, monkeypatc
             {"state": "failed", "step": 4, "exit_code": 2, "message": "no data"},
             1,
             False,
-            Verdict("no data (exit code 2; launcher exit code 1); to start it again would not help", 2),
+            Verdict("no data (exit code 2; launcher exit code 1)"),
         ),
-        (
-            {"state": "failed", "step": None, "exit_code": 2, "message": "no model"},
-            1,
-            False,
-            Verdict("no model (exit code 2; launcher exit code 1); to start it again would not help", 2),
-        ),
+        (None, -40, False, Verdict("launcher ended by signal 40")),
     ],
 )
 def test_how_an_attempt_ended_decides_what_follows(tmp_path: Path, status, code, stopped: bool, expected: Verdict):
@@ -284,6 +280,12 @@ def test_how_an_attempt_ended_decides_what_follows(tmp_path: Path, status, code,
     job.stop.received = stopped
     said = None if status is None else RunStatus(world_size=2, **status)
     assert job._judge(said, code, 4) == expected
+
+
+def test_what_was_wrong_from_the_beginning_is_not_started_again(tmp_path: Path):
+    said = RunStatus(state="failed", step=None, world_size=2, exit_code=2, message="no model")
+    expected = Verdict("no model (exit code 2; launcher exit code 1); to start it again would not help", 2)
+    assert make(tmp_path)._judge(said, 1, -1) == expected
 
 
 def test_only_what_this_attempt_said_counts(tmp_path: Path, monkeypatch, caplog):

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.errors import ConfigError
+from statex_dist.ops import dispatch
+from statex_dist.ops.chunked import chunked_ssd
 from statex_dist.ops.dispatch import ssd, ssd_decode
 from statex_dist.ops.mamba_api import fits_mamba_ssm
 from tests.ops.scan_cases import assert_close, borders, run_with_gradients, ssd_inputs
@@ -169,12 +171,25 @@ class TestKernelGuards:
         }
         return inputs | options | changes
 
-    @pytest.mark.parametrize(
-        "changes", [{"seq_idx": None}, {"output_final_state": True}, {"initial_state": torch.zeros(2, 4, 3, 5)}]
-    )
+    @pytest.mark.parametrize("changes", [{"seq_idx": None}, {"initial_state": torch.zeros(2, 4, 3, 5)}])
     def test_an_explicit_kernel_backend_is_refused(self, changes):
         with pytest.raises(ConfigError, match="scan backend 'kernel': mamba_ssm would compute this case wrongly"):
             ssd(**self.case(**changes), backend="kernel")
+
+    def test_final_states_of_packed_sequences_come_beside_the_kernel(self, monkeypatch):
+        """The kernel itself knows that of the last sequence alone; a stand-in shows what is made of it."""
+
+        def kernel(x, dt, A, B, C, *, initial_state, seq_idx):
+            assert initial_state is None
+            y, states = chunked_ssd(x, dt, A, B, C, cu_seqlens=borders([4, 6]))
+            return y, states[-1:]
+
+        monkeypatch.setattr(dispatch, "mamba_ssd", kernel)
+        case = self.case(output_final_state=True)
+        y, state = ssd(**case, backend="kernel")
+        expected_y, expected = ssd(**case, backend="naive")
+        torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
 
     def test_auto_on_a_cpu_takes_the_chunked_form(self):
         case = self.case()

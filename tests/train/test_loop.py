@@ -1,5 +1,6 @@
 """The loop with the plain engine in one process: saving, resuming, stopping, pruning."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -9,11 +10,15 @@ import pytest
 import torch
 
 from statex_dist.checkpoint.layout import complete_tags
+from statex_dist.checkpoint.manifest import FileRecord, Manifest
 from statex_dist.config import parse_config
 from statex_dist.data.tokenizer import BytesTokenizer
+from statex_dist.data.types import PackedBatch
+from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
 from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.lm import RecurrentLM
 from statex_dist.run import claim, train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
@@ -156,6 +161,13 @@ def test_checkpointing_activations_changes_nothing(tmp_path: Path, shards: Path)
         (["--model.config.vocab_size", "100"], DataError, "vocabulary of 258 .*; the model's has 100"),
         (["--optimizer.lr", "1e30"], StateXError, r"is (nan|inf) at step"),
         (["--metrics.log_every", "0"], ConfigError, "metrics.log_every must be 1 or more, not 0"),
+        (["--train.hang_minutes", ".inf"], ConfigError, "train.hang_minutes must be a finite number, not inf"),
+        (["--optimizer.lr", ".nan"], ConfigError, "optimizer.lr must be a finite number, not nan"),
+        (["--train.save_retries", "40"], ConfigError, "train.save_retries must be 10 or less, not 40"),
+        (["--train.keep_every", "3"], ConfigError, "keep_every=3 must be a multiple of train.save_every=0"),
+        (["--guard.spike_factor", "0.5"], ConfigError, "guard.spike_factor must be 0 or above 1, not 0.5"),
+        (["--parallel.context", "2"], ConfigError, "parallel.context=2 does not divide the 1 ranks"),
+        (["--parallel.context", "32"], ConfigError, "parallel.context=32 leaves 4 tokens to a rank, at least 8"),
         (["--run_dir", ""], ConfigError, "run_dir must not be empty"),
         (["--run_dir", "/proc/none"], ConfigError, "run_dir /proc/none cannot be written"),
         (["--model.config.num_headz", "4"], ConfigError, "unknown key model.config.num_headz; allowed in model.config"),
@@ -326,3 +338,88 @@ def test_random_states_go_on(tmp_path: Path, shards: Path):
     torch.manual_seed(6)
     assert train(load(tmp_path, shards))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_damaged_copy_for_this_number_of_ranks_makes_room_for_a_new_one(tmp_path: Path, shards: Path):
+    config = load(tmp_path, shards, train={"save_every": 3})
+    assert train(config)
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    original, copy = checkpoints / "global_step6", checkpoints / "global_step6-ranks1"
+    shutil.copytree(original, copy)
+    (copy / "plain_state.pt").write_bytes(b"x" * (copy / "plain_state.pt").stat().st_size)
+    manifest = Manifest.read(original)
+    dataclasses.replace(manifest, info={**manifest.info, "world_size": 2}).write(original)
+
+    def fit(directory: Path, tag: str, ranks: int) -> str:
+        assert (directory, tag, ranks) == (checkpoints, "global_step6", 1)
+        assert not copy.exists(), "the damaged one is in the way"
+        shutil.copytree(original, copy)
+        manifest.write(copy)
+        return copy.name
+
+    assert train(load(tmp_path, shards, "--train.num_steps", "7", train={"save_every": 3}), fit)
+    assert len(losses(Path(config.run_dir))) == 7
+    assert (checkpoints / "damaged-global_step6-ranks1").is_dir()
+
+
+def test_a_file_system_that_is_away_costs_no_checkpoint(tmp_path: Path, shards: Path, monkeypatch):
+    config = load(tmp_path, shards, train={"save_every": 3})
+    assert train(config)
+    monkeypatch.setattr("statex_dist.engine.checkpoints._READ_PAUSE_SECONDS", 0)
+    check, calls = FileRecord.check, []
+
+    def away(self, path: Path) -> None:
+        calls.append(path)
+        if len(calls) <= failures:
+            raise OSError(116, "Stale file handle")
+        check(self, path)
+
+    monkeypatch.setattr(FileRecord, "check", away)
+    failures = 100
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read: .*Stale file handle; that says nothing of what it holds"
+    ):
+        train(load(tmp_path, shards, "--train.num_steps", "7"))
+    assert complete_tags(Path(config.run_dir) / "checkpoints") == ["global_step6", "global_step3"]
+    failures = len(calls) + 1
+    assert train(load(tmp_path, shards, "--train.num_steps", "7"))
+
+
+def test_a_save_that_is_being_written_is_finished_when_the_run_ends_badly(tmp_path: Path, shards: Path, monkeypatch):
+    arguments = ["--guard.max_skipped", "0", "--train.save_async", "true"]
+    config = load(tmp_path, shards, *arguments, train={"save_every": 1})
+    explode_in(monkeypatch, {4}, float("nan"))
+    with pytest.raises(StateXError, match="at step 4"):
+        train(config)
+    assert complete_tags(Path(config.run_dir) / "checkpoints")[0] == "global_step3"
+
+
+def test_figures_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, shards: Path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("statex_dist.train.metrics.os.write", full)
+    assert train(load(tmp_path, shards))
+    warnings = [record.message for record in caplog.records if "has gaps from here on" in record.message]
+    assert len(warnings) == 1, "said once"
+
+
+def test_the_observed_state_is_that_of_the_last_document_not_of_padding():
+    model = RecurrentLM(expanded(GLA))
+    model.init_parameters(0)
+    found = []
+    for padding in (0, 3):
+        ids = torch.arange(20).remainder(250).unsqueeze(0)
+        labels = torch.cat([ids[:, 1:], ids.new_full((1, 1), -100)], dim=1)
+        borders = [0, 8, 20] + ([20 + padding] if padding else [])
+        batch = PackedBatch(
+            input_ids=torch.nn.functional.pad(ids, (0, padding)),
+            labels=torch.nn.functional.pad(labels, (0, padding), value=-100),
+            position_ids=torch.zeros(1, 20 + padding, dtype=torch.long),
+            cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+            seq_idx=torch.repeat_interleave(torch.arange(len(borders) - 1), torch.tensor(borders).diff())[None].int(),
+        )
+        carried = CarriedStates()
+        carried.forward_loss(model, batch, 0, torch.device("cpu"), observe=True)
+        found.append(torch.stack(carried.observed))
+    torch.testing.assert_close(found[0], found[1])

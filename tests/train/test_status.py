@@ -59,10 +59,15 @@ def test_what_goes_wrong_after_the_end_is_no_failure_of_the_run(tmp_path: Path, 
     assert fail(tmp_path, "peer gone while closing").state == "complete"
 
 
-def test_without_a_supervisor_the_last_word_counts(tmp_path: Path, monkeypatch):
+def test_without_a_supervisor_a_start_is_told_by_its_time(tmp_path: Path, monkeypatch):
     monkeypatch.delenv(ATTEMPT_VARIABLE, raising=False)
-    assert fail(tmp_path, "first").message == "first"
-    assert fail(tmp_path, "second").message == "second"
+    assert fail(tmp_path, "the cause").message == "the cause"
+    assert fail(tmp_path, "connection closed by peer").message == "the cause"
+    write_status(tmp_path, RunStatus(state="complete", step=9, world_size=2))
+    write_failure(tmp_path, "killed at its exit", exit_code=1, world_size=2)
+    assert read_status(tmp_path).state == "complete"
+    monkeypatch.setattr("statex_dist.train.status._BEGAN", "2999-01-01T00:00:00+00:00")
+    assert fail(tmp_path, "of the next start").message == "of the next start"
 
 
 def test_a_failure_leaves_no_directory_and_hides_no_error(tmp_path: Path, caplog):

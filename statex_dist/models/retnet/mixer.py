@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from statex_dist.errors import ConfigError
 from statex_dist.models.fla_block import FLABlock
 from statex_dist.models.gla.mixer import GatedLinearAttention
 from statex_dist.models.retnet.config import RetNetConfig
@@ -49,16 +48,18 @@ def _positions(x: torch.Tensor, sequences: Sequences, before: torch.Tensor | Non
         lengths = borders_of(sequences.cu_seqlens)
     counts = torch.tensor([stop - start for start, stop in lengths], device=x.device)
     starts = torch.zeros_like(counts) if before is None else before
+    after = starts + counts
     if sequences.context is not None:
-        if before is not None or sequences.output_states:
-            raise ConfigError("retnet: states are not carried from pack to pack under parallel.context; set it to 1")
-        starts[0] = sequences.context.offset
+        # A position is carried on as a state is: it grows by the share's tokens, undecayed.
+        last = counts[-1:].double()
+        first, after = (y.to(counts.dtype) for y in sequences.context.exchange(last, torch.ones_like(last), before))
+        starts = torch.cat([first, starts.new_zeros(len(counts) - 1)])
     rows = [
         torch.arange(stop - start, device=x.device) + first
         for (start, stop), first in zip(lengths, starts, strict=True)
     ]
     packed = sequences.cu_seqlens is not None
-    return (torch.cat(rows).unsqueeze(0) if packed else torch.stack(rows)), starts + counts
+    return (torch.cat(rows).unsqueeze(0) if packed else torch.stack(rows)), after
 
 
 def _rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
