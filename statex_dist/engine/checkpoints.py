@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from statex_dist.checkpoint.layout import (
     CONFIG_NAME,
@@ -40,7 +35,9 @@ from statex_dist.checkpoint.manifest import (
     write_durably,
 )
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.snapshot import FileWriter, HostCopy, WriteErrors, remove_tree
+from statex_dist.engine.random_state import random_state, set_random_state
+from statex_dist.engine.retention import SavePolicy, prune, remove_leftovers, remove_tree
+from statex_dist.engine.snapshot import FileWriter, HostCopy, WriteErrors
 from statex_dist.errors import CheckpointError, StateXError
 
 logger = logging.getLogger(__name__)
@@ -54,23 +51,6 @@ _READ_PAUSE_SECONDS = 1.0
 
 Fit = Callable[[Path, str, int], str]
 """Makes of a tag in a directory one for so many ranks, and returns its name."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavePolicy:
-    """How checkpoints are written and which are kept.
-
-    Attributes:
-        keep_last: Newest checkpoints that are kept.
-        keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
-        asynchronous: Whether training goes on while files are written (from a copy in host memory).
-        retries: Further attempts of a rank whose write failed.
-    """
-
-    keep_last: int = 2
-    keep_every: int = 0
-    asynchronous: bool = False
-    retries: int = 2
 
 
 class Checkpoints:
@@ -267,11 +247,11 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes of itself: the others wait for an answer
                 answers.append((None, f"{self.directory}: {error!r}"))
 
-        worker = threading.Thread(target=act, name="resume", daemon=True)
-        if self.engine.rank == 0:
+        worker = threading.Thread(target=act, name="resume", daemon=True) if self.engine.rank == 0 else None
+        if worker is not None:
             worker.start()
         while True:
-            if self.engine.rank == 0:
+            if worker is not None:
                 worker.join(_ANSWER_SECONDS)
             answer = self.engine.broadcast(answers[0] if answers else None)
             if answer is not None:
@@ -302,20 +282,21 @@ class Checkpoints:
     def _verify_part(self, tag: str) -> tuple[str | None, str | None]:
         """Return what is wrong with this rank's part of a checkpoint's files, and why it cannot be read."""
         directory = self.directory / tag
-        damage = unreadable = None
+        problem = None
         for attempt in range(_READ_ATTEMPTS):
             if attempt:  # a network file system may fail to read a file that is whole
                 time.sleep(_READ_PAUSE_SECONDS)
             try:
+                directory.stat()
                 manifest = Manifest.read(directory)
                 for name in sorted(manifest.files)[self.engine.rank :: self.engine.world_size]:
                     manifest.files[name].check(directory / name)
                 return None, None
             except CheckpointError as error:
-                damage, unreadable = str(error), None
+                return str(error), None
             except OSError as error:
-                damage, unreadable = None, f"{directory} cannot be read: {error}"
-        return damage, unreadable
+                problem = f"{directory} cannot be read: {error}"
+        return None, problem
 
     def _settle(self, tag: str, damaged: Mapping[str, str], fit: Fit | None) -> str:
         """Return the tag to load: of this model and number of ranks. What is damaged is set aside."""
@@ -352,51 +333,5 @@ class Checkpoints:
         latest = self.directory / LATEST_NAME
         if not latest.is_file() or latest.read_text(encoding="utf-8").strip() != tag:
             write_durably(latest, tag)
-        _remove_leftovers(self.directory)
+        remove_leftovers(self.directory)
         return tag
-
-
-def prune(checkpoints: Path, policy: SavePolicy) -> None:
-    """Delete complete checkpoints that the policy does not keep, and what killed saves left behind.
-
-    A checkpoint is first renamed to a temporary name: killed half-way, it is not taken for a complete one.
-    """
-    _remove_leftovers(checkpoints)
-    tags = {tag: step_of(tag) or 0 for tag in complete_tags(checkpoints)}
-    kept = sorted(set(tags.values()), reverse=True)[: policy.keep_last]
-    for tag, step in tags.items():
-        if step in kept or (policy.keep_every and step % policy.keep_every == 0):
-            continue
-        doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
-        (checkpoints / tag).replace(doomed)
-        remove_tree(doomed)
-
-
-def _remove_leftovers(checkpoints: Path) -> None:
-    for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
-        if leftover.is_dir():
-            remove_tree(leftover)
-
-
-def random_state() -> dict[str, Any]:
-    """Return the states of torch's (and this GPU's), numpy's and Python's generators as plain values."""
-    name, keys, *rest = np.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_state(states: Mapping[str, Any]) -> None:
-    """Restore :func:`random_state`."""
-    torch.set_rng_state(states["torch"].cpu())
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -124,11 +123,3 @@ class FileWriter:
             if path.is_file() and (owner == self._rank or (self._rank == 0 and owner is None)):
                 records[path.name] = asdict(record_file(path))
         return records
-
-
-def remove_tree(directory: Path) -> None:
-    """Delete a directory under a name that is never taken for a checkpoint; a failure is only said."""
-    try:
-        shutil.rmtree(directory)
-    except OSError as error:
-        logger.warning("%s cannot be removed: %s", directory, error)

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from statex_dist.config import check_finite
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.checkpoints import Checkpoints, SavePolicy
+from statex_dist.engine.checkpoints import Checkpoints
+from statex_dist.engine.retention import SavePolicy
 from statex_dist.errors import ConfigError, DataError, StateXError
 from statex_dist.train.guard import Guard
 from statex_dist.train.metrics import Metrics

@@ -33,7 +33,7 @@ PACKS = {
 
 
 def models() -> dict[str, Any]:
-    """One of every recurrence; the expanded ones have layers as they were, merged, mixed and grown."""
+    """One of every recurrence, with layers of every kind of expansion that it has."""
     return {
         "gla": expanded(GLA),
         "mamba2": expanded(MAMBA2),

@@ -1,0 +1,60 @@
+"""Which checkpoints of a run are kept, and how the others go."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from statex_dist.checkpoint.layout import TEMPORARY_PREFIX, complete_tags, step_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavePolicy:
+    """How checkpoints are written and which are kept.
+
+    Attributes:
+        keep_last: Newest checkpoints that are kept.
+        keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
+        asynchronous: Whether training goes on while files are written (from a copy in host memory).
+        retries: Further attempts of a rank whose write failed.
+    """
+
+    keep_last: int = 2
+    keep_every: int = 0
+    asynchronous: bool = False
+    retries: int = 2
+
+
+def prune(checkpoints: Path, policy: SavePolicy) -> None:
+    """Delete complete checkpoints that the policy does not keep, and what killed saves left behind.
+
+    A checkpoint is first renamed to a temporary name: killed half-way, it is not taken for a complete one.
+    """
+    remove_leftovers(checkpoints)
+    tags = {tag: step_of(tag) or 0 for tag in complete_tags(checkpoints)}
+    kept = sorted(set(tags.values()), reverse=True)[: policy.keep_last]
+    for tag, step in tags.items():
+        if step in kept or (policy.keep_every and step % policy.keep_every == 0):
+            continue
+        doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
+        (checkpoints / tag).replace(doomed)
+        remove_tree(doomed)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what killed saves and deletions left behind."""
+    for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
+        if leftover.is_dir():
+            remove_tree(leftover)
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete a directory under a name that is never taken for a checkpoint; a failure is only said."""
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", directory, error)
