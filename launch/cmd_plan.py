@@ -125,7 +125,6 @@ def _training(args: Any) -> tuple[TrainingSettings, str]:
         values = {
             "seq_len": max(stage.seq_len for stage in run.data.stages()),
             "context": run.parallel.context,
-            "accumulation": run.accumulation_steps(args.world_size),
             "save_async": run.train.save_async,
             **{name: getattr(engine, name) for name in _OF_ENGINE},
         }
@@ -133,6 +132,9 @@ def _training(args: Any) -> tuple[TrainingSettings, str]:
         raise ConfigError("give MODEL_DIR, or --config with a run's YAML that has model.path")
     names = ("seq_len", "context", "accumulation", *_OF_ENGINE)
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if args.config is not None and "accumulation" not in given:
+        run.parallel.context = given.get("context", run.parallel.context)
+        values["accumulation"] = run.accumulation_steps(args.world_size)
     return TrainingSettings(world_size=args.world_size, device=args.device, **(values | given)), model_dir
 
 
