@@ -13,7 +13,7 @@ JOBS ?= 2
 # DeepSpeed compiles operators on first use and locks a shared cache: one cache per environment avoids the race.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test test-all lint format bench clean
 
 setup: $(READY)
 
@@ -32,6 +32,9 @@ demo: $(READY)
 	$(BIN)/statex demo --out demo --family $(FAMILY) --seeds $(SEEDS) --overwrite
 
 test: $(READY) lint
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: $(READY) lint
 	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(READY)

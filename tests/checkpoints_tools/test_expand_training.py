@@ -105,6 +105,7 @@ def test_a_new_parameter_needs_a_place_in_the_optimizer(tmp_path):
     expand(merged, tmp_path / "out", to="zero3")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_grew_without_loss_goes_on_where_it_was(tmp_path):
     """Real training on 2 ranks, a lossless expansion with new parameters, and on on 4: the next loss is the same."""

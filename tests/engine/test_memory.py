@@ -67,6 +67,7 @@ def used(directory: Path, shards: Path, config: ModelConfig, seq_len: int, engin
     return json.loads(lines[-1])["memory_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "recompute", "chunk"), [("gla", "none", 0), ("mamba2", "block", 512)], ids=["gla-none", "mamba2-block"]
 )
@@ -89,6 +90,7 @@ def test_prediction_is_what_a_run_uses(tmp_path: Path, shards: Path, family: str
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 def test_all_that_saves_memory_at_once_equals_the_plain_engine(tmp_path: Path):
     """Recomputed expanded layers, chunked loss, segments, optimizer and parameters in host memory: the same losses."""
     texts = make_shards(tmp_path / "data")

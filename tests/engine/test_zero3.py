@@ -105,6 +105,7 @@ def test_one_rank_mamba2_with_checkpointing_trains_as_plain_pytorch_does(tmp_pat
     assert all(not torch.equal(tensor, before[name]) for name, tensor in moved.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families_train_on_two_ranks_as_plain_pytorch_does(tmp_path: Path, shards: Path, family: str):
     model = save_model(expanded(OTHERS[family]), tmp_path / "model")
@@ -120,6 +121,7 @@ def _load(directory: Path):
     return from_pretrained(directory)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, two_rank_run: Path, gla_model: Path, shards: Path):
     file = write_run(
         tmp_path / "run.yaml",

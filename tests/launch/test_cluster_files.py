@@ -228,6 +228,7 @@ def test_kubernetes_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> No
         assert path.startswith("/shared/")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_pods_all_save_when_one_is_told_to_go(tmp_path: Path) -> None:
     """The manifest's command twice, side by side on this machine, as the master and a worker of one rank each."""

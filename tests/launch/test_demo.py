@@ -12,6 +12,7 @@ from tests.runs import REPOSITORY, environment
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.slow
 def test_the_whole_road(tmp_path: Path):
     out = tmp_path / "demo"
     result = subprocess.run(

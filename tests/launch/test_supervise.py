@@ -87,6 +87,7 @@ class Supervised:
         return code
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_rank_and_a_killed_launcher_are_made_good(
     root: Path, sections: dict[str, dict], reference: list[float]

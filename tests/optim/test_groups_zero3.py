@@ -31,6 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(expanded({**GLA, "num_hidden_layers": 4}), tmp_path_factory.mktemp("gla"))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_the_others_train_as_in_plain_pytorch(tmp_path: Path, model: Path):
     shards = make_shards(tmp_path / "data")
     sections = {

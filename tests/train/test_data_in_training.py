@@ -113,6 +113,7 @@ def sums(means: list[float], shards: Path, long_documents: str) -> float:
     return sum(mean * batch.num_target_tokens for mean, (batch,) in zip(means, loader, strict=False))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_carried_states_on_two_ranks_equal_one_and_survive_a_restart(tmp_path: Path, shards: Path):
     sections = {
