@@ -30,7 +30,8 @@ def run(args: Any) -> int:
     Raises:
         StateXError: A directory is not that of a run, or the page cannot be written where it is to go.
     """
-    from statex_dist.evaluation.run_report import make_page, read_runs, summarise, write_page
+    from statex_dist.checkpoint.manifest import write_durably
+    from statex_dist.evaluation.run_report import make_page, read_runs, summarise
 
     out = Path(args.out) if args.out is not None else None
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
@@ -39,7 +40,7 @@ def run(args: Any) -> int:
         raise ConfigError(f"--out {out}: directory {out.parent} does not exist; make it first")
     runs = read_runs([Path(directory) for directory in args.run_dirs])
     if out is not None:
-        write_page(out, make_page(runs))
+        write_durably(out, make_page(runs))
     if args.json:
         sys.stdout.write(json.dumps({"runs": [summarise(run).to_dict() for run in runs]}) + "\n")
         return 0
@@ -51,15 +52,14 @@ def _print(runs: Any, out: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from statex_dist.evaluation.run_report import summarise, summary_rows
+    from statex_dist.evaluation.run_report import summary_lines
 
-    rows = {run.name: summary_rows(summarise(run)) for run in runs}
+    head, *lines = summary_lines(runs)
     table = Table()
-    table.add_column("")
-    for name in rows:
-        table.add_column(name, justify="right")
-    for title in dict.fromkeys(title for row in rows.values() for title in row):
-        table.add_row(title, *(row.get(title, "") for row in rows.values()))
+    for name in head:
+        table.add_column(name, justify="right" if name else "left")
+    for line in lines:
+        table.add_row(*line)
     # A pipe has no width: 100 columns hold a few runs.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(table)

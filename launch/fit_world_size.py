@@ -20,6 +20,7 @@ from statex_dist.checkpoint.layout import (
     tag_of,
 )
 from statex_dist.checkpoint.manifest import Manifest, commit_directory, record_file, write_durably
+from statex_dist.engine.retention import withdraw
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def _fit(checkpoints: Path, tag: str, world_size: int) -> str:
         write_durably(checkpoints / LATEST_NAME, fitting)
     for other in tags:
         if step_of(other) == step and ranks_of(other) is not None and other != fitting:
-            _remove(checkpoints, other)
+            shutil.rmtree(withdraw(checkpoints, other))
     return fitting
 
 
@@ -113,7 +114,7 @@ def _cut(checkpoints: Path, tag: str, new_tag: str, world_size: int) -> str:
     for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*{new_tag}"):
         shutil.rmtree(leftover)
     if target.exists():  # not complete, or damaged: _find passed it over
-        _remove(checkpoints, new_tag)
+        shutil.rmtree(withdraw(checkpoints, new_tag))
     summary = reshard(source, temporary, to=KIND, world_size=world_size)
     for note in summary.notes:
         logger.info("%s: %s", new_tag, note)
@@ -133,12 +134,3 @@ def _cut(checkpoints: Path, tag: str, new_tag: str, world_size: int) -> str:
     seconds, ranks = time.monotonic() - began, original.info.get("world_size")
     logger.info("%s, written by %s ranks, is cut for %d: %s (%.1f s)", source, ranks, world_size, new_tag, seconds)
     return new_tag
-
-
-def _remove(checkpoints: Path, tag: str) -> None:
-    """Delete a checkpoint that, killed half-way, is not taken for a complete one."""
-    doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    (checkpoints / tag).replace(doomed)
-    shutil.rmtree(doomed)

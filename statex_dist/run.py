@@ -11,9 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, one_line, parse_size, to_dict
 from statex_dist.data.formats import open_store
@@ -35,6 +34,7 @@ from statex_dist.optim.schedule import build_schedule
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
 from statex_dist.run_config import RunConfig
+from statex_dist.train.claim import claim
 from statex_dist.train.guard import Guard
 from statex_dist.train.loop import Observers, Trainer
 from statex_dist.train.metrics import Metrics
@@ -46,8 +46,6 @@ from statex_dist.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-LOCK_NAME = ".lock"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,25 +97,6 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
             engine.close()
 
 
-def claim(run_dir: Path) -> FileLock:
-    """Make the run's directory and return a held lock on it, which the system releases when this process ends.
-
-    Raises:
-        ConfigError: The directory cannot be made, or another process is training into it.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / LOCK_NAME, blocking=False)
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"run_dir {run_dir}: another process is training into it; stop it first, or give another run_dir"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from None
-    return lock
-
-
 def _train(
     config: RunConfig,
     engine: TrainEngine,
@@ -145,7 +124,7 @@ def _train(
         states_every=config.metrics.states_every,
     )
     if engine.rank == 0:
-        write_durably(run_dir / CONFIG_FILE, dump_yaml(config))
+        write_durably(run_dir / SETTINGS_NAME, dump_yaml(config))
         _write_status(run_dir, engine, "running", start_step)
         observers.metrics = Metrics(
             run_dir,

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from launch.fit_world_size import fit_world_size
 from launch.supervisor import processes
 from launch.supervisor.attempt import Attempt
@@ -21,6 +19,7 @@ from launch.supervisor.hosts import Host, answering, spread
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, complete_tags, step_of
 from statex_dist.errors import CheckpointError, ConfigError, StateXError
 from statex_dist.run_config import RunConfig
+from statex_dist.train.claim import claim
 from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
 from statex_dist.train.status import RunStatus, read_status
 
@@ -122,7 +121,8 @@ class Supervisor:
         Raises:
             StateXError: Another supervisor watches the run, or a process does not die.
         """
-        with self._claim():
+        taken = "another supervisor watches it; stop that one first"
+        with claim(self.run_dir, lock_name=LOCK_NAME, taken=taken):
             self.stop.install()
             self._end_leftovers()
             number, failures = 0, 0
@@ -148,19 +148,6 @@ class Supervisor:
     def _progress(self) -> str:
         step = self.newest_step()
         return "no checkpoint yet" if step < 0 else f"newest checkpoint of step {step}"
-
-    def _claim(self) -> FileLock:
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.run_dir / LOCK_NAME, blocking=False)
-            lock.acquire()
-        except Timeout:
-            raise ConfigError(
-                f"run_dir {self.run_dir}: another supervisor watches it; stop that one first, or give another run_dir"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"run_dir {self.run_dir} cannot be written: {error}") from None
-        return lock
 
     def _end_leftovers(self) -> None:
         """End what a supervisor that was killed has left running: after a save, if the ranks still can."""

@@ -22,6 +22,9 @@ DAMAGE = (
 )
 """What reading a damaged archive may raise."""
 
+WRITE_ERRORS = (OSError, RuntimeError)
+"""What a full or broken disk raises; torch reports it as RuntimeError."""
+
 
 def directory_digest(path: Path) -> str | None:
     """Return the xxh3-128 of an archive's directory, or None for a file that is not an archive."""

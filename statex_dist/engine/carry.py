@@ -58,9 +58,7 @@ class CarriedStates:
             logger.warning("no state was kept for lane %d: its document goes on from an empty one", lane)
         elif batch.carried and kept is not None:
             states = _first_of(kept, 1 if context else len(batch.cu_seqlens) - 1, device)
-        # Padding at the end is a sequence of its own; of a pack over several ranks only the state at its end is known.
-        last = _last_sequence(batch)
-        observe = observe and (context is None or last == len(batch.cu_seqlens) - 2)
+        place = _observed_place(batch, over_ranks=context is not None) if observe else None
         share = share.to(device)
         output = model(
             share.input_ids,
@@ -68,16 +66,14 @@ class CarriedStates:
             cu_seqlens=share.cu_seqlens,
             seq_idx=share.seq_idx,
             states=states,
-            output_states=batch.goes_on or observe,
+            output_states=batch.goes_on or place is not None,
             context=context,
         )
-        if batch.goes_on or observe:
+        if batch.goes_on:
             # A document that goes on fills its pack to the end, so its state is the last one.
-            if batch.goes_on:
-                self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
-            if observe:
-                place = 0 if context else last
-                self.observed = [layer[0][place].detach().double().square().mean() for layer in output.states]
+            self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
+        if place is not None:
+            self.observed = [layer[0][place].detach().double().square().mean() for layer in output.states]
         return output.loss_sum
 
     def forget(self) -> None:
@@ -93,10 +89,16 @@ class CarriedStates:
         self._lanes = {int(lane): [tuple(layer) for layer in layers] for lane, layers in state.items()}
 
 
-def _last_sequence(batch: PackedBatch) -> int:
-    """Return the number of the last sequence of which anything is learned."""
+def _observed_place(batch: PackedBatch, *, over_ranks: bool) -> int | None:
+    """Return where among the states is that of the last sequence of which anything is learned; None if nowhere.
+
+    Padding at the end is a sequence of its own; of a pack over several ranks only the state at its end is known.
+    """
     learned = batch.seq_idx[batch.labels != IGNORE_INDEX]
-    return int(learned[-1]) if len(learned) else 0
+    last = int(learned[-1]) if len(learned) else 0
+    if not over_ranks:
+        return last
+    return 0 if last == len(batch.cu_seqlens) - 2 else None
 
 
 def _first_of(kept: LaneStates, sequences: int, device: torch.device) -> LaneStates:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.checkpoint.layout import (
     CONFIG_NAME,
     DAMAGED_PREFIX,
@@ -37,7 +38,7 @@ from statex_dist.checkpoint.manifest import (
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.random_state import random_state, set_random_state
 from statex_dist.engine.retention import SavePolicy, prune, remove_leftovers, remove_tree
-from statex_dist.engine.snapshot import FileWriter, HostCopy, WriteErrors
+from statex_dist.engine.snapshot import FileWriter, HostCopy
 from statex_dist.errors import CheckpointError, StateXError
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Checkpoints:
         if self.engine.rank == 0 and problem is None:
             try:
                 self._commit(step, {n: FileRecord(**r) for _, part in reports for n, r in part.items()})
-            except WriteErrors as error:
+            except WRITE_ERRORS as error:
                 problem = f"{self.directory / tag_of(step)} cannot be completed: {error}"
         if problem := self.engine.broadcast(problem):
             self._report_failure(step, problem, last=last, bear=bear)

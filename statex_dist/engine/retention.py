@@ -30,19 +30,26 @@ class SavePolicy:
 
 
 def prune(checkpoints: Path, policy: SavePolicy) -> None:
-    """Delete complete checkpoints that the policy does not keep, and what killed saves left behind.
-
-    A checkpoint is first renamed to a temporary name: killed half-way, it is not taken for a complete one.
-    """
+    """Delete complete checkpoints that the policy does not keep, and what killed saves left behind."""
     remove_leftovers(checkpoints)
     tags = {tag: step_of(tag) or 0 for tag in complete_tags(checkpoints)}
     kept = sorted(set(tags.values()), reverse=True)[: policy.keep_last]
     for tag, step in tags.items():
         if step in kept or (policy.keep_every and step % policy.keep_every == 0):
             continue
-        doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
-        (checkpoints / tag).replace(doomed)
-        remove_tree(doomed)
+        remove_tree(withdraw(checkpoints, tag))
+
+
+def withdraw(checkpoints: Path, tag: str) -> Path:
+    """Give a checkpoint that is to be deleted a temporary name: killed half-way, it is not taken for a complete one.
+
+    Returns:
+        Where it lies now.
+    """
+    doomed = checkpoints / f"{TEMPORARY_PREFIX}delete-{tag}"
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    return (checkpoints / tag).replace(doomed)
 
 
 def remove_leftovers(checkpoints: Path) -> None:

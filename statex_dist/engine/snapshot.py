@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 
+from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.checkpoint.manifest import record_file
 
 logger = logging.getLogger(__name__)
-
-WriteErrors = (OSError, RuntimeError)
-"""What a full or broken disk raises; torch reports it as RuntimeError."""
 
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -99,7 +97,7 @@ class FileWriter:
                 self.records = self._write()
                 self.problem = None
                 break
-            except WriteErrors as error:
+            except WRITE_ERRORS as error:
                 self.problem = f"checkpoint file of rank {self._rank} cannot be written: {error}"
                 if attempt < self._retries:
                     logger.warning("%s; trying again (%d of %d)", self.problem, attempt + 1, self._retries)
@@ -114,7 +112,7 @@ class FileWriter:
         for path, state in self._files:
             try:
                 torch.save(state, path)
-            except WriteErrors:
+            except WRITE_ERRORS:
                 path.unlink(missing_ok=True)  # a part of a file only takes up the disk that is full
                 raise
         records = {}

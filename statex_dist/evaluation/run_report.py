@@ -18,13 +18,18 @@ from typing import Any
 
 import yaml
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, STATUS_NAME, complete_tags
+from statex_dist.checkpoint.layout import (
+    CHECKPOINTS_DIR,
+    CONFIG_NAME,
+    MODEL_DIR,
+    SETTINGS_NAME,
+    STATUS_NAME,
+    complete_tags,
+)
 from statex_dist.errors import DataError
 from statex_dist.evaluation.run_figures import Figure, draw_runs
 from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
-
-CONFIG_FILE = "config.yaml"
 
 _PAGE = Template(
     """<!doctype html>
@@ -127,7 +132,7 @@ def _read_run(directory: Path, name: str) -> TrainingRun:
     if not directory.is_dir():
         raise DataError(f"run directory not found: {directory}")
     records = read_metrics(directory)
-    config, status = _text(directory / CONFIG_FILE), _json(directory / STATUS_NAME)
+    config, status = _text(directory / SETTINGS_NAME), _json(directory / STATUS_NAME)
     checkpoints = directory / CHECKPOINTS_DIR
     tags = complete_tags(checkpoints)
     model = _json(checkpoints / tags[0] / MODEL_DIR / CONFIG_NAME) if tags else {}
@@ -135,7 +140,7 @@ def _read_run(directory: Path, name: str) -> TrainingRun:
     try:
         settings = _flat(yaml.safe_load(config) or {})
     except yaml.YAMLError as error:
-        raise DataError(f"{directory / CONFIG_FILE} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise DataError(f"{directory / SETTINGS_NAME} is not valid YAML: {' '.join(str(error).split())}") from None
     return TrainingRun(
         name=name,
         directory=directory,
@@ -196,7 +201,7 @@ def make_page(runs: Sequence[TrainingRun]) -> str:
     title = "Training run " + runs[0].name if len(runs) == 1 else "Training runs"
     return _PAGE.substitute(
         title=html.escape(title),
-        tables=_summary_table(runs) + _difference_table(runs) + _messages(runs),
+        tables=_table(summary_lines(runs)) + _difference_table(runs) + _messages(runs),
         figures="\n".join(_figure(figure) for figure in draw_runs(runs)),
         configs="\n".join(_config(run) for run in runs if run.config),
     )
@@ -224,11 +229,11 @@ def summary_rows(summary: RunSummary) -> dict[str, str]:
     return {title: text for title, text in rows.items() if text}
 
 
-def _summary_table(runs: Sequence[TrainingRun]) -> str:
+def summary_lines(runs: Sequence[TrainingRun]) -> list[list[str]]:
+    """Return the figures of runs side by side: a line of names, then one for each figure."""
     rows = {run.name: summary_rows(summarise(run)) for run in runs}
-    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
-    lines = [["", *rows], *([title, *(row.get(title, "") for row in rows.values())] for title in titles)]
-    return _table(lines)
+    titles = dict.fromkeys(title for row in rows.values() for title in row)
+    return [["", *rows], *([title, *(row.get(title, "") for row in rows.values())] for title in titles)]
 
 
 def _difference_table(runs: Sequence[TrainingRun]) -> str:
@@ -269,10 +274,3 @@ def _figure(figure: Figure) -> str:
 def _config(run: TrainingRun) -> str:
     name, text = html.escape(run.name), html.escape(run.config)
     return f"<details><summary>Configuration of {name}</summary><pre>{text}</pre></details>"
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page in one piece: a reader finds the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)

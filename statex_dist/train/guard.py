@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.config import check_finite
 from statex_dist.data.types import PackedBatch
 from statex_dist.errors import ConfigError
@@ -97,7 +98,7 @@ class Guard:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             torch.save(content, path)
-        except (OSError, RuntimeError) as error:
+        except WRITE_ERRORS as error:
             # One rank must not end where the others go on; the batch can be had again from the loader's state.
             logger.warning("the batch of step %d cannot be kept: %s", step, error)
         if self.rank == 0:

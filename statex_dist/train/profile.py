@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,6 @@ class Profiler:
         run_dir: The run's directory.
         rank: This process.
         world_size: All processes.
-
     """
 
     def __init__(self, config: ProfileConfig, run_dir: Path, *, rank: int, world_size: int):
@@ -140,7 +140,7 @@ class Profiler:
             finished.export_chrome_trace(str(self._directory / f"{stem}.json.gz"))
             table = finished.key_averages().table(sort_by=by, row_limit=TABLE_ROWS, max_name_column_width=60)
             (self._directory / f"{stem}.txt").write_text(table + "\n", encoding="utf-8")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except WRITE_ERRORS as error:
             logger.warning("the profile of steps %d to %d cannot be written: %s", first, last, error)
             return
         logger.info("profile of steps %d to %d: %s", first, last, self._directory / f"{stem}.json.gz")

@@ -19,8 +19,9 @@ from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
 from statex_dist.models.kinds import config_from_dict
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.run import claim, train
+from statex_dist.run import train
 from statex_dist.run_config import RunConfig
+from statex_dist.train.claim import claim
 from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
 from statex_dist.train.signals import StopRequest
 from statex_dist.train.status import read_status
