@@ -32,10 +32,10 @@ demo: $(READY)
 	$(BIN)/statex demo --out demo --family $(FAMILY) --seeds $(SEEDS) --overwrite
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 test-all: $(READY) lint
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ START_SECONDS = 300.0
 """Long enough for a whole job on a machine that is busy with other things."""
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_hosts_train_as_one_does_through_a_cut_network(tmp_path: Path) -> None:
     """The network of one host is cut: the job ends, the same command resumes, and the losses are those of one host."""
