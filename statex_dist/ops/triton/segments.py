@@ -1,0 +1,115 @@
+"""How packed sequences are cut into chunks in the order of their tokens, and chunks into segments that bound memory.
+
+Every sequence starts a chunk of its own, so that no chunk holds two; the places after a sequence's last token hold
+zeros (a zero key and no decay change nothing). A segment is a run of chunks whose states are held at the same time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Consecutive chunks of flat tokens.
+
+    Attributes:
+        chunk_size: Places per chunk, ``C``.
+        start: ``[n]`` int64 first token of each chunk.
+        length: ``[n]`` int32 tokens of each chunk.
+        sequence: ``[n]`` int32 sequence of each chunk.
+        is_first: ``[n]`` int32, 1 where a sequence begins with the chunk.
+        is_last: ``[n]`` int32, 1 where a sequence ends with it.
+        places: int64 places that hold a token, in the order of the tokens.
+        tokens: First token and number of tokens of the segment.
+    """
+
+    chunk_size: int
+    start: torch.Tensor
+    length: torch.Tensor
+    sequence: torch.Tensor
+    is_first: torch.Tensor
+    is_last: torch.Tensor
+    places: torch.Tensor
+    tokens: tuple[int, int]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the segment, ``n``."""
+        return len(self.start)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place holds a token, so that tokens and places are the same memory."""
+        return self.tokens[1] == self.num_chunks * self.chunk_size
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``[H, n, C, D]`` from ``x [tokens, H, D]``, zero in empty places; a view of one head's full chunks."""
+        first, count = self.tokens
+        if self.is_full:
+            placed = x[first : first + count]
+        else:
+            placed = x.new_zeros(self.num_chunks * self.chunk_size, *x.shape[1:])
+            placed.index_copy_(0, self.places, x[first : first + count])
+        return placed.unflatten(0, (self.num_chunks, self.chunk_size)).permute(2, 0, 1, 3)
+
+    def put(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Write ``x [H, n, C, D]`` to the segment's tokens of ``out [tokens, H, D]``."""
+        first, count = self.tokens
+        placed = x.permute(1, 2, 0, 3).flatten(0, 1)
+        out[first : first + count] = placed if self.is_full else placed.index_select(0, self.places)
+
+
+@lru_cache(maxsize=64)
+def cut_segments(
+    lengths: tuple[int, ...], chunk_size: int, chunks_per_segment: int, device: torch.device
+) -> tuple[Segment, ...]:
+    """Return the segments of sequences that lie one behind the other.
+
+    Args:
+        lengths: Tokens of each sequence; 0 is allowed and gives no chunk.
+        chunk_size: Tokens per chunk.
+        chunks_per_segment: Most chunks of a segment.
+        device: Where the index tensors live.
+    """
+    counts = [-(-length // chunk_size) for length in lengths]
+    sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
+    within = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
+    start = (ends - lengths)[sequence] + within * chunk_size
+    length = np.minimum(chunk_size, ends[sequence] - start).astype(np.int32)
+    is_first, is_last = within == 0, start + length == ends[sequence]
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        # The cut is kept: made under inference mode, its tensors could not be used by a later training step.
+        with torch.inference_mode(False):
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    segments = []
+    for low, high in _runs(len(sequence), chunks_per_segment):
+        offsets = np.arange(chunk_size)
+        inside = (offsets < length[low:high, None]).ravel()
+        segments.append(
+            Segment(
+                chunk_size=chunk_size,
+                start=tensor(start[low:high]),
+                length=tensor(length[low:high]),
+                sequence=tensor(sequence[low:high]),
+                is_first=tensor(is_first[low:high].astype(np.int32)),
+                is_last=tensor(is_last[low:high].astype(np.int32)),
+                places=tensor(np.flatnonzero(inside)),
+                tokens=(int(start[low]), int(length[low:high].sum())),
+            )
+        )
+    return tuple(segments)
+
+
+def _runs(total: int, size: int) -> Iterator[tuple[int, int]]:
+    marks = [*range(0, total, size), total]
+    return itertools.pairwise(marks)
