@@ -21,7 +21,9 @@ class Sequences:
         seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form.
         output_states: Whether layers return their final states.
         backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
-        chunk_size: Tokens per chunk of the PyTorch scan; None picks one.
+        chunk_size: Tokens per chunk of our own scans; None picks one.
+        max_state_bytes: Bound of the chunk states that the scan of expanded GLA layers holds at once; None for its
+            default.
         context: How the tokens hang together with those of other ranks, or None. States before and after the tokens
             are then those before and after the whole pack, ``[1, ...]``.
     """
@@ -31,4 +33,5 @@ class Sequences:
     output_states: bool = False
     backend: str = "auto"
     chunk_size: int | None = None
+    max_state_bytes: int | None = None
     context: ContextShare | None = None

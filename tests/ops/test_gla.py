@@ -49,7 +49,7 @@ def test_bad_chunk_size_is_refused(chunk_size):
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match="scan backend 'fast' is not one of auto, kernel, chunked, naive"):
+    with pytest.raises(ConfigError, match="scan backend 'fast' is not one of auto, kernel, triton, chunked, naive"):
         gla(**gla_inputs(tokens=5), backend="fast")
 
 

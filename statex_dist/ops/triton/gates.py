@@ -46,7 +46,9 @@ def pregate_kernel(
         rows = i * BLOCK + tl.arange(0, BLOCK)
         gates = load_tokens(g, first, rows, count, offset, stride, cols, width)
         summed = tl.cumsum(gates, 0)
-        gated = load_tokens(q, first, rows, count, offset, stride, cols, width) * tl.exp(summed + before[None, :]) * scale
+        gated = (
+            load_tokens(q, first, rows, count, offset, stride, cols, width) * tl.exp(summed + before[None, :]) * scale
+        )
         target = chunk + rows[:, None] * width + cols[None, :]
         inside = (cols < width)[None, :]
         tl.store(prefix + target, summed, mask=inside)
@@ -93,6 +95,6 @@ def pregate(
         CHUNK=size,
         BLOCK=block_rows(size),
         COLUMNS=_COLUMNS,
-        num_warps=4,
+        num_warps=8,
     )
     return prefix, queries, keys, total

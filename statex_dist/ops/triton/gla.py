@@ -10,8 +10,9 @@ and what Triton does is elementwise or small (kernel groups: :mod:`gates`, :mod:
     carry            h_{n+1} = e^{b_C} h_n + dS_n                            in place
     output           o = A v + q~ h                                          batched products
 
-A mixed layer (``mix [H, r]``) stores ``r`` value heads per key head and reads ``o_j = sum_i M_ij (A_i v_j + q~_i h_ij)``:
-the C x C matrices are summed over heads before they meet the values (docs/method.md, section 3).
+A mixed layer (``mix [H, r]``) stores ``r`` value heads per key head and reads
+``o_j = sum_i M_ij (A_i v_j + q~_i h_ij)``: the C x C matrices are summed over heads before they meet the values
+(docs/method.md, section 3).
 
 Memory is bounded whatever the length: chunks are processed in segments whose states fit ``max_state_bytes``; the
 backward pass computes each segment's states again from the fp32 state before it.
@@ -93,7 +94,7 @@ def expanded_gla(
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ConfigError(f"scan backend 'triton' computes in fp32 or bf16, not {str(q.dtype).removeprefix('torch.')}")
-    lengths = sequence_lengths(*q.shape[:2], cu_seqlens)
+    lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
     chunk_size = _fitting_chunk_size(lengths) if chunk_size is None else chunk_size
     if chunk_size < SMALLEST_CHUNK or chunk_size & (chunk_size - 1):
         raise ConfigError(f"chunk_size must be a power of two from {SMALLEST_CHUNK}, not {chunk_size}")
@@ -139,10 +140,8 @@ class _ExpandedGLA(torch.autograd.Function):
             if keep:
                 befores.append(carried.clone())
             part = _Part.compute(pieces, q, k, v, g, mix, carried, initial, final, scale, segment)
-            read = _products(part.queries, part.starts)
-            out = _products(_mix_scores(part.scores, mix), part.values)
-            out += _mix_blocks(read, mix)
-            segment.put(out, o)
+            read = _mix_blocks(_products(part.queries, part.starts), mix)
+            _put_sum(read, _mix_scores(part.scores, mix), part.values, segment, o)
         ctx.save_for_backward(q, k, v, g, mix, initial, *befores)
         ctx.scale, ctx.segments = scale, segments
         return o, final
@@ -169,14 +168,13 @@ class _ExpandedGLA(torch.autograd.Function):
             )
             if dmix is not None:
                 dmix += dmix_scores + dmix_states
-            dv_part = _products(_mix_scores(part.scores, mix).mT, do_part)
-            dv_part += _gather_blocks(_products(part.keys, grads), mix)
-            segment.put(dv_part, dv)
+            dv_part = _gather_blocks(_products(part.keys, grads), mix)
+            _put_sum(dv_part, _mix_scores(part.scores, mix).mT, do_part, segment, dv)
             dkeys = _products(part.spread, grads.mT)
             pieces.scores.input_gradients(
                 q, k, part.decays, dscores, dqueries, dkeys, dtotal, segment, ctx.scale, (dq, dk, dg)
             )
-        return dq, dk, dv, dg, None if mix is None else dmix.to(mix.dtype), dinitial, None, None, None
+        return dq, dk, dv, dg, None if dmix is None else dmix.to(mix.dtype), dinitial, None, None, None
 
 
 class _Part(NamedTuple):
@@ -203,7 +201,9 @@ class _Part(NamedTuple):
     starts: torch.Tensor
 
     @classmethod
-    def compute(cls, pieces: _Pieces, q, k, v, g, mix, carried, initial, final, scale: float, segment: Segment) -> _Part:
+    def compute(
+        cls, pieces: _Pieces, q, k, v, g, mix, carried, initial, final, scale: float, segment: Segment
+    ) -> _Part:
         decays, queries, keys, total = pieces.gates.pregate(q, k, g, segment, scale)
         scores = pieces.scores.scores(q, k, decays, segment, scale)
         values = segment.take(v)
@@ -220,6 +220,15 @@ def _first_states(initial, num_sequences: int, shape: tuple[int, ...], like: tor
 def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return ``x @ y`` of ``[H, n, ., .]`` tensors as one batched product."""
     return torch.bmm(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _put_sum(base: torch.Tensor, x: torch.Tensor, y: torch.Tensor, segment: Segment, out: torch.Tensor) -> None:
+    """Write ``base + x @ y`` to the segment's tokens, at once where they are laid out like the product."""
+    operands = base.flatten(0, 1), x.flatten(0, 1), y.flatten(0, 1)
+    if segment.is_full and base.shape[0] == 1:
+        torch.baddbmm(*operands, out=segment.take(out).flatten(0, 1))
+    else:
+        segment.put(torch.baddbmm(*operands).unflatten(0, base.shape[:2]), out)
 
 
 def _spread(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:

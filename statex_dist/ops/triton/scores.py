@@ -19,7 +19,9 @@ _SPLIT_LIMIT = tl.constexpr(40.0)
 
 
 @triton.autotune(
-    configs=[triton.Config({"COLUMNS": c}, num_warps=w, num_stages=s) for c, w, s in ((64, 4, 2), (32, 4, 3), (128, 8, 2))],
+    configs=[
+        triton.Config({"COLUMNS": c}, num_warps=w, num_stages=s) for c, w, s in ((32, 8, 2), (64, 8, 2), (32, 4, 3))
+    ],
     key=["width", "CHUNK"],
 )
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -80,7 +82,9 @@ def scores_kernel(
 
 
 @triton.autotune(
-    configs=[triton.Config({"COLUMNS": c}, num_warps=w, num_stages=s) for c, w, s in ((64, 4, 2), (32, 4, 2), (64, 8, 2))],
+    configs=[
+        triton.Config({"COLUMNS": c}, num_warps=w, num_stages=s) for c, w, s in ((32, 8, 2), (16, 4, 2), (64, 8, 2))
+    ],
     key=["width", "CHUNK"],
 )
 @triton.jit(do_not_specialize=["num_chunks"])

@@ -16,7 +16,7 @@ def block_rows(chunk_size: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Return Triton's precision for products of gated rows: they are held in fp32, but need no more than their inputs."""
+    """Return Triton's precision for products of gated rows, which are fp32 but as rough as what they came from."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -36,9 +36,9 @@ def load_tokens(x, first, rows, count, offset, stride, cols, width):
 @triton.jit
 def load_places(x, chunk, rows, cols, width):
     """Return the fp32 tile ``[rows, cols]`` of one chunk; ``chunk`` is its 64-bit place in ``x``, in numbers."""
-    return tl.load(
-        x + chunk + rows[:, None] * width + cols[None, :], mask=(cols < width)[None, :], other=0.0
-    ).to(tl.float32)
+    return tl.load(x + chunk + rows[:, None] * width + cols[None, :], mask=(cols < width)[None, :], other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit

@@ -1,0 +1,100 @@
+"""Run the kernels of expanded layers in Triton's interpreter against the recurrence: a subprocess of a test.
+
+One shim, for this process only: no driver means no timing, so the first tuning choice is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from statex_dist.ops.dispatch import gla
+from tests.ops.scan_cases import assert_close, borders, gla_inputs, run_with_gradients
+
+SIZES = {"tokens": 100, "heads": 2, "keys": 37, "values": 21}
+"""Neither keys nor values are a power of two or fill a tile."""
+
+CASES = {
+    "one segment": {},
+    "a segment per chunk": {"chunk_size": 32, "segment_chunks": 1},
+    "several blocks per chunk": {"tokens": 150, "chunk_size": 128, "segment_chunks": 1},
+    "packed": {"lengths": [30, 1, 0, 50, 19], "chunk_size": 32, "segment_chunks": 2},
+    "batch": {"tokens": 40, "batch": 2, "chunk_size": 16},
+    "bursty gates": {"tokens": 70, "gate": "bursty", "chunk_size": 64, "keys": 10, "tolerance": 2e-4},
+    "bursty gates, packed and mixed": {
+        "gate": "bursty",
+        "lengths": [40, 25],
+        "chunk_size": 16,
+        "keys": 10,
+        "mix": "random",
+        "tolerance": 2e-4,
+    },
+    "strong gates": {"tokens": 40, "gate": "constant:-50", "chunk_size": 16, "keys": 10},
+    "M = I": {"mix": "identity", "chunk_size": 64, "segment_chunks": 1},
+    "M = ones": {"mix": "ones", "chunk_size": 64},
+    "M, packed": {"mix": "random", "lengths": [70, 30], "chunk_size": 32, "segment_chunks": 2},
+    "several tiles": {"tokens": 33, "heads": 1, "keys": 80, "values": 150, "chunk_size": 32},
+    "bf16": {"tokens": 150, "chunk_size": 64, "dtype": torch.bfloat16, "tolerance": 2e-2},
+}
+
+
+def mixing_matrix(kind: str, heads: int) -> torch.Tensor:
+    if kind == "identity":
+        return torch.tensor([[1.0, 0.0]] * heads, dtype=torch.float64)
+    if kind == "ones":
+        return torch.ones(heads, 2, dtype=torch.float64)
+    return torch.randn(heads, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def compare(
+    *,
+    lengths: list[int] | None = None,
+    mix: str | None = None,
+    segment_chunks: int = 100,
+    chunk_size: int | None = None,
+    gate: str = "soft",
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 2e-5,
+    **sizes: int,
+) -> None:
+    sizes = SIZES | sizes
+    if lengths:
+        sizes["tokens"] = sum(lengths)
+    inputs = {name: x if name == "g" else x.to(dtype).double() for name, x in gla_inputs(**sizes, gate=gate).items()}
+    matrix = None if mix is None else mixing_matrix(mix, sizes["heads"])
+    width = sizes["values"] * (1 if matrix is None else matrix.shape[1])
+    sequences = len(lengths) if lengths else sizes.get("batch", 1)
+    rng = torch.Generator().manual_seed(1)
+    state = torch.randn(sequences, sizes["heads"], sizes["keys"], width, generator=rng, dtype=torch.float64)
+    options = {"cu_seqlens": borders(lengths) if lengths else None}
+    expected = run_with_gradients(gla, inputs, backend="naive", initial_state=state, mix=matrix, **options)
+    narrow = {name: x.to(torch.float32 if name == "g" else dtype) for name, x in inputs.items()}
+    state_bytes = sizes["heads"] * sizes["keys"] * width * dtype.itemsize
+    actual = run_with_gradients(
+        gla,
+        narrow,
+        backend="triton",
+        initial_state=state.float(),
+        mix=None if matrix is None else matrix.float(),
+        chunk_size=chunk_size,
+        max_state_bytes=2 * segment_chunks * state_bytes,
+        **options,
+    )
+    assert_close(actual, expected, tolerance)
+
+
+def main() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner._bench = lambda *_, **__: [0.0, 0.0, 0.0]
+    for name, options in CASES.items():
+        compare(**options)
+        print(f"ok {name}", flush=True)  # noqa: T201
+    assert "statex_dist.ops.triton.scores" in sys.modules, "the PyTorch pieces ran in place of the kernels"
+
+
+if __name__ == "__main__":
+    main()
