@@ -24,7 +24,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@# --no-deps: its dependency torchvision breaks transformers beside a CPU torch (docs/environment.md).
 	$(BIN)/python -m pip install --quiet --no-deps "mosaicml-streaming==0.13.0"
-	@# ... and this lets `import streaming` work without it.
+	@# mamba_ssm's Triton kernels. Without its compiled parts, which nothing here uses, and without what those need.
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
+		"mamba-ssm==2.3.2.post1"
+	@# ... and this lets `import streaming` work without torchvision.
 	$(BIN)/python -m statex_dist.data.streaming_hook
 	@touch $(READY)
 
@@ -47,7 +50,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.scan
+	$(BIN)/python -m benchmarks.cpu_scan
 	$(BIN)/python -m benchmarks.expand
 	$(BIN)/python -m benchmarks.reshard
 	$(BIN)/python -m benchmarks.data

@@ -30,9 +30,10 @@ the swap buffers remain there: 4 buffers of a sub-group's master weights, moment
 Activations on a CPU are counted, not estimated (``statex_dist/models/activations.py``); the caller passes them. With
 GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices and ``4 T / C`` times its
 state numbers (the states at the borders of chunks of ``C`` tokens) for ``T`` tokens, or ``p T hidden`` where it is
-recomputed, one such layer being whole at a time. Logits take ``2 p + 8`` bytes each, those of one loss chunk at a time:
-logits and their gradient, and both once more in fp32. Allocator slack, kernels' workspaces and the process itself (CUDA
-context; 0.5 GiB of Python on a CPU) come on top.
+recomputed, one such layer being whole at a time. Logits take ``p`` bytes each, those of one loss chunk at a time: their
+gradient overwrites them. The loss computes its gradients at once, in the forward pass: ``p T hidden``, and of the head
+``8 vocab hidden``, a sum in fp32 and what is added to it. Allocator slack, kernels' workspaces and the process itself
+(CUDA context; 0.5 GiB of Python on a CPU) come on top.
 """
 
 from __future__ import annotations
@@ -207,8 +208,12 @@ def training_memory(
     }
     passing = {"gathered": on_device(_gathered(settings, sizes, whole) * width)}
     if count_activations is None:
-        activations, logits = _estimate(config, settings, specs, width)
-        passing |= {"activations": on_device(activations), "logits": on_device(logits)}
+        tokens, chunk = settings.tokens, min(settings.loss_chunk_tokens or settings.tokens, settings.tokens)
+        passing |= {
+            "activations": on_device(_estimate(config, settings, specs, width)),
+            "logits": on_device(width * chunk * config.vocab_size),
+            "loss gradients": on_device((width * tokens + 8 * config.vocab_size) * config.hidden_size),
+        }
     else:
         passing["activations"] = on_device(count_activations(config, settings))
     held = sum(parts.values(), Share())
@@ -233,10 +238,8 @@ def _gathered(settings: TrainingSettings, sizes: list[int], whole: int) -> int:
     return rest if rest <= kept else min(rest, kept + _PREFETCH_BUCKET + max(sizes))
 
 
-def _estimate(
-    config: ModelConfig, settings: TrainingSettings, specs: dict[str, TensorSpec], width: int
-) -> tuple[int, int]:
-    """Return the bytes of activations with GPU kernels, and those of logits."""
+def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, TensorSpec], width: int) -> int:
+    """Return the bytes of the layers' activations with GPU kernels."""
     tokens, family = settings.tokens, family_of(config.MODEL_TYPE)
     widths = [0] * config.num_hidden_layers
     for name, spec in specs.items():
@@ -253,8 +256,7 @@ def _estimate(
             again.append(whole)
         else:
             kept += whole
-    chunk = min(settings.loss_chunk_tokens or tokens, tokens)
-    return kept + max(again), (2 * width + 8) * chunk * config.vocab_size
+    return kept + max(again)
 
 
 def _option(name: str) -> str:

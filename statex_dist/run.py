@@ -213,6 +213,7 @@ def build_model(config: RunConfig) -> RecurrentLM:
     freeze_parameters(model.named_parameters(), roles=parameter_roles(model.config), config=config.optimizer)
     model.trunk.recompute = config.engine.activation_checkpointing
     model.lm_head.chunk_tokens = config.engine.loss_chunk_tokens
+    model.max_state_bytes = config.engine.max_state_bytes
     return model
 
 

@@ -84,6 +84,7 @@ ENGINES = {
     "webdataset": ("statex_dist.data.storage.tar",),
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
+    "causal_conv1d": ("statex_dist.ops.conv_api",),
     "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor"),
     "wandb": ("statex_dist.train.wandb_run",),
 }

@@ -33,9 +33,12 @@ class EngineConfig:
         precision: Of parameters and activations; optimizer states and master weights are fp32 either way.
         activation_checkpointing: Layers that are recomputed in the backward pass: ``none``, every ``block``, or only
             the ``expanded`` ones, whose states are the largest.
-        loss_chunk_tokens: Tokens whose logits are held at once; 0 holds those of the whole sequence.
+        loss_chunk_tokens: Tokens whose logits are held at once, nothing being computed twice for it; 0 holds those of
+            the whole sequence.
         segment_tokens: A packed sequence is run in segments of so many tokens, each with its own backward pass; states
             go on from one to the next, gradients do not (truncated BPTT). 0 runs it whole.
+        max_state_bytes: Bound of the chunk states that the GPU scan of an expanded GLA layer holds at once; the
+            backward pass computes them again, segment by segment.
         param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements whole on every rank.
         sub_group_size: Elements that ZeRO-3's optimizer updates at once, per rank.
         offload_optimizer: Where ZeRO-3 keeps optimizer states and master weights instead of the GPU: ``none`` or
@@ -50,6 +53,7 @@ class EngineConfig:
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
     segment_tokens: int = 0
+    max_state_bytes: int = 512 * 2**20
     param_persistence_threshold: int = 100_000
     sub_group_size: int = 1_000_000_000
     offload_optimizer: Place = "none"
@@ -61,7 +65,7 @@ class EngineConfig:
         check_finite(self, "engine")
         if self.name == "plain" and self.precision != "fp32":
             raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
-        for name in ("sub_group_size", "timeout_minutes"):
+        for name in ("max_state_bytes", "sub_group_size", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"engine.{name} must be above 0, not {getattr(self, name)}")
         for name in ("loss_chunk_tokens", "segment_tokens", "param_persistence_threshold"):

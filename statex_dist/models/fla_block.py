@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import convolve_sequences
 from statex_dist.ops.dispatch import gla, gla_decode
+from statex_dist.ops.fused import swiglu
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.state.geometry import StateGeometry
 
 
 class MLP(nn.Module):
-    """SwiGLU channel mixing (arXiv 2002.05202)."""
+    """SwiGLU channel mixing (arXiv 2002.05202).
+
+    On a GPU three of its tensors ``[B, T, inner]`` are kept for the backward pass (``gate``, ``up`` and their product),
+    of PyTorch's operators four.
+    """
 
     def __init__(self, hidden_size: int, inner_size: int):
         super().__init__()
@@ -28,7 +32,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``down(silu(gate(x)) * up(x))``."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class FLABlock(nn.Module):
@@ -87,11 +91,11 @@ def convolve(
         weight,
         tail=tail,
         cu_seqlens=sequences.cu_seqlens,
+        seq_idx=sequences.seq_idx,
         output_tail=sequences.output_states,
         context=sequences.context,
+        silu=activation,
     )
-    if activation:
-        out = F.silu(out)
     return out.split([y.shape[-1] for y in inputs], dim=-1), (() if new_tail is None else (new_tail,))
 
 
@@ -144,5 +148,6 @@ def linear_attention(
         cu_seqlens=sequences.cu_seqlens,
         backend=sequences.backend,  # type: ignore[arg-type]
         chunk_size=sequences.chunk_size,
+        max_state_bytes=sequences.max_state_bytes,
         context=sequences.context,
     )

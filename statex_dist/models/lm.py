@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +14,7 @@ from statex_dist.models.distributions import Constant, Distribution, Normal, gen
 from statex_dist.models.kinds import Family, family_of
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops.loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 from statex_dist.parallel.context import ContextShare
 
 Recompute = Literal["none", "block", "expanded"]
@@ -87,13 +86,12 @@ class LMHead(nn.Linear):
     """Hidden states to logits, or to their summed cross entropy without ever holding all logits.
 
     Attributes:
-        chunk_tokens: Tokens whose logits are held at once with labels; they are computed again in the backward pass.
-            0 holds them all.
+        chunk_tokens: Tokens whose logits are held at once with labels; 0 holds them all.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
-        self.chunk_tokens = 0
+        self.chunk_tokens = LOSS_CHUNK_TOKENS
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[B, T, vocab]``; with ``labels [B, T]`` the sum of the cross entropy in nats.
@@ -102,17 +100,13 @@ class LMHead(nn.Linear):
         """
         if labels is None:
             return super().forward(hidden)
-        tokens, targets = hidden.flatten(0, 1), labels.flatten()
-        if not 0 < self.chunk_tokens < len(targets):
-            return self._loss_sum(tokens, targets)
-        pairs = zip(tokens.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
-        losses = [checkpoint(self._loss_sum, *pair, use_reentrant=False) for pair in pairs]
-        return torch.stack(losses).sum()
-
-    def _loss_sum(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = super().forward(tokens)
-        wide = logits.to(wide_dtype(logits.dtype))
-        return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            chunk_tokens=self.chunk_tokens,
+        )
 
 
 class RecurrentLM(nn.Module):
@@ -120,6 +114,10 @@ class RecurrentLM(nn.Module):
 
     Args:
         config: A family's configuration; its plan decides each layer's state.
+
+    Attributes:
+        max_state_bytes: Bound of the chunk states that the scan of an expanded GLA layer holds at once on a GPU; None
+            for its default.
     """
 
     def __init__(self, config: ModelConfig):
@@ -129,6 +127,7 @@ class RecurrentLM(nn.Module):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.trunk.embedding_table.weight
+        self.max_state_bytes: int | None = None
 
     @property
     def family(self) -> Family:
@@ -164,7 +163,7 @@ class RecurrentLM(nn.Module):
             states: Each layer's state before ``input_ids``, or None for zero.
             output_states: Whether to return the states after ``input_ids``.
             backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
-            chunk_size: Tokens per chunk of the PyTorch scan, a power of two from 4; None picks one.
+            chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
             context: How ``input_ids`` hang together with the tokens of other ranks, or None. ``states`` are then those
                 before and after the whole pack, ``[1, ...]``.
         """
@@ -174,6 +173,7 @@ class RecurrentLM(nn.Module):
             output_states=output_states,
             backend=backend,
             chunk_size=chunk_size,
+            max_state_bytes=self.max_state_bytes,
             context=context,
         )
         hidden, new_states = self.trunk(input_ids, sequences, states)

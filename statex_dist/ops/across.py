@@ -74,7 +74,8 @@ def ssd_across(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry a Mamba2 state across ranks.
 
-    The final state is computed here: mamba_ssm's kernel cannot give it for packed sequences.
+    The final state is computed here, of the last sequence alone: asked of the scan, it would cost mamba_ssm's one call
+    over packed sequences (``mamba_api``).
 
     Args:
         context: This rank's share.

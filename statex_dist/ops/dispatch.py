@@ -6,33 +6,45 @@ otherwise; ``naive`` is for tests.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_across, ssd_final_state
+from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_across
 from statex_dist.ops.chunked import chunked_gla, chunked_ssd
 from statex_dist.ops.delta import chunked_delta_rule, delta_step, naive_delta_rule
 from statex_dist.ops.fla_api import fla_delta_rule, fla_gla, has_fla
-from statex_dist.ops.mamba_api import fits_mamba_ssm, has_mamba_ssm, mamba_ssd
+from statex_dist.ops.mamba_api import has_mamba_ssm, mamba_ssd
 from statex_dist.ops.mixing import mix_outputs, partner_values, spread_values
 from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
+from statex_dist.ops.triton.gla import SMALLEST_CHUNK, expanded_gla
 from statex_dist.parallel.context import ContextShare
 
-Backend = Literal["auto", "kernel", "chunked", "naive"]
+Backend = Literal["auto", "kernel", "triton", "chunked", "naive"]
+"""``kernel`` is another library's (fla-core, mamba_ssm), ``triton`` our own for large GLA states."""
+
+LARGEST_FLA_STATE = 256 * 512
+"""Numbers of a head's state up to which fla's kernels serve: those of the largest public GLA before expansion."""
 
 
-def _check_backend(backend: str) -> None:
-    if backend not in get_args(Backend):
-        raise ConfigError(f"scan backend {backend!r} is not one of {', '.join(get_args(Backend))}")
+def _check_backend(backend: str, *, has_triton: bool = False) -> None:
+    allowed = [name for name in get_args(Backend) if has_triton or name != "triton"]
+    if backend not in allowed:
+        raise ConfigError(f"scan backend {backend!r} is not one of {', '.join(allowed)}")
 
 
 def _takes_kernel(backend: str, q: torch.Tensor) -> bool:
     """Return whether flash-linear-attention's kernels are to run."""
     return backend == "kernel" or (backend == "auto" and q.is_cuda and q.dtype != torch.float64 and has_fla())
+
+
+def _is_expanded(q: torch.Tensor, v: torch.Tensor, mix: torch.Tensor | None) -> bool:
+    """Return whether a head's state is larger than those that fla's kernels are quick and lean for."""
+    numbers = q.shape[-1] * v.shape[-1] * (1 if mix is None else mix.shape[1])
+    fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float32) and q.shape[1] >= SMALLEST_CHUNK
+    return fits and numbers > LARGEST_FLA_STATE
 
 
 class _Forms(NamedTuple):
@@ -59,7 +71,6 @@ def _mixed_scan(
 
     Of a context share the scan starts from zero, and what the state before the share adds is added.
     """
-    _check_backend(backend)
     q, k, v, *rest = inputs
     options["initial_state"] = initial_state if context is None else None
     partners = 1 if mix is None else mix.shape[1]
@@ -86,9 +97,13 @@ def gla(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    max_state_bytes: int | None = None,
     context: ContextShare | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gated linear attention, plain, merged (one wide head) or mixed.
+
+    On a GPU, heads of the size of public checkpoints run on fla's kernels and larger ones on
+    :func:`statex_dist.ops.triton.gla.expanded_gla`.
 
     Args:
         q: ``[B, T, H, K]`` queries.
@@ -100,13 +115,36 @@ def gla(
         initial_state: ``[S, H, K, r V]`` or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         backend: Which implementation runs.
-        chunk_size: Tokens per chunk of the chunked form; None picks one.
+        chunk_size: Tokens per chunk of the forms ``triton`` and ``chunked``; None picks one.
+        max_state_bytes: Bound of the chunk states that ``triton`` holds at once; None for its default.
         context: How the tokens hang together with those of other ranks, or None. States are then those before and
             after the whole pack, of one sequence.
 
     Returns:
         Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]``.
+
+    Raises:
+        ConfigError: The backend is unknown, or ``chunk_size`` or ``max_state_bytes`` not allowed.
     """
+    _check_backend(backend, has_triton=True)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton" or (backend == "auto" and _is_expanded(q, v, mix)):
+        o, state = expanded_gla(
+            q,
+            k,
+            v,
+            g,
+            scale=scale,
+            mix=mix,
+            initial_state=initial_state if context is None else None,
+            cu_seqlens=cu_seqlens,
+            chunk_size=chunk_size,
+            max_state_bytes=max_state_bytes,
+        )
+        if context is not None:
+            added, state = gla_across(context, (q, k, v, g), state[-1:], initial_state, scale=scale)
+            o = add_to_first(o, added if mix is None else mix_outputs(added, mix))
+        return o, state
     return _mixed_scan(
         _Forms(naive=naive_gla, kernel=fla_gla, chunked=chunked_gla, across=gla_across),
         (q, k, v, g),
@@ -114,7 +152,7 @@ def gla(
         backend=backend,
         chunk_size=chunk_size,
         context=context,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
@@ -170,7 +208,11 @@ def delta_rule(
 
     Returns:
         Output ``[B, T, HV, V]`` and final states ``[S, HV, K, r V]``.
+
+    Raises:
+        ConfigError: The backend is unknown.
     """
+    _check_backend(backend)
     return _mixed_scan(
         _Forms(naive=naive_delta_rule, kernel=fla_delta_rule, chunked=chunked_delta_rule, across=delta_across),
         (q, k, v, g, beta),
@@ -228,7 +270,7 @@ def ssd(
         D: ``[H]`` skip weights or None.
         initial_state: ``[S, H, P, N]`` or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; the batch must be 1.
-        seq_idx: ``[B, T]`` int32, the same borders in mamba_ssm's form; needed beside ``cu_seqlens`` by its kernel.
+        seq_idx: ``[B, T]`` int32, the same borders in mamba_ssm's form, which saves its kernel deriving them.
         output_final_state: Whether the final states are needed.
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the chunked form; None picks one.
@@ -255,23 +297,21 @@ def ssd(
         )
         added, after = ssd_across(context, x, dt, A, B, C, cu_seqlens, initial_state)
         return add_to_first(y, added), after if output_final_state else None
-    fits = fits_mamba_ssm(x, B, 256, cu_seqlens=cu_seqlens, has_initial_state=initial_state is not None)
-    fits = fits and (cu_seqlens is None or seq_idx is not None)
-    if backend == "kernel" and not fits:
-        raise ConfigError(
-            "scan backend 'kernel': mamba_ssm would compute this case wrongly (packed sequences without seq_idx or "
-            "with initial states, or more than 2^31 numbers); use 'auto' or 'chunked'"
-        )
     state: torch.Tensor | None
     if backend == "naive":
         y, state = naive_ssd(x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    elif backend == "kernel" or (
-        backend == "auto" and x.is_cuda and x.dtype != torch.float64 and fits and has_mamba_ssm()
-    ):
-        y, state = mamba_ssd(x, dt, A, B, C, initial_state=initial_state, seq_idx=seq_idx)
-        if cu_seqlens is not None and output_final_state:  # the kernel gives that of the last sequence alone
-            borders = itertools.pairwise(cu_seqlens.tolist())
-            state = torch.cat([ssd_final_state(x[:, a:b], dt[:, a:b], A, B[:, a:b]) for a, b in borders])
+    elif backend == "kernel" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64 and has_mamba_ssm()):
+        y, state = mamba_ssd(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
+            output_final_state=output_final_state,
+        )
     else:
         y, state = chunked_ssd(
             x, dt, A, B, C, initial_state=initial_state, cu_seqlens=cu_seqlens, chunk_size=chunk_size

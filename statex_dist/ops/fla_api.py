@@ -64,3 +64,77 @@ def fla_delta_rule(
 
     scan, decay = (chunk_gated_delta_rule, g.squeeze(-1)) if g.shape[-1] == 1 else (chunk_kda, g)
     return scan(q=q, k=k, v=v, g=decay, beta=beta, **_common(scale, initial_state, cu_seqlens))
+
+
+def fla_rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """Run an RMS norm on fla-core's kernel. Arguments and result are those of ``fused.rms_norm``."""
+    from fla.modules.norm.layernorm import rms_norm
+
+    return rms_norm(x, weight, None, eps=eps)
+
+
+def fla_gated_rms_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, *, eps: float, norm_before_gate: bool, sigmoid: bool
+) -> torch.Tensor:
+    """Run a gated RMS norm on fla-core's kernels. Arguments and result are those of ``fused.gated_rms_norm``."""
+    if norm_before_gate:
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+        return rms_norm_gated(x, gate, weight, None, activation="sigmoid" if sigmoid else "swish", eps=eps)
+    from fla.modules.norm.layernorm_gated import rmsnorm_fn
+
+    assert not sigmoid, "the kernel has no sigmoid"
+    return rmsnorm_fn(x, weight, None, z=gate, eps=eps, norm_before_gate=False)
+
+
+def fla_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up`` of fla-core's kernel."""
+    from fla.modules.activations import swiglu
+
+    return swiglu(gate, up)
+
+
+def fla_cross_entropy_(
+    logits: torch.Tensor, targets: torch.Tensor, *, ignore_index: int, gradient: bool
+) -> torch.Tensor:
+    """Return the losses ``[N]`` in fp32 of ``logits [N, V]`` on fla-core's kernel.
+
+    With ``gradient`` the logits are overwritten by the gradient of the losses' sum.
+    """
+    from fla.modules.fused_cross_entropy.ops import cross_entropy_bwd, cross_entropy_fwd
+
+    with torch.cuda.device_of(logits):
+        losses, _, lse, *_ = cross_entropy_fwd(logits, targets, ignore_index=ignore_index)
+        if gradient:
+            ones = losses.new_ones(()).expand(len(targets))
+            cross_entropy_bwd(logits, targets, lse, ones, ignore_index=ignore_index, inplace_backward=True)
+    return losses
+
+
+def fla_causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    silu: bool = False,
+) -> torch.Tensor:
+    """Run the causal convolution on fla-core's kernel. Arguments and result are those of ``conv.causal_conv``.
+
+    With ``silu`` a SiLU follows, in the same kernel.
+    """
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    state = None
+    if initial_state is not None:  # the kernel's states have the kernel's width; their first column is not read
+        state = torch.nn.functional.pad(initial_state.to(x.dtype), (1, 0))
+    out, _ = causal_conv1d(
+        x,
+        weight.squeeze(1).to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        initial_state=state,
+        activation="silu" if silu else None,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
+    )
+    return out

@@ -7,8 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checkpoints_tools.plan_memory import TrainingSettings
 from statex_dist.data.types import IGNORE_INDEX
+from statex_dist.engine.base import EngineConfig
 from statex_dist.models.activations import activation_bytes
+from statex_dist.models.lm import LMHead
+from statex_dist.ops.loss import LOSS_CHUNK_TOKENS
 from tests.models.tiny import build, gla_config, mamba2_config, tokens
 from tests.models.tiny import expanded as expand
 
@@ -52,6 +56,14 @@ def test_chunked_loss_is_the_whole_one(tied: bool, chunk: int):
         torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-12)
     assert rows >= LENGTH
     assert fewer <= max(chunk, config.hidden_size)  # the weight's own gradient [vocab, hidden] comes transposed too
+
+
+def test_nobody_has_to_ask_for_chunks():
+    head, seen, count = LMHead(16, VOCAB), LargestWithVocab(), 2 * LOSS_CHUNK_TOKENS + 5
+    with seen:
+        head(torch.randn(1, count, 16), torch.zeros(1, count, dtype=torch.int64)).backward()
+    assert seen.rows == LOSS_CHUNK_TOKENS
+    assert EngineConfig().loss_chunk_tokens == TrainingSettings().loss_chunk_tokens == LOSS_CHUNK_TOKENS
 
 
 @pytest.mark.parametrize("config", [gla_config(num_hidden_layers=3), mamba2_config(num_hidden_layers=3)])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from statex_dist.ops import conv, mamba_api
+from statex_dist.ops.conv_api import has_causal_conv1d
 from statex_dist.ops.dispatch import delta_rule, gla, ssd
 from statex_dist.ops.fla_api import has_fla
 from statex_dist.ops.mamba_api import has_mamba_ssm
@@ -96,16 +99,91 @@ def test_ssd(state_size, dtype):
 
 
 @pytest.mark.skipif(not has_mamba_ssm(), reason="mamba_ssm is not installed")
-def test_ssd_packed():
-    lengths = [1, 300, 64, 135]
-    narrow, wide = on_gpu(ssd_inputs(tokens=500, heads=4, head_dim=64, groups=1, state=128), torch.float32)
-    seq_idx = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].int().cuda()
-    common = {"cu_seqlens": borders(lengths).cuda(), "seq_idx": seq_idx, "output_final_state": False}
+@pytest.mark.parametrize("limit", [65535, 1])
+@pytest.mark.parametrize("final", [True, False])
+def test_ssd_packed(final, limit, monkeypatch):
+    """One call, calls cut at every chunk, and sequences as rows of a batch where states are asked for."""
+    lengths = [1, 300, 64, 335]
+    narrow, wide = on_gpu(ssd_inputs(tokens=700, heads=4, head_dim=64, groups=1, state=128), torch.float32)
+    state = torch.randn(4, 4, 64, 128, device="cuda") if final else None
+    monkeypatch.setattr(mamba_api, "GRID_PROGRAMS", limit)
 
-    def outputs(backend, inputs):
+    def scan(backend):
+        def run(**tensors):
+            out, after = ssd(**tensors, cu_seqlens=borders(lengths).cuda(), output_final_state=final, backend=backend)
+            return out, after if final else out[:0]
+
+        return run
+
+    expected = run_with_gradients(scan("chunked"), wide, initial_state=None if state is None else state.double())
+    actual = run_with_gradients(scan("kernel"), narrow, initial_state=state)
+    assert_near(actual, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif(not has_mamba_ssm(), reason="mamba_ssm is not installed")
+def test_ssd_beyond_int32():
+    """2^31 numbers of chunk states and more: the last tokens and their gradients equal those of a short tail alone."""
+    tokens, tail, heads, state_size = 270_000, 2_000, 64, 512  # 1055 chunks of 64 * 64 * 512
+    sizes = {"heads": heads, "head_dim": 64, "groups": 1, "state": state_size}
+    last = {name: x.cuda() for name, x in ssd_inputs(tokens=tail, **sizes).items()}
+    rounded = {name: x.to(torch.float32 if name in ("dt", "A") else torch.bfloat16) for name, x in last.items()}
+    # Before the tail: the tail again and again, and one token that forgets everything.
+    whole = {
+        name: x if name == "A" else x.repeat(1, tokens // tail, *[1] * (x.dim() - 2)) for name, x in rounded.items()
+    }
+    whole["dt"][:, -tail - 1] = 1000.0 / whole["A"].abs()
+    whole["x"][:, -tail - 1] = 0
+
+    def run(inputs):
         leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        out, _ = ssd(**leaves, backend=backend, **common)
-        grads = torch.autograd.grad(out.square().sum(), list(leaves.values()))
-        return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+        out, after = ssd(**leaves, backend="kernel")
+        probe = out[:, -tail:].float().square().sum() + after.square().sum()
+        names = ("x", "dt", "B", "C")
+        grads = torch.autograd.grad(probe, [leaves[name] for name in names])
+        result = {"out": out[:, -tail:].detach(), "final": after.detach()}
+        return result | {f"d{name}": grad[:, -tail:] for name, grad in zip(names, grads, strict=True)}
 
-    assert_near(outputs("kernel", narrow), outputs("chunked", wide), TOLERANCE[torch.float32])
+    expected = {name: x.double() for name, x in run(rounded).items()}
+    assert_near(run(whole), expected, TOLERANCE[torch.bfloat16])
+
+
+CONVOLUTIONS = [
+    pytest.param(
+        "causal_conv1d",
+        marks=pytest.mark.skipif(not has_causal_conv1d(), reason="causal-conv1d is not installed (optional, compiled)"),
+    ),
+    pytest.param("fla", marks=pytest.mark.skipif(not has_fla(), reason="fla-core is not installed")),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["batch with states", "packed", "packed with states", "slice"])
+@pytest.mark.parametrize("kernel", CONVOLUTIONS)
+def test_convolution(kernel, case, dtype, monkeypatch):
+    monkeypatch.setattr(conv, "has_causal_conv1d", lambda: kernel == "causal_conv1d")
+    rng, lengths = torch.Generator().manual_seed(0), [5, 0, 1, 64, 200]
+    packed = case.startswith("packed")
+    shapes = {"x": (1 if packed else 2, 270, 256), "weight": (256, 1, 4), "bias": (256,)}
+    if "states" in case:
+        shapes["initial_state"] = (len(lengths) if packed else 2, 256, 3)
+    inputs = {name: torch.randn(shape, generator=rng, dtype=torch.float64) for name, shape in shapes.items()}
+    narrow, wide = on_gpu(inputs, dtype)
+
+    def convolve(silu):
+        def run(**tensors):
+            tail = tensors.pop("initial_state", None)
+            if case == "slice":
+                tensors["x"] = F.pad(tensors["x"], (3, 2))[..., 3:-2]
+            borders_here = borders(lengths).cuda() if packed else None
+            out, after = conv.convolve_sequences(
+                **tensors, tail=tail, cu_seqlens=borders_here, output_tail=True, silu=silu
+            )
+            return out, after
+
+        return run
+
+    for silu in (True, False):
+        # float64 always takes our own form.
+        assert_near(
+            run_with_gradients(convolve(silu), narrow), run_with_gradients(convolve(silu), wide), TOLERANCE[dtype]
+        )

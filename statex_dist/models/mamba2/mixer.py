@@ -62,10 +62,12 @@ class Mamba2Mixer(nn.Module):
             self.conv1d.bias,
             tail=tail,
             cu_seqlens=sequences.cu_seqlens,
+            seq_idx=sequences.seq_idx,
             output_tail=sequences.output_states,
             context=sequences.context,
+            silu=True,
         )
-        inputs, B, C = F.silu(xbc).split(self.conv_sizes, dim=-1)
+        inputs, B, C = xbc.split(self.conv_sizes, dim=-1)
         inputs = inputs.unflatten(-1, (config.num_heads, config.head_dim))
         B, C = (y.unflatten(-1, (config.n_groups, -1)) for y in (B, C))
         # The dynamics stay fp32 in bf16 training: a rounded decay is a different memory.

@@ -1,0 +1,97 @@
+"""What stands between the scans, in one kernel each on a GPU: norms with and without a gate, and SwiGLU.
+
+In PyTorch each is a chain of operators, and autograd keeps the wide intermediates of all of them. The kernels of
+flash-linear-attention keep only what they are given. Bytes kept for the backward pass, per token, in bf16, for a norm
+over ``D`` channels and an MLP of ``I``:
+
+============================  ========  =======
+piece                         PyTorch   kernel
+============================  ========  =======
+RMS norm                      6 D + 4   2 D + 4
+RMS norm, then SiLU gate      20 D + 4  4 D + 4
+RMS norm, then sigmoid gate   16 D + 4  4 D + 4
+SiLU gate, then RMS norm      18 D + 4  4 D + 4
+SwiGLU and the product of it  8 I       6 I
+============================  ========  =======
+
+Kernels compute in fp32 and round once; the PyTorch norms round before the weight as well. float64, tensors on a CPU and
+rows above 64 KiB stay with PyTorch. The kernels' offsets have 64 bits, so no length is too long for them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from statex_dist.ops.fla_api import fla_gated_rms_norm, fla_rms_norm, fla_swiglu, has_fla
+from statex_dist.ops.precision import wide_dtype
+
+_ROW_BYTES = 65536
+"""The norms' kernels hold a whole row at once and raise above this."""
+
+
+def takes_kernels(x: torch.Tensor) -> bool:
+    """Return whether flash-linear-attention's kernels are to run on ``x``."""
+    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and has_fla()
+
+
+def _row_fits(x: torch.Tensor) -> bool:
+    return x.shape[-1] * x.element_size() <= _ROW_BYTES
+
+
+def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return ``x`` over its root mean square along the last dimension, in fp32 (float64 for float64)."""
+    x = x.to(wide_dtype(x.dtype))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """Return the RMS norm (arXiv 1910.07467) over the last dimension.
+
+    Args:
+        x: ``[..., D]``.
+        weight: ``[D]``, of any floating dtype.
+        eps: Added to the mean square.
+
+    Returns:
+        ``[..., D]`` in ``x``'s dtype.
+    """
+    if takes_kernels(x) and _row_fits(x):
+        return fla_rms_norm(x, weight, eps=eps)
+    return (weight * normalize(x, eps).to(x.dtype)).to(x.dtype)
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    norm_before_gate: bool,
+    sigmoid: bool = False,
+) -> torch.Tensor:
+    """Return an RMS norm with a gate, ``silu(gate)`` or ``sigmoid(gate)``.
+
+    Args:
+        x: ``[..., D]``.
+        gate: ``[..., D]``.
+        weight: ``[D]``.
+        eps: Added to the mean square.
+        norm_before_gate: Whether the norm is gated (GLA), or the gated is normed (Mamba2; has no kernel for a sigmoid).
+        sigmoid: The gate's activation, in place of SiLU.
+
+    Returns:
+        ``[..., D]`` in ``x``'s dtype.
+    """
+    if takes_kernels(x) and _row_fits(x) and (norm_before_gate or not sigmoid):
+        return fla_gated_rms_norm(x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, sigmoid=sigmoid)
+    activation = torch.sigmoid if sigmoid else F.silu
+    gate = activation(gate.to(wide_dtype(gate.dtype)))
+    if norm_before_gate:
+        return (weight * normalize(x, eps) * gate).to(x.dtype)
+    return (weight * normalize(x.to(gate.dtype) * gate, eps).to(x.dtype)).to(x.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up`` (arXiv 2002.05202), all ``[..., I]``."""
+    return fla_swiglu(gate, up) if takes_kernels(gate) else F.silu(gate) * up

@@ -1,0 +1,97 @@
+"""Norms and SwiGLU against their equations, in PyTorch here and on fla-core's kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.ops import fused
+from statex_dist.ops.fla_api import has_fla
+from tests.ops.fused_cases import (
+    EPS,
+    PIECES,
+    assert_near,
+    kept_bytes,
+    narrowed,
+    piece_inputs,
+    widened,
+    with_gradients,
+)
+from tests.ops.interpreted_fused import CHECKS
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("size", [1, 7, 600])
+def test_a_piece_is_its_equation(piece, size):
+    ours, equation = PIECES[piece]
+    inputs = piece_inputs(piece, 2, 5, size)
+    assert_near(with_gradients(ours, inputs), with_gradients(equation, inputs), 1e-12)
+    if size == 1:  # a norm of one channel has almost no gradient: what is left of it are rounding errors
+        return
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
+        narrow = narrowed(inputs, dtype)
+        found = with_gradients(ours, narrow)
+        assert {x.dtype for x in found.values()} == {dtype}
+        assert_near(found, with_gradients(equation, widened(narrow)), tolerance)
+
+
+def test_a_norm_with_a_wide_weight_keeps_the_dtype_of_what_it_norms():
+    x = torch.randn(3, 8).bfloat16()
+    for norm in (RMSNorm(8, eps=EPS), GatedRMSNorm(8, eps=EPS, norm_before_gate=False)):
+        assert norm(*([x] if type(norm) is RMSNorm else [x, x])).dtype == torch.bfloat16
+
+
+def test_modules_have_the_settings_they_were_made_with():
+    inputs = narrowed(piece_inputs("norm, silu gate", 4, 8), torch.float64)
+    settings = {
+        "norm, silu gate": {"norm_before_gate": True},
+        "norm, sigmoid gate": {"norm_before_gate": True, "sigmoid": True},
+        "silu gate, norm": {"norm_before_gate": False},
+    }
+    modules = {name: GatedRMSNorm(8, eps=EPS, **options) for name, options in settings.items()}
+    for name, module in modules.items():
+        with torch.no_grad():
+            module.double().weight.copy_(inputs["weight"])
+        torch.testing.assert_close(module(inputs["x"], inputs["gate"]), PIECES[name][1](**inputs), rtol=1e-12, atol=0)
+
+
+def test_float64_and_tensors_on_a_cpu_stay_with_pytorch():
+    assert not fused.takes_kernels(torch.zeros(3, 8))
+    assert not fused.takes_kernels(torch.zeros(3, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("piece", "per_channel", "per_row"),
+    [("norm", 6, 4), ("norm, silu gate", 20, 4), ("norm, sigmoid gate", 16, 4), ("silu gate, norm", 18, 4)],
+)
+def test_what_pytorch_keeps_is_what_the_module_says(piece, per_channel, per_row):
+    inputs = narrowed(piece_inputs(piece, 6, 48), torch.bfloat16)
+    assert kept_bytes(PIECES[piece][0], inputs) == 6 * (48 * per_channel + per_row)
+
+
+def test_what_pytorch_keeps_of_swiglu():
+    inputs = narrowed(piece_inputs("swiglu", 6, 48), torch.bfloat16) | {"weight": torch.ones(8, 48).bfloat16()}
+    assert kept_bytes(lambda gate, up, weight: F.linear(fused.swiglu(gate, up), weight), inputs) == 6 * 48 * 8
+
+
+@pytest.mark.skipif(not has_fla(), reason="fla-core or triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops/test_gpu_fused.py runs the compiled kernels")
+def test_kernels_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ops.interpreted_fused"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split("\n")[:-1] == [f"ok {check}" for check in CHECKS]
