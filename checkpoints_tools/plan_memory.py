@@ -28,9 +28,10 @@ The peak is the largest of ``start``, ``pass``, ``reduce`` and ``update``. Offlo
 the swap buffers remain there: 4 buffers of a sub-group's master weights, moments and gradients, 5 of 1e8 parameters.
 
 Activations on a CPU are counted, not estimated (``statex_dist/models/activations.py``); the caller passes them. With
-GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices and ``4 T / C`` times its
-state numbers (the states at the borders of chunks of ``C`` tokens) for ``T`` tokens, or ``p T hidden`` where it is
-recomputed, one such layer being whole at a time. Logits take ``p`` bytes each, those of one loss chunk at a time: their
+GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices for ``T`` tokens, or
+``p T hidden`` where it is recomputed, one such layer being whole at a time. To this comes what the backward pass of the
+most demanding layer holds: the states at the borders of chunks of ``C`` tokens and their gradients, ``8 T / C`` times
+its state numbers, but no more than ``max_state_bytes`` where a head is so large that our own scan runs it. Logits take ``p`` bytes each, those of one loss chunk at a time: their
 gradient overwrites them. The loss computes its gradients at once, in the forward pass: ``p T hidden``, and of the head
 ``8 vocab hidden``, a sum in fp32 and what is added to it. Allocator slack, kernels' workspaces and the process itself
 (CUDA context; 0.5 GiB of Python on a CPU) come on top.
@@ -68,6 +69,7 @@ class TrainingSettings:
         activation_checkpointing: Layers that are recomputed.
         loss_chunk_tokens: Tokens whose logits are held at once; 0 for all.
         segment_tokens: Tokens that are run at once; 0 for the whole sequence.
+        max_state_bytes: Bound of the chunk states of an expanded GLA layer.
         accumulation: Packed sequences per rank and step.
         offload_optimizer: Where master weights, moments and gradients are.
         offload_parameters: Where the partitions of the parameters are.
@@ -84,6 +86,7 @@ class TrainingSettings:
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
     segment_tokens: int = 0
+    max_state_bytes: int = 512 * 2**20
     accumulation: int = 1
     offload_optimizer: Place = "none"
     offload_parameters: Place = "none"
@@ -93,7 +96,7 @@ class TrainingSettings:
     device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "seq_len", "context", "accumulation", "sub_group_size"):
+        for name in ("world_size", "seq_len", "context", "accumulation", "max_state_bytes", "sub_group_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_option(name)} must be 1 or more, not {getattr(self, name)}")
         for name in ("loss_chunk_tokens", "segment_tokens", "param_persistence_threshold"):
@@ -245,10 +248,12 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
     for name, spec in specs.items():
         if (place := family.names.split(name)) and len(spec.shape) == 2:
             widths[place[0]] += sum(spec.shape)
-    kept, again = 0, [0]
+    kept, again, states = 0, [0], [0]
     for layer in config.recurrent_layers:
         geometry = config.layer_geometry(layer)
-        whole = width * tokens * widths[layer] + 4 * -(-tokens // geometry.chunk_size) * geometry.numbers
+        whole = width * tokens * widths[layer]
+        at_borders = 8 * -(-tokens // geometry.chunk_size) * geometry.numbers
+        states.append(min(at_borders, settings.max_state_bytes) if geometry.is_large else at_borders)
         expanded = config.statex is not None and config.statex.get(layer) is not None
         policy = settings.activation_checkpointing
         if policy == "block" or (policy == "expanded" and expanded):
@@ -256,7 +261,7 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
             again.append(whole)
         else:
             kept += whole
-    return kept + max(again)
+    return kept + max(again) + max(states)
 
 
 def _option(name: str) -> str:

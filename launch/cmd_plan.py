@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 _OF_ENGINE = (
-    *("precision", "activation_checkpointing", "loss_chunk_tokens", "segment_tokens", "offload_optimizer"),
-    *("offload_parameters", "param_persistence_threshold", "sub_group_size"),
+    *("precision", "activation_checkpointing", "loss_chunk_tokens", "segment_tokens", "max_state_bytes"),
+    *("offload_optimizer", "offload_parameters", "param_persistence_threshold", "sub_group_size"),
 )
 RECIPE_NAMES = "statex-paper-gla, statex-paper-merge, statex-paper-mamba4, statex-paper-merge-copy"
 
@@ -73,6 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("activation-checkpointing", str, "none, block or expanded (default none)"),
         ("loss-chunk-tokens", int, "tokens whose logits are held at once, 0 for all (default 8192)"),
         ("segment-tokens", int, "tokens that are run at once, 0 for the whole sequence (default 0)"),
+        ("max-state-bytes", int, "bound of the chunk states of an expanded GLA layer (default 512 MiB)"),
         ("accumulation", int, "packed sequences per rank and step (default 1)"),
         ("offload-optimizer", str, "none or cpu (default none)"),
         ("offload-parameters", str, "none, cpu or nvme (default none)"),

@@ -21,12 +21,10 @@ from statex_dist.ops.mixing import mix_outputs, partner_values, spread_values
 from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
 from statex_dist.ops.triton.gla import SMALLEST_CHUNK, expanded_gla
 from statex_dist.parallel.context import ContextShare
+from statex_dist.state.geometry import LARGEST_PLAIN_HEAD
 
 Backend = Literal["auto", "kernel", "triton", "chunked", "naive"]
 """``kernel`` is another library's (fla-core, mamba_ssm), ``triton`` our own for large GLA states."""
-
-LARGEST_FLA_STATE = 256 * 512
-"""Numbers of a head's state up to which fla's kernels serve: those of the largest public GLA before expansion."""
 
 
 def _check_backend(backend: str, *, has_triton: bool = False) -> None:
@@ -44,7 +42,7 @@ def _is_expanded(q: torch.Tensor, v: torch.Tensor, mix: torch.Tensor | None) -> 
     """Return whether a head's state is larger than those that fla's kernels are quick and lean for."""
     numbers = q.shape[-1] * v.shape[-1] * (1 if mix is None else mix.shape[1])
     fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float32) and q.shape[1] >= SMALLEST_CHUNK
-    return fits and numbers > LARGEST_FLA_STATE
+    return fits and numbers > LARGEST_PLAIN_HEAD
 
 
 class _Forms(NamedTuple):

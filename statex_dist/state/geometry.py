@@ -11,6 +11,10 @@ from dataclasses import dataclass
 STATE_BYTES = 4
 """Recurrent states are carried in fp32 by every kernel that we use."""
 
+LARGEST_PLAIN_HEAD = 256 * 512
+"""Numbers of a head's state up to which it is no more than public checkpoints have (GLA-1.3B); our own GPU scan, whose
+memory is bounded, takes larger ones."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateGeometry:
@@ -40,6 +44,11 @@ class StateGeometry:
     def numbers(self) -> int:
         """Numbers in the matrix states of the layer (convolution tails not counted, as in the papers)."""
         return self.num_heads * self.key_dim * self.value_dim * self.values_per_key
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a head's state is larger than those of public checkpoints."""
+        return self.numbers // self.num_heads > LARGEST_PLAIN_HEAD
 
     @property
     def state_bytes(self) -> int:

@@ -80,6 +80,13 @@ def test_what_each_setting_saves():
     block, chunks = memory(activation_checkpointing="block").passing, memory(loss_chunk_tokens=1024).passing
     assert block["activations"].device < plain.passing["activations"].device / 4
     assert chunks["logits"].device * 8 == plain.passing["logits"].device
+    merged = plan_model(config, PlanOptions())
+    bounds = [
+        training_memory(merged, TrainingSettings(max_state_bytes=bound)).passing["activations"].device
+        for bound in (2**20, 2**40)
+    ]
+    # fla's chunk states of one layer as it was, or unbounded those of a merged head: fp32, every 64 tokens, twice
+    assert bounds[1] - bounds[0] == 2 * 4 * 1024 * (1024 * 2048 - 4 * 256 * 512)
     assert memory(segment_tokens=8192).passing["activations"].device * 8 == plain.passing["activations"].device
     assert memory(context=8).passing["activations"].device * 8 == plain.passing["activations"].device
     assert memory(accumulation=2).parts["gradients"].device == 2 * plain.parts["gradients"].device

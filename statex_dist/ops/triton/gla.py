@@ -38,6 +38,8 @@ CHUNK_SIZE = 256
 SMALLEST_CHUNK = 16
 MAX_STATE_BYTES = 512 * 2**20
 """Chunk states held at once, those of the forward pass and their gradients together."""
+GRID_PROGRAMS = 65535
+"""Programs along the second axis of a CUDA grid, which counts a segment's chunks."""
 _LARGEST_FILL = 0.25
 
 
@@ -103,13 +105,15 @@ def expanded_gla(
         raise ConfigError(f"max_state_bytes must be 1 or more, not {max_state_bytes}")
     partners = 1 if mix is None else mix.shape[1]
     state_bytes = q.shape[2] * q.shape[3] * v.shape[3] * partners * q.element_size()
-    segments = cut_segments(lengths, chunk_size, max(1, max_state_bytes // (2 * state_bytes)), q.device)
+    per_segment = min(max(1, max_state_bytes // (2 * state_bytes)), GRID_PROGRAMS)
+    segments = cut_segments(lengths, chunk_size, per_segment, q.device)
     inputs = (x.flatten(0, 1).contiguous() for x in (q, k, v.to(q.dtype), g))
     wide = wide_dtype(q.dtype)
     initial = None if initial_state is None else initial_state.to(wide)
     if initial is not None:
         initial = initial.contiguous()
-    o, final = _ExpandedGLA.apply(*inputs, mix, initial, scale, segments, len(lengths))
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever its tensors are
+        o, final = _ExpandedGLA.apply(*inputs, mix, initial, scale, segments, len(lengths))
     return o.to(v.dtype).unflatten(0, q.shape[:2]), final
 
 

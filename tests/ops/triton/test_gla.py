@@ -89,6 +89,24 @@ def test_gradients_reach_only_what_asks_for_them():
     assert not out.requires_grad
 
 
+def test_segments_stay_within_a_grid(monkeypatch):
+    """A tiny state would put more chunks into a segment than a grid has programs."""
+    counts = []
+
+    def cut(lengths, chunk_size, chunks_per_segment, device):
+        counts.append(chunks_per_segment)
+        return cut_segments(lengths, chunk_size, chunks_per_segment, device)
+
+    monkeypatch.setattr("statex_dist.ops.triton.gla.cut_segments", cut)
+    inputs = gla_inputs(tokens=70, heads=1, keys=1, values=1)
+    whole, _ = gla(**inputs, backend="triton", chunk_size=16)
+    assert counts == [65535]
+    monkeypatch.setattr("statex_dist.ops.triton.gla.GRID_PROGRAMS", 2)
+    parts, _ = gla(**inputs, backend="triton", chunk_size=16)
+    assert counts[1:] == [2]
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("chunks", [1, 3, 100])
 def test_states_are_bounded_and_the_result_does_not_depend_on_the_bound(chunks):
     """No tensor of the scan, forward or backward, holds more states than the bound allows."""
