@@ -28,13 +28,13 @@ The peak is the largest of ``start``, ``pass``, ``reduce`` and ``update``. Offlo
 the swap buffers remain there: 4 buffers of a sub-group's master weights, moments and gradients, 5 of 1e8 parameters.
 
 Activations on a CPU are counted, not estimated (``statex_dist/models/activations.py``); the caller passes them. With
-GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices for ``T`` tokens, or
-``p T hidden`` where it is recomputed, one such layer being whole at a time. To this comes what the backward pass of the
+GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices for ``T`` tokens, or ``p
+T hidden`` where it is recomputed, one such layer being whole at a time. To this comes what the backward pass of the
 most demanding layer holds: the states at the borders of chunks of ``C`` tokens and their gradients, ``8 T / C`` times
-its state numbers, but no more than ``max_state_bytes`` where a head is so large that our own scan runs it. Logits take ``p`` bytes each, those of one loss chunk at a time: their
-gradient overwrites them. The loss computes its gradients at once, in the forward pass: ``p T hidden``, and of the head
-``8 vocab hidden``, a sum in fp32 and what is added to it. Allocator slack, kernels' workspaces and the process itself
-(CUDA context; 0.5 GiB of Python on a CPU) come on top.
+its state numbers, but no more than ``max_state_bytes`` where a head is so large that our own scan runs it. Logits take
+``p`` bytes each, those of one loss chunk at a time: their gradient overwrites them. The loss computes its gradients at
+once, in the forward pass: ``p T hidden``, and of the head ``8 vocab hidden``, a sum in fp32 and what is added to it.
+Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 GiB of Python on a CPU) come on top.
 """
 
 from __future__ import annotations
