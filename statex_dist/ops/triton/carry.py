@@ -38,27 +38,26 @@ def carry_states_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < height)[:, None] & (cols < width)[None, :]
-    size = height.to(tl.int64) * width
     tile = rows[:, None].to(tl.int64) * width + cols[None, :]
-    state = tl.load(carried + i_head * size + tile, mask=inside, other=0.0)
-    update = tl.load(states + i_head * num_chunks * size + tile, mask=inside, other=0.0).to(tl.float32)
+    state = tl.load(carried + i_head * height * width + tile, mask=inside, other=0.0)
+    update = tl.load(states + i_head * num_chunks * height * width + tile, mask=inside, other=0.0).to(tl.float32)
     for i in range(num_chunks):
         chunk = i_head * num_chunks + i
-        following = tl.load(states + (chunk + 1) * size + tile, mask=inside & (i + 1 < num_chunks), other=0.0)
-        place = (tl.load(sequence + i).to(tl.int64) * num_heads + i_head) * size + tile
+        following = tl.load(states + (chunk + 1) * height * width + tile, mask=inside & (i + 1 < num_chunks), other=0.0)
+        place = (tl.load(sequence + i).to(tl.int64) * num_heads + i_head) * height * width + tile
         begins = tl.load(is_first + i) != 0
         if HAS_INITIAL:
             state = tl.where(begins, tl.load(initial + place, mask=inside & begins, other=0.0), state)
         else:
             state = tl.where(begins, 0.0, state)
-        tl.store(states + chunk * size + tile, state.to(states.dtype.element_ty), mask=inside)
+        tl.store(states + chunk * height * width + tile, state.to(states.dtype.element_ty), mask=inside)
         decay = tl.exp(tl.load(total + chunk * height + rows, mask=rows < height, other=0.0))
         state = state * decay[:, None] + update
         if HAS_FINAL:
             ends = tl.load(is_last + i) != 0
             tl.store(final + place, state, mask=inside & ends)
         update = following.to(tl.float32)
-    tl.store(carried + i_head * size + tile, state, mask=inside)
+    tl.store(carried + i_head * height * width + tile, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -94,26 +93,25 @@ def carry_gradients_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = (i_tile % tiles_per_block) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < height)[:, None] & (cols < block)[None, :]
-    size = height.to(tl.int64) * width
     tile = rows[:, None].to(tl.int64) * width + partner * block + cols[None, :]
-    grad = tl.load(carried + i_head * size + tile, mask=inside, other=0.0)
+    grad = tl.load(carried + i_head * height * width + tile, mask=inside, other=0.0)
     weight = 1.0
     if HAS_MIX:
         weight = tl.load(mix + i_head * num_partners + partner).to(tl.float32)
     summed = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    last = (i_head * num_chunks + num_chunks - 1) * size + tile
+    last = (i_head * num_chunks + num_chunks - 1) * height * width + tile
     next_start = tl.load(starts + last, mask=inside, other=0.0)
     next_read = tl.load(reads + last, mask=inside, other=0.0)
     for m in range(num_chunks):
         i = num_chunks - 1 - m
         chunk = i_head * num_chunks + i
         start, read = next_start.to(tl.float32), next_read.to(tl.float32)
-        next_start = tl.load(starts + (chunk - 1) * size + tile, mask=inside & (i > 0), other=0.0)
-        next_read = tl.load(reads + (chunk - 1) * size + tile, mask=inside & (i > 0), other=0.0)
-        place = (tl.load(sequence + i).to(tl.int64) * num_heads + i_head) * size + tile
+        next_start = tl.load(starts + (chunk - 1) * height * width + tile, mask=inside & (i > 0), other=0.0)
+        next_read = tl.load(reads + (chunk - 1) * height * width + tile, mask=inside & (i > 0), other=0.0)
+        place = (tl.load(sequence + i).to(tl.int64) * num_heads + i_head) * height * width + tile
         ends = tl.load(is_last + i) != 0
         grad = tl.where(ends, tl.load(dfinal + place, mask=inside & ends, other=0.0), grad)
-        tl.store(reads + chunk * size + tile, grad.to(reads.dtype.element_ty), mask=inside)
+        tl.store(reads + chunk * height * width + tile, grad.to(reads.dtype.element_ty), mask=inside)
         decay = tl.exp(tl.load(total + chunk * height + rows, mask=rows < height, other=0.0))
         decayed = grad * decay[:, None]
         tl.store(dtotal + (chunk * height + rows) * num_tiles + i_tile, tl.sum(start * decayed, 1), mask=rows < height)
@@ -123,7 +121,7 @@ def carry_gradients_kernel(
         if HAS_INITIAL:
             begins = tl.load(is_first + i) != 0
             tl.store(dinitial + place, grad, mask=inside & begins)
-    tl.store(carried + i_head * size + tile, grad, mask=inside)
+    tl.store(carried + i_head * height * width + tile, grad, mask=inside)
     if HAS_MIX:
         place = (i_head * num_tiles + i_tile) * tl.num_programs(1) + tl.program_id(1)
         tl.store(dmix + place, tl.sum(tl.sum(summed, 1), 0))
