@@ -86,7 +86,7 @@ class TrainingSettings:
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
     segment_tokens: int = 0
-    max_state_bytes: int = 512 * 2**20
+    max_state_bytes: int = 256 * 2**20
     accumulation: int = 1
     offload_optimizer: Place = "none"
     offload_parameters: Place = "none"

@@ -73,7 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("activation-checkpointing", str, "none, block or expanded (default none)"),
         ("loss-chunk-tokens", int, "tokens whose logits are held at once, 0 for all (default 8192)"),
         ("segment-tokens", int, "tokens that are run at once, 0 for the whole sequence (default 0)"),
-        ("max-state-bytes", int, "bound of the chunk states of an expanded GLA layer (default 512 MiB)"),
+        ("max-state-bytes", int, "bound of the chunk states of an expanded GLA layer (default 256 MiB)"),
         ("accumulation", int, "packed sequences per rank and step (default 1)"),
         ("offload-optimizer", str, "none or cpu (default none)"),
         ("offload-parameters", str, "none, cpu or nvme (default none)"),

@@ -53,7 +53,7 @@ class EngineConfig:
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
     segment_tokens: int = 0
-    max_state_bytes: int = 512 * 2**20
+    max_state_bytes: int = 256 * 2**20
     param_persistence_threshold: int = 100_000
     sub_group_size: int = 1_000_000_000
     offload_optimizer: Place = "none"

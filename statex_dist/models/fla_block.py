@@ -117,7 +117,7 @@ def linear_attention(
     *,
     scale: float | None = None,
     mix: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run :func:`statex_dist.ops.dispatch.gla` over a segment, or its step where the segment is one token.
 
     Args:
@@ -131,12 +131,12 @@ def linear_attention(
         mix: ``[H, r]`` mixing matrix, or None.
 
     Returns:
-        Output ``[B, T, H, V]`` and the state after the segment.
+        Output ``[B, T, H, V]`` and the state after the segment (None unless the sequences ask for states).
     """
     if q.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
         q, k, v, g = (y.squeeze(1) for y in (q, k, v, g))
         o, state = gla_decode(q, k, v, g, recurrent, scale=scale, mix=mix)
-        return o.unsqueeze(1), state
+        return o.unsqueeze(1), state if sequences.output_states else None
     return gla(
         q,
         k,
@@ -149,5 +149,6 @@ def linear_attention(
         backend=sequences.backend,  # type: ignore[arg-type]
         chunk_size=sequences.chunk_size,
         max_state_bytes=sequences.max_state_bytes,
+        output_final_state=sequences.output_states,
         context=sequences.context,
     )

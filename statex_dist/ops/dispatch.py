@@ -96,8 +96,9 @@ def gla(
     backend: Backend = "auto",
     chunk_size: int | None = None,
     max_state_bytes: int | None = None,
+    output_final_state: bool = True,
     context: ContextShare | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated linear attention, plain, merged (one wide head) or mixed.
 
     On a GPU, heads of the size of public checkpoints run on fla's kernels and larger ones on
@@ -115,11 +116,12 @@ def gla(
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the forms ``triton`` and ``chunked``; None picks one.
         max_state_bytes: Bound of the chunk states that ``triton`` holds at once; None for its default.
+        output_final_state: Whether the final states are needed.
         context: How the tokens hang together with those of other ranks, or None. States are then those before and
             after the whole pack, of one sequence.
 
     Returns:
-        Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]``.
+        Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]`` (None unless asked for).
 
     Raises:
         ConfigError: The backend is unknown, or ``chunk_size`` or ``max_state_bytes`` not allowed.
@@ -138,12 +140,14 @@ def gla(
             cu_seqlens=cu_seqlens,
             chunk_size=chunk_size,
             max_state_bytes=max_state_bytes,
+            output_final_state=output_final_state or context is not None,
         )
         if context is not None:
+            assert state is not None
             added, state = gla_across(context, (q, k, v, g), state[-1:], initial_state, scale=scale)
             o = add_to_first(o, added if mix is None else mix_outputs(added, mix))
-        return o, state
-    return _mixed_scan(
+        return o, state if output_final_state else None
+    o, state = _mixed_scan(
         _Forms(naive=naive_gla, kernel=fla_gla, chunked=chunked_gla, across=gla_across),
         (q, k, v, g),
         mix=mix,
@@ -154,6 +158,7 @@ def gla(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
+    return o, state if output_final_state else None
 
 
 def gla_decode(

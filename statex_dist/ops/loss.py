@@ -104,6 +104,8 @@ def _row_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss of logits, and their gradient if it is wanted; the kernel writes it over them."""
     if takes_kernels(logits):
+        # The kernel takes a target beyond the vocabulary for none at all; PyTorch's own loss stops there.
+        torch._assert_async(((targets < logits.shape[-1]) & (targets >= 0) | (targets == ignore_index)).all())
         return fla_cross_entropy_(logits, targets, ignore_index=ignore_index, gradient=wants_gradient).sum(), logits
     log_probs = logits.to(wide_dtype(logits.dtype)).log_softmax(-1)
     loss = F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="sum")

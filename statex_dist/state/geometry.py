@@ -12,8 +12,7 @@ STATE_BYTES = 4
 """Recurrent states are carried in fp32 by every kernel that we use."""
 
 LARGEST_PLAIN_HEAD = 256 * 512
-"""Numbers of a head's state up to which it is no more than public checkpoints have (GLA-1.3B); our own GPU scan, whose
-memory is bounded, takes larger ones."""
+"""Numbers of a head's state in GLA-1.3B. Our own GPU scan, whose memory is bounded, takes larger ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +46,7 @@ class StateGeometry:
 
     @property
     def is_large(self) -> bool:
-        """Whether a head's state is larger than those of public checkpoints."""
+        """Whether a head's state is larger than those of GLA-1.3B."""
         return self.numbers // self.num_heads > LARGEST_PLAIN_HEAD
 
     @property

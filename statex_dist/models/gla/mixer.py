@@ -77,7 +77,7 @@ class GatedLinearAttention(nn.Module):
         q, k, v, g, gate = (y.unflatten(-1, heads) for y in (q, k, v, g, self.g_proj(x)))
         o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix)
         o = self.get_submodule(self._norm_name)(o.to(x.dtype), gate)
-        new_state = (recurrent, *position, *new_tail) if sequences.output_states else None
+        new_state = None if recurrent is None else (recurrent, *position, *new_tail)
         return self.o_proj(o.flatten(-2)), new_state
 
     def queries_keys_decays(

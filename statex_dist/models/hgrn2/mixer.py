@@ -79,7 +79,7 @@ class HGRN2Attention(nn.Module):
         k = (1 - g.exp()).to(i.dtype)
         q, k, v, g = (y.unflatten(-1, (self.geometry.num_heads, -1)) for y in (q, k, i, g))
         o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, mix=self.mix)
-        new_state = (recurrent, *new_tail) if sequences.output_states else None
+        new_state = None if recurrent is None else (recurrent, *new_tail)
         return self.o_proj(self.g_norm(o.to(x.dtype).flatten(-2))), new_state
 
 

@@ -58,7 +58,7 @@ class LightningAttention(nn.Module):
         recurrent = state[0] if state else None
         o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix)
         o = torch.sigmoid(self.output_gate(x)) * self.norm(o.to(x.dtype).flatten(-2))
-        return self.out_proj(o), ((recurrent,) if sequences.output_states else None)
+        return self.out_proj(o), (None if recurrent is None else (recurrent,))
 
 
 class Expert(nn.Module):

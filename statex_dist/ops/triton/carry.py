@@ -83,6 +83,7 @@ def carry_gradients_kernel(
     tiles_per_block,
     HAS_MIX: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -110,7 +111,10 @@ def carry_gradients_kernel(
         next_read = tl.load(reads + (chunk - 1) * height * width + tile, mask=inside & (i > 0), other=0.0)
         place = (tl.load(sequence + i).to(tl.int64) * num_heads + i_head) * height * width + tile
         ends = tl.load(is_last + i) != 0
-        grad = tl.where(ends, tl.load(dfinal + place, mask=inside & ends, other=0.0), grad)
+        if HAS_FINAL:
+            grad = tl.where(ends, tl.load(dfinal + place, mask=inside & ends, other=0.0), grad)
+        else:
+            grad = tl.where(ends, 0.0, grad)
         tl.store(reads + chunk * height * width + tile, grad.to(reads.dtype.element_ty), mask=inside)
         decay = tl.exp(tl.load(total + chunk * height + rows, mask=rows < height, other=0.0))
         decayed = grad * decay[:, None]
@@ -164,7 +168,7 @@ def carry_gradients(
     reads: torch.Tensor,
     mix: torch.Tensor | None,
     carried: torch.Tensor,
-    dfinal: torch.Tensor,
+    dfinal: torch.Tensor | None,
     dinitial: torch.Tensor | None,
     segment: Segment,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -173,7 +177,7 @@ def carry_gradients(
     partners = 1 if mix is None else mix.shape[1]
     tiles = triton.cdiv(width // partners, _COLUMNS)
     grid = (partners * tiles, triton.cdiv(height, _ROWS), heads)
-    # Every tile of columns writes a sum of its own: no atomics, so that two runs agree to the bit.
+    # Every tile of columns writes a sum of its own: no atomics, whose order would change the last bits.
     dtotal = total.new_empty(heads, n, height, grid[0])
     dmix = None if mix is None else total.new_empty(heads, partners, tiles * grid[1])
     carry_gradients_kernel[grid](
@@ -198,6 +202,7 @@ def carry_gradients(
         tiles,
         HAS_MIX=mix is not None,
         HAS_INITIAL=dinitial is not None,
+        HAS_FINAL=dfinal is not None,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         num_warps=4,

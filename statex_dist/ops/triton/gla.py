@@ -20,6 +20,7 @@ backward pass computes each segment's states again from the fp32 state before it
 
 from __future__ import annotations
 
+import math
 import os
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,12 +32,13 @@ from statex_dist.errors import ConfigError
 from statex_dist.ops.chunk_layout import sequence_lengths
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.ops.triton import reference
+from statex_dist.ops.triton.heads import gather_blocks, mix_blocks, mix_scores, spread, unmix_scores, weigh_blocks
 from statex_dist.ops.triton.segments import Segment, cut_segments
 
 CHUNK_SIZE = 256
 """Tokens per chunk of long sequences: from about 192 on, an H200 is bound by compute and not by the states' traffic."""
 SMALLEST_CHUNK = 16
-MAX_STATE_BYTES = 512 * 2**20
+MAX_STATE_BYTES = 256 * 2**20
 """Chunk states held at once, those of the forward pass and their gradients together."""
 GRID_PROGRAMS = 65535
 """Programs along the second axis of a CUDA grid, which counts a segment's chunks."""
@@ -73,26 +75,31 @@ def expanded_gla(
     cu_seqlens: torch.Tensor | None = None,
     chunk_size: int | None = None,
     max_state_bytes: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    output_final_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run gated linear attention, plain, merged or mixed, with bounded memory for the states.
 
     Args:
         q: ``[B, T, H, K]`` queries, fp32 or bf16 (float64 too, in PyTorch).
         k: ``[B, T, H, K]`` keys.
         v: ``[B, T, H, V]`` values.
-        g: ``[B, T, H, K]`` log decays, at most 0; any size of them is exact.
+        g: ``[B, T, H, K]`` log decays, finite and at most 0.
         scale: Factor of the queries.
         mix: ``[H, r]`` mixing matrix, or None.
         initial_state: ``[S, H, K, r V]``, or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         chunk_size: Tokens per chunk, a power of two from 16; None picks 256, or less for short sequences.
-        max_state_bytes: Bound of the chunk states held at once (at least those of one chunk are); None for 512 MiB.
+        max_state_bytes: Bound of the chunk states held at once, of the forward pass and their gradients together; None
+            for 256 MiB. Those of the square root of all chunks are held in any case.
+        output_final_state: Whether the final states are needed: of many packed sequences they are large.
 
     Returns:
-        Output ``[B, T, H, V]`` in ``v``'s dtype and final states ``[S, H, K, r V]`` in fp32 (float64 for float64).
+        Output ``[B, T, H, V]`` in ``v``'s dtype and final states ``[S, H, K, r V]`` in fp32 (float64 for
+        float64; None unless asked for).
 
     Raises:
         ConfigError: ``chunk_size`` or ``max_state_bytes`` is not allowed, or the dtype is not supported.
+        ValueError: ``initial_state`` or ``cu_seqlens`` does not fit the tokens.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ConfigError(f"scan backend 'triton' computes in fp32 or bf16, not {str(q.dtype).removeprefix('torch.')}")
@@ -104,16 +111,25 @@ def expanded_gla(
     if max_state_bytes < 1:
         raise ConfigError(f"max_state_bytes must be 1 or more, not {max_state_bytes}")
     partners = 1 if mix is None else mix.shape[1]
-    state_bytes = q.shape[2] * q.shape[3] * v.shape[3] * partners * q.element_size()
-    per_segment = min(max(1, max_state_bytes // (2 * state_bytes)), GRID_PROGRAMS)
-    segments = cut_segments(lengths, chunk_size, per_segment, q.device)
-    inputs = (x.flatten(0, 1).contiguous() for x in (q, k, v.to(q.dtype), g))
-    wide = wide_dtype(q.dtype)
-    initial = None if initial_state is None else initial_state.to(wide)
-    if initial is not None:
-        initial = initial.contiguous()
-    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever its tensors are
-        o, final = _ExpandedGLA.apply(*inputs, mix, initial, scale, segments, len(lengths))
+    state_shape = (len(lengths), q.shape[2], q.shape[3], v.shape[3] * partners)
+    if initial_state is not None and initial_state.shape != state_shape:
+        raise ValueError(f"initial_state must be {state_shape}, not {tuple(initial_state.shape)}")
+    per_segment = _chunks_per_segment(
+        lengths, chunk_size, math.prod(state_shape[1:]) * q.element_size(), max_state_bytes
+    )
+    inputs: list[torch.Tensor | None] = [x.flatten(0, 1).contiguous() for x in (q, k, v.to(q.dtype), g)]
+    inputs += [None if x is None else x.to(wide_dtype(q.dtype)).contiguous() for x in (mix, initial_state)]
+    settings = _Settings(
+        scale=scale,
+        segments=cut_segments(lengths, chunk_size, per_segment, q.device),
+        state_shape=state_shape,
+        output_final_state=output_final_state,
+        # A Function sees which tensors could have gradients, not whether any is wanted.
+        keep_states=torch.is_grad_enabled(),
+    )
+    # Triton launches on the current device, wherever its tensors are.
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
+        o, final = _ExpandedGLA.apply(*inputs, settings)
     return o.to(v.dtype).unflatten(0, q.shape[:2]), final
 
 
@@ -127,58 +143,113 @@ def _fitting_chunk_size(lengths: tuple[int, ...]) -> int:
     return size
 
 
+def _chunks_per_segment(lengths: tuple[int, ...], chunk_size: int, state_bytes: int, max_state_bytes: int) -> int:
+    """Return how many chunks' states and gradients fit the bound.
+
+    A state in fp32 is kept for every segment: with fewer than the square root of all chunks in a segment, these would
+    take more than the shorter segment saves.
+    """
+    chunks = sum(-(-length // chunk_size) for length in lengths)
+    return min(max(max_state_bytes // (2 * state_bytes), math.isqrt(chunks), 1), GRID_PROGRAMS)
+
+
+class _Settings(NamedTuple):
+    """What a scan is told beside its tensors; ``state_shape`` is ``(S, H, K, r V)``."""
+
+    scale: float
+    segments: tuple[Segment, ...]
+    state_shape: tuple[int, int, int, int]
+    output_final_state: bool
+    keep_states: bool
+
+
 class _ExpandedGLA(torch.autograd.Function):
     """Segments in order, and in reverse order for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, g, mix, initial, scale: float, segments: tuple[Segment, ...], num_sequences: int):
-        wide = wide_dtype(q.dtype)
-        heads, values = v.shape[1:]
-        state_shape = (heads, q.shape[2], values * (1 if mix is None else mix.shape[1]))
-        final = _first_states(initial, num_sequences, state_shape, q, wide).clone()
+    def forward(ctx: Any, q, k, v, g, mix, initial, settings: _Settings):
+        tensors, pieces = (q, k, v, g, mix, initial), _pieces(q)
+        final = None
+        if settings.output_final_state:
+            final = _zero_states(q, settings.state_shape) if initial is None else initial.clone()
         o = torch.empty_like(v)
-        carried = q.new_zeros(state_shape, dtype=wide)
-        pieces, keep = _pieces(q), any(ctx.needs_input_grad)
-        befores = []
-        for segment in segments:
+        carried = _zero_states(q, settings.state_shape[1:])
+        keep, befores = settings.keep_states and any(ctx.needs_input_grad), []
+        for segment in settings.segments:
             if keep:
                 befores.append(carried.clone())
-            part = _Part.compute(pieces, q, k, v, g, mix, carried, initial, final, scale, segment)
-            read = _mix_blocks(_products(part.queries, part.starts), mix)
-            _put_sum(read, _mix_scores(part.scores, mix), part.values, segment, o)
-        ctx.save_for_backward(q, k, v, g, mix, initial, *befores)
-        ctx.scale, ctx.segments = scale, segments
+            _run_segment(pieces, tensors, carried, final, o, settings.scale, segment)
+        ctx.save_for_backward(*tensors, *befores)
+        ctx.set_materialize_grads(False)
+        ctx.settings = settings
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do, dfinal):
         q, k, v, g, mix, initial, *befores = ctx.saved_tensors
-        pieces, wide = _pieces(q), wide_dtype(q.dtype)
-        do, dfinal = do.contiguous(), dfinal.to(wide).contiguous()
+        settings, pieces = ctx.settings, _pieces(q)
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        if dfinal is not None:
+            dfinal = dfinal.to(wide_dtype(q.dtype)).contiguous()
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
-        dinitial = dfinal.clone() if ctx.needs_input_grad[5] else None  # an empty sequence hands its gradient through
-        dmix = None if mix is None else torch.zeros_like(mix, dtype=wide)
-        carried = q.new_zeros(dfinal.shape[1:], dtype=wide)
-        for segment, before in zip(reversed(ctx.segments), reversed(befores), strict=True):
-            part = _Part.compute(pieces, q, k, v, g, mix, before, initial, None, ctx.scale, segment)
-            do_part = segment.take(do)
-            do_spread = _spread(do_part, mix)
-            dscores, dmix_scores = _unmix_scores(_products(do_part, part.values.mT), part.scores, mix)
-            dqueries = _products(_weigh_blocks(do_spread, mix), part.starts.mT)
-            grads = _products(part.queries.mT, do_spread)
-            dtotal, dmix_states = pieces.carry.carry_gradients(
-                part.total, part.starts, grads, mix, carried, dfinal, dinitial, segment
-            )
-            if dmix is not None:
-                dmix += dmix_scores + dmix_states
-            dv_part = _gather_blocks(_products(part.keys, grads), mix)
-            _put_sum(dv_part, _mix_scores(part.scores, mix).mT, do_part, segment, dv)
-            dkeys = _products(part.spread, grads.mT)
-            pieces.scores.input_gradients(
-                q, k, part.decays, dscores, dqueries, dkeys, dtotal, segment, ctx.scale, (dq, dk, dg)
-            )
-        return dq, dk, dv, dg, None if dmix is None else dmix.to(mix.dtype), dinitial, None, None, None
+        dinitial = None
+        if ctx.needs_input_grad[5]:  # an empty sequence hands its gradient through
+            dinitial = torch.zeros_like(initial) if dfinal is None else dfinal.clone()
+        dmix = None if mix is None else torch.zeros_like(mix)
+        carried = _zero_states(q, settings.state_shape[1:])
+        with torch.autocast(q.device.type, enabled=False):
+            for segment, before in zip(reversed(settings.segments), reversed(befores), strict=True):
+                _run_segment_back(
+                    pieces,
+                    (q, k, v, g, mix, initial),
+                    before.clone(),  # it is advanced in place, and a second backward pass may follow
+                    carried,
+                    (do, dfinal),
+                    (dq, dk, dv, dg, dmix, dinitial),
+                    settings.scale,
+                    segment,
+                )
+        return dq, dk, dv, dg, dmix, dinitial, None
+
+
+def _zero_states(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return like.new_zeros(shape, dtype=wide_dtype(like.dtype))
+
+
+# Functions of their own, so that a segment's tensors are gone before the next one's are there.
+
+
+def _run_segment(pieces: _Pieces, tensors, carried, final, o, scale: float, segment: Segment) -> None:
+    """Advance the states over a segment and write its outputs."""
+    mix = tensors[4]
+    part = _Part.compute(pieces, tensors, carried, final, scale, segment)
+    read = mix_blocks(_products(part.queries, part.starts), mix)
+    _put_sum(read, mix_scores(part.scores, mix), part.values, segment, o)
+
+
+def _run_segment_back(
+    pieces: _Pieces, tensors, before, carried, grads_of_outputs, grads_of_inputs, scale: float, segment: Segment
+) -> None:
+    """Carry the gradient of the states back over a segment and write the gradients of its inputs."""
+    q, k, _, _, mix, _ = tensors
+    do, dfinal = grads_of_outputs
+    dq, dk, dv, dg, dmix, dinitial = grads_of_inputs
+    part = _Part.compute(pieces, tensors, before, None, scale, segment)
+    do_part = segment.take(do)
+    do_spread = spread(do_part, mix)
+    dscores, dmix_scores = unmix_scores(_products(do_part, part.values.mT), part.scores, mix)
+    dqueries = _products(weigh_blocks(do_spread, mix), part.starts.mT)
+    grads = _products(part.queries.mT, do_spread)
+    dtotal, dmix_states = pieces.carry.carry_gradients(
+        part.total, part.starts, grads, mix, carried, dfinal, dinitial, segment
+    )
+    if dmix is not None:
+        dmix += dmix_scores + dmix_states
+    dv_part = gather_blocks(_products(part.keys, grads), mix)
+    _put_sum(dv_part, mix_scores(part.scores, mix).mT, do_part, segment, dv)
+    dkeys = _products(part.spread, grads.mT)
+    pieces.scores.input_gradients(q, k, part.decays, dscores, dqueries, dkeys, dtotal, segment, scale, (dq, dk, dg))
 
 
 class _Part(NamedTuple):
@@ -205,20 +276,16 @@ class _Part(NamedTuple):
     starts: torch.Tensor
 
     @classmethod
-    def compute(
-        cls, pieces: _Pieces, q, k, v, g, mix, carried, initial, final, scale: float, segment: Segment
-    ) -> _Part:
+    def compute(cls, pieces: _Pieces, tensors, carried, final, scale: float, segment: Segment) -> _Part:
+        """Compute them, and advance ``carried`` from the state before the segment to the one after it."""
+        q, k, v, g, mix, initial = tensors
         decays, queries, keys, total = pieces.gates.pregate(q, k, g, segment, scale)
         scores = pieces.scores.scores(q, k, decays, segment, scale)
         values = segment.take(v)
-        spread = _spread(values, mix)
-        states = _products(keys.mT, spread)
+        stored = spread(values, mix)
+        states = _products(keys.mT, stored)
         pieces.carry.carry_states(total, states, carried, initial, final, segment)
-        return cls(decays, queries, keys, total, scores, values, spread, states)
-
-
-def _first_states(initial, num_sequences: int, shape: tuple[int, ...], like: torch.Tensor, wide: torch.dtype):
-    return like.new_zeros(num_sequences, *shape, dtype=wide) if initial is None else initial
+        return cls(decays, queries, keys, total, scores, values, stored, states)
 
 
 def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -233,50 +300,3 @@ def _put_sum(base: torch.Tensor, x: torch.Tensor, y: torch.Tensor, segment: Segm
         torch.baddbmm(*operands, out=segment.take(out).flatten(0, 1))
     else:
         segment.put(torch.baddbmm(*operands).unflatten(0, base.shape[:2]), out)
-
-
-def _spread(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
-    """Return ``[H, ..., r V]``: beside the values of head ``i`` those of heads ``i + 1, ..., i + r - 1``."""
-    if mix is None:
-        return x
-    return torch.cat([x.roll(-s, dims=0) for s in range(mix.shape[1])], dim=-1)
-
-
-def _weigh_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
-    """Return ``x [H, n, C, r V]`` with block ``s`` of head ``i`` times ``mix[i, s]``."""
-    if mix is None:
-        return x
-    return (x.unflatten(-1, (mix.shape[1], -1)) * mix.to(x.dtype)[:, None, None, :, None]).flatten(-2)
-
-
-def _gather_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
-    """Return ``[H, n, C, V]``, the sum of what is meant for each head: the transpose of :func:`_spread`."""
-    if mix is None:
-        return x
-    return sum(block.roll(s, dims=0) for s, block in enumerate(x.chunk(mix.shape[1], dim=-1)))  # type: ignore[return-value]
-
-
-def _mix_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
-    """Return ``[H, n, C, V]``: what the output heads read of ``x [H, n, C, r V]``."""
-    return _gather_blocks(_weigh_blocks(x, mix), mix)
-
-
-def _mix_scores(scores: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
-    """Return each output head's ``C x C`` matrix, the weighted sum of those of the key heads it reads."""
-    if mix is None:
-        return scores
-    weights = mix.to(scores.dtype)[:, :, None, None, None].unbind(1)
-    return sum((scores * weight).roll(s, dims=0) for s, weight in enumerate(weights))  # type: ignore[return-value]
-
-
-def _unmix_scores(
-    grad: torch.Tensor, scores: torch.Tensor, mix: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of ``scores`` and of ``mix`` from that of :func:`_mix_scores`."""
-    if mix is None:
-        return grad, None
-    rolled = [grad.roll(-s, dims=0) for s in range(mix.shape[1])]
-    weights = mix.to(scores.dtype)[:, :, None, None, None].unbind(1)
-    wide = wide_dtype(scores.dtype)
-    dmix = torch.stack([(scores.to(wide) * x).sum((1, 2, 3)) for x in rolled], dim=1)
-    return sum(x * weight for x, weight in zip(rolled, weights, strict=True)), dmix  # type: ignore[return-value]

@@ -2,8 +2,8 @@
 
 ``A[t, u] = s sum_c q_tc k_uc exp(b_tc - b_uc)`` is built from blocks of 64 rows. Between two blocks the decay is split
 at the border of the later one, so that no exponent is positive. Within a block it is split at the middle row, which is
-exact as long as the decays on each side of it sum to less than ``e^40``, as those of a trained GLA always do. Where
-they do not (checked for every tile), that tile is computed row by row from differences, exact for any gate.
+right as long as the log decays on each side of it sum to less than 40, as those of GLA do. Where they do not (checked
+for every tile), that tile is computed row by row from differences, which no finite gate overflows.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def scores_kernel(
 
 
 @triton.autotune(
-    configs=[
-        triton.Config({"COLUMNS": c}, num_warps=w, num_stages=s) for c, w, s in ((32, 8, 2), (16, 4, 2), (64, 8, 2))
-    ],
+    configs=[triton.Config({"COLUMNS": c}, num_warps=w, num_stages=s) for c, w, s in ((32, 8, 2), (16, 4, 2))],
     key=["width", "CHUNK"],
 )
 @triton.jit(do_not_specialize=["num_chunks"])

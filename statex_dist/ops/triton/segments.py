@@ -26,7 +26,7 @@ class Segment:
         sequence: ``[n]`` int32 sequence of each chunk.
         is_first: ``[n]`` int32, 1 where a sequence begins with the chunk.
         is_last: ``[n]`` int32, 1 where a sequence ends with it.
-        places: int64 places that hold a token, in the order of the tokens.
+        places: int64 places that hold a token, in the order of the tokens; empty where all do.
         tokens: First token and number of tokens of the segment.
     """
 
@@ -103,7 +103,7 @@ def cut_segments(
                 sequence=tensor(sequence[low:high]),
                 is_first=tensor(is_first[low:high].astype(np.int32)),
                 is_last=tensor(is_last[low:high].astype(np.int32)),
-                places=tensor(np.flatnonzero(inside)),
+                places=tensor(np.flatnonzero(inside) if not inside.all() else np.zeros(0, dtype=np.int64)),
                 tokens=(int(start[low]), int(length[low:high].sum())),
             )
         )

@@ -36,6 +36,17 @@ CASES = {
     "M = ones": {"mix": "ones", "chunk_size": 64},
     "M, packed": {"mix": "random", "lengths": [70, 30], "chunk_size": 32, "segment_chunks": 2},
     "several tiles": {"tokens": 33, "heads": 1, "keys": 80, "values": 150, "chunk_size": 32},
+    "every block of the default chunk": {
+        "tokens": 300,
+        "heads": 1,
+        "keys": 7,
+        "values": 5,
+        "chunk_size": 256,
+        "segment_chunks": 1,
+    },
+    "a transposed M": {"tokens": 40, "mix": "transposed", "chunk_size": 16},
+    "no final states": {"lengths": [30, 30], "chunk_size": 16, "segment_chunks": 1, "wants_final": False},
+    "bf16, mixed": {"tokens": 70, "mix": "random", "chunk_size": 32, "dtype": torch.bfloat16, "tolerance": 2e-2},
     "bf16": {"tokens": 150, "chunk_size": 64, "dtype": torch.bfloat16, "tolerance": 2e-2},
 }
 
@@ -45,7 +56,10 @@ def mixing_matrix(kind: str, heads: int) -> torch.Tensor:
         return torch.tensor([[1.0, 0.0]] * heads, dtype=torch.float64)
     if kind == "ones":
         return torch.ones(heads, 2, dtype=torch.float64)
-    return torch.randn(heads, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    rng = torch.Generator().manual_seed(3)
+    if kind == "transposed":
+        return torch.randn(2, heads, dtype=torch.float64, generator=rng).t()
+    return torch.randn(heads, 2, dtype=torch.float64, generator=rng)
 
 
 def compare(
@@ -56,6 +70,7 @@ def compare(
     chunk_size: int | None = None,
     gate: str = "soft",
     dtype: torch.dtype = torch.float32,
+    wants_final: bool = True,
     tolerance: float = 2e-5,
     **sizes: int,
 ) -> None:
@@ -69,11 +84,16 @@ def compare(
     rng = torch.Generator().manual_seed(1)
     state = torch.randn(sequences, sizes["heads"], sizes["keys"], width, generator=rng, dtype=torch.float64)
     options = {"cu_seqlens": borders(lengths) if lengths else None}
-    expected = run_with_gradients(gla, inputs, backend="naive", initial_state=state, mix=matrix, **options)
+
+    def scan(*args, **kwargs):
+        out, final = gla(*args, **kwargs, output_final_state=wants_final)
+        return out, out.new_zeros(()) if final is None else final
+
+    expected = run_with_gradients(scan, inputs, backend="naive", initial_state=state, mix=matrix, **options)
     narrow = {name: x.to(torch.float32 if name == "g" else dtype) for name, x in inputs.items()}
     state_bytes = sizes["heads"] * sizes["keys"] * width * dtype.itemsize
     actual = run_with_gradients(
-        gla,
+        scan,
         narrow,
         backend="triton",
         initial_state=state.float(),
@@ -85,6 +105,14 @@ def compare(
     assert_close(actual, expected, tolerance)
 
 
+def check_second_backward() -> None:
+    """The states kept between segments are not touched by a backward pass: the second one gives the same."""
+    inputs = [x.float().requires_grad_() for x in gla_inputs(tokens=60, heads=1, keys=8, values=8).values()]
+    out, _ = gla(*inputs, backend="triton", chunk_size=16, max_state_bytes=1)
+    first, second = (torch.autograd.grad(out.sum(), inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     from triton.runtime.autotuner import Autotuner
@@ -93,6 +121,7 @@ def main() -> None:
     for name, options in CASES.items():
         compare(**options)
         print(f"ok {name}", flush=True)  # noqa: T201
+    check_second_backward()
     assert "statex_dist.ops.triton.scores" in sys.modules, "the PyTorch pieces ran in place of the kernels"
 
 

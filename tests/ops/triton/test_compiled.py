@@ -50,7 +50,7 @@ def kernels() -> dict[str, tuple]:
         "scores": (scores.scores_kernel.fn, chunk, scores.scores_kernel.configs),
         "input_gradients": (scores.input_gradients_kernel.fn, chunk, scores.input_gradients_kernel.configs),
         "carry_states": (carry.carry_states_kernel, {**flags, "HAS_FINAL": True}, fixed),
-        "carry_gradients": (carry.carry_gradients_kernel, {**flags, "HAS_MIX": True}, fixed),
+        "carry_gradients": (carry.carry_gradients_kernel, {**flags, "HAS_MIX": True, "HAS_FINAL": True}, fixed),
     }
 
 

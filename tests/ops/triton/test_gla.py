@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from statex_dist.errors import ConfigError
 from statex_dist.ops.dispatch import delta_rule, gla, ssd
-from statex_dist.ops.triton.gla import expanded_gla
 from statex_dist.ops.triton.segments import cut_segments
 from tests.ops.scan_cases import assert_close, borders, delta_inputs, gla_inputs, run_with_gradients, ssd_inputs
 
@@ -107,26 +110,48 @@ def test_segments_stay_within_a_grid(monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 100])
-def test_states_are_bounded_and_the_result_does_not_depend_on_the_bound(chunks):
-    """No tensor of the scan, forward or backward, holds more states than the bound allows."""
-    inputs = gla_inputs(tokens=320, heads=1, keys=40, values=80)
-    whole = run_with_gradients(expanded_gla, inputs, scale=1.0, chunk_size=16)
-    held: list[int] = []
+class LiveStorages(TorchDispatchMode):
+    """The bytes of all tensors made since it began that are still there, and the most there ever were."""
 
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            held.extend(x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(x))
-            return out
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
 
-    with Largest():
-        parts = run_with_gradients(
-            expanded_gla, inputs, scale=1.0, chunk_size=16, max_state_bytes=2 * chunks * 40 * 80 * 8
-        )
-    assert_close(parts, whole, 1e-12)
-    # decayed_products' own temporaries are wider than one chunk's state, but grow with the segment as well
-    assert max(held) <= max(320 * 80, min(chunks, 20) * 40 * 80)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.live:
+                self.live[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.live.pop, key, None)
+                self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+def test_memory_beside_inputs_and_outputs_does_not_grow_with_the_sequence():
+    """Forward and backward pass hold one segment's tensors, and a state per segment."""
+    keys, values, chunk = 32, 64, 16
+    state = keys * values * 8
+
+    def most(chunks: int, max_states: int) -> int:
+        inputs = gla_inputs(tokens=chunks * chunk, heads=1, keys=keys, values=values)
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        with LiveStorages() as memory:
+            out, _ = gla(
+                *leaves,
+                backend="triton",
+                chunk_size=chunk,
+                max_state_bytes=max_states * state,
+                output_final_state=False,
+            )
+            torch.autograd.grad(out, leaves, out.detach())
+        # views make the mode count the inputs too, and gradients are as large as what they belong to
+        return memory.most - 2 * sum(x.nbytes for x in leaves) - out.nbytes
+
+    # 16 chunks per segment in both: 48 chunks more may cost a state each for three segments more, and their carries
+    assert most(64, 32) - most(16, 32) <= 6 * state
+    # the whole sequence at once does hold its states and all transients
+    assert most(64, 128) > most(64, 32) + 2 * 48 * state
 
 
 def test_bf16_states_lose_little():
@@ -138,6 +163,44 @@ def test_bf16_states_lose_little():
     for name, want in expected.items():
         error = ((actual[name].double() - want).norm() / want.norm()).item()
         assert error < 8e-3, f"{name}: relative error {error:.2g}"
+
+
+def test_a_second_backward_pass_gives_the_same():
+    leaves = [x.requires_grad_() for x in gla_inputs(tokens=100, heads=1).values()]
+    out, _ = gla(*leaves, backend="triton", chunk_size=16, max_state_bytes=1)
+    first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_final_states_alone_have_gradients():
+    inputs = gla_inputs(tokens=50, heads=2)
+
+    def final_gradients(backend):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs.values()]
+        _, final = gla(*leaves, backend=backend)
+        return torch.autograd.grad(final.square().sum(), leaves[1:])
+
+    for actual, expected in zip(final_gradients("triton"), final_gradients("naive"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_leaves_the_scan_alone():
+    inputs = {name: x.float() for name, x in gla_inputs(tokens=40).items()}
+    plain = run_with_gradients(gla, inputs, backend="triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run_with_gradients(gla, inputs, backend="triton")
+    assert all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
+def test_states_of_another_shape_are_refused():
+    """They would be written behind their end by the kernels."""
+    with pytest.raises(ValueError, match=r"initial_state must be \(3, 2, 6, 10\), not \(1, 2, 6, 10\)"):
+        gla(
+            **gla_inputs(tokens=30),
+            backend="triton",
+            cu_seqlens=borders([10, 10, 10]),
+            initial_state=torch.zeros(1, 2, 6, 10, dtype=torch.float64),
+        )
 
 
 @pytest.mark.parametrize(
