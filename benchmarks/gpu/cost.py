@@ -20,6 +20,7 @@ ceilings.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from benchmarks.measure import Ceilings
@@ -113,7 +114,7 @@ def batched_products(work: Work, chunk: int, max_state_bytes: int) -> ScanCost:
     backward = 10 * states + 2 * inputs + element * values + gated + 2 * scores + partial + reads
     chunks = -(-work.tokens // chunk)
     one = element * work.numbers
-    held = min(chunks, max(1, max_state_bytes // (2 * one)))
+    held = min(chunks, max(1, math.isqrt(chunks), max_state_bytes // (2 * one)))
     segments = -(-chunks // held)
     kept = 4 * work.numbers * segments  # the fp32 state before each segment
     return ScanCost(
