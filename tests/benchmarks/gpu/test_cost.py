@@ -55,7 +55,8 @@ def test_chunk_states_at_64k():
     bounded = batched_products(work, 256, GIB // 2).state_bytes
     assert bounded == GIB // 2 + 4 * 4 * MERGED["numbers"]
     assert bounded <= chunk_gla(work).state_bytes / 8
-    assert batched_products(work, 256, 1).state_bytes == 2 * 2 * MERGED["numbers"] + 256 * 4 * MERGED["numbers"]
+    # never less than the square root of 256 chunks, and as many segments
+    assert batched_products(work, 256, 1).state_bytes == 16 * (2 * 2 + 4) * MERGED["numbers"]
 
 
 def test_the_slower_ceiling_sets_the_time_of_each_pass():
