@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,11 +143,25 @@ def sequence_lengths(batch: int, num_tokens: int, cu_seqlens: torch.Tensor | Non
         return (num_tokens,) * batch
     if batch != 1:
         raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, not {batch}")
-    marks = cu_seqlens.tolist()
+    marks = _read(cu_seqlens)
     if marks[0] != 0 or marks[-1] != num_tokens or any(b < a for a, b in itertools.pairwise(marks)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, not {marks}")
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, not {list(marks)}")
     return tuple(b - a for a, b in itertools.pairwise(marks))
 
+
+def _read(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    """Return borders as numbers. Every layer asks for those of the same tensor: a GPU is waited for only once."""
+    if cu_seqlens.is_inference():  # its changes are not counted
+        return tuple(cu_seqlens.tolist())
+    version = cu_seqlens._version
+    known = _BORDERS.get(cu_seqlens)
+    if known is None or known[0] != version:
+        known = _BORDERS[cu_seqlens] = (version, tuple(cu_seqlens.tolist()))
+    return known[1]
+
+
+_BORDERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Borders that were read, with the version of their tensor at that time."""
 
 CHUNK_SIZES = (64, 32, 16)
 _LARGEST_FILL = 0.25

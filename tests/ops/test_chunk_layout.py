@@ -91,3 +91,19 @@ def test_a_layout_made_in_inference_mode_serves_training_too():
     o.sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+def test_borders_are_read_from_the_device_once(monkeypatch):
+    cu_seqlens = torch.tensor([0, 3, 8])
+    reads = []
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or read(self))
+    assert [sequence_lengths(1, 8, cu_seqlens) for _ in range(3)] == [(3, 5)] * 3
+    assert len(reads) == 1
+    cu_seqlens[1] = 4
+    assert sequence_lengths(1, 8, cu_seqlens) == (4, 4)
+    with torch.inference_mode():
+        inner = torch.tensor([0, 2, 8])
+        assert sequence_lengths(1, 8, inner) == (2, 6)
+        inner[1] = 5
+        assert sequence_lengths(1, 8, inner) == (5, 3)
