@@ -31,7 +31,8 @@ Activations on a CPU are counted, not estimated (``statex_dist/models/activation
 GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices for ``T`` tokens, or ``p
 T hidden`` where it is recomputed, one such layer being whole at a time. To this comes what the backward pass of the
 most demanding layer holds: the states at the borders of chunks of ``C`` tokens and their gradients, ``8 T / C`` times
-its state numbers, but no more than ``max_state_bytes`` where a head is so large that our own scan runs it. Logits take
+its state numbers. Where a head is so large that our own scan runs it (``ops/triton``), these are bounded by
+``max_state_bytes``, and the layer keeps one state in fp32 for each time the bound is filled. Logits take
 ``p`` bytes each, those of one loss chunk at a time: their gradient overwrites them. The loss computes its gradients at
 once, in the forward pass: ``p T hidden``, and of the head ``8 vocab hidden``, a sum in fp32 and what is added to it.
 Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 GiB of Python on a CPU) come on top.
@@ -39,6 +40,7 @@ Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -53,6 +55,8 @@ Place = Literal["none", "cpu", "nvme"]
 _REDUCE_BUCKET = 500_000_000
 _PREFETCH_BUCKET = 50_000_000
 _REUSE_DISTANCE = 1_000_000_000
+_LARGE_CHUNK = 256
+"""Tokens per chunk of the scan of large heads."""
 _SWAP_PARAMETERS = 5 * 100_000_000
 _SWAP_SUB_GROUPS = 4
 
@@ -252,8 +256,13 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
     for layer in config.recurrent_layers:
         geometry = config.layer_geometry(layer)
         whole = width * tokens * widths[layer]
-        at_borders = 8 * -(-tokens // geometry.chunk_size) * geometry.numbers
-        states.append(min(at_borders, settings.max_state_bytes) if geometry.is_large else at_borders)
+        if geometry.is_large:
+            chunks, state = -(-tokens // _LARGE_CHUNK), width * geometry.numbers
+            held = min(chunks, max(1, math.isqrt(chunks), settings.max_state_bytes // (2 * state)))
+            states.append(2 * state * held)
+            whole += 4 * geometry.numbers * -(-chunks // held)
+        else:
+            states.append(8 * -(-tokens // geometry.chunk_size) * geometry.numbers)
         expanded = config.statex is not None and config.statex.get(layer) is not None
         policy = settings.activation_checkpointing
         if policy == "block" or (policy == "expanded" and expanded):

@@ -10,15 +10,17 @@ first and one that fails or hangs costs its limit and no more:
 5. ``sweep``: our path over chunk lengths, to tune it;
 6. ``small``: training steps of the 340M shapes.
 
-``DIR`` gets a JSON file for each, written row by row, ``tests.txt``, ``log.txt`` of all others, and ``results.md`` with
-all tables as benchmarks/RESULTS.md wants them, written anew after every part: whatever a part had measured when it was
-stopped is in them. ``--device cpu`` runs all of it at small sizes.
+``DIR`` gets a JSON file for each, written row by row, ``tests.txt``, ``log.txt`` of all others, and ``results.md``
+with all tables, for benchmarks/RESULTS.md, written anew after every part: whatever a part had measured when it was
+stopped is in them. The time limits are guesses until a GPU has been at hand. ``--device cpu`` runs all of it at small
+sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -107,10 +109,10 @@ def results(out: Path, outcomes: dict[str, str]) -> str:
     sections = []
     for name, outcome in outcomes.items():
         part, path = PARTS[name], out / f"{name}.json"
-        lines = [f"## {part.title}: `python {' '.join(part.command)}`", outcome]
-        if part.render is None:
+        lines = [f"## {part.title}: `python {shlex.join(part.command)}`", outcome]
+        if part.render is None and log_of(name, out).exists():
             lines += log_of(name, out).read_text(encoding="utf-8").splitlines()[-1:]
-        elif path.exists():
+        elif part.render is not None and path.exists():
             lines.append(part.render(json.loads(path.read_text(encoding="utf-8"))))
         sections.append("\n\n".join(lines))
     return "\n\n".join(sections) + "\n"
@@ -124,6 +126,7 @@ def run_parts(names: Sequence[str], device: str, out: Path, seconds: float) -> d
         left = end - time.monotonic()
         if left < 1:
             outcomes[name] = "not run: the time was used up"
+            (out / "results.md").write_text(results(out, outcomes), encoding="utf-8")
             continue
         print(f"{name}: at most {min(left, PARTS[name].limit):.0f} s", flush=True)
         start = time.monotonic()
@@ -142,6 +145,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts, in this order")
     parser.add_argument("--minutes", type=float, default=14.0, help="time for everything")
     args = parser.parse_args(argv)
+    if args.out.is_dir() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out} holds results already; give a new directory")
     args.out.mkdir(parents=True, exist_ok=True)
     outcomes = run_parts(args.only, args.device, args.out, 60 * args.minutes)
     print((args.out / "results.md").read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 DECAYS, DECAY_FACTOR = ("dg", "ddt", "dA"), 3
 """... and how much larger those of the decays may be: sums over what differs little, of states that were rounded."""
 SWEEP_CHUNKS = (64, 128, 256, 512)
-SWEEP_STATES = (128 * 2**20, 512 * 2**20, 2 * GIB)
+SWEEP_STATES = (128 * 2**20, 256 * 2**20, 512 * 2**20, 2 * GIB)
 PACKAGES = ("triton", "fla-core", "mamba-ssm", "causal-conv1d")
 
 

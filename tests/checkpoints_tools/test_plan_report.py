@@ -83,10 +83,12 @@ def test_what_each_setting_saves():
     merged = plan_model(config, PlanOptions())
     bounds = [
         training_memory(merged, TrainingSettings(max_state_bytes=bound)).passing["activations"].device
-        for bound in (2**20, 2**40)
+        for bound in (2**20, 2**30, 2**40)
     ]
-    # fla's chunk states of one layer as it was, or unbounded those of a merged head: fp32, every 64 tokens, twice
-    assert bounds[1] - bounds[0] == 2 * 4 * 1024 * (1024 * 2048 - 4 * 256 * 512)
+    # bf16 states of 256 chunks of a merged head never weigh more than fla's of a layer as it was; what four layers keep
+    # does: an fp32 state for each of 16 segments (the square root), of 2, of 1
+    assert bounds[0] - bounds[2] == 4 * 4 * 1024 * 2048 * (16 - 1)
+    assert bounds[1] - bounds[2] == 4 * 4 * 1024 * 2048 * (2 - 1)
     assert memory(segment_tokens=8192).passing["activations"].device * 8 == plain.passing["activations"].device
     assert memory(context=8).passing["activations"].device * 8 == plain.passing["activations"].device
     assert memory(accumulation=2).parts["gradients"].device == 2 * plain.parts["gradients"].device

@@ -6,8 +6,6 @@ driver to measure with, so the first tuning choice is taken.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +23,7 @@ from tests.ops.fused_cases import (
     widened,
     with_gradients,
 )
+from tests.ops.interpreter import enter_interpreter
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 KERNEL_PIECES = [name for name in PIECES if name != "sigmoid gate, norm"]
@@ -50,10 +49,7 @@ def counting(name, function):
 
 
 def force_kernels() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    from triton.runtime.autotuner import Autotuner
-
-    Autotuner._bench = lambda *_, **__: [0.0, 0.0, 0.0]
+    enter_interpreter()
     fused.takes_kernels = loss.takes_kernels = lambda x: x.dtype != torch.float64 and x.numel() > 0
     for module, names in (
         (fused, ("fla_rms_norm", "fla_gated_rms_norm", "fla_swiglu")),

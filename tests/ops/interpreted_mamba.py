@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +24,7 @@ from statex_dist.ops.dispatch import ssd
 from statex_dist.ops.fla_api import fla_causal_conv
 from statex_dist.ops.mamba_api import mamba_ssd
 from statex_dist.ops.naive import naive_ssd
+from tests.ops.interpreter import enter_interpreter
 from tests.ops.scan_cases import assert_close, borders, run_with_gradients, ssd_inputs
 
 CHUNK = 16
@@ -148,7 +148,7 @@ def run_conv(name: str, case: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    enter_interpreter()
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.interpreter import interpreter_builder
 

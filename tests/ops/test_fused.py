@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +20,7 @@ from tests.ops.fused_cases import (
     with_gradients,
 )
 from tests.ops.interpreted_fused import CHECKS
+from tests.ops.interpreter import assert_script_passes
 
 
 @pytest.mark.parametrize("piece", PIECES)
@@ -84,14 +80,4 @@ def test_what_pytorch_keeps_of_swiglu():
 @pytest.mark.skipif(not has_fla(), reason="fla-core or triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops/test_gpu_fused.py runs the compiled kernels")
 def test_kernels_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.ops.interpreted_fused"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split("\n")[:-1] == [f"ok {check}" for check in CHECKS]
+    assert_script_passes("tests.ops.interpreted_fused", CHECKS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from statex_dist.ops.fla_api import has_fla
 from statex_dist.ops.mamba_api import has_mamba_ssm, mamba_ssd
 from statex_dist.ops.naive import naive_ssd
 from tests.ops.interpreted_mamba import CASES, CONV_CASES, DISPATCHED
+from tests.ops.interpreter import assert_script_passes
 from tests.ops.scan_cases import assert_close, borders, run_with_gradients, ssd_inputs
 
 INSTALL = (
@@ -31,17 +31,7 @@ INSTALL = (
 @pytest.mark.skipif(not has_fla(), reason="fla-core or triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops/test_gpu_kernels.py runs the compiled kernels")
 def test_interpreted_kernels_equal_the_oracles():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.ops.interpreted_mamba"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split("\n")[:-1] == [f"ok {case}" for case in [*CASES, DISPATCHED, *CONV_CASES]]
+    assert_script_passes("tests.ops.interpreted_mamba", [*CASES, DISPATCHED, *CONV_CASES])
 
 
 @pytest.mark.skipif(not has_mamba_ssm(), reason=INSTALL)

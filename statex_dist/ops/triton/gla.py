@@ -1,20 +1,22 @@
 """Gated linear attention for large states: one autograd function around batched products and elementwise kernels.
 
-fla's ``chunk_gla`` on a merged head is bound by the memory traffic of its chunk states, which it keeps in fp32 every 64
-tokens. Here chunks are long (256 tokens), chunk states are bf16 with an fp32 carry, every product is one batched GEMM,
-and what Triton does is elementwise or small (kernel groups: :mod:`gates`, :mod:`scores`, :mod:`carry`):
+By a count of bytes and FLOPs (benchmarks/gpu/cost.py), fla's ``chunk_gla`` on a merged head is bound by the memory
+traffic of its chunk states, which it keeps in fp32 every 64 tokens. Here chunks are long (``C`` = 256 tokens), chunk
+states are bf16 with an fp32 carry, every product is one batched GEMM, and what Triton does is elementwise or small
+(:mod:`gates`, :mod:`scores`, :mod:`carry`). With ``b`` the cumulative log decay inside a chunk and ``h`` the state at
+its start (docs/method.md, section 3):
 
-    pre-gate         q~ = s q e^b,  k^ = k e^{b_C - b}                       once per chunk and head
+    pre-gate         q~ = s q e^b,  k~ = k e^{b_C - b}                       once per chunk and head
     scores           A[t, u] = s sum_c q_tc k_uc exp(b_tc - b_uc), u <= t    one C x C matrix per head
-    update           dS = k^T v                                              batched product
-    carry            h_{n+1} = e^{b_C} h_n + dS_n                            in place
+    update           u = (k~)^T v                                            batched product
+    carry            h' = e^{b_C} h + u                                      h takes the place of u
     output           o = A v + q~ h                                          batched products
 
 A mixed layer (``mix [H, r]``) stores ``r`` value heads per key head and reads
-``o_j = sum_i M_ij (A_i v_j + q~_i h_ij)``: the C x C matrices are summed over heads before they meet the values
-(docs/method.md, section 3).
+``o_j = sum_i M_ij (A_i v_j + q~_i h_ij)``, ``i`` over the key heads that store head ``j``'s values: the C x C matrices
+are summed over heads before they meet the values (docs/method.md, section 4).
 
-Memory is bounded whatever the length: chunks are processed in segments whose states fit ``max_state_bytes``; the
+Memory is bounded: chunks are processed in segments whose states fit ``max_state_bytes``; the
 backward pass computes each segment's states again from the fp32 state before it.
 """
 
@@ -36,7 +38,8 @@ from statex_dist.ops.triton.heads import gather_blocks, mix_blocks, mix_scores, 
 from statex_dist.ops.triton.segments import Segment, cut_segments
 
 CHUNK_SIZE = 256
-"""Tokens per chunk of long sequences: from about 192 on, an H200 is bound by compute and not by the states' traffic."""
+"""Tokens per chunk of long sequences. A state is written and read per chunk: the longer the chunk the less traffic, and
+the more the products inside it weigh."""
 SMALLEST_CHUNK = 16
 MAX_STATE_BYTES = 256 * 2**20
 """Chunk states held at once, those of the forward pass and their gradients together."""
@@ -240,15 +243,17 @@ def _run_segment_back(
     do_spread = spread(do_part, mix)
     dscores, dmix_scores = unmix_scores(_products(do_part, part.values.mT), part.scores, mix)
     dqueries = _products(weigh_blocks(do_spread, mix), part.starts.mT)
-    grads = _products(part.queries.mT, do_spread)
+    dstates = _products(
+        part.queries.mT, do_spread
+    )  # what the reads give; the carry puts the whole gradient in its place
     dtotal, dmix_states = pieces.carry.carry_gradients(
-        part.total, part.starts, grads, mix, carried, dfinal, dinitial, segment
+        part.total, part.starts, dstates, mix, carried, dfinal, dinitial, segment
     )
     if dmix is not None:
         dmix += dmix_scores + dmix_states
-    dv_part = gather_blocks(_products(part.keys, grads), mix)
+    dv_part = gather_blocks(_products(part.keys, dstates), mix)
     _put_sum(dv_part, mix_scores(part.scores, mix).mT, do_part, segment, dv)
-    dkeys = _products(part.spread, grads.mT)
+    dkeys = _products(part.spread, dstates.mT)
     pieces.scores.input_gradients(q, k, part.decays, dscores, dqueries, dkeys, dtotal, segment, scale, (dq, dk, dg))
 
 
@@ -284,7 +289,7 @@ class _Part(NamedTuple):
         values = segment.take(v)
         stored = spread(values, mix)
         states = _products(keys.mT, stored)
-        pieces.carry.carry_states(total, states, carried, initial, final, segment)
+        pieces.carry.carry_states(total, states, carried, initial, final, segment)  # from what chunks add to starts
         return cls(decays, queries, keys, total, scores, values, stored, states)
 
 

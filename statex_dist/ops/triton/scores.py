@@ -108,7 +108,12 @@ def input_gradients_kernel(
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program per tile of channels, chunk and head; blocks from the last to the first, as ``dg`` is summed."""
+    """One program per tile of channels, chunk and head; blocks from the last to the first, as ``dg`` is summed.
+
+    With ``dk'`` the part of ``dk`` that comes through the state at the chunk's end,
+    ``dg_t = sum_{u >= t} (q_u dq_u - k_u dk_u) + sum_u k_u dk'_u + d(total)``: every log decay of the chunk is part of
+    the total, so ``summed`` starts with the last two.
+    """
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     i_chunk, i_head = tl.program_id(1), tl.program_id(2)
     num_blocks = CHUNK // BLOCK

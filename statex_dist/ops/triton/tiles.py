@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 64
-"""Rows of a chunk that decays are summed over at most: products of two such blocks need no larger exponents."""
+"""Rows of a block: log decays are summed within blocks, and between two blocks split at a border."""
 
 
 def block_rows(chunk_size: int) -> int:

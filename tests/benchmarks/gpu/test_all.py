@@ -44,10 +44,23 @@ def test_what_no_time_is_left_for_is_said(monkeypatch, tmp_path):
 
 
 def test_the_exit_code_says_whether_all_parts_ended_well(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(session, "run_parts", lambda *_: {"scan": "complete, 3 s", "model": "exit code 1, 2 s"})
-    (tmp_path / "results.md").write_text("tables")
+    def run_parts(names, device, out, seconds):
+        (out / "results.md").write_text("tables")
+        return {"scan": "complete, 3 s", "model": "exit code 1, 2 s"}
+
+    monkeypatch.setattr(session, "run_parts", run_parts)
     assert session.main(["--out", str(tmp_path)]) == 1
     assert "tables" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):  # another session's results are not mixed with these
+        session.main(["--out", str(tmp_path)])
+    assert "holds results already; give a new directory" in capsys.readouterr().err
+
+
+def test_a_part_that_had_no_time_is_in_the_results(tmp_path):
+    assert session.run_parts(["tests", "scan"], "cpu", tmp_path, 0) == dict.fromkeys(
+        ("tests", "scan"), "not run: the time was used up"
+    )
+    assert (tmp_path / "results.md").read_text().count("not run: the time was used up") == 2
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

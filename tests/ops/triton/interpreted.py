@@ -1,16 +1,13 @@
-"""Run the kernels of expanded layers in Triton's interpreter against the recurrence: a subprocess of a test.
-
-One shim, for this process only: no driver means no timing, so the first tuning choice is taken.
-"""
+"""Run the kernels of expanded layers in Triton's interpreter against the recurrence: a subprocess of a test."""
 
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
 
 from statex_dist.ops.dispatch import gla
+from tests.ops.interpreter import enter_interpreter
 from tests.ops.scan_cases import assert_close, borders, gla_inputs, run_with_gradients
 
 SIZES = {"tokens": 100, "heads": 2, "keys": 37, "values": 21}
@@ -114,10 +111,7 @@ def check_second_backward() -> None:
 
 
 def main() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    from triton.runtime.autotuner import Autotuner
-
-    Autotuner._bench = lambda *_, **__: [0.0, 0.0, 0.0]
+    enter_interpreter()
     for name, options in CASES.items():
         compare(**options)
         print(f"ok {name}", flush=True)  # noqa: T201
