@@ -35,7 +35,7 @@ demo: $(READY)
 	$(BIN)/statex demo --out demo --family $(FAMILY) --seeds $(SEEDS) --overwrite
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" --durations 15
 
 test-all: $(READY) lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
