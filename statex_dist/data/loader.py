@@ -277,6 +277,9 @@ class PackedLoader:
             # They only read. One that was killed may have left a queue locked, so the rest cannot be asked to end.
             for worker in workers:
                 worker.kill()
+            # One may have been looking at the event that tells them to end, and holds its lock for ever; the iterator
+            # sets it all the same, and would wait.
+            answers._workers_done_event = multiprocessing.get_context("fork").Event()  # type: ignore[attr-defined]
             del answers
             planned.close()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
@@ -206,6 +208,25 @@ def test_workers_change_nothing(tmp_path, packing):
         head, further = global_stream(store, 4, 3, states[step], num_workers=1, **options)
         tail, _ = global_stream(store, 2, 3, further[-1], num_workers=2, **options)
         assert head + tail == whole[step + 1 : step + 7]
+
+
+def test_a_lock_that_a_killed_worker_held_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    """Workers look at an event now and then, under its lock; whoever is killed just then never gives it back."""
+    iterators = []
+    begin = _MultiProcessingDataLoaderIter.__init__
+
+    def recorded(self, loader):
+        iterators.append(weakref.ref(self))
+        begin(self, loader)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__init__", recorded)
+    steps = iter(make(mds_store(tmp_path), num_workers=2))
+    next(steps)
+    iterators[0]()._workers_done_event._cond.acquire()
+    ending = threading.Thread(target=steps.close, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
 
 
 def test_a_state_loaded_under_running_workers_moves_them(tmp_path):

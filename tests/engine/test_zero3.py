@@ -159,6 +159,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, two_rank_run: Path, gl
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_ranks_and_context_change_on_the_way(tmp_path: Path, gla_model: Path, shards: Path):
     """4 ranks in context groups of 2, then 2 ranks, then 3: the losses are those of one process all along."""
     sections = {

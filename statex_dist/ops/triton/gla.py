@@ -243,9 +243,8 @@ def _run_segment_back(
     do_spread = spread(do_part, mix)
     dscores, dmix_scores = unmix_scores(_products(do_part, part.values.mT), part.scores, mix)
     dqueries = _products(weigh_blocks(do_spread, mix), part.starts.mT)
-    dstates = _products(
-        part.queries.mT, do_spread
-    )  # what the reads give; the carry puts the whole gradient in its place
+    # What the reads give to the states at the chunks' starts; the carry puts the gradient at their ends in its place.
+    dstates = _products(part.queries.mT, do_spread)
     dtotal, dmix_states = pieces.carry.carry_gradients(
         part.total, part.starts, dstates, mix, carried, dfinal, dinitial, segment
     )
