@@ -97,6 +97,7 @@ def requeued(env: dict[str, str]) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8") == f"requeue {JOB}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_slurm_job_saves_when_it_is_told_to_stop_and_goes_back_into_the_queue(
     slurm: dict[str, str], tmp_path: Path

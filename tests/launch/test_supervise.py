@@ -109,6 +109,7 @@ def test_a_killed_rank_and_a_killed_launcher_are_made_good(
     assert (status.state, status.step, status.world_size) == ("complete", NUM_STEPS, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_preempted_run_goes_on_with_another_number_of_ranks(
     root: Path, sections: dict[str, dict], reference: list[float]
