@@ -210,11 +210,16 @@ def build_model(config: RunConfig) -> RecurrentLM:
         model = RecurrentLM(settings)
         model.init_parameters(config.seed)
         model = model.to(dtype)
+    prepare_model(model, config)
+    return model
+
+
+def prepare_model(model: RecurrentLM, config: RunConfig) -> None:
+    """Freeze what is not trained, and set what the run's configuration says of memory."""
     freeze_parameters(model.named_parameters(), roles=parameter_roles(model.config), config=config.optimizer)
     model.trunk.recompute = config.engine.activation_checkpointing
     model.lm_head.chunk_tokens = config.engine.loss_chunk_tokens
     model.max_state_bytes = config.engine.max_state_bytes
-    return model
 
 
 def open_stores(config: RunConfig) -> dict[str, ShardStore]:

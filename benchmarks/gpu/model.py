@@ -28,10 +28,8 @@ from benchmarks.measure import GIB, Record, Timing, figure, heading, machine, ma
 from statex_dist.data.types import IGNORE_INDEX, PackedBatch
 from statex_dist.engine.base import EngineConfig
 from statex_dist.models.flops import training_flops_per_token
-from statex_dist.models.roles import parameter_roles
-from statex_dist.optim.groups import freeze_parameters
 from statex_dist.parallel.env import read_env
-from statex_dist.run import build_engine
+from statex_dist.run import build_engine, prepare_model
 from statex_dist.run_config import DataSource, ModelSource, RunConfig
 from statex_dist.train.loop import TrainConfig
 from statex_dist.train.mfu import utilisation
@@ -71,9 +69,7 @@ def train_steps(model: dict[str, Any], expansion: str, args: argparse.Namespace)
         engine=EngineConfig(precision="bf16" if on_gpu else "fp32", activation_checkpointing=args.recompute),
     )
     built = random_model(settings, env.device, torch.bfloat16 if on_gpu else torch.float32)
-    freeze_parameters(built.named_parameters(), roles=parameter_roles(settings), config=config.optimizer)
-    built.trunk.recompute = config.engine.activation_checkpointing
-    built.lm_head.chunk_tokens = config.engine.loss_chunk_tokens
+    prepare_model(built, config)
     parameters = sum(p.numel() for p in built.parameters())
     engine = build_engine(config, built, env, config.accumulation_steps(env.world_size))
     batches = [synthetic_pack(args.tokens, settings.vocab_size, args.documents, seed) for seed in range(args.packs)]
