@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import data_probes, data_readers
+from benchmarks.measure import cpu_name
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
 from statex_dist.data.stats import MODES, length_stats, packing_stats
@@ -171,13 +172,9 @@ def _table(title: str, columns: tuple[str, ...], left: int) -> Table:
 
 
 def _machine() -> str:
-    cpu = platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
     versions = ", ".join(f"{p} {version(p)}" for p in ("mosaicml-streaming", "webdataset", "torch", "numpy"))
     return (
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores {cpu}, load {os.getloadavg()[0]:.1f}, "
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores {cpu_name()}, load {os.getloadavg()[0]:.1f}, "
         f"Python {platform.python_version()}, {versions}"
     )
 

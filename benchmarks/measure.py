@@ -179,7 +179,7 @@ def machine(device: torch.device | None = None, packages: Iterable[str] = ()) ->
     """Return what figures depend on: date, processors, load, versions (``absent`` where a package is)."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": f"{os.cpu_count()} cores {_cpu_name()}",
+        "cpu": f"{os.cpu_count()} cores {cpu_name()}",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
@@ -191,7 +191,8 @@ def machine(device: torch.device | None = None, packages: Iterable[str] = ()) ->
     return found | {name: _package_version(name) for name in ("torch", *packages)}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name, or its architecture where it has none."""
     if (info := Path("/proc/cpuinfo")).is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

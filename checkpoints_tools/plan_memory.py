@@ -40,7 +40,6 @@ Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 G
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -49,14 +48,13 @@ from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of
 from statex_dist.models.layout import TensorSpec
+from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
 
 Place = Literal["none", "cpu", "nvme"]
 
 _REDUCE_BUCKET = 500_000_000
 _PREFETCH_BUCKET = 50_000_000
 _REUSE_DISTANCE = 1_000_000_000
-_LARGE_CHUNK = 256
-"""Tokens per chunk of the scan of large heads."""
 _SWAP_PARAMETERS = 5 * 100_000_000
 _SWAP_SUB_GROUPS = 4
 
@@ -90,7 +88,7 @@ class TrainingSettings:
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
     segment_tokens: int = 0
-    max_state_bytes: int = 256 * 2**20
+    max_state_bytes: int = MAX_STATE_BYTES
     accumulation: int = 1
     offload_optimizer: Place = "none"
     offload_parameters: Place = "none"
@@ -257,8 +255,8 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
         geometry = config.layer_geometry(layer)
         whole = width * tokens * widths[layer]
         if geometry.is_large:
-            chunks, state = -(-tokens // _LARGE_CHUNK), width * geometry.numbers
-            held = min(chunks, max(1, math.isqrt(chunks), settings.max_state_bytes // (2 * state)))
+            chunks, state = -(-tokens // CHUNK_SIZE), width * geometry.numbers
+            held = min(chunks, chunks_per_segment(chunks, state, settings.max_state_bytes))
             states.append(2 * state * held)
             whole += 4 * geometry.numbers * -(-chunks // held)
         else:

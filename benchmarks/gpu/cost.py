@@ -20,10 +20,10 @@ ceilings.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from benchmarks.measure import Ceilings
+from statex_dist.state.scan_memory import chunks_per_segment
 
 FLA_CHUNK = 64
 """Tokens per chunk of fla's ``chunk_gla``: fixed in its code."""
@@ -114,7 +114,7 @@ def batched_products(work: Work, chunk: int, max_state_bytes: int) -> ScanCost:
     backward = 10 * states + 2 * inputs + element * values + gated + 2 * scores + partial + reads
     chunks = -(-work.tokens // chunk)
     one = element * work.numbers
-    held = min(chunks, max(1, math.isqrt(chunks), max_state_bytes // (2 * one)))
+    held = min(chunks, chunks_per_segment(chunks, one, max_state_bytes))
     segments = -(-chunks // held)
     kept = 4 * work.numbers * segments  # the fp32 state before each segment
     return ScanCost(

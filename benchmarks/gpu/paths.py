@@ -19,7 +19,7 @@ from benchmarks.gpu.cost import ScanCost, Work, batched_products, chunk_gla, mam
 from statex_dist.ops.dispatch import gla, ssd
 from statex_dist.ops.fla_api import has_fla
 from statex_dist.ops.mamba_api import has_mamba_ssm
-from statex_dist.ops.triton.gla import CHUNK_SIZE, MAX_STATE_BYTES
+from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES
 
 Tensors = dict[str, torch.Tensor]
 Role = Literal["ours", "authors", "original", "other"]

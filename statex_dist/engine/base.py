@@ -20,6 +20,7 @@ from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.timing import PhaseTimer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.parallel.context import ContextGroup
+from statex_dist.state.scan_memory import MAX_STATE_BYTES
 
 Place = Literal["none", "cpu", "nvme"]
 
@@ -53,7 +54,7 @@ class EngineConfig:
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
     segment_tokens: int = 0
-    max_state_bytes: int = 256 * 2**20
+    max_state_bytes: int = MAX_STATE_BYTES
     param_persistence_threshold: int = 100_000
     sub_group_size: int = 1_000_000_000
     offload_optimizer: Place = "none"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from statex_dist.ops.borders import read_borders
 from statex_dist.ops.delta import chunked_delta_rule
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.parallel.context import ContextShare
@@ -91,7 +92,7 @@ def ssd_across(
         What to add to the first outputs ``[1, L, H, P]``, and the state after the whole pack.
     """
     assert cu_seqlens is not None
-    last = slice(int(cu_seqlens[-2]), None)
+    last = slice(read_borders(cu_seqlens)[-2], None)
     final = ssd_final_state(x[:, last], dt[:, last], A, B[:, last])
     b = (dt[:, : context.first_tokens] * A).to(final.dtype).cumsum(dim=1)
     before, after = context.exchange(final, b[:, -1].exp()[..., None, None], initial)

@@ -8,14 +8,12 @@ are sorted by length and chunks ordered by their position within the sequence: t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,46 +135,31 @@ def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, filler]).index_select(0, index.clamp(max=x.shape[0]))
 
 
-def sequence_lengths(batch: int, num_tokens: int, cu_seqlens: torch.Tensor | None) -> tuple[int, ...]:
-    """Return the lengths of all sequences of a batch, packed or not."""
-    if cu_seqlens is None:
-        return (num_tokens,) * batch
-    if batch != 1:
-        raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, not {batch}")
-    marks = _read(cu_seqlens)
-    if marks[0] != 0 or marks[-1] != num_tokens or any(b < a for a, b in itertools.pairwise(marks)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {num_tokens}, not {list(marks)}")
-    return tuple(b - a for a, b in itertools.pairwise(marks))
-
-
-def _read(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
-    """Return borders as numbers. Every layer asks for those of the same tensor: a GPU is waited for only once."""
-    if cu_seqlens.is_inference():  # its changes are not counted
-        return tuple(cu_seqlens.tolist())
-    version = cu_seqlens._version
-    known = _BORDERS.get(cu_seqlens)
-    if known is None or known[0] != version:
-        known = _BORDERS[cu_seqlens] = (version, tuple(cu_seqlens.tolist()))
-    return known[1]
-
-
-_BORDERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Borders that were read, with the version of their tensor at that time."""
-
 CHUNK_SIZES = (64, 32, 16)
+"""The first is fastest on a CPU for long sequences."""
 _LARGEST_FILL = 0.25
 
 
-def pick_chunk_size(lengths: tuple[int, ...]) -> int:
+def pick_chunk_size(lengths: tuple[int, ...], sizes: tuple[int, ...] = CHUNK_SIZES) -> int:
     """Return the largest chunk whose fillers stay below a quarter of the tokens, or the smallest there is.
 
-    64 is fastest on a CPU for long sequences; a pack of short documents would be mostly fillers.
+    A pack of short documents would be mostly fillers.
+
+    Args:
+        lengths: Tokens of each sequence.
+        sizes: Sizes to choose from, the largest first.
     """
     total = sum(lengths)
-    for size in CHUNK_SIZES:
+    for size in sizes:
         if sum(-(-length // size) * size for length in lengths) <= (1 + _LARGEST_FILL) * total:
             return size
-    return CHUNK_SIZES[-1]
+    return sizes[-1]
+
+
+def index_tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return numbers of a layout that is kept: made under inference mode, no later training step could use them."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -208,18 +191,13 @@ def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
 
-    def tensor(values: np.ndarray) -> torch.Tensor:
-        # The layout is kept: made under inference mode, its tensors could not be used by a later training step.
-        with torch.inference_mode(False):
-            return torch.from_numpy(values).to(device)
-
     return ChunkLayout(
         num_chunks=sum(active),
         chunk_size=chunk_size,
-        gather=tensor(gather),
-        scatter=tensor(scatter),
+        gather=index_tensor(gather, device),
+        scatter=index_tensor(scatter, device),
         active=active,
-        order=tensor(order),
-        rank=tensor(rank),
+        order=index_tensor(order, device),
+        rank=index_tensor(rank, device),
         identity=len(gather) == total and bool((gather == np.arange(total)).all()),
     )

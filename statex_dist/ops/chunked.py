@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.chunk_layout import chunk_layout, pick_chunk_size, sequence_lengths
+from statex_dist.ops.borders import sequence_lengths
+from statex_dist.ops.chunk_layout import CHUNK_SIZES, chunk_layout, pick_chunk_size
 from statex_dist.ops.precision import wide_dtype
 
 _BLOCK = 4
@@ -69,16 +70,22 @@ def chunked_gla(
     return join_blocks(outputs), join_blocks(finals)
 
 
-def power_of_two_chunks(lengths: tuple[int, ...], chunk_size: int | None) -> int:
-    """Return the chunk size to use for :func:`decayed_products`: the one asked for, or one that fits the sequences.
+def power_of_two_chunks(
+    lengths: tuple[int, ...],
+    chunk_size: int | None,
+    *,
+    smallest: int = _BLOCK,
+    sizes: tuple[int, ...] = CHUNK_SIZES,
+) -> int:
+    """Return the chunk size to use: the one asked for, or the one of ``sizes`` that fits the sequences.
 
     Raises:
-        ConfigError: The one asked for is not a power of two from 4.
+        ConfigError: The one asked for is not a power of two from ``smallest``.
     """
     if chunk_size is None:
-        return pick_chunk_size(lengths)
-    if chunk_size < _BLOCK or chunk_size & (chunk_size - 1):
-        raise ConfigError(f"chunk_size must be a power of two from {_BLOCK}, not {chunk_size}")
+        return pick_chunk_size(lengths, sizes)
+    if chunk_size < smallest or chunk_size & (chunk_size - 1):
+        raise ConfigError(f"chunk_size must be a power of two from {smallest}, not {chunk_size}")
     return chunk_size
 
 

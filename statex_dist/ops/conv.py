@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from statex_dist.errors import ConfigError
+from statex_dist.ops.borders import borders_of, read_borders, sequence_index
 from statex_dist.ops.conv_api import cuda_causal_conv, fits_causal_conv1d, has_causal_conv1d
 from statex_dist.ops.fla_api import fla_causal_conv, has_fla
 from statex_dist.parallel.context import ContextShare
@@ -52,7 +53,7 @@ def convolve_sequences(
     assert cu_seqlens is not None
     if x.shape[1] < need:
         raise ConfigError(f"a rank's share of {x.shape[1]} tokens is shorter than the convolution's {need}")
-    last = x[:, int(cu_seqlens[-2]) :]
+    last = x[:, read_borders(cu_seqlens)[-2] :]
     before, after = context.exchange(conv_tail(last, need + 1), None, tail)
     others = before.new_zeros(len(cu_seqlens) - 2, *before.shape[1:])
     tails = torch.cat([before, others])
@@ -76,7 +77,7 @@ def _convolve(
         if has_causal_conv1d() and fits_causal_conv1d(x, weight, **states):
             if cu_seqlens is None:
                 return cuda_causal_conv(x, weight, bias, initial_state=initial_state, silu=silu)
-            seq_idx = _sequence_of(cu_seqlens, x.shape[1]).int().unsqueeze(0) if seq_idx is None else seq_idx
+            seq_idx = sequence_index(cu_seqlens, x.shape[1]).int().unsqueeze(0) if seq_idx is None else seq_idx
             return cuda_causal_conv(x, weight, bias, seq_idx=seq_idx, silu=silu)
         if has_fla():
             return fla_causal_conv(x, weight, bias, **states, silu=silu)
@@ -138,7 +139,7 @@ def conv_tail(
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the state after ``x``: the last ``kernel_size - 1`` inputs of each sequence, ``[S, D, W - 1]``."""
-    rows = list(x.unbind(0)) if cu_seqlens is None else list(x[0].split(cu_seqlens.diff().tolist()))
+    rows = list(x.unbind(0)) if cu_seqlens is None else [x[0, start:stop] for start, stop in borders_of(cu_seqlens)]
     need = kernel_size - 1
     tails = []
     for i, row in enumerate(rows):
@@ -150,10 +151,4 @@ def conv_tail(
 def _positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return each token's position within its sequence, ``[T]``."""
     index = torch.arange(num_tokens, device=cu_seqlens.device)
-    return index - cu_seqlens.to(index.dtype)[_sequence_of(cu_seqlens, num_tokens)]
-
-
-def _sequence_of(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Return the index of each token's sequence, ``[T]``."""
-    index = torch.arange(num_tokens, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].to(index.dtype), index, right=True)
+    return index - cu_seqlens.to(index.dtype)[sequence_index(cu_seqlens, num_tokens)]

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from statex_dist.errors import ConfigError
+from statex_dist.ops.borders import read_borders, sequence_index
 
 CHUNK_SIZE = 256
 INT32_NUMBERS = 2**31
@@ -129,8 +130,7 @@ def mamba_ssd(
         y, state = _run_documents(scan, initial_state, cu_seqlens, chunk_size)
         return y, state if output_final_state else None
     if seq_idx is None:
-        index = torch.arange(x.shape[1], device=x.device)
-        seq_idx = torch.searchsorted(cu_seqlens[1:].to(index.dtype), index, right=True).int().unsqueeze(0)
+        seq_idx = sequence_index(cu_seqlens, x.shape[1]).int().unsqueeze(0)
     return _run(scan, None, seq_idx, chunk_size)[0], None
 
 
@@ -214,7 +214,7 @@ def _run_documents(
     at most about ``sqrt(2 T / chunk_size)`` calls (23 at T = 64K), however many sequences there are. Padded tokens
     have ``dt = 0``: they decay nothing and write nothing.
     """
-    borders = cu_seqlens.tolist()
+    borders = read_borders(cu_seqlens)
     device = scan.x.device
     groups: dict[int, list[int]] = defaultdict(list)
     for document, (start, end) in enumerate(itertools.pairwise(borders)):
@@ -222,7 +222,7 @@ def _run_documents(
     outputs, states, order = [], [], []
     places, num_outputs = torch.empty(borders[-1], dtype=torch.long), 0  # where each token's output is
     for chunks, documents in groups.items():
-        first = None if initial_state is None else initial_state.index_select(0, _on(documents, device))
+        first = None if initial_state is None else initial_state.index_select(0, torch.tensor(documents, device=device))
         if len(documents) == 1:
             tokens = slice(borders[documents[0]], borders[documents[0] + 1])
             rows = scan.tokens(tokens)
@@ -240,10 +240,6 @@ def _run_documents(
         order += documents
     y = torch.cat(outputs).index_select(0, places.to(device)).unsqueeze(0)
     return y, torch.cat(states).index_select(0, torch.tensor(order).argsort().to(device))
-
-
-def _on(numbers: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, device=device)
 
 
 def _gather(scan: _Scan, index: torch.Tensor, real: torch.Tensor) -> _Scan:

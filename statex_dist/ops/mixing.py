@@ -8,24 +8,39 @@ is StateX's head merge. Seen from the scan, only the value dimension grows from 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
-def partner_values(v: torch.Tensor, num_partners: int) -> list[torch.Tensor]:
-    """Return ``r`` tensors like ``v [..., H, V]``: in the ``s``-th, head ``i`` has the values of head ``i + s``."""
-    return [v, *(v.roll(-s, dims=-2) for s in range(1, num_partners))]
+def partner_values(v: torch.Tensor, num_partners: int, *, head_dim: int = -2) -> list[torch.Tensor]:
+    """Return ``r`` tensors like ``v [..., H, V]``: in the ``s``-th, head ``i`` has the values of head ``i + s``.
+
+    Args:
+        v: Values; any tensor that has one part per head.
+        num_partners: ``r``.
+        head_dim: Which dimension counts the heads.
+    """
+    return [v, *(v.roll(-s, dims=head_dim) for s in range(1, num_partners))]
 
 
-def spread_values(v: torch.Tensor, num_partners: int) -> torch.Tensor:
+def spread_values(v: torch.Tensor, num_partners: int, *, head_dim: int = -2) -> torch.Tensor:
     """Return ``[..., H, r V]`` from ``v [..., H, V]``: head ``i`` gets the values of heads ``i, i+1, ..., i+r-1``."""
-    return torch.cat(partner_values(v, num_partners), dim=-1)
+    return torch.cat(partner_values(v, num_partners, head_dim=head_dim), dim=-1)
+
+
+def sum_over_partners(parts: Iterable[torch.Tensor], *, head_dim: int = -2) -> torch.Tensor:
+    """Return what is meant for each head, of the ``s``-th part that of head ``i`` for head ``i + s``.
+
+    The transpose of :func:`partner_values`.
+    """
+    total, *others = parts
+    for s, part in enumerate(others, start=1):
+        total = total + part.roll(s, dims=head_dim)
+    return total
 
 
 def mix_outputs(o: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     """Return ``[..., H, V]`` from a scan's outputs ``o [..., H, r V]``, read with ``mix [H, r]``."""
-    num_partners = mix.shape[1]
-    parts = o.unflatten(-1, (num_partners, -1)) * mix.to(o.dtype).unsqueeze(-1)
-    mixed = parts[..., 0, :]
-    for s in range(1, num_partners):
-        mixed = mixed + parts[..., s, :].roll(s, dims=-2)
-    return mixed
+    parts = o.unflatten(-1, (mix.shape[1], -1)) * mix.to(o.dtype).unsqueeze(-1)
+    return sum_over_partners(parts.unbind(-2))

@@ -8,12 +8,12 @@ float64 for float64 inputs; outputs come back in the dtype of ``v`` or ``x``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
+from statex_dist.ops.borders import borders_of
 from statex_dist.ops.precision import wide_dtype
 
 
@@ -174,9 +174,3 @@ def first_state(initial_state: torch.Tensor | None, like: torch.Tensor, shape: t
     """Return the state before the first token, zero where none is given, in the dtype that recurrences run in."""
     wide = wide_dtype(like.dtype)
     return like.new_zeros(shape, dtype=wide) if initial_state is None else initial_state.to(wide)
-
-
-def borders_of(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
-    """Return ``(start, stop)`` of each packed sequence."""
-    marks = cu_seqlens.tolist()
-    return list(itertools.pairwise(marks))

@@ -31,21 +31,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.chunk_layout import sequence_lengths
+from statex_dist.ops.borders import sequence_lengths
+from statex_dist.ops.chunked import power_of_two_chunks
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.ops.triton import reference
 from statex_dist.ops.triton.heads import gather_blocks, mix_blocks, mix_scores, spread, unmix_scores, weigh_blocks
 from statex_dist.ops.triton.segments import Segment, cut_segments
+from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
 
-CHUNK_SIZE = 256
-"""Tokens per chunk of long sequences. A state is written and read per chunk: the longer the chunk the less traffic, and
-the more the products inside it weigh."""
 SMALLEST_CHUNK = 16
-MAX_STATE_BYTES = 256 * 2**20
-"""Chunk states held at once, those of the forward pass and their gradients together."""
+CHUNK_SIZES = (CHUNK_SIZE, 128, 64, 32, SMALLEST_CHUNK)
 GRID_PROGRAMS = 65535
 """Programs along the second axis of a CUDA grid, which counts a segment's chunks."""
-_LARGEST_FILL = 0.25
 
 
 class _Pieces(NamedTuple):
@@ -107,9 +104,7 @@ def expanded_gla(
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ConfigError(f"scan backend 'triton' computes in fp32 or bf16, not {str(q.dtype).removeprefix('torch.')}")
     lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
-    chunk_size = _fitting_chunk_size(lengths) if chunk_size is None else chunk_size
-    if chunk_size < SMALLEST_CHUNK or chunk_size & (chunk_size - 1):
-        raise ConfigError(f"chunk_size must be a power of two from {SMALLEST_CHUNK}, not {chunk_size}")
+    chunk_size = power_of_two_chunks(lengths, chunk_size, smallest=SMALLEST_CHUNK, sizes=CHUNK_SIZES)
     max_state_bytes = MAX_STATE_BYTES if max_state_bytes is None else max_state_bytes
     if max_state_bytes < 1:
         raise ConfigError(f"max_state_bytes must be 1 or more, not {max_state_bytes}")
@@ -117,9 +112,9 @@ def expanded_gla(
     state_shape = (len(lengths), q.shape[2], q.shape[3], v.shape[3] * partners)
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state must be {state_shape}, not {tuple(initial_state.shape)}")
-    per_segment = _chunks_per_segment(
-        lengths, chunk_size, math.prod(state_shape[1:]) * q.element_size(), max_state_bytes
-    )
+    num_chunks = sum(-(-length // chunk_size) for length in lengths)
+    state_bytes = math.prod(state_shape[1:]) * q.element_size()
+    per_segment = min(chunks_per_segment(num_chunks, state_bytes, max_state_bytes), GRID_PROGRAMS)
     inputs: list[torch.Tensor | None] = [x.flatten(0, 1).contiguous() for x in (q, k, v.to(q.dtype), g)]
     inputs += [None if x is None else x.to(wide_dtype(q.dtype)).contiguous() for x in (mix, initial_state)]
     settings = _Settings(
@@ -134,26 +129,6 @@ def expanded_gla(
     with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         o, final = _ExpandedGLA.apply(*inputs, settings)
     return o.to(v.dtype).unflatten(0, q.shape[:2]), final
-
-
-def _fitting_chunk_size(lengths: tuple[int, ...]) -> int:
-    """Return the longest chunk whose empty places stay below a quarter of the tokens, or the shortest there is."""
-    size = CHUNK_SIZE
-    while size > SMALLEST_CHUNK:
-        if sum(-(-length // size) * size for length in lengths) <= (1 + _LARGEST_FILL) * sum(lengths):
-            return size
-        size //= 2
-    return size
-
-
-def _chunks_per_segment(lengths: tuple[int, ...], chunk_size: int, state_bytes: int, max_state_bytes: int) -> int:
-    """Return how many chunks' states and gradients fit the bound.
-
-    A state in fp32 is kept for every segment: with fewer than the square root of all chunks in a segment, these would
-    take more than the shorter segment saves.
-    """
-    chunks = sum(-(-length // chunk_size) for length in lengths)
-    return min(max(max_state_bytes // (2 * state_bytes), math.isqrt(chunks), 1), GRID_PROGRAMS)
 
 
 class _Settings(NamedTuple):

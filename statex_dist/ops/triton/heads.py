@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from statex_dist.ops.mixing import partner_values, spread_values, sum_over_partners
 from statex_dist.ops.precision import wide_dtype
 
 
 def spread(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
     """Return ``[H, ..., r V]``: beside the values of head ``i`` those of heads ``i + 1, ..., i + r - 1``."""
-    if mix is None:
-        return x
-    return torch.cat([x.roll(-s, dims=0) for s in range(mix.shape[1])], dim=-1)
+    return x if mix is None else spread_values(x, mix.shape[1], head_dim=0)
 
 
 def weigh_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
@@ -27,9 +26,7 @@ def weigh_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
 
 def gather_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
     """Return ``[H, n, C, V]``, the sum of what is meant for each head: the transpose of :func:`spread`."""
-    if mix is None:
-        return x
-    return sum(block.roll(s, dims=0) for s, block in enumerate(x.chunk(mix.shape[1], dim=-1)))  # type: ignore[return-value]
+    return x if mix is None else sum_over_partners(x.chunk(mix.shape[1], dim=-1), head_dim=0)
 
 
 def mix_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
@@ -41,8 +38,7 @@ def mix_scores(scores: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
     """Return each output head's ``C x C`` matrix, the weighted sum of those of the key heads it reads."""
     if mix is None:
         return scores
-    weights = mix.to(scores.dtype)[:, :, None, None, None].unbind(1)
-    return sum((scores * weight).roll(s, dims=0) for s, weight in enumerate(weights))  # type: ignore[return-value]
+    return sum_over_partners((scores * weight for weight in _weights(mix, scores.dtype)), head_dim=0)
 
 
 def unmix_scores(
@@ -51,8 +47,13 @@ def unmix_scores(
     """Return the gradients of ``scores`` and of ``mix`` from that of :func:`mix_scores`."""
     if mix is None:
         return grad, None
-    rolled = [grad.roll(-s, dims=0) for s in range(mix.shape[1])]
-    weights = mix.to(scores.dtype)[:, :, None, None, None].unbind(1)
     wide = wide_dtype(scores.dtype)
-    dmix = torch.stack([(scores.to(wide) * x).sum((1, 2, 3)) for x in rolled], dim=1)
-    return sum(x * weight for x, weight in zip(rolled, weights, strict=True)), dmix  # type: ignore[return-value]
+    total, dmix = torch.zeros_like(grad), []
+    for part, weight in zip(partner_values(grad, mix.shape[1], head_dim=0), _weights(mix, scores.dtype), strict=True):
+        total.addcmul_(part, weight)
+        dmix.append((scores.to(wide) * part).sum((1, 2, 3)))
+    return total, torch.stack(dmix, dim=1)
+
+
+def _weights(mix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return mix.to(dtype)[:, :, None, None, None].unbind(1)

@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from statex_dist.ops.chunk_layout import index_tensor
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
@@ -86,24 +88,20 @@ def cut_segments(
     length = np.minimum(chunk_size, ends[sequence] - start).astype(np.int32)
     is_first, is_last = within == 0, start + length == ends[sequence]
 
-    def tensor(values: np.ndarray) -> torch.Tensor:
-        # The cut is kept: made under inference mode, its tensors could not be used by a later training step.
-        with torch.inference_mode(False):
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
     segments = []
     for low, high in _runs(len(sequence), chunks_per_segment):
         offsets = np.arange(chunk_size)
         inside = (offsets < length[low:high, None]).ravel()
+        places = np.zeros(0, dtype=np.int64) if inside.all() else np.flatnonzero(inside)
         segments.append(
             Segment(
                 chunk_size=chunk_size,
-                start=tensor(start[low:high]),
-                length=tensor(length[low:high]),
-                sequence=tensor(sequence[low:high]),
-                is_first=tensor(is_first[low:high].astype(np.int32)),
-                is_last=tensor(is_last[low:high].astype(np.int32)),
-                places=tensor(np.flatnonzero(inside) if not inside.all() else np.zeros(0, dtype=np.int64)),
+                start=index_tensor(start[low:high], device),
+                length=index_tensor(length[low:high], device),
+                sequence=index_tensor(sequence[low:high], device),
+                is_first=index_tensor(is_first[low:high].astype(np.int32), device),
+                is_last=index_tensor(is_last[low:high].astype(np.int32), device),
+                places=index_tensor(places, device),
                 tokens=(int(start[low]), int(length[low:high].sum())),
             )
         )
