@@ -65,7 +65,12 @@ def expected(times: int = 1) -> str:
 
 
 def raw_files(cache: Path) -> list[Path]:
-    return sorted(cache.glob("*/*/shard.*"), key=lambda path: path.name)
+    found: list[Path] = []
+    for directory in cache.glob("*/*"):
+        # Others fetch and remove while this looks, and `glob` fails on a directory that goes meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            found += directory.glob("shard.*")
+    return sorted(found, key=lambda path: path.name)
 
 
 def leftovers(cache: Path) -> list[Path]:
