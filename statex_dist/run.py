@@ -21,6 +21,7 @@ from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, Fit
+from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import ConfigError, DataError, StateXError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
@@ -287,7 +288,8 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
         model.named_parameters(), no_decay=no_decay, roles=parameter_roles(model.config), config=config.optimizer
     )
     schedule = build_schedule(optimizer, config.schedule, num_steps=config.train.num_steps)
-    clipping = config.optimizer.gradient_clipping
+    clipping, probability = config.optimizer.gradient_clipping, config.train.state_passing
+    passing = StatePassing(probability, config.seed) if probability else None
     if config.engine.name == "plain":
         return PlainEngine(
             model,
@@ -296,6 +298,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
             gradient_clipping=clipping,
             device=env.device,
             segment_tokens=config.engine.segment_tokens,
+            passing=passing,
         )
     return Zero3Engine(
         model,
@@ -306,6 +309,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
         gradient_clipping=clipping,
         accumulation_steps=accumulation_steps,
         context=ContextGroup.join(config.parallel.context, timeout=timedelta(minutes=config.engine.timeout_minutes)),
+        passing=passing,
     )
 
 

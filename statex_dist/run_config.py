@@ -177,6 +177,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.run_dir:
             raise ConfigError("run_dir must not be empty")
+        if self.parallel.context > 1 and self.train.state_passing:
+            raise ConfigError(
+                "train.state_passing needs parallel.context 1: the ranks of a context group know only the state at "
+                "their pack's end; use engine.segment_tokens for long sequences instead"
+            )
         segment = self.engine.segment_tokens
         share = min(s.seq_len // num_segments(s.seq_len, segment) for s in self.data.stages()) // self.parallel.context
         if self.parallel.context > 1 and share < MIN_SHARE:

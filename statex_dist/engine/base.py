@@ -17,6 +17,7 @@ from torch import nn
 from statex_dist.config import check_finite
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
+from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.timing import PhaseTimer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.parallel.context import ContextGroup
@@ -118,11 +119,18 @@ class TrainEngine(ABC):
     timer: PhaseTimer
 
     def __init__(
-        self, *, rank: int, world_size: int, device: torch.device, segment_tokens: int, context: ContextGroup | None
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        segment_tokens: int,
+        context: ContextGroup | None,
+        passing: StatePassing | None,
     ):
         self.rank, self.world_size, self.device = rank, world_size, device
         self.segment_tokens, self.context = segment_tokens, context
-        self.carried = CarriedStates(context)
+        self.carried = CarriedStates(context, passing)
         self.timer = PhaseTimer(device)
 
     @property

@@ -2,7 +2,7 @@
 
 States go from the end of one segment or packed sequence to the begin of the next (truncated BPTT): the loader puts what
 goes on after a cut into the same lane of the next step, the same place in the global batch. The state there is taken
-over as a value; no gradient flows through it.
+over as a value; no gradient flows through it. With state passing, a sequence may begin where an unrelated one ended.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from statex_dist.data.types import IGNORE_INDEX, PackedBatch
+from statex_dist.engine.passing import StatePassing
 from statex_dist.parallel.context import ContextGroup, ContextShare
 
 logger = logging.getLogger(__name__)
 
 LaneStates = list[tuple[torch.Tensor, ...]]
+_PASSING = "passing"
 
 
 class CarriedStates:
@@ -26,10 +28,12 @@ class CarriedStates:
 
     Args:
         context: The ranks that share each pack, or None. All of them keep the state at its end.
+        passing: Gives other sequences' states to those that begin anew, or None. Not with ``context``.
     """
 
-    def __init__(self, context: ContextGroup | None = None) -> None:
-        self.context = context
+    def __init__(self, context: ContextGroup | None = None, passing: StatePassing | None = None) -> None:
+        assert context is None or passing is None, "the configuration refuses it"
+        self.context, self.passing = context, passing
         self._lanes: dict[int, LaneStates] = {}
         self.observed: list[torch.Tensor] | None = None
         """Mean squares of each layer's state after the last document, where they were asked for and are known."""
@@ -58,6 +62,8 @@ class CarriedStates:
             logger.warning("no state was kept for lane %d: its document goes on from an empty one", lane)
         elif batch.carried and kept is not None:
             states = _first_of(kept, 1 if context else len(batch.cu_seqlens) - 1, device)
+        if self.passing is not None:
+            states = self.passing.give(batch, lane, states, device)
         place = _observed_place(batch, over_ranks=context is not None) if observe else None
         share = share.to(device)
         output = model(
@@ -66,12 +72,14 @@ class CarriedStates:
             cu_seqlens=share.cu_seqlens,
             seq_idx=share.seq_idx,
             states=states,
-            output_states=batch.goes_on or place is not None,
+            output_states=batch.goes_on or place is not None or self.passing is not None,
             context=context,
         )
         if batch.goes_on:
             # A document that goes on fills its pack to the end, so its state is the last one.
             self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
+        if self.passing is not None:
+            self.passing.keep(batch, lane, output.states)
         if place is not None:
             self.observed = [layer[0][place].detach().double().square().mean() for layer in output.states]
         return output.loss_sum
@@ -79,14 +87,20 @@ class CarriedStates:
     def forget(self) -> None:
         """Drop all states, after a step whose numbers cannot be trusted."""
         self._lanes.clear()
+        if self.passing is not None:
+            self.passing.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states by lane, on the CPU; empty where nothing waits."""
-        return {str(lane): [tuple(p.cpu() for p in layer) for layer in layers] for lane, layers in self._lanes.items()}
+        """Return the states by lane, on the CPU, and what is passed on; empty where nothing waits."""
+        lanes = {str(lane): [tuple(p.cpu() for p in layer) for layer in x] for lane, x in self._lanes.items()}
+        return lanes if self.passing is None else {**lanes, _PASSING: self.passing.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self._lanes = {int(lane): [tuple(layer) for layer in layers] for lane, layers in state.items()}
+        lanes = {key: value for key, value in state.items() if key != _PASSING}
+        self._lanes = {int(lane): [tuple(layer) for layer in layers] for lane, layers in lanes.items()}
+        if self.passing is not None and _PASSING in state:
+            self.passing.load_state_dict(state[_PASSING])
 
 
 def _observed_place(batch: PackedBatch, *, over_ranks: bool) -> int | None:

@@ -18,6 +18,7 @@ from statex_dist.engine.base import (
     group_name,
     keep_hyperparameters,
 )
+from statex_dist.engine.passing import StatePassing
 
 
 class PlainEngine(TrainEngine):
@@ -30,6 +31,7 @@ class PlainEngine(TrainEngine):
         gradient_clipping: Largest global gradient norm; 0 for no clipping.
         device: Where the model lives.
         segment_tokens: See ``EngineConfig``.
+        passing: State passing, or None.
     """
 
     kind = "plain"
@@ -43,8 +45,11 @@ class PlainEngine(TrainEngine):
         gradient_clipping: float,
         device: torch.device,
         segment_tokens: int = 0,
+        passing: StatePassing | None = None,
     ):
-        super().__init__(rank=0, world_size=1, device=device, segment_tokens=segment_tokens, context=None)
+        super().__init__(
+            rank=0, world_size=1, device=device, segment_tokens=segment_tokens, context=None, passing=passing
+        )
         self.model = model.to(device).train()
         self.optimizer = optimizer
         self.schedule = schedule

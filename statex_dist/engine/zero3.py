@@ -36,6 +36,7 @@ from statex_dist.engine.base import (
     keep_hyperparameters,
 )
 from statex_dist.engine.ds_config import deepspeed_config
+from statex_dist.engine.passing import StatePassing
 from statex_dist.errors import CheckpointError
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv
@@ -95,6 +96,7 @@ class Zero3Engine(TrainEngine):
         gradient_clipping: Largest global gradient norm; 0 for none.
         accumulation_steps: Packs per data-parallel rank and optimizer step.
         context: The ranks that share each pack, or None.
+        passing: State passing, or None.
     """
 
     kind = "zero3"
@@ -110,6 +112,7 @@ class Zero3Engine(TrainEngine):
         gradient_clipping: float,
         accumulation_steps: int,
         context: ContextGroup | None = None,
+        passing: StatePassing | None = None,
     ):
         super().__init__(
             rank=env.rank,
@@ -117,6 +120,7 @@ class Zero3Engine(TrainEngine):
             device=env.device,
             segment_tokens=config.segment_tokens,
             context=context,
+            passing=passing,
         )
         self.accumulation_steps = accumulation_steps
         self.optimizer, self.schedule = optimizer, schedule

@@ -43,6 +43,8 @@ class TrainConfig:
         save_retries: Further attempts of a rank whose files could not be written.
         hang_minutes: A phase of a step that takes longer ends the job, with the stacks of every rank; 0 never, None
             after two thirds of ``engine.timeout_minutes``, when collectives have not given up yet.
+        state_passing: Probability of a sequence to begin from the state at another's end instead of an empty one
+            (arXiv 2507.02782), so that long texts do not meet the model with states it has never seen.
     """
 
     num_steps: int
@@ -52,6 +54,7 @@ class TrainConfig:
     save_async: bool = False
     save_retries: int = 2
     hang_minutes: float | None = None
+    state_passing: float = 0.0
 
     def __post_init__(self) -> None:
         check_finite(self, "train")
@@ -61,6 +64,8 @@ class TrainConfig:
         for name in ("save_every", "keep_every", "save_retries", "hang_minutes"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.state_passing <= 1:
+            raise ConfigError(f"train.state_passing is a probability, from 0 to 1, not {self.state_passing}")
         if self.save_retries > MAX_RETRIES:
             raise ConfigError(f"train.save_retries must be {MAX_RETRIES} or less, not {self.save_retries}")
         if self.keep_every and (self.save_every == 0 or self.keep_every % self.save_every):

@@ -31,6 +31,7 @@ def loaded_facts(engine, client_state, model) -> dict:
         "note": client_state["note"],
         "rng": int(client_state["rng"][0]),
         "rank_of_rng": client_state["mine"],
+        "carried": "carried" in client_state,
         "groups": [[float(group["lr"]), group["weight_decay"]] for group in groups],
         "steps": sorted({float(s["step"]) for s in engine.optimizer.optimizer.state.values()}),
         "global_steps": engine.global_steps,
@@ -90,7 +91,8 @@ def main(out: str, first: int, last: int, load: str | None) -> None:
         dist.all_reduce(mine)
         report["losses"].append([value.hex() for value in mine.tolist()])
     rng = torch.full((16,), rank, dtype=torch.uint8)
-    engine.save_checkpoint(out, client_state={"note": "hello", "rng": rng, "mine": rank})
+    carried = {"0": [(torch.full((1, 2), float(rank)),)]}
+    engine.save_checkpoint(out, client_state={"note": "hello", "rng": rng, "mine": rank, "carried": carried})
     gathered = [None] * world_size
     dist.all_gather_object(gathered, report["loaded"])
     if rank == 0:

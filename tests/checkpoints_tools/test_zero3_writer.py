@@ -223,6 +223,7 @@ class TestDeepSpeedGoesOn:
             # A rank has its own state of the generator; ranks beyond those that wrote get the first ones' again.
             wrote = {2: 4, 3: 2, 1: 3}[world_size]
             assert (loaded["rng"], loaded["rank_of_rng"]) == (rank % wrote, rank % wrote)
+            assert not loaded["carried"], "the lanes are others'"
 
     def test_every_tensor_is_the_same_on_any_number_of_ranks(self, chain):
         root = chain[0]
@@ -235,6 +236,7 @@ class TestDeepSpeedGoesOn:
             assert manifest.info["batch"]["kept"]
         summary = reshard(root / "at4", root / "again", to="zero3", world_size=2)
         assert "client state of the ranks' own (mine, rng): that of ranks 0..1 is kept" in summary.notes[0]
+        assert "states between packs are left out" in summary.notes[1]
 
     def test_deepspeeds_own_converter_reads_it(self, chain, tmp_path):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -54,12 +54,13 @@ def final_state(config: RunConfig) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["module"]
 
 
-@pytest.mark.parametrize("values", [GLA, MAMBA2], ids=["gla", "mamba2"])
-def test_interrupted_training_equals_uninterrupted_training(tmp_path: Path, shards: Path, values, monkeypatch):
+@pytest.mark.parametrize(("values", "passing"), [(GLA, 0.0), (MAMBA2, 0.5)], ids=["gla", "mamba2 with states passed"])
+def test_interrupted_training_equals_uninterrupted_training(tmp_path: Path, shards: Path, values, passing, monkeypatch):
     model = {"path": str(save_model(expanded(values), tmp_path / "model"))}
-    whole = load(tmp_path, shards, name="whole", model=model)
+    passed = ("--train.state_passing", str(passing))
+    whole = load(tmp_path, shards, *passed, name="whole", model=model)
     assert train(whole)
-    parted = load(tmp_path, shards, name="parted", model=model, train={"save_every": 2})
+    parted = load(tmp_path, shards, *passed, name="parted", model=model, train={"save_every": 2})
     step, calls = PlainEngine.step, []
 
     def stop_in_third_step(self, **kwargs):
@@ -169,6 +170,12 @@ def test_checkpointing_activations_changes_nothing(tmp_path: Path, shards: Path)
         (["--guard.spike_factor", "0.5"], ConfigError, "guard.spike_factor must be 0 or above 1, not 0.5"),
         (["--parallel.context", "2"], ConfigError, "parallel.context=2 does not divide the 1 ranks"),
         (["--parallel.context", "32"], ConfigError, "parallel.context=32 leaves 4 tokens to a rank, at least 8"),
+        (["--train.state_passing", "1.5"], ConfigError, "train.state_passing is a probability, from 0 to 1, not 1.5"),
+        (
+            ["--train.state_passing", "0.5", "--parallel.context", "2"],
+            ConfigError,
+            "train.state_passing needs parallel.context 1",
+        ),
         (["--run_dir", ""], ConfigError, "run_dir must not be empty"),
         (["--run_dir", "/proc/none"], ConfigError, "run_dir /proc/none cannot be written"),
         (["--model.config.num_headz", "4"], ConfigError, "unknown key model.config.num_headz; allowed in model.config"),
