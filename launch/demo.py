@@ -18,20 +18,18 @@ import socket
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rich.console import Console
 
+from launch.demo_data import library_pieces, recall_documents
 from launch.demo_report import ARMS, NUM_PAIRS, draw_plot, make_table
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.errors import ConfigError, DataError, StateXError
-from statex_dist.evaluation.mqar import generate_mqar
+from statex_dist.errors import ConfigError, StateXError
 from statex_dist.models.kinds import family_of, read_config
 from statex_dist.train.metrics import read_metrics
 
@@ -42,7 +40,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """How each family is expanded; docs/demo.md has the figures of the other choices."""
 
-PIECE_BYTES = 1_000
 EVALUATION_DOCUMENTS = 128
 MARKER = ".statex-demo"
 
@@ -142,9 +139,9 @@ class Demo:
         """Write text and recall documents and turn them into shards."""
         data = self.out / "data"
         data.mkdir()
-        pieces = _library_pieces(sum(corpus.text_pieces for corpus in CORPORA.values()))
+        pieces = library_pieces(sum(corpus.text_pieces for corpus in CORPORA.values()))
         for name, corpus in CORPORA.items():
-            records = _recall_documents(corpus.num_pairs, int(corpus.recall_tokens * self.scale))
+            records = recall_documents(corpus.num_pairs, int(corpus.recall_tokens * self.scale))
             records += [{"text": pieces.pop()} for _ in range(corpus.text_pieces)]
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (data / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -222,33 +219,6 @@ class Demo:
         seconds = int(time.monotonic() - self.started)
         line = shlex.join(str(part) for part in command)
         self.console.print(f"[{seconds // 60}:{seconds % 60:02d}] $ {line}", style="bold", markup=False, soft_wrap=True)
-
-
-def _library_pieces(count: int) -> list[str]:
-    """Return pieces of the Python standard library's own sources, a text that every machine has."""
-    pieces: list[str] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.isascii():
-            pieces += [text[i : i + PIECE_BYTES] for i in range(0, len(text) - PIECE_BYTES, PIECE_BYTES)]
-    if len(pieces) < count:
-        raise DataError(f"this Python has too few sources in its standard library: {len(pieces)} pieces of {count}")
-    order = np.random.default_rng(0).permutation(len(pieces))
-    return [pieces[i] for i in order[:count]]
-
-
-def _recall_documents(pairs: tuple[int, ...], num_tokens: int) -> list[dict[str, Any]]:
-    """Return recall documents with as many tokens for every number of pairs; loss on the answers only."""
-    documents: list[dict[str, Any]] = []
-    for num_pairs in pairs:
-        count = max(1, num_tokens // len(pairs) // (4 * num_pairs))
-        # The evaluation draws with seed 0.
-        tokens, mask = generate_mqar(num_pairs, count, seed=12345)
-        documents += [
-            {"input_ids": row.tolist(), "loss_mask": answers.tolist()}
-            for row, answers in zip(tokens, mask, strict=True)
-        ]
-    return documents
 
 
 def _free_port() -> int:

@@ -1,0 +1,228 @@
+"""Models trained for an experiment, arm by arm: each step a command that a user would type, each result kept.
+
+An arm that is finished is not run again: a killed experiment goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from launch.cli import main as statex
+from launch.demo_data import library_pieces, recall_documents
+from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.errors import ConfigError, StateXError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULT_NAME = "result.json"
+
+
+@dataclass(kw_only=True)
+class Corpus:
+    """A data set of recall documents and of pieces of text.
+
+    Attributes:
+        num_pairs: Numbers of key-value pairs of its recall documents.
+        recall_tokens: Tokens of all of them, as many for each number of pairs.
+        text_pieces: Pieces of the Python standard library's sources; no piece is in two corpora.
+        piece_bytes: Length of a piece.
+    """
+
+    num_pairs: list[int] = field(default_factory=list)
+    recall_tokens: int = 0
+    text_pieces: int = 0
+    piece_bytes: int = 1000
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A training run.
+
+    Attributes:
+        corpus: Name of its data.
+        run: What its configuration says beside (``statex_dist.run_config.RunConfig``).
+    """
+
+    corpus: str
+    run: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """What is done to the pre-trained model.
+
+    Attributes:
+        expand: Options of ``statex expand``; None leaves the model as it is.
+        run: What its post-training has beside what all arms share.
+        train: Whether it is post-trained.
+    """
+
+    expand: dict[str, Any] | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    train: bool = True
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """An experiment.
+
+    Attributes:
+        out: Where everything goes.
+        model: Contents of the small model's ``config.json``.
+        corpora: The data sets by name; ``held_out`` is only measured on.
+        pretrain: Training runs that make the model, one after another.
+        posttrain: The training run of every arm.
+        arms: By name.
+        seeds: Of parameters, expansions and the order of the data; the data is the same.
+        settings: What the experiment itself wants to know.
+    """
+
+    out: str
+    model: dict[str, Any]
+    corpora: dict[str, Corpus]
+    pretrain: list[Stage]
+    posttrain: Stage
+    arms: dict[str, Arm]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for stage in (*self.pretrain, self.posttrain):
+            if stage.corpus not in self.corpora:
+                raise ConfigError(f"corpus {stage.corpus!r} is not one of {', '.join(self.corpora)}")
+        if not self.pretrain or not self.arms or not self.seeds:
+            raise ConfigError("an experiment needs pretrain, arms and seeds")
+
+
+class Lab:
+    """Trains and measures what an experiment asks for.
+
+    Args:
+        experiment: The experiment.
+        measure: Measures the model of a directory; what it returns is kept as JSON.
+    """
+
+    def __init__(self, experiment: Experiment, measure: Callable[[Path], dict[str, Any]]):
+        self.experiment, self.measure = experiment, measure
+        self.out = Path(experiment.out)
+        self.console = Console(stderr=True, highlight=False)
+
+    def results(self) -> dict[str, list[dict[str, Any]]]:
+        """Run what is not finished and return the measurements of every arm, by seed."""
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.experiment.arms}
+        for seed in self.experiment.seeds:
+            for name, arm in self.experiment.arms.items():
+                found[name].append(self._result(seed, name, arm))
+        return found
+
+    def _result(self, seed: int, name: str, arm: Arm) -> dict[str, Any]:
+        path = self.out / f"seed{seed}" / name / RESULT_NAME
+        if not path.is_file():
+            model = self._arm(seed, name, arm)
+            self.console.print(f"measuring {model}", markup=False)
+            write_durably(path, json.dumps(self.measure(model)) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _arm(self, seed: int, name: str, arm: Arm) -> Path:
+        folder = self.out / f"seed{seed}" / name
+        model = self._pretrained(seed)
+        if arm.expand is not None:
+            expanded = folder / "expanded"
+            if not (expanded / "config.json").is_file():
+                options = [f"--{key.replace('_', '-')}={value}" for key, value in arm.expand.items()]
+                self._statex("expand", "--source", model, "--target", expanded, "--seed", seed, "--overwrite", *options)
+            model = expanded
+        if not arm.train:
+            folder.mkdir(parents=True, exist_ok=True)
+            return model
+        run = _merged(self.experiment.posttrain.run, arm.run)
+        # Another order of the data than in pre-training; the same for every arm.
+        return self._train(
+            folder, {"path": str(model)}, Stage(corpus=self.experiment.posttrain.corpus, run=run), 1000 + seed
+        )
+
+    def _pretrained(self, seed: int) -> Path:
+        source: dict[str, Any] = {"config": self.experiment.model}
+        for index, stage in enumerate(self.experiment.pretrain):
+            model = self._train(self.out / f"seed{seed}" / f"pretrain{index}", source, stage, seed)
+            source = {"path": str(model)}
+        return model
+
+    def _train(self, folder: Path, source: Mapping[str, Any], stage: Stage, seed: int) -> Path:
+        """Run one training with the command of every user, and reshard what it leaves; return the model."""
+        model, run_dir = folder / "model", folder / "run"
+        if (model / "config.json").is_file():
+            return model
+        config = {
+            "run_dir": str(run_dir),
+            "seed": seed,
+            "model": dict(source),
+            "data": {"path": str(self._data(stage.corpus))},
+            "engine": {"name": "plain", "precision": "fp32"},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "run.yaml", yaml.safe_dump(_merged(config, stage.run), sort_keys=False))
+        command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(folder / "run.yaml")]
+        self.console.print(f"$ {' '.join(command[1:])}", markup=False)
+        # Operations of small models are too short to share between threads.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(command, env=environment, check=False)
+        if done.returncode:
+            raise StateXError(f"training of {folder} ended with exit code {done.returncode}; its messages are above")
+        self._statex("reshard", "--source", run_dir, "--target", model, "--to", "hf", "--overwrite")
+        # The metrics stay; the optimizer's states of every arm would fill a disk.
+        shutil.rmtree(run_dir / "checkpoints")
+        return model
+
+    def _data(self, name: str) -> Path:
+        target = self.out / "data" / name
+        if (target / "index.json").is_file():
+            return target
+        (self.out / "data").mkdir(parents=True, exist_ok=True)
+        corpus = self.experiment.corpora[name]
+        records = recall_documents(tuple(corpus.num_pairs), corpus.recall_tokens) if corpus.num_pairs else []
+        records += [{"text": piece} for piece in self._pieces(name)]
+        source = self.out / "data" / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        self._statex("prepare", source, "--out", target, "--overwrite")
+        return target
+
+    def held_out(self) -> Path:
+        """Return the data that nothing is trained on."""
+        return self._data("held_out")
+
+    def _pieces(self, name: str) -> list[str]:
+        """Return the text of a corpus: its own stretch of all pieces of that length."""
+        same = {
+            key: corpus.text_pieces
+            for key, corpus in self.experiment.corpora.items()
+            if corpus.piece_bytes == self.experiment.corpora[name].piece_bytes
+        }
+        pieces = library_pieces(sum(same.values()), length=self.experiment.corpora[name].piece_bytes)
+        first = sum(count for key, count in same.items() if list(same).index(key) < list(same).index(name))
+        return pieces[first : first + same[name]]
+
+    def _statex(self, *arguments: object) -> None:
+        words = [str(argument) for argument in arguments]
+        self.console.print(f"$ statex {' '.join(words)}", markup=False)
+        if statex(words):
+            raise StateXError(f"statex {words[0]} failed; its message is above")
+
+
+def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with what ``extra`` says, section by section."""
+    result = dict(base)
+    for key, value in extra.items():
+        mine = result.get(key)
+        result[key] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return result

@@ -1,0 +1,41 @@
+"""Data that every machine has: recall documents by formula, and the Python standard library's own sources as text."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from statex_dist.errors import DataError
+from statex_dist.evaluation.mqar import generate_mqar
+
+PIECE_BYTES = 1_000
+
+
+def library_pieces(count: int, *, length: int = PIECE_BYTES) -> list[str]:
+    """Return pieces of the Python standard library's own sources, a text that every machine has."""
+    pieces: list[str] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.isascii():
+            pieces += [text[i : i + length] for i in range(0, len(text) - length, length)]
+    if len(pieces) < count:
+        raise DataError(f"this Python has too few sources in its standard library: {len(pieces)} pieces of {count}")
+    order = np.random.default_rng(0).permutation(len(pieces))
+    return [pieces[i] for i in order[:count]]
+
+
+def recall_documents(pairs: tuple[int, ...], num_tokens: int) -> list[dict[str, Any]]:
+    """Return recall documents with as many tokens for every number of pairs; loss on the answers only."""
+    documents: list[dict[str, Any]] = []
+    for num_pairs in pairs:
+        count = max(1, num_tokens // len(pairs) // (4 * num_pairs))
+        # The evaluation draws with seed 0.
+        tokens, mask = generate_mqar(num_pairs, count, seed=12345)
+        documents += [
+            {"input_ids": row.tolist(), "loss_mask": answers.tolist()}
+            for row, answers in zip(tokens, mask, strict=True)
+        ]
+    return documents
