@@ -35,13 +35,11 @@ class Corpus:
         num_pairs: Numbers of key-value pairs of its recall documents.
         recall_tokens: Tokens of all of them, as many for each number of pairs.
         text_pieces: Pieces of the Python standard library's sources; no piece is in two corpora.
-        piece_bytes: Length of a piece.
     """
 
     num_pairs: list[int] = field(default_factory=list)
     recall_tokens: int = 0
     text_pieces: int = 0
-    piece_bytes: int = 1000
 
 
 @dataclass(kw_only=True)
@@ -65,11 +63,15 @@ class Arm:
         expand: Options of ``statex expand``; None leaves the model as it is.
         run: What its post-training has beside what all arms share.
         train: Whether it is post-trained.
+        like: Name of an arm above whose finished model is measured again, in another way.
+        mitigation: What the model is measured with (``statex eval --mitigation``).
     """
 
     expand: dict[str, Any] | None = None
     run: dict[str, Any] = field(default_factory=dict)
     train: bool = True
+    like: str | None = None
+    mitigation: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -84,6 +86,7 @@ class Experiment:
         posttrain: The training run of every arm.
         arms: By name.
         seeds: Of parameters, expansions and the order of the data; the data is the same.
+        piece_bytes: Length of a piece of text.
         settings: What the experiment itself wants to know.
     """
 
@@ -94,6 +97,7 @@ class Experiment:
     posttrain: Stage
     arms: dict[str, Arm]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    piece_bytes: int = 1000
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +106,9 @@ class Experiment:
                 raise ConfigError(f"corpus {stage.corpus!r} is not one of {', '.join(self.corpora)}")
         if not self.pretrain or not self.arms or not self.seeds:
             raise ConfigError("an experiment needs pretrain, arms and seeds")
+        for name, arm in self.arms.items():
+            if arm.like is not None and arm.like not in list(self.arms)[: list(self.arms).index(name)]:
+                raise ConfigError(f"arm {name} is like {arm.like!r}, which is no arm above it")
 
 
 class Lab:
@@ -109,10 +116,10 @@ class Lab:
 
     Args:
         experiment: The experiment.
-        measure: Measures the model of a directory; what it returns is kept as JSON.
+        measure: Measures an arm's model, in a directory; what it returns is kept as JSON.
     """
 
-    def __init__(self, experiment: Experiment, measure: Callable[[Path], dict[str, Any]]):
+    def __init__(self, experiment: Experiment, measure: Callable[[Path, Arm], dict[str, Any]]):
         self.experiment, self.measure = experiment, measure
         self.out = Path(experiment.out)
         self.console = Console(stderr=True, highlight=False)
@@ -130,11 +137,14 @@ class Lab:
         if not path.is_file():
             model = self._arm(seed, name, arm)
             self.console.print(f"measuring {model}", markup=False)
-            write_durably(path, json.dumps(self.measure(model)) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, json.dumps(self.measure(model, arm)) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _arm(self, seed: int, name: str, arm: Arm) -> Path:
         folder = self.out / f"seed{seed}" / name
+        if arm.like is not None:
+            return self._arm(seed, arm.like, self.experiment.arms[arm.like])
         model = self._pretrained(seed)
         if arm.expand is not None:
             expanded = folder / "expanded"
@@ -143,7 +153,6 @@ class Lab:
                 self._statex("expand", "--source", model, "--target", expanded, "--seed", seed, "--overwrite", *options)
             model = expanded
         if not arm.train:
-            folder.mkdir(parents=True, exist_ok=True)
             return model
         run = _merged(self.experiment.posttrain.run, arm.run)
         # Another order of the data than in pre-training; the same for every arm.
@@ -202,15 +211,11 @@ class Lab:
         return self._data("held_out")
 
     def _pieces(self, name: str) -> list[str]:
-        """Return the text of a corpus: its own stretch of all pieces of that length."""
-        same = {
-            key: corpus.text_pieces
-            for key, corpus in self.experiment.corpora.items()
-            if corpus.piece_bytes == self.experiment.corpora[name].piece_bytes
-        }
-        pieces = library_pieces(sum(same.values()), length=self.experiment.corpora[name].piece_bytes)
-        first = sum(count for key, count in same.items() if list(same).index(key) < list(same).index(name))
-        return pieces[first : first + same[name]]
+        """Return the text of a corpus: its own stretch of all pieces."""
+        counts = {key: corpus.text_pieces for key, corpus in self.experiment.corpora.items()}
+        pieces = library_pieces(sum(counts.values()), length=self.experiment.piece_bytes)
+        first = sum(list(counts.values())[: list(counts).index(name)])
+        return pieces[first : first + counts[name]]
 
     def _statex(self, *arguments: object) -> None:
         words = [str(argument) for argument in arguments]

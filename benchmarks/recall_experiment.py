@@ -8,11 +8,9 @@ goes on with the same command.
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.experiment_lab import Experiment, Lab
+from benchmarks.experiment_stats import device, interval, machine, shown
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import one_line, parse_config
 from statex_dist.data.tokenizer import load_tokenizer
@@ -33,7 +32,6 @@ from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
 from statex_dist.log import setup_logging
 from statex_dist.models.hf import from_pretrained
 
-RESAMPLES = 4000
 BASELINE = "lpt"
 
 
@@ -45,14 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if BASELINE not in experiment.arms:
             raise ConfigError(f"a recall experiment needs an arm {BASELINE}, with which the others are compared")
         num_pairs = experiment.settings["num_pairs"]
-        lab = Lab(experiment, lambda model: measure(model, lab.held_out(), num_pairs, experiment.settings["documents"]))
+        documents = experiment.settings["documents"]
+        lab = Lab(experiment, lambda model, arm: measure(model, lab.held_out(), num_pairs, documents))
         results = lab.results()
     except StateXError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return error.exit_code
     summary = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, torch {version('torch')}, Python {platform.python_version()}",
+        "machine": machine(),
         "seeds": experiment.seeds,
         "arms": {name: summarise(records, results[BASELINE]) for name, records in results.items()},
     }
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(model_dir: Path, held_out: Path, num_pairs: Sequence[int], documents: int) -> dict[str, Any]:
     """Return a model's recall of each document, its loss of each text and its sizes."""
-    model = from_pretrained(model_dir, dtype=torch.float32)
+    model = from_pretrained(model_dir, dtype=torch.float32, device=device())
     recall = {}
     for n in num_pairs:
         # Training draws its documents with another seed.
@@ -109,28 +108,6 @@ def _by_seed(values: Sequence[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(values, dtype=np.float64)
 
 
-def interval(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64] | None = None) -> dict[str, float]:
-    """Return the mean of ``values [seeds, documents]`` with its 95 % interval.
-
-    Seeds are drawn with replacement, and documents within each (two-level bootstrap: Davison and Hinkley 1997, section
-    3.8), so that an interval covers another training as well as other documents. Three seeds have ten combinations:
-    the interval then says little more than how far apart the seeds were.
-
-    Args:
-        values: A figure of every document, for every seed.
-        weights: Of the documents, of the same shape; None for equal ones.
-    """
-    weights = np.ones_like(values) if weights is None else weights
-    seeds, documents = values.shape
-    rng = np.random.Generator(np.random.Philox(0))
-    chosen = rng.integers(seeds, size=(RESAMPLES, seeds))
-    rows = rng.integers(documents, size=(RESAMPLES, seeds, documents))
-    w = weights[chosen[:, :, None], rows]
-    means = (values[chosen[:, :, None], rows] * w).sum(axis=(1, 2)) / w.sum(axis=(1, 2))
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float((values * weights).sum() / weights.sum()), "low": float(low), "high": float(high)}
-
-
 def make_table(summary: dict[str, Any], family: str) -> Table:
     """Return the arms as a table."""
     pairs = list(next(iter(summary["arms"].values()))["recall"])
@@ -144,17 +121,12 @@ def make_table(summary: dict[str, Any], family: str) -> Table:
             name,
             f"{arm['state_numbers']:,}",
             f"{arm['parameters']:,}",
-            *(_shown(arm["recall"][n]["accuracy"], "{:.3f}") for n in pairs),
-            _shown(arm["recall"][pairs[-1]]["ahead"], "{:+.3f}"),
-            _shown(arm["perplexity"], "{:.3f}"),
-            _shown({key: 100 * value for key, value in arm["perplexity_change"].items()}, "{:+.2f}") + " %",
+            *(shown(arm["recall"][n]["accuracy"], "{:.3f}") for n in pairs),
+            shown(arm["recall"][pairs[-1]]["ahead"], "{:+.3f}"),
+            shown(arm["perplexity"], "{:.3f}"),
+            shown({key: 100 * value for key, value in arm["perplexity_change"].items()}, "{:+.2f}") + " %",
         )
     return table
-
-
-def _shown(value: dict[str, float], form: str) -> str:
-    mean, low, high = (form.format(value[name]) for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,153 @@
+"""A model whose state is too large for its training length, read far past it: what helps?
+
+Run as ``python -m benchmarks.collapse_experiment --config configs/experiments/collapse_mamba2.yaml``. One short-trained
+model a seed is trained on, at equal tokens, in several ways, or measured with a mitigation that needs no training;
+docs/results.md has what came out. Killed, it goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.experiment_lab import Arm, Experiment, Lab
+from benchmarks.experiment_stats import device, interval, machine, shown
+from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.config import one_line, parse_config
+from statex_dist.data.tokenizer import load_tokenizer
+from statex_dist.errors import StateXError
+from statex_dist.evaluation.documents import read_documents
+from statex_dist.evaluation.streaming import evaluating
+from statex_dist.log import setup_logging
+from statex_dist.models.hf import from_pretrained
+from statex_dist.models.mitigation import parse_mitigation
+
+_SEGMENT = 64
+"""Tokens read at once: a divisor of every edge, and of the pieces at whose ends a state is normalised."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; write ``summary.json`` and ``collapse.png``, and print the table."""
+    setup_logging()
+    try:
+        experiment = parse_config(Experiment, sys.argv[1:] if argv is None else argv, prog="collapse_experiment")
+        lab = Lab(experiment, lambda model, arm: measure(model, arm, lab.held_out()))
+        results = lab.results()
+    except StateXError as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return error.exit_code
+    length = experiment.settings["train_length"]
+    arms = {name: summarise(records, length) for name, records in results.items()}
+    summary = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "seeds": experiment.seeds, "arms": arms}
+    out = Path(experiment.out)
+    write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    draw(results, length, out / "collapse.png")
+    Console(width=160).print(make_table(summary, str(experiment.model["model_type"]), length))
+    return 0
+
+
+def measure(model_dir: Path, arm: Arm, held_out: Path) -> dict[str, Any]:
+    """Return the loss of each document by segment, and each layer's and head's state by segment.
+
+    ``loss`` is ``[documents, segments]``, in nats per token; ``variance`` is ``[segments, layers, heads]``, the mean
+    over documents of the variance of a head's state after the segment.
+    """
+    model = from_pretrained(model_dir, dtype=torch.float32, device=device())
+    model.mitigation = parse_mitigation(arm.mitigation) if arm.mitigation else None
+    documents = [piece.tokens for piece in read_documents(held_out, load_tokenizer("bytes"))]
+    # A document's last token has no next one; whole segments only.
+    length = (min(map(len, documents)) - 1) // _SEGMENT * _SEGMENT
+    ids = torch.from_numpy(np.stack([tokens[: length + 1] for tokens in documents]).astype(np.int64)).to(device())
+    losses, variances, states = [], [], None
+    with evaluating(model):
+        for start in range(0, length, _SEGMENT):
+            output = model(ids[:, start : start + _SEGMENT], states=states, output_states=True)
+            states = output.states
+            targets = ids[:, start + 1 : start + _SEGMENT + 1]
+            loss = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), targets, reduction="none")
+            losses.append(loss.mean(dim=1).tolist())
+            heads = [state[0].double().flatten(2).var(dim=2).mean(dim=0).tolist() for state in states]
+            variances.append(heads)
+    return {"state_numbers": model.config.state_numbers, "loss": np.transpose(losses).tolist(), "variance": variances}
+
+
+def summarise(records: Sequence[dict[str, Any]], train_length: int) -> dict[str, Any]:
+    """Return an arm's loss within the training length and beyond, and how far states grow, with 95 % intervals.
+
+    Args:
+        records: What :func:`measure` returned, one for each seed.
+        train_length: Tokens that the first model was trained on.
+    """
+    loss = np.array([record["loss"] for record in records])  # [seeds, documents, segments]
+    edges = spans(train_length, loss.shape[2] * _SEGMENT)
+    parts = {f"{a}..{b}": loss[:, :, a // _SEGMENT : b // _SEGMENT].mean(axis=2) for a, b in edges}
+    first, last = (list(parts.values())[i] for i in (0, -1))
+    within = train_length // _SEGMENT
+    growth = []
+    for record in records:
+        variance = np.array(record["variance"]).reshape(len(record["variance"]), -1)
+        growth.append(float((variance[within:].max(axis=0) / variance[:within].max(axis=0)).max()))
+    return {
+        "state_numbers": records[0]["state_numbers"],
+        "loss": {name: interval(values) for name, values in parts.items()},
+        "rise": interval(last - first),
+        # Data_eval's sc_ratio of the worst head: its largest variance past the length over that within it.
+        "variance_growth": growth,
+    }
+
+
+def spans(train_length: int, length: int) -> list[tuple[int, int]]:
+    """Return the second half of the training length, then an octave each up to ``length``."""
+    edges = [(train_length // 2, train_length)]
+    while edges[-1][1] < length:
+        edges.append((edges[-1][1], min(2 * edges[-1][1], length)))
+    return edges
+
+
+def make_table(summary: dict[str, Any], family: str, train_length: int) -> Table:
+    """Return the arms as a table."""
+    arms = summary["arms"]
+    table = Table(title=f"{family}, first trained at {train_length} tokens, seeds {summary['seeds']}: nats per token")
+    for head in ("arm", *next(iter(arms.values()))["loss"], "last - first", "growth of the worst head's variance"):
+        table.add_column(head, justify="left" if head == "arm" else "right")
+    for name, arm in arms.items():
+        losses = (shown(value, "{:.3f}") for value in arm["loss"].values())
+        growth = ", ".join(f"{value:.1f}" for value in arm["variance_growth"])
+        table.add_row(name, *losses, shown(arm["rise"], "{:+.3f}"), growth)
+    return table
+
+
+def draw(results: dict[str, list[dict[str, Any]]], train_length: int, path: Path) -> None:
+    """Draw every arm's loss over the position, the mean over seeds and documents."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, records) in enumerate(results.items()):
+        loss = np.array([record["loss"] for record in records]).mean(axis=(0, 1))
+        edges = spans(2 * _SEGMENT, len(loss) * _SEGMENT)
+        values = [loss[a // _SEGMENT : b // _SEGMENT].mean() for a, b in edges]
+        style = ("-", "--", ":")[index // 6 % 3]
+        axes.plot([b for _, b in edges], values, linestyle=style, marker="osD^vP"[index % 6], markersize=4, label=name)
+    axes.axvline(train_length, color="#777777", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="position (tokens), up to", ylabel="nats per token")
+    axes.set_title(f"Loss by position; the line is the first training length, {train_length}", fontsize=10)
+    axes.grid(axis="y", color="#dddddd")
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
