@@ -138,6 +138,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_retried_and_leaves_the_last_checkpoint(
     tmp_path: Path, sections: dict[str, Any], small_disk: Path
 ):
