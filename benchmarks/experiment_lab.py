@@ -35,11 +35,15 @@ class Corpus:
         num_pairs: Numbers of key-value pairs of its recall documents.
         recall_tokens: Tokens of all of them, as many for each number of pairs.
         text_pieces: Pieces of the Python standard library's sources; no piece is in two corpora.
+        same_text_as: Name of a corpus whose pieces it has, instead of its own.
+        document_bytes: Each piece is cut into documents of so many bytes; None leaves it whole.
     """
 
     num_pairs: list[int] = field(default_factory=list)
     recall_tokens: int = 0
     text_pieces: int = 0
+    same_text_as: str | None = None
+    document_bytes: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -62,6 +66,7 @@ class Arm:
     Attributes:
         expand: Options of ``statex expand``; None leaves the model as it is.
         run: What its post-training has beside what all arms share.
+        corpus: Name of its data, if it is another than that of all arms.
         train: Whether it is post-trained.
         like: Name of an arm above whose finished model is measured again, in another way.
         mitigation: What the model is measured with (``statex eval --mitigation``).
@@ -69,6 +74,7 @@ class Arm:
 
     expand: dict[str, Any] | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    corpus: str | None = None
     train: bool = True
     like: str | None = None
     mitigation: str | None = None
@@ -101,9 +107,12 @@ class Experiment:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for stage in (*self.pretrain, self.posttrain):
-            if stage.corpus not in self.corpora:
-                raise ConfigError(f"corpus {stage.corpus!r} is not one of {', '.join(self.corpora)}")
+        named = [stage.corpus for stage in (*self.pretrain, self.posttrain)]
+        named += [arm.corpus for arm in self.arms.values() if arm.corpus is not None]
+        named += [corpus.same_text_as for corpus in self.corpora.values() if corpus.same_text_as is not None]
+        for name in named:
+            if name not in self.corpora:
+                raise ConfigError(f"corpus {name!r} is not one of {', '.join(self.corpora)}")
         if not self.pretrain or not self.arms or not self.seeds:
             raise ConfigError("an experiment needs pretrain, arms and seeds")
         for name, arm in self.arms.items():
@@ -156,9 +165,8 @@ class Lab:
             return model
         run = _merged(self.experiment.posttrain.run, arm.run)
         # Another order of the data than in pre-training; the same for every arm.
-        return self._train(
-            folder, {"path": str(model)}, Stage(corpus=self.experiment.posttrain.corpus, run=run), 1000 + seed
-        )
+        corpus = arm.corpus or self.experiment.posttrain.corpus
+        return self._train(folder, {"path": str(model)}, Stage(corpus=corpus, run=run), 1000 + seed)
 
     def _pretrained(self, seed: int) -> Path:
         source: dict[str, Any] = {"config": self.experiment.model}
@@ -211,11 +219,14 @@ class Lab:
         return self._data("held_out")
 
     def _pieces(self, name: str) -> list[str]:
-        """Return the text of a corpus: its own stretch of all pieces."""
+        """Return the documents of a corpus' text: its own stretch of all pieces, whole or cut."""
         counts = {key: corpus.text_pieces for key, corpus in self.experiment.corpora.items()}
         pieces = library_pieces(sum(counts.values()), length=self.experiment.piece_bytes)
-        first = sum(list(counts.values())[: list(counts).index(name)])
-        return pieces[first : first + counts[name]]
+        owner = self.experiment.corpora[name].same_text_as or name
+        first = sum(list(counts.values())[: list(counts).index(owner)])
+        size = self.experiment.corpora[name].document_bytes or self.experiment.piece_bytes
+        own = pieces[first : first + counts[owner]]
+        return [piece[start : start + size] for piece in own for start in range(0, len(piece), size)]
 
     def _statex(self, *arguments: object) -> None:
         words = [str(argument) for argument in arguments]

@@ -81,7 +81,7 @@ def test_configurations_make_models_plans_and_runs(path: Path, tmp_path: Path):
 def test_what_an_experiment_lacks_is_named(tmp_path: Path):
     values = yaml.safe_load(CONFIGS[0].read_text())
     for key, value, message in (
-        ("posttrain", {"corpus": "none", "run": {}}, "corpus 'none' is not one of text, held_out"),
+        ("posttrain", {"corpus": "none", "run": {}}, "corpus 'none' is not one of short, middle, long, held_out"),
         ("seeds", [], "an experiment needs pretrain, arms and seeds"),
         ("arms", {"a": {"like": "b"}, "b": {}}, "arm a is like 'b', which is no arm above it"),
     ):
@@ -95,11 +95,12 @@ def test_no_text_is_in_two_corpora(tmp_path: Path):
     experiment = parse_config(Experiment, ["--config", str(CONFIGS[0]), "--out", str(tmp_path)], prog="experiment")
     lab = Lab(experiment, lambda model, arm: {})
     pieces = {name: lab._pieces(name) for name in experiment.corpora}
-    assert {name: len(found) for name, found in pieces.items()} == {
-        name: corpus.text_pieces for name, corpus in experiment.corpora.items()
-    }
-    together = [piece for found in pieces.values() for piece in found]
+    own = {name: found for name, found in pieces.items() if experiment.corpora[name].same_text_as is None}
+    assert {name: len(found) for name, found in own.items()} == {"long": 420, "held_out": 24}
+    together = [piece for found in own.values() for piece in found]
     assert len(set(together)) > 0.99 * len(together), "but for what the library itself repeats"
+    assert "".join(pieces["short"]) == "".join(pieces["long"]), "the same text, cut"
+    assert {len(piece) for piece in pieces["short"]} == {127, 8192 % 127}
 
 
 @pytest.mark.slow
