@@ -8,6 +8,7 @@ from torch import nn
 
 from statex_dist.models.delta_rule import DeltaRuleConfig
 from statex_dist.models.fla_block import add_convolutions, add_mix, convolve
+from statex_dist.models.mitigated import mitigated_delta
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.dispatch import delta_decode, delta_rule
 from statex_dist.ops.precision import wide_dtype
@@ -61,6 +62,7 @@ class DeltaAttention(nn.Module):
             ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        state, memory = sequences.split(state)
         recurrent, tail = state[0] if state else None, state[1] if state and self.config.use_short_conv else None
         new_tail: tuple[torch.Tensor, ...] = ()
         if self.config.use_short_conv:
@@ -72,25 +74,34 @@ class DeltaAttention(nn.Module):
         beta = self.b_proj(x)
         beta = torch.sigmoid(beta.to(wide_dtype(beta.dtype))) * (2 if self.config.allow_neg_eigval else 1)
         g = self.log_decays(x)
-        if x.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
-            q, k, v, g, beta = (y.squeeze(1) for y in (q, k, v, g, beta))
-            o, recurrent = delta_decode(q, k, v, g, beta, recurrent, mix=self.mix)
-            o = o.unsqueeze(1)
-        else:
-            o, recurrent = delta_rule(
+
+        def scan(inputs: LayerState, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k, v, g, beta = inputs
+            if q.shape[1] == 1 and before is not None and sequences.cu_seqlens is None:
+                q, k, v, g, beta = (y.squeeze(1) for y in inputs)
+                o, after = delta_decode(q, k, v, g, beta, before, mix=self.mix)
+                return o.unsqueeze(1), after
+            return delta_rule(
                 q,
                 k,
                 v,
                 g,
                 beta,
                 mix=self.mix,
-                initial_state=recurrent,
+                initial_state=before,
                 cu_seqlens=sequences.cu_seqlens,
                 backend=sequences.backend,  # type: ignore[arg-type]
                 chunk_size=sequences.chunk_size,
                 context=sequences.context,
             )
-        new_state = (recurrent, *new_tail) if sequences.output_states else None
+
+        inputs = (q, k, v, g, beta)
+        if sequences.mitigation is None:
+            o, recurrent = scan(inputs, recurrent)
+        else:
+            o, recurrent, memory = mitigated_delta(sequences.mitigation, scan, inputs, recurrent, memory)
+        assert recurrent is not None
+        new_state = (recurrent, *new_tail, *memory) if sequences.output_states else None
         return self.o_proj(self.gated(o.to(x.dtype), x).flatten(-2)), new_state
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from statex_dist.models.mitigated import mitigated_gla
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import convolve_sequences
@@ -117,7 +118,8 @@ def linear_attention(
     *,
     scale: float | None = None,
     mix: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    memory: LayerState = (),
+) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
     """Run :func:`statex_dist.ops.dispatch.gla` over a segment, or its step where the segment is one token.
 
     Args:
@@ -129,26 +131,38 @@ def linear_attention(
         sequences: Borders of packed sequences and the scan's backend.
         scale: Factor of the queries, ``K ** -0.5`` where None.
         mix: ``[H, r]`` mixing matrix, or None.
+        memory: What the sequences' mitigation had added to the layer's state.
 
     Returns:
-        Output ``[B, T, H, V]`` and the state after the segment (None unless the sequences ask for states).
+        Output ``[B, T, H, V]``, and the state and the mitigation's memory after the segment (None and nothing unless
+        the sequences ask for states).
     """
-    if q.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
-        q, k, v, g = (y.squeeze(1) for y in (q, k, v, g))
-        o, state = gla_decode(q, k, v, g, recurrent, scale=scale, mix=mix)
-        return o.unsqueeze(1), state if sequences.output_states else None
-    return gla(
-        q,
-        k,
-        v,
-        g.to(wide_dtype(q.dtype)),
-        scale=scale,
-        mix=mix,
-        initial_state=recurrent,
-        cu_seqlens=sequences.cu_seqlens,
-        backend=sequences.backend,  # type: ignore[arg-type]
-        chunk_size=sequences.chunk_size,
-        max_state_bytes=sequences.max_state_bytes,
-        output_final_state=sequences.output_states,
-        context=sequences.context,
-    )
+    mitigation = sequences.mitigation
+
+    def scan(inputs: LayerState, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q, k, v, g = inputs
+        if q.shape[1] == 1 and before is not None and sequences.cu_seqlens is None:
+            q, k, v, g = (y.squeeze(1) for y in inputs)
+            o, after = gla_decode(q, k, v, g, before, scale=scale, mix=mix)
+            return o.unsqueeze(1), after
+        return gla(
+            q,
+            k,
+            v,
+            g.to(wide_dtype(q.dtype)),
+            scale=scale,
+            mix=mix,
+            initial_state=before,
+            cu_seqlens=sequences.cu_seqlens,
+            backend=sequences.scan_backend,  # type: ignore[arg-type]
+            chunk_size=sequences.chunk_size,
+            max_state_bytes=sequences.max_state_bytes,
+            output_final_state=sequences.scan_returns_state,
+            context=sequences.context,
+        )
+
+    if mitigation is None:
+        o, after = scan((q, k, v, g), recurrent)
+    else:
+        o, after, memory = mitigated_gla(mitigation, scan, (q, k, v, g), recurrent, memory)
+    return (o, after, memory) if sequences.output_states else (o, None, ())

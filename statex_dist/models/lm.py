@@ -12,6 +12,7 @@ from statex_dist.data.types import IGNORE_INDEX
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.distributions import Constant, Distribution, Normal, generator_for
 from statex_dist.models.kinds import Family, family_of
+from statex_dist.models.mitigation import Mitigation
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
@@ -128,6 +129,22 @@ class RecurrentLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.trunk.embedding_table.weight
         self.max_state_bytes: int | None = None
+        self._mitigation: Mitigation | None = None
+
+    @property
+    def mitigation(self) -> Mitigation | None:
+        """Remedy against state collapse that the layers apply, or None.
+
+        Raises:
+            ConfigError: Set to one whose equation does not hold for the family.
+        """
+        return self._mitigation
+
+    @mitigation.setter
+    def mitigation(self, mitigation: Mitigation | None) -> None:
+        if mitigation is not None:
+            mitigation.check_model(self.config)
+        self._mitigation = mitigation
 
     @property
     def family(self) -> Family:
@@ -148,6 +165,7 @@ class RecurrentLM(nn.Module):
         seq_idx: torch.Tensor | None = None,
         states: list[LayerState] | None = None,
         output_states: bool = False,
+        logits_to_keep: int | None = None,
         backend: str = "auto",
         chunk_size: int | None = None,
         context: ContextShare | None = None,
@@ -162,11 +180,17 @@ class RecurrentLM(nn.Module):
             seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form.
             states: Each layer's state before ``input_ids``, or None for zero.
             output_states: Whether to return the states after ``input_ids``.
+            logits_to_keep: Return the logits of so many last tokens only; None returns all. Not with ``labels``.
             backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
             chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
             context: How ``input_ids`` hang together with the tokens of other ranks, or None. ``states`` are then those
                 before and after the whole pack, ``[1, ...]``.
+
+        Raises:
+            ConfigError: The mitigation is for evaluation only, and the call trains or packs.
         """
+        if self.mitigation is not None:
+            self.mitigation.check_call(training=self.training, packed=cu_seqlens is not None or context is not None)
         sequences = Sequences(
             cu_seqlens=cu_seqlens,
             seq_idx=seq_idx,
@@ -175,8 +199,12 @@ class RecurrentLM(nn.Module):
             chunk_size=chunk_size,
             max_state_bytes=self.max_state_bytes,
             context=context,
+            mitigation=self.mitigation,
         )
         hidden, new_states = self.trunk(input_ids, sequences, states)
+        if logits_to_keep is not None:
+            assert labels is None, "a loss is taken over all tokens"
+            hidden = hidden[:, -logits_to_keep:]
         result = self.lm_head(hidden, labels)
         return LMOutput(
             logits=result if labels is None else None,

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from statex_dist.errors import ConfigError
+from statex_dist.models.mitigation import Mitigation, SlidingWindow
 from statex_dist.parallel.context import ContextShare
 
 LayerState = tuple[torch.Tensor, ...]
-"""State of one layer after its last token: the recurrent matrix ``[S, H, ., .]``, then the convolutions' tails."""
+"""State of one layer after its last token, ``[S, ...]`` each: the recurrent matrix ``[S, H, ., .]``; what the family
+carries beside it (a position, the convolutions' tails); what a mitigation adds. Zeros are the state before a text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,7 @@ class Sequences:
             default.
         context: How the tokens hang together with those of other ranks, or None. States before and after the tokens
             are then those before and after the whole pack, ``[1, ...]``.
+        mitigation: Remedy against state collapse, or None.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -35,3 +39,33 @@ class Sequences:
     chunk_size: int | None = None
     max_state_bytes: int | None = None
     context: ContextShare | None = None
+    mitigation: Mitigation | None = None
+
+    @property
+    def scan_returns_state(self) -> bool:
+        """Whether a scan is to return its final state: for the caller, or for a remedy that works on states."""
+        return self.output_states or (self.mitigation is not None and not self.mitigation.TRAINS)
+
+    @property
+    def scan_backend(self) -> str:
+        """The scan to ask for: where nothing else is, a sliding window takes the one that computes in full fp32.
+
+        What leaves the window is subtracted, and a kernel may round it and what had entered to tf32, each in its way.
+        """
+        return "chunked" if self.backend == "auto" and isinstance(self.mitigation, SlidingWindow) else self.backend
+
+    def split(self, state: LayerState | None) -> tuple[LayerState | None, LayerState]:
+        """Return a layer's state without what the mitigation added to it, and that.
+
+        Raises:
+            ConfigError: The state was left by a model without this mitigation.
+        """
+        added = 0 if self.mitigation is None else self.mitigation.num_tensors
+        if not state or not added:
+            return state, ()
+        if len(state) <= added:
+            raise ConfigError(
+                f"a layer's state of {len(state)} tensors holds nothing of {self.mitigation}: read the text from its "
+                "start with the mitigation set"
+            )
+        return state[:-added], state[-added:]

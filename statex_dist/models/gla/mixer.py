@@ -68,6 +68,7 @@ class GatedLinearAttention(nn.Module):
             ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        state, memory = sequences.split(state)
         recurrent, tail = state[0] if state else None, state[-1] if state and self.config.use_short_conv else None
         new_tail: tuple[torch.Tensor, ...] = ()
         if self.config.use_short_conv:
@@ -75,9 +76,11 @@ class GatedLinearAttention(nn.Module):
         q, k, g, position = self.queries_keys_decays(q, k, x, sequences, state)
         heads = (self.geometry.num_heads, -1)
         q, k, v, g, gate = (y.unflatten(-1, heads) for y in (q, k, v, g, self.g_proj(x)))
-        o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix)
+        o, recurrent, memory = linear_attention(
+            q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix, memory=memory
+        )
         o = self.get_submodule(self._norm_name)(o.to(x.dtype), gate)
-        new_state = None if recurrent is None else (recurrent, *position, *new_tail)
+        new_state = None if recurrent is None else (recurrent, *position, *new_tail, *memory)
         return self.o_proj(o.flatten(-2)), new_state
 
     def queries_keys_decays(

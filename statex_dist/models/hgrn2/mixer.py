@@ -68,6 +68,7 @@ class HGRN2Attention(nn.Module):
             ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
         """
         q, f, i = self.q_proj(x), self.f_proj(x), self.i_proj(x)
+        state, memory = sequences.split(state)
         recurrent, tail = state[0] if state else None, state[1] if state and self.config.use_short_conv else None
         new_tail: tuple[torch.Tensor, ...] = ()
         if self.config.use_short_conv:
@@ -78,8 +79,8 @@ class HGRN2Attention(nn.Module):
             g = torch.logaddexp(lower_bound.log(), torch.log1p(-lower_bound) + g)
         k = (1 - g.exp()).to(i.dtype)
         q, k, v, g = (y.unflatten(-1, (self.geometry.num_heads, -1)) for y in (q, k, i, g))
-        o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, mix=self.mix)
-        new_state = None if recurrent is None else (recurrent, *new_tail)
+        o, recurrent, memory = linear_attention(q, k, v, g, recurrent, sequences, mix=self.mix, memory=memory)
+        new_state = None if recurrent is None else (recurrent, *new_tail, *memory)
         return self.o_proj(self.g_norm(o.to(x.dtype).flatten(-2))), new_state
 
 

@@ -55,10 +55,13 @@ class LightningAttention(nn.Module):
         q, k, v = (y.flatten(-2).unflatten(-1, heads) for y in qkv.split([keys, keys, size], dim=-1))
         rates = torch.tensor(self.rates, dtype=wide_dtype(x.dtype), device=x.device)
         g = -rates.repeat_interleave(keys).view(heads).expand_as(k)
+        state, memory = sequences.split(state)
         recurrent = state[0] if state else None
-        o, recurrent = linear_attention(q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix)
+        o, recurrent, memory = linear_attention(
+            q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix, memory=memory
+        )
         o = torch.sigmoid(self.output_gate(x)) * self.norm(o.to(x.dtype).flatten(-2))
-        return self.out_proj(o), (None if recurrent is None else (recurrent,))
+        return self.out_proj(o), (None if recurrent is None else (recurrent, *memory))
 
 
 class Expert(nn.Module):

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.mamba2.layout import conv_parts, in_proj_parts
+from statex_dist.models.mitigated import mitigated_ssd
 from statex_dist.models.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import convolve_sequences
@@ -55,6 +58,7 @@ class Mamba2Mixer(nn.Module):
         """
         config = self.config
         z, xbc, dt = self.in_proj(x).split([config.inner_size, sum(self.conv_sizes), config.num_heads], dim=-1)
+        state, memory = sequences.split(state)
         recurrent, tail = state if state else (None, None)
         xbc, new_tail = convolve_sequences(
             xbc,
@@ -74,32 +78,56 @@ class Mamba2Mixer(nn.Module):
         wide = wide_dtype(x.dtype)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*config.time_step_limit)
         A = -self.A_log.to(wide).exp()
-        if x.shape[1] == 1 and recurrent is not None and sequences.cu_seqlens is None:
-            inputs, dt, B, C = (y.squeeze(1) for y in (inputs, dt, B, C))
-            y, recurrent = ssd_decode(inputs, dt, A, B, C, recurrent, D=self.D)
-            y = y.unsqueeze(1)
+        if sequences.mitigation is None:
+            y, recurrent = _scan(sequences, (inputs, dt, A, B, C), recurrent, self.D)
         else:
-            y, recurrent = ssd(
-                inputs,
-                dt,
-                A,
-                B,
-                C,
-                D=self.D,
-                initial_state=recurrent,
-                cu_seqlens=sequences.cu_seqlens,
-                seq_idx=sequences.seq_idx,
-                output_final_state=sequences.output_states,
-                backend=sequences.backend,  # type: ignore[arg-type]
-                chunk_size=sequences.chunk_size,
-                context=sequences.context,
+            y, recurrent, memory = mitigated_ssd(
+                sequences.mitigation, partial(_scan, sequences), (inputs, dt, A, B, C), recurrent, memory
             )
+            # What is inserted into the state may be less than the input; what passes it by is not.
+            y = y + inputs * self.D.to(inputs.dtype).unsqueeze(-1)
         y = self.norm(y.to(x.dtype).flatten(-2), z)
         if not sequences.output_states:
             return self.out_proj(y), None
         assert recurrent is not None
         assert new_tail is not None
-        return self.out_proj(y), (recurrent, new_tail)
+        return self.out_proj(y), (recurrent, new_tail, *memory)
+
+
+def _scan(
+    sequences: Sequences,
+    inputs: tuple[torch.Tensor, ...],
+    state: torch.Tensor | None,
+    skip: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run :func:`statex_dist.ops.dispatch.ssd` over a segment, or its step where the segment is one token.
+
+    Args:
+        sequences: Borders of packed sequences and the scan's backend.
+        inputs: ``x, dt, A, B, C``.
+        state: The recurrent state before the segment, or None for zero.
+        skip: ``[H]`` skip weights ``D``, or None.
+    """
+    x, dt, A, B, C = inputs
+    if x.shape[1] == 1 and state is not None and sequences.cu_seqlens is None:
+        x, dt, B, C = (y.squeeze(1) for y in (x, dt, B, C))
+        y, state = ssd_decode(x, dt, A, B, C, state, D=skip)
+        return y.unsqueeze(1), state
+    return ssd(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D=skip,
+        initial_state=state,
+        cu_seqlens=sequences.cu_seqlens,
+        seq_idx=sequences.seq_idx,
+        output_final_state=sequences.scan_returns_state,
+        backend=sequences.scan_backend,  # type: ignore[arg-type]
+        chunk_size=sequences.chunk_size,
+        context=sequences.context,
+    )
 
 
 class Block(nn.Module):
