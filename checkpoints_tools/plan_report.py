@@ -6,15 +6,15 @@ ZeRO-3 (:mod:`checkpoints_tools.plan_memory`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from checkpoints_tools.plan_forgetting import Evidence, Forgetting, judge_forgetting
 from checkpoints_tools.plan_memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.flops import forward_flops_per_token
 from statex_dist.models.kinds import family_of
-
-_THOUSAND_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,10 @@ class LayerState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCost:
-    """Figures of one model, all layers together."""
+    """Figures of one model, all layers together.
+
+    ``forget_tokens`` is the training length that its state asks for; None where it asks for none.
+    """
 
     state_numbers: int
     state_bytes: int
@@ -51,7 +54,7 @@ class PlanReport:
         layers: Every layer's state.
         before: Figures of the model as it is.
         after: Figures of the expanded model.
-        warning: One line on the forget threshold where ``seq_len`` is below it.
+        forgetting: Whether ``seq_len`` is long enough for the state, from what, and what would be.
         mixed: Whether the model has layers that are not counted (attention and what else is passed through).
     """
 
@@ -60,25 +63,20 @@ class PlanReport:
     layers: tuple[LayerState, ...]
     before: ModelCost
     after: ModelCost
-    warning: str | None
+    forgetting: Forgetting
     mixed: bool = False
+
+    @property
+    def warning(self) -> str | None:
+        """One line on the forget threshold where ``seq_len`` is below it, or None."""
+        return self.forgetting.warning
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for JSON."""
         values = asdict(self)
         for side in ("before", "after"):
             values[side]["memory"] = getattr(self, side).memory.to_dict()
-        return values
-
-
-def forget_threshold(state_numbers: int) -> int | None:
-    """Return the training length in tokens above which forgetting is learned, or None for small states.
-
-    ``5.172 N_S - 4.469`` thousand tokens for ``N_S`` million state numbers in all layers: fitted on Mamba-2 by
-    Stuffed Mamba (arXiv 2410.07145).
-    """
-    thousands = 5.172 * state_numbers / 1e6 - 4.469
-    return int(thousands * _THOUSAND_TOKENS) if thousands > 0 else None
+        return {**values, "forgetting": self.forgetting.to_dict(), "warning": self.warning}
 
 
 def report_plan(
@@ -86,6 +84,7 @@ def report_plan(
     after: ModelConfig,
     training: TrainingSettings | None = None,
     count_activations: CountActivations | None = None,
+    evidence: Evidence | None = None,
 ) -> PlanReport:
     """Return the costs of expanding ``before`` into ``after``.
 
@@ -94,8 +93,9 @@ def report_plan(
         after: The model with its plan.
         training: The run to predict the memory of.
         count_activations: Counts activations instead of the estimate for GPU kernels.
+        evidence: What the forget threshold is concluded from; None for the paper's law.
     """
-    training = training or TrainingSettings()
+    training, evidence = training or TrainingSettings(), evidence or Evidence()
     layers = []
     for layer in before.recurrent_layers:
         old, new = before.layer_geometry(layer), after.layer_geometry(layer)
@@ -110,35 +110,30 @@ def report_plan(
                 bytes_after=new.state_bytes,
             )
         )
-    cost = _cost(after, training, count_activations)
-    warning = None
-    if cost.forget_tokens and training.seq_len < cost.forget_tokens:
-        warning = (
-            f"--seq-len {training.seq_len} is below the forget threshold of {cost.forget_tokens} tokens for "
-            f"{cost.state_numbers / 1e6:.1f} M state numbers: the model may not learn to forget and can collapse "
-            "beyond its training length (Stuffed Mamba, arXiv 2410.07145; a law fitted on Mamba-2)"
-        )
     return PlanReport(
         model_type=before.MODEL_TYPE,
         training=training,
         layers=tuple(layers),
-        before=_cost(before, training, count_activations),
-        after=cost,
-        warning=warning,
+        before=_cost(before, training, count_activations, evidence),
+        after=_cost(after, training, count_activations, evidence),
+        forgetting=judge_forgetting(before, after, training.seq_len, evidence),
         mixed=before.is_mixed,
     )
 
 
-def _cost(config: ModelConfig, training: TrainingSettings, count_activations: CountActivations | None) -> ModelCost:
+def _cost(
+    config: ModelConfig, training: TrainingSettings, count_activations: CountActivations | None, evidence: Evidence
+) -> ModelCost:
     specs = family_of(config.MODEL_TYPE).tensors(config)
     geometries = [config.layer_geometry(layer) for layer in config.recurrent_layers]
     parameters = sum(spec.numel for spec in specs.values())
     numbers = sum(geometry.numbers for geometry in geometries)
+    needed = math.ceil(evidence.threshold(numbers))
     return ModelCost(
         state_numbers=numbers,
         state_bytes=sum(geometry.state_bytes for geometry in geometries),
         parameters=parameters,
         flops_per_token=forward_flops_per_token(config),
         memory=training_memory(config, training, count_activations),
-        forget_tokens=forget_threshold(numbers),
+        forget_tokens=needed if needed > 0 else None,
     )

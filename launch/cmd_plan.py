@@ -14,6 +14,9 @@ from statex_dist.errors import ConfigError
 from statex_dist.state.plan import Op
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from checkpoints_tools.plan_forgetting import Forgetting
     from checkpoints_tools.plan_memory import TrainingMemory, TrainingSettings
     from checkpoints_tools.plan_options import PlanOptions
     from statex_dist.models.config import ModelConfig
@@ -80,6 +83,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
     parser.add_argument("--device", type=str, default="cuda", help="cuda (kernels) or cpu (PyTorch scans, gloo)")
+    for name, text in (
+        ("laws", "forget threshold of your own models: what `statex eval laws` wrote (default: the paper's)"),
+        ("health", "what `statex eval collapse` found of this model: it beats the law"),
+    ):
+        parser.add_argument(f"--{name}", type=str | None, default=None, metavar="DIR", help=text)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -92,6 +100,7 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options are wrong or do not fit the model.
     """
+    from checkpoints_tools.plan_forgetting import gather_evidence
     from checkpoints_tools.plan_options import PlanOptions, plan_model
     from checkpoints_tools.plan_report import report_plan
     from statex_dist.models.kinds import read_config
@@ -101,7 +110,8 @@ def run(args: Any) -> int:
     before = read_config(Path(model_dir))
     # A run's model is taken as it is, unless an expansion is asked for.
     after = before if args.config is not None and options == PlanOptions() else plan_model(before, options)
-    report = report_plan(before, after, training, count_activations if training.device == "cpu" else None)
+    evidence = gather_evidence(before, laws=args.laws, health=args.health)
+    report = report_plan(before, after, training, count_activations if training.device == "cpu" else None, evidence)
     if args.json:
         plan = after.statex.to_dict() if after.statex is not None else None
         sys.stdout.write(json.dumps({**report.to_dict(), "plan": plan}) + "\n")
@@ -188,10 +198,21 @@ def _print(report: Any) -> None:
         console.print("GPU memory of activations is an estimate; host memory is that of each rank, not of a machine")
     if report.mixed:
         console.print("parameters, FLOPs and memory leave out the layers of another kind, which are passed through")
-    if after.forget_tokens:
-        console.print(f"forget threshold: {after.forget_tokens:,} tokens after expansion (a law fitted on Mamba-2)")
-    if report.warning:
-        console.print(f"warning: {report.warning}", style="yellow")
+    _print_forgetting(console, report.forgetting)
+
+
+def _print_forgetting(console: Console, forgetting: Forgetting) -> None:
+    if forgetting.threshold_tokens is None:
+        return
+    if forgetting.warning is None:
+        console.print(
+            f"forget threshold: {forgetting.threshold}; --seq-len {forgetting.train_length} reaches it. Concluded from "
+            f"{forgetting.says}"
+        )
+        return
+    console.print(f"warning: {forgetting.warning}", style="yellow")
+    for line in forgetting.proposals:
+        console.print(f"  {line}")
 
 
 def _memory_rows(before: TrainingMemory, after: TrainingMemory) -> Iterator[tuple[str, int, int, Callable[[int], str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import tempfile
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR, TRAIN_LENGTH_KEY
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, one_line, parse_size, to_dict
 from statex_dist.data.formats import open_store
@@ -315,7 +316,8 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
 
 def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig) -> dict[str, str]:
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
-    files = {CONFIG_NAME: model.to_json()}
+    length = max(stage.seq_len for stage in config.data.stages())
+    files = {CONFIG_NAME: json.dumps({**model.to_dict(), TRAIN_LENGTH_KEY: length}, indent=2) + "\n"}
     source = Path(config.model.path) if config.model.path is not None else None
     if source is not None and (found := _read_files(source, TOKENIZER_FILES)):
         return files | found

@@ -24,6 +24,7 @@ from statex_dist.checkpoint.layout import (
     MANIFEST_NAME,
     MODEL_DIR,
     TEMPORARY_PREFIX,
+    TRAIN_LENGTH_KEY,
     complete_tags,
     step_of,
     tag_of,
@@ -310,7 +311,8 @@ class Checkpoints:
             )
         saved = json.loads((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
         given = json.loads(self.model_files[CONFIG_NAME])
-        if other := sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key)):
+        keys = (saved.keys() | given.keys()) - {TRAIN_LENGTH_KEY}
+        if other := sorted(key for key in keys if saved.get(key) != given.get(key)):
             raise CheckpointError(
                 f"{directory} is of another model (config.json differs in {', '.join(other)}); "
                 "give the model that this run began with, or another run_dir"

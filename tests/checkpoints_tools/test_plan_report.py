@@ -2,7 +2,7 @@ import pytest
 
 from checkpoints_tools.plan_memory import TrainingSettings, training_memory
 from checkpoints_tools.plan_options import PlanOptions, plan_model
-from checkpoints_tools.plan_report import forget_threshold, report_plan
+from checkpoints_tools.plan_report import report_plan
 from statex_dist.errors import ConfigError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2
@@ -31,6 +31,8 @@ def test_the_papers_gla():
     assert 91 < report.after.forget_tokens / 1024 < 94
     assert report.warning is not None
     assert "Mamba-2" in report.warning
+    assert report.to_dict()["warning"] == report.warning
+    assert report.to_dict()["forgetting"]["proposals"]["seq_len"] == 96256
     assert report_plan(before, plan_model(before), TrainingSettings(seq_len=131072)).warning is None
     # 2 FLOPs a parameter and token, embeddings not counted, and the scan on top.
     assert report.before.flops_per_token > 2 * (report.before.parameters - 32000 * 2048 - 24 * 10000)
@@ -44,11 +46,6 @@ def test_small_models_have_no_threshold(values):
     assert report.after.forget_tokens is None
     assert report.warning is None
     assert report.after.state_numbers > report.before.state_numbers
-
-
-def test_threshold_is_the_fitted_law():
-    assert forget_threshold(10_000_000) == int((51.72 - 4.469) * 1024)
-    assert forget_threshold(100) is None
 
 
 @pytest.mark.parametrize(

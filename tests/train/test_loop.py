@@ -17,7 +17,7 @@ from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.kinds import config_from_dict, read_config
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
@@ -283,6 +283,15 @@ def test_another_model_in_the_same_run_is_refused(tmp_path: Path, shards: Path):
     other = load(tmp_path, shards, "--train.num_steps", "8", model={"config": {**GLA, "num_heads": 2}})
     with pytest.raises(CheckpointError, match=r"is of another model \(config.json differs in num_heads\)"):
         train(other)
+
+
+def test_checkpoints_say_what_length_they_were_trained_at(tmp_path: Path, shards: Path):
+    curriculum = "[{from_step: 2, seq_len: 256}]"
+    config = load(tmp_path, shards, "--data.seq_len", "64", "--data.curriculum", curriculum)
+    assert train(config)
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    model = checkpoints / complete_tags(checkpoints)[0] / "model"
+    assert read_config(model).extra == {"train_length": 256}
 
 
 def test_two_processes_cannot_train_into_one_run(tmp_path: Path, shards: Path):

@@ -1,0 +1,341 @@
+"""Whether a planned training is long enough for the planned state to learn to forget, and what would be.
+
+Concluded from a law of state size (:mod:`statex_dist.state.laws`: the paper's, or one fitted to the user's own models)
+and, where there is one, from a measurement of the very checkpoint (``statex eval collapse``). A measurement beats the
+law: the law is moved until it agrees with it. What is known of capacity is never used: it is an upper bound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from statex_dist.errors import ConfigError
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import make_plan, new_expansions
+from statex_dist.state.laws import MILLION, PAPER_FORGET, THOUSAND_TOKENS, Law, read_forget_law
+from statex_dist.state.plan import LayerExpansion
+
+Basis = Literal["paper", "fit", "measurement"]
+
+_ROUND_ABOVE = 8192
+_FINE, _COARSE = 64, 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What ``statex eval collapse`` found of a checkpoint.
+
+    Attributes:
+        directory: Where its result is.
+        state_numbers: Of the checkpoint.
+        train_length: What it was trained on.
+        length: How far it was read.
+        position: Where the model collapses; None if it does not.
+    """
+
+    directory: str
+    state_numbers: int
+    train_length: int
+    length: int
+    position: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What a forget threshold is concluded from.
+
+    Attributes:
+        law: Linear, with a positive slope.
+        source: File of the law; None for the paper's.
+        measurement: Of the checkpoint that is to be trained, or None.
+    """
+
+    law: Law = PAPER_FORGET
+    source: str | None = None
+    measurement: Measurement | None = None
+
+    def threshold(self, state_numbers: int) -> float:
+        """Return the training length in tokens that a state asks for; 0 or less where it asks for none."""
+        return self.law.tokens(state_numbers) + self._shift(state_numbers)
+
+    def interval(self, state_numbers: int) -> tuple[float, float] | None:
+        """Return the threshold's 95 % prediction interval in tokens, or None where the fit's error is not known."""
+        found = self.law.interval(state_numbers / MILLION)
+        if found is None:
+            return None
+        shift = self._shift(state_numbers)
+        return found[0] * THOUSAND_TOKENS + shift, found[1] * THOUSAND_TOKENS + shift
+
+    def _shift(self, state_numbers: int) -> float:
+        """Return by how many tokens the law is moved for a size, so that it agrees with the measurement."""
+        measured = self.measurement
+        if measured is None:
+            return 0.0
+        law = self.law.tokens(measured.state_numbers)
+        if measured.position is None:
+            # Its training was long enough: the threshold of its size is no higher.
+            return min(0.0, measured.train_length - law)
+        shift = max(0.0, measured.train_length + 1 - law)
+        if shift and self.law.parameters[1] <= 0:
+            # A line through a point, with an intercept of 0 or less, rises in proportion at least.
+            least = (measured.train_length + 1) * state_numbers / measured.state_numbers
+            shift = max(shift, least - self.law.tokens(state_numbers))
+        return shift
+
+    def says(self, model_type: str, state_numbers: int) -> str:
+        """Return in one line what is concluded from."""
+        low, high = min(self.law.state), max(self.law.state)
+        known = f"{low:.3g} .. {high:.3g} M state numbers"
+        if self.source is None:
+            line = f"the law of Stuffed Mamba (arXiv 2410.07145), fitted on Mamba-2 with {known}"
+        else:
+            quality = "" if self.law.r_squared is None else f", R^2 {self.law.r_squared:.3f}"
+            line = f"the law fitted in {self.source} to {len(self.law.state)} sizes, {known}{quality}"
+        if not self.law.covers(state_numbers):
+            line += f"; {state_numbers / MILLION:.3g} M is outside that range: an extrapolation"
+        elif self.source is None and "mamba2" not in model_type:
+            line += f"; this is a {model_type} model"
+        measured = self.measurement
+        if measured is None:
+            return line
+        trained = f"this checkpoint, trained at {measured.train_length} tokens"
+        if measured.position is not None:
+            found = f"{trained}, collapses at {measured.position}"
+        else:
+            found = f"{trained}, shows no collapse up to {measured.length}"
+        return f"the measurement in {measured.directory} ({found}) and {line}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallerPlan:
+    """A plan whose state fits the training length, and the options that give it."""
+
+    op: str
+    init: str
+    factor: int
+    layers: tuple[int, ...]
+    state_numbers: int
+
+    @property
+    def options(self) -> str:
+        """Options of ``statex plan`` and ``statex expand``."""
+        layers = ",".join(map(str, self.layers))
+        return f"--layers {layers} --factor {self.factor} --op {self.op} --init {self.init}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forgetting:
+    """Whether a training is long enough for the state.
+
+    Attributes:
+        basis: What decides: the paper's law, the user's fit, or a measurement.
+        says: The same in one line.
+        threshold_tokens: The training length that the state asks for; None where it asks for none.
+        low: Lower end of its 95 % interval, or None.
+        high: Upper end.
+        extrapolated: Whether the state lies outside the law's points.
+        train_length: The planned length.
+        long_enough: Whether it reaches the threshold.
+        as_it_is: The length that the model asks for before the expansion; None where it asks for none.
+        seq_len: A length that would be long enough; None where the planned one is.
+        smaller: Smaller plans for the planned length, the largest state first; None where none was looked for: the
+            length is enough, nothing is expanded, or layers are expanded in different ways.
+    """
+
+    basis: Basis
+    says: str
+    threshold_tokens: int | None
+    low: int | None
+    high: int | None
+    extrapolated: bool
+    train_length: int
+    long_enough: bool
+    as_it_is: int | None
+    seq_len: int | None = None
+    smaller: tuple[SmallerPlan, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers for JSON."""
+        names = ("basis", "says", "threshold_tokens", "low", "high", "extrapolated", "train_length", "long_enough")
+        smaller = [
+            {
+                **{name: getattr(plan, name) for name in ("op", "init", "factor", "state_numbers", "options")},
+                "layers": list(plan.layers),
+            }
+            for plan in self.smaller or ()
+        ]
+        return {
+            **{name: getattr(self, name) for name in (*names, "as_it_is")},
+            "proposals": {"seq_len": self.seq_len, "smaller": smaller},
+        }
+
+    @property
+    def threshold(self) -> str:
+        """The threshold in words, with its interval where that is known."""
+        between = "" if self.low is None else f" (95 %: {max(self.low, 0)} .. {self.high})"
+        return f"{self.threshold_tokens} tokens{between}"
+
+    @property
+    def warning(self) -> str | None:
+        """One line where the training is too short, or None."""
+        if self.long_enough:
+            return None
+        return (
+            f"--seq-len {self.train_length} is below the forget threshold of {self.threshold}: "
+            "the model may not learn to forget, and can collapse beyond its training length. Concluded from "
+            f"{self.says}"
+        )
+
+    @property
+    def proposals(self) -> Iterator[str]:
+        """Lines that say what would do instead."""
+        if self.seq_len is not None:
+            sure = "" if self.high is None else f" ({_rounded_up(self.high)} for the upper end of the interval)"
+            yield f"train longer: --seq-len {self.seq_len}{sure}"
+        for plan in self.smaller or ():
+            yield f"or a smaller state, {plan.state_numbers / MILLION:.4g} M numbers: {plan.options}"
+        if self.smaller == ():
+            if self.as_it_is is not None and self.as_it_is > self.train_length:
+                yield f"no smaller expansion helps: the model as it is asks for {self.as_it_is} tokens already"
+            else:
+                yield "no smaller expansion of this kind fits that length"
+
+
+def judge_forgetting(before: ModelConfig, after: ModelConfig, train_length: int, evidence: Evidence) -> Forgetting:
+    """Return whether a training is long enough for the state of ``after``, and proposals where it is not.
+
+    Args:
+        before: The model as it is.
+        after: The model with its plan.
+        train_length: Tokens of a training sequence.
+        evidence: What to conclude from.
+    """
+    numbers = after.state_numbers
+    needed = evidence.threshold(numbers)
+    interval = evidence.interval(numbers)
+    basis: Basis = "paper" if evidence.source is None else "fit"
+    if evidence.measurement is not None:
+        basis = "measurement"
+    enough = train_length >= needed
+    as_it_is = evidence.threshold(before.state_numbers)
+    return Forgetting(
+        basis=basis,
+        says=evidence.says(before.MODEL_TYPE, numbers),
+        threshold_tokens=math.ceil(needed) if needed > 0 else None,
+        low=None if interval is None else math.floor(interval[0]),
+        high=None if interval is None else math.ceil(interval[1]),
+        extrapolated=not evidence.law.covers(numbers),
+        train_length=train_length,
+        long_enough=enough,
+        as_it_is=math.ceil(as_it_is) if as_it_is > 0 else None,
+        seq_len=None if enough else _rounded_up(needed),
+        smaller=None if enough else _smaller_plans(before, after, train_length, evidence),
+    )
+
+
+def _rounded_up(tokens: float) -> int:
+    step = _COARSE if tokens > _ROUND_ABOVE else _FINE
+    return math.ceil(tokens / step) * step
+
+
+def _smaller_plans(
+    before: ModelConfig, after: ModelConfig, train_length: int, evidence: Evidence
+) -> tuple[SmallerPlan, ...] | None:
+    """Return plans of the same kind that fit a length: the largest state, the same layers, the same factor."""
+    if after.statex is None or after.statex == before.statex:
+        return None
+    planned = new_expansions(before, after).layers
+    kinds = {(e.op, e.init, e.reset_dynamics) for e in planned}
+    if len(kinds) != 1 or len({e.factor for e in planned}) != 1:
+        return None
+    (first,), layers = planned[:1], tuple(e.layer for e in planned)
+    fitting: list[SmallerPlan] = []
+    for factor in range(2, first.factor + 1):
+        for count in range(len(layers), 0, -1):
+            chosen = tuple(layers[i * len(layers) // count] for i in range(count))
+            plan = _try(before, first, factor, chosen)
+            if plan is None:
+                break
+            if train_length >= evidence.threshold(plan.state_numbers):
+                fitting.append(plan)
+                break
+    fitting.sort(key=lambda plan: (-plan.state_numbers, len(plan.layers)))
+    best = [
+        next(iter(fitting), None),
+        next((plan for plan in fitting if plan.layers == layers), None),
+        next((plan for plan in fitting if plan.factor == first.factor), None),
+    ]
+    return tuple(dict.fromkeys(plan for plan in best if plan is not None))
+
+
+def _try(before: ModelConfig, like: LayerExpansion, factor: int, layers: tuple[int, ...]) -> SmallerPlan | None:
+    """Return a plan, or None where the family does not allow its factor."""
+    try:
+        after = make_plan(before, layers=",".join(map(str, layers)), factor=factor, init=like.init, op=like.op)
+    except ConfigError:
+        return None
+    return SmallerPlan(op=like.op, init=like.init, factor=factor, layers=layers, state_numbers=after.state_numbers)
+
+
+def gather_evidence(before: ModelConfig, *, laws: str | None = None, health: str | None = None) -> Evidence:
+    """Return what ``--laws`` and ``--health`` say of a model.
+
+    Args:
+        before: The model as it is.
+        laws: ``laws.json`` of ``statex eval laws``, or its directory; None for the paper's law.
+        health: Result directory of ``statex eval collapse`` of this model, or None.
+
+    Raises:
+        ConfigError: One of them cannot be read, or is not of this model.
+    """
+    return Evidence(
+        law=PAPER_FORGET if laws is None else read_forget_law(Path(laws)),
+        source=laws,
+        measurement=None if health is None else read_measurement(Path(health), before),
+    )
+
+
+def read_measurement(path: Path, config: ModelConfig) -> Measurement:
+    """Read the result of ``statex eval collapse`` on a model.
+
+    Args:
+        path: Its directory, or ``collapse.json`` itself.
+        config: The model that it must be of: same family, state and plan.
+
+    Raises:
+        ConfigError: It cannot be read, is of another model, or was measured with a mitigation.
+    """
+    file = path / "collapse.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["suite"] != "collapse":
+            raise ValueError(f"suite {values['suite']!r}")
+        model, settings, verdict = values["model"], values["settings"], values["verdict"]
+        found = model["model_type"], model["state_numbers"], model["statex"]
+        measurement = Measurement(
+            directory=str(path),
+            state_numbers=int(model["state_numbers"]),
+            train_length=int(settings["train_length"]),
+            length=int(settings["length"]),
+            position=None if verdict["position"] is None else int(verdict["position"]),
+        )
+        mitigation = model.get("mitigation")
+    except OSError as error:
+        raise ConfigError(f"--health {path} cannot be read: {error.strerror} ({file})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"--health {file} is not a result of `statex eval collapse`: {error!r}") from None
+    wanted = config.MODEL_TYPE, config.state_numbers, config.statex.to_dict() if config.statex else None
+    if found != wanted:
+        raise ConfigError(
+            f"--health {path} is of another model ({found[0]}, {found[1]:,} state numbers"
+            f"{', expanded' if found[2] else ''}), this is {wanted[0]} with {wanted[1]:,}"
+            f"{', expanded' if wanted[2] else ''}; measure this one: statex eval collapse --model DIR --out DIR"
+        )
+    if mitigation is not None:
+        raise ConfigError(f"--health {path} was measured with the mitigation {mitigation!r}; measure without one")
+    return measurement

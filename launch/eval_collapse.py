@@ -1,0 +1,142 @@
+"""``statex eval collapse``: states and loss far past the training length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from launch.eval_options import add_common, parse_numbers, run_suite, title_of, words
+from statex_dist.checkpoint.layout import TRAIN_LENGTH_KEY
+from statex_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SHOWN = 5
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of the suite to ``parser``."""
+    add_common(parser, batch_size=8)
+    for name, kind, default, text in (
+        ("train-length", str | None, None, "tokens that the model was trained on, such as 2048 or 64K"),
+        ("length", str | None, None, "tokens of a prompt (default: 8 training lengths)"),
+        ("prompts", str | None, None, "newlines, text, data (default: newlines and text, or data where it is given)"),
+        ("data", str | None, None, "a prepared dataset or text files, documents joined end to end"),
+        ("sequences", int, 4, "sequences of text or data; of newlines there is one"),
+        ("points", int, 128, "positions at which states are looked at, about"),
+        ("variance-factor", float, 4.0, "a head collapses above this multiple of its variance in training"),
+        ("loss-rise", float, 0.5, "the model collapses so many nats a token above its best in training"),
+        ("sustained", float, 0.9, "share of the remaining positions at which that must be so"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
+def run(args: Any) -> int:
+    """Run the suite.
+
+    Args:
+        args: The parsed options of :func:`add_arguments`.
+
+    Raises:
+        StateXError: The options, the model or the data are wrong.
+    """
+    from statex_dist.evaluation.collapse import CollapseSettings, collapse_units
+    from statex_dist.evaluation.collapse_report import write_collapse
+    from statex_dist.models.mitigation import StateNorm, parse_mitigation
+
+    mitigation = None if args.mitigation is None else parse_mitigation(args.mitigation)
+    prompts = args.prompts or ("newlines,text" if args.data is None else "newlines,data")
+    settings = CollapseSettings(
+        train_length=training_length(args),
+        length=None if args.length is None else one_number(args.length, "--length"),
+        prompts=tuple(words(prompts)),
+        data=args.data,
+        sequences=args.sequences,
+        points=args.points,
+        every=mitigation.every if isinstance(mitigation, StateNorm) else 1,
+        variance_factor=args.variance_factor,
+        loss_rise=args.loss_rise,
+        sustained=args.sustained,
+        batch_size=args.batch_size,
+        segment_length=args.segment_length,
+        seed=args.seed,
+    )
+    return run_suite(
+        args,
+        "collapse",
+        settings,
+        units=lambda model, tokenizer: collapse_units(model, settings, tokenizer),
+        write=lambda records, directory, **facts: write_collapse(records, settings, directory, **facts),
+        table=_table,
+    )
+
+
+def training_length(args: Any) -> int:
+    """Return ``--train-length``, or what the model's ``config.json`` says.
+
+    Raises:
+        ConfigError: Neither says it.
+    """
+    from statex_dist.models.kinds import read_config
+
+    if args.train_length is not None:
+        return one_number(args.train_length, "--train-length")
+    known = read_config(Path(args.model)).extra.get(TRAIN_LENGTH_KEY)
+    if isinstance(known, int) and not isinstance(known, bool):
+        return known
+    raise ConfigError(
+        f"the length that {args.model} was trained on is not known: its config.json has no {TRAIN_LENGTH_KEY!r}; give "
+        "--train-length (tokens of a training sequence; data.seq_len of the run)"
+    )
+
+
+def one_number(text: str, option: str) -> int:
+    """Return a number such as ``2048`` or ``64K``.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    numbers = parse_numbers(text, option)
+    if len(numbers) != 1:
+        raise ConfigError(f"{option} {text!r}: give one number")
+    return numbers[0]
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    train_length = summary["settings"]["train_length"]
+    title = f"{title_of('collapse', summary['model'])}, trained at {train_length:,} tokens"
+    table = Table("prompt", "layer", "head", "verdict", "at", "variance", "kept", title=title)
+    for prompt, found in summary["prompts"].items():
+        verdict, heads = found["verdict"], found["heads"]
+        ratio = found["loss"]["ratio"]
+        loss = "" if ratio is None else f", loss x {ratio:.2f}"
+        place = _place(verdict["position"])
+        if verdict["low"] is not None:
+            place += f"  ({_place(verdict['low'])} .. {_place(verdict['high'])})"
+        word = f"COLLAPSED ({verdict['why']})" if verdict["collapsed"] else "healthy"
+        table.add_section()
+        table.add_row(prompt, "model", f"{heads['collapsed']} of {heads['total']}", f"{word}{loss}", place, "", "")
+        for head in found["worst_heads"][:_SHOWN]:
+            table.add_row(
+                "",
+                str(head["layer"]),
+                str(head["head"]),
+                f"collapsed ({head['why']})" if head["collapsed"] else "healthy",
+                _place(head["position"]),
+                "-" if head["sc_ratio"] is None else f"x {head['sc_ratio']:.3g}",
+                "-" if head["retention"] is None else f"{head['retention']:.3g}",
+            )
+    table.caption = (
+        f"read to {summary['settings']['length']:,} tokens; the model by its loss, heads by their states' variance, "
+        "the worst first; kept: share of a state that is left after the training length"
+    )
+    return table
+
+
+def _place(position: int | None) -> str:
+    return "" if position is None else f"{position:,}"

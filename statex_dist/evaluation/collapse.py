@@ -1,0 +1,329 @@
+"""The ``collapse`` suite: what becomes of the recurrent states, and of the loss, far past the training length.
+
+A model whose state is too large for the length that it was trained at has not learned to forget: past that length the
+state of some heads leaves the range that it had in training, and the loss rises ("Stuffed Mamba", arXiv 2410.07145,
+section 3). One long sequence is read segment by segment with a carried state, so that memory does not grow with its
+length (the token ids aside), and the states are looked at where :func:`observed_positions` says.
+
+Per layer, head and position: mean, variance, Frobenius norm and largest entry of the state matrix, computed in float64.
+The loss of *every* target is counted, in the interval between two such positions. What is concluded from them is in
+:mod:`statex_dist.evaluation.collapse_verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.errors import ConfigError, DataError
+from statex_dist.evaluation.collapse_retention import RetentionProbe
+from statex_dist.evaluation.documents import read_documents
+from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.needle import filler_haystack
+from statex_dist.evaluation.streaming import (
+    DEFAULT_SEGMENT_LENGTH,
+    check_segment_length,
+    device_of,
+    evaluating,
+    rows_that_fit,
+)
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.sequence import LayerState
+from statex_dist.ops.precision import wide_dtype
+
+PROMPTS = ("newlines", "text", "data")
+STATISTICS = ("mean", "variance", "norm", "largest")
+
+DEFAULT_MULTIPLE = 8
+"""Length of a prompt, in training lengths, unless another is given."""
+
+_FIRST_POSITION = 16
+_LEAST_INTERVALS = 4
+_DIGITS = 9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollapseSettings:
+    """What is read, and what counts as a collapse.
+
+    Attributes:
+        train_length: Tokens of a sequence that the model was trained on.
+        length: Tokens of a prompt; None for :data:`DEFAULT_MULTIPLE` training lengths.
+        prompts: Of :data:`PROMPTS`: a newline repeated, made-up sentences, ``data``.
+        data: A prepared dataset or text files for the prompt ``data``.
+        sequences: Sequences of ``text`` and ``data``; of newlines all would be equal, so there is one.
+        points: Positions at which states are looked at, about.
+        every: What they are multiples of: a mitigation may act at such ends only.
+        variance_factor: A head has collapsed where its state's variance is above this multiple of the largest within
+            the training length.
+        loss_rise: The model has collapsed where its loss is so many nats a token above its best within the training
+            length.
+        sustained: Share of the remaining positions at which that must be so.
+        batch_size: Sequences side by side.
+        segment_length: Tokens per forward pass.
+        seed: Of the sentences and the intervals.
+    """
+
+    train_length: int
+    length: int | None = None
+    prompts: tuple[str, ...] = ("newlines", "text")
+    data: str | None = None
+    sequences: int = 4
+    points: int = 128
+    every: int = 1
+    variance_factor: float = 4.0
+    loss_rise: float = 0.5
+    sustained: float = 0.9
+    batch_size: int = 8
+    segment_length: int = DEFAULT_SEGMENT_LENGTH
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train_length < _FIRST_POSITION:
+            raise ConfigError(f"train_length must be {_FIRST_POSITION} or more, not {self.train_length}")
+        if self.length is not None and self.length < 2 * self.train_length:
+            raise ConfigError(
+                f"length {self.length} is too short to see a collapse past the training length of {self.train_length}; "
+                f"give {2 * self.train_length} or more"
+            )
+        if not self.prompts:
+            raise ConfigError(f"no prompt given; prompts of collapse: {', '.join(PROMPTS)}")
+        for prompt in self.prompts:
+            if prompt not in PROMPTS:
+                raise ConfigError(f"prompt {prompt!r} is unknown; prompts of collapse: {', '.join(PROMPTS)}")
+        if len(set(self.prompts)) != len(self.prompts):
+            raise ConfigError(f"prompts {list(self.prompts)} name one twice; name each once")
+        if ("data" in self.prompts) != (self.data is not None):
+            raise ConfigError("the prompt 'data' and --data PATH belong together: give both or neither")
+        for name in ("sequences", "points", "every", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name, least in (("variance_factor", 1.0), ("loss_rise", 0.0)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > least):
+                raise ConfigError(f"{name} must be above {least:g}, not {value}")
+        if not 0 < self.sustained <= 1:
+            raise ConfigError(f"sustained must be a share above 0 and at most 1, not {self.sustained}")
+        if self.train_length % self.every or self.tokens % self.every:
+            raise ConfigError(
+                f"train_length {self.train_length} and length {self.tokens} must be multiples of the mitigation's "
+                f"every={self.every}; change either"
+            )
+        check_segment_length(self.segment_length)
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read of each prompt."""
+        return self.length if self.length is not None else DEFAULT_MULTIPLE * self.train_length
+
+    @property
+    def positions(self) -> list[int]:
+        """Where states are looked at."""
+        return observed_positions(self.tokens, self.train_length, self.points, every=self.every)
+
+
+def observed_positions(length: int, train_length: int, points: int, *, every: int = 1) -> list[int]:
+    """Return the numbers of tokens read at which states are looked at, ascending, the last one ``length``.
+
+    About ``points`` equal steps over the whole length, but at least four up to the training length, which is one of the
+    positions, so that "within the training length" is exact; and powers of two from 16 before the first of them.
+
+    Args:
+        length: Tokens of the prompt.
+        train_length: Training length.
+        points: Steps over the whole length.
+        every: What all of them are rounded down to a multiple of; a divisor of both lengths.
+    """
+    within = min(train_length, max(_LEAST_INTERVALS, round(points * train_length / length)))
+    beyond = min(length - train_length, max(_LEAST_INTERVALS, points - within))
+    found = {i * train_length // within for i in range(1, within + 1)}
+    found |= {train_length + i * (length - train_length) // beyond for i in range(1, beyond + 1)}
+    first = _FIRST_POSITION
+    while first < train_length // within:
+        found.add(first)
+        first *= 2
+    return sorted({position // every * every for position in found} - {0})
+
+
+def state_statistics(state: torch.Tensor) -> dict[str, npt.NDArray[np.float64]]:
+    """Return mean, variance (over all entries, not corrected), Frobenius norm and largest entry of state matrices.
+
+    Args:
+        state: ``[B, H, ., .]``; its entries may be NaN or infinite, and so is then what is computed from them.
+
+    Returns:
+        ``[B, H]`` float64 for each of :data:`STATISTICS`.
+    """
+    entries = state.flatten(2).double()
+    variance, mean = torch.var_mean(entries, dim=-1, correction=0)
+    values = {
+        "mean": mean,
+        "variance": variance,
+        "norm": entries.square().sum(-1).sqrt(),
+        "largest": entries.abs().amax(-1),
+    }
+    return {name: value.cpu().numpy() for name, value in values.items()}
+
+
+def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: Tokenizer) -> list[Unit]:
+    """Return the suite's work: one unit for each batch of sequences of a prompt.
+
+    A unit's records are its sequences: ``{"prompt", "sequence", "loss": [P], "states": {statistic: [[[P], heads],
+    layers]}, "retention": [[heads], layers], "retention_slowest"}``, null for what is not finite.
+
+    Args:
+        model: The model, fp32.
+        settings: What to read.
+        tokenizer: The model's.
+
+    Raises:
+        ConfigError: A newline is no token of the tokenizer.
+        DataError: The data is too short, or holds tokens outside the vocabulary.
+    """
+    batch_size = rows_that_fit(model, min(settings.segment_length, settings.tokens), settings.batch_size)
+    units: list[Unit] = []
+    for prompt in settings.prompts:
+        sequences = 1 if prompt == "newlines" else settings.sequences
+        data = _cut_data(model, settings, tokenizer) if prompt == "data" else None
+        for first in range(0, sequences, batch_size):
+            numbers = range(first, min(first + batch_size, sequences))
+
+            def run(
+                prompt: str = prompt, numbers: range = numbers, data: npt.NDArray[np.int32] | None = data
+            ) -> list[Record]:
+                rows = [data[i] if data is not None else _draw(prompt, i, settings, tokenizer) for i in numbers]
+                return _stream(model, np.stack(rows), settings, prompt, numbers)
+
+            units.append(Unit(key=f"{prompt}/{first}", run=run, tokens=len(numbers) * settings.tokens))
+    return units
+
+
+def _draw(prompt: str, sequence: int, settings: CollapseSettings, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    """Return a made-up prompt and the target after its last token, ``[length + 1]``."""
+    count = settings.tokens + 1
+    if prompt == "newlines":
+        ids = tokenizer.encode("\n")
+        if not len(ids):
+            raise ConfigError(f"tokenizer {tokenizer.spec!r} has no token for a newline; give --prompts text")
+        return np.resize(ids.astype(np.int32), count)
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((settings.seed, sequence, count))))
+    return filler_haystack(tokenizer)(rng, count).astype(np.int32)
+
+
+def _cut_data(model: RecurrentLM, settings: CollapseSettings, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    """Return the first ``sequences`` runs of ``length + 1`` tokens of the data, documents joined end to end."""
+    assert settings.data is not None
+    wanted, parts, count = settings.sequences * (settings.tokens + 1), [], 0
+    for piece in read_documents(Path(settings.data), tokenizer):
+        parts.append(piece.tokens[: wanted - count].astype(np.int32))
+        count += len(parts[-1])
+        if count == wanted:
+            break
+    if count < wanted:
+        raise DataError(
+            f"--data {settings.data} holds {count:,} tokens; {settings.sequences} sequences of {settings.tokens:,} "
+            f"need {wanted:,}: give more text, fewer --sequences or a shorter --length"
+        )
+    tokens = np.concatenate(parts)
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+        raise DataError(
+            f"--data {settings.data} holds token {int(tokens.max())}, the model's vocabulary ends at "
+            f"{model.config.vocab_size - 1}; use the tokenizer that the model was trained with"
+        )
+    return tokens.reshape(settings.sequences, -1)
+
+
+def _stream(
+    model: RecurrentLM, tokens: npt.NDArray[np.int32], settings: CollapseSettings, prompt: str, numbers: range
+) -> list[Record]:
+    """Read sequences ``[B, length + 1]`` and return a record of each."""
+    positions = settings.positions
+    losses: list[npt.NDArray[np.float64]] = []
+    seen: list[list[dict[str, npt.NDArray[np.float64]]]] = []
+    kept: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = []
+    states: list[LayerState] | None = None
+    probe = RetentionProbe(model) if RetentionProbe.fits(model) else None
+    with evaluating(model):
+        for start, end in pairwise([0, *positions]):
+            # What a head keeps is measured over the training length only: each layer runs twice for it.
+            watching = probe if probe is not None and end <= settings.train_length else nullcontext()
+            with watching:
+                states, loss = _read(model, tokens, start, end, states, settings.segment_length)
+            losses.append(loss / (end - start))
+            seen.append([state_statistics(state[0]) for state in states])
+            if probe is not None and end == settings.train_length:
+                kept = probe.retention()
+                probe = None
+    records = []
+    for row, number in enumerate(numbers):
+        layers = range(len(seen[0]))
+        records.append(
+            {
+                "prompt": prompt,
+                "sequence": number,
+                "loss": finite([loss[row] for loss in losses]),
+                "states": {
+                    name: [
+                        [finite([at[layer][name][row, head] for at in seen]) for head in range(_heads(seen, layer))]
+                        for layer in layers
+                    ]
+                    for name in STATISTICS
+                },
+                "retention": [finite(whole[row]) for whole, _ in kept] or None,
+                "retention_slowest": [finite(slowest[row]) for _, slowest in kept] or None,
+            }
+        )
+    return records
+
+
+def _heads(seen: Sequence[Sequence[dict[str, npt.NDArray[np.float64]]]], layer: int) -> int:
+    return seen[0][layer]["mean"].shape[1]
+
+
+def _read(
+    model: RecurrentLM,
+    tokens: npt.NDArray[np.int32],
+    start: int,
+    end: int,
+    states: list[LayerState] | None,
+    segment_length: int,
+) -> tuple[list[LayerState], npt.NDArray[np.float64]]:
+    """Read tokens ``start..end``; return the states and each row's summed loss of the targets after them.
+
+    A target behind the last token of a segment is the next segment's first token: none is dropped.
+    """
+    device = device_of(model)
+    total = np.zeros(len(tokens))
+    for at in range(start, end, segment_length):
+        part = torch.as_tensor(tokens[:, at : min(at + segment_length, end) + 1], device=device).long()
+        output = model(part[:, :-1], states=states, output_states=True)
+        logits = output.logits.to(wide_dtype(output.logits.dtype))
+        losses = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        total += losses.view(len(tokens), -1).double().sum(1).cpu().numpy()
+        states = output.states
+    assert states is not None
+    return states, total
+
+
+def finite(values: Sequence[float] | npt.NDArray[np.float64]) -> list[float | None]:
+    """Return numbers for JSON, rounded to nine significant digits: null where one is NaN or infinite."""
+    return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in map(float, values)]
+
+
+def series(record: Record, statistic: str) -> Iterator[tuple[int, int, npt.NDArray[np.float64]]]:
+    """Yield layer, head and the values by position ``[P]`` of one of a record's statistics, NaN for null."""
+    for layer, heads in enumerate(record["states"][statistic]):
+        for head, values in enumerate(heads):
+            yield layer, head, np.array(values, np.float64)
