@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from statex_dist.evaluation.report_figures import (
+    FAINT,
+    Figure,
+    add_legend,
+    finish,
+    logarithmic_if_wide,
+    look_of,
+    new_axes,
+    shade,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,8 +26,9 @@ if TYPE_CHECKING:
 MAX_POINTS = 1000
 """Points of a curve; a longer one is drawn as the means of so many stretches of steps."""
 
-_SIZE = (7.0, 4.2)
 _MEAN_OF = 20
+_NAMED_LAYERS = 12
+_HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 
 
 class Run(Protocol):
@@ -36,14 +48,6 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A drawing and what it shows, in words."""
-
-    svg: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Curve:
     """A quantity of a record that has one curve for each run.
 
@@ -52,7 +56,7 @@ class _Curve:
         title: Of the figure.
         label: Of its axis, with the unit.
         scale: What the values are divided by.
-        log: Whether the axis is logarithmic.
+        log: Whether the axis is logarithmic where the values are wide apart.
         noisy: Whether a running mean is drawn over the values.
     """
 
@@ -87,7 +91,7 @@ def draw_runs(runs: Sequence[Run]) -> Iterator[Figure]:
             yield _draw_curve(curve, series)
     for run in runs:
         suffix = f": {run.name}" if len(runs) > 1 else ""
-        if any("time" in record for record in run.records):
+        if any(record.get("time") for record in run.records):
             yield _draw_times(run, suffix)
         if len(groups := _names(run.records, "grad_norms")) > 1:
             yield _draw_groups(run, groups, suffix)
@@ -126,34 +130,39 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _draw_curve(curve: _Curve, series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    axes = _axes(curve.title, curve.label)
     texts = []
-    for name, (steps, values) in series.items():
-        if not len(steps):
-            continue
-        smooth = curve.noisy and len(steps) >= 2 * _MEAN_OF
-        (line,) = axes.plot(
-            steps,
-            values,
-            label=None if smooth else name,
-            linewidth=0.6 if smooth else 1.2,
-            alpha=0.35 if smooth else 1.0,
-            marker="." if len(steps) == 1 else None,
-        )
-        if smooth:
-            means = np.convolve(values, np.full(_MEAN_OF, 1 / _MEAN_OF), mode="valid")
-            axes.plot(steps[_MEAN_OF - 1 :], means, label=name, linewidth=1.4, color=line.get_color())
-        texts.append(f"{name} from {values[0]:.4g} to {values[-1]:.4g}")
-    if curve.log:
-        axes.set_yscale("log")
-    if len(series) > 1:
-        axes.legend(fontsize="small")
-    return _figure(axes, f"{curve.title} over steps; {', '.join(texts)} ({curve.label})")
+    with styled():
+        axes = _axes(curve.title, curve.label, legend_rows=len(series) if len(series) > 1 else 0)
+        for number, (name, (steps, values)) in enumerate(series.items()):
+            if not len(steps):
+                continue
+            look = look_of(number)
+            smooth = curve.noisy and len(steps) >= 2 * _MEAN_OF
+            axes.plot(
+                steps,
+                values,
+                label=None if smooth else name,
+                color=look.colour,
+                linestyle="-" if smooth else look.line,
+                linewidth=0.6 if smooth else 1.5,
+                alpha=0.35 if smooth else 1.0,
+                marker=look.marker if len(steps) == 1 else None,
+            )
+            if smooth:
+                means = np.convolve(values, np.full(_MEAN_OF, 1 / _MEAN_OF), mode="valid")
+                axes.plot(
+                    steps[_MEAN_OF - 1 :], means, label=name, linewidth=1.6, color=look.colour, linestyle=look.line
+                )
+            texts.append(f"{name} from {values[0]:.4g} to {values[-1]:.4g}")
+        if curve.log:
+            logarithmic_if_wide(axes)
+        if len(series) > 1:
+            add_legend(axes)
+        return finish(axes, f"{curve.title} over steps; {', '.join(texts)} ({curve.label})")
 
 
 def _draw_times(run: Run, suffix: str) -> Figure:
     """Stack what a step spends its time on; ``other`` is what no phase claims."""
-    axes = _axes(f"Time of a step{suffix}", "seconds")
     timed = [record for record in run.records if record.get("time")]
     names = [*(p for p in _PHASES if p in timed[0]["time"]), *(p for p in timed[0]["time"] if p not in _PHASES)]
     steps = np.array([record["step"] for record in timed], dtype=np.float64)
@@ -163,73 +172,77 @@ def _draw_times(run: Run, suffix: str) -> Figure:
     names.append("other")
     thinned = [_thinned(steps, row) for row in rows]
     heights = [values for _, values in thinned]
-    if len(thinned[0][0]) == 1:
-        axes.bar(names, [float(values[0]) for values in heights])
-        axes.set_xlabel("phase of the only step")
-    else:
-        axes.stackplot(thinned[0][0], heights, labels=names, alpha=0.85)
-        # The first step compiles and allocates: it would flatten all the others.
-        axes.set_ylim(0, 1.3 * float(np.quantile(sum(heights), 0.98)))
-        axes.legend(loc="upper right", fontsize="small", ncols=3)
     shares = [f"{name} {row.sum() / max(total.sum(), 1e-9):.1%}" for name, row in zip(names, rows, strict=True)]
-    return _figure(axes, f"Time of a step{suffix}, stacked by phase; {', '.join(shares)} of all time")
+    hatches = [_HATCHES[i % len(_HATCHES)] for i in range(len(names))]
+    with styled():
+        single = len(thinned[0][0]) == 1
+        axes = _axes(f"Time of a step{suffix}", "seconds", legend_rows=0 if single else -(-len(names) // 3))
+        colours = [look_of(i).colour for i in range(len(names))]
+        if single:
+            axes.bar(names, [float(values[0]) for values in heights], color=colours)
+            axes.set_xlabel("phase of the only step")
+        else:
+            axes.stackplot(thinned[0][0], heights, labels=names, colors=colours, alpha=0.75, hatch=hatches)
+            # The first step compiles and allocates: it would flatten all the others.
+            axes.set_ylim(0, 1.3 * float(np.quantile(sum(heights), 0.98)))
+            add_legend(axes, columns=3)
+        return finish(axes, f"Time of a step{suffix}, stacked by phase; {', '.join(shares)} of all time")
 
 
 def _draw_groups(run: Run, groups: Sequence[str], suffix: str) -> Figure:
     title = f"Gradient norm by parameter group{suffix}"
-    axes = _axes(title, "norm before clipping")
-    for group in groups:
-        axes.plot(*_series(run.records, "grad_norms", group), label=group, linewidth=1.2)
-    axes.set_yscale("log")
-    axes.legend(fontsize="small", ncols=2)
-    return _figure(axes, f"{title} over steps, groups {', '.join(groups)}")
+    texts = []
+    with styled():
+        axes = _axes(title, "norm before clipping", legend_rows=-(-len(groups) // 2))
+        for number, group in enumerate(groups):
+            look = look_of(number)
+            steps, values = _series(run.records, "grad_norms", group)
+            axes.plot(steps, values, label=group, linewidth=1.5, color=look.colour, linestyle=look.line)
+            texts.append(f"{group} from {values[0]:.4g} to {values[-1]:.4g}")
+        logarithmic_if_wide(axes)
+        add_legend(axes, columns=2)
+        return finish(axes, f"{title} over steps; {', '.join(texts)}")
 
 
 def _draw_states(run: Run, layers: Sequence[str], suffix: str) -> Figure:
     """Draw each layer's state; where the plan is known, the expanded layers stand out."""
-    from matplotlib import colormaps
-
     title = f"Size of the recurrent states{suffix}"
-    axes = _axes(title, "root mean square of a layer's state")
     expanded = {str(layer) for layer in run.expanded}
-    for layer in layers:
-        steps, values = _series(run.records, "state_norms", layer)
-        marker = "." if len(steps) < 30 else None
-        if expanded and layer not in expanded:
-            axes.plot(steps, values, color="0.75", linewidth=0.8, zorder=1)
-        else:
-            label = f"layer {layer}, expanded" if expanded else f"layer {layer}"
-            colour = None if expanded else colormaps["viridis"](0.95 * int(layer) / len(layers))
-            axes.plot(steps, values, label=label, linewidth=1.2, marker=marker, color=colour)
-    if expanded and len(expanded) < len(layers):
-        axes.plot([], [], color="0.75", linewidth=0.8, label="other layers")
-    axes.set_yscale("log")
-    axes.legend(fontsize="x-small", ncols=4)
-    which = f"expanded layers {', '.join(sorted(expanded, key=int))} in colour" if expanded else f"{len(layers)} layers"
-    return _figure(axes, f"{title} over steps, {which}")
+    named = [layer for layer in layers if layer in expanded] if expanded else list(layers)
+    # Of many layers a few tell which end of the colours is which.
+    shown = set(named if len(named) <= _NAMED_LAYERS else named[:: -(-len(named) // _NAMED_LAYERS)])
+    others = bool(expanded) and len(named) < len(layers)
+    largest = {}
+    with styled():
+        axes = _axes(title, "root mean square of a layer's state", legend_rows=-(-(len(shown) + others) // 2))
+        for layer in layers:
+            steps, values = _series(run.records, "state_norms", layer)
+            largest[layer] = values[-1]
+            marker = "." if len(steps) < 30 else None
+            if layer not in named:
+                axes.plot(steps, values, color=FAINT, linewidth=0.8, alpha=0.6, zorder=1)
+                continue
+            number = named.index(layer)
+            look = look_of(number)
+            axes.plot(
+                steps,
+                values,
+                label=(f"layer {layer}, expanded" if expanded else f"layer {layer}") if layer in shown else None,
+                linewidth=1.5,
+                marker=marker,
+                linestyle=look.line,
+                color=look.colour if len(named) <= _NAMED_LAYERS else shade(number, len(named)),
+            )
+        if others:
+            axes.plot([], [], color=FAINT, linewidth=0.8, alpha=0.6, label="other layers")
+        logarithmic_if_wide(axes)
+        add_legend(axes, columns=2)
+        which = (
+            f"expanded layers {', '.join(sorted(expanded, key=int))} in colour" if expanded else f"{len(layers)} layers"
+        )
+        top = max(largest, key=lambda layer: largest[layer])
+        return finish(axes, f"{title} over steps, {which}; at the end layer {top} is largest, {largest[top]:.4g}")
 
 
-def _axes(title: str, label: str) -> Axes:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=_SIZE, layout="constrained")
-    FigureCanvasSVG(canvas)
-    axes = canvas.subplots()
-    axes.set_title(title)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    return axes
-
-
-def _figure(axes: Axes, text: str) -> Figure:
-    import matplotlib
-
-    buffer = io.StringIO()
-    canvas = axes.get_figure(root=True)
-    assert canvas is not None
-    # The same records give the same bytes; text stays text.
-    with matplotlib.rc_context({"svg.hashsalt": "statex", "svg.fonttype": "none"}):
-        canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    return Figure(svg=buffer.getvalue(), text=text)
+def _axes(title: str, label: str, *, legend_rows: int = 0) -> Axes:
+    return new_axes(title, "optimizer step", label, legend_rows=legend_rows)

@@ -1,4 +1,4 @@
-"""A training run, or several side by side, as one page that needs no network: ``statex report``.
+"""Training runs, one or several side by side, as a part of the report.
 
 What is drawn is what the run's own files say: ``metrics.jsonl``, ``config.yaml``, ``status.json`` and the plan in its
 newest checkpoint. No torch is loaded.
@@ -6,14 +6,11 @@ newest checkpoint. No torch is loaded.
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import yaml
@@ -27,28 +24,19 @@ from statex_dist.checkpoint.layout import (
     complete_tags,
 )
 from statex_dist.errors import DataError
-from statex_dist.evaluation.run_figures import Figure, draw_runs
+from statex_dist.evaluation.report_page import (
+    Section,
+    details,
+    figures,
+    heading,
+    make_html,
+    paragraph,
+    preformatted,
+    table,
+)
+from statex_dist.evaluation.run_figures import draw_runs
 from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
-
-_PAGE = Template(
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
-figure { margin: 0 } figure img { width: 100%; background: #fff; border-radius: .4rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } pre { overflow-x: auto }
-</style></head><body><h1>$title</h1>
-$tables
-<main>$figures</main>
-$configs
-</body></html>
-"""
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,22 +111,37 @@ def read_runs(directories: Sequence[Path]) -> list[TrainingRun]:
     resolved = [directory.resolve() for directory in directories]
     if len(set(resolved)) != len(resolved):
         raise DataError(f"a run is given twice: {', '.join(map(str, directories))}")
-    short = [directory.name for directory in resolved]
-    names = short if len(set(short)) == len(short) else [str(directory) for directory in directories]
-    return [_read_run(directory, name) for directory, name in zip(directories, names, strict=True)]
+    return [_read_run(directory, name) for directory, name in zip(directories, distinct_names(resolved), strict=True)]
+
+
+def distinct_names(paths: Sequence[Path], *, tells_little: Sequence[str] = ()) -> list[str]:
+    """Return the last part of each path, or as many parts as tell them apart.
+
+    Args:
+        paths: The paths.
+        tells_little: Last parts that say nothing, such as ``model``, and are left out.
+    """
+    if not paths:
+        return []
+    telling = [path.parent if path.name in tells_little and path.parent.name else path for path in paths]
+    for parts in range(1, max(len(path.parts) for path in telling) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in telling]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
 
 
 def _read_run(directory: Path, name: str) -> TrainingRun:
     if not directory.is_dir():
         raise DataError(f"run directory not found: {directory}")
     records = read_metrics(directory)
-    config, status = _text(directory / SETTINGS_NAME), _json(directory / STATUS_NAME)
+    config, status = _text(directory / SETTINGS_NAME), read_json(directory / STATUS_NAME)
     checkpoints = directory / CHECKPOINTS_DIR
     tags = complete_tags(checkpoints)
-    model = _json(checkpoints / tags[0] / MODEL_DIR / CONFIG_NAME) if tags else {}
+    model = read_json(checkpoints / tags[0] / MODEL_DIR / CONFIG_NAME) if tags else {}
     plan = ExpansionPlan.from_dict(model["statex"]) if model.get("statex") else ExpansionPlan()
     try:
-        settings = _flat(yaml.safe_load(config) or {})
+        settings = flat(yaml.safe_load(config) or {})
     except yaml.YAMLError as error:
         raise DataError(f"{directory / SETTINGS_NAME} is not valid YAML: {' '.join(str(error).split())}") from None
     return TrainingRun(
@@ -161,7 +164,12 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is no file.
+
+    Raises:
+        DataError: It holds none, or cannot be read.
+    """
     try:
         values = json.loads(_text(path) or "{}")
     except ValueError as error:
@@ -199,12 +207,13 @@ def summarise(run: TrainingRun) -> RunSummary:
 def make_page(runs: Sequence[TrainingRun]) -> str:
     """Return the report on ``runs`` as one HTML page."""
     title = "Training run " + runs[0].name if len(runs) == 1 else "Training runs"
-    return _PAGE.substitute(
-        title=html.escape(title),
-        tables=_table(summary_lines(runs)) + _difference_table(runs) + _messages(runs),
-        figures="\n".join(_figure(figure) for figure in draw_runs(runs)),
-        configs="\n".join(_config(run) for run in runs if run.config),
-    )
+    return make_html(title, [runs_section(runs)])
+
+
+def runs_section(runs: Sequence[TrainingRun], *, title: str = "") -> Section:
+    """Return what a page says of ``runs``: their figures, how they ended, where they differ, and their curves."""
+    body = table(summary_lines(runs), caption="The runs in figures") + _difference_table(runs) + _messages(runs)
+    return Section(title=title, body=body + figures(draw_runs(runs)) + _configs(runs))
 
 
 def summary_rows(summary: RunSummary) -> dict[str, str]:
@@ -241,36 +250,24 @@ def _difference_table(runs: Sequence[TrainingRun]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     lines = [[key, *(str(run.settings.get(key, "")) for run in runs)] for key in keys]
     lines = [line for line in lines if len(set(line[1:])) > 1]
-    return "<h2>Settings that differ</h2>" + _table([["", *(run.name for run in runs)], *lines]) if lines else ""
+    if not lines:
+        return ""
+    return heading("Settings that differ") + table([["", *(run.name for run in runs)], *lines])
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
     if not isinstance(values, dict) or not values:
         return {prefix.removesuffix("."): values} if prefix else {}
-    return {name: item for key, value in values.items() for name, item in _flat(value, f"{prefix}{key}.").items()}
+    return {name: item for key, value in values.items() for name, item in flat(value, f"{prefix}{key}.").items()}
 
 
 def _messages(runs: Sequence[TrainingRun]) -> str:
     """Return what the runs say of their end."""
     said = [(run.name, run.status["message"]) for run in runs if run.status.get("message")]
-    return "".join(f"<p><b>{html.escape(name)}</b>: {html.escape(str(text))}</p>" for name, text in said)
+    return "".join(paragraph(str(text), strong=name) for name, text in said)
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
-
-    body = "".join(row(line, "td") for line in lines[1:])
-    return f'<div class="wide"><table><thead>{row(lines[0], "th")}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _figure(figure: Figure) -> str:
-    # An image of its own: inlined, the figures' elements would share their ids.
-    data = base64.b64encode(figure.svg.encode()).decode()
-    text = html.escape(figure.text, quote=True)
-    return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}"></figure>'
-
-
-def _config(run: TrainingRun) -> str:
-    name, text = html.escape(run.name), html.escape(run.config)
-    return f"<details><summary>Configuration of {name}</summary><pre>{text}</pre></details>"
+def _configs(runs: Sequence[TrainingRun]) -> str:
+    named = [(run.name, run.config) for run in runs if run.config]
+    return "".join(details(f"Configuration of {name}", preformatted(text)) for name, text in named)

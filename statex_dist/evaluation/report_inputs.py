@@ -1,0 +1,241 @@
+"""What ``statex report`` finds in the directories that it is given: training runs, results of suites, expansions.
+
+A directory may be any of these or hold several of them, a few levels deep. Checkpoints of a run are not walked through;
+of the newest one the plan is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, complete_tags
+from statex_dist.errors import DataError
+from statex_dist.evaluation.report import RESULT_VERSION
+from statex_dist.evaluation.run_report import TrainingRun, distinct_names, read_json, read_runs
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import config_from_dict
+from statex_dist.train.metrics import METRICS_NAME
+
+SUITES = ("recall", "mqar", "icl", "perplexity", "collapse", "capacity", "laws", "lm-eval")
+"""Suites whose results are drawn, in the order of the page."""
+
+DEPTH = 3
+"""Levels below a directory that are searched."""
+
+EXPANSION_REPORT = "expansion_report.json"
+
+_MOST_DIRECTORIES = 5000
+_TELLS_LITTLE = (MODEL_DIR, "checkpoint", "final", "latest")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a suite found of a model.
+
+    Attributes:
+        suite: Of :data:`SUITES`.
+        model: What to call the model; results of one model share it.
+        path: The summary, ``SUITE.json``.
+        summary: Its contents.
+    """
+
+    suite: str
+    model: str
+    path: Path
+    summary: Mapping[str, Any]
+
+    def samples(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Yield the records of this ``kind`` beside the summary.
+
+        Raises:
+            DataError: A line is damaged.
+        """
+        path = self.path.with_suffix(".jsonl")
+        if not path.is_file():
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    record = json.loads(line)
+                    if record["kind"] == kind:
+                        yield record
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{path}, line {number} is damaged: {error!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expansion:
+    """An expanded model.
+
+    Attributes:
+        name: What to call it.
+        config: Its configuration with the plan.
+        parameters: Elements of all tensors before and after, where an account of the expansion says so.
+    """
+
+    name: str
+    config: ModelConfig
+    parameters: tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """Everything that was found.
+
+    Attributes:
+        runs: Training runs.
+        results: Results, by suite in the order of :data:`SUITES`.
+        models: Names of the evaluated models, as they were found.
+        expansions: Expanded models.
+        notes: What was left out, and why.
+    """
+
+    runs: Sequence[TrainingRun]
+    results: Sequence[Result]
+    models: Sequence[str]
+    expansions: Sequence[Expansion]
+    notes: Sequence[str]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the contents of a result file into one line about it.
+
+    Raises:
+        DataError: A figure is missing or of another kind than this release writes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{path} does not hold what this release writes ({error!r}); evaluate again, or leave it out"
+        ) from None
+
+
+def read_inputs(directories: Sequence[Path]) -> Inputs:
+    """Read all that the directories hold.
+
+    Raises:
+        DataError: A directory is missing, given twice or holds nothing to report, or a file is damaged.
+    """
+    resolved = [directory.resolve() for directory in directories]
+    if len(set(resolved)) != len(resolved):
+        raise DataError(f"a run is given twice: {', '.join(map(str, directories))}")
+    runs: dict[Path, Path] = {}
+    results: dict[Path, tuple[str, dict[str, Any]]] = {}
+    expanded: dict[Path, Path] = {}
+    notes: list[str] = []
+    for directory in directories:
+        if not directory.is_dir():
+            raise DataError(f"run directory not found: {directory}")
+        before = (len(runs), len(results), len(expanded), len(notes))
+        places = list(_walk(directory, DEPTH))
+        for place in places:
+            if (place / METRICS_NAME).is_file():
+                if place == directory or _has_record(place):
+                    runs.setdefault(place.resolve(), place)
+                else:
+                    notes.append(f"{place} is a training run that has not finished a step")
+            for suite in SUITES:
+                path = place / f"{suite}.json"
+                if not path.is_file() or (summary := read_json(path)).get("suite") != suite:
+                    continue
+                if why := _unreadable(summary):
+                    if place == directory:
+                        raise DataError(f"{path} {why}; evaluate again")
+                    notes.append(f"{path} {why}")
+                else:
+                    results.setdefault(path, (suite, summary))
+            if (place / CONFIG_NAME).is_file() and read_json(place / CONFIG_NAME).get("statex"):
+                expanded.setdefault(place.resolve(), place)
+        if before == (len(runs), len(results), len(expanded), len(notes)):
+            raise DataError(
+                f"{directory} holds no {METRICS_NAME}: not the directory of a training run; and, up to {DEPTH} levels "
+                f"below it, no results of `statex eval` and no expanded model"
+            )
+    found, named = read_runs(list(runs.values())), _named(results)
+    return Inputs(
+        runs=found,
+        results=sorted(named, key=lambda result: SUITES.index(result.suite)),
+        models=list(dict.fromkeys(result.model for result in named if result.suite != "laws")),
+        expansions=[*_of_models(list(expanded.values())), *_of_runs(found)],
+        notes=notes,
+    )
+
+
+def _has_record(directory: Path) -> bool:
+    with (directory / METRICS_NAME).open("rb") as file:
+        return file.readline().endswith(b"\n")
+
+
+def _walk(directory: Path, depth: int, seen: list[Path] | None = None) -> Iterator[Path]:
+    """Yield a directory and those below it, in the order of their names."""
+    seen = [] if seen is None else seen
+    seen.append(directory)
+    if len(seen) > _MOST_DIRECTORIES:
+        raise DataError(f"{seen[0]} holds more than {_MOST_DIRECTORIES} directories; name those to be reported")
+    yield directory
+    if depth == 0:
+        return
+    is_run = (directory / METRICS_NAME).is_file()
+    for child in sorted(directory.iterdir()):
+        hidden = child.name.startswith(".") or child.name.endswith(".unfinished")
+        if not hidden and child.is_dir() and not child.is_symlink() and not (is_run and child.name == CHECKPOINTS_DIR):
+            yield from _walk(child, depth - 1, seen)
+
+
+def _unreadable(summary: Mapping[str, Any]) -> str | None:
+    """Return why a summary is not one of this release, or None."""
+    if summary.get("version") != RESULT_VERSION:
+        return f"has version {summary.get('version')!r}, this release reads {RESULT_VERSION}"
+    if summary["suite"] != "laws" and not isinstance(summary.get("model"), dict):
+        return "does not say which model it is of"
+    return None
+
+
+def _named(found: Mapping[Path, tuple[str, dict[str, Any]]]) -> list[Result]:
+    """Give each model a name, and two results of one suite and model the names of their directories besides."""
+    keys = {path: _model_key(summary) for path, (_, summary) in found.items()}
+    models = list(dict.fromkeys(keys.values()))
+    short = distinct_names([Path(directory) for directory, _, _ in models], tells_little=_TELLS_LITTLE)
+    names = {}
+    for key, name in zip(models, short, strict=True):
+        # A directory whose weights were replaced holds two models.
+        twice = sum((other[0], other[2]) == (key[0], key[2]) for other in models) > 1
+        names[key] = name + (f" {key[1][:6]}" if twice else "") + (f" with {key[2]}" if key[2] else "")
+    places = dict(zip(found, distinct_names([path.parent for path in found]), strict=True))
+    results = []
+    for path, (suite, summary) in found.items():
+        alike = [other for other in found if found[other][0] == suite and keys[other] == keys[path]]
+        name = names[keys[path]] + (f" ({places[path]})" if len(alike) > 1 else "")
+        results.append(Result(suite=suite, model=name, path=path, summary=summary))
+    return results
+
+
+def _model_key(summary: Mapping[str, Any]) -> tuple[str, str, str]:
+    model = summary.get("model") or {}
+    mitigation = model.get("mitigation")
+    return str(model.get("directory", "")), str(model.get("fingerprint", "")), str(mitigation) if mitigation else ""
+
+
+def _of_models(directories: Sequence[Path]) -> Iterator[Expansion]:
+    names = distinct_names([directory.resolve() for directory in directories], tells_little=_TELLS_LITTLE)
+    for name, directory in zip(names, directories, strict=True):
+        account = read_json(directory / EXPANSION_REPORT)
+        with reading(directory / EXPANSION_REPORT):
+            counts = (int(account["parameters_before"]), int(account["parameters_after"])) if account else None
+        yield Expansion(name=name, config=config_from_dict(read_json(directory / CONFIG_NAME)), parameters=counts)
+
+
+def _of_runs(runs: Sequence[TrainingRun]) -> Iterator[Expansion]:
+    for run in runs:
+        checkpoints = run.directory / CHECKPOINTS_DIR
+        for tag in complete_tags(checkpoints)[:1]:
+            values = read_json(checkpoints / tag / MODEL_DIR / CONFIG_NAME)
+            if values.get("statex") and values.get("model_type"):
+                yield Expansion(name=run.name, config=config_from_dict(values), parameters=None)
