@@ -26,8 +26,8 @@ COMMANDS = {
     "reshard": "turn a training checkpoint into safetensors",
     "verify": "compare two checkpoints, or prove that one is the other's expansion",
     "inspect": "say what a checkpoint is and whether it is whole",
-    "eval": "measure recall or perplexity of a model",
-    "report": "draw how training runs went, on one page",
+    "eval": "measure what a model recalls, learns in context and predicts",
+    "report": "draw training runs, evaluations and expansions on one page",
     "demo": "the whole road on a tiny model: pre-train, expand, post-train, compare",
 }
 
@@ -48,8 +48,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
         subparser = jsonargparse.ArgumentParser(
             description=text[0].upper() + text[1:] + ".", exit_on_error=False, allow_abbrev=False
         )
-        module.add_arguments(subparser)
+        # In this order: a command may have subcommands of its own.
         subcommands.add_subcommand(name, subparser, help=text)
+        module.add_arguments(subparser)
     return parser
 
 
@@ -68,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _module(options.command).run(options[options.command])
     except argparse.ArgumentError as error:
         # The parser calls an option of a subcommand "command.option"; the user typed no such thing.
-        sys.stderr.write(f"error: {one_line(error).replace(f'{arguments[0]}.', '')}\n")
+        text = one_line(error)
+        for command in arguments[:2]:
+            if command.replace("-", "_").isidentifier():
+                text = text.replace(f"{command}.", "")
+        sys.stderr.write(f"error: {text}\n")
         return 2
     except StateXError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")

@@ -187,15 +187,15 @@ class Demo:
 
     def measure(self, arm: Path, seed: int) -> dict[str, Any]:
         """Evaluate one arm's model."""
-        model, recall, perplexity = ("--model", arm / "model", "--device", "cpu"), arm / "recall", arm / "perplexity"
+        model, recall, perplexity = ("--model", arm / "model", "--device", "cpu"), arm / "mqar", arm / "perplexity"
         pairs = ",".join(map(str, NUM_PAIRS))
         # fmt: off
-        self.statex("eval", "recall", *model, "--out", recall, "--tasks", "mqar", "--num-pairs", pairs,
+        self.statex("eval", "mqar", *model, "--out", recall, "--num-pairs", pairs,
                     "--num-samples", EVALUATION_DOCUMENTS)
         self.statex("eval", "perplexity", *model, "--out", perplexity,
                     "--data", self.out / "data" / "held_out")
         # fmt: on
-        mqar = json.loads((recall / "recall.json").read_text(encoding="utf-8"))["tasks"]["mqar"]["by_num_pairs"]
+        mqar = json.loads((recall / "mqar.json").read_text(encoding="utf-8"))["by_num_pairs"]
         loss = json.loads((perplexity / "perplexity.json").read_text(encoding="utf-8"))
         rates = [record["tokens_per_s"] for record in read_metrics(arm / "run")]
         return {

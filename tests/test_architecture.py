@@ -87,6 +87,7 @@ ENGINES = {
     "causal_conv1d": ("statex_dist.ops.conv_api",),
     "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor"),
     "wandb": ("statex_dist.train.wandb_run",),
+    "lm_eval": ("statex_dist.evaluation.lm_eval_api",),
 }
 """The only importers of each external engine."""
 

@@ -59,3 +59,27 @@ def up_to(documents: Iterable[Piece], max_tokens: int | None) -> Iterator[Piece]
         if left is not None:
             left -= len(piece.tokens)
         yield piece
+
+
+def pack(documents: Iterable[Piece], length: int) -> Iterator[Piece]:
+    """Yield the documents joined and cut into pieces of ``length`` tokens, the last one shorter.
+
+    A document's first token is no target: nothing before it foretells it.
+    """
+    tokens: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    held = 0
+    for piece in documents:
+        mask = np.ones(len(piece.tokens), np.uint8) if piece.loss_mask is None else piece.loss_mask.copy()
+        mask[:1] = 0
+        tokens.append(piece.tokens.astype(np.int64))
+        masks.append(mask)
+        held += len(mask)
+        if held >= length:
+            joined, joined_mask = np.concatenate(tokens), np.concatenate(masks)
+            whole = held - held % length
+            for start in range(0, whole, length):
+                yield Piece(joined[start : start + length], joined_mask[start : start + length])
+            tokens, masks, held = [joined[whole:]], [joined_mask[whole:]], held - whole
+    if held:
+        yield Piece(np.concatenate(tokens), np.concatenate(masks))

@@ -11,21 +11,39 @@ tokens, with all pairs before all queries, which is the hardest order for a stat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.streaming import check_finite, device_of, evaluating, rows_that_fit
+from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
+from statex_dist.evaluation.streaming import (
+    DEFAULT_SEGMENT_LENGTH,
+    check_segment_length,
+    device_of,
+    evaluating,
+    explain_not_finite,
+    rows_that_fit,
+)
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.sequence import LayerState
 
 DEFAULT_KEYS = range(128, 192)
 """Keys under the bytes tokenizer: ids that never start a UTF-8 character, so that text hardly uses them alone."""
 
 DEFAULT_VALUES = range(192, 256)
 """Values under the bytes tokenizer."""
+
+NEAR_PERFECT = 0.95
+"""Accuracy from which on a number of pairs counts as held by the state."""
 
 
 def generate_mqar(
@@ -76,7 +94,12 @@ def generate_mqar(
 
 
 def score_mqar(
-    model: RecurrentLM, tokens: npt.NDArray[np.int64], answer_mask: npt.NDArray[np.uint8], *, batch_size: int = 32
+    model: RecurrentLM,
+    tokens: npt.NDArray[np.int64],
+    answer_mask: npt.NDArray[np.uint8],
+    *,
+    batch_size: int = 32,
+    segment_length: int = DEFAULT_SEGMENT_LENGTH,
 ) -> npt.NDArray[np.float64]:
     """Return each document's share of right answers.
 
@@ -88,22 +111,211 @@ def score_mqar(
         tokens: ``[S, T]`` documents.
         answer_mask: ``[S, T]``, 1 at answers; every document has equally many.
         batch_size: Documents per forward pass, fewer where the logits would take too much memory.
+        segment_length: Tokens of a document per forward pass.
 
     Returns:
         ``[S]`` accuracies in 0..1.
 
     Raises:
-        CheckpointError: The model's logits are not finite.
+        CheckpointError: The model's logits are not finite; layer and position are named.
     """
     assert not answer_mask[:, 0].any(), "an answer needs a token before it"
     device, shares = device_of(model), []
-    batch_size = rows_that_fit(model, tokens.shape[1], batch_size)
+    batch_size = rows_that_fit(model, min(tokens.shape[1], segment_length), batch_size)
     with evaluating(model):
         for start in range(0, len(tokens), batch_size):
             ids = torch.as_tensor(tokens[start : start + batch_size], device=device)
             mask = torch.as_tensor(answer_mask[start : start + batch_size], device=device).bool()
-            asked = model(ids[:, :-1]).logits[mask[:, 1:]]
-            check_finite(asked, f"mqar documents {start}..{start + len(ids) - 1}")
-            right = asked.argmax(dim=-1) == ids[mask]
-            shares.append(right.view(len(ids), -1).double().mean(dim=1).cpu().numpy())
+            states: list[LayerState] | None = None
+            right = torch.zeros_like(mask)
+            for at in range(0, ids.shape[1] - 1, segment_length):
+                segment = ids[:, at : min(at + segment_length, ids.shape[1] - 1)]
+                output = model(segment, states=states, output_states=True)
+                if not torch.isfinite(output.logits).all():
+                    raise explain_not_finite(model, segment, states, position=at)
+                states, end = output.states, at + 1 + segment.shape[1]
+                right[:, at + 1 : end] = output.logits.argmax(dim=-1) == ids[:, at + 1 : end]
+            shares.append(right[mask].view(len(ids), -1).double().mean(dim=1).cpu().numpy())
     return np.concatenate(shares)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MqarSettings:
+    """What the suite measures.
+
+    Attributes:
+        num_pairs: Numbers of key-value pairs.
+        num_samples: Documents for each number of pairs.
+        keys: First id of the keys and one past the last.
+        values: First id of the values and one past the last.
+        batch_size: Documents per forward pass.
+        segment_length: Tokens of a document per forward pass.
+        seed: Of the documents and of the intervals.
+    """
+
+    num_pairs: tuple[int, ...] = (8, 16, 32, 64)
+    num_samples: int = 256
+    keys: tuple[int, int] = (DEFAULT_KEYS.start, DEFAULT_KEYS.stop)
+    values: tuple[int, int] = (DEFAULT_VALUES.start, DEFAULT_VALUES.stop)
+    batch_size: int = 32
+    segment_length: int = DEFAULT_SEGMENT_LENGTH
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_segment_length(self.segment_length)
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
+        if not self.num_pairs or min(self.num_pairs) < 1 or len(set(self.num_pairs)) != len(self.num_pairs):
+            raise ConfigError(f"num_pairs must be different numbers of 1 or more, not {list(self.num_pairs)}")
+        for name in ("keys", "values"):
+            first, end = getattr(self, name)
+            if not 0 <= first < end:
+                raise ConfigError(f"{name} must be FIRST:END with 0 <= FIRST < END, not {first}:{end}")
+        first, end = self.keys
+        if max(self.num_pairs) > end - first:
+            raise ConfigError(
+                f"mqar cannot draw {max(self.num_pairs)} distinct keys from {first}:{end}; "
+                f"set --num-pairs to at most {end - first} or a wider --key-ids"
+            )
+
+
+def guessing_accuracy(num_pairs: int, settings: MqarSettings) -> float:
+    """Return the accuracy of a model that knows which values are in the context, but not whose they are."""
+    first, end = settings.values
+    return 1 / num_pairs + (1 - 1 / num_pairs) / (end - first)
+
+
+def mqar_units(model: RecurrentLM, settings: MqarSettings) -> list[Unit]:
+    """Return the suite's units: a batch of documents each.
+
+    Args:
+        model: The model, fp32 where the figures are to be compared.
+        settings: What to measure.
+
+    Raises:
+        ConfigError: The keys or values are outside the model's vocabulary.
+    """
+    vocab_size = model.config.vocab_size
+    for name, (first, end) in (("keys", settings.keys), ("values", settings.values)):
+        if end > vocab_size:
+            raise ConfigError(
+                f"mqar {name} {first}:{end} do not fit the model's vocabulary of {vocab_size}; "
+                f"set --{name[:-1]}-ids FIRST:END with END at most {vocab_size}"
+            )
+
+    @functools.cache
+    def documents(num_pairs: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+        return generate_mqar(
+            num_pairs,
+            settings.num_samples,
+            seed=settings.seed,
+            keys=range(*settings.keys),
+            values=range(*settings.values),
+        )
+
+    def run(num_pairs: int, samples: slice) -> list[Record]:
+        tokens, mask = documents(num_pairs)
+        shares = score_mqar(
+            model,
+            tokens[samples],
+            mask[samples],
+            batch_size=settings.batch_size,
+            segment_length=settings.segment_length,
+        )
+        return [
+            {"num_pairs": num_pairs, "sample": i, "accuracy": share}
+            for i, share in enumerate(shares.tolist(), start=samples.start)
+        ]
+
+    units: list[Unit] = []
+    for num_pairs in settings.num_pairs:
+        for start in range(0, settings.num_samples, settings.batch_size):
+            samples = slice(start, min(start + settings.batch_size, settings.num_samples))
+            units.append(
+                Unit(
+                    key=f"{num_pairs} pairs, documents {samples.start}..{samples.stop - 1}",
+                    run=functools.partial(run, num_pairs, samples),
+                    tokens=4 * num_pairs * (samples.stop - samples.start),
+                )
+            )
+    return units
+
+
+def summarise_mqar(records: Sequence[Record], settings: MqarSettings) -> dict[int, Estimate]:
+    """Return the accuracy for each number of pairs, with its interval over documents."""
+    return {
+        n: bootstrap([r["accuracy"] for r in records if r["num_pairs"] == n], seed=settings.seed)
+        for n in settings.num_pairs
+    }
+
+
+def pairs_recalled(accuracy: float, num_pairs: int, settings: MqarSettings) -> float:
+    """Return how many of the pairs are recalled rather than guessed: ``n (a - g) / (1 - g)``, at least 0."""
+    guessing = guessing_accuracy(num_pairs, settings)
+    return max(0.0, num_pairs * (accuracy - guessing) / (1 - guessing)) if guessing < 1 else float(num_pairs)
+
+
+def write_mqar(
+    records: Sequence[Record],
+    directory: Path,
+    settings: MqarSettings,
+    *,
+    model: Mapping[str, Any],
+    timing: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write ``mqar.json``, ``mqar.jsonl``, ``mqar.png`` (accuracy) and ``mqar_capacity.png`` (pairs recalled).
+
+    Args:
+        records: What the units of :func:`mqar_units` found.
+        directory: An existing directory.
+        settings: What was asked for.
+        model: What is known of the model.
+        timing: How long it took.
+
+    Returns:
+        The files, the summary first.
+    """
+    result = summarise_mqar(records, settings)
+    pairs = sorted(result)
+    plot = plot_curve(
+        pairs,
+        [result[n] for n in pairs],
+        title="Associative recall",
+        x_label="key-value pairs in the context",
+        y_label="accuracy (band: 95 % interval)",
+        y_limits=(-0.03, 1.03),
+        reference=([guessing_accuracy(n, settings) for n in pairs], "any value of the context"),
+    )
+    recalled = {n: [pairs_recalled(value, n, settings) for value in (e.mean, e.low, e.high)] for n, e in result.items()}
+    capacity = plot_curve(
+        pairs,
+        [
+            Estimate(mean=m, low=low, high=high, samples=settings.num_samples)
+            for m, low, high in (recalled[n] for n in pairs)
+        ],
+        title="Capacity: pairs recalled rather than guessed",
+        x_label="key-value pairs in the context",
+        y_label="pairs recalled (band: 95 % interval)",
+        reference=(pairs, "all of them"),
+    )
+    held = [n for n in pairs if result[n].mean >= NEAR_PERFECT]
+    summary = {
+        "version": RESULT_VERSION,
+        "suite": "mqar",
+        "model": model,
+        "by_num_pairs": {
+            str(n): {
+                **result[n].to_dict(),
+                "guessing": guessing_accuracy(n, settings),
+                **dict(zip(("pairs_recalled", "pairs_recalled_low", "pairs_recalled_high"), recalled[n], strict=True)),
+            }
+            for n in settings.num_pairs
+        },
+        "capacity": {"threshold": NEAR_PERFECT, "num_pairs": max(held, default=None)},
+        "settings": dataclasses.asdict(settings),
+        "timing": timing or {},
+    }
+    return write_results(directory, "mqar", summary, records, {"mqar.png": plot, "mqar_capacity.png": capacity})

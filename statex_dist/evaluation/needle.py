@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 
 from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError
+from statex_dist.evaluation.haystack import fresh_sentences, made_up_sentences, read_haystack
 from statex_dist.evaluation.streaming import (
     DEFAULT_SEGMENT_LENGTH,
     decode_greedily,
     device_of,
     evaluating,
-    rows_that_fit,
 )
 from statex_dist.models.lm import RecurrentLM
 
@@ -33,11 +33,6 @@ NUM_DIGITS = 5
 INSTRUCTION = "A passkey is hidden in the text below. Remember it.\n"
 NEEDLE = "\nThe passkey is {key}. Remember it. {key} is the passkey.\n"
 QUESTION = "\nWhat is the passkey? The passkey is"
-
-_MAX_HAYSTACK_BYTES = 64 << 20
-_SUBJECTS = ("river", "garden", "old bridge", "market", "lighthouse", "forest", "harbour", "village", "meadow", "train")
-_VERBS = ("rests beside", "looks over", "turns towards", "belongs to", "is older than", "lies behind", "faces")
-_PLACES = ("hills", "northern road", "sea", "empty square", "stone wall", "orchard", "railway", "quiet valley")
 
 Haystack = Callable[[np.random.Generator, int], npt.NDArray[np.int64]]
 """Draws a given number of filler tokens."""
@@ -65,39 +60,21 @@ def depth_values(depths: int) -> list[float]:
 
 def filler_haystack(tokenizer: Tokenizer) -> Haystack:
     """Return a source of made-up sentences without any digit."""
-
-    def draw(rng: np.random.Generator, num_tokens: int) -> npt.NDArray[np.int64]:
-        ids, sentences = np.empty(0, np.int64), max(1, num_tokens // 4)
-        while len(ids) < num_tokens:
-            subject, verb, place = (rng.integers(len(words), size=sentences) for words in (_SUBJECTS, _VERBS, _PLACES))
-            text = " ".join(
-                f"The {_SUBJECTS[s]} {_VERBS[v]} the {_PLACES[p]}."
-                for s, v, p in zip(subject, verb, place, strict=True)
-            )
-            ids = np.concatenate([ids, tokenizer.encode(text).astype(np.int64)])
-        return ids[:num_tokens]
-
-    return draw
+    source = fresh_sentences(made_up_sentences, tokenizer)
+    return lambda rng, num_tokens: source(rng, num_tokens)[0]
 
 
 def file_haystack(path: Path, tokenizer: Tokenizer) -> Haystack:
-    """Return a source that cuts pieces from random places of a text file (its first 64 MiB), wrapping at its end.
+    """Return a source that cuts pieces from random places of a text (its first 64 MiB), wrapping at its end.
+
+    Args:
+        path: What :func:`~statex_dist.evaluation.haystack.read_haystack` reads.
+        tokenizer: The model's tokenizer.
 
     Raises:
         DataError: The file is missing, empty or not UTF-8.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_HAYSTACK_BYTES)
-            # A character may be cut where reading stopped, never where the file ends.
-            text = content.decode("utf-8", errors="ignore" if file.read(1) else "strict")
-    except OSError as error:
-        raise DataError(f"haystack {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"haystack {path} is not UTF-8 text: byte {error.start}") from None
-    ids = tokenizer.encode(text).astype(np.int64)
-    if not len(ids):
-        raise DataError(f"haystack {path} is empty; give a text file or leave the option out for made-up sentences")
+    ids = tokenizer.encode(read_haystack(path, tokenizer)).astype(np.int64)
 
     def draw(rng: np.random.Generator, num_tokens: int) -> npt.NDArray[np.int64]:
         return ids[(int(rng.integers(len(ids))) + np.arange(num_tokens)) % len(ids)]
@@ -112,7 +89,14 @@ def min_length(tokenizer: Tokenizer) -> int:
 
 
 def build_prompts(
-    length: int, depth: float, num_samples: int, *, seed: int, tokenizer: Tokenizer, haystack: Haystack | None = None
+    length: int,
+    depth: float,
+    num_samples: int,
+    *,
+    seed: int,
+    tokenizer: Tokenizer,
+    haystack: Haystack | None = None,
+    first_sample: int = 0,
 ) -> NeedlePrompts:
     """Draw prompts.
 
@@ -120,31 +104,35 @@ def build_prompts(
         length: Tokens of every prompt, the question included, the answer not.
         depth: Share of the haystack before the needle, 0..1.
         num_samples: Prompts ``S``.
-        seed: With ``length`` and ``depth`` it fixes the prompts.
+        seed: With ``length``, ``depth`` and a prompt's number it fixes the prompt.
         tokenizer: The model's tokenizer.
         haystack: Where the filler comes from; None for :func:`filler_haystack`.
+        first_sample: Number of the first prompt.
 
     Raises:
         ConfigError: The length leaves no room for a haystack.
     """
     draw = haystack or filler_haystack(tokenizer)
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, length, round(depth * 1_000_000)))))
-    keys = tuple(f"{key:0{NUM_DIGITS}d}" for key in rng.integers(10**NUM_DIGITS, size=num_samples))
+    keys: list[str] = []
     tokens = np.empty((num_samples, length), np.int64)
     positions = np.empty(num_samples, np.int64)
     instruction, question = (tokenizer.encode(text).astype(np.int64) for text in (INSTRUCTION, QUESTION))
-    for i, key in enumerate(keys):
+    for i in range(num_samples):
+        place = (seed, length, round(depth * 1_000_000), first_sample + i)
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(place)))
+        key = f"{rng.integers(10**NUM_DIGITS):0{NUM_DIGITS}d}"
+        keys.append(key)
         needle = tokenizer.encode(NEEDLE.format(key=key)).astype(np.int64)
         room = length - len(instruction) - len(needle) - len(question)
         if room < 1:
             raise ConfigError(
-                f"needle: length {length} leaves no room for a haystack; the prompt alone takes {length - room} "
+                f"passkey: length {length} leaves no room for a haystack; the prompt alone takes {length - room} "
                 f"tokens: set --lengths above that"
             )
         filler, before = draw(rng, room), int(depth * room)
         tokens[i] = np.concatenate([instruction, filler[:before], needle, filler[before:], question])
         positions[i] = len(instruction) + before
-    return NeedlePrompts(tokens=tokens, keys=keys, positions=positions)
+    return NeedlePrompts(tokens=tokens, keys=tuple(keys), positions=positions)
 
 
 def answer_prompts(
@@ -161,16 +149,14 @@ def answer_prompts(
         model: The model.
         prompts: What to ask.
         tokenizer: The model's tokenizer.
-        batch_size: Prompts per forward pass, fewer where the logits would take too much memory.
+        batch_size: Prompts per forward pass.
         segment_length: Tokens of a prompt per forward pass.
 
     Raises:
-        CheckpointError: The model's logits are not finite.
+        CheckpointError: The model's logits are not finite; layer and position are named.
     """
     device = device_of(model)
     answers: list[str] = []
-    length = prompts.tokens.shape[1]
-    batch_size = rows_that_fit(model, min(length, segment_length), batch_size)
     with evaluating(model):
         for start in range(0, len(prompts.tokens), batch_size):
             ids = torch.as_tensor(prompts.tokens[start : start + batch_size], device=device)

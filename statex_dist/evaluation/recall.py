@@ -1,24 +1,49 @@
-"""The ``recall`` suite: key-value pairs by number (mqar) and a passkey by depth and length (needle)."""
+"""The ``recall`` suite: facts hidden in long prompts, by length of the prompt and depth of the fact.
+
+Tasks: the passkey of :mod:`~statex_dist.evaluation.needle` and the eight of :mod:`~statex_dist.evaluation.ruler`. All
+prompts of a batch are of one length and are read side by side, segment by segment with a carried state, then answered
+greedily; decoding ends when every row has said all its answers or EOS. Nothing but the tokens grows with the length.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import xxhash
 
-from statex_dist.data.progress import ProgressLine
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation import mqar, needle
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, plot_heat_map, write_results
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_segment_length
+from statex_dist.evaluation import needle, ruler
+from statex_dist.evaluation.haystack import (
+    SentenceSource,
+    fresh_sentences,
+    made_up_sentences,
+    read_haystack,
+    running_text,
+    split_sentences,
+)
+from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_heat_map, write_results
+from statex_dist.evaluation.streaming import (
+    DEFAULT_SEGMENT_LENGTH,
+    check_segment_length,
+    check_vocabulary,
+    decode_greedily,
+    device_of,
+    evaluating,
+)
 from statex_dist.models.lm import RecurrentLM
 
-TASKS = ("mqar", "needle")
+PASSKEY = "passkey"
+TASKS = (PASSKEY, *ruler.RULER_TASKS)
+DEFAULT_TASKS = (PASSKEY, "niah_single_1", "niah_single_2", "niah_single_3")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,28 +52,23 @@ class RecallSettings:
 
     Attributes:
         tasks: Of :data:`TASKS`.
-        num_pairs: Numbers of key-value pairs.
-        mqar_samples: Documents for each number of pairs.
-        keys: First id of the keys and one past the last.
-        values: First id of the values and one past the last.
-        lengths: Needle: tokens of a prompt.
-        depths: Needle: number of depths.
-        needle_samples: Needle: prompts for each length and depth.
-        haystack: Needle: a text file; None for made-up sentences.
-        batch_size: Samples per forward pass.
+        lengths: Tokens of a prompt.
+        depths: Number of depths.
+        num_samples: Prompts for each task, length and depth.
+        haystack: Text to hide the facts in; None for made-up sentences. ``niah_single_1`` and ``niah_multikey_2`` and
+            ``_3`` have haystacks of their own.
+        max_new_tokens: Tokens that a model may say to a RULER prompt; a passkey takes six.
+        batch_size: Prompts per forward pass.
         segment_length: Tokens per forward pass.
-        seed: Of all documents and of the intervals.
+        seed: Of all prompts and of the intervals.
     """
 
-    tasks: tuple[str, ...] = TASKS
-    num_pairs: tuple[int, ...] = (8, 16, 32, 64)
-    mqar_samples: int = 256
-    keys: tuple[int, int] = (mqar.DEFAULT_KEYS.start, mqar.DEFAULT_KEYS.stop)
-    values: tuple[int, int] = (mqar.DEFAULT_VALUES.start, mqar.DEFAULT_VALUES.stop)
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048)
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    lengths: tuple[int, ...] = (4096, 8192, 16384)
     depths: int = 5
-    needle_samples: int = 20
+    num_samples: int = 20
     haystack: str | None = None
+    max_new_tokens: int = ruler.MAX_NEW_TOKENS
     batch_size: int = 32
     segment_length: int = DEFAULT_SEGMENT_LENGTH
     seed: int = 0
@@ -57,225 +77,248 @@ class RecallSettings:
         if not self.tasks:
             raise ConfigError(f"no task given; tasks of recall: {', '.join(TASKS)}")
         for task in self.tasks:
+            if task == "mqar":
+                raise ConfigError("mqar is a suite of its own: statex eval mqar")
             if task not in TASKS:
                 raise ConfigError(f"task {task!r} is unknown; tasks of recall: {', '.join(TASKS)}")
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"tasks {list(self.tasks)} name one twice; name each once")
-        for name in ("mqar_samples", "needle_samples", "depths", "batch_size"):
+        for name in ("num_samples", "depths", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
         check_segment_length(self.segment_length)
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, not {self.seed}")
-        for name in ("num_pairs", "lengths"):
-            numbers = getattr(self, name)
-            if not numbers or min(numbers) < 1 or len(set(numbers)) != len(numbers):
-                raise ConfigError(f"{name} must be different numbers of 1 or more, not {list(numbers)}")
-        for name in ("keys", "values"):
-            first, end = getattr(self, name)
-            if not 0 <= first < end:
-                raise ConfigError(f"{name} must be FIRST:END with 0 <= FIRST < END, not {first}:{end}")
+        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
+            raise ConfigError(f"lengths must be different numbers of 1 or more, not {list(self.lengths)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RecallResult:
-    """What the suite found.
+class _Asked:
+    """A prompt of any task, and how its answer is scored."""
 
-    Attributes:
-        settings: What was asked for.
-        mqar: Accuracy by number of pairs; empty if the task was not run.
-        needle: Accuracy by length and depth; empty if the task was not run.
-        needle_by_length: Accuracy by length, all depths together.
-        samples: One record a document or prompt.
-        seconds: Wall time of each task.
-    """
-
-    settings: RecallSettings
-    mqar: dict[int, Estimate]
-    needle: dict[tuple[int, float], Estimate]
-    needle_by_length: dict[int, Estimate]
-    samples: list[dict[str, Any]]
-    seconds: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the tasks' figures in the form of ``recall.json``."""
-        tasks: dict[str, Any] = {}
-        if self.mqar:
-            tasks["mqar"] = {
-                "by_num_pairs": {
-                    str(n): {**estimate.to_dict(), "guessing": guessing_accuracy(n, self.settings)}
-                    for n, estimate in self.mqar.items()
-                }
-            }
-        if self.needle:
-            tasks["needle"] = {
-                "by_length": {str(length): estimate.to_dict() for length, estimate in self.needle_by_length.items()},
-                "cells": [{"length": n, "depth": d, **estimate.to_dict()} for (n, d), estimate in self.needle.items()],
-            }
-        return {"tasks": tasks, "settings": dataclasses.asdict(self.settings), "seconds": self.seconds}
+    tokens: np.ndarray
+    answers: tuple[str, ...]
+    depths: tuple[float, ...]
+    positions: tuple[int, ...]
 
 
-def guessing_accuracy(num_pairs: int, settings: RecallSettings) -> float:
-    """Return the accuracy of a model that knows which values are in the context, but not whose they are."""
-    first, end = settings.values
-    return 1 / num_pairs + (1 - 1 / num_pairs) / (end - first)
-
-
-def run_recall(model: RecurrentLM, settings: RecallSettings, *, tokenizer: Tokenizer | None = None) -> RecallResult:
-    """Run the suite.
+def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokenizer) -> list[Unit]:
+    """Return the suite's units: a batch of prompts of one task, length and depth each.
 
     Args:
         model: The model, fp32 where the figures are to be compared.
         settings: What to measure.
-        tokenizer: The model's; only needle needs it.
+        tokenizer: The model's.
 
     Raises:
-        ConfigError: The settings do not fit the model or each other; found before anything is run.
+        ConfigError: The tokenizer does not fit the model, or a length is below what the prompt itself takes.
         DataError: The haystack cannot be read.
-        CheckpointError: The model's output is not finite.
     """
-    haystack = _check(model, settings, tokenizer)
-    result = RecallResult(settings=settings, mqar={}, needle={}, needle_by_length={}, samples=[], seconds={})
-    for task in settings.tasks:
-        begin = time.monotonic()
-        if task == "mqar":
-            _run_mqar(model, result)
-        else:
-            assert tokenizer is not None
-            _run_needle(model, result, tokenizer, haystack)
-        result.seconds[task] = round(time.monotonic() - begin, 3)
-    return result
-
-
-def _check(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokenizer | None) -> needle.Haystack | None:
-    vocab_size = model.config.vocab_size
-    if "mqar" in settings.tasks:
-        for name, (first, end) in (("keys", settings.keys), ("values", settings.values)):
-            if end > vocab_size:
-                raise ConfigError(
-                    f"mqar {name} {first}:{end} do not fit the model's vocabulary of {vocab_size}; "
-                    f"set --{name[:-1]}-ids FIRST:END with END at most {vocab_size}"
-                )
-        first, end = settings.keys
-        if max(settings.num_pairs) > end - first:
-            raise ConfigError(
-                f"mqar cannot draw {max(settings.num_pairs)} distinct keys from {first}:{end}; "
-                f"set --num-pairs to at most {end - first} or a wider --key-ids"
-            )
-    if "needle" not in settings.tasks:
-        return None
-    if tokenizer is None:
-        raise ConfigError("the needle task needs the model's tokenizer; set --tokenizer bytes or a directory")
     check_vocabulary(model, tokenizer)
-    if min(settings.lengths) <= (shortest := needle.min_length(tokenizer)):
-        raise ConfigError(
-            f"needle: length {min(settings.lengths)} leaves no room for a haystack; the prompt alone takes "
-            f"{shortest} tokens: set --lengths above that"
-        )
-    return needle.file_haystack(Path(settings.haystack), tokenizer) if settings.haystack else None
-
-
-def check_vocabulary(model: RecurrentLM, tokenizer: Tokenizer) -> None:
-    """Raise if the tokenizer has ids that the model has no embedding for.
-
-    Raises:
-        ConfigError: It has.
-    """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"tokenizer {tokenizer.spec!r} has {tokenizer.vocab_size} ids, the model a vocabulary of "
-            f"{model.config.vocab_size}; set --tokenizer to the one that the model was trained with"
-        )
-
-
-def _run_mqar(model: RecurrentLM, result: RecallResult) -> None:
-    settings = result.settings
-    with ProgressLine("mqar", len(settings.num_pairs), "numbers of pairs") as progress:
-        for num_pairs in settings.num_pairs:
-            tokens, mask = mqar.generate_mqar(
-                num_pairs,
-                settings.mqar_samples,
-                seed=settings.seed,
-                keys=range(*settings.keys),
-                values=range(*settings.values),
+    for task in settings.tasks:
+        own = needle.min_length(tokenizer) if task == PASSKEY else ruler.min_length(task, tokenizer)
+        if min(settings.lengths) <= own:
+            raise ConfigError(
+                f"{task}: length {min(settings.lengths)} leaves no room for a haystack; the prompt alone takes {own} "
+                "tokens: set --lengths above that"
             )
-            accuracy = mqar.score_mqar(model, tokens, mask, batch_size=settings.batch_size)
-            result.mqar[num_pairs] = bootstrap(accuracy, seed=settings.seed)
-            result.samples.extend(
-                {"task": "mqar", "num_pairs": num_pairs, "sample": i, "accuracy": value}
-                for i, value in enumerate(accuracy.tolist())
-            )
-            progress.advance(1, tokens.size)
-
-
-def _run_needle(
-    model: RecurrentLM, result: RecallResult, tokenizer: Tokenizer, haystack: needle.Haystack | None
-) -> None:
-    settings = result.settings
+    passkey_haystack, essay, digest = _haystacks(settings, tokenizer)
     depths = needle.depth_values(settings.depths)
-    with ProgressLine("needle", len(settings.lengths) * len(depths), "cells") as progress:
+
+    def prompts(task: str, length: int, depth: int, samples: range) -> list[_Asked]:
+        if task == PASSKEY:
+            drawn = needle.build_prompts(
+                length,
+                depths[depth],
+                len(samples),
+                seed=settings.seed,
+                tokenizer=tokenizer,
+                haystack=passkey_haystack,
+                first_sample=samples.start,
+            )
+            rows = zip(drawn.tokens, drawn.keys, drawn.positions.tolist(), strict=True)
+            return [
+                _Asked(tokens=tokens, answers=(key,), depths=(depths[depth],), positions=(position,))
+                for tokens, key, position in rows
+            ]
+        made = (
+            ruler.build_ruler_prompt(
+                task,
+                length,
+                depth,
+                depths=depths,
+                seed=settings.seed,
+                sample=sample,
+                tokenizer=tokenizer,
+                essay=essay,
+            )
+            for sample in samples
+        )
+        return [_Asked(tokens=p.tokens, answers=p.answers, depths=p.depths, positions=p.positions) for p in made]
+
+    def run(task: str, length: int, depth: int, samples: range) -> list[Record]:
+        asked = prompts(task, length, depth, samples)
+        said = _answer(model, task, asked, settings, tokenizer)
+        records: list[Record] = []
+        for sample, prompt, text in zip(samples, asked, said, strict=True):
+            right = _score(task, text, prompt.answers)
+            places = zip(prompt.depths, prompt.positions, right, strict=True)
+            records.append(
+                {
+                    **{"task": task, "length": length, "depth": depths[depth], "sample": sample},
+                    **{"answers": list(prompt.answers), "said": text, "score": sum(right) / len(right)},
+                    "needles": [{"depth": d, "position": p, "right": ok} for d, p, ok in places],
+                }
+            )
+        return records
+
+    units: list[Unit] = []
+    for task in settings.tasks:
         for length in settings.lengths:
-            of_length: list[bool] = []
-            for depth in depths:
-                prompts = needle.build_prompts(
-                    length,
-                    depth,
-                    settings.needle_samples,
-                    seed=settings.seed,
-                    tokenizer=tokenizer,
-                    haystack=haystack,
-                )
-                answers = needle.answer_prompts(
-                    model,
-                    prompts,
-                    tokenizer=tokenizer,
-                    batch_size=settings.batch_size,
-                    segment_length=settings.segment_length,
-                )
-                right = [answer == key for answer, key in zip(answers, prompts.keys, strict=True)]
-                result.needle[length, depth] = bootstrap(right, seed=settings.seed)
-                of_length.extend(right)
-                place = {"task": "needle", "length": length, "depth": depth}
-                result.samples.extend(
-                    {**place, "sample": i, "key": prompts.keys[i], "answer": answers[i], "right": right[i]}
-                    for i in range(len(right))
-                )
-                progress.advance(1, prompts.tokens.size)
-            result.needle_by_length[length] = bootstrap(of_length, seed=settings.seed)
+            for depth in range(settings.depths):
+                for start in range(0, settings.num_samples, settings.batch_size):
+                    samples = range(start, min(start + settings.batch_size, settings.num_samples))
+                    name = f"{task}, length {length}, depth {depth}, samples {samples.start}..{samples.stop - 1}"
+                    units.append(
+                        Unit(
+                            key=f"{name}, haystack {digest}",
+                            run=functools.partial(run, task, length, depth, samples),
+                            tokens=length * len(samples),
+                        )
+                    )
+    return units
 
 
-def write_recall(result: RecallResult, directory: Path, *, model: dict[str, Any]) -> list[Path]:
-    """Write ``recall.json``, ``recall.jsonl`` and a PNG for each task.
+def _haystacks(settings: RecallSettings, tokenizer: Tokenizer) -> tuple[needle.Haystack, SentenceSource, str]:
+    """Return filler for passkeys and for RULER, and a digest of the text that it comes from."""
+    if settings.haystack is None:
+        return needle.filler_haystack(tokenizer), fresh_sentences(made_up_sentences, tokenizer), "made up"
+    text = read_haystack(Path(settings.haystack), tokenizer)
+    sentences = running_text(split_sentences(text), tokenizer)
+    digest = xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
+    return lambda rng, num_tokens: sentences(rng, num_tokens)[0], sentences, digest
+
+
+def _answer(
+    model: RecurrentLM, task: str, asked: Sequence[_Asked], settings: RecallSettings, tokenizer: Tokenizer
+) -> list[str]:
+    # One token for a space and one for each digit is the most that any tokenizer needs for a passkey.
+    num_tokens = needle.NUM_DIGITS + 1 if task == PASSKEY else settings.max_new_tokens
+
+    def enough(row: int, produced: list[int]) -> bool:
+        if produced[-1] == tokenizer.eos_token_id:
+            return True
+        return task != PASSKEY and all(ruler.score_answer(tokenizer.decode(produced), asked[row].answers))
+
+    ids = torch.as_tensor(np.stack([prompt.tokens for prompt in asked]), device=device_of(model))
+    with evaluating(model):
+        produced = decode_greedily(model, ids, num_tokens, segment_length=settings.segment_length, stop=enough)
+    return [tokenizer.decode(_until(row, tokenizer.eos_token_id)) for row in produced.cpu().tolist()]
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def _score(task: str, text: str, answers: Sequence[str]) -> list[bool]:
+    if task == PASSKEY:
+        return [text.lstrip()[: needle.NUM_DIGITS] == answers[0]]
+    return ruler.score_answer(text, answers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskResult:
+    """What was found for a task: shares of right answers.
+
+    Attributes:
+        overall: All lengths and depths together.
+        by_length: Accuracy by length.
+        cells: Accuracy by length and depth: each asked needle counts at its own depth.
+    """
+
+    overall: Estimate
+    by_length: dict[int, Estimate]
+    cells: dict[tuple[int, float], Estimate]
+
+
+def summarise_recall(records: Sequence[Record], settings: RecallSettings) -> dict[str, TaskResult]:
+    """Return each task's accuracies, with intervals over prompts."""
+    results: dict[str, TaskResult] = {}
+    for task in settings.tasks:
+        of_task = [record for record in records if record["task"] == task]
+        cells: dict[tuple[int, float], Estimate] = {}
+        by_length: dict[int, Estimate] = {}
+        for length in settings.lengths:
+            of_length = [record for record in of_task if record["length"] == length]
+            by_length[length] = _mean(of_length, settings)
+            for depth in needle.depth_values(settings.depths):
+                # A prompt with several asked needles may have none, one or more of them at this depth.
+                right = [[n["right"] for n in record["needles"] if n["depth"] == depth] for record in of_length]
+                right = [row for row in right if row]
+                cells[length, depth] = bootstrap(
+                    [sum(row) / len(row) for row in right], weights=[len(row) for row in right], seed=settings.seed
+                )
+        results[task] = TaskResult(overall=_mean(of_task, settings), by_length=by_length, cells=cells)
+    return results
+
+
+def _mean(records: Sequence[Record], settings: RecallSettings) -> Estimate:
+    return bootstrap([record["score"] for record in records], seed=settings.seed)
+
+
+def write_recall(
+    records: Sequence[Record],
+    directory: Path,
+    settings: RecallSettings,
+    *,
+    model: Mapping[str, Any],
+    timing: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write ``recall.json``, ``recall.jsonl`` and a heat map ``recall_TASK.png`` for each task.
 
     Args:
-        result: What :func:`run_recall` returned.
+        records: What the units of :func:`recall_units` found.
         directory: An existing directory.
-        model: What is known of the model; ``directory`` and ``seed`` should be in it or in the settings.
+        settings: What was asked for.
+        model: What is known of the model.
+        timing: How long it took.
 
     Returns:
         The files, the summary first.
     """
-    plots: dict[str, bytes] = {}
-    if result.mqar:
-        pairs = sorted(result.mqar)
-        plots["recall_mqar.png"] = plot_curve(
-            pairs,
-            [result.mqar[n] for n in pairs],
-            title="Associative recall",
-            x_label="key-value pairs in the context",
-            y_label="accuracy (band: 95 % interval)",
-            y_limits=(-0.03, 1.03),
-            reference=([guessing_accuracy(n, result.settings) for n in pairs], "any value of the context"),
-        )
-    if result.needle:
-        lengths, depths = sorted(result.needle_by_length), sorted({depth for _, depth in result.needle})
-        plots["recall_needle.png"] = plot_heat_map(
-            np.array([[result.needle[length, depth].mean for length in lengths] for depth in depths]),
-            columns=[str(length) for length in lengths],
+    results = summarise_recall(records, settings)
+    lengths, depths = sorted(settings.lengths), needle.depth_values(settings.depths)
+    plots = {
+        f"recall_{task}.png": plot_heat_map(
+            np.array([[result.cells[length, depth].mean for length in lengths] for depth in depths]),
+            columns=[length_name(length) for length in lengths],
             rows=[f"{100 * depth:.0f} %" for depth in depths],
-            title="Passkey in a haystack",
+            title=task,
             x_label="context length (tokens)",
             y_label="depth of the needle",
         )
-    summary = {"version": RESULT_VERSION, "suite": "recall", "model": model, **result.to_dict()}
-    return write_results(directory, "recall", summary, result.samples, plots)
+        for task, result in results.items()
+    }
+    summary = {
+        "version": RESULT_VERSION,
+        "suite": "recall",
+        "model": model,
+        "tasks": {
+            task: {
+                "overall": result.overall.to_dict(),
+                "by_length": {str(length): estimate.to_dict() for length, estimate in result.by_length.items()},
+                "cells": [{"length": n, "depth": d, **e.to_dict()} for (n, d), e in result.cells.items()],
+            }
+            for task, result in results.items()
+        },
+        "overall": _mean(records, settings).to_dict(),
+        "settings": dataclasses.asdict(settings),
+        "timing": timing or {},
+    }
+    return write_results(directory, "recall", summary, records, plots)
+
+
+def length_name(length: int) -> str:
+    """Return ``4K`` for 4096, and the number itself where it is no multiple of 1024."""
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)

@@ -17,7 +17,7 @@ from statex_dist.checkpoint.layout import TEMPORARY_PREFIX
 from statex_dist.checkpoint.manifest import sync, write_durably
 from statex_dist.errors import ConfigError
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 """Version of the JSON files' layout."""
 
 _RESAMPLES = 2000
@@ -105,7 +105,7 @@ def write_results(
     Args:
         directory: An existing directory.
         suite: Stem of ``SUITE.json`` and ``SUITE.jsonl``.
-        summary: Contents of ``SUITE.json``, which is removed first and written last.
+        summary: Contents of ``SUITE.json``, which is removed first and written last; the plots' names are added.
         rows: One record a sample.
         plots: PNG by file name.
 
@@ -118,7 +118,8 @@ def write_results(
     write_durably(samples, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
     for name, content in plots.items():
         _write_bytes(directory / name, content)
-    write_durably(target, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    whole = {**summary, "plots": list(plots)}
+    write_durably(target, json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return [target, samples, *(directory / name for name in plots)]
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
+
+log = logging.getLogger(__name__)
 
 DEFAULT_SEGMENT_LENGTH = 1024
 """Tokens per forward pass."""
 
 MAX_LOGITS = 1 << 26
 """Logits held at once (256 MiB of fp32): a large vocabulary gets smaller batches and segments, not more memory."""
+
+Stop = Callable[[int, list[int]], bool]
+"""Says whether a row needs no more tokens, given its index and what it has produced."""
 
 
 @contextmanager
@@ -51,6 +60,27 @@ def check_segment_length(segment_length: int) -> None:
         raise ConfigError(f"segment length must be 1 or more, not {segment_length}")
 
 
+def check_vocabulary(model: RecurrentLM, tokenizer: Tokenizer) -> None:
+    """Raise if the tokenizer has ids that the model has no embedding for.
+
+    Raises:
+        ConfigError: It has.
+    """
+    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    if ids > rows:
+        raise ConfigError(
+            f"tokenizer {tokenizer.spec!r} has ids up to {ids - 1}, the model's embedding ends at {rows - 1}; "
+            "set --tokenizer to the one that the model was trained with"
+        )
+
+
+def doubt_tokenizer(model: RecurrentLM, tokenizer: Tokenizer) -> None:
+    """Warn if the tokenizer leaves most of the model's embedding unused: it may be that of another model."""
+    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    if ids < rows // 2:
+        log.warning("tokenizer %r has %d ids, the model's embedding %d: is it the model's?", tokenizer.spec, ids, rows)
+
+
 def check_finite(values: torch.Tensor, where: str) -> None:
     """Raise if a model's output is not finite.
 
@@ -61,31 +91,100 @@ def check_finite(values: torch.Tensor, where: str) -> None:
         raise CheckpointError(f"the model's output is NaN or infinite ({where}); its weights or its gates are damaged")
 
 
+def explain_not_finite(
+    model: RecurrentLM, input_ids: torch.Tensor, states: list[LayerState] | None, *, position: int = 0
+) -> CheckpointError:
+    """Return an error that names the layer and the position at which a model's numbers stop being finite.
+
+    The model reads the segment again with a look at each of its parts, in the order in which they compute.
+
+    Args:
+        model: The model.
+        input_ids: ``[B, T]`` int64, the segment whose output is not finite.
+        states: Each layer's state before the segment, or None for zero.
+        position: Position of the segment's first token.
+    """
+    found: list[tuple[str, int]] = []
+
+    def look(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        assert isinstance(hidden, torch.Tensor)
+        bad = ~torch.isfinite(hidden).all(dim=-1).all(dim=0)
+        if bad.any():
+            found.append((name, position + int(bad.nonzero()[0])))
+
+    trunk = model.trunk
+    parts: list[tuple[str, nn.Module]] = [("the embeddings", trunk.embedding_table)]
+    parts += [(f"layer {i}", layer) for i, layer in enumerate(trunk.layers)]
+    parts += [("the final norm", trunk.get_submodule(trunk.final_norm_name)), ("the head", model.lm_head)]
+    hooks = [part.register_forward_hook(functools.partial(look, name)) for name, part in parts]
+    try:
+        after = model(input_ids, states=states, output_states=True).states
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if (layer := _first_not_finite(states or [])) is not None:
+        found.insert(0, (f"the state of layer {layer}", position - 1))
+    elif not found and (layer := _first_not_finite(after)) is not None:
+        found.append((f"the state of layer {layer}", position + input_ids.shape[1] - 1))
+    where = (
+        "not at the same place when read again" if not found else f"first in {found[0][0]} at position {found[0][1]}"
+    )
+    return CheckpointError(f"the model's output is NaN or infinite, {where}; its weights or its gates are damaged")
+
+
+def _first_not_finite(states: Sequence[LayerState]) -> int | None:
+    """Return the first layer whose state holds NaN or infinity."""
+    if not states:
+        return None
+    # One answer for all layers: each by itself would wait for the device.
+    finite = torch.stack([torch.stack([x.isfinite().all() for x in state]).all() for state in states])
+    return None if finite.all() else int((~finite).nonzero()[0])
+
+
 def prefill(
-    model: RecurrentLM, input_ids: torch.Tensor, *, segment_length: int = DEFAULT_SEGMENT_LENGTH
+    model: RecurrentLM,
+    input_ids: torch.Tensor,
+    *,
+    segment_length: int = DEFAULT_SEGMENT_LENGTH,
+    states: list[LayerState] | None = None,
+    position: int = 0,
 ) -> tuple[torch.Tensor, list[LayerState]]:
-    """Read prompts segment by segment with a carried state.
+    """Read prompts segment by segment with a carried state; only the last token's logits are ever computed.
 
     Args:
         model: The model.
         input_ids: ``[B, T]`` int64 prompts of equal length.
         segment_length: Tokens per forward pass.
+        states: Each layer's state before the prompts, or None for zero.
+        position: Position of the first token, for messages.
 
     Returns:
         The logits ``[B, vocab]`` after the last token, and the states.
+
+    Raises:
+        CheckpointError: The logits are not finite; layer and position are named.
     """
-    states: list[LayerState] | None = None
     logits: torch.Tensor | None = None
     for segment in input_ids.split(segment_length, dim=1):
-        output = model(segment, states=states, output_states=True)
-        states, logits = output.states, output.logits[:, -1]
+        output = model(segment, states=states, output_states=True, logits_to_keep=1)
+        logits = output.logits[:, -1]
+        # The last layer's numbers reach the last token's logits a segment late, or never.
+        if not torch.isfinite(logits).all() or _first_not_finite(output.states) is not None:
+            raise explain_not_finite(model, segment, states, position=position)
+        states, position = output.states, position + segment.shape[1]
     assert logits is not None
     assert states is not None
     return logits, states
 
 
 def decode_greedily(
-    model: RecurrentLM, input_ids: torch.Tensor, num_tokens: int, *, segment_length: int = DEFAULT_SEGMENT_LENGTH
+    model: RecurrentLM,
+    input_ids: torch.Tensor,
+    num_tokens: int,
+    *,
+    segment_length: int = DEFAULT_SEGMENT_LENGTH,
+    stop: Stop | None = None,
 ) -> torch.Tensor:
     """Continue prompts with the most likely tokens, one recurrent step each.
 
@@ -94,19 +193,24 @@ def decode_greedily(
         input_ids: ``[B, T]`` int64 prompts of equal length.
         num_tokens: Tokens to produce.
         segment_length: Tokens per forward pass while the prompt is read.
+        stop: Asked after each step about each row that it has not yet stopped; when all are, decoding ends.
 
     Returns:
-        ``[B, num_tokens]`` int64.
+        ``[B, n]`` int64, ``n <= num_tokens``; a row that was stopped before others holds further tokens behind.
 
     Raises:
-        CheckpointError: The logits are not finite.
+        CheckpointError: The logits are not finite; layer and position are named.
     """
+    length = input_ids.shape[1]
     logits, states = prefill(model, input_ids, segment_length=segment_length)
-    produced: list[torch.Tensor] = []
-    while True:
-        check_finite(logits, f"after {input_ids.shape[1] + len(produced)} tokens")
-        produced.append(logits.argmax(dim=-1))
-        if len(produced) == num_tokens:
-            return torch.stack(produced, dim=1)
-        output = model(produced[-1][:, None], states=states, output_states=True)
-        logits, states = output.logits[:, -1], output.states
+    produced = logits.argmax(dim=-1)[:, None]
+    running = list(range(len(input_ids)))
+    while produced.shape[1] < num_tokens:
+        if stop is not None:
+            texts = produced.tolist()
+            running = [row for row in running if not stop(row, texts[row])]
+            if not running:
+                break
+        logits, states = prefill(model, produced[:, -1:], states=states, position=length + produced.shape[1] - 1)
+        produced = torch.cat([produced, logits.argmax(dim=-1)[:, None]], dim=1)
+    return produced

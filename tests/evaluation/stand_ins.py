@@ -37,13 +37,13 @@ class StandIn(nn.Module):
         """Return for every position of ``history [T]`` the token after it: ``[T]``."""
         raise NotImplementedError
 
-    def forward(self, input_ids, *, states=None, output_states=False):
+    def forward(self, input_ids, *, states=None, output_states=False, logits_to_keep=None):
         assert not self.training
         assert torch.is_inference_mode_enabled()
         self.longest_call = max(self.longest_call, input_ids.shape[1])
         history = torch.cat([states[0][0], input_ids], dim=1) if states else input_ids
         following = torch.stack([self.next_tokens(row) for row in history])[:, -input_ids.shape[1] :]
-        logits = nn.functional.one_hot(following, VOCAB).float()
+        logits = nn.functional.one_hot(following[:, -(logits_to_keep or 0) :], VOCAB).float()
         return LMOutput(logits=logits, states=[(history,)] if output_states else None)
 
 
@@ -92,9 +92,64 @@ class PasskeyReader(StandIn):
         return torch.full_like(history, token)
 
 
-class Broken(StandIn):
-    """Gives NaN."""
+class NeedleReader(StandIn):
+    """Finds all values of the asked keys of a RULER prompt in the text read so far, and says them after it.
+
+    Args:
+        most: Number of values that it says at most; None for all.
+    """
+
+    def __init__(self, most=None):
+        super().__init__()
+        self.most = most
+        self.texts = []
+
+    def next_tokens(self, history):
+        text = bytes(history.tolist()).decode()
+        self.texts.append(text)
+        prompt, question, said = text.rpartition(" mentioned in the provided text ")
+        token = 0
+        if question:
+            keys = re.split(", and |, ", prompt.rpartition(" for ")[2])
+            values = [value for key in keys for value in re.findall(f"magic [a-z]+ for {key} is: ([^ .]+)\\.", prompt)]
+            answer = said[:3].strip() + " " + " and ".join(values[: self.most]).upper() + "\n"
+            token = answer[len(said)].encode()[0] if len(said) < len(answer) else 256
+        return torch.full_like(history, token)
+
+
+class LastSyllable(StandIn):
+    """Learns in context: says the label that followed the last word with the query's last syllable, else ``gold``."""
+
+    def next_tokens(self, history):
+        text = bytes(history.tolist()).decode()
+        following = []
+        for end in range(1, len(text) + 1):
+            before, mark, said = text[:end].rpartition("\nLabel:")
+            query = before.rpartition("Input: ")[2][-2:]
+            shown = re.findall(f"{query}\nLabel: ([a-z]+)\n", before)
+            answer = f" {shown[-1] if shown else 'gold'}\n"
+            following.append(answer[len(said)].encode()[0] if mark and len(said) < len(answer) else 0)
+        return torch.tensor(following)
 
     def forward(self, input_ids, **kwargs):
-        logits = torch.full((*input_ids.shape, VOCAB), torch.nan)
-        return LMOutput(logits=logits, states=[(input_ids,)])
+        output = super().forward(input_ids, **kwargs)
+        return output._replace(logits=50 * output.logits)  # it is sure
+
+
+def overflowing_model(layer, token, **changes):
+    """Return a model whose layer gives NaN wherever it reads ``token``."""
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        model.trunk.embedding_table.weight[token, 0] = 1e6
+
+    def overflow(module, inputs, output):
+        hidden, state = output
+        bad = inputs[0][..., :1] > 1e5
+        if state is not None:
+            # What a recurrence has once taken in stays.
+            rows = bad.any(dim=1)
+            state = tuple(x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), torch.nan) for x in state)
+        return hidden.masked_fill(bad, torch.nan), state
+
+    model.trunk.layers[layer].register_forward_hook(overflow)
+    return model

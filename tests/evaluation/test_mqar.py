@@ -1,11 +1,22 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.evaluation.mqar import generate_mqar, score_mqar
-from tests.evaluation.stand_ins import Broken, Guessing, Perfect, tiny_model
+from statex_dist.evaluation.journal import work
+from statex_dist.evaluation.mqar import (
+    MqarSettings,
+    generate_mqar,
+    guessing_accuracy,
+    mqar_units,
+    pairs_recalled,
+    score_mqar,
+    write_mqar,
+)
+from tests.evaluation.stand_ins import Guessing, Perfect, overflowing_model, tiny_model
 
 
 @given(
@@ -52,6 +63,7 @@ def test_keys_values_and_query_orders_are_spread_evenly():
 def test_a_perfect_model_scores_one_and_a_guessing_one_scores_chance():
     tokens, mask = generate_mqar(16, 64, seed=0)
     assert (score_mqar(Perfect(), tokens, mask, batch_size=7) == 1).all()
+    assert (score_mqar(Perfect(), tokens, mask, segment_length=9) == 1).all()
     guessed = score_mqar(Guessing(), tokens, mask)
     assert guessed.shape == (64,)
     assert abs(guessed.mean() - 1 / 64) < 0.02
@@ -89,5 +101,74 @@ def test_impossible_documents_are_refused(arguments, message):
 
 
 def test_nan_is_an_error_not_a_zero():
-    with pytest.raises(CheckpointError, match=r"NaN or infinite \(mqar documents 0..1\)"):
-        score_mqar(Broken(), *generate_mqar(4, 2, seed=0))
+    tokens, mask = generate_mqar(4, 3, seed=0)
+    tokens[1, 5] = 7
+    with pytest.raises(CheckpointError, match=r"NaN or infinite, first in layer 1 at position 5"):
+        score_mqar(overflowing_model(1, 7), tokens, mask, segment_length=4)
+
+
+SMALL = {"num_pairs": (4, 8), "num_samples": 7}
+
+
+def test_a_perfect_model_holds_all_pairs(tmp_path):
+    settings = MqarSettings(**SMALL)
+    files = write_mqar(work(mqar_units(Perfect(), settings)), tmp_path, settings, model={})
+    assert [file.name for file in files] == ["mqar.json", "mqar.jsonl", "mqar.png", "mqar_capacity.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for file in files[2:])
+    summary = json.loads(files[0].read_text())
+    assert summary["capacity"] == {"threshold": 0.95, "num_pairs": 8}
+    for n, row in summary["by_num_pairs"].items():
+        assert row["accuracy"] == row["low"] == row["high"] == 1
+        assert row["pairs_recalled"] == row["pairs_recalled_low"] == int(n)
+
+
+def test_figures_are_those_of_the_documents_whatever_the_batch(tmp_path):
+    settings, model = MqarSettings(**SMALL), tiny_model()
+    records = work(mqar_units(model, settings))
+    assert records == work(mqar_units(model, MqarSettings(batch_size=3, segment_length=5, **SMALL)))
+    assert [(r["num_pairs"], r["sample"]) for r in records] == [(n, i) for n in (4, 8) for i in range(7)]
+    summary = json.loads(write_mqar(records, tmp_path, settings, model={})[0].read_text())
+    for n, row in summary["by_num_pairs"].items():
+        shares = [record["accuracy"] for record in records if record["num_pairs"] == int(n)]
+        assert row["accuracy"] == pytest.approx(sum(shares) / 7)
+        assert row["samples"] == 7
+    assert summary["by_num_pairs"]["4"]["guessing"] == 1 / 4 + 3 / 4 / 64
+    assert summary["capacity"]["num_pairs"] is None
+
+
+def test_what_is_guessed_is_not_recalled():
+    settings = MqarSettings()
+    guessing = guessing_accuracy(16, settings)
+    assert pairs_recalled(guessing, 16, settings) == 0
+    assert pairs_recalled(guessing / 2, 16, settings) == 0
+    assert pairs_recalled((1 + guessing) / 2, 16, settings) == pytest.approx(8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_pairs": (8, 0)}, r"num_pairs must be different numbers of 1 or more, not \[8, 0\]"),
+        ({"num_pairs": (8, 100)}, r"cannot draw 100 distinct keys from 128:192; set --num-pairs to at most 64"),
+        ({"num_samples": 0}, "num_samples must be 1 or more, not 0"),
+        ({"keys": (9, 9)}, "keys must be FIRST:END with 0 <= FIRST < END, not 9:9"),
+        ({"seed": -1}, "seed must be 0 or more, not -1"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        MqarSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [
+        (200, r"mqar values 192:256 do not fit the model's vocabulary of 200; set --value-ids FIRST:END"),
+        (
+            100,
+            r"mqar keys 128:192 do not fit the model's vocabulary of 100; set --key-ids FIRST:END with END at most 100",
+        ),
+    ],
+)
+def test_ids_outside_the_vocabulary_are_refused(vocab_size, message):
+    with pytest.raises(ConfigError, match=message):
+        mqar_units(tiny_model(vocab_size=vocab_size), MqarSettings())

@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from statex_dist.data.store import Piece
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
+from statex_dist.evaluation import perplexity
 from statex_dist.evaluation.documents import read_documents
-from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity, write_perplexity
-from tests.evaluation.stand_ins import Broken, tiny_model
+from statex_dist.evaluation.journal import work
+from statex_dist.evaluation.perplexity import (
+    PerplexitySettings,
+    perplexity_units,
+    run_perplexity,
+    summarise_perplexity,
+    write_perplexity,
+)
+from tests.evaluation.stand_ins import overflowing_model, tiny_model
 
 TOKENIZER = BytesTokenizer()
 LENGTHS = (150, 1, 2, 333, 64, 65, 17, 520, 3)
@@ -67,6 +75,40 @@ def test_buckets_are_the_positions_and_sum_to_the_total():
         assert bucket.loss_sum == pytest.approx(float(sum(part.sum() for part in parts)), rel=1e-9)
 
 
+@pytest.mark.parametrize("length", [2, 37, 64, 5000])
+def test_packed_sequences_are_the_documents_joined_and_cut(length):
+    model, documents = tiny_model().double(), pieces((50, 1, 2, 64, 17))
+    result = run_perplexity(model, iter(documents), PerplexitySettings(packed_length=length, batch_size=256))
+    joined = np.concatenate([piece.tokens for piece in documents])
+    begins = np.cumsum([0, *(len(piece.tokens) for piece in documents)])
+    wanted, kept = [], 0
+    for start in range(0, len(joined), length):
+        losses = direct_losses(model, Piece(joined[start : start + length]))
+        targets = [i for i in range(len(losses)) if start + i + 1 not in begins]
+        kept += len(targets)
+        if targets:
+            wanted.append(float(losses[targets].sum()))
+    assert result.tokens == kept
+    assert [loss for _, loss in result.documents] == pytest.approx(wanted, rel=1e-9)
+    assert result.buckets[-1].start < length
+
+
+def test_units_are_some_documents_each_and_change_with_their_tokens(monkeypatch):
+    model, documents, settings = tiny_model(), pieces(), PerplexitySettings()
+    whole = work(perplexity_units(model, documents, settings))
+    monkeypatch.setattr(perplexity, "_UNIT_TOKENS", 300)
+    keys = [unit.key.split(",")[0] for unit in perplexity_units(model, documents, settings)]
+    assert keys == ["documents 0..2", "documents 3..6", "documents 7..7"]
+    cut = work(perplexity_units(model, documents, settings))
+    assert [(r["document"], r["tokens"]) for r in cut] == [(r["document"], r["tokens"]) for r in whole]
+    before = [unit.key for unit in perplexity_units(model, documents, settings)]
+    changed = documents[5].tokens.copy()
+    changed[5] ^= 1
+    documents[5] = Piece(changed)
+    after = [unit.key for unit in perplexity_units(model, documents, settings)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
 def test_masked_targets_are_left_out():
     model, (document,) = tiny_model().double(), pieces((40,))
     mask = np.zeros(40, np.uint8)
@@ -104,13 +146,21 @@ def test_text_files_and_prepared_shards_give_the_same(tmp_path):
 
 
 def test_files_are_written(tmp_path):
-    result = run_perplexity(tiny_model(), pieces(), PerplexitySettings())
-    files = write_perplexity(result, tmp_path, model={"directory": "m"}, data="d")
+    settings = PerplexitySettings()
+    records = work(perplexity_units(tiny_model(), pieces(), settings))
+    result = summarise_perplexity(records, settings)
+    files = write_perplexity(result, tmp_path, records=records, model={"directory": "m"}, data="d")
     summary = json.loads((tmp_path / "perplexity.json").read_text())
     assert [file.name for file in files] == ["perplexity.json", "perplexity.jsonl", "perplexity.png"]
     assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     rows = [json.loads(line) for line in (tmp_path / "perplexity.jsonl").read_text().splitlines()]
     assert sum(row["tokens"] for row in rows) == summary["tokens"] == result.tokens
+    assert sum(nats for row in rows for _, _, nats in row["by_position"]) == pytest.approx(result.loss_sum, rel=1e-12)
+    for bucket in summary["by_position"]:
+        assert bucket["low"] <= bucket["loss"] <= bucket["high"]
+        assert bucket["samples"] == sum(
+            bucket["start"] in (start for start, _, _ in row["by_position"]) for row in rows
+        )
     assert summary["loss_low"] <= summary["loss"] <= summary["loss_high"]
     assert summary["settings"]["segment_length"] == 1024
 
@@ -129,8 +179,9 @@ def test_bad_data_is_refused(tmp_path):
         read(tmp_path / "empty.txt")
     with pytest.raises(DataError, match="document 0 holds token 255, the model's vocabulary ends at 99"):
         run_perplexity(tiny_model(vocab_size=100), [Piece(np.array([1, 2, 255]))], PerplexitySettings())
-    with pytest.raises(CheckpointError, match=r"NaN or infinite \(documents \[0\]"):
-        run_perplexity(Broken(), [Piece(np.array([1, 2, 3]))], PerplexitySettings())
+    documents = [Piece(np.arange(8, 90)), Piece(np.arange(20)), Piece(np.arange(8, 120))]
+    with pytest.raises(CheckpointError, match=r"NaN or infinite, first in layer 0 at position 7; its weights"):
+        run_perplexity(overflowing_model(0, 7), documents, PerplexitySettings(segment_length=4, batch_size=2))
 
 
 def test_shards_of_another_tokenizer_are_refused(tmp_path):
@@ -149,6 +200,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"segment_length": 0}, "segment length must be 1 or more, not 0"),
+        ({"packed_length": 1}, "packed_length must be 2 or more, not 1"),
         ({"max_tokens": 1}, "max_tokens must be 2 or more, not 1"),
         ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
         ({"seed": -1}, "seed must be 0 or more, not -1"),

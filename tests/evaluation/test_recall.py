@@ -4,52 +4,103 @@ import pytest
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.recall import RecallSettings, run_recall, write_recall
-from tests.evaluation.stand_ins import PasskeyReader, Perfect, tiny_model
+from statex_dist.evaluation.journal import work
+from statex_dist.evaluation.recall import TASKS, RecallSettings, recall_units, summarise_recall, write_recall
+from tests.evaluation.stand_ins import NeedleReader, PasskeyReader, tiny_model
 
-SMALL = {"num_pairs": (4, 8), "mqar_samples": 6, "lengths": (256, 400), "depths": 2, "needle_samples": 3}
+TOKENIZER = BytesTokenizer()
+RULER = tuple(task for task in TASKS if task != "passkey")
+SMALL = {"lengths": (700, 1000), "depths": 2, "num_samples": 3}
 
 
-def test_a_perfect_model_gets_everything():
-    pairs = run_recall(Perfect(), RecallSettings(tasks=("mqar",), **SMALL))
-    assert {n: (e.mean, e.low, e.high) for n, e in pairs.mqar.items()} == {4: (1, 1, 1), 8: (1, 1, 1)}
-    assert pairs.needle == {}
-    keys = run_recall(PasskeyReader(), RecallSettings(tasks=("needle",), **SMALL), tokenizer=BytesTokenizer())
-    assert {place: e.mean for place, e in keys.needle.items()} == dict.fromkeys(
-        [(256, 0.25), (256, 0.75), (400, 0.25), (400, 0.75)], 1.0
+def records_of(model, settings):
+    return work(recall_units(model, settings, TOKENIZER))
+
+
+def test_a_reader_that_remembers_gets_everything():
+    keys = RecallSettings(tasks=("passkey",), **SMALL)
+    result = summarise_recall(records_of(PasskeyReader(), keys), keys)["passkey"]
+    assert {place: e.mean for place, e in result.cells.items()} == dict.fromkeys(
+        [(700, 0.25), (700, 0.75), (1000, 0.25), (1000, 0.75)], 1.0
     )
-    assert keys.needle_by_length[400].samples == 6
+    assert result.by_length[1000].samples == 6
+    assert (result.overall.mean, result.overall.low, result.overall.samples) == (1, 1, 12)
 
 
-def test_figures_are_those_of_the_samples_and_come_again(tmp_path):
-    settings, tokenizer = RecallSettings(**SMALL), BytesTokenizer()
-    first, again = (run_recall(tiny_model(), settings, tokenizer=tokenizer) for _ in range(2))
-    assert (first.mqar, first.needle, first.samples) == (again.mqar, again.needle, again.samples)
-    files = write_recall(first, tmp_path, model={"directory": "m"})
-    assert [f.name for f in files] == ["recall.json", "recall.jsonl", "recall_mqar.png", "recall_needle.png"]
+def test_ruler_tasks_are_read_in_segments_and_decoding_ends_with_the_last_answer():
+    model = NeedleReader()
+    settings = RecallSettings(tasks=RULER, lengths=(1000,), depths=2, num_samples=2, segment_length=400)
+    records = records_of(model, settings)
+    assert model.longest_call == 400
+    assert [record["score"] for record in records] == [1.0] * (len(RULER) * 4)
+    for record in records:
+        assert record["said"].lower().rstrip().endswith(tuple(record["answers"]))
+        assert len(record["said"]) <= 3 + sum(len(answer) + 5 for answer in record["answers"])
+
+
+def test_several_answers_count_in_shares_and_each_at_its_depth():
+    settings = RecallSettings(tasks=("niah_multiquery",), lengths=(1500,), depths=3, num_samples=4)
+    records = records_of(NeedleReader(most=2), settings)
+    assert {record["score"] for record in records} == {0.5}
+    result = summarise_recall(records, settings)["niah_multiquery"]
+    assert result.overall.mean == 0.5
+    needles = [needle for record in records for needle in record["needles"]]
+    assert len(needles) == 4 * 12
+    for (_, depth), estimate in result.cells.items():
+        right = [needle["right"] for needle in needles if needle["depth"] == depth]
+        assert estimate.mean == pytest.approx(sum(right) / len(right))
+
+
+def test_answers_that_are_never_said_end_at_the_limit():
+    settings = RecallSettings(tasks=("niah_single_1",), lengths=(600,), depths=1, num_samples=2, max_new_tokens=9)
+    records = records_of(NeedleReader(most=0), settings)
+    assert [record["score"] for record in records] == [0, 0]
+    assert all(len(record["said"]) <= 9 for record in records)
+
+
+def test_figures_are_those_of_the_samples_and_do_not_depend_on_the_batch(tmp_path):
+    few = {"lengths": (700,), "depths": 2, "num_samples": 3, "max_new_tokens": 3}
+    settings = RecallSettings(tasks=("passkey", "niah_multikey_1"), **few)
+    model = tiny_model()
+    records = records_of(model, settings)
+    assert records == records_of(model, RecallSettings(tasks=settings.tasks, batch_size=2, segment_length=300, **few))
+    files = write_recall(records, tmp_path, settings, model={"directory": "m"}, timing={"seconds": 1.0})
+    names = ["recall.json", "recall.jsonl", "recall_passkey.png", "recall_niah_multikey_1.png"]
+    assert [file.name for file in files] == names
     assert all(file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for file in files[2:])
     summary = json.loads(files[0].read_text())
-    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
-    assert len(rows) == 2 * 6 + 2 * 2 * 3
-    for n, figure in summary["tasks"]["mqar"]["by_num_pairs"].items():
-        of_n = [row["accuracy"] for row in rows if row["task"] == "mqar" and row["num_pairs"] == int(n)]
-        assert figure["accuracy"] == pytest.approx(sum(of_n) / len(of_n))
-        assert figure["samples"] == len(of_n) == 6
-    assert [(c["length"], c["depth"]) for c in summary["tasks"]["needle"]["cells"]] == list(first.needle)
+    assert [json.loads(line) for line in files[1].read_text().splitlines()] == records
+    for task, figures in summary["tasks"].items():
+        scores = [record["score"] for record in records if record["task"] == task]
+        assert figures["overall"]["accuracy"] == figures["by_length"]["700"]["accuracy"] == sum(scores) / len(scores)
+        assert [(cell["length"], cell["depth"]) for cell in figures["cells"]] == [(700, 0.25), (700, 0.75)]
     assert summary["settings"]["seed"] == 0
-    assert summary["tasks"]["mqar"]["by_num_pairs"]["4"]["guessing"] == 1 / 4 + 3 / 4 / 64
+
+
+def test_another_haystack_is_read_from_files(tmp_path):
+    (tmp_path / "a.txt").write_text("Whales sing at night. Nobody knows why! " * 4)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "Stars do not answer."}) + "\n")
+    for place, expected in ((tmp_path / "a.txt", {"Whales", "Nobody"}), (tmp_path, {"Whales", "Nobody", "Stars"})):
+        model = NeedleReader()
+        settings = RecallSettings(
+            tasks=("niah_single_2", "passkey"), lengths=(900,), depths=1, num_samples=1, haystack=str(place)
+        )
+        records_of(model, settings)
+        text = "".join(model.texts)
+        assert {word for word in ("Whales", "Nobody", "Stars", "river") if word in text} == expected
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("mqar", "poem")}, "task 'poem' is unknown; tasks of recall: mqar, needle"),
-        ({"tasks": ()}, "no task given; tasks of recall: mqar, needle"),
-        ({"tasks": ("mqar", "mqar")}, "name one twice"),
-        ({"num_pairs": (8, 0)}, r"num_pairs must be different numbers of 1 or more, not \[8, 0\]"),
+        ({"tasks": ("passkey", "poem")}, "task 'poem' is unknown; tasks of recall: passkey, niah_single_1, "),
+        ({"tasks": ("mqar",)}, "mqar is a suite of its own: statex eval mqar"),
+        ({"tasks": ()}, "no task given; tasks of recall: passkey, "),
+        ({"tasks": ("passkey", "passkey")}, "name one twice"),
         ({"lengths": ()}, r"lengths must be different numbers of 1 or more, not \[\]"),
+        ({"lengths": (8, 8)}, r"lengths must be different numbers of 1 or more, not \[8, 8\]"),
         ({"depths": 0}, "depths must be 1 or more, not 0"),
-        ({"keys": (9, 9)}, "keys must be FIRST:END with 0 <= FIRST < END, not 9:9"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, not 0"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -60,26 +111,16 @@ def test_bad_settings_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("vocab_size", "changes", "message"),
     [
-        (
-            200,
-            {"tasks": ("mqar",)},
-            r"mqar values 192:256 do not fit the model's vocabulary of 200; set --value-ids FIRST:END",
-        ),
-        (100, {"tasks": ("mqar",)}, r"mqar keys 128:192 do not fit the model's vocabulary of 100; set --key-ids"),
-        (258, {"num_pairs": (8, 100)}, r"cannot draw 100 distinct keys from 128:192; set --num-pairs to at most 64"),
-        (256, {"tasks": ("needle",)}, r"tokenizer 'bytes' has 258 ids, the model a vocabulary of 256"),
-        (258, {"lengths": (256, 100)}, r"length 100 leaves no room for a haystack; .* set --lengths above"),
+        (256, {}, r"tokenizer 'bytes' has ids up to 257, the model's embedding ends at 255; set --tokenizer"),
+        (258, {"lengths": (256, 100)}, r"passkey: length 100 leaves no room for a haystack; .* set --lengths above"),
+        (258, {"tasks": ("niah_multiquery",), "lengths": (500,)}, r"niah_multiquery: length 500 leaves no room"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused_before_it_runs(vocab_size, changes, message):
-    model = tiny_model(vocab_size=vocab_size)
-    model.forward = None  # running it would raise a TypeError
     with pytest.raises(ConfigError, match=message):
-        run_recall(model, RecallSettings(**changes), tokenizer=BytesTokenizer())
+        recall_units(tiny_model(vocab_size=vocab_size), RecallSettings(**changes), TOKENIZER)
 
 
-def test_needle_needs_a_tokenizer_and_a_haystack_that_exists():
-    with pytest.raises(ConfigError, match="needle task needs the model's tokenizer; set --tokenizer"):
-        run_recall(tiny_model(), RecallSettings())
-    with pytest.raises(DataError, match=r"haystack none.txt cannot be read"):
-        run_recall(tiny_model(), RecallSettings(haystack="none.txt"), tokenizer=BytesTokenizer())
+def test_a_haystack_must_exist():
+    with pytest.raises(DataError, match=r"input none.txt does not exist"):
+        recall_units(tiny_model(), RecallSettings(haystack="none.txt"), TOKENIZER)

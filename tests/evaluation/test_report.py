@@ -48,7 +48,7 @@ def test_plots_are_png_and_reproducible():
 
 def test_an_interrupted_write_leaves_no_summary_of_other_samples(tmp_path):
     write_results(tmp_path, "s", {"run": 1}, [{"i": 1}], {"s.png": PNG})
-    assert json.loads((tmp_path / "s.json").read_text()) == {"run": 1}
+    assert json.loads((tmp_path / "s.json").read_text()) == {"run": 1, "plots": ["s.png"]}
 
     def rows():
         yield {"i": 2}

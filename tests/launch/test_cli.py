@@ -89,8 +89,7 @@ def test_wrong_checkpoints(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     message = refused(capsys, "expand", "--source", cut, "--target", tmp_path / "out")
     assert "model.safetensors" in message
     assert not (tmp_path / "out").exists()
-    recall = ("eval", "recall", "--tasks", "mqar", "--tokenizer", "bytes", "--out", tmp_path / "e")
-    assert "model.safetensors" in refused(capsys, *recall, "--model", cut)
+    assert "model.safetensors" in refused(capsys, "eval", "mqar", "--out", tmp_path / "e", "--model", cut)
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused(capsys, "plan", tmp_path / "empty")
     assert "nowhere" in refused(capsys, "reshard", "--source", "nowhere", "--target", tmp_path / "r", "--to", "hf")
@@ -108,7 +107,7 @@ def test_a_run_or_a_model_without_tokenizer_is_named_for_what_it_is(
 ):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert "it is a training run; make a model of it: statex reshard" in refused(capsys, "plan", tmp_path / "run")
-    message = refused(capsys, "eval", "recall", "--model", model, "--out", tmp_path / "e", "--tasks", "needle")
+    message = refused(capsys, "eval", "recall", "--model", model, "--out", tmp_path / "e")
     assert "comes without a tokenizer; give --tokenizer bytes" in message
 
 

@@ -1,0 +1,261 @@
+"""What all suites of ``statex eval`` share: their common options, loading, and the way from units to files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from statex_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from statex_dist.evaluation.journal import Unit
+    from statex_dist.models.lm import RecurrentLM
+
+log = logging.getLogger(__name__)
+
+_SMALL_MODEL = 1 << 24
+_SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
+
+
+def add_common(parser: ArgumentParser, *, batch_size: int, segment_length: int = 1024) -> None:
+    """Add the options of every suite that runs a model.
+
+    Args:
+        parser: The suite's parser.
+        batch_size: Default number of sequences per forward pass.
+        segment_length: Default number of tokens per forward pass.
+    """
+    parser.add_argument("--model", type=str, required=True, metavar="DIR", help="model directory (safetensors)")
+    parser.add_argument("--out", type=str, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument(
+        "--tokenizer", type=str | None, default=None, help="bytes or a directory (default: the model's)"
+    )
+    parser.add_argument(
+        "--mitigation",
+        type=str | None,
+        default=None,
+        metavar="NAME[:key=value,...]",
+        help="remedy against state collapse: forget-more, state-norm:learn=2048 or sliding-window:tokens=2048",
+    )
+    parser.add_argument("--segment-length", type=int, default=segment_length, help="tokens per forward pass")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences per forward pass")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples and the intervals")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--threads", type=int | None, default=None, help="CPU threads (default: 1 for a small model, else torch's)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results in a directory that is not empty")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
+
+
+def run_suite(
+    args: Any,
+    suite: str,
+    settings: Any,
+    *,
+    units: Callable[[RecurrentLM, Any], Iterable[Unit]],
+    write: Callable[..., list[Path]],
+    table: Callable[[dict[str, Any]], Table],
+    tokenizer: bool = True,
+    given: Mapping[str, Any] | None = None,
+) -> int:
+    """Run a suite on this process's share of its units; on rank 0 write its files and print its table.
+
+    Args:
+        args: The parsed options of :func:`add_common`.
+        suite: The suite's name, the stem of its files.
+        settings: A dataclass of everything that decides the result, but for the model.
+        units: Called with the model and its tokenizer: checks the settings against them and returns the units.
+        write: Called with ``(records, directory, model=facts, timing=...)`` on rank 0: writes the result files and
+            returns them, the summary first.
+        table: Makes the printed table of the summary.
+        tokenizer: Whether the suite needs one; else ``units`` is given None.
+        given: Further facts that an interrupted evaluation must share to go on, such as where the data came from.
+
+    Raises:
+        StateXError: The options, the model or the data are wrong.
+    """
+    from statex_dist.data.tokenizer import load_tokenizer
+    from statex_dist.evaluation.journal import Journal, work
+    from statex_dist.evaluation.ranks import OtherRankError, open_ranks
+    from statex_dist.evaluation.streaming import check_vocabulary, doubt_tokenizer
+    from statex_dist.models.mitigation import parse_mitigation
+
+    try:
+        with open_ranks() as ranks:
+            with ranks.together():
+                mitigation = parse_mitigation(args.mitigation) if args.mitigation is not None else None
+                if mitigation is not None:
+                    mitigation.check_segments(args.segment_length)
+                model = load_model(args.model, args.device, threads=args.threads)
+                model.mitigation = mitigation
+                loaded = load_tokenizer(tokenizer_of(args)) if tokenizer else None
+                if loaded is not None:
+                    check_vocabulary(model, loaded)
+                    doubt_tokenizer(model, loaded)
+                facts = model_facts(model, args.model)
+                todo = units(model, loaded)
+            fingerprint = {
+                "settings": dataclasses.asdict(settings),
+                "model": {name: value for name, value in facts.items() if name != "directory"},
+                "tokenizer": loaded.hash if loaded is not None else None,
+                **(given or {}),
+            }
+            with Journal(Path(args.out), suite, fingerprint, ranks=ranks, overwrite=args.overwrite) as journal:
+                if journal.found:
+                    log.info("%s: %d units were done before; going on", suite, journal.found)
+                records = work(todo, journal, title=suite)
+                if records is not None:
+                    timing = {"seconds": round(journal.seconds, 3), "ranks": ranks.world_size}
+                    files = write(records, Path(args.out), model=facts, timing=timing)
+                    journal.finish()
+            if records is not None:
+                summary = json.loads(files[0].read_text(encoding="utf-8"))
+                print_result(summary, table, args.out, as_json=args.json)
+    except OtherRankError as error:  # that rank says what is wrong
+        return error.exit_code
+    return 0
+
+
+def print_result(summary: dict[str, Any], table: Callable[[dict[str, Any]], Table], out: str, *, as_json: bool) -> None:
+    """Print a summary as its table and the place of its files, or as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps(summary) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(summary))
+    console.print(f"results: {out}", soft_wrap=True, highlight=False)
+
+
+def tokenizer_of(args: Any) -> str:
+    """Return what was given as tokenizer, or the model's directory if it holds one.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    from statex_dist.data.tokenizer import has_tokenizer
+
+    if args.tokenizer:
+        return args.tokenizer
+    if not has_tokenizer(args.model):
+        raise ConfigError(f"model {args.model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
+    return args.model
+
+
+def load_model(directory: str, device: str, *, threads: int | None = None) -> RecurrentLM:
+    """Load a model in fp32: rounded states would be measured in place of the model.
+
+    Args:
+        directory: Model directory.
+        device: ``auto`` (CUDA where there is one, under a launcher that of the local rank), or a torch device.
+        threads: CPU threads; None takes 1 for a model below 16M parameters.
+
+    Raises:
+        ConfigError: There is no such device, or fewer than one thread.
+        CheckpointError: The directory holds no whole model.
+    """
+    import torch
+
+    from statex_dist.models.hf import from_pretrained
+    from statex_dist.parallel.env import read_env, share_cores
+
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads must be 1 or more, not {threads}")
+    if device == "auto":
+        device = (
+            str(read_env().device) if "LOCAL_RANK" in os.environ else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device {device!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device!r} is not supported; allowed: auto, cpu, cuda, cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    model = from_pretrained(Path(directory), dtype=torch.float32, device=place)
+    # The operations of a small model are too short to share: on a busy machine its threads mostly wait for each other
+    # (65,000 against 5,000 tokens/s were measured for 0.1M parameters on two cores under load).
+    if threads is None and sum(parameter.numel() for parameter in model.parameters()) < _SMALL_MODEL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "LOCAL_RANK" in os.environ:
+        share_cores(read_env())
+    return model
+
+
+def model_facts(model: RecurrentLM, directory: str) -> dict[str, Any]:
+    """Return what a result file says about its model."""
+    from statex_dist.evaluation.journal import model_fingerprint
+
+    config = model.config
+    return {
+        "directory": directory,
+        "fingerprint": model_fingerprint(Path(directory)),
+        "model_type": config.MODEL_TYPE,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "state_numbers": config.state_numbers,
+        "vocab_size": config.vocab_size,
+        "statex": config.statex.to_dict() if config.statex else None,
+        "mitigation": None if model.mitigation is None else str(model.mitigation),
+    }
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Return the numbers of a list such as ``8,16,32`` or ``4K,256K`` (K: 1024, M: 1024 K).
+
+    Raises:
+        ConfigError: It is not a list of whole numbers.
+    """
+    try:
+        return tuple(_number(word) for word in words(text))
+    except ValueError:
+        raise ConfigError(
+            f"{option} {text!r} is not understood; allowed: whole numbers with commas, such as 8,16 or 4K,64K"
+        ) from None
+
+
+def _number(word: str) -> int:
+    factor = _SUFFIXES.get(word[-1].lower())
+    return int(word) if factor is None else int(word[:-1]) * factor
+
+
+def parse_range(text: str, option: str) -> tuple[int, int]:
+    """Return the bounds of a range such as ``128:192`` (192 not included).
+
+    Raises:
+        ConfigError: It is not two whole numbers with a colon.
+    """
+    try:
+        first, end = (int(word) for word in text.split(":"))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not understood; allowed: FIRST:END, such as 128:192") from None
+    return first, end
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a list with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def title_of(suite: str, model: Mapping[str, Any]) -> str:
+    """Return a table's title from the facts of :func:`model_facts`."""
+    title = (
+        f"{suite}: {model['model_type']}, {model['parameters']:,} parameters, {model['state_numbers']:,} state numbers"
+    )
+    return f"{title}, {model['mitigation']}" if model.get("mitigation") else title

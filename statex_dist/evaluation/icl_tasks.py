@@ -1,0 +1,163 @@
+"""What the ``icl`` suite shows and asks: labelled examples from a file or made up, drawn into trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from statex_dist.errors import ConfigError, DataError
+from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_segment_length
+
+MADE_UP_LABELS = ("gold", "blue", "pink", "teal", "rose", "navy", "ruby", "jade")
+"""Of one length: a longer label would be less likely to begin with."""
+
+_CONSONANTS, _VOWELS = "bdfgklmnprstvwz", "aeiou"
+_SYLLABLES = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IclSettings:
+    """What the suite measures.
+
+    Attributes:
+        shots: Numbers of examples before a query.
+        num_trials: Draws of examples and queries.
+        num_queries: Queries of a trial.
+        num_labels: Labels of the made-up task.
+        permute_labels: Exchange the labels anew in each trial, so that what a label means says nothing.
+        batch_size: Rows (a query with one label) per forward pass.
+        segment_length: Tokens of the examples per forward pass.
+        seed: Of all draws and of the intervals.
+    """
+
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    num_trials: int = 20
+    num_queries: int = 16
+    num_labels: int = 4
+    permute_labels: bool = False
+    batch_size: int = 64
+    segment_length: int = DEFAULT_SEGMENT_LENGTH
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_trials", "num_queries", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if not 2 <= self.num_labels <= len(MADE_UP_LABELS):
+            raise ConfigError(f"num_labels must be 2 to {len(MADE_UP_LABELS)}, not {self.num_labels}")
+        check_segment_length(self.segment_length)
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
+        if not self.shots or min(self.shots) < 0 or len(set(self.shots)) != len(self.shots):
+            raise ConfigError(f"shots must be different numbers of 0 or more, not {list(self.shots)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A text and its label."""
+
+    text: str
+    label: str
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read a JSON-lines file of ``{"text": ..., "label": ...}``; other keys are ignored.
+
+    Raises:
+        DataError: The file or a line cannot be read, or there are fewer than two labels.
+    """
+    examples: list[Example] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"examples {path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            text, label = values["text"], values["label"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'examples {path}, line {number}: {error!r}; each line must be {{"text": ..., "label": ...}}'
+            ) from None
+        if not isinstance(text, str) or not isinstance(label, str | int) or not str(label).strip():
+            raise DataError(f"examples {path}, line {number}: text must be a string, label a string or whole number")
+        examples.append(Example(text.strip(), str(label).strip()))
+    if len({example.label for example in examples}) < 2:
+        raise DataError(
+            f"examples {path}: {len(examples)} examples with fewer than two labels; give two or more labels"
+        )
+    return examples
+
+
+def made_up_examples(settings: IclSettings, *, trial: int, count: int) -> list[Example]:
+    """Return distinct made-up words whose last syllable decides their label, by a rule that the seed fixes.
+
+    Args:
+        settings: Number of labels and seed.
+        trial: Which words; the rule is that of all trials.
+        count: Examples of each label.
+    """
+    endings = _rng(settings.seed).permutation(len(_SYLLABLES))[: settings.num_labels]
+    rng = _rng(settings.seed, trial, 1)
+    examples: list[Example] = []
+    for label, ending in zip(MADE_UP_LABELS, endings.tolist(), strict=False):
+        for begin in rng.permutation(len(_SYLLABLES) ** 2)[:count].tolist():
+            first, second = divmod(begin, len(_SYLLABLES))
+            examples.append(Example(_SYLLABLES[first] + _SYLLABLES[second] + _SYLLABLES[ending], label))
+    return examples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What one trial shows and asks.
+
+    Attributes:
+        shots: Examples in order; after any number of them the labels seen are as even as can be.
+        queries: Others, as even.
+        labels: All choices.
+    """
+
+    shots: tuple[Example, ...]
+    queries: tuple[Example, ...]
+    labels: tuple[str, ...]
+
+
+def draw_trial(examples: Sequence[Example], trial: int, settings: IclSettings) -> Trial:
+    """Draw a trial.
+
+    Args:
+        examples: To draw from, without replacement.
+        trial: Its number, which fixes it together with the seed.
+        settings: Numbers of shots and queries, whether labels are exchanged, and the seed.
+    """
+    rng = _rng(settings.seed, trial)
+    labels = sorted({example.label for example in examples})
+    left = {label: [e for e in examples if e.label == label] for label in labels}
+    for of_label in left.values():
+        rng.shuffle(of_label)  # type: ignore[arg-type]  # a list is shuffled in place
+
+    def take(count: int) -> list[Example]:
+        taken: list[Example] = []
+        while len(taken) < count:
+            some = [labels[i] for i in rng.permutation(len(labels)) if left[labels[i]]]
+            taken += [left[label].pop() for label in some]
+        return taken[:count]
+
+    queries, shots = take(settings.num_queries), take(max(settings.shots))
+    shift = int(rng.integers(1, len(labels))) if settings.permute_labels else 0
+    renamed = {label: labels[(i + shift) % len(labels)] for i, label in enumerate(labels)}
+    return Trial(
+        shots=tuple(Example(e.text, renamed[e.label]) for e in shots),
+        queries=tuple(Example(e.text, renamed[e.label]) for e in queries),
+        labels=tuple(labels),
+    )
+
+
+def _rng(*place: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(place)))

@@ -1,0 +1,95 @@
+"""Several processes that share one evaluation: who is who, and how they wait for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from statex_dist.errors import ConfigError, StateXError
+from statex_dist.parallel.env import read_env
+
+WAIT_LIMIT = timedelta(hours=12)
+"""Longest wait for a slower rank. A rank that dies ends the wait at once: its connections close."""
+
+
+class OtherRankError(StateXError):
+    """Another rank failed and says why; this one only has to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among those of an evaluation; alone it is rank 0 of 1.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def owns(self, index: int) -> bool:
+        """Return whether piece ``index`` of shared work is this rank's."""
+        return index % self.world_size == self.rank
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait at the end for all ranks; where one failed inside, all fail.
+
+        Raises:
+            OtherRankError: Another rank failed, and this one did not or comes after it.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        failed = self._gather(failure is not None)
+        if any(failed) and failed.index(True) != self.rank:
+            raise OtherRankError(f"rank {failed.index(True)} of the evaluation failed")
+        if failure is not None:
+            raise failure
+
+    def _gather(self, value: bool) -> list[bool]:
+        if self.world_size == 1:
+            return [value]
+        values: list[bool] = [False] * self.world_size
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise StateXError(
+                f"another rank of the evaluation ended, or was silent for {WAIT_LIMIT}; start the same command again: "
+                "it goes on where it was"
+            ) from error
+        return values
+
+
+@contextmanager
+def open_ranks() -> Iterator[Ranks]:
+    """Join the processes that a launcher (torchrun, deepspeed) started; without one, this process is alone.
+
+    Raises:
+        ConfigError: The launcher's variables contradict each other or lead nowhere.
+    """
+    env = read_env()
+    if env.world_size == 1:
+        yield Ranks()
+        return
+    if not 0 <= env.rank < env.world_size:
+        raise ConfigError(f"RANK {env.rank} is not below WORLD_SIZE {env.world_size}; start it with torchrun")
+    try:
+        # gloo whatever the device: only words are exchanged, never tensors.
+        dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size, timeout=WAIT_LIMIT)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {env.world_size}, but the ranks do not find each other ({' '.join(str(error).split())}); "
+            "start them with torchrun or deepspeed, or unset WORLD_SIZE"
+        ) from None
+    try:
+        yield Ranks(rank=env.rank, world_size=env.world_size)
+    finally:
+        dist.destroy_process_group()
