@@ -14,7 +14,7 @@ from statex_dist.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from statex_dist.evaluation.report_inputs import Inputs
+    from statex_dist.evaluation.page.inputs import Inputs
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,8 +41,8 @@ def run(args: Any) -> int:
             to go.
     """
     from statex_dist.checkpoint.manifest import write_durably
-    from statex_dist.evaluation.report_inputs import read_inputs
-    from statex_dist.evaluation.report_whole import make_report, to_dict
+    from statex_dist.evaluation.page.inputs import read_inputs
+    from statex_dist.evaluation.page.whole import make_report, to_dict
 
     out = Path(args.out) if args.out is not None else None
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
@@ -62,9 +62,9 @@ def run(args: Any) -> int:
 def _print(inputs: Inputs, out: Path | None) -> None:
     from rich.console import Console
 
-    from statex_dist.evaluation.eval_report import headline_lines
-    from statex_dist.evaluation.plan_section import total_lines
-    from statex_dist.evaluation.run_report import summary_lines
+    from statex_dist.evaluation.page.expansions import total_lines
+    from statex_dist.evaluation.page.runs import summary_lines
+    from statex_dist.evaluation.page.suites import headline_lines
 
     # A pipe has no width: 100 columns hold a few runs.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)

@@ -34,7 +34,7 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the model or the data are wrong.
     """
-    from statex_dist.evaluation.capacity import CapacitySettings, capacity_units, write_capacity
+    from statex_dist.evaluation.health.capacity import CapacitySettings, capacity_units, write_capacity
 
     settings = CapacitySettings(
         lengths=parse_numbers(args.lengths, "--lengths"),

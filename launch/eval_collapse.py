@@ -43,8 +43,8 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the model or the data are wrong.
     """
-    from statex_dist.evaluation.collapse import CollapseSettings, collapse_units
-    from statex_dist.evaluation.collapse_report import write_collapse
+    from statex_dist.evaluation.health.collapse import CollapseSettings, collapse_units
+    from statex_dist.evaluation.health.collapse_results import write_collapse
     from statex_dist.models.mitigation import StateNorm, parse_mitigation
 
     mitigation = None if args.mitigation is None else parse_mitigation(args.mitigation)

@@ -38,7 +38,7 @@ def run(args: Any) -> int:
     """
     import json
 
-    from statex_dist.evaluation.laws import JUDGES, find_results, fit_laws, write_laws
+    from statex_dist.evaluation.health.laws import JUDGES, find_results, fit_laws, write_laws
     from statex_dist.evaluation.report import open_target
 
     if args.judge not in JUDGES:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from statex_dist.evaluation.collapse import CollapseSettings
-from statex_dist.evaluation.collapse_verdict import Judged
+from statex_dist.evaluation.health.collapse import CollapseSettings
+from statex_dist.evaluation.health.verdict import Judged
 from statex_dist.state.laws import MILLION, THOUSAND_TOKENS, Law
 
 _COLOURS = {"newlines": "#c2410c", "text": "#1f5fa8", "data": "#15803d"}
@@ -126,7 +126,7 @@ def plot_laws(laws: Mapping[str, tuple[Law | None, Sequence[Any]]]) -> bytes:
     """Return a PNG of lengths over state sizes, a panel a law: points, bounds, the fit and its prediction interval.
 
     Args:
-        laws: By title the law (None where it was refused) and its :class:`~statex_dist.evaluation.laws.Point` s.
+        laws: By title the law (None where it was refused) and its :class:`~statex_dist.evaluation.health.laws.Point` s.
     """
     figure, all_axes = panels(list(laws))
     for axes, (law, points) in zip(all_axes, laws.values(), strict=True):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from statex_dist.evaluation.eval_report import headline_lines, measured, suite_sections
-from statex_dist.evaluation.plan_section import plan_section
-from statex_dist.evaluation.report_inputs import Inputs
-from statex_dist.evaluation.report_page import Section, make_html, paragraph, table
-from statex_dist.evaluation.run_report import make_page, runs_section, summarise
+from statex_dist.evaluation.page.expansions import plan_section
+from statex_dist.evaluation.page.html import Section, make_html, paragraph, table
+from statex_dist.evaluation.page.inputs import Inputs
+from statex_dist.evaluation.page.runs import make_page, runs_section, summarise
+from statex_dist.evaluation.page.suites import headline_lines, measured, suite_sections
 
 
 def make_report(inputs: Inputs) -> str:

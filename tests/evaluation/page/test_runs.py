@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from launch.cli import main
-from statex_dist.evaluation.run_figures import MAX_POINTS, draw_runs
-from statex_dist.evaluation.run_report import make_page, read_runs, summarise
+from statex_dist.evaluation.page.run_figures import MAX_POINTS, draw_runs
+from statex_dist.evaluation.page.runs import make_page, read_runs, summarise
 
 PHASES = {"forward": 0.5, "backward": 1.0, "step": 0.2, "data": 0.1, "save": 0.1}
 

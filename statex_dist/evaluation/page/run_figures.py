@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from statex_dist.evaluation.report_figures import (
+from statex_dist.evaluation.page.figures import (
     FAINT,
     Figure,
     add_legend,
@@ -32,7 +32,7 @@ _HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 
 
 class Run(Protocol):
-    """What is drawn of a run (:class:`statex_dist.evaluation.run_report.TrainingRun`)."""
+    """What is drawn of a run (:class:`statex_dist.evaluation.page.runs.TrainingRun`)."""
 
     @property
     def name(self) -> str:

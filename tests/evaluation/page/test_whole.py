@@ -13,13 +13,13 @@ from xml.etree import ElementTree
 import pytest
 
 from launch.cli import main
-from statex_dist.evaluation.report_figures import ROLES, length_ticks, look_of, new_axes, styled
-from statex_dist.evaluation.report_inputs import DEPTH, read_inputs
-from statex_dist.evaluation.report_whole import make_report
+from statex_dist.evaluation.page.figures import ROLES, length_ticks, look_of, new_axes, styled
+from statex_dist.evaluation.page.inputs import DEPTH, read_inputs
+from statex_dist.evaluation.page.whole import make_report
 from statex_dist.models.kinds import make_plan
-from tests.evaluation.report_fixtures import laws, lm_eval, model_of, mqar, write_result, write_results
+from tests.evaluation.page.test_runs import Page, make_run
+from tests.evaluation.page.fixtures import laws, lm_eval, model_of, mqar, write_result, write_results
 from tests.evaluation.stand_ins import tiny_config
-from tests.evaluation.test_run_report import Page, make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HEADLESS = (

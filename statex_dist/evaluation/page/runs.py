@@ -24,7 +24,7 @@ from statex_dist.checkpoint.layout import (
     complete_tags,
 )
 from statex_dist.errors import DataError
-from statex_dist.evaluation.report_page import (
+from statex_dist.evaluation.page.html import (
     Section,
     details,
     figures,
@@ -34,7 +34,7 @@ from statex_dist.evaluation.report_page import (
     preformatted,
     table,
 )
-from statex_dist.evaluation.run_figures import draw_runs
+from statex_dist.evaluation.page.run_figures import draw_runs
 from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
 

@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from statex_dist.evaluation.eval_figures import (
+from statex_dist.evaluation.page.figures import Figure, short_number
+from statex_dist.evaluation.page.health_figures import capacity_figures, collapse_figures, law_figures
+from statex_dist.evaluation.page.html import Section, details, figures, heading, paragraph, table
+from statex_dist.evaluation.page.inputs import SUITES, Result, reading
+from statex_dist.evaluation.page.runs import flat
+from statex_dist.evaluation.page.suite_figures import (
     icl_figures,
     lm_eval_figures,
     mqar_figures,
     perplexity_figures,
     recall_figures,
 )
-from statex_dist.evaluation.health_figures import capacity_figures, collapse_figures, law_figures
-from statex_dist.evaluation.report_figures import Figure, short_number
-from statex_dist.evaluation.report_inputs import SUITES, Result, reading
-from statex_dist.evaluation.report_page import Section, details, figures, heading, paragraph, table
-from statex_dist.evaluation.run_report import flat
 
 _TITLES = {
     "recall": "Recall: needles in a haystack",

@@ -15,8 +15,8 @@ from typing import Any
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, complete_tags
 from statex_dist.errors import DataError
+from statex_dist.evaluation.page.runs import TrainingRun, distinct_names, read_json, read_runs
 from statex_dist.evaluation.report import RESULT_VERSION
-from statex_dist.evaluation.run_report import TrainingRun, distinct_names, read_json, read_runs
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import config_from_dict
 from statex_dist.train.metrics import METRICS_NAME

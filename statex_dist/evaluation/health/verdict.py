@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.evaluation.collapse import STATISTICS, CollapseSettings, finite, series
+from statex_dist.evaluation.health.collapse import STATISTICS, CollapseSettings, finite, series
 from statex_dist.evaluation.journal import Record
 
 _LEAST_POSITIONS = 3
@@ -47,7 +47,7 @@ class HeadVerdict:
         sc_ratio: Largest variance past the training length over the largest within it; None where that is not finite
             (or 0 within).
         retention: Share of a state that is left after the training length
-            (:meth:`~statex_dist.evaluation.collapse_retention.RetentionProbe.retention`); None where not measured.
+            (:meth:`~statex_dist.evaluation.health.retention.RetentionProbe.retention`); None where not measured.
         retention_slowest: The same of the row of the state that forgets slowest.
         largest_within: Largest entry within the training length.
         largest_beyond: Largest entry past it; None where that is not finite.

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.collapse import (
+from statex_dist.evaluation.health.collapse import (
     STATISTICS,
     CollapseSettings,
     collapse_units,
     observed_positions,
     series,
 )
-from statex_dist.evaluation.collapse_verdict import judge, sustained_from
+from statex_dist.evaluation.health.verdict import judge, sustained_from
 from statex_dist.evaluation.journal import work
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.kinds import config_from_dict
@@ -57,7 +57,7 @@ def measured(model, **options):
 
 def text_of(settings, sequence):
     """The tokens that a sequence was made of."""
-    from statex_dist.evaluation.collapse import _draw
+    from statex_dist.evaluation.health.collapse import _draw
 
     return torch.as_tensor(_draw("text", sequence, settings, TOKENIZER)).long()
 
@@ -325,7 +325,7 @@ def saved(tmp_path_factory):
 def undrawn(monkeypatch):
     """Without the plots, which take longer than all else of so small a run."""
     for name in ("plot_losses", "plot_norms"):
-        monkeypatch.setattr(f"statex_dist.evaluation.collapse_report.{name}", lambda judged, settings: b"")
+        monkeypatch.setattr(f"statex_dist.evaluation.health.collapse_results.{name}", lambda judged, settings: b"")
 
 
 def command(model, out, *more):
@@ -337,7 +337,7 @@ def command(model, out, *more):
 def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     assert main(command(saved, tmp_path / "whole")) == 0
     assert "healthy" in capsys.readouterr().out
-    from statex_dist.evaluation import collapse
+    from statex_dist.evaluation.health import collapse
 
     calls, real = [], collapse._stream
 

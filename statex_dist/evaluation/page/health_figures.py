@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.evaluation.eval_figures import Series, draw_curves
-from statex_dist.evaluation.report_figures import (
+from statex_dist.evaluation.page.figures import (
     ALARM,
     FAINT,
     Figure,
@@ -23,7 +22,8 @@ from statex_dist.evaluation.report_figures import (
     short_number,
     styled,
 )
-from statex_dist.evaluation.report_inputs import Result
+from statex_dist.evaluation.page.inputs import Result
+from statex_dist.evaluation.page.suite_figures import Series, draw_curves
 
 _DRAWN_HEADS = 40
 _NAMED_LAYERS = 6

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from statex_dist.evaluation.report_figures import (
+from statex_dist.evaluation.page.figures import (
     FAINT,
     INK,
     Figure,
@@ -20,7 +20,7 @@ from statex_dist.evaluation.report_figures import (
     short_number,
     styled,
 )
-from statex_dist.evaluation.report_inputs import Result
+from statex_dist.evaluation.page.inputs import Result
 
 NO_SHOT = 0.5
 """Where a logarithmic axis of shots has its 0."""
@@ -39,7 +39,7 @@ class Series:
 
     Attributes:
         name: In the legend.
-        look: Number of its look (:func:`~statex_dist.evaluation.report_figures.look_of`).
+        look: Number of its look (:func:`~statex_dist.evaluation.page.figures.look_of`).
         x: Positions.
         y: Values; NaN where there is none.
         low: Lower ends of the intervals.

@@ -7,7 +7,7 @@ length (the token ids aside), and the states are looked at where :func:`observed
 
 Per layer, head and position: mean, variance, Frobenius norm and largest entry of the state matrix, computed in float64.
 The loss of *every* target is counted, in the interval between two such positions. What is concluded from them is in
-:mod:`statex_dist.evaluation.collapse_verdict`.
+:mod:`statex_dist.evaluation.health.verdict`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.collapse_retention import RetentionProbe
 from statex_dist.evaluation.documents import read_documents
+from statex_dist.evaluation.health.retention import RetentionProbe
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.needle import filler_haystack
 from statex_dist.evaluation.streaming import (

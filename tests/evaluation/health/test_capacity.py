@@ -11,15 +11,15 @@ from launch.cli import main
 from launch.eval_capacity import describe
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.capacity import (
+from statex_dist.evaluation.health.capacity import (
     CapacitySettings,
     capacity_of,
     capacity_units,
     climb,
     exact_interval,
 )
+from statex_dist.evaluation.health.laws import find_results, fit_laws, forget_points, recall_points
 from statex_dist.evaluation.journal import work
-from statex_dist.evaluation.laws import find_results, fit_laws, forget_points, recall_points
 from statex_dist.models.hf import save_pretrained
 from tests.evaluation.stand_ins import PasskeyReader, tiny_model
 
@@ -191,7 +191,7 @@ def test_command_writes_a_law_that_plan_reads(results: Path, tmp_path: Path, cap
 
 
 def test_too_few_results_are_said(tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr("statex_dist.evaluation.laws.plot_laws", lambda laws: b"")
+    monkeypatch.setattr("statex_dist.evaluation.health.laws.plot_laws", lambda laws: b"")
     collapse_of(tmp_path / "r" / "a", 10**6, 1024, True)
     collapse_of(tmp_path / "r" / "b", 10**6, 2048, False)
     assert main(["eval", "laws", str(tmp_path / "r"), "--out", str(tmp_path / "out")]) == 0

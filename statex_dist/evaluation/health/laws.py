@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.health_plots import plot_laws
+from statex_dist.evaluation.health.plots import plot_laws
 from statex_dist.evaluation.report import RESULT_VERSION, write_results
 from statex_dist.state.laws import MILLION, THOUSAND_TOKENS, Law, fit_exponential, fit_line
 

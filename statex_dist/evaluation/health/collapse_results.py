@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from statex_dist.evaluation.collapse import STATISTICS, CollapseSettings, finite
-from statex_dist.evaluation.collapse_verdict import (
+from statex_dist.evaluation.health.collapse import STATISTICS, CollapseSettings, finite
+from statex_dist.evaluation.health.plots import plot_losses, plot_norms
+from statex_dist.evaluation.health.verdict import (
     HeadVerdict,
     Judged,
     LossCurve,
@@ -17,7 +18,6 @@ from statex_dist.evaluation.collapse_verdict import (
     judge,
     worst_heads,
 )
-from statex_dist.evaluation.health_plots import plot_losses, plot_norms
 from statex_dist.evaluation.journal import Record
 from statex_dist.evaluation.report import RESULT_VERSION, write_results
 
@@ -33,7 +33,7 @@ def write_collapse(
     """Write ``collapse.json``, ``collapse.jsonl``, ``collapse_loss.png`` and ``collapse_norm.png``.
 
     Args:
-        records: Of the units of :func:`~statex_dist.evaluation.collapse.collapse_units`.
+        records: Of the units of :func:`~statex_dist.evaluation.health.collapse.collapse_units`.
         settings: What was asked for.
         directory: An existing directory.
         model: What is known of the model.

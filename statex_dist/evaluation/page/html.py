@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from string import Template
 
-from statex_dist.evaluation.report_figures import Figure
+from statex_dist.evaluation.page.figures import Figure
 
 _PAGE = Template(
     """<!doctype html>

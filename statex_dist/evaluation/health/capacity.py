@@ -17,7 +17,7 @@ from typing import Any
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle
-from statex_dist.evaluation.health_plots import plot_ladder
+from statex_dist.evaluation.health.plots import plot_ladder
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, write_results
 from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_segment_length

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from statex_dist.evaluation.report_figures import Figure, add_legend, finish, look_of, new_axes, styled
-from statex_dist.evaluation.report_inputs import Expansion
-from statex_dist.evaluation.report_page import Section, details, figures, heading, table
+from statex_dist.evaluation.page.figures import Figure, add_legend, finish, look_of, new_axes, styled
+from statex_dist.evaluation.page.html import Section, details, figures, heading, table
+from statex_dist.evaluation.page.inputs import Expansion
 from statex_dist.models.config import ModelConfig
 
 _MOST_BARS = 64
@@ -32,7 +32,7 @@ def plan_section(expansions: Sequence[Expansion]) -> Section:
 
 
 def total_lines(expansion: Expansion) -> list[list[str]]:
-    """Return the model's figures before and after, for :func:`~statex_dist.evaluation.report_page.table`."""
+    """Return the model's figures before and after, for :func:`~statex_dist.evaluation.page.html.table`."""
     before, after = expansion.config.replace(statex=None), expansion.config
     rows = [("state numbers", before.state_numbers, after.state_numbers)]
     rows.append(("state bytes, one sequence", _state_bytes(before), _state_bytes(after)))

@@ -1,0 +1,1 @@
+"""Whether a model's states stay sound past its training length, and how much they hold."""

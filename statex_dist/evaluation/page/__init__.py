@@ -1,0 +1,1 @@
+"""``statex report``: runs, evaluations and expansions on one page that needs no network."""
