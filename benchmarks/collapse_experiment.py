@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from benchmarks.experiment_stats import device, interval, machine, shown
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import one_line, parse_config
 from statex_dist.data.tokenizer import load_tokenizer
-from statex_dist.errors import StateXError
+from statex_dist.errors import ConfigError, StateXError
 from statex_dist.evaluation.documents import read_documents
 from statex_dist.evaluation.streaming import evaluating
 from statex_dist.log import setup_logging
@@ -40,14 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         experiment = parse_config(Experiment, sys.argv[1:] if argv is None else argv, prog="collapse_experiment")
+        length = experiment.setting("train_length")
+        if not isinstance(length, int) or length < 2 * _SEGMENT or length % (2 * _SEGMENT):
+            raise ConfigError(f"settings.train_length must be a multiple of {2 * _SEGMENT}, not {length}")
         lab = Lab(experiment, lambda model, arm: measure(model, arm, lab.held_out()))
         results = lab.results()
     except StateXError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return error.exit_code
-    length = experiment.settings["train_length"]
     arms = {name: summarise(records, length) for name, records in results.items()}
-    summary = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "seeds": experiment.seeds, "arms": arms}
+    summary = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "experiment": asdict(experiment),
+        "seeds": experiment.seeds,
+        "arms": arms,
+    }
     out = Path(experiment.out)
     write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     draw(results, length, out / "collapse.png")

@@ -1,6 +1,7 @@
 """Models trained for an experiment, arm by arm: each step a command that a user would type, each result kept.
 
-An arm that is finished is not run again: a killed experiment goes on with the same command.
+What is finished is not made again: a killed experiment goes on with the same command. Whatever is made says from what
+it was made, and is not taken for what another configuration asks for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ from launch.cli import main as statex
 from launch.demo_data import library_pieces, recall_documents
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.errors import ConfigError, StateXError
+from statex_dist.models.mitigation import parse_mitigation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULT_NAME = "result.json"
+MADE_FROM_NAME = "made_from.json"
+HELD_OUT = "held_out"
+
+_EXPAND_OPTIONS = {"layers", "factor", "init", "op", "target_state", "plan", "recipe", "reset_dynamics"}
 
 
 @dataclass(kw_only=True)
@@ -113,11 +119,46 @@ class Experiment:
         for name in named:
             if name not in self.corpora:
                 raise ConfigError(f"corpus {name!r} is not one of {', '.join(self.corpora)}")
+        if HELD_OUT not in self.corpora:
+            raise ConfigError(f"an experiment needs a corpus {HELD_OUT}, that nothing is trained on")
         if not self.pretrain or not self.arms or not self.seeds:
             raise ConfigError("an experiment needs pretrain, arms and seeds")
         for name, arm in self.arms.items():
             if arm.like is not None and arm.like not in list(self.arms)[: list(self.arms).index(name)]:
                 raise ConfigError(f"arm {name} is like {arm.like!r}, which is no arm above it")
+            if arm.mitigation is not None:
+                parse_mitigation(arm.mitigation)
+            if unknown := sorted((arm.expand or {}).keys() - _EXPAND_OPTIONS):
+                raise ConfigError(f"arm {name}: expand.{unknown[0]} is not one of {', '.join(sorted(_EXPAND_OPTIONS))}")
+
+    def setting(self, name: str) -> Any:
+        """Return a setting.
+
+        Raises:
+            ConfigError: It is not given.
+        """
+        if name not in self.settings:
+            raise ConfigError(f"this experiment needs settings.{name}")
+        return self.settings[name]
+
+    def data_recipe(self, name: str) -> dict[str, Any]:
+        """Return all that a data set follows from."""
+        counts = {key: corpus.text_pieces for key, corpus in self.corpora.items()}
+        return {"name": name, "corpus": asdict(self.corpora[name]), "pieces": counts, "piece_bytes": self.piece_bytes}
+
+    def pretraining_recipe(self, seed: int, stages: int) -> dict[str, Any]:
+        """Return all that the model after so many stages follows from."""
+        done = [{"data": self.data_recipe(stage.corpus), "run": stage.run} for stage in self.pretrain[:stages]]
+        return {"model": self.model, "seed": seed, "stages": done}
+
+    def arm_recipe(self, seed: int, arm: Arm) -> dict[str, Any]:
+        """Return all that an arm's model follows from."""
+        if arm.like is not None:
+            return self.arm_recipe(seed, self.arms[arm.like])
+        corpus = arm.corpus or self.posttrain.corpus
+        training = {"data": self.data_recipe(corpus), "run": merged(self.posttrain.run, arm.run)} if arm.train else None
+        base = self.pretraining_recipe(seed, len(self.pretrain))
+        return {"base": base, "expand": arm.expand, "training": training}
 
 
 class Lab:
@@ -143,11 +184,18 @@ class Lab:
 
     def _result(self, seed: int, name: str, arm: Arm) -> dict[str, Any]:
         path = self.out / f"seed{seed}" / name / RESULT_NAME
-        if not path.is_file():
+        recipe = {
+            "model": self.experiment.arm_recipe(seed, arm),
+            "mitigation": arm.mitigation,
+            "settings": self.experiment.settings,
+            "held_out": self.experiment.data_recipe(HELD_OUT),
+        }
+        if not _is_made(path, recipe):
             model = self._arm(seed, name, arm)
             self.console.print(f"measuring {model}", markup=False)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, json.dumps(self.measure(model, arm)) + "\n")
+            _say_made(path, recipe)
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _arm(self, seed: int, name: str, arm: Arm) -> Path:
@@ -157,28 +205,34 @@ class Lab:
         model = self._pretrained(seed)
         if arm.expand is not None:
             expanded = folder / "expanded"
-            if not (expanded / "config.json").is_file():
+            recipe = {**self.experiment.arm_recipe(seed, arm), "training": None}
+            if not _is_made(expanded / "config.json", recipe):
                 options = [f"--{key.replace('_', '-')}={value}" for key, value in arm.expand.items()]
                 self._statex("expand", "--source", model, "--target", expanded, "--seed", seed, "--overwrite", *options)
+                _say_made(expanded / "config.json", recipe)
             model = expanded
         if not arm.train:
             return model
-        run = _merged(self.experiment.posttrain.run, arm.run)
+        run = merged(self.experiment.posttrain.run, arm.run)
         # Another order of the data than in pre-training; the same for every arm.
         corpus = arm.corpus or self.experiment.posttrain.corpus
-        return self._train(folder, {"path": str(model)}, Stage(corpus=corpus, run=run), 1000 + seed)
+        recipe = self.experiment.arm_recipe(seed, arm)
+        return self._train(folder, {"path": str(model)}, Stage(corpus=corpus, run=run), 1000 + seed, recipe)
 
     def _pretrained(self, seed: int) -> Path:
         source: dict[str, Any] = {"config": self.experiment.model}
         for index, stage in enumerate(self.experiment.pretrain):
-            model = self._train(self.out / f"seed{seed}" / f"pretrain{index}", source, stage, seed)
+            recipe = self.experiment.pretraining_recipe(seed, index + 1)
+            model = self._train(self.out / f"seed{seed}" / f"pretrain{index}", source, stage, seed, recipe)
             source = {"path": str(model)}
         return model
 
-    def _train(self, folder: Path, source: Mapping[str, Any], stage: Stage, seed: int) -> Path:
+    def _train(
+        self, folder: Path, source: Mapping[str, Any], stage: Stage, seed: int, recipe: Mapping[str, Any]
+    ) -> Path:
         """Run one training with the command of every user, and reshard what it leaves; return the model."""
         model, run_dir = folder / "model", folder / "run"
-        if (model / "config.json").is_file():
+        if _is_made(model / "config.json", recipe):
             return model
         config = {
             "run_dir": str(run_dir),
@@ -188,7 +242,7 @@ class Lab:
             "engine": {"name": "plain", "precision": "fp32"},
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / "run.yaml", yaml.safe_dump(_merged(config, stage.run), sort_keys=False))
+        write_durably(folder / "run.yaml", yaml.safe_dump(merged(config, stage.run), sort_keys=False))
         command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(folder / "run.yaml")]
         self.console.print(f"$ {' '.join(command[1:])}", markup=False)
         # Operations of small models are too short to share between threads.
@@ -199,11 +253,12 @@ class Lab:
         self._statex("reshard", "--source", run_dir, "--target", model, "--to", "hf", "--overwrite")
         # The metrics stay; the optimizer's states of every arm would fill a disk.
         shutil.rmtree(run_dir / "checkpoints")
+        _say_made(model / "config.json", recipe)
         return model
 
     def _data(self, name: str) -> Path:
         target = self.out / "data" / name
-        if (target / "index.json").is_file():
+        if _is_made(target / "index.json", self.experiment.data_recipe(name)):
             return target
         (self.out / "data").mkdir(parents=True, exist_ok=True)
         corpus = self.experiment.corpora[name]
@@ -212,11 +267,12 @@ class Lab:
         source = self.out / "data" / f"{name}.jsonl"
         source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         self._statex("prepare", source, "--out", target, "--overwrite")
+        _say_made(target / "index.json", self.experiment.data_recipe(name))
         return target
 
     def held_out(self) -> Path:
         """Return the data that nothing is trained on."""
-        return self._data("held_out")
+        return self._data(HELD_OUT)
 
     def _pieces(self, name: str) -> list[str]:
         """Return the documents of a corpus' text: its own stretch of all pieces, whole or cut."""
@@ -235,10 +291,29 @@ class Lab:
             raise StateXError(f"statex {words[0]} failed; its message is above")
 
 
-def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def _is_made(path: Path, recipe: Mapping[str, Any]) -> bool:
+    """Return whether a file, and what it stands for, is there and whole.
+
+    Raises:
+        ConfigError: It was made from something else.
+    """
+    made_from = path.parent / MADE_FROM_NAME
+    if not path.is_file() or not made_from.is_file():
+        return False
+    before, now = json.loads(made_from.read_text(encoding="utf-8")), json.loads(json.dumps(recipe))
+    if before != now:
+        raise ConfigError(f"{path.parent} was made from another configuration ({made_from}); give another --out")
+    return True
+
+
+def _say_made(path: Path, recipe: Mapping[str, Any]) -> None:
+    write_durably(path.parent / MADE_FROM_NAME, json.dumps(recipe, indent=1) + "\n")
+
+
+def merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``base`` with what ``extra`` says, section by section."""
     result = dict(base)
     for key, value in extra.items():
         mine = result.get(key)
-        result[key] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+        result[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
     return result

@@ -16,19 +16,21 @@ RESAMPLES = 4000
 def interval(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64] | None = None) -> dict[str, float]:
     """Return the mean of ``values [seeds, documents]`` with its 95 % interval.
 
-    Seeds are drawn with replacement, and documents within each (two-level bootstrap: Davison and Hinkley 1997, section
-    3.8), so that an interval covers another training as well as other documents. Three seeds have ten combinations:
-    the interval then says little more than how far apart the seeds were.
+    Seeds and documents are both drawn with replacement (bootstrap of a crossed design: Owen and Eckles 2012,
+    "Bootstrapping data arrays of arbitrary order"), so that an interval covers another training as well as other
+    documents. All seeds are measured on the same documents: a draw of documents is one for all of them. Three seeds
+    have ten combinations, and a bootstrap over so few is too narrow: where seeds differ much, it covers about 85 %
+    instead of 95 (200 simulations).
 
     Args:
-        values: A figure of every document, for every seed.
+        values: A figure of every document, for every seed; the same documents in the same order.
         weights: Of the documents, of the same shape; None for equal ones.
     """
     weights = np.ones_like(values) if weights is None else weights
     seeds, documents = values.shape
     rng = np.random.Generator(np.random.Philox(0))
     chosen = rng.integers(seeds, size=(RESAMPLES, seeds))
-    rows = rng.integers(documents, size=(RESAMPLES, seeds, documents))
+    rows = rng.integers(documents, size=(RESAMPLES, 1, documents))
     w = weights[chosen[:, :, None], rows]
     means = (values[chosen[:, :, None], rows] * w).sum(axis=(1, 2)) / w.sum(axis=(1, 2))
     low, high = np.quantile(means, (0.025, 0.975))

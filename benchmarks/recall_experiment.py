@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment = parse_config(Experiment, sys.argv[1:] if argv is None else argv, prog="recall_experiment")
         if BASELINE not in experiment.arms:
             raise ConfigError(f"a recall experiment needs an arm {BASELINE}, with which the others are compared")
-        num_pairs = experiment.settings["num_pairs"]
-        documents = experiment.settings["documents"]
+        num_pairs, documents = experiment.setting("num_pairs"), experiment.setting("documents")
         lab = Lab(experiment, lambda model, arm: measure(model, lab.held_out(), num_pairs, documents))
         results = lab.results()
     except StateXError as error:
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
+        "experiment": asdict(experiment),
         "seeds": experiment.seeds,
         "arms": {name: summarise(records, results[BASELINE]) for name, records in results.items()},
     }

@@ -20,7 +20,7 @@ MAX_CLIENT_BYTES = 64 << 20
 """Bytes of tensors in a rank's client state that are carried along, in memory: states of generators, not models."""
 
 _CARRIED = "carried"
-"""States between packs, in the client state: they belong to a rank's share of the data."""
+"""States between packs, in the client state: of one rank's share of the data, in the model's shapes, and large."""
 
 _OURS = ("module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params", "dp_world_size")
 """Keys of DeepSpeed's model states that are made anew."""
@@ -91,7 +91,7 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
     """Return the training states of a checkpoint, and what has to be said about carrying them to ``world_size`` ranks.
 
     What each rank has of its own (generators, in the client state) goes to the rank of the same number; further ranks
-    get those of the first again. States between packs stay only where every rank keeps its share of the data.
+    get those of the first again. States between packs are left out.
 
     Raises:
         CheckpointError: The client state holds more than is carried along.
@@ -109,7 +109,7 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
     @lru_cache(maxsize=2)
     def client(rank: int) -> Mapping[str, Any]:
         opened = source.model_states(rank % source.world_size)
-        left_out = _OURS if world_size == source.world_size else (*_OURS, _CARRIED)
+        left_out = (*_OURS, _CARRIED)
         return {key: _held(value, opened) for key, value in opened.content.items() if key not in left_out}
 
     training = TrainingStates(
@@ -129,7 +129,7 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
         client=client,
     )
     notes = _client_notes(client, source.world_size, world_size)
-    if world_size != source.world_size and _CARRIED in source.model:
+    if _CARRIED in source.model:
         notes.append("states between packs are left out: what would begin from one of them begins from an empty one")
     return training, notes
 

@@ -35,7 +35,7 @@ from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
-from statex_dist.run_config import RunConfig
+from statex_dist.run_config import DataSource, RunConfig
 from statex_dist.train.claim import claim
 from statex_dist.train.guard import Guard
 from statex_dist.train.loop import Observers, Trainer
@@ -316,8 +316,8 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
 
 def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig) -> dict[str, str]:
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
-    length = max(stage.seq_len for stage in config.data.stages())
-    files = {CONFIG_NAME: json.dumps({**model.to_dict(), TRAIN_LENGTH_KEY: length}, indent=2) + "\n"}
+    values = {**model.to_dict(), TRAIN_LENGTH_KEY: longest_sequence(config.data, stores)}
+    files = {CONFIG_NAME: json.dumps(values, indent=2) + "\n"}
     source = Path(config.model.path) if config.model.path is not None else None
     if source is not None and (found := _read_files(source, TOKENIZER_FILES)):
         return files | found
@@ -329,6 +329,17 @@ def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: Mode
     else:
         logger.warning("no tokenizer found beside the model or the data: checkpoints will hold none")
     return files
+
+
+def longest_sequence(data: DataSource, stores: dict[str, ShardStore]) -> int:
+    """Return the most tokens that a state reads in training before it is emptied.
+
+    That is the longest document, cut at the length of a pack unless its state is carried on.
+    """
+    longest = max(
+        int(store.lengths(shard).max(initial=0)) for store in stores.values() for shard in range(store.num_shards)
+    )
+    return longest if data.long_documents == "carry" else min(longest, max(stage.seq_len for stage in data.stages()))
 
 
 def _read_files(directory: Path, names: Iterable[str]) -> dict[str, str]:

@@ -30,7 +30,7 @@ MANIFEST_NAME = "MANIFEST.json"
 MODEL_DIR = "model"
 CONFIG_NAME = "config.json"
 TRAIN_LENGTH_KEY = "train_length"
-"""Key of ``config.json`` with the tokens of a packed sequence in the model's last training; no part of the model."""
+"""Key of ``config.json`` with the longest sequence of the model's last training, in tokens; no part of the model."""
 
 SETTINGS_NAME = "config.yaml"
 PLAIN_STATE_NAME = "plain_state.pt"

@@ -19,9 +19,9 @@ States = list[tuple[torch.Tensor, ...]]
 class StatePassing:
     """Keeps one state of this rank, and gives it to sequences by chance.
 
-    What is kept is the state at the end of one sequence, drawn from those of the pack before; the next pack's sequences
-    begin from it or from an empty state, each drawn on its own. Convolutions' tails are passed on with the state. No
-    gradient flows through it.
+    What is kept is the state at the end of one sequence, drawn from those that ended in what was run last, a pack or a
+    segment of one; sequences that begin in the next begin from it or from an empty state, each drawn on its own.
+    Convolutions' tails are passed on with the state. No gradient flows through it.
 
     Args:
         probability: Of a sequence to begin from the kept state.
@@ -39,12 +39,12 @@ class StatePassing:
         Args:
             batch: A pack or a segment of one.
             lane: Place of the pack in the global batch.
-            states: The states before them so far; a first sequence that goes on from one keeps it. None for empty ones.
+            states: The states before them so far; a first sequence that goes on keeps its own. None for empty ones.
             device: Where the states are needed.
         """
         count = len(batch.cu_seqlens) - 1
         drawn = self._draw(lane).random(count) < self.probability
-        drawn[0] &= states is None
+        drawn[0] &= not batch.carried
         if self._kept is None or not drawn.any():
             return states
         chosen = torch.from_numpy(drawn).to(device)
@@ -58,10 +58,17 @@ class StatePassing:
         ]
 
     def keep(self, batch: PackedBatch, lane: int, states: States) -> None:
-        """Keep the state at the end of one of the sequences of ``batch``, ``[S, ...]``, that anything is learned of."""
+        """Keep the state at the end of one of the sequences of ``batch``, of which anything is learned and which end.
+
+        Args:
+            batch: What was run.
+            lane: As for :meth:`give`.
+            states: The states after its sequences, ``[S, ...]`` each.
+        """
         learned = torch.unique(batch.seq_idx[batch.labels != IGNORE_INDEX]).tolist()
-        if learned:
-            place = int(self._draw(lane, 1).choice(learned))
+        ended = [place for place in learned if not batch.goes_on or place < len(batch.cu_seqlens) - 2]
+        if ended:
+            place = int(self._draw(lane, 1).choice(ended))
             self._kept = [tuple(part[place : place + 1].detach().clone() for part in layer) for layer in states]
         self._packs += 1
 

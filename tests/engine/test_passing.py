@@ -23,7 +23,7 @@ def build(name: str) -> RecurrentLM:
     return model.double()
 
 
-def pack(seed: int, *lengths: int, masked: int = -1, carried: bool = False) -> PackedBatch:
+def pack(seed: int, *lengths: int, masked: int = -1, carried: bool = False, goes_on: bool = False) -> PackedBatch:
     """Sequences of random tokens; nothing is learned of number ``masked``."""
     ids = torch.randint(0, 256, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     borders = [0, *itertools.accumulate(lengths)]
@@ -38,7 +38,7 @@ def pack(seed: int, *lengths: int, masked: int = -1, carried: bool = False) -> P
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         seq_idx=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].int(),
         carried=carried,
-        goes_on=False,
+        goes_on=goes_on,
     )
 
 
@@ -105,6 +105,28 @@ def test_what_goes_on_from_its_own_state_keeps_it():
 
 
 @torch.no_grad()
+def test_a_document_whose_own_state_is_lost_begins_from_an_empty_one():
+    model, carried = build("gla"), CarriedStates(passing=StatePassing(1.0, seed=0))
+    carried.forward_loss(model, pack(0, 8, 8), 0, CPU)
+    kept = carried.state_dict()["passing"]["kept"]
+    second = pack(3, 10, 7, carried=True)
+    expected = alone(model, second)[0][0] + alone(model, second, kept)[1][0]
+    assert float(carried.forward_loss(model, second, 0, CPU)) == pytest.approx(expected, rel=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_the_middle_of_a_document_is_not_passed_on(seed: int):
+    model, carried = build("gla"), CarriedStates(passing=StatePassing(1.0, seed=seed))
+    first = pack(0, 9, 12, goes_on=True)
+    carried.forward_loss(model, first, 0, CPU)
+    kept = carried.state_dict()["passing"]["kept"]
+    assert same(kept, alone(model, first)[0][1])
+    carried.forward_loss(model, pack(1, 20, carried=True, goes_on=True), 0, CPU)
+    assert same(kept, carried.state_dict()["passing"]["kept"]), "nothing ended: the older one stays"
+
+
+@torch.no_grad()
 def test_a_step_that_cannot_be_trusted_passes_nothing_on():
     model, carried = build("gla"), CarriedStates(passing=StatePassing(1.0, seed=0))
     carried.forward_loss(model, pack(0, 8, 8), 0, CPU)
@@ -126,4 +148,6 @@ def test_no_gradient_flows_through_a_passed_state():
     model(
         second.input_ids, labels=second.labels, cu_seqlens=second.cu_seqlens, seq_idx=second.seq_idx, states=before
     ).loss_sum.backward()
-    assert all(torch.allclose(p.grad, found[name], atol=1e-12) for name, p in model.named_parameters() if name in found)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], grad, atol=1e-12) for name, grad in expected.items())
