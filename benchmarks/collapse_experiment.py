@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StateXError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return error.exit_code
-    arms = {name: summarise(records, length) for name, records in results.items()}
+    first = next(iter(results.values()))
+    arms = {name: summarise(records, first, length) for name, records in results.items()}
     summary = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
@@ -89,17 +90,20 @@ def measure(model_dir: Path, arm: Arm, held_out: Path) -> dict[str, Any]:
     return {"state_numbers": model.config.state_numbers, "loss": np.transpose(losses).tolist(), "variance": variances}
 
 
-def summarise(records: Sequence[dict[str, Any]], train_length: int) -> dict[str, Any]:
+def summarise(
+    records: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], train_length: int
+) -> dict[str, Any]:
     """Return an arm's loss within the training length and beyond, and how far states grow, with 95 % intervals.
 
     Args:
         records: What :func:`measure` returned, one for each seed.
+        baseline: The same of the arm to compare with, on the same documents.
         train_length: Tokens that the first model was trained on.
     """
-    loss = np.array([record["loss"] for record in records])  # [seeds, documents, segments]
-    edges = spans(train_length, loss.shape[2] * _SEGMENT)
+    loss, base = (np.array([record["loss"] for record in rows]) for rows in (records, baseline))
+    edges = spans(train_length, loss.shape[2] * _SEGMENT)  # loss is [seeds, documents, segments]
     parts = {f"{a}..{b}": loss[:, :, a // _SEGMENT : b // _SEGMENT].mean(axis=2) for a, b in edges}
-    first, last = (list(parts.values())[i] for i in (0, -1))
+    last = slice(edges[-1][0] // _SEGMENT, edges[-1][1] // _SEGMENT)
     within = train_length // _SEGMENT
     growth = []
     for record in records:
@@ -108,8 +112,9 @@ def summarise(records: Sequence[dict[str, Any]], train_length: int) -> dict[str,
     return {
         "state_numbers": records[0]["state_numbers"],
         "loss": {name: interval(values) for name, values in parts.items()},
-        "rise": interval(last - first),
-        # Data_eval's sc_ratio of the worst head: its largest variance past the length over that within it.
+        # Paired by document: texts differ more than arms do.
+        "change": interval((loss[:, :, last] - base[:, :, last]).mean(axis=2)),
+        # Of the worst head: its largest variance past the length over that within it.
         "variance_growth": growth,
     }
 
@@ -126,12 +131,17 @@ def make_table(summary: dict[str, Any], family: str, train_length: int) -> Table
     """Return the arms as a table."""
     arms = summary["arms"]
     table = Table(title=f"{family}, first trained at {train_length} tokens, seeds {summary['seeds']}: nats per token")
-    for head in ("arm", *next(iter(arms.values()))["loss"], "last - first", "growth of the worst head's variance"):
+    for head in (
+        "arm",
+        *next(iter(arms.values()))["loss"],
+        f"last, against {next(iter(arms))}",
+        "growth of the worst head's variance",
+    ):
         table.add_column(head, justify="left" if head == "arm" else "right")
     for name, arm in arms.items():
         losses = (shown(value, "{:.3f}") for value in arm["loss"].values())
         growth = ", ".join(f"{value:.1f}" for value in arm["variance_growth"])
-        table.add_row(name, *losses, shown(arm["rise"], "{:+.3f}"), growth)
+        table.add_row(name, *losses, shown(arm["change"], "{:+.3f}"), growth)
     return table
 
 

@@ -56,6 +56,25 @@ def test_an_arm_is_compared_on_the_same_documents():
     assert accuracy["high"] - accuracy["low"] > 0.1
 
 
+def test_a_collapse_is_the_loss_and_the_variance_past_the_training_length():
+    # Two documents of 8 segments of 64 tokens; trained at 128, so segments 0 and 1 lie within.
+    base = {
+        "state_numbers": 5,
+        "loss": [[1, 1, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 4, 4, 4, 4]],
+        "variance": [[[1, 2]]] * 8,
+    }
+    grown = [[[1.0, 2.0]], [[1.0, 4.0]], *[[[1.0, 4.0]]] * 5, [[9.0, 4.0]]]
+    better = {"state_numbers": 5, "loss": (np.array(base["loss"]) - 0.5).tolist(), "variance": grown}
+    found = collapse_experiment.summarise([better], [base], 128)
+    assert {name: value["mean"] for name, value in found["loss"].items()} == {
+        "64..128": 1.5,
+        "128..256": 1.5,
+        "256..512": 2.5,
+    }
+    assert found["change"] == {"mean": -0.5, "low": -0.5, "high": -0.5}
+    assert found["variance_growth"] == [9.0]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_make_models_plans_and_runs(path: Path, tmp_path: Path):
     experiment = parse_config(Experiment, ["--config", str(path)], prog="experiment")
