@@ -1,15 +1,16 @@
 """Whether a planned training is long enough for the planned state to learn to forget, and what would be.
 
 Concluded from a law of state size (:mod:`statex_dist.state.laws`: the paper's, or one fitted to the user's own models)
-and, where there is one, from a measurement of the very checkpoint (``statex eval collapse``). A measurement beats the
-law: the law is moved until it agrees with it. What is known of capacity is never used: it is an upper bound.
+and, where there is one, from a measurement (``statex eval collapse``) of a checkpoint of the same family, state and
+plan. A measurement beats the law: the law is moved until it agrees with it. What is known of capacity is never used: it
+is an upper bound.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,9 @@ class Measurement:
         state_numbers: Of the checkpoint.
         train_length: What it was trained on.
         length: How far it was read.
-        position: Where the model collapses; None if it does not.
+        position: Where the model collapses on these prompts; None if it does not.
+        prompts: The prompts that this is concluded from: made-up or own texts, newlines only where there is nothing
+            else, as they are far from any text.
     """
 
     directory: str
@@ -43,6 +46,7 @@ class Measurement:
     train_length: int
     length: int
     position: int | None
+    prompts: tuple[str, ...] = ("text",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +56,7 @@ class Evidence:
     Attributes:
         law: Linear, with a positive slope.
         source: File of the law; None for the paper's.
-        measurement: Of the checkpoint that is to be trained, or None.
+        measurement: Of a checkpoint like the one that is to be trained, or None.
     """
 
     law: Law = PAPER_FORGET
@@ -98,16 +102,22 @@ class Evidence:
             line = f"the law fitted in {self.source} to {len(self.law.state)} sizes, {known}{quality}"
         if not self.law.covers(state_numbers):
             line += f"; {state_numbers / MILLION:.3g} M is outside that range: an extrapolation"
-        elif self.source is None and "mamba2" not in model_type:
-            line += f"; this is a {model_type} model"
+        if self.law.model_type is None:
+            line += f"; of what family is not known, this is a {model_type} model"
+        elif _family(self.law.model_type) != _family(model_type) and (self.source or self.law.covers(state_numbers)):
+            of = "" if self.source is None else f"it is of {self.law.model_type} models, "
+            line += f"; {of}this is a {model_type} model"
         measured = self.measurement
         if measured is None:
             return line
-        trained = f"this checkpoint, trained at {measured.train_length} tokens"
+        trained = f"a checkpoint of this family, state and plan, trained at {measured.train_length} tokens"
         if measured.position is not None:
             found = f"{trained}, collapses at {measured.position}"
         else:
             found = f"{trained}, shows no collapse up to {measured.length}"
+        found += f" on {' and '.join(measured.prompts)}"
+        if measured.prompts == ("newlines",):
+            found += " alone, which says little of texts"
         return f"the measurement in {measured.directory} ({found}) and {line}"
 
 
@@ -120,12 +130,14 @@ class SmallerPlan:
     factor: int
     layers: tuple[int, ...]
     state_numbers: int
+    reset_dynamics: bool = False
 
     @property
     def options(self) -> str:
         """Options of ``statex plan`` and ``statex expand``."""
         layers = ",".join(map(str, self.layers))
-        return f"--layers {layers} --factor {self.factor} --op {self.op} --init {self.init}"
+        line = f"--layers {layers} --factor {self.factor} --op {self.op} --init {self.init}"
+        return f"{line} --reset-dynamics" if self.reset_dynamics else line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,11 +174,9 @@ class Forgetting:
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for JSON."""
         names = ("basis", "says", "threshold_tokens", "low", "high", "extrapolated", "train_length", "long_enough")
+        of_plan = ("op", "init", "factor", "reset_dynamics", "state_numbers", "options")
         smaller = [
-            {
-                **{name: getattr(plan, name) for name in ("op", "init", "factor", "state_numbers", "options")},
-                "layers": list(plan.layers),
-            }
+            {**{name: getattr(plan, name) for name in of_plan}, "layers": list(plan.layers)}
             for plan in self.smaller or ()
         ]
         return {
@@ -254,16 +264,9 @@ def _smaller_plans(
     if len(kinds) != 1 or len({e.factor for e in planned}) != 1:
         return None
     (first,), layers = planned[:1], tuple(e.layer for e in planned)
-    fitting: list[SmallerPlan] = []
-    for factor in range(2, first.factor + 1):
-        for count in range(len(layers), 0, -1):
-            chosen = tuple(layers[i * len(layers) // count] for i in range(count))
-            plan = _try(before, first, factor, chosen)
-            if plan is None:
-                break
-            if train_length >= evidence.threshold(plan.state_numbers):
-                fitting.append(plan)
-                break
+    factors = range(2, first.factor + 1)
+    plans = (_largest_fitting(before, first, factor, layers, train_length, evidence) for factor in factors)
+    fitting = [plan for plan in plans if plan is not None]
     fitting.sort(key=lambda plan: (-plan.state_numbers, len(plan.layers)))
     best = [
         next(iter(fitting), None),
@@ -273,13 +276,47 @@ def _smaller_plans(
     return tuple(dict.fromkeys(plan for plan in best if plan is not None))
 
 
+def _largest_fitting(
+    before: ModelConfig,
+    like: LayerExpansion,
+    factor: int,
+    layers: tuple[int, ...],
+    train_length: int,
+    evidence: Evidence,
+) -> SmallerPlan | None:
+    """Return the plan of the most of the given layers, evenly spread, that fits a length, or None."""
+    best, low, high = None, 1, len(layers)
+    while low <= high:  # state and threshold rise with the number of layers
+        count = (low + high) // 2
+        plan = _try(before, like, factor, tuple(layers[i * len(layers) // count] for i in range(count)))
+        if plan is not None and train_length >= evidence.threshold(plan.state_numbers):
+            best, low = plan, count + 1
+        else:
+            high = count - 1
+    return best
+
+
 def _try(before: ModelConfig, like: LayerExpansion, factor: int, layers: tuple[int, ...]) -> SmallerPlan | None:
     """Return a plan, or None where the family does not allow its factor."""
     try:
-        after = make_plan(before, layers=",".join(map(str, layers)), factor=factor, init=like.init, op=like.op)
+        after = make_plan(
+            before,
+            layers=",".join(map(str, layers)),
+            factor=factor,
+            init=like.init,
+            op=like.op,
+            reset_dynamics=like.reset_dynamics,
+        )
     except ConfigError:
         return None
-    return SmallerPlan(op=like.op, init=like.init, factor=factor, layers=layers, state_numbers=after.state_numbers)
+    return SmallerPlan(
+        op=like.op,
+        init=like.init,
+        factor=factor,
+        layers=layers,
+        state_numbers=after.state_numbers,
+        reset_dynamics=like.reset_dynamics,
+    )
 
 
 def gather_evidence(before: ModelConfig, *, laws: str | None = None, health: str | None = None) -> Evidence:
@@ -288,10 +325,10 @@ def gather_evidence(before: ModelConfig, *, laws: str | None = None, health: str
     Args:
         before: The model as it is.
         laws: ``laws.json`` of ``statex eval laws``, or its directory; None for the paper's law.
-        health: Result directory of ``statex eval collapse`` of this model, or None.
+        health: Result directory of ``statex eval collapse`` of such a model, or None.
 
     Raises:
-        ConfigError: One of them cannot be read, or is not of this model.
+        ConfigError: One of them cannot be read, or the measured model has another family, state or plan.
     """
     return Evidence(
         law=PAPER_FORGET if laws is None else read_forget_law(Path(laws)),
@@ -315,14 +352,16 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["suite"] != "collapse":
             raise ValueError(f"suite {values['suite']!r}")
-        model, settings, verdict = values["model"], values["settings"], values["verdict"]
+        model, settings = values["model"], values["settings"]
+        position, prompts = _place(values["prompts"])
         found = model["model_type"], model["state_numbers"], model["statex"]
         measurement = Measurement(
             directory=str(path),
             state_numbers=int(model["state_numbers"]),
             train_length=int(settings["train_length"]),
             length=int(settings["length"]),
-            position=None if verdict["position"] is None else int(verdict["position"]),
+            position=position,
+            prompts=prompts,
         )
         mitigation = model.get("mitigation")
     except OSError as error:
@@ -339,3 +378,20 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
     if mitigation is not None:
         raise ConfigError(f"--health {path} was measured with the mitigation {mitigation!r}; measure without one")
     return measurement
+
+
+def _place(prompts: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+    """Return where a model first collapses, and on which prompts: where it does first, or all where it does not."""
+    texts = [name for name in prompts if name != "newlines"] or list(prompts)
+    if not texts:
+        raise ValueError("no prompt")
+    found = {name: prompts[name]["verdict"]["position"] for name in texts}
+    places = [int(position) for position in found.values() if position is not None]
+    if not places:
+        return None, tuple(texts)
+    return min(places), tuple(name for name in texts if found[name] == min(places))
+
+
+def _family(model_type: str) -> str:
+    """Return the family of a model type: a checkpoint layout of its own is none."""
+    return model_type.removesuffix("_state_spaces")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from jsonargparse import ArgumentParser
 
 from statex_dist.errors import ConfigError
+from statex_dist.state.geometry import STATE_BYTES
 from statex_dist.state.plan import Op
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="cuda", help="cuda (kernels) or cpu (PyTorch scans, gloo)")
     for name, text in (
         ("laws", "forget threshold of your own models: what `statex eval laws` wrote (default: the paper's)"),
-        ("health", "what `statex eval collapse` found of this model: it beats the law"),
+        ("health", "what `statex eval collapse` found of such a model (family, state, plan): it beats the law"),
     ):
         parser.add_argument(f"--{name}", type=str | None, default=None, metavar="DIR", help=text)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -106,7 +107,7 @@ def run(args: Any) -> int:
     from statex_dist.models.kinds import read_config
 
     options = plan_options(args)
-    training, model_dir = _training(args)
+    training, model_dir, passing = _training(args)
     before = read_config(Path(model_dir))
     # A run's model is taken as it is, unless an expansion is asked for.
     after = before if args.config is not None and options == PlanOptions() else plan_model(before, options)
@@ -114,24 +115,26 @@ def run(args: Any) -> int:
     report = report_plan(before, after, training, count_activations if training.device == "cpu" else None, evidence)
     if args.json:
         plan = after.statex.to_dict() if after.statex is not None else None
-        sys.stdout.write(json.dumps({**report.to_dict(), "plan": plan}) + "\n")
+        left_out = passed_states(after) if passing else None
+        values = {**report.to_dict(), "plan": plan, "left_out": {} if left_out is None else {"passed_states": left_out}}
+        sys.stdout.write(json.dumps(values) + "\n")
     else:
-        _print(report)
+        _print(report, passed_states(after) if passing else None)
     return 0
 
 
-def _training(args: Any) -> tuple[TrainingSettings, str]:
-    """Return the run to plan for, and the model's directory."""
+def _training(args: Any) -> tuple[TrainingSettings, str, bool]:
+    """Return the run to plan for, the model's directory, and whether states are passed between sequences."""
     from checkpoints_tools.plan_memory import TrainingSettings
 
     values: dict[str, Any] = {}
-    model_dir = args.model_dir
+    model_dir, passing = args.model_dir, False
     if args.config is not None:
         from statex_dist.config import parse_config
         from statex_dist.run_config import RunConfig
 
         run = parse_config(RunConfig, ["--config", args.config], prog="statex plan")
-        engine = run.engine
+        engine, passing = run.engine, run.train.state_passing > 0
         model_dir = model_dir or run.model.path
         values = {
             "seq_len": max(stage.seq_len for stage in run.data.stages()),
@@ -146,7 +149,21 @@ def _training(args: Any) -> tuple[TrainingSettings, str]:
     if args.config is not None and "accumulation" not in given:
         run.parallel.context = given.get("context", run.parallel.context)
         values["accumulation"] = run.accumulation_steps(args.world_size)
-    return TrainingSettings(world_size=args.world_size, device=args.device, **(values | given)), model_dir
+    return TrainingSettings(world_size=args.world_size, device=args.device, **(values | given)), model_dir, passing
+
+
+def passed_states(config: ModelConfig) -> dict[str, Any]:
+    """Return what ``train.state_passing`` takes and the memory above does not count: how many sequences share a pack
+    is known of the data alone.
+    """
+    each = 2 * STATE_BYTES * config.state_numbers
+    return {
+        "bytes_per_sequence": each,
+        "says": (
+            f"memory leaves out train.state_passing: the states at the begin and the end of every sequence of a pack, "
+            f"{size(each)} a sequence (2 x {STATE_BYTES} bytes x {config.state_numbers:,} state numbers)"
+        ),
+    }
 
 
 def count_activations(config: ModelConfig, training: TrainingSettings) -> int:
@@ -163,7 +180,7 @@ def count_activations(config: ModelConfig, training: TrainingSettings) -> int:
     )
 
 
-def _print(report: Any) -> None:
+def _print(report: Any, left_out: dict[str, Any] | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -198,11 +215,18 @@ def _print(report: Any) -> None:
         console.print("GPU memory of activations is an estimate; host memory is that of each rank, not of a machine")
     if report.mixed:
         console.print("parameters, FLOPs and memory leave out the layers of another kind, which are passed through")
+    if left_out is not None:
+        console.print(left_out["says"])
     _print_forgetting(console, report.forgetting)
 
 
 def _print_forgetting(console: Console, forgetting: Forgetting) -> None:
     if forgetting.threshold_tokens is None:
+        if forgetting.basis != "paper":
+            console.print(
+                f"forget threshold: none, a state of this size asks for no training length. Concluded from "
+                f"{forgetting.says}"
+            )
         return
     if forgetting.warning is None:
         console.print(

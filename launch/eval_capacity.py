@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, parse_numbers, run_suite, title_of
+from launch.eval_options import add_common, interval_text, parse_numbers, run_suite, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +64,7 @@ def _table(summary: dict[str, Any]) -> Table:
         table.add_row(
             f"{rung['length']:,}",
             f"{rung['accuracy']:.3f}{'' if rung['passes'] else '  fails'}",
-            f"{rung['low']:.3f} .. {rung['high']:.3f}",
+            interval_text(rung),
             f"{rung['exact_low']:.3f} .. {rung['exact_high']:.3f}",
             str(rung["samples"]),
         )

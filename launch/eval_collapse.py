@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the suite to ``parser``."""
     add_common(parser, batch_size=8)
     for name, kind, default, text in (
-        ("train-length", str | None, None, "tokens that the model was trained on, such as 2048 or 64K"),
+        ("train-length", str | None, None, "longest document trained on, such as 2048 or 64K tokens"),
         ("length", str | None, None, "tokens of a prompt (default: 8 training lengths)"),
         ("prompts", str | None, None, "newlines, text, data (default: newlines and text, or data where it is given)"),
         ("data", str | None, None, "a prepared dataset or text files, documents joined end to end"),
@@ -89,7 +89,8 @@ def training_length(args: Any) -> int:
         return known
     raise ConfigError(
         f"the length that {args.model} was trained on is not known: its config.json has no {TRAIN_LENGTH_KEY!r}; give "
-        "--train-length (tokens of a training sequence; data.seq_len of the run)"
+        "--train-length (tokens of the longest document, or piece of one, that it was trained on: data.seq_len of the "
+        "run, or less where all documents are shorter)"
     )
 
 
@@ -135,6 +136,8 @@ def _table(summary: dict[str, Any]) -> Table:
         f"read to {summary['settings']['length']:,} tokens; the model by its loss, heads by their states' variance, "
         "the worst first; kept: share of a state that is left after the training length"
     )
+    if summary["doubt"] is not None:
+        table.caption += f"\nWARNING: {summary['doubt']}"
     return table
 
 

@@ -55,7 +55,7 @@ def run(args: Any) -> int:
 def _table(summary: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table("law", "state (M)", "tokens", "", title="training length and recall by state size")
+    table = Table("law", "state (M)", "tokens", "", title=_title(summary))
     for name in ("forget", "recall"):
         for point in summary[f"{name}_points"]:
             tokens = "-" if point["tokens"] is None else f"{point['tokens']:,}"
@@ -64,6 +64,11 @@ def _table(summary: dict[str, Any]) -> Table:
         table.add_section()
     table.caption = "\n".join(_line(name, summary) for name in ("forget", "recall"))
     return table
+
+
+def _title(summary: dict[str, Any]) -> str:
+    family = summary["model_type"]
+    return "training length and recall by state size" + ("" if family is None else f" of {family} models")
 
 
 def _line(name: str, summary: dict[str, Any]) -> str:
@@ -75,8 +80,10 @@ def _line(name: str, summary: dict[str, Any]) -> str:
     form = (
         f"T = ({p['slope']}) N + ({p['intercept']})"
         if law["form"] == "linear"
-        else f"T = ({p['a']}) (({p['b']})^N - 1) + ({p['c']})"
+        else f"T = ({p['a']}) (b^N - 1) + ({p['c']}), b = e^({p['rate']})"
     )
+    if law["b"] is not None:
+        form += f" = {law['b']:.4g}"
     fit = f"R^2 {law['r_squared']:.4f}, " if law["r_squared"] is not None else ""
     return f"{name}: {form} [K tokens, M numbers]; {fit}scatter {law['residual_std']:.3g} K, {len(law['state'])} points"
 

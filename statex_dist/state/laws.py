@@ -6,7 +6,8 @@ in thousands (1024) of tokens:
 - *forget threshold*, ``T = slope N + intercept``: trained at a shorter length a model does not learn to forget, and its
   state collapses past that length;
 - *recall*, ``T = a (b^N - 1) + c``: the longest context from which a passkey is recalled, after enough training above
-  the threshold. An upper bound, and never a forecast.
+  the threshold. An upper bound, and never a forecast. It is kept as ``a (exp(rate N) - 1) + c``: of models with a few
+  thousand state numbers ``b = exp(rate)`` is beyond a float.
 
 The authors fitted both to Mamba-2. :func:`fit_line` and :func:`fit_exponential` do it for anyone's own models, with the
 error that few points deserve; nothing here needs more than numpy.
@@ -32,10 +33,12 @@ THOUSAND_TOKENS = 1024
 
 Form = Literal["linear", "exponential"]
 
-PARAMETERS: dict[str, tuple[str, ...]] = {"linear": ("slope", "intercept"), "exponential": ("a", "b", "c")}
+PARAMETERS: dict[str, tuple[str, ...]] = {"linear": ("slope", "intercept"), "exponential": ("a", "rate", "c")}
 
 # Growth over the whole range of sizes that is tried: from a bend that no measurement shows to one step up at the end.
 _LEAST_BEND, _MOST_BEND = 1e-2, 40.0
+# The square of exp(rate N) must be a float, as must that of a, its inverse.
+_MOST_EXPONENT = 300.0
 _GRID = 120
 _CONFIDENCE = 0.95
 
@@ -46,13 +49,14 @@ class Law:
 
     Attributes:
         form: ``linear`` or ``exponential``.
-        parameters: ``slope, intercept`` or ``a, b, c``.
+        parameters: ``slope, intercept`` or ``a, rate, c``.
         covariance: Of the parameters (linearised for ``exponential``), or None where it is not known or not finite.
         residual_std: Standard deviation about the fit, in thousand tokens; None where it is not known.
         degrees_of_freedom: Points less parameters; 0 where they are not known.
         r_squared: Share of the variance that the fit explains; None where it is not known.
         state: State sizes of the points, in millions.
         length: Their lengths, in thousand tokens.
+        model_type: Family of the models; None where it is not known.
     """
 
     form: Form
@@ -63,6 +67,7 @@ class Law:
     r_squared: float | None = None
     state: tuple[float, ...] = ()
     length: tuple[float, ...] = ()
+    model_type: str | None = None
 
     def at(self, state: float) -> float:
         """Return the length in thousand tokens for ``state`` million numbers."""
@@ -92,6 +97,16 @@ class Law:
         t = student_t(self.degrees_of_freedom)
         return tuple(t * math.sqrt(max(self.covariance[i][i], 0.0)) for i in range(len(self.parameters)))
 
+    @property
+    def base(self) -> float | None:
+        """The ``b`` of the published form ``a (b^N - 1) + c``; None for a line, or where it is beyond a float."""
+        if self.form == "linear":
+            return None
+        try:
+            return math.exp(self.parameters[1])
+        except OverflowError:
+            return None
+
     def covers(self, state_numbers: float) -> bool:
         """Whether a size lies among the points' (a law without points covers none)."""
         return bool(self.state) and min(self.state) <= state_numbers / MILLION <= max(self.state)
@@ -102,8 +117,10 @@ class Law:
         residuals = [y - self.at(x) for x, y in zip(self.state, self.length, strict=True)]
         return {
             "form": self.form,
+            "model_type": self.model_type,
             "parameters": dict(zip(names, self.parameters, strict=True)),
             "errors": dict(zip(names, self.errors, strict=True)),
+            "b": self.base,
             "covariance": None if self.covariance is None else [list(row) for row in self.covariance],
             "r_squared": self.r_squared,
             "residual_std": self.residual_std,
@@ -135,6 +152,7 @@ class Law:
                 r_squared=None if values["r_squared"] is None else float(values["r_squared"]),
                 state=tuple(map(float, values["state"])),
                 length=tuple(map(float, values["length"])),
+                model_type=None if values.get("model_type") is None else str(values["model_type"]),
             )
             size = len(parameters)
             shape = [len(row) for row in law.covariance] if law.covariance is not None else [size] * size
@@ -145,7 +163,9 @@ class Law:
         return law
 
 
-PAPER_FORGET = Law(form="linear", parameters=(5.172, -4.469), state=(1.1, 12.9), length=(1.0, 64.0))
+PAPER_FORGET = Law(
+    form="linear", parameters=(5.172, -4.469), state=(1.1, 12.9), length=(1.0, 64.0), model_type="mamba2"
+)
 """The authors' fit for Mamba-2, with the ends of the range of their models; its error is not published."""
 
 
@@ -178,17 +198,18 @@ def fit_line(state: Sequence[float], length: Sequence[float]) -> Law:
 
 
 def fit_exponential(state: Sequence[float], length: Sequence[float]) -> Law:
-    """Fit ``T = a (b^N - 1) + c`` by least squares, ``b > 1`` and ``a > 0``.
+    """Fit ``T = a (exp(rate N) - 1) + c`` by least squares, ``rate > 0`` and ``a > 0``.
 
-    For a given ``b`` the other two follow by linear least squares, so that only ``b`` is searched for: on a grid, then
-    by golden section (variable projection; Golub and Pereyra 1973).
+    For a given rate the other two follow by linear least squares, so that only the rate is searched for: on a grid,
+    then by golden section (variable projection; Golub and Pereyra 1973).
 
     Args:
         state: ``[n]`` million state numbers.
         length: ``[n]`` thousand tokens.
 
     Raises:
-        ConfigError: Fewer than four different sizes, or the points do not bend upwards.
+        ConfigError: Fewer than four different sizes, the points do not bend upwards, or they rise so steeply between
+            sizes so close together that ``a`` is below a float.
     """
     x, y = _points("exponential", state, length, 4)
     span = float(x.max() - x.min())
@@ -203,8 +224,14 @@ def fit_exponential(state: Sequence[float], length: Sequence[float]) -> Law:
     _, top, shift = _project(rate, x, y)
     if top <= 0:
         raise ConfigError("the lengths fall with the state size: no growing exponential law fits them")
-    a = top * math.exp(-rate * float(x.max()))
-    return _law("exponential", (a, math.exp(rate), shift + a), x, y)
+    exponent = rate * float(x.max())
+    if exponent > _MOST_EXPONENT:
+        raise ConfigError(
+            f"the lengths rise too steeply between sizes too close together ({x.min():.4g} .. {x.max():.4g} M "
+            f"numbers): the law would grow by e^{exponent:.0f} from an empty state on; add results of smaller states"
+        )
+    a = top * math.exp(-exponent)
+    return _law("exponential", (a, rate, shift + a), x, y)
 
 
 def _points(
@@ -247,18 +274,18 @@ def _golden(loss: Any, low: float, high: float) -> float:
 def _value(form: Form, parameters: Sequence[float], x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if form == "linear":
         return parameters[0] * x + parameters[1]
-    a, b, c = parameters
+    a, rate, c = parameters
     with np.errstate(over="ignore"):
-        return a * (b**x - 1) + c
+        return a * np.expm1(rate * x) + c
 
 
 def _gradient(form: Form, parameters: Sequence[float], x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the derivatives by the parameters, ``[n, parameters]``."""
     if form == "linear":
         return np.stack([x, np.ones_like(x)], axis=1)
-    a, b, _ = parameters
+    a, rate, _ = parameters
     with np.errstate(over="ignore"):
-        return np.stack([b**x - 1, a * x * b ** (x - 1), np.ones_like(x)], axis=1)
+        return np.stack([np.expm1(rate * x), a * x * np.exp(rate * x), np.ones_like(x)], axis=1)
 
 
 def _law(form: Form, parameters: tuple[float, ...], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Law:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints_tools import plan_forgetting
 from checkpoints_tools.plan_forgetting import (
     Evidence,
     Measurement,
@@ -82,11 +83,12 @@ def test_mamba2_as_it_is_asks_for_more_than_64k():
     family=st.sampled_from([GLA_1B, MAMBA2_1B]),
     layers=st.sampled_from(["every:6", "all", "first:5"]),
     factor=st.sampled_from([2, 4]),
+    reset=st.booleans(),
     train_length=st.integers(30_000, 600_000),
 )
-def test_what_is_proposed_would_do(family, layers, factor, train_length):
+def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
     before = config_from_dict(family)
-    after = plan_model(before, PlanOptions(layers=layers, factor=factor))
+    after = plan_model(before, PlanOptions(layers=layers, factor=factor, reset_dynamics=reset))
     found = judge_forgetting(before, after, train_length, PAPER)
     assert found.long_enough == (train_length >= PAPER_FORGET.tokens(after.state_numbers))
     if found.long_enough:
@@ -95,9 +97,10 @@ def test_what_is_proposed_would_do(family, layers, factor, train_length):
         return
     assert judge_forgetting(before, after, found.seq_len, PAPER).long_enough
     for plan in found.smaller:
-        words = plan.options.split()
+        words = plan.options.removesuffix(" --reset-dynamics").split()
         options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
-        smaller = plan_model(before, PlanOptions(**options))
+        smaller = plan_model(before, PlanOptions(**options, reset_dynamics="--reset-dynamics" in plan.options))
+        assert {e.reset_dynamics for e in smaller.statex.layers} == {reset}
         assert smaller.state_numbers == plan.state_numbers < after.state_numbers
         assert judge_forgetting(before, smaller, train_length, PAPER).long_enough
     sizes = [plan.state_numbers for plan in found.smaller]
@@ -108,6 +111,16 @@ def test_what_is_proposed_would_do(family, layers, factor, train_length):
         more = [e.layer for e in after.statex.layers][: len(best.layers) + 1]
         larger = plan_model(before, PlanOptions(layers=",".join(map(str, more)), factor=best.factor))
         assert train_length < PAPER_FORGET.tokens(larger.state_numbers)
+
+
+def test_the_search_bisects(monkeypatch):
+    before = config_from_dict(MAMBA2_1B)
+    after = plan_model(before, PlanOptions(layers="all"))
+    calls, real = [], plan_forgetting.make_plan
+    monkeypatch.setattr(plan_forgetting, "make_plan", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    found = judge_forgetting(before, after, 140_000, PAPER)
+    assert [(plan.factor, len(plan.layers)) for plan in found.smaller] == [(3, 2), (4, 1)]
+    assert len(calls) <= 3 * 6, "of each factor below 5 the 48 layers are halved, not tried one by one"
 
 
 def test_layers_expanded_in_different_ways_get_a_length_only():
@@ -130,7 +143,8 @@ def test_a_measurement_beats_the_law():
     found = judge_forgetting(before, after, 65536, healthy)
     assert found.long_enough
     assert found.basis == "measurement"
-    assert "this checkpoint, trained at 16384 tokens, shows no collapse up to 1000000" in found.says
+    assert "a checkpoint of this family, state and plan, trained at 16384 tokens, shows no collapse" in found.says
+    assert "up to 1000000 on text)" in found.says
     # Healthy at 256K says nothing against a threshold of 62K.
     assert Evidence(measurement=measurement(numbers, 262144)).threshold(numbers) == PAPER.threshold(numbers)
     # Collapsed at 128K though the law asks for 62K only: above 128K, and in proportion for a larger state.
@@ -156,10 +170,10 @@ def test_small_models_are_warned_by_a_measurement_alone():
     assert not judge_forgetting(before, after, 256, measured).long_enough
 
 
-def fitted_file(tmp_path: Path) -> Path:
+def fitted_file(tmp_path: Path, family: str | None = "gla") -> Path:
     law = fit_line([1.0, 5.0, 10.0, 20.0], [3.0, 10.0, 22.0, 41.0])
     file = tmp_path / "laws.json"
-    file.write_text(json.dumps({"suite": "laws", "forget": law.to_dict()}))
+    file.write_text(json.dumps({"suite": "laws", "forget": {**law.to_dict(), "model_type": family}}))
     return file
 
 
@@ -181,10 +195,23 @@ def test_a_users_own_fit_and_its_error(tmp_path: Path, capsys):
     assert "--seq-len 65536 reaches it" in " ".join(capsys.readouterr().out.split())
 
 
-def health_file(directory: Path, **changes) -> Path:
+def test_a_fit_of_another_family_is_said(tmp_path: Path):
+    before = config_from_dict(GLA_1B)
+    for family, said in (
+        ("gla", "R^2 0.998"),
+        ("mamba2", "; it is of mamba2 models, this is a gla model"),
+        (None, "; of what family is not known, this is a gla model"),
+    ):
+        evidence = gather_evidence(before, laws=str(fitted_file(tmp_path, family)))
+        assert judge_forgetting(before, before, 65536, evidence).says.endswith(said)
+
+
+def health_file(directory: Path, *, positions=None, **changes) -> Path:
     config = config_from_dict(GLA_1B)
     model = {"model_type": "gla", "state_numbers": config.state_numbers, "statex": None, "mitigation": None}
-    values = {"suite": "collapse", "settings": {"train_length": 16384, "length": 131072}, "verdict": {"position": None}}
+    values = {"suite": "collapse", "settings": {"train_length": 16384, "length": 131072}}
+    positions = {"newlines": None, "text": None} if positions is None else positions
+    values["prompts"] = {name: {"verdict": {"position": position}} for name, position in positions.items()}
     directory.mkdir(exist_ok=True)
     (directory / "collapse.json").write_text(json.dumps({**values, "model": {**model, **changes}}))
     return directory
@@ -197,9 +224,32 @@ def test_health_on_the_command_line(tmp_path: Path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "reaches it. Concluded from the measurement in" in text
     assert "trained at 16384 tokens, shows no collapse up to 131072" in text
+    small = {**GLA_1B, "hidden_size": 64, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    health_file(tmp_path / "health", state_numbers=config_from_dict(small).state_numbers)
+    assert main(["plan", str(tmp_path), "--health", str(health)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "forget threshold: none, a state of this size asks for no training length. Concluded from the measur" in text
+    (tmp_path / "config.json").write_text(json.dumps(GLA_1B))
     health_file(tmp_path / "health", state_numbers=5)
     assert main(["plan", str(tmp_path), "--health", str(health)]) == 2
     assert "is of another model (gla, 5 state numbers), this is gla with 12,582,912; measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("positions", "position", "prompts", "said"),
+    [
+        ({"newlines": 20000, "text": None}, None, ("text",), "shows no collapse up to 131072 on text)"),
+        ({"newlines": 20000, "text": 50000, "data": 40000}, 40000, ("data",), "collapses at 40000 on data)"),
+        ({"text": None, "data": None}, None, ("text", "data"), "up to 131072 on text and data)"),
+        ({"newlines": 20000}, 20000, ("newlines",), "at 20000 on newlines alone, which says little of texts)"),
+    ],
+)
+def test_texts_count_before_newlines(tmp_path: Path, positions, position, prompts, said):
+    config = config_from_dict(GLA_1B)
+    found = read_measurement(health_file(tmp_path, positions=positions), config)
+    assert (found.position, found.prompts) == (position, prompts)
+    assert said in Evidence(measurement=found).says("gla", config.state_numbers)
 
 
 def test_results_that_do_not_fit(tmp_path: Path):
@@ -208,6 +258,8 @@ def test_results_that_do_not_fit(tmp_path: Path):
         read_measurement(health_file(tmp_path, mitigation="forget-more:decay=0.0001,insert=0.75"), config)
     with pytest.raises(ConfigError, match=r"is of another model \(gla, 12,582,912 state numbers, expanded\)"):
         read_measurement(health_file(tmp_path, statex={"version": 1, "layers": []}), config)
+    with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`: ValueError\\('no prompt'\\)"):
+        read_measurement(health_file(tmp_path, positions={}), config)
     (tmp_path / "collapse.json").write_text('{"suite": "recall"}')
     with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`"):
         read_measurement(tmp_path, config)

@@ -76,17 +76,18 @@ def test_a_line_is_found_again(x, slope, intercept):
 )
 def test_an_exponential_is_found_again(x, a, bend, c):
     rate = bend / (x[-1] - x[0])
-    truth = Law(form="exponential", parameters=(a, math.exp(rate), c))
+    truth = Law(form="exponential", parameters=(a, rate, c))
     y = [truth.at(value) for value in x]
     law = fit_exponential(x, y)
     scale = max(y) - min(y)
     assert [law.at(value) for value in x] == pytest.approx(y, abs=1e-6 * scale)
-    assert law.parameters[1] == pytest.approx(math.exp(rate), rel=1e-3)
+    assert law.parameters[1] == pytest.approx(rate, rel=1e-3, abs=1e-3)
     assert 1 - law.r_squared < 1e-9
 
 
 def test_noise_widens_the_interval_and_the_truth_lies_within():
-    truth = Law(form="exponential", parameters=(4.756, 1.365, -0.742))
+    truth = Law(form="exponential", parameters=(4.756, math.log(1.365), -0.742))
+    assert truth.base == pytest.approx(1.365)
     assert truth.at(12.9) == pytest.approx(258, rel=0.02), "the paper: 256K for 370M parameters"
     x = np.linspace(1, 13, 9)
     rng = np.random.default_rng(0)
@@ -107,11 +108,24 @@ def test_noise_widens_the_interval_and_the_truth_lies_within():
         (fit_exponential, [1, 2, 3, 4], [4, 7, 8, 8.5], "do not bend upwards"),
         (fit_exponential, [1, 2, 3, 4], [1, 1, 1, 4], "only the largest state differs"),
         (fit_exponential, [1, 2, 3, 4], [-1, -2, -4, -8], "fall with the state size"),
+        (fit_exponential, [20, 20.1, 20.2, 20.3], [1, 2, 9, 80], "rise too steeply between sizes too close together"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(fit, x, y, message):
     with pytest.raises(ConfigError, match=message):
         fit(x, y)
+
+
+@pytest.mark.parametrize("unit", [1e-2, 1e-5, 1e3])
+def test_the_law_of_small_models_is_that_of_large_ones_in_another_unit(unit):
+    x, y = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), [1.0, 2.5, 9.0, 33.0, 130.0]
+    one, law = fit_exponential(x, y), fit_exponential(unit * x, y)
+    assert law.parameters == pytest.approx((one.parameters[0], one.parameters[1] / unit, one.parameters[2]), rel=1e-4)
+    assert law.errors == pytest.approx((one.errors[0], one.errors[1] / unit, one.errors[2]), rel=1e-3)
+    assert law.interval(2.5 * unit) == pytest.approx(one.interval(2.5), rel=1e-4)
+    values = json.loads(json.dumps(law.to_dict(), allow_nan=False))
+    assert values["b"] == (None if unit == 1e-5 else pytest.approx(one.base ** (1 / unit), rel=1e-2))
+    assert Law.from_dict(values) == law
 
 
 def _file(path: Path, forget, **more) -> Path:

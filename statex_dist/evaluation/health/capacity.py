@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle
+from statex_dist.evaluation.haystack import read_haystack
 from statex_dist.evaluation.health.plots import plot_ladder
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, write_results
@@ -64,7 +67,7 @@ class CapacitySettings:
 
 
 def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: Tokenizer) -> list[Unit]:
-    """Return the suite's work: a unit for each batch of prompts of a length and depth.
+    """Return the suite's work: a unit for each batch of prompts of a length and depth, with a digest of the haystack.
 
     Raises:
         ConfigError: A length leaves no room for a haystack.
@@ -76,7 +79,11 @@ def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: To
             f"capacity: length {min(settings.lengths)} leaves no room for a haystack; the prompt alone takes "
             f"{shortest} tokens: set --lengths above that"
         )
-    haystack = needle.file_haystack(Path(settings.haystack), tokenizer) if settings.haystack is not None else None
+    haystack, digest = None, "made up"
+    if settings.haystack is not None:
+        haystack = needle.file_haystack(Path(settings.haystack), tokenizer)
+        text = read_haystack(Path(settings.haystack), tokenizer)
+        digest = xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
     units: list[Unit] = []
     for length in sorted(settings.lengths):
         for depth in needle.depth_values(settings.depths):
@@ -106,7 +113,8 @@ def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: To
                         for i, (key, answer) in enumerate(zip(prompts.keys, answers, strict=True))
                     ]
 
-                units.append(Unit(key=f"{length}/{depth:.6f}/{first}", run=run, tokens=count * length))
+                key = f"{length}/{depth:.6f}/{first}, haystack {digest}"
+                units.append(Unit(key=key, run=run, tokens=count * length))
     return units
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+import xxhash
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError
@@ -47,6 +48,9 @@ STATISTICS = ("mean", "variance", "norm", "largest")
 DEFAULT_MULTIPLE = 8
 """Length of a prompt, in training lengths, unless another is given."""
 
+LEAST_POSITIONS = 3
+"""Positions at which a collapse must be seen to be told from a fluctuation."""
+
 _FIRST_POSITION = 16
 _LEAST_INTERVALS = 4
 _DIGITS = 9
@@ -57,7 +61,7 @@ class CollapseSettings:
     """What is read, and what counts as a collapse.
 
     Attributes:
-        train_length: Tokens of a sequence that the model was trained on.
+        train_length: Tokens of the longest document, or piece of one, that the model was trained on.
         length: Tokens of a prompt; None for :data:`DEFAULT_MULTIPLE` training lengths.
         prompts: Of :data:`PROMPTS`: a newline repeated, made-up sentences, ``data``.
         data: A prepared dataset or text files for the prompt ``data``.
@@ -91,11 +95,6 @@ class CollapseSettings:
     def __post_init__(self) -> None:
         if self.train_length < _FIRST_POSITION:
             raise ConfigError(f"train_length must be {_FIRST_POSITION} or more, not {self.train_length}")
-        if self.length is not None and self.length < 2 * self.train_length:
-            raise ConfigError(
-                f"length {self.length} is too short to see a collapse past the training length of {self.train_length}; "
-                f"give {2 * self.train_length} or more"
-            )
         if not self.prompts:
             raise ConfigError(f"no prompt given; prompts of collapse: {', '.join(PROMPTS)}")
         for prompt in self.prompts:
@@ -112,6 +111,12 @@ class CollapseSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > least):
                 raise ConfigError(f"{name} must be above {least:g}, not {value}")
+        if self.length is not None and self.length < 2 * self.train_length:
+            raise ConfigError(
+                f"length {self.length} is below two training lengths of {self.train_length} tokens; give "
+                f"{2 * self.train_length} or more, and more than {self.growth_seen_from} to see every head that never "
+                "forgets"
+            )
         if not 0 < self.sustained <= 1:
             raise ConfigError(f"sustained must be a share above 0 and at most 1, not {self.sustained}")
         if self.train_length % self.every or self.tokens % self.every:
@@ -127,6 +132,26 @@ class CollapseSettings:
     def tokens(self) -> int:
         """Tokens that are read of each prompt."""
         return self.length if self.length is not None else DEFAULT_MULTIPLE * self.train_length
+
+    @property
+    def growth_seen_from(self) -> int:
+        """Tokens past which the variance of a head that never forgets is above the factor of that in training.
+
+        It grows with the tokens read on varied text, with their square on newlines.
+        """
+        factor = math.sqrt(self.variance_factor) if set(self.prompts) == {"newlines"} else self.variance_factor
+        return math.ceil(factor * self.train_length)
+
+    @property
+    def doubt(self) -> str | None:
+        """What a verdict on heads does not say because ``length`` is too short for it, or None."""
+        if sum(position > self.growth_seen_from for position in self.positions) >= LEAST_POSITIONS:
+            return None
+        return (
+            f"{self.tokens:,} tokens are too few for the verdict on heads: the variance of one that never forgets may "
+            f"reach {self.variance_factor:g} times its largest in training only at {self.growth_seen_from:,} tokens; "
+            f"read further, such as {2 * self.growth_seen_from:,}, before a head is called healthy"
+        )
 
     @property
     def positions(self) -> list[int]:
@@ -178,7 +203,7 @@ def state_statistics(state: torch.Tensor) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: Tokenizer) -> list[Unit]:
-    """Return the suite's work: one unit for each batch of sequences of a prompt.
+    """Return the suite's work: one unit for each batch of sequences of a prompt, a digest of given text in its key.
 
     A unit's records are its sequences: ``{"prompt", "sequence", "loss": [P], "states": {statistic: [[[P], heads],
     layers]}, "retention": [[heads], layers], "retention_slowest"}``, null for what is not finite.
@@ -206,7 +231,9 @@ def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: To
                 rows = [data[i] if data is not None else _draw(prompt, i, settings, tokenizer) for i in numbers]
                 return _stream(model, np.stack(rows), settings, prompt, numbers)
 
-            units.append(Unit(key=f"{prompt}/{first}", run=run, tokens=len(numbers) * settings.tokens))
+            # Text that has changed since is another unit: what was found of the old one does not count.
+            text = "" if data is None else f", text {xxhash.xxh3_64_hexdigest(data[numbers].tobytes())}"
+            units.append(Unit(key=f"{prompt}/{first}{text}", run=run, tokens=len(numbers) * settings.tokens))
     return units
 
 

@@ -51,6 +51,7 @@ def write_collapse(
         "timing": dict(timing),
         "positions": settings.positions,
         "verdict": _overall(judged),
+        "doubt": settings.doubt,
         "prompts": {prompt: _summary(*parts, settings) for prompt, parts in judged.items()},
     }
     plots = {"collapse_loss.png": plot_losses(judged, settings), "collapse_norm.png": plot_norms(judged, settings)}
@@ -78,7 +79,8 @@ def _summary(
     positions = settings.positions
     fallen = [head.position for head in heads if head.position is not None]
     starts = [1, *(end + 1 for end in positions)]
-    columns = zip(starts, positions, *(finite(y) for y in (curve.mean, curve.low, curve.high)), strict=False)
+    ends = ([None] * len(positions) if values is None else finite(values) for values in (curve.low, curve.high))
+    columns = zip(starts, positions, finite(curve.mean), *ends, strict=False)
     return {
         "sequences": len(curve.by_sequence),
         "loss": {

@@ -4,6 +4,8 @@ A *forget threshold* needs models of one state size that were trained at several
 which on none collapses, and lies above the longest at which one does. A size whose models all collapse, or none, only
 bounds it, and is not fitted. A *capacity* is the longest that any model of a size reaches; one that ends at the top of
 its ladder only bounds it.
+
+A law is one of one family, and of one way to measure: results that differ in either are refused, not mixed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.health.plots import plot_laws
@@ -22,6 +24,33 @@ from statex_dist.state.laws import MILLION, THOUSAND_TOKENS, Law, fit_exponentia
 
 Judge = Literal["model", "heads"]
 JUDGES = ("model", "heads")
+
+_OF_MODEL: dict[str, tuple[type, ...]] = {
+    "model.directory": (str,),
+    "model.model_type": (str,),
+    "model.state_numbers": (int,),
+}
+_NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
+    "collapse": {
+        **_OF_MODEL,
+        "settings.train_length": (int,),
+        "settings.length": (int,),
+        "settings.prompts": (list,),
+        "settings.loss_rise": (int, float),
+        "settings.variance_factor": (int, float),
+        "settings.sustained": (int, float),
+        "verdict.collapsed": (bool,),
+        "verdict.heads_collapsed": (int,),
+    },
+    "capacity": {
+        **_OF_MODEL,
+        "settings.threshold": (int, float),
+        "settings.haystack": (str, type(None)),
+        "capacity.tokens": (int, type(None)),
+        "capacity.at_least": (bool,),
+    },
+}
+"""What is read of a result, by suite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +76,13 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Laws:
-    """Both fits; a law is None where it was refused, and then it says why."""
+    """Both fits; a law is None where it was refused, and then it says why.
 
+    ``model_type`` is the family of all models, ``criteria`` by suite how all of them were measured.
+    """
+
+    model_type: str | None
+    criteria: dict[str, dict[str, Any]]
     forget: Law | None
     forget_refused: str | None
     forget_points: tuple[Point, ...]
@@ -59,6 +93,8 @@ class Laws:
     def to_dict(self) -> dict[str, Any]:
         """Return the form of ``laws.json``."""
         return {
+            "model_type": self.model_type,
+            "criteria": self.criteria,
             "units": {"state": "million numbers", "length": f"thousand ({THOUSAND_TOKENS}) tokens"},
             "forget": None if self.forget is None else self.forget.to_dict(),
             "forget_refused": self.forget_refused,
@@ -95,11 +131,69 @@ def _read(path: Path, suite: str) -> dict[str, Any]:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if summary["suite"] != suite or summary["version"] != RESULT_VERSION:
             raise ValueError(f"suite {summary['suite']!r}, version {summary['version']!r}")
-        needed = {"collapse": ("settings", "train_length"), "capacity": ("capacity", "at_least")}[suite]
-        summary["model"]["state_numbers"], summary["model"]["directory"], summary[needed[0]][needed[1]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not a result of `statex eval {suite}`: {error!r}; run it again") from None
+    for name, kinds in _NEEDED[suite].items():
+        section, key = name.split(".")
+        values = summary.get(section)
+        if not isinstance(values, dict) or key not in values:
+            raise DataError(f"{path} is not a result of `statex eval {suite}`: it has no {name}; run it again")
+        value = values[key]
+        # JSON's true is an int in Python, and no number.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise DataError(f"{path} is not a result of `statex eval {suite}`: {name} is {value!r}; run it again")
+    for name in ("model.state_numbers", "settings.train_length"):
+        section, key = name.split(".")
+        if summary[section].get(key, 1) < 1:
+            raise DataError(f"{path} is not a result of `statex eval {suite}`: {name} is below 1; run it again")
     return summary
+
+
+def shared_criteria(
+    summaries: Sequence[Mapping[str, Any]], judge: Judge = "model"
+) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """Return the family of all results, and by suite how they were measured.
+
+    What a verdict does not depend on (seeds, the number of positions, a ladder's lengths) may differ.
+
+    Raises:
+        ConfigError: Results differ in one of these, which is named with a result of each kind.
+    """
+    criteria: dict[str, dict[str, Any]] = {}
+    for suite in ("collapse", "capacity"):
+        rows = [summary for summary in summaries if summary["suite"] == suite]
+        for row in rows:
+            for name, value in _criteria(row, judge).items():
+                known = criteria.setdefault(suite, {}).setdefault(name, value)
+                if known != value:
+                    _refuse(f"{suite} results", name, (rows[0], known), (row, value))
+    family: tuple[Mapping[str, Any], str] | None = None
+    for row in summaries:
+        found = row["model"]["model_type"]
+        family = family or (row, found)
+        if family[1] != found:
+            _refuse("results", "model_type", family, (row, found))
+    return None if family is None else family[1], criteria
+
+
+def _criteria(summary: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
+    settings = summary["settings"]
+    if summary["suite"] == "capacity":
+        return {name: settings[name] for name in ("threshold", "haystack")}
+    threshold = {"model": "loss_rise", "heads": "variance_factor"}[judge]
+    return {
+        threshold: settings[threshold],
+        "sustained": settings["sustained"],
+        "prompts": sorted(map(str, settings["prompts"])),
+        "length / train_length": round(settings["length"] / settings["train_length"], 3),
+    }
+
+
+def _refuse(what: str, name: str, *found: tuple[Mapping[str, Any], Any]) -> NoReturn:
+    kinds = ", ".join(f"{json.dumps(value)} ({row['model']['directory']})" for row, value in found)
+    raise ConfigError(
+        f"{what} differ in {name}: {kinds}; a law is one of one family, measured in one way: give results that agree"
+    )
 
 
 def forget_points(summaries: Sequence[Mapping[str, Any]], judge: Judge = "model") -> list[Point]:
@@ -164,11 +258,18 @@ def recall_points(summaries: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def fit_laws(summaries: Sequence[Mapping[str, Any]], judge: Judge = "model") -> Laws:
-    """Fit both laws to the results that there are; each may be refused by itself."""
+    """Fit both laws to the results that there are; each may be refused by itself.
+
+    Raises:
+        ConfigError: The results are of different families, or were measured in different ways.
+    """
+    model_type, criteria = shared_criteria(summaries, judge)
     forget, recall = forget_points(summaries, judge), recall_points(summaries)
-    forget_law, forget_refused = _fit(fit_line, forget)
-    recall_law, recall_refused = _fit(fit_exponential, recall)
+    forget_law, forget_refused = _fit(fit_line, forget, model_type)
+    recall_law, recall_refused = _fit(fit_exponential, recall, model_type)
     return Laws(
+        model_type=model_type,
+        criteria=criteria,
         forget=forget_law,
         forget_refused=forget_refused,
         forget_points=tuple(forget),
@@ -179,11 +280,11 @@ def fit_laws(summaries: Sequence[Mapping[str, Any]], judge: Judge = "model") -> 
 
 
 def _fit(
-    fit: Callable[[Sequence[float], Sequence[float]], Law], points: Sequence[Point]
+    fit: Callable[[Sequence[float], Sequence[float]], Law], points: Sequence[Point], model_type: str | None
 ) -> tuple[Law | None, str | None]:
     used = [(p.state_numbers / MILLION, p.tokens / THOUSAND_TOKENS) for p in points if p.used and p.tokens is not None]
     try:
-        return fit([x for x, _ in used], [y for _, y in used]), None
+        return replace(fit([x for x, _ in used], [y for _, y in used]), model_type=model_type), None
     except ConfigError as error:
         return None, str(error)
 

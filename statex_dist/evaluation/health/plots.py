@@ -53,12 +53,16 @@ def length_axis(axes: Any, label: str) -> None:
 
 
 def plot_losses(judged: Mapping[str, Judged], settings: CollapseSettings) -> bytes:
-    """Return a PNG of the loss by position, a line a prompt with its interval; a dot where the model collapses."""
+    """Return a PNG of the loss by position, a line a prompt, with its interval where several sequences give one.
+
+    A dot is where the model collapses.
+    """
     figure, (axes,) = panels(["Loss by position, past the training length"])
     positions = np.array(settings.positions)
     for prompt, (_, verdict, curve) in judged.items():
         colour = _COLOURS[prompt]
-        axes.fill_between(positions, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
+        if curve.low is not None and curve.high is not None:
+            axes.fill_between(positions, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(positions, curve.mean, color=colour, linewidth=1.8, label=prompt)
         if verdict.position is None:
             continue

@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.evaluation.health.collapse import STATISTICS, CollapseSettings, finite, series
+from statex_dist.evaluation.health.collapse import LEAST_POSITIONS, STATISTICS, CollapseSettings, finite, series
 from statex_dist.evaluation.journal import Record
 
-_LEAST_POSITIONS = 3
 _RESAMPLES = 2000
 _WORST = 10
 
@@ -108,8 +107,8 @@ class LossCurve:
 
     Attributes:
         mean: ``[P]`` nats a token over all sequences, NaN where not finite.
-        low: ``[P]`` 2.5 % quantile over resampled sequences.
-        high: ``[P]`` 97.5 % quantile.
+        low: ``[P]`` 2.5 % quantile over resampled sequences; None with one sequence.
+        high: ``[P]`` 97.5 % quantile; None with one.
         by_sequence: ``[S, P]``.
         reference: Best within the training length; None where nothing is finite.
         threshold: What counts as collapsed.
@@ -117,8 +116,8 @@ class LossCurve:
     """
 
     mean: Floats
-    low: Floats
-    high: Floats
+    low: Floats | None
+    high: Floats | None
     by_sequence: Floats
     reference: float | None
     threshold: float | None
@@ -132,7 +131,7 @@ def sustained_from(above: npt.NDArray[np.bool_], share: float) -> int | None:
     """
     left = np.arange(len(above), 0, -1)
     held = np.cumsum(above[::-1])[::-1] / left
-    found = np.flatnonzero(above & (held >= share) & (left >= _LEAST_POSITIONS))
+    found = np.flatnonzero(above & (held >= share) & (left >= LEAST_POSITIONS))
     return int(found[0]) if len(found) else None
 
 
@@ -214,7 +213,7 @@ def judge_loss(records: Sequence[Record], settings: CollapseSettings) -> tuple[M
     mean, positions = losses.mean(0), np.array(settings.positions)
     index, why, reference = _collapse_of(mean, positions, settings)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((settings.seed, len(losses)))))
-    low, high, found, share = mean, mean, [], None
+    low, high, found, share = None, None, [], None
     if len(losses) > 1:
         drawn = np.stack([losses[rng.integers(len(losses), size=len(losses))].mean(0) for _ in range(_RESAMPLES)])
         low, high = np.quantile(drawn, (0.025, 0.975), axis=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.eval_capacity import describe
+from launch.eval_capacity import _table, describe
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.health.capacity import (
@@ -49,9 +49,29 @@ def test_the_ladder_of_a_reader_with_a_known_memory():
     )
 
 
+def test_a_single_prompt_has_an_exact_interval_only():
+    chosen, records = measured(PasskeyReader(), lengths=(200,), depths=1, num_samples=1)
+    ladder = climb(records, chosen)
+    assert (ladder[0]["low"], ladder[0]["high"]) == (None, None)
+    assert (ladder[0]["exact_low"], ladder[0]["exact_high"]) == pytest.approx((0.025, 1.0))
+    model = {"model_type": "gla", "parameters": 1, "state_numbers": 1}
+    settings = {"threshold": 0.95}
+    table = _table({"model": model, "ladder": ladder, "capacity": capacity_of(ladder, 0.95), "settings": settings})
+    assert list(table.columns[2].cells) == ["1 sample"]
+
+
 def test_prompts_do_not_depend_on_the_batch():
     one, two = (measured(PasskeyReader(), lengths=(300,), batch_size=size)[1] for size in (1, 3))
     assert one == two
+
+
+def test_what_was_found_with_another_haystack_does_not_count(tmp_path: Path):
+    def keys(text):
+        (tmp_path / "hay.txt").write_text(text)
+        chosen = CapacitySettings(lengths=(200,), depths=1, haystack=str(tmp_path / "hay.txt"))
+        return [unit.key for unit in capacity_units(PasskeyReader(), chosen, TOKENIZER)]
+
+    assert keys("Grass is green.") == keys("Grass is green.") != keys("Grass is blue.")
 
 
 def rung(length, accuracy, low, high):
@@ -116,18 +136,23 @@ def test_command(tmp_path: Path, capsys):
 # -- laws over several models -----------------------------------------------------------------------------------------
 
 
-def collapse_of(directory: Path, size: int, train_length: int, collapsed: bool, *, heads=0, mitigation=None):
+def collapse_of(
+    directory: Path, size: int, train_length: int, collapsed: bool, *, heads=0, mitigation=None, family="gla", **changes
+):
     directory.mkdir(parents=True)
-    model = {"directory": str(directory), "state_numbers": size, "mitigation": mitigation}
-    values = {"version": 2, "suite": "collapse", "model": model, "settings": {"train_length": train_length}}
+    model = {"directory": str(directory), "model_type": family, "state_numbers": size, "mitigation": mitigation}
+    chosen = {"train_length": train_length, "length": 8 * train_length, "prompts": ["newlines", "text"]}
+    chosen |= {"loss_rise": 0.5, "variance_factor": 4.0, "sustained": 0.9, **changes}
+    values = {"version": 2, "suite": "collapse", "model": model, "settings": chosen}
     values["verdict"] = {"collapsed": collapsed, "heads_collapsed": heads, "heads": 8}
     (directory / "collapse.json").write_text(json.dumps(values))
 
 
-def capacity_result(directory: Path, size: int, tokens: int | None, *, at_least=False):
+def capacity_result(directory: Path, size: int, tokens: int | None, *, at_least=False, family="gla", threshold=0.95):
     directory.mkdir(parents=True)
-    model = {"directory": str(directory), "state_numbers": size, "mitigation": None}
+    model = {"directory": str(directory), "model_type": family, "state_numbers": size, "mitigation": None}
     values = {"version": 2, "suite": "capacity", "model": model, "capacity": {"tokens": tokens, "at_least": at_least}}
+    values["settings"] = {"threshold": threshold, "haystack": None}
     (directory / "capacity.json").write_text(json.dumps(values))
 
 
@@ -150,8 +175,8 @@ def results(tmp_path: Path) -> Path:
 def test_both_laws_from_results(results: Path):
     laws = fit_laws(find_results([results]))
     assert laws.forget.parameters == pytest.approx((2.0, 0.0), abs=1e-9)
-    a, b, c = laws.recall.parameters
-    assert (a, b, c) == pytest.approx((1.0, 2.0, 1.0), rel=1e-4)
+    a, _, c = laws.recall.parameters
+    assert (a, laws.recall.base, c) == pytest.approx((1.0, 2.0, 1.0), rel=1e-4)
     by_size = {point.state_numbers: point for point in laws.forget_points}
     assert (by_size[3 * 10**6].tokens, by_size[3 * 10**6].low) == (6144, 4096)
     assert by_size[10**5].why == "at most 1,024 tokens: no training length collapses"
@@ -183,11 +208,97 @@ def test_command_writes_a_law_that_plan_reads(results: Path, tmp_path: Path, cap
     text = " ".join(capsys.readouterr().out.split())
     assert "forget: T = (2 +-" in text
     assert "R^2 1.0000" in text
+    assert "b = e^(0.693" in text
     assert read_forget_law(out).tokens(5 * 10**6) == pytest.approx(10 * 1024)
+    assert read_forget_law(out).model_type == "gla"
+    written = json.loads((out / "laws.json").read_text())
+    assert written["model_type"] == "gla"
+    assert written["criteria"] == {
+        "collapse": {
+            **{"loss_rise": 0.5, "sustained": 0.9, "prompts": ["newlines", "text"]},
+            "length / train_length": 8.0,
+        },
+        "capacity": {"threshold": 0.95, "haystack": None},
+    }
     assert (out / "laws.png").read_bytes()[:4] == b"\x89PNG"
     assert len((out / "laws.jsonl").read_text().splitlines()) == 6 + 6
     assert main(["eval", "laws", str(results), "--out", str(out)]) == 2
     assert "not empty; pass --overwrite" in capsys.readouterr().err
+
+
+def test_small_models_have_laws_too(tmp_path: Path, capsys):
+    """Sizes in the thousands: the base of the exponential law is beyond a float."""
+    for number, (size, tokens) in enumerate([(6000, 100), (7000, 110), (8000, 160), (9000, 400), (10000, 1700)]):
+        capacity_result(tmp_path / "r" / str(number), size, tokens)
+    assert main(["eval", "laws", str(tmp_path / "r"), "--out", str(tmp_path / "out")]) == 0
+    recall = json.loads((tmp_path / "out" / "laws.json").read_text())["recall"]
+    assert recall["b"] is None
+    assert recall["r_squared"] > 0.999
+    assert f"b = e^({recall['parameters']['rate']:.4g} +-" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "judge", "message"),
+    [
+        ({"family": "mamba2"}, "model", r'results differ in model_type: "gla" \(.*a\), "mamba2" \(.*b\)'),
+        ({"loss_rise": 1.0}, "model", r"collapse results differ in loss_rise: 0.5 \(.*a\), 1.0 \(.*b\); a law is one"),
+        ({"variance_factor": 8.0}, "heads", "collapse results differ in variance_factor: 4.0 .* 8.0"),
+        ({"length": 4096}, "model", "collapse results differ in length / train_length: 8.0 .* 2.0"),
+        ({"prompts": ["text"]}, "model", r'differ in prompts: \["newlines", "text"\] .* \["text"\]'),
+        ({"variance_factor": 8.0}, "model", None),
+        ({"loss_rise": 1.0}, "heads", None),
+    ],
+)
+def test_a_mixture_is_refused(tmp_path: Path, changes, judge, message):
+    collapse_of(tmp_path / "a", 10**6, 1024, True)
+    collapse_of(tmp_path / "b", 10**6, 2048, False, **changes)
+    if message is None:
+        fit_laws(find_results([tmp_path]), judge)
+        return
+    with pytest.raises(ConfigError, match=message):
+        fit_laws(find_results([tmp_path]), judge)
+
+
+def test_recall_of_two_families_or_thresholds_is_refused(tmp_path: Path):
+    collapse_of(tmp_path / "a", 10**6, 1024, True)
+    capacity_result(tmp_path / "b", 10**6, 1024, family="mamba2")
+    with pytest.raises(ConfigError, match="results differ in model_type"):
+        fit_laws(find_results([tmp_path]))
+    capacity_result(tmp_path / "c", 10**6, 1024, threshold=0.9)
+    with pytest.raises(ConfigError, match="capacity results differ in threshold"):
+        fit_laws(find_results([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "value", "message"),
+    [
+        ("collapse", "verdict", None, "collapse.json is not a result of `statex eval collapse`: it has no verdict.col"),
+        ("collapse", "verdict.heads_collapsed", None, "it has no verdict.heads_collapsed; run it again"),
+        ("collapse", "settings.train_length", "64", "settings.train_length is '64'; run it again"),
+        ("collapse", "settings.train_length", 0, "settings.train_length is below 1"),
+        ("collapse", "model.state_numbers", True, "model.state_numbers is True"),
+        ("collapse", "model.model_type", None, "it has no model.model_type"),
+        ("capacity", "capacity.tokens", None, "it has no capacity.tokens"),
+        ("capacity", "capacity.tokens", 3.5, "capacity.tokens is 3.5"),
+        ("capacity", "settings", None, "it has no settings.threshold"),
+    ],
+)
+def test_damaged_results_are_named_with_their_key(tmp_path: Path, suite, name, value, message):
+    if suite == "collapse":
+        collapse_of(tmp_path / "a", 10**6, 1024, True)
+    else:
+        capacity_result(tmp_path / "a", 10**6, 1024)
+    file = tmp_path / "a" / f"{suite}.json"
+    values = json.loads(file.read_text())
+    *sections, key = name.split(".")
+    holder = values[sections[0]] if sections else values
+    if value is None:
+        del holder[key]
+    else:
+        holder[key] = value
+    file.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=message):
+        find_results([tmp_path])
 
 
 def test_too_few_results_are_said(tmp_path: Path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from statex_dist.evaluation.health.collapse import (
     observed_positions,
     series,
 )
-from statex_dist.evaluation.health.verdict import judge, sustained_from
+from statex_dist.evaluation.health.verdict import collapse_index, judge, sustained_from
 from statex_dist.evaluation.journal import work
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.kinds import config_from_dict
@@ -188,6 +188,7 @@ def test_a_known_collapse_is_found_where_it_is():
     heads, verdict, curve = judged(model)
     assert (verdict.collapsed, verdict.position, verdict.why) == (True, 84, "loss")
     assert (verdict.low, verdict.high, verdict.share) == (None, None, None), "one sequence has no interval"
+    assert (curve.low, curve.high) == (None, None)
     assert curve.reference == pytest.approx(1.0)
     assert curve.ratio == pytest.approx((16 * 1 + 48 * 3) / 64)
     assert (heads[1].collapsed, heads[1].position, heads[1].why) == (True, 68, "variance")
@@ -217,6 +218,28 @@ def test_a_peak_that_passes_is_no_collapse():
     assert not verdict.collapsed
     assert not heads[1].collapsed
     assert heads[1].sc_ratio == pytest.approx(81.0), "the ratio still says what was seen"
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "doubted"),
+    [
+        (64, {}, True),
+        (128, {}, True),
+        (160, {}, False),
+        (64, {"prompts": ("newlines",)}, True),
+        (96, {"prompts": ("newlines",)}, False),
+        (160, {"variance_factor": 8.0}, True),
+    ],
+)
+def test_a_length_that_cannot_show_a_head_that_never_forgets_is_said(length, options, doubted):
+    chosen = CollapseSettings(**{"train_length": 32, "length": length, "points": 32, "prompts": ("text",), **options})
+    grown = np.array(chosen.positions, float) ** (2 if chosen.prompts == ("newlines",) else 1)
+    within = np.array(chosen.positions) <= 32
+    index, _ = collapse_index(grown, chosen.variance_factor * grown[within].max(), chosen.sustained)
+    assert (index is None) == doubted, "what the verdict does with such a head"
+    assert (chosen.doubt is not None) == doubted
+    if doubted:
+        assert f"{length} tokens are too few for the verdict on heads" in chosen.doubt
 
 
 def test_thresholds_are_options():
@@ -336,7 +359,9 @@ def command(model, out, *more):
 @pytest.mark.usefixtures("undrawn")
 def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     assert main(command(saved, tmp_path / "whole")) == 0
-    assert "healthy" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "healthy" in said
+    assert "WARNING: 96 tokens are too few for the verdict on heads" in said
     from statex_dist.evaluation.health import collapse
 
     calls, real = [], collapse._stream
@@ -359,6 +384,11 @@ def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     rows_of = [(tmp_path / name / "collapse.jsonl").read_bytes() for name in ("whole", "cut")]
     assert rows_of[0] == rows_of[1]
     assert whole["verdict"] == {"collapsed": False, "position": None, "prompt": None, "heads_collapsed": 0, "heads": 10}
+    ends = {
+        name: {row["low"] is None for row in told["loss"]["by_position"]} for name, told in whole["prompts"].items()
+    }
+    assert ends == {"newlines": {True}, "text": {False}}, "one sequence has no interval"
+    assert whole["doubt"].startswith("96 tokens are too few for the verdict on heads")
     rows = [json.loads(line) for line in (tmp_path / "cut" / "collapse.jsonl").read_text().splitlines()]
     heads = [row for row in rows if row["kind"] == "head"]
     assert len(heads) == 2 * 10
@@ -390,6 +420,22 @@ def test_own_text(saved, tmp_path: Path, capsys):
         measured(fresh(MODELS["gla"]), prompts=("data",), data=str(tmp_path / "*.txt"), sequences=3, length=1024)
 
 
+def test_what_was_found_of_another_text_does_not_count(tmp_path: Path):
+    file, model = tmp_path / "a.txt", fresh(MODELS["gla"])
+    chosen = CollapseSettings(
+        train_length=32, length=64, prompts=("text", "data"), data=str(file), sequences=2, batch_size=1
+    )
+
+    def keys(text):
+        file.write_text(text * 40)
+        return [unit.key for unit in collapse_units(model, chosen, TOKENIZER)]
+
+    one, again, other = keys("abcd "), keys("abcd "), keys("abce ")
+    assert one == again
+    assert one[:2] == other[:2] == ["text/0", "text/1"]
+    assert not set(one[2:]) & set(other[2:])
+
+
 def test_the_training_length_may_stand_in_the_config(saved, tmp_path: Path, capsys):
     from launch.eval_collapse import training_length
 
@@ -406,7 +452,10 @@ def test_the_training_length_may_stand_in_the_config(saved, tmp_path: Path, caps
     ("options", "message"),
     [
         ({"train_length": 8}, "train_length must be 16 or more, not 8"),
-        ({"length": 63}, "length 63 is too short to see a collapse past the training length of 32; give 64 or more"),
+        (
+            {"length": 63},
+            "length 63 is below two training lengths of 32 tokens; give 64 or more, and more than 128 to see",
+        ),
         ({"prompts": ()}, "no prompt given"),
         ({"prompts": ("tabs",)}, "prompt 'tabs' is unknown; prompts of collapse: newlines, text, data"),
         ({"prompts": ("text", "text")}, "name one twice"),
