@@ -169,7 +169,8 @@ def write_lm_eval(
 
 def _figures(results: Mapping[str, Any], samples: Mapping[str, Any], *, seed: int) -> Iterator[dict[str, Any]]:
     """Yield the harness's figures, one metric of one task each, with our interval where we can make it."""
-    for task, metrics in (*results["results"].items(), *results.get("groups", {}).items()):
+    # Depending on its release the harness has its groups among the results as well.
+    for task, metrics in {**results["results"], **results.get("groups", {})}.items():
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
             if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float | None):
@@ -203,11 +204,16 @@ def _interval(value: float | None, metric: str, of_samples: Sequence[Any], *, se
     elif all(isinstance(v, list) and len(v) == 2 and v[1] for v in of_samples):
         # (log-likelihood, number of words or bytes) of each text.
         loss = bootstrap([-v[0] / v[1] for v in of_samples], weights=[v[1] for v in of_samples], seed=seed)
-        mean, low, high = (
-            x / math.log(2) if metric == "bits_per_byte" else math.exp(min(x, 700.0))
-            for x in (loss.mean, loss.low, loss.high)
+
+        def told(x: float) -> float:
+            return x / math.log(2) if metric == "bits_per_byte" else math.exp(min(x, 700.0))
+
+        found = Estimate(
+            mean=told(loss.mean),
+            low=None if loss.low is None else told(loss.low),
+            high=None if loss.high is None else told(loss.high),
+            samples=loss.samples,
         )
-        found = Estimate(mean=mean, low=low, high=high, samples=loss.samples)
     else:
         return None
     return found if math.isclose(found.mean, value, rel_tol=1e-6, abs_tol=1e-12) else None

@@ -14,7 +14,7 @@ from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.evaluation import lm_eval_api
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM, load_tasks, sampling_of
-from statex_dist.evaluation.lm_eval_suite import LmEvalSettings, units_of
+from statex_dist.evaluation.lm_eval_suite import LmEvalSettings, _figures, units_of
 from statex_dist.models.hf import save_pretrained
 from tests.evaluation.stand_ins import tiny_model
 
@@ -69,6 +69,9 @@ def tasks(tmp_path_factory):
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test", **options}
         # JSON is YAML.
         (directory / f"{name}.yaml").write_text(json.dumps({**task, "metadata": {"version": 1.0}}))
+    metrics = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "local_group", "task": ["local_choice"], "aggregate_metric_list": metrics}
+    (directory / "local_group.yaml").write_text(json.dumps(group))
     return directory
 
 
@@ -103,7 +106,7 @@ def plain_logprob(model, context, continuation):
 
 def test_figures_and_samples_are_those_of_plain_forward_passes(tasks, model_dir, tmp_path, capsys):
     out = tmp_path / "out"
-    names = ",".join(TASKS)
+    names = ",".join(["local_group", "local_generate", "local_documents"])
     arguments = ["--model", model_dir, "--out", out, "--include-path", tasks, "--tasks", names, "--batch-size", 2]
     assert evaluate(*arguments, "--segment-length", 16, "--limit", 3) == 0
     assert "bits_per_byte" in capsys.readouterr().out
@@ -123,6 +126,8 @@ def test_figures_and_samples_are_those_of_plain_forward_passes(tasks, model_dir,
         for row in by_task["local_choice"]
     ]
     figures = {(figure["task"], figure["metric"]): figure for figure in summary["figures"]}
+    assert len(figures) == len(summary["figures"]) == 5, "a group is told once"
+    assert figures["local_group", "acc"]["value"] == figures["local_choice", "acc"]["value"]
     accuracy = figures["local_choice", "acc"]
     assert accuracy["value"] == summary["results"]["local_choice"]["acc,none"] == pytest.approx(sum(right) / 3)
     assert accuracy["stderr"] == summary["results"]["local_choice"]["acc_stderr,none"]
@@ -144,9 +149,22 @@ def test_figures_and_samples_are_those_of_plain_forward_passes(tasks, model_dir,
                 tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         text = TOKENIZER.decode(tokens[len(row["doc"]["q"]) :]).split("\n")[0]
         assert row["filtered_resps"] == [text]
-    assert summary["versions"] == dict.fromkeys(TASKS, 1.0)
+    assert summary["versions"] == {**dict.fromkeys(TASKS, 1.0), "local_group": "N/A"}
     assert summary["n-samples"]["local_choice"] == {"original": 4, "effective": 3}
     assert summary["seeds"]["fewshot"] == 1234
+
+
+@pytest.mark.parametrize(
+    ("metric", "sample", "value"),
+    [("acc", True, 1.0), ("bits_per_byte", [-8 * math.log(2), 4], 2.0), ("word_perplexity", [-4.0, 4], math.e)],
+)
+def test_one_document_has_no_interval(metric, sample, value):
+    results = {"results": {"t": {f"{metric},none": value, "alias": "t"}}, "higher_is_better": {}}
+    one, two = (
+        list(_figures(results, {"t": [{"filter": "none", metric: sample}] * count}, seed=0)) for count in (1, 2)
+    )
+    assert [(f["value"], f["low"], f["high"], f["samples"]) for f in one] == [(value, None, None, 1)]
+    assert [(f["low"], f["high"]) for f in two] == [(pytest.approx(value), pytest.approx(value))]
 
 
 def test_examples_stand_before_the_question_and_units_change_nothing(tasks):
@@ -215,6 +233,10 @@ def test_generation_options_are_read_as_the_harness_means_them():
         (["--tasks", "local_choice", "--limit", "2.5"], "limit must be a whole number of documents, or a share"),
         (["--tasks", "local_choice", "--num-fewshot", "-1"], "num_fewshot must be 0 or more, not -1"),
         (["--tasks", "local_generate", "--max-length", "6"], "max_length 6 leaves no room for a context beside the 6"),
+        (
+            ["--tasks", "local_choice", "--mitigation", "state-norm:learn=64"],
+            "lm-eval ends forward passes wherever a text ends, .* allowed: state-norm with every=1",
+        ),
         (["--tasks", "no_data"], r"tasks no_data cannot be loaded \(.*docs/lm_eval.md\)"),
         (
             ["--tasks", "local_choice", "--model", "{small}"],

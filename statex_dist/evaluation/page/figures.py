@@ -49,6 +49,8 @@ _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10.5,
+    # A "$" in the name of a directory is a "$".
+    "text.parse_math": False,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -109,14 +111,12 @@ def new_axes(title: str, x_label: str, y_label: str, *, legend_rows: int = 0, he
         legend_rows: Rows of a legend below the axes, for which the figure grows.
         height: In inches, without the legend; None for that of all others.
     """
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
     # A figure of its own canvas: pyplot would keep it alive in global state and could ask for a display.
     lines = textwrap.wrap(title, _TITLE_WIDTH)
     inches = (height or _SIZE[1]) + _LEGEND_ROW * (legend_rows + len(lines) - 1)
     canvas = Canvas(figsize=(_SIZE[0], inches), layout="constrained")
-    FigureCanvasSVG(canvas)
     axes = canvas.subplots()
     axes.set_title("\n".join(lines), pad=9)
     axes.set_xlabel(x_label)
@@ -235,10 +235,15 @@ def cells_figure(
 
 def finish(axes: Axes, text: str) -> Figure:
     """Return the axes' figure, to be used inside :func:`styled`: the same drawing gives the same bytes."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
     canvas = axes.get_figure(root=True)
     assert canvas is not None
-    canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    for ground in (canvas.patch, axes.patch):
+        ground.set_facecolor("none")
+    # The canvas's own writer: `savefig` draws everything once more beforehand, for the layout that a drawing makes.
+    FigureCanvasSVG(canvas).print_svg(buffer, metadata={"Date": None})
     return Figure(svg=_themed(buffer.getvalue()), text=text)
 
 

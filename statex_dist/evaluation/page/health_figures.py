@@ -27,6 +27,7 @@ from statex_dist.evaluation.page.suite_figures import Series, draw_curves
 
 _DRAWN_HEADS = 40
 _NAMED_LAYERS = 6
+_READABLE_BASE = 1e6
 _QUANTITIES = {"norm": "Norm of the states", "variance": "Variance of the states"}
 
 
@@ -177,8 +178,10 @@ def _law(title: str, fit: Mapping[str, Any] | None, points: Sequence[Mapping[str
             if fit["form"] == "linear":
                 curve, said = p["slope"] * grid + p["intercept"], f"T = {p['slope']:.3g} N + {p['intercept']:.3g}"
             else:
-                curve = p["a"] * (p["b"] ** grid - 1) + p["c"]
-                said = f"T = {p['a']:.3g} ({p['b']:.3g}^N - 1) + {p['c']:.3g}"
+                curve = p["a"] * np.expm1(p["rate"] * grid) + p["c"]
+                readable = fit["b"] is not None and fit["b"] < _READABLE_BASE
+                base = f"{fit['b']:.3g}^N" if readable else f"exp({p['rate']:.3g} N)"
+                said = f"T = {p['a']:.3g} ({base} - 1) + {p['c']:.3g}"
             axes.plot(grid, curve, color=look_of(2).colour, linestyle="--", linewidth=1.7, label=f"fit: {said}")
         add_legend(axes)
         measured = ", ".join(f"{p['tokens']} tokens at {p['state_numbers']:,} numbers" for p in points)

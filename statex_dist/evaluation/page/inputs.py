@@ -201,13 +201,17 @@ def _unreadable(summary: Mapping[str, Any]) -> str | None:
 def _named(found: Mapping[Path, tuple[str, dict[str, Any]]]) -> list[Result]:
     """Give each model a name, and two results of one suite and model the names of their directories besides."""
     keys = {path: _model_key(summary) for path, (_, summary) in found.items()}
-    models = list(dict.fromkeys(keys.values()))
-    short = distinct_names([Path(directory) for directory, _, _ in models], tells_little=_TELLS_LITTLE)
+    # A model evaluated under another spelling of its path is the same one: it is called as it was first.
+    directories: dict[str, Path] = {}
+    for path, (_, summary) in found.items():
+        directories.setdefault(keys[path][0], Path((summary.get("model") or {}).get("directory", "")))
+    short = dict(zip(directories, distinct_names(list(directories.values()), tells_little=_TELLS_LITTLE), strict=True))
     names = {}
-    for key, name in zip(models, short, strict=True):
+    for fingerprint, mitigation in keys.values():
         # A directory whose weights were replaced holds two models.
-        twice = sum((other[0], other[2]) == (key[0], key[2]) for other in models) > 1
-        names[key] = name + (f" {key[1][:6]}" if twice else "") + (f" with {key[2]}" if key[2] else "")
+        twice = sum(name == short[fingerprint] for name in short.values()) > 1
+        name = short[fingerprint] + (f" {fingerprint[:6]}" if twice else "")
+        names[fingerprint, mitigation] = name + (f" with {mitigation}" if mitigation else "")
     places = dict(zip(found, distinct_names([path.parent for path in found]), strict=True))
     results = []
     for path, (suite, summary) in found.items():
@@ -217,10 +221,10 @@ def _named(found: Mapping[Path, tuple[str, dict[str, Any]]]) -> list[Result]:
     return results
 
 
-def _model_key(summary: Mapping[str, Any]) -> tuple[str, str, str]:
+def _model_key(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what tells a model from another: its fingerprint and its mitigation, not the spelling of its path."""
     model = summary.get("model") or {}
-    mitigation = model.get("mitigation")
-    return str(model.get("directory", "")), str(model.get("fingerprint", "")), str(mitigation) if mitigation else ""
+    return str(model.get("fingerprint") or model.get("directory", "")), str(model.get("mitigation") or "")
 
 
 def _of_models(directories: Sequence[Path]) -> Iterator[Expansion]:

@@ -39,6 +39,9 @@ from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
 
 
+_LAST_STEPS = 20
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRun:
     """What a run left behind.
@@ -72,7 +75,7 @@ class RunSummary:
         steps: Optimizer steps done.
         tokens: Tokens of all steps, padding included.
         hours: Time of all steps.
-        final_loss: Loss of the last step whose loss is finite.
+        final_loss: Mean loss of the last steps whose loss is finite, at most 20: one step's says little.
         median_tokens_per_s: Median throughput of a step.
         median_mfu: Median model FLOPs utilisation, from 0 to 1.
         time_shares: Share of the time by phase of a step.
@@ -195,7 +198,7 @@ def summarise(run: TrainingRun) -> RunSummary:
         steps=run.records[-1]["step"],
         tokens=int(sum(values("tokens"))) or None,
         hours=sum(values("seconds")) / 3600 or None,
-        final_loss=losses[-1] if losses else None,
+        final_loss=statistics.fmean(losses[-_LAST_STEPS:]) if losses else None,
         median_tokens_per_s=statistics.median(rates) if rates else None,
         median_mfu=statistics.median(shares) if shares else None,
         time_shares={p: sum(r["time"].get(p, 0.0) for r in times) / seconds for p in phases} if seconds else {},
@@ -228,7 +231,7 @@ def summary_rows(summary: RunSummary) -> dict[str, str]:
         "steps": f"{summary.steps:,}",
         "tokens": number(summary.tokens, ","),
         "hours": number(summary.hours, ".2f"),
-        "final loss": number(summary.final_loss, ".4f"),
+        "final loss (20 steps)": number(summary.final_loss, ".4f"),
         "median tokens/s": number(summary.median_tokens_per_s, ",.0f"),
         "median MFU": number(summary.median_mfu, ".1%"),
         **{f"time: {phase}": f"{share:.1%}" for phase, share in summary.time_shares.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -25,8 +26,15 @@ from statex_dist.evaluation.page.inputs import Result
 NO_SHOT = 0.5
 """Where a logarithmic axis of shots has its 0."""
 
+MQAR_LEVELS = {
+    "guessing": "a random value of the context",
+    "eliminating": "the commonest value not yet answered",
+}
+"""Accuracies of a model that knows the context's values but not whose they are, by their names in ``mqar.json``."""
+
 _ACCURACY = (-0.03, 1.03)
 _DOTS_HEIGHT = 5.5
+_Dot = tuple[str, float, float | None, float | None]
 
 
 def _place(x: float) -> str:
@@ -42,7 +50,7 @@ class Series:
         look: Number of its look (:func:`~statex_dist.evaluation.page.figures.look_of`).
         x: Positions.
         y: Values; NaN where there is none.
-        low: Lower ends of the intervals.
+        low: Lower ends of the intervals; None or NaN where there is none, as of a single sample.
         high: Upper ends.
         marks: Positions that are crossed out, such as that of a collapse.
     """
@@ -51,8 +59,8 @@ class Series:
     look: int
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
     marks: Sequence[float] = ()
 
     def in_words(self) -> str:
@@ -96,7 +104,8 @@ def draw_curves(
         for one in series:
             look = look_of(one.look)
             x, y = np.asarray(one.x, np.float64), np.asarray(one.y, np.float64)
-            axes.fill_between(x, one.low, one.high, color=look.colour, alpha=0.18, linewidth=0)
+            low, high = np.asarray(one.low, np.float64), np.asarray(one.high, np.float64)
+            axes.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0)
             axes.plot(
                 x,
                 y,
@@ -110,8 +119,9 @@ def draw_curves(
             for mark in one.marks:
                 at = float(np.interp(mark, x[np.isfinite(y)], y[np.isfinite(y)]))
                 axes.plot([mark], [at], marker="X", markersize=12, color=look.colour, markeredgecolor=INK)
-        for name, (places, values) in references.items():
-            axes.plot(places, values, color=FAINT, linestyle=":", linewidth=1.4, label=name)
+        for number, (name, (places, values)) in enumerate(references.items()):
+            dots = (0, (1, 1.5 + 2 * number))
+            axes.plot(places, values, color=FAINT, linestyle=dots, linewidth=1.4, label=name)
         for number, (name, line) in enumerate(lines.items()):
             style = ("dashdot", "dashed", "dotted")[number % 3]
             axes.axvline(line, color=FAINT, linestyle=style, linewidth=1.3, label=name)
@@ -205,16 +215,28 @@ def estimates(result: Result, key: str, looks: Mapping[str, int], *, least: floa
 
 
 def mqar_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-    """Yield the capacity curve."""
-    guessing = {int(n): e["guessing"] for r in results for n, e in r.summary["by_num_pairs"].items()}
-    pairs = sorted(guessing)
+    """Yield the capacity curve, with what is right without recall."""
     yield draw_curves(
         [estimates(result, "by_num_pairs", looks) for result in results],
         title="Associative recall",
         x_label="key-value pairs in the context",
         y_label="accuracy",
-        references={"guessing among the context's values": (pairs, [guessing[n] for n in pairs])},
+        references=dict(chain.from_iterable(_levels(results, key, name) for key, name in MQAR_LEVELS.items())),
     )
+
+
+def _levels(
+    results: Sequence[Result], key: str, name: str
+) -> Iterator[tuple[str, tuple[Sequence[float], Sequence[float]]]]:
+    """Yield a level by number of pairs; where models were asked differently, one for each group with the same."""
+    alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for result in results:
+        levels = tuple(sorted((int(n), e[key]) for n, e in result.summary["by_num_pairs"].items() if key in e))
+        if levels:
+            alike.setdefault(levels, []).append(result.model)
+    for levels, models in alike.items():
+        called = f"{name}: {', '.join(models)}" if len(alike) > 1 else name
+        yield called, ([n for n, _ in levels], [level for _, level in levels])
 
 
 def icl_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
@@ -256,11 +278,15 @@ def perplexity_figures(results: Sequence[Result], looks: Mapping[str, int]) -> I
 
 
 def lm_eval_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-    """Yield the figures between 0 and 1 as dots with their intervals, a line for each task and metric."""
-    found: dict[str, list[tuple[str, float, float, float]]] = {}
+    """Yield the figures between 0 and 1 as dots with their intervals, a line for each task and metric.
+
+    A figure without an interval is left to the table, unless it has none for want of a second sample.
+    """
+    found: dict[str, list[_Dot]] = {}
     for result in results:
         for f in result.summary["figures"]:
-            if f["value"] is None or not 0 <= f["value"] <= 1 or f["low"] is None or not f["higher_is_better"]:
+            known = f["low"] is not None or f["samples"] == 1
+            if f["value"] is None or not 0 <= f["value"] <= 1 or not known or not f["higher_is_better"]:
                 continue
             name = f"{f['task']} {f['metric']}" + ("" if f["filter"] == "none" else f" ({f['filter']})")
             found.setdefault(name, []).append((result.model, f["value"], f["low"], f["high"]))
@@ -277,7 +303,7 @@ def lm_eval_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iter
 
 def _dots(
     title: str,
-    found: Mapping[str, Sequence[tuple[str, float, float, float]]],
+    found: Mapping[str, Sequence[_Dot]],
     models: Sequence[str],
     looks: Mapping[str, int],
     *,
@@ -290,7 +316,7 @@ def _dots(
             look = look_of(looks[model])
             rows = [(i, entry) for i, entries in enumerate(found.values()) for entry in entries if entry[0] == model]
             y = [i + (number - (len(models) - 1) / 2) * 0.7 / len(models) for i, _ in rows]
-            values, low, high = (np.array([entry[k] for _, entry in rows]) for k in (1, 2, 3))
+            values, low, high = (np.array([entry[k] for _, entry in rows], np.float64) for k in (1, 2, 3))
             axes.errorbar(
                 values,
                 y,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any
 
 from statex_dist.evaluation.page.figures import Figure, short_number
 from statex_dist.evaluation.page.health_figures import capacity_figures, collapse_figures, law_figures
 from statex_dist.evaluation.page.html import Section, details, figures, heading, paragraph, table
 from statex_dist.evaluation.page.inputs import SUITES, Result, reading
+from statex_dist.evaluation.page.measures import Measured, estimate_of, measured, number, position_of
 from statex_dist.evaluation.page.runs import flat
 from statex_dist.evaluation.page.suite_figures import (
+    MQAR_LEVELS,
     icl_figures,
     lm_eval_figures,
     mqar_figures,
@@ -33,7 +32,7 @@ _TITLES = {
 }
 _SAID = {
     "recall": "Share of needles that the model says, by the length of the context and the depth of the needle.",
-    "mqar": "Share of values that the model gives to their keys. Only what is above guessing is recall.",
+    "mqar": "Share of values that the model gives to their keys. Dotted: what is right without knowing whose each is.",
     "icl": "Share of queries whose label is the most likely one, by the number of labelled examples before them.",
     "perplexity": "Loss of text by its position. A rise past the training length is the sign to look for.",
     "collapse": "Loss and states past the training length. A head collapses where its state's variance explodes.",
@@ -44,171 +43,6 @@ _SAID = {
 _NOT_COMPARED = ("directory", "batch_size", "segment_length", "include_path")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """A figure of a result.
-
-    Attributes:
-        name: What it is.
-        value: The figure; None where it is not finite, or only words tell it.
-        low: Lower end of its 95 % interval; None for none.
-        high: Upper end.
-        samples: Samples that it is made of.
-        words: What is shown in place of the value.
-        headline: Whether it stands in the page's first table.
-    """
-
-    name: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    samples: int | None = None
-    words: str | None = None
-    headline: bool = False
-
-    @property
-    def text(self) -> str:
-        """The figure as people read it."""
-        if self.words is not None:
-            return self.words
-        if self.value is None:
-            return "not finite"
-        interval = "" if self.low is None or self.high is None else f" ({_number(self.low)} .. {_number(self.high)})"
-        return _number(self.value) + interval
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figure, JSON-able."""
-        return {key: value for key, value in asdict(self).items() if key != "headline"}
-
-
-def _number(value: float) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.4g}"
-
-
-def _estimate(name: str, e: Mapping[str, Any], *, key: str = "accuracy", headline: bool = False) -> Measured:
-    return Measured(name=name, value=e[key], low=e["low"], high=e["high"], samples=e.get("samples"), headline=headline)
-
-
-def _recall(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    for task, found in summary["tasks"].items():
-        yield _estimate(f"{task}, all lengths", found["overall"], headline=True)
-        for length, estimate in found["by_length"].items():
-            yield _estimate(f"{task}, {short_number(int(length))} tokens", estimate)
-
-
-def _mqar(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    last = max(summary["by_num_pairs"], key=int)
-    for pairs, e in summary["by_num_pairs"].items():
-        yield _estimate(f"accuracy, {pairs} pairs", e, headline=pairs == last)
-    best = max(summary["by_num_pairs"].values(), key=lambda e: e["pairs_recalled"])
-    ends = (best["pairs_recalled_low"], best["pairs_recalled_high"])
-    yield Measured(
-        name="pairs recalled rather than guessed, at most",
-        value=best["pairs_recalled"],
-        low=ends[0],
-        high=ends[1],
-        headline=True,
-    )
-    capacity = summary["capacity"]
-    pairs = capacity["num_pairs"]
-    yield Measured(
-        name=f"most pairs with {capacity['threshold']:.0%} right",
-        value=pairs,
-        words="none" if pairs is None else str(pairs),
-    )
-
-
-def _icl(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    last = max(summary["by_shots"], key=int)
-    for shots, e in summary["by_shots"].items():
-        yield _estimate(f"accuracy, {shots} shots", e, headline=shots == last)
-    yield Measured(name="chance", value=summary["chance"])
-
-
-def _perplexity(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    loss, low, high = (summary[key] for key in ("loss", "loss_low", "loss_high"))
-    ends = [math.exp(value) if value < 700 else None for value in (low, high)]
-    yield Measured(name="perplexity", value=summary["perplexity"], low=ends[0], high=ends[1], headline=True)
-    yield Measured(name="loss (nats per token)", value=loss, low=low, high=high, samples=summary["documents"])
-    if summary["bits_per_byte"] is not None:
-        yield Measured(name="bits per byte", value=summary["bits_per_byte"])
-    yield Measured(name="target tokens", value=summary["tokens"])
-    for bucket in summary["by_position"]:
-        yield _estimate(f"loss at {bucket['start']} .. {bucket['end'] - 1}", bucket, key="loss")
-
-
-def _collapse(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    verdict = summary["verdict"]
-    yield _position("collapse", verdict["collapsed"], verdict["position"], f" ({verdict['prompt']})", headline=True)
-    heads = f"{verdict['heads_collapsed']} of {verdict['heads']}"
-    yield Measured(name="heads that collapse", value=verdict["heads_collapsed"], words=heads, headline=True)
-    for prompt, told in summary["prompts"].items():
-        own, ratio = told["verdict"], told["loss"]["ratio"]
-        why = f" ({own['why']})" if own["why"] else ""
-        yield _position(f"{prompt}: collapse", own["collapsed"], own["position"], why)
-        yield Measured(
-            name=f"{prompt}: heads that collapse",
-            value=told["heads"]["collapsed"],
-            words=f"{told['heads']['collapsed']} of {told['heads']['total']}",
-        )
-        yield Measured(name=f"{prompt}: loss past the training length, ratio", value=ratio)
-
-
-def _position(name: str, collapsed: bool, position: int | None, more: str, *, headline: bool = False) -> Measured:
-    words = (
-        "none seen" if not collapsed else "at an unknown position" if position is None else f"at {position:,} tokens"
-    )
-    return Measured(name=name, value=position, words=words + (more if collapsed else ""), headline=headline)
-
-
-def _capacity(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    found = summary["capacity"]
-    tokens, low, high = found["tokens"], found["low"], found["high"]
-    if tokens is None:
-        words = "below the shortest tried"
-    else:
-        words = f"{'at least ' if found['at_least'] else ''}{tokens:,}"
-        words += "" if low is None or high is None else f" ({low:,} .. {high:,})"
-    name = f"tokens with {summary['settings']['threshold']:.0%} recall"
-    yield Measured(name=name, value=tokens, low=low, high=high, words=words, headline=True)
-    for step in summary["ladder"]:
-        yield _estimate(f"accuracy, {short_number(step['length'])} tokens", step)
-
-
-def _laws(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    for law in ("forget", "recall"):
-        fit = summary[law]
-        if fit is None:
-            yield Measured(name=f"{law}: fit", value=None, words=summary[f"{law}_refused"] or "not asked for")
-            continue
-        for name, value in fit["parameters"].items():
-            error = fit["errors"][name]
-            ends = (None, None) if error is None else (value - error, value + error)
-            yield Measured(name=f"{law}: {name}", value=value, low=ends[0], high=ends[1])
-        yield Measured(name=f"{law}: R squared", value=fit["r_squared"])
-
-
-def _lm_eval(summary: Mapping[str, Any]) -> Iterator[Measured]:
-    for f in summary["figures"]:
-        name = f"{f['task']} {f['metric']}" + ("" if f["filter"] == "none" else f" ({f['filter']})")
-        words = None
-        if f["value"] is not None and f["low"] is None and f["stderr"] is not None:
-            words = f"{_number(f['value'])} ± {_number(f['stderr'])}"
-        yield Measured(name=name, value=f["value"], low=f["low"], high=f["high"], samples=f["samples"], words=words)
-
-
-_READERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Measured]]] = {
-    "recall": _recall,
-    "mqar": _mqar,
-    "icl": _icl,
-    "perplexity": _perplexity,
-    "collapse": _collapse,
-    "capacity": _capacity,
-    "laws": _laws,
-    "lm-eval": _lm_eval,
-}
 _DRAWN: Mapping[str, Callable[[Sequence[Result], Mapping[str, int]], Iterator[Figure]]] = {
     "recall": recall_figures,
     "mqar": mqar_figures,
@@ -221,14 +55,66 @@ _DRAWN: Mapping[str, Callable[[Sequence[Result], Mapping[str, int]], Iterator[Fi
 }
 
 
-def measured(result: Result) -> list[Measured]:
-    """Return a result's figures.
+def _cells(results: Sequence[Result]) -> Iterator[str]:
+    """Yield the cells of each heat map with their intervals, by depth and length."""
+    for result in results:
+        for task, found in result.summary["tasks"].items():
+            cells = {(cell["length"], cell["depth"]): estimate_of("", cell).text for cell in found["cells"]}
+            lengths, depths = sorted({n for n, _ in cells}), sorted({d for _, d in cells})
+            lines = [["depth", *(f"{short_number(length)} tokens" for length in lengths)]]
+            lines += [[f"{100 * d:.0f} %", *(cells.get((n, d), "") for n in lengths)] for d in depths]
+            yield details(f"{task} by depth and length: {result.model}", table(lines))
 
-    Raises:
-        DataError: The summary does not hold what this release writes.
-    """
-    with reading(result.path):
-        return list(_READERS[result.suite](result.summary))
+
+def _levels(results: Sequence[Result]) -> Iterator[str]:
+    """Yield what is right without recall, by number of pairs."""
+    for result in results:
+        asked = result.summary["by_num_pairs"]
+        known = {key: name for key, name in MQAR_LEVELS.items() if all(key in e for e in asked.values())}
+        lines = [["pairs", *known.values()]] + [[n, *(number(e[key]) for key in known)] for n, e in asked.items()]
+        yield details(f"Right without recall: {result.model}", table(lines))
+
+
+def _health(results: Sequence[Result]) -> Iterator[str]:
+    """Yield the loss by position on each prompt, the models side by side, then each model's worst heads."""
+    for prompt in dict.fromkeys(prompt for result in results for prompt in result.summary["prompts"]):
+        columns = []
+        for result in (r for r in results if prompt in r.summary["prompts"]):
+            told = result.summary["prompts"][prompt]
+            buckets = [{**bucket, "samples": told["sequences"]} for bucket in told["loss"]["by_position"]]
+            losses = [estimate_of(f"{b['start']} .. {b['end']}", b, key="loss") for b in buckets]
+            columns.append((result.model, losses))
+        yield details(f"Loss on {prompt} by position", table(side_by_side(columns)))
+    for result in results:
+        lines = [["prompt", "layer", "head", "collapse", "why", "variance ratio", "retention"]]
+        for prompt, told in result.summary["prompts"].items():
+            for head in told["worst_heads"]:
+                at = position_of("", head["collapsed"], head["position"], "").text
+                ratios = ("" if head[key] is None else number(head[key]) for key in ("sc_ratio", "retention"))
+                lines.append([prompt, str(head["layer"]), str(head["head"]), at, head["why"] or "", *ratios])
+        yield details(f"Heads nearest to collapse: {result.model}", table(lines))
+
+
+def _law_points(results: Sequence[Result]) -> Iterator[str]:
+    """Yield what each law was fitted to."""
+    for result in results:
+        for law in ("forget", "recall"):
+            lines = [["state numbers", "tokens", "used"]]
+            for point in result.summary[f"{law}_points"]:
+                if point["tokens"] is not None:
+                    told = Measured(name="", value=point["tokens"], low=point["low"], high=point["high"])
+                    used = "yes" if point["used"] else f"no: {point['why']}"
+                    lines.append([f"{point['state_numbers']:,}", told.text, used])
+            if len(lines) > 1:
+                yield details(f"Points of the {law} law: {result.path.parent}", table(lines))
+
+
+_POINTS: Mapping[str, Callable[[Sequence[Result]], Iterator[str]]] = {
+    "recall": _cells,
+    "mqar": _levels,
+    "collapse": _health,
+    "laws": _law_points,
+}
 
 
 def suite_sections(results: Sequence[Result], names: Sequence[str]) -> Iterator[Section]:
@@ -244,10 +130,10 @@ def suite_sections(results: Sequence[Result], names: Sequence[str]) -> Iterator[
         if found:
             with reading(found[0].path):
                 drawn = list(_DRAWN[suite](found, looks))
+                points = "".join(_POINTS[suite](found)) if suite in _POINTS else ""
             lines = side_by_side([(result.model, measured(result)) for result in found])
             body = paragraph(_SAID[suite]) + figures(drawn)
-            body += table(lines, caption="Figures with their 95 % intervals")
-            body += _worst_heads(found) if suite == "collapse" else ""
+            body += table(lines, caption="Figures with their 95 % intervals") + points
             yield Section(title=_TITLES[suite], body=body + _settings(found))
 
 
@@ -279,20 +165,6 @@ def side_by_side(columns: Iterable[tuple[str, Sequence[Measured]]]) -> list[list
     titles = dict.fromkeys(chain.from_iterable(by_name))
     head = ["", *(name for name, _ in columns)]
     return [head, *([title, *(found.get(title, "") for found in by_name)] for title in titles)]
-
-
-def _worst_heads(results: Sequence[Result]) -> str:
-    body = ""
-    for result in results:
-        with reading(result.path):
-            lines = [["prompt", "layer", "head", "collapse", "why", "variance ratio", "retention"]]
-            for prompt, told in result.summary["prompts"].items():
-                for head in told["worst_heads"]:
-                    at = _position("", head["collapsed"], head["position"], "").text
-                    ratios = ("" if head[key] is None else _number(head[key]) for key in ("sc_ratio", "retention"))
-                    lines.append([prompt, str(head["layer"]), str(head["head"]), at, head["why"] or "", *ratios])
-        body += details(f"Heads nearest to collapse: {result.model}", table(lines))
-    return body
 
 
 def _settings(results: Sequence[Result]) -> str:

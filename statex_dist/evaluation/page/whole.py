@@ -7,8 +7,9 @@ from typing import Any
 from statex_dist.evaluation.page.expansions import plan_section
 from statex_dist.evaluation.page.html import Section, make_html, paragraph, table
 from statex_dist.evaluation.page.inputs import Inputs
+from statex_dist.evaluation.page.measures import measured
 from statex_dist.evaluation.page.runs import make_page, runs_section, summarise
-from statex_dist.evaluation.page.suites import headline_lines, measured, suite_sections
+from statex_dist.evaluation.page.suites import headline_lines, suite_sections
 
 
 def make_report(inputs: Inputs) -> str:

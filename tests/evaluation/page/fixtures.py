@@ -47,7 +47,8 @@ def mqar(strength):
         value, guessing = 1 / (1 + (n / (24 * (1 + 2 * strength))) ** 3), 1 / n + (1 - 1 / n) / 64
         recalled = n * max(0.0, (value - guessing) / (1 - guessing))
         more = {"pairs_recalled_low": recalled * 0.9, "pairs_recalled_high": recalled * 1.1}
-        found[str(n)] = {**estimate(value), "guessing": guessing, "pairs_recalled": recalled, **more}
+        levels = {"guessing": guessing, "eliminating": 2 * guessing}
+        found[str(n)] = {**estimate(value), **levels, "pairs_recalled": recalled, **more}
     return {"by_num_pairs": found, "capacity": {"threshold": 0.95, "num_pairs": 8}, "settings": {"seed": 0}}
 
 

@@ -15,10 +15,11 @@ import pytest
 from launch.cli import main
 from statex_dist.evaluation.page.figures import ROLES, length_ticks, look_of, new_axes, styled
 from statex_dist.evaluation.page.inputs import DEPTH, read_inputs
+from statex_dist.evaluation.page.suites import headline_lines
 from statex_dist.evaluation.page.whole import make_report
 from statex_dist.models.kinds import make_plan
-from tests.evaluation.page.test_runs import Page, make_run
-from tests.evaluation.page.fixtures import laws, lm_eval, model_of, mqar, write_result, write_results
+from tests.evaluation.page.fixtures import SUITES, icl, laws, lm_eval, model_of, mqar, write_result, write_results
+from tests.evaluation.page.test_runs import NOT_DRAWN, Page, make_run
 from tests.evaluation.stand_ins import tiny_config
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -42,8 +43,7 @@ def everything(tmp_path_factory):
     """Two models' results of every suite, laws, a training run and an expansion, in one directory."""
     root = write_results(tmp_path_factory.mktemp("all") / "root")
     write_result(root / "laws", "laws", laws())
-    left_out = dict.fromkeys(("lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes"))
-    make_run(root / "run-a", 3, grad_norms={}, time={}, state_norms={}, skipped=0, **left_out)
+    make_run(root / "run-a", 3, **NOT_DRAWN)
     write_expansion(root / "expanded")
     (root / "lpt" / "notes.txt").write_text("not ours")
     return root
@@ -91,7 +91,7 @@ def test_alternative_texts_say_what_is_seen(page):
     )
     recalled = text_of("Associative recall")
     assert "lpt from 0.995 at 4 to 0.0501 at 64 (lowest 0.0501 at 64, highest 0.995 at 4)" in recalled
-    assert "guessing among the context's values" in recalled
+    assert "; a random value of the context; the commonest value not yet answered" in recalled
     assert "lpt from 0.25 at 0 to 0.852 at 64" in text_of("In-context")
     loss = text_of("Loss on newlines")
     assert "statex marked at 2K" in loss
@@ -196,12 +196,93 @@ def test_results_are_told_apart_by_model_mitigation_and_place(tmp_path):
         write_result(tmp_path / place, "mqar", {**mqar(0), "settings": {"seed": len(place)}}, model=model)
     inputs = read_inputs([tmp_path])
     assert inputs.models == [
-        *("lpt 000000 (a/mqar)", "lpt with forget-more"),
+        *("lpt 000000 (a/mqar)", "lpt 000000 with forget-more"),
         *("lpt 100000", "lpt 000000 (d/mqar)"),
     ]
     write_result(tmp_path / "d/mqar", "mqar", {**mqar(0), "settings": {"seed": 77}}, model=model_of("lpt"))
     text = Page(make_report(read_inputs([tmp_path]))).text
     assert "77" in text.split("Settings that differ")[1].split("Settings")[0]
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        # (directory, fingerprint) of two results; what the models are called.
+        ([("models/best", "a"), ("models/best/", "b")], ["best aaaaaa", "best bbbbbb"]),
+        ([("models/best", "a"), ("models/best/", "a")], ["best"]),
+        ([("/abs/models/best", "a"), ("models/best", "a")], ["best"]),
+        ([("models/best", "a"), ("models/best/model", "b")], ["models/best", "models/best/model"]),
+    ],
+)
+def test_a_model_is_known_by_its_weights_and_not_by_the_spelling_of_its_path(tmp_path, models, names):
+    for suite, (directory, digit) in zip(("mqar", "icl"), models, strict=True):
+        model = {**model_of("x"), "directory": directory, "fingerprint": 32 * digit}
+        write_result(tmp_path / suite, suite, SUITES[suite](0), model=model)
+    inputs = read_inputs([tmp_path])
+    assert inputs.models == [names[-1], *names[:-1]]
+    assert headline_lines(inputs.results)[0][1:] == [names[0], *names[1:]]
+
+
+def test_each_set_of_levels_without_recall_has_its_own_curve(tmp_path):
+    for name, factor in (("a", 1.0), ("b", 0.5), ("c", 1.0)):
+        summary = mqar(0)
+        for told in summary["by_num_pairs"].values():
+            told["guessing"] *= factor
+        write_result(tmp_path / name, "mqar", summary, model=model_of(name, seed=ord(name)))
+    ((text, svg),) = Page(make_report(read_inputs([tmp_path]))).images.items()
+    name = "a random value of the context"
+    assert text.split("; ")[-3:] == [f"{name}: a, c", f"{name}: b", "the commonest value not yet answered"]
+    assert {f"{name}: a, c", f"{name}: b"} <= words_of(svg)
+
+
+def test_tables_that_open_hold_the_points_of_the_figures(page):
+    text = " ".join(page.text.split())
+    (cells,) = re.findall(r"passkey by depth and length: statex(.*?)passkey|$", text)[:1]
+    assert "1K tokens2K tokens4K tokens8K tokens16K tokens32K tokens" in cells
+    assert "10 %0.976 (0.936 .. 1.000)0.900 (0.860 .. 0.940)" in cells
+    assert "Loss on newlines by positionlptstatex1 .. 642.000 (1.900 .. 2.100)2.000 (1.900 .. 2.100)" in text
+    assert "statenumberstokensused100,0001,024 (900 .. 1,200)yes" in text.replace("state numbers", "statenumbers")
+    assert "Right without recall: lptpairsa random value of the contextthe commonest value not yet answered40.2" in text
+
+
+def without_intervals(values):
+    """Return a summary as a suite writes it of one sample."""
+    if isinstance(values, dict):
+        ends = ("low", "high", "loss_low", "loss_high", "pairs_recalled_low", "pairs_recalled_high", "stderr")
+        counts = ("samples", "sequences", "documents")
+        return {
+            key: None if key in ends else 1 if key in counts else without_intervals(value)
+            for key, value in values.items()
+        }
+    return [without_intervals(value) for value in values] if isinstance(values, list) else values
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_sample_has_no_band_and_the_tables_say_so(tmp_path):
+    suites = ("mqar", "perplexity", "lm-eval")
+    drawn = {}
+    for name, change in (("many", lambda summary: summary), ("one", without_intervals)):
+        for suite in suites:
+            summary = change(SUITES[suite](0))
+            write_result(tmp_path / name / suite, suite, summary, model=model_of("m"))
+        drawn[name] = Page(make_report(read_inputs([tmp_path / name])))
+    assert list(drawn["one"].images) == list(drawn["many"].images), "the values are drawn all the same"
+    bands = [[svg.count('style="fill: var(--s0); fill-opacity') for svg in p.images.values()] for p in drawn.values()]
+    assert bands == [[1, 1, 0], [0, 0, 0]]
+    assert not any("nan" in svg.lower() for svg in drawn["one"].images.values())
+    text = drawn["one"].text
+    for figure in ("4 pairs0.995", "at most12.", "perplexity12.182", "2.900", "piqa acc0.550"):
+        assert re.search(re.escape(figure) + r"\d* \(1 sample\)", text), figure
+    assert "(1 sample)" not in drawn["many"].text
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
+    names = ("a$x_{$b", "$\\frac$")
+    for number, name in enumerate(names):
+        write_result(tmp_path / str(number), "icl", icl(0), model=model_of(name, seed=number))
+    (svg,) = Page(make_report(read_inputs([tmp_path]))).images.values()
+    # The directory's last part is "model", and says little.
+    assert {*names} <= words_of(svg)
 
 
 def test_text_of_files_is_never_markup(tmp_path):
