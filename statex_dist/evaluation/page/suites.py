@@ -132,7 +132,8 @@ def suite_sections(results: Sequence[Result], names: Sequence[str]) -> Iterator[
                 drawn = list(_DRAWN[suite](found, looks))
                 points = "".join(_POINTS[suite](found)) if suite in _POINTS else ""
             lines = side_by_side([(result.model, measured(result)) for result in found])
-            body = paragraph(_SAID[suite]) + figures(drawn)
+            said = [f"{r.model}: {r.summary['says']}" for r in found if r.summary.get("says")]
+            body = "".join(map(paragraph, [_SAID[suite], *said])) + figures(drawn)
             body += table(lines, caption="Figures with their 95 % intervals") + points
             yield Section(title=_TITLES[suite], body=body + _settings(found))
 

@@ -107,6 +107,7 @@ def collapse(strength):
         "settings": {"train_length": 1024, "length": POSITIONS[-1]},
         "positions": POSITIONS,
         "verdict": verdict,
+        "says": f"Loss: {'collapses on newlines' if collapsed else 'no collapse'}.",
         "prompts": {"newlines": told()},
     }
 

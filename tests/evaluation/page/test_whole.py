@@ -96,6 +96,8 @@ def test_alternative_texts_say_what_is_seen(page):
     loss = text_of("Loss on newlines")
     assert "statex marked at 2K" in loss
     assert "training length, 1K at 1K" in loss
+    assert "lpt: Loss: no collapse." in page.text
+    assert "statex: Loss: collapses on newlines." in page.text
     norm = text_of("Norm of the states on newlines: statex")
     assert "1 of 4 heads collapse, the first in layer 1, head 0, at 2048 tokens" in norm
     assert "T = 10 N + 0.1" in text_of("Forget threshold")
