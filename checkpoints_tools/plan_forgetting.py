@@ -39,6 +39,7 @@ class Measurement:
         position: Where the model collapses on these prompts; None if it does not.
         prompts: The prompts that this is concluded from: made-up or own texts, newlines only where there is nothing
             else, as they are far from any text.
+        newline_heads: What newlines made of the states, in words; None where no head collapsed, or they were not read.
     """
 
     directory: str
@@ -47,6 +48,7 @@ class Measurement:
     length: int
     position: int | None
     prompts: tuple[str, ...] = ("text",)
+    newline_heads: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +103,9 @@ class Evidence:
             quality = "" if self.law.r_squared is None else f", R^2 {self.law.r_squared:.3f}"
             line = f"the law fitted in {self.source} to {len(self.law.state)} sizes, {known}{quality}"
         if not self.law.covers(state_numbers):
-            line += f"; {state_numbers / MILLION:.3g} M is outside that range: an extrapolation"
+            line += f"; {state_numbers / MILLION:.3g} M is "
+            silent = state_numbers / MILLION < low and self.law.tokens(state_numbers) <= 0
+            line += "too small for the law to say anything" if silent else "outside that range: an extrapolation"
         if self.law.model_type is None:
             line += f"; of what family is not known, this is a {model_type} model"
         elif _family(self.law.model_type) != _family(model_type) and (self.source or self.law.covers(state_numbers)):
@@ -118,6 +122,8 @@ class Evidence:
         found += f" on {' and '.join(measured.prompts)}"
         if measured.prompts == ("newlines",):
             found += " alone, which says little of texts"
+        if measured.newline_heads is not None:
+            found += f"; {measured.newline_heads}"
         return f"the measurement in {measured.directory} ({found}) and {line}"
 
 
@@ -362,6 +368,7 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
             length=int(settings["length"]),
             position=position,
             prompts=prompts,
+            newline_heads=_newline_heads(values["prompts"]),
         )
         mitigation = model.get("mitigation")
     except OSError as error:
@@ -390,6 +397,17 @@ def _place(prompts: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     if not places:
         return None, tuple(texts)
     return min(places), tuple(name for name in texts if found[name] == min(places))
+
+
+def _newline_heads(prompts: Mapping[str, Any]) -> str | None:
+    """Return how many heads newlines made collapse, and from where on, or None."""
+    heads = prompts["newlines"]["heads"] if "newlines" in prompts else {"collapsed": 0}
+    if not heads["collapsed"]:
+        return None
+    return (
+        f"on newlines {heads['collapsed']} of {heads['total']} heads collapse, from {heads['position']} on: the state "
+        "can run away"
+    )
 
 
 def _family(model_type: str) -> str:

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, kind, default, text in (
         ("train-length", str | None, None, "longest document trained on, such as 2048 or 64K tokens"),
         ("length", str | None, None, "tokens of a prompt (default: 8 training lengths)"),
-        ("prompts", str | None, None, "newlines, text, data (default: newlines and text, or data where it is given)"),
+        ("prompts", str | None, None, "of newlines,text,data (default: newlines,text; with --data: newlines,data)"),
         ("data", str | None, None, "a prepared dataset or text files, documents joined end to end"),
         ("sequences", int, 4, "sequences of text or data; of newlines there is one"),
         ("points", int, 128, "positions at which states are looked at, about"),
@@ -49,8 +49,9 @@ def run(args: Any) -> int:
 
     mitigation = None if args.mitigation is None else parse_mitigation(args.mitigation)
     prompts = args.prompts or ("newlines,text" if args.data is None else "newlines,data")
+    train_length, said_by = training_length(args)
     settings = CollapseSettings(
-        train_length=training_length(args),
+        train_length=train_length,
         length=None if args.length is None else one_number(args.length, "--length"),
         prompts=tuple(words(prompts)),
         data=args.data,
@@ -69,13 +70,15 @@ def run(args: Any) -> int:
         "collapse",
         settings,
         units=lambda model, tokenizer: collapse_units(model, settings, tokenizer),
-        write=lambda records, directory, **facts: write_collapse(records, settings, directory, **facts),
+        write=lambda records, directory, **facts: write_collapse(
+            records, settings, directory, train_length_from=said_by, **facts
+        ),
         table=_table,
     )
 
 
-def training_length(args: Any) -> int:
-    """Return ``--train-length``, or what the model's ``config.json`` says.
+def training_length(args: Any) -> tuple[int, str]:
+    """Return ``--train-length``, or what the model's ``config.json`` says, and which of the two it was.
 
     Raises:
         ConfigError: Neither says it.
@@ -83,14 +86,14 @@ def training_length(args: Any) -> int:
     from statex_dist.models.kinds import read_config
 
     if args.train_length is not None:
-        return one_number(args.train_length, "--train-length")
+        return one_number(args.train_length, "--train-length"), "--train-length"
     known = read_config(Path(args.model)).extra.get(TRAIN_LENGTH_KEY)
     if isinstance(known, int) and not isinstance(known, bool):
-        return known
+        return known, "config.json"
     raise ConfigError(
         f"the length that {args.model} was trained on is not known: its config.json has no {TRAIN_LENGTH_KEY!r}; give "
         "--train-length (tokens of the longest document, or piece of one, that it was trained on: data.seq_len of the "
-        "run, or less where all documents are shorter)"
+        "run, or less where all documents are shorter: `statex data-stats SHARDS` shows the longest document)"
     )
 
 
@@ -108,20 +111,28 @@ def one_number(text: str, option: str) -> int:
 
 def _table(summary: dict[str, Any]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    train_length = summary["settings"]["train_length"]
-    title = f"{title_of('collapse', summary['model'])}, trained at {train_length:,} tokens"
+    said_by = {"--train-length": "given by --train-length", "config.json": "from its config.json"}
+    title = (
+        f"{title_of('collapse', summary['model'])}, trained at {summary['settings']['train_length']:,} tokens "
+        f"({said_by[summary['train_length_from']]})"
+    )
     table = Table("prompt", "layer", "head", "verdict", "at", "variance", "kept", title=title)
     for prompt, found in summary["prompts"].items():
         verdict, heads = found["verdict"], found["heads"]
         ratio = found["loss"]["ratio"]
-        loss = "" if ratio is None else f", loss x {ratio:.2f}"
+        loss = "" if ratio is None else f", x {ratio:.2f}"
         place = _place(verdict["position"])
         if verdict["low"] is not None:
             place += f"  ({_place(verdict['low'])} .. {_place(verdict['high'])})"
-        word = f"COLLAPSED ({verdict['why']})" if verdict["collapsed"] else "healthy"
+        word = "healthy"
+        if verdict["collapsed"]:
+            word = "NOT FINITE" if verdict["why"] == "not finite" else "COLLAPSED"
         table.add_section()
-        table.add_row(prompt, "model", f"{heads['collapsed']} of {heads['total']}", f"{word}{loss}", place, "", "")
+        table.add_row(prompt, "model", "", f"loss {word}{loss}", place, "", "")
+        first = _place(heads["position"])
+        table.add_row("", "heads", "", f"{heads['collapsed']} of {heads['total']} heads collapsed", first, "", "")
         for head in found["worst_heads"][:_SHOWN]:
             table.add_row(
                 "",
@@ -132,12 +143,14 @@ def _table(summary: dict[str, Any]) -> Table:
                 "-" if head["sc_ratio"] is None else f"x {head['sc_ratio']:.3g}",
                 "-" if head["retention"] is None else f"{head['retention']:.3g}",
             )
-    table.caption = (
-        f"read to {summary['settings']['length']:,} tokens; the model by its loss, heads by their states' variance, "
-        "the worst first; kept: share of a state that is left after the training length"
+    notes = (
+        f"read to {summary['settings']['length']:,} tokens; the model by its loss (x: past the training length over "
+        "within it), heads by their states' variance, the worst first; kept: share of a state that is left after the "
+        "training length"
     )
-    if summary["doubt"] is not None:
-        table.caption += f"\nWARNING: {summary['doubt']}"
+    warning = "" if summary["doubt"] is None else f"WARNING: {summary['doubt']}\n"
+    table.caption = Text.assemble((f"{notes}\n\n", "dim italic"), f"{warning}{summary['says']}")
+    table.caption_justify = "left"
     return table
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, parse_numbers, run_suite, title_of
+from launch.eval_options import add_common, interval_text, parse_numbers, run_suite, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--num-trials", type=int, default=20, help="draws of examples and queries")
     parser.add_argument("--num-queries", type=int, default=16, help="queries of a trial")
     parser.add_argument("--num-labels", type=int, default=4, help="labels of the made-up task")
-    parser.add_argument("--permute-labels", action="store_true", help="exchange the labels anew in each trial")
+    parser.add_argument(
+        "--permute-labels",
+        action="store_true",
+        help="exchange the labels in each trial, so that none keeps its meaning",
+    )
 
 
 def run(args: Any) -> int:
@@ -55,6 +59,7 @@ def run(args: Any) -> int:
         units=lambda model, tokenizer: icl_units(model, settings, tokenizer, examples),
         write=functools.partial(write_icl, settings=settings, labels=labels, data=args.data),
         table=make_table,
+        ragged=True,
         given={"data": args.data, "examples": _digest(examples)},
     )
 
@@ -73,7 +78,11 @@ def make_table(summary: dict[str, Any]) -> Table:
         "shots", "accuracy", "95 % interval", "per token", "chance", "queries", title=title_of("icl", summary["model"])
     )
     for shots, row in summary["by_shots"].items():
-        interval = f"{row['low']:.3f} .. {row['high']:.3f}"
-        figures = (f"{row['accuracy']:.3f}", interval, f"{row['accuracy_norm']:.3f}", f"{summary['chance']:.3f}")
+        figures = (
+            f"{row['accuracy']:.3f}",
+            interval_text(row),
+            f"{row['accuracy_norm']:.3f}",
+            f"{summary['chance']:.3f}",
+        )
         table.add_row(shots, *figures, str(row["queries"]))
     return table

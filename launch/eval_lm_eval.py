@@ -71,6 +71,7 @@ def run(args: Any) -> int:
             records, directory, harness=harness, settings=settings, model=model, timing=timing
         ),
         table=_table,
+        ragged=True,
         given={"lm_eval": harness.version, "requests": harness.digest()},
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, parse_numbers, parse_range, run_suite, title_of
+from launch.eval_options import add_common, interval_text, parse_numbers, parse_range, run_suite, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,10 +50,9 @@ def make_table(summary: dict[str, Any]) -> Table:
     """Return the printed table of ``mqar.json``."""
     from rich.table import Table
 
-    table = Table(
-        "pairs", "accuracy", "95 % interval", "guessing", "pairs recalled", title=title_of("mqar", summary["model"])
-    )
+    columns = ("pairs", "accuracy", "95 % interval", "guessing", "eliminating", "pairs recalled")
+    table = Table(*columns, title=title_of("mqar", summary["model"]))
     for n, row in summary["by_num_pairs"].items():
-        interval = f"{row['low']:.3f} .. {row['high']:.3f}"
-        table.add_row(n, f"{row['accuracy']:.3f}", interval, f"{row['guessing']:.3f}", f"{row['pairs_recalled']:.1f}")
+        levels = (f"{row['guessing']:.3f}", f"{row['eliminating']:.3f}")
+        table.add_row(n, f"{row['accuracy']:.3f}", interval_text(row), *levels, f"{row['pairs_recalled']:.1f}")
     return table

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from statex_dist.evaluation.journal import Unit
     from statex_dist.models.lm import RecurrentLM
+    from statex_dist.models.mitigation import Mitigation
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def run_suite(
     write: Callable[..., list[Path]],
     table: Callable[[dict[str, Any]], Table],
     tokenizer: bool = True,
+    ragged: bool = False,
     given: Mapping[str, Any] | None = None,
 ) -> int:
     """Run a suite on this process's share of its units; on rank 0 write its files and print its table.
@@ -80,6 +82,7 @@ def run_suite(
             returns them, the summary first.
         table: Makes the printed table of the summary.
         tokenizer: Whether the suite needs one; else ``units`` is given None.
+        ragged: Whether its forward passes end wherever a text ends, and not only at multiples of the segment.
         given: Further facts that an interrupted evaluation must share to go on, such as where the data came from.
 
     Raises:
@@ -97,6 +100,8 @@ def run_suite(
                 mitigation = parse_mitigation(args.mitigation) if args.mitigation is not None else None
                 if mitigation is not None:
                     mitigation.check_segments(args.segment_length)
+                    if ragged:
+                        _check_ragged(mitigation, suite)
                 model = load_model(args.model, args.device, threads=args.threads)
                 model.mitigation = mitigation
                 loaded = load_tokenizer(tokenizer_of(args)) if tokenizer else None
@@ -125,6 +130,23 @@ def run_suite(
     except OtherRankError as error:  # that rank says what is wrong
         return error.exit_code
     return 0
+
+
+def _check_ragged(mitigation: Mitigation, suite: str) -> None:
+    try:
+        mitigation.check_segments(1)
+    except ConfigError:
+        raise ConfigError(
+            f"{suite} ends forward passes wherever a text ends, where {mitigation} would change the states: its "
+            f"figures would depend on --batch-size; allowed: {mitigation.NAME} with every=1, or another remedy"
+        ) from None
+
+
+def interval_text(row: Mapping[str, Any], *, low: str = "low", high: str = "high", digits: int = 3) -> str:
+    """Return the interval of a summary's figure, or "1 sample", which has none."""
+    if row[low] is None or row[high] is None:
+        return "1 sample"
+    return f"{row[low]:.{digits}f} .. {row[high]:.{digits}f}"
 
 
 def print_result(summary: dict[str, Any], table: Callable[[dict[str, Any]], Table], out: str, *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, run_suite, title_of
+from launch.eval_options import add_common, interval_text, run_suite, title_of
 from statex_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -83,14 +83,14 @@ def make_table(summary: dict[str, Any]) -> Table:
 
     what = "documents" if summary["settings"]["packed_length"] is None else "packed sequences"
     table = Table("figure", "value", title=title_of("perplexity", summary["model"]))
-    low, high = summary["loss_low"], summary["loss_high"]
-    table.add_row("loss (nats/token)", f"{summary['loss']:.4f}  ({low:.4f} .. {high:.4f} over {what})")
+    interval = interval_text(summary, low="loss_low", high="loss_high", digits=4)
+    table.add_row("loss (nats/token)", f"{summary['loss']:.4f}  ({interval} over {what})")
     table.add_row("perplexity", "inf" if summary["perplexity"] is None else f"{summary['perplexity']:.4f}")
     if summary["bits_per_byte"] is not None:
         table.add_row("bits per byte", f"{summary['bits_per_byte']:.4f}")
     table.add_row("target tokens", f"{summary['tokens']} in {summary['documents']} {what}")
     table.add_row("speed", f"{summary['timing']['tokens_per_second']:.0f} tokens/s")
     for row in summary["by_position"]:
-        text = f"{row['loss']:.4f}  ({row['low']:.4f} .. {row['high']:.4f}, {row['tokens']} tokens)"
+        text = f"{row['loss']:.4f}  ({interval_text(row, digits=4)}, {row['tokens']} tokens)"
         table.add_row(f"loss at {row['start']}..{row['end'] - 1}", text)
     return table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, parse_numbers, run_suite, title_of, words
+from launch.eval_options import add_common, interval_text, parse_numbers, run_suite, title_of, words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,7 +61,6 @@ def make_table(summary: dict[str, Any]) -> Table:
     table = Table("task", "tokens", "accuracy", "95 % interval", "prompts", title=title_of("recall", summary["model"]))
     for task, result in summary["tasks"].items():
         for length, row in result["by_length"].items():
-            interval = f"{row['low']:.3f} .. {row['high']:.3f}"
-            table.add_row(task, length, f"{row['accuracy']:.3f}", interval, str(row["samples"]))
+            table.add_row(task, length, f"{row['accuracy']:.3f}", interval_text(row), str(row["samples"]))
         table.rows[-1].end_section = True
     return table

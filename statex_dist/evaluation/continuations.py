@@ -17,7 +17,7 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.streaming import device_of, evaluating, explain_not_finite, prefill, rows_that_fit
+from statex_dist.evaluation.streaming import device_of, evaluating, explain_row, prefill, rows_that_fit
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
@@ -70,14 +70,24 @@ class Sampling:
 
 
 def read_contexts(
-    model: RecurrentLM, contexts: Sequence[Tokens], *, segment_length: int
+    model: RecurrentLM,
+    contexts: Sequence[Tokens],
+    *,
+    segment_length: int,
+    start: Sequence[LayerState] | None = None,
+    position: int = 0,
 ) -> tuple[torch.Tensor, list[LayerState]]:
     """Read contexts of unequal length, each to its own last token.
+
+    A forward pass ends wherever a row does, so a model whose result depends on where passes end
+    (:meth:`~statex_dist.models.mitigation.Mitigation.check_segments`) gives a row other numbers in another batch.
 
     Args:
         model: The model.
         contexts: ``B`` contexts of one token or more.
         segment_length: Most tokens per forward pass.
+        start: Each layer's state ``[1, ...]`` before all of them, left as it is, or None for zero.
+        position: Position of a context's first token, for messages.
 
     Returns:
         Logits ``[B, vocab]`` after each context's last token, and the states there, ``[B, ...]``.
@@ -86,12 +96,12 @@ def read_contexts(
     # The longest first: rows that end are always the last of the batch.
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)
     at, active = 0, len(order)
-    states: list[LayerState] | None = None
+    states = None if start is None else take_rows(start, [0] * active)
     ended: list[tuple[torch.Tensor, list[LayerState]]] = []
     while active:
         end = len(contexts[order[active - 1]])
         ids = torch.tensor([list(contexts[i][at:end]) for i in order[:active]], device=device)
-        logits, after = prefill(model, ids, segment_length=segment_length, states=states, position=at)
+        logits, after = prefill(model, ids, segment_length=segment_length, states=states, position=position + at)
         at, rows = end, active
         while active and len(contexts[order[active - 1]]) == at:
             active -= 1
@@ -128,7 +138,13 @@ def check_token_ids(sequences: Sequence[Tokens], vocab_size: int) -> None:
 
 
 def score_continuations(
-    model: RecurrentLM, requests: Sequence[tuple[Tokens, Tokens]], *, batch_size: int, segment_length: int
+    model: RecurrentLM,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    *,
+    batch_size: int,
+    segment_length: int,
+    start: Sequence[LayerState] | None = None,
+    position: int = 0,
 ) -> Iterator[tuple[int, Score]]:
     """Yield each request's number and score, in the order in which they are done.
 
@@ -137,6 +153,8 @@ def score_continuations(
         requests: ``(context, continuation)``, one token or more each; a context that occurs again is read once.
         batch_size: Rows per forward pass, fewer where the logits would take too much memory.
         segment_length: Most tokens per forward pass.
+        start: Each layer's state ``[1, ...]`` before every context, left as it is, or None for zero.
+        position: Position of a context's first token, for messages.
 
     Raises:
         DataError: A context or continuation is empty, or a token is outside the model's vocabulary.
@@ -153,9 +171,9 @@ def score_continuations(
     # Rows of like length share the most forward passes, and what is too long for the memory fails first.
     contexts = sorted(groups, key=len, reverse=True)
     with evaluating(model):
-        for start in range(0, len(contexts), batch_size):
-            batch = contexts[start : start + batch_size]
-            logits, states = read_contexts(model, batch, segment_length=segment_length)
+        for first in range(0, len(contexts), batch_size):
+            batch = contexts[first : first + batch_size]
+            logits, states = read_contexts(model, batch, segment_length=segment_length, start=start, position=position)
             rows = [(row, number) for row, context in enumerate(batch) for number in groups[context]]
             rows.sort(key=lambda pair: len(requests[pair[1]][1]), reverse=True)
             while rows:
@@ -164,14 +182,23 @@ def score_continuations(
                 part, rows = rows[:size], rows[size:]
                 which = [row for row, _ in part]
                 wanted = [requests[number][1] for _, number in part]
-                scores = _score_rows(model, logits[which], take_rows(states, which), wanted, segment_length)
+                positions = [position + len(batch[row]) for row in which]
+                scores = _score_rows(model, logits[which], take_rows(states, which), wanted, positions, segment_length)
                 yield from zip((number for _, number in part), scores, strict=True)
 
 
 def _score_rows(
-    model: RecurrentLM, logits: torch.Tensor, states: list[LayerState], wanted: list[Tokens], segment_length: int
+    model: RecurrentLM,
+    logits: torch.Tensor,
+    states: list[LayerState],
+    wanted: list[Tokens],
+    positions: list[int],
+    segment_length: int,
 ) -> list[Score]:
-    """Score one continuation a row, the longest first, from the logits and states of their contexts."""
+    """Score one continuation a row, the longest first, from the logits and states of their contexts.
+
+    ``positions`` are those of the continuations' first tokens.
+    """
     device = logits.device
     first = torch.tensor([tokens[0] for tokens in wanted], device=device)
     sums, greedy = _score_tokens(logits[:, None], first[:, None], torch.ones_like(first)[:, None].bool())
@@ -192,9 +219,10 @@ def _score_rows(
         ids = torch.as_tensor(tokens, device=device)
         before = [tuple(tensor[:active] for tensor in state) for state in states]
         output = model(ids[:, :-1], states=before, output_states=True)
-        if not torch.isfinite(output.logits).all():
-            raise explain_not_finite(model, ids[:, :-1], before, position=at)
         counted = torch.arange(end - at, device=device) < lengths[:, None]
+        bad = (~torch.isfinite(output.logits).all(dim=-1) & counted).any(dim=1)
+        if bad.any():
+            raise explain_row(model, ids[:, :-1], before, bad, [first + at for first in positions[:active]])
         part, is_greedy = _score_tokens(output.logits, ids[:, 1:], counted)
         sums[:active] += part
         greedy[:active] &= is_greedy
@@ -249,7 +277,10 @@ def generate_continuations(
             rows = [places.setdefault(tuple(contexts[i]), len(places)) for i in batch]
             logits, states = read_contexts(model, list(places), segment_length=segment_length)
             generators = [np.random.Generator(np.random.Philox(i if seeds is None else seeds[i])) for i in batch]
-            texts = _generate_rows(model, logits[rows], take_rows(states, rows), sampling, tokenizer, generators)
+            lengths = [len(contexts[i]) for i in batch]
+            texts = _generate_rows(
+                model, logits[rows], take_rows(states, rows), sampling, tokenizer, generators, lengths
+            )
             yield from ((batch[row], text) for row, text in texts)
 
 
@@ -260,6 +291,7 @@ def _generate_rows(
     sampling: Sampling,
     tokenizer: Tokenizer,
     generators: list[np.random.Generator],
+    lengths: list[int],
 ) -> Iterator[tuple[int, str]]:
     """Yield row and text of every row as it ends; the others go on without it."""
     produced: list[list[int]] = [[] for _ in generators]
@@ -281,7 +313,8 @@ def _generate_rows(
         kept = states if len(going) == len(rows) else take_rows(states, going)
         rows = [rows[i] for i in going]
         ids = torch.as_tensor(chosen[going], device=logits.device)[:, None]
-        logits, states = prefill(model, ids, states=kept, position=len(produced[rows[0]]) - 1)
+        positions = [lengths[row] + len(produced[row]) - 1 for row in rows]
+        logits, states = prefill(model, ids, states=kept, position=positions)
 
 
 def _end_ids(until: Sequence[str], tokenizer: Tokenizer) -> set[int]:

@@ -19,7 +19,7 @@ from statex_dist.data.store import Piece
 from statex_dist.data.types import IGNORE_INDEX
 from statex_dist.errors import DataError
 from statex_dist.evaluation.journal import Record
-from statex_dist.evaluation.streaming import device_of, evaluating, explain_not_finite, rows_that_fit
+from statex_dist.evaluation.streaming import device_of, evaluating, explain_row, rows_that_fit
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
@@ -126,9 +126,8 @@ def _read(model: RecurrentLM, waiting: Iterator[DocumentRow], segment_length: in
             wide.flatten(0, 1), torch.as_tensor(labels, device=device).flatten(), reduction="none"
         ).view(labels.shape)
         if not torch.isfinite(losses).all():
-            i = int((~torch.isfinite(losses)).any(dim=1).nonzero()[0])
-            before = None if states is None else [tuple(x[i : i + 1] for x in state) for state in states]
-            raise explain_not_finite(model, ids[i : i + 1], before, position=rows[i].at)
+            bad = (~torch.isfinite(losses)).any(dim=1)
+            raise explain_row(model, ids, states, bad, [row.at for row in rows])
         for row, wanted, row_losses in zip(rows, labels, losses.double().cpu().numpy(), strict=True):
             done = min(width, row.left)
             row.add(wanted[:done], row_losses[:done])

@@ -1,6 +1,7 @@
 """Where the filler of long prompts comes from, with the borders of its sentences known in tokens.
 
-A source draws an exact number of tokens, and says where its sentences begin, so that a needle never falls into a word.
+A source draws an exact number of tokens, and says where its sentences begin: RULER's needles stand only there. A
+passkey, on a line of its own, stands at its exact depth and may part a word.
 """
 
 from __future__ import annotations

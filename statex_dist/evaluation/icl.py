@@ -17,31 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.errors import ConfigError
-from statex_dist.evaluation.icl_tasks import Example, IclSettings, Trial, draw_trial, made_up_examples
+from statex_dist.evaluation.continuations import Tokens, score_continuations
+from statex_dist.evaluation.icl_tasks import (
+    Example,
+    IclSettings,
+    Trial,
+    check_examples,
+    draw_trial,
+    made_up_examples,
+)
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.streaming import (
-    check_vocabulary,
-    device_of,
-    evaluating,
-    explain_not_finite,
-    prefill,
-    rows_that_fit,
-)
+from statex_dist.evaluation.streaming import check_vocabulary, device_of, evaluating, prefill
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 
 EXAMPLE = "Input: {text}\nLabel: {label}\n\n"
 QUERY = "Input: {text}\nLabel:"
-CHOICE = " {label}\n"
-"""The line's end belongs to a choice: no label is then the beginning of another."""
-
-IntArray = npt.NDArray[np.int64]
+"""Behind it a choice is the rest of an example. Its line's end belongs to it: no label then begins another."""
 
 
 def icl_units(
@@ -56,55 +52,58 @@ def icl_units(
         examples: To draw from; None for the made-up task.
 
     Raises:
-        ConfigError: The tokenizer does not fit the model, or there are too few examples.
+        ConfigError: The tokenizer does not fit the model, or there are too few examples of a label.
     """
     check_vocabulary(model, tokenizer)
-    needed = max(settings.shots) + settings.num_queries
-    if examples is not None and len(examples) < needed:
-        raise ConfigError(
-            f"icl needs {needed} examples for {max(settings.shots)} shots and {settings.num_queries} queries, the file "
-            f"has {len(examples)}; set --shots or --num-queries lower"
-        )
+    check_examples(examples, settings)
 
     def draw(number: int) -> Trial:
         drawn = examples
         if drawn is None:
             # Rounded up twice, for shots and for queries, as each is drawn in rounds over all labels.
-            drawn = made_up_examples(settings, trial=number, count=needed // settings.num_labels + 2)
+            count = (max(settings.shots) + settings.num_queries) // settings.num_labels + 2
+            drawn = made_up_examples(settings, trial=number, count=count)
         return draw_trial(drawn, number, settings)
 
     def run(number: int) -> list[Record]:
         return _run_trial(model, draw(number), number, settings, tokenizer)
 
     first = draw(0)
-    rows = len(settings.shots) * len(first.labels)
     tokens = sum(len(_shown(tokenizer, shot)) for shot in first.shots)
-    tokens += rows * sum(len(_asked(tokenizer, query)) for query in first.queries)
+    asked = sum(len(_encode(tokenizer, QUERY.format(text=query.text))) for query in first.queries)
+    tokens += len(settings.shots) * asked
     return [Unit(key=f"trial {i}", run=functools.partial(run, i), tokens=tokens) for i in range(settings.num_trials)]
 
 
 def _run_trial(
     model: RecurrentLM, trial: Trial, number: int, settings: IclSettings, tokenizer: Tokenizer
 ) -> list[Record]:
-    queries = [_asked(tokenizer, query) for query in trial.queries]
-    choices = [_encode(tokenizer, CHOICE.format(label=label)) for label in trial.labels]
+    requests = [pair for query in trial.queries for pair in encode_choices(tokenizer, query.text, trial.labels)]
+    lengths = np.array([len(choice) for _, choice in requests]).reshape(len(trial.queries), -1)
     records: list[Record] = []
     states: list[LayerState] | None = None
     read = position = 0
     with evaluating(model):
         for shots in sorted(settings.shots):
             if shots > read:
-                further = [_shown(tokenizer, example) for example in trial.shots[read:shots]]
-                ids = torch.as_tensor(np.concatenate(further)[None], device=device_of(model))
+                further = [token for example in trial.shots[read:shots] for token in _shown(tokenizer, example)]
+                ids = torch.tensor([further], device=device_of(model))
                 _, states = prefill(
                     model, ids, segment_length=settings.segment_length, states=states, position=position
                 )
-                read, position = shots, position + ids.shape[1]
-            scores = score_choices(model, states, queries, choices, batch_size=settings.batch_size, position=position)
-            lengths = np.array([len(choice) for choice in choices])
+                read, position = shots, position + len(further)
+            found = score_continuations(
+                model,
+                requests,
+                batch_size=settings.batch_size,
+                segment_length=settings.segment_length,
+                start=states,
+                position=position,
+            )
+            scores = np.array([score.logprob for _, score in sorted(found)]).reshape(lengths.shape)
             for i, query in enumerate(trial.queries):
                 best = trial.labels[int(scores[i].argmax())]
-                best_norm = trial.labels[int((scores[i] / lengths).argmax())]
+                best_norm = trial.labels[int((scores[i] / lengths[i]).argmax())]
                 shares = np.exp(scores[i] - scores[i].max())
                 own = trial.labels.index(query.label)
                 records.append(
@@ -117,68 +116,30 @@ def _run_trial(
     return records
 
 
-def score_choices(
-    model: RecurrentLM,
-    states: list[LayerState] | None,
-    queries: Sequence[IntArray],
-    choices: Sequence[IntArray],
-    *,
-    batch_size: int = 64,
-    position: int = 0,
-) -> npt.NDArray[np.float64]:
-    """Return the log-likelihood in nats of each choice's tokens behind each query, from one shared state.
-
-    Args:
-        model: The model, in evaluation mode.
-        states: Each layer's state ``[1, ...]`` before the queries, or None for zero; left as it is.
-        queries: ``Q`` rows of ids.
-        choices: ``L`` rows of ids.
-        batch_size: Rows per forward pass, fewer where the logits would take too much memory.
-        position: Position of a query's first token, for messages.
-
-    Returns:
-        ``[Q, L]``.
-
-    Raises:
-        CheckpointError: The logits are not finite; layer and position are named.
-    """
-    device = device_of(model)
-    rows = [(query, choice) for query in queries for choice in choices]
-    width = max(len(query) + len(choice) - 1 for query, choice in rows)
-    batch_size = rows_that_fit(model, width, batch_size)
-    scores: list[float] = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        # Filled up on the right: a causal model's scores do not see it, and the states are dropped.
-        inputs = np.zeros((len(part), width), np.int64)
-        for row, (query, choice) in zip(inputs, part, strict=True):
-            row[: len(query) + len(choice) - 1] = np.concatenate([query, choice[:-1]])
-        ids = torch.as_tensor(inputs, device=device)
-        shared = None if states is None else [_repeated(state, len(part)) for state in states]
-        logits = model(ids, states=shared, output_states=True).logits
-        if not torch.isfinite(logits).all():
-            raise explain_not_finite(model, ids, shared, position=position)
-        for i, (query, choice) in enumerate(part):
-            asked = logits[i, len(query) - 1 : len(query) + len(choice) - 1].double().log_softmax(dim=-1)
-            wanted = torch.as_tensor(choice, device=device)[:, None]
-            scores.append(float(asked.gather(1, wanted).sum()))
-    return np.array(scores).reshape(len(queries), len(choices))
-
-
-def _repeated(state: LayerState, rows: int) -> LayerState:
-    return tuple(tensor.expand(rows, *tensor.shape[1:]).contiguous() for tensor in state)
-
-
-def _shown(tokenizer: Tokenizer, example: Example) -> IntArray:
+def _shown(tokenizer: Tokenizer, example: Example) -> list[int]:
     return _encode(tokenizer, EXAMPLE.format(text=example.text, label=example.label))
 
 
-def _asked(tokenizer: Tokenizer, example: Example) -> IntArray:
-    return _encode(tokenizer, QUERY.format(text=example.text))
+def encode_choices(tokenizer: Tokenizer, text: str, labels: Sequence[str]) -> list[tuple[Tokens, Tokens]]:
+    """Return ``(context, choice)`` tokens of a query with each label, tokenised as an example that is shown.
+
+    A tokenizer may join the end of one with the beginning of the other, so the whole is encoded and then split: where
+    the query ends, or before that where the labels' tokens already differ. The context is the same for all labels.
+
+    Args:
+        tokenizer: The model's.
+        text: The query's text.
+        labels: All labels.
+    """
+    wholes = [_encode(tokenizer, EXAMPLE.format(text=text, label=label)) for label in labels]
+    split = len(_encode(tokenizer, QUERY.format(text=text)))
+    same = next((i for i, tokens in enumerate(zip(*wholes, strict=False)) if len(set(tokens)) > 1), split)
+    split = min(split, same)
+    return [(whole[:split], whole[split:]) for whole in wholes]
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> IntArray:
-    return tokenizer.encode(text).astype(np.int64)
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [int(token) for token in tokenizer.encode(text)]
 
 
 def summarise_icl(records: Sequence[Record], settings: IclSettings) -> dict[int, Estimate]:
@@ -194,7 +155,7 @@ def _over_trials(records: Sequence[Record], shots: int, key: str, settings: IclS
     return bootstrap([sum(values) / len(values) for values in by_trial.values()], seed=settings.seed)
 
 
-def _normalised(estimate: Estimate) -> dict[str, float]:
+def _normalised(estimate: Estimate) -> dict[str, float | None]:
     return {"accuracy_norm": estimate.mean, "low_norm": estimate.low, "high_norm": estimate.high}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ MADE_UP_LABELS = ("gold", "blue", "pink", "teal", "rose", "navy", "ruby", "jade"
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvwz", "aeiou"
 _SYLLABLES = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
+_WORDS = len(_SYLLABLES) ** 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +30,10 @@ class IclSettings:
         num_trials: Draws of examples and queries.
         num_queries: Queries of a trial.
         num_labels: Labels of the made-up task.
-        permute_labels: Exchange the labels anew in each trial, so that what a label means says nothing.
-        batch_size: Rows (a query with one label) per forward pass.
-        segment_length: Tokens of the examples per forward pass.
+        permute_labels: Exchange the labels anew in each trial, so that what a label means says nothing. No label keeps
+            its own meaning: of two the exchange is always the same, of more there are ``labels - 1`` (a shift each).
+        batch_size: Rows (a query, or one label behind it) per forward pass.
+        segment_length: Tokens per forward pass.
         seed: Of all draws and of the intervals.
     """
 
@@ -72,7 +75,8 @@ def read_examples(path: Path) -> list[Example]:
     """
     examples: list[Example] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # JSON allows within a string what splitlines() takes for a line's end.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"examples {path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -87,12 +91,48 @@ def read_examples(path: Path) -> list[Example]:
             ) from None
         if not isinstance(text, str) or not isinstance(label, str | int) or not str(label).strip():
             raise DataError(f"examples {path}, line {number}: text must be a string, label a string or whole number")
+        try:
+            f"{text}{label}".encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"examples {path}, line {number}: {error.object[error.start]!r} is half of a surrogate pair, "
+                "which no text can hold; write the whole character"
+            ) from None
         examples.append(Example(text.strip(), str(label).strip()))
     if len({example.label for example in examples}) < 2:
         raise DataError(
             f"examples {path}: {len(examples)} examples with fewer than two labels; give two or more labels"
         )
     return examples
+
+
+def check_examples(examples: Sequence[Example] | None, settings: IclSettings) -> None:
+    """Raise unless there are enough examples of *each* label for even shots and queries.
+
+    With fewer of one, queries would be of some labels more than of others, and chance no longer ``1 / labels``.
+
+    Args:
+        examples: To draw from; None for the made-up task.
+        settings: What to measure.
+
+    Raises:
+        ConfigError: There are not.
+    """
+    if examples is None:
+        counts = dict.fromkeys(MADE_UP_LABELS[: settings.num_labels], _WORDS)
+        what = "the made-up task"
+    else:
+        counts = dict(sorted(Counter(example.label for example in examples).items()))
+        what = "the file"
+    # Shots and queries are each drawn in rounds over all labels.
+    needed = -(-max(settings.shots) // len(counts)) + -(-settings.num_queries // len(counts))
+    rarest = min(counts, key=lambda label: counts[label])
+    if counts[rarest] < needed:
+        raise ConfigError(
+            f"icl needs {needed} examples of each of {len(counts)} labels for {max(settings.shots)} shots and "
+            f"{settings.num_queries} queries, {what} has {counts[rarest]} of {rarest!r}; "
+            "set --shots or --num-queries lower, or give more"
+        )
 
 
 def made_up_examples(settings: IclSettings, *, trial: int, count: int) -> list[Example]:
@@ -135,6 +175,9 @@ def draw_trial(examples: Sequence[Example], trial: int, settings: IclSettings) -
         examples: To draw from, without replacement.
         trial: Its number, which fixes it together with the seed.
         settings: Numbers of shots and queries, whether labels are exchanged, and the seed.
+
+    Raises:
+        ConfigError: There are too few examples.
     """
     rng = _rng(settings.seed, trial)
     labels = sorted({example.label for example in examples})
@@ -146,6 +189,8 @@ def draw_trial(examples: Sequence[Example], trial: int, settings: IclSettings) -
         taken: list[Example] = []
         while len(taken) < count:
             some = [labels[i] for i in rng.permutation(len(labels)) if left[labels[i]]]
+            if not some:
+                raise ConfigError(f"icl: {len(examples)} examples are too few for a trial; set --shots lower")
             taken += [left[label].pop() for label in some]
         return taken[:count]
 

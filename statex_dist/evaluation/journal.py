@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +40,7 @@ Record = dict[str, Any]
 
 _SETTINGS = "settings.json"
 _SAMPLED_BYTES = 64 << 20
-_SAMPLES, _SAMPLE_BYTES = 256, 256 << 10
+_SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 256, 256 << 10, 16 << 10
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -157,19 +157,32 @@ class Journal:
             sync(self.path.parent)
 
     def _open_part(self) -> BinaryIO:
-        path = self.path / f"part-{self.ranks.rank}.jsonl"
-        part = path.open("a+b")
-        try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            part.close()
-            raise ConfigError(
-                f"another process is evaluating into {self.path.parent}; wait for it, or give another --out"
-            ) from None
+        part = _locked(self.path / f"part-{self.ranks.rank}.jsonl")
         part.seek(0)
         part.truncate(part.read().rfind(b"\n") + 1)
         sync(self.path)
         return part
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Open a part for one process alone, until it is closed."""
+    part = path.open("a+b")
+    try:
+        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        part.close()
+        raise ConfigError(
+            f"another process is evaluating into {path.parent.parent}; wait for it, or give another --out"
+        ) from None
+    return part
+
+
+def _remove_journal(journal: Path) -> None:
+    """Remove a journal that nobody is writing; else nothing of it."""
+    with ExitStack() as parts:
+        for path in sorted({journal / "part-0.jsonl", *journal.glob("part-*.jsonl")}):
+            parts.enter_context(_locked(path))
+        shutil.rmtree(journal)
 
 
 def _open_directory(directory: Path, suite: str, wanted: dict[str, Any], *, overwrite: bool) -> None:
@@ -177,7 +190,7 @@ def _open_directory(directory: Path, suite: str, wanted: dict[str, Any], *, over
     journal, results = directory / f"{suite}.unfinished", directory / f"{suite}.json"
     if results.exists() and overwrite:
         if journal.exists():  # killed after the results were written
-            shutil.rmtree(journal)
+            _remove_journal(journal)
         _remove_results(directory, suite)
     elif results.exists():
         raise ConfigError(f"--out {directory} holds the results of {suite}; pass --overwrite to replace them")
@@ -192,7 +205,7 @@ def _open_directory(directory: Path, suite: str, wanted: dict[str, Any], *, over
                 "give the same to go on, another --out, or --overwrite to start anew"
             )
     if journal.exists():
-        shutil.rmtree(journal)
+        _remove_journal(journal)
     open_target(directory, overwrite=overwrite)
     journal.mkdir()
     write_durably(journal / _SETTINGS, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
@@ -301,7 +314,8 @@ def _progress(units: Iterable[Unit], journal: Journal, title: str) -> Iterator[C
 def model_fingerprint(directory: Path) -> str:
     """Return a digest that tells a model from another: of its config, and of its weights' names, sizes and contents.
 
-    A weight file beyond 64 MiB is read in 256 evenly spaced pieces only: any training step changes all of them.
+    Of a weight file beyond 64 MiB three pieces of every tensor are read, its beginning, middle and end (a training step
+    changes some tensors only where others are frozen), and 256 pieces evenly spaced over the file.
 
     Args:
         directory: Model directory.
@@ -316,7 +330,21 @@ def model_fingerprint(directory: Path) -> str:
             if size <= _SAMPLED_BYTES:
                 digest.update(file.read())
                 continue
-            for i in range(_SAMPLES):
-                file.seek(i * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+            places = [i * (size - _SAMPLE_BYTES) // (_SAMPLES - 1) for i in range(_SAMPLES)]
+            for first, end in _tensors(path):
+                last = max(first, end - _TENSOR_BYTES)
+                places += [first, (first + last) // 2, last]
+            for i, place in enumerate(places):
+                file.seek(place)
+                digest.update(file.read(_SAMPLE_BYTES if i < _SAMPLES else _TENSOR_BYTES))
     return digest.hexdigest()
+
+
+def _tensors(path: Path) -> list[tuple[int, int]]:
+    """Return where in a safetensors file each tensor's bytes begin and end."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    begin = 8 + length
+    places = (value["data_offsets"] for name, value in sorted(header.items()) if name != "__metadata__")
+    return [(begin + first, begin + end) for first, end in places]

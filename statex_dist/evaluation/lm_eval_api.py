@@ -75,7 +75,7 @@ class StateXLM(TemplateLM):
         super().__init__()
         self.model = model
         self.text = tokenizer
-        self.reading = {"batch_size": batch_size, "segment_length": segment_length}
+        self.reading: dict[str, Any] = {"batch_size": batch_size, "segment_length": segment_length}
         self.max_length = max_length
         self.seed = seed
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,37 @@ class MqarSettings:
 
 
 def guessing_accuracy(num_pairs: int, settings: MqarSettings) -> float:
-    """Return the accuracy of a model that knows which values are in the context, but not whose they are."""
+    """Return the accuracy of a model that names a random value of the context, ``1/n + (1 - 1/n) / values``."""
     first, end = settings.values
     return 1 / num_pairs + (1 - 1 / num_pairs) / (end - first)
+
+
+def eliminating_accuracy(num_pairs: int, settings: MqarSettings) -> float:
+    """Return the accuracy, on the suite's documents, of a model that names the commonest value not yet answered.
+
+    The true answers are fed back, so a model that remembers the context's values but not whose they are can cross off
+    those that are answered: the best it can do is expected to be right on ``most / left`` of the answers.
+    """
+    tokens, mask = _documents(num_pairs, settings)
+    shares = []
+    for answers in tokens[mask.astype(bool)].reshape(len(tokens), num_pairs).tolist():
+        counts: Counter[int] = Counter()
+        most = 0
+        for left, value in enumerate(reversed(answers), start=1):
+            counts[value] += 1
+            most = max(most, counts[value])
+            shares.append(most / left)
+    return sum(shares) / len(shares)
+
+
+def _documents(num_pairs: int, settings: MqarSettings) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    return generate_mqar(
+        num_pairs,
+        settings.num_samples,
+        seed=settings.seed,
+        keys=range(*settings.keys),
+        values=range(*settings.values),
+    )
 
 
 def mqar_units(model: RecurrentLM, settings: MqarSettings) -> list[Unit]:
@@ -208,13 +237,7 @@ def mqar_units(model: RecurrentLM, settings: MqarSettings) -> list[Unit]:
 
     @functools.cache
     def documents(num_pairs: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        return generate_mqar(
-            num_pairs,
-            settings.num_samples,
-            seed=settings.seed,
-            keys=range(*settings.keys),
-            values=range(*settings.values),
-        )
+        return _documents(num_pairs, settings)
 
     def run(num_pairs: int, samples: slice) -> list[Record]:
         tokens, mask = documents(num_pairs)
@@ -253,7 +276,7 @@ def summarise_mqar(records: Sequence[Record], settings: MqarSettings) -> dict[in
 
 
 def pairs_recalled(accuracy: float, num_pairs: int, settings: MqarSettings) -> float:
-    """Return how many of the pairs are recalled rather than guessed: ``n (a - g) / (1 - g)``, at least 0."""
+    """Return how many of the pairs are recalled rather than named at random: ``n (a - g) / (1 - g)``, at least 0."""
     guessing = guessing_accuracy(num_pairs, settings)
     return max(0.0, num_pairs * (accuracy - guessing) / (1 - guessing)) if guessing < 1 else float(num_pairs)
 
@@ -287,16 +310,21 @@ def write_mqar(
         x_label="key-value pairs in the context",
         y_label="accuracy (band: 95 % interval)",
         y_limits=(-0.03, 1.03),
-        reference=([guessing_accuracy(n, settings) for n in pairs], "any value of the context"),
+        reference=([guessing_accuracy(n, settings) for n in pairs], "a random value of the context"),
     )
-    recalled = {n: [pairs_recalled(value, n, settings) for value in (e.mean, e.low, e.high)] for n, e in result.items()}
+    recalled = {
+        n: Estimate(
+            mean=pairs_recalled(e.mean, n, settings),
+            low=None if e.low is None else pairs_recalled(e.low, n, settings),
+            high=None if e.high is None else pairs_recalled(e.high, n, settings),
+            samples=e.samples,
+        )
+        for n, e in result.items()
+    }
     capacity = plot_curve(
         pairs,
-        [
-            Estimate(mean=m, low=low, high=high, samples=settings.num_samples)
-            for m, low, high in (recalled[n] for n in pairs)
-        ],
-        title="Capacity: pairs recalled rather than guessed",
+        [recalled[n] for n in pairs],
+        title="Capacity: pairs recalled rather than named at random",
         x_label="key-value pairs in the context",
         y_label="pairs recalled (band: 95 % interval)",
         reference=(pairs, "all of them"),
@@ -310,7 +338,10 @@ def write_mqar(
             str(n): {
                 **result[n].to_dict(),
                 "guessing": guessing_accuracy(n, settings),
-                **dict(zip(("pairs_recalled", "pairs_recalled_low", "pairs_recalled_high"), recalled[n], strict=True)),
+                "eliminating": eliminating_accuracy(n, settings),
+                "pairs_recalled": recalled[n].mean,
+                "pairs_recalled_low": recalled[n].low,
+                "pairs_recalled_high": recalled[n].high,
             }
             for n in settings.num_pairs
         },

@@ -10,6 +10,7 @@ segment by segment with a carried state: memory does not grow with the length.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,14 @@ def file_haystack(path: Path, tokenizer: Tokenizer) -> Haystack:
 
 
 def min_length(tokenizer: Tokenizer) -> int:
-    """Return the tokens of a prompt without any haystack."""
-    parts = (INSTRUCTION, NEEDLE.format(key="9" * NUM_DIGITS), QUESTION)
-    return sum(len(tokenizer.encode(part)) for part in parts)
+    """Return a number of tokens that no prompt exceeds without its haystack, whatever the key.
+
+    A tokenizer joins the digits of some keys and not of others; here none are joined.
+    """
+    between = NEEDLE.split("{key}")
+    digit = max(len(tokenizer.encode(digit)) for digit in string.digits)
+    parts = sum(len(tokenizer.encode(part)) for part in (INSTRUCTION, *between, QUESTION))
+    return parts + (len(between) - 1) * NUM_DIGITS * digit
 
 
 def build_prompts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,12 +59,14 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[bool] = [False] * self.world_size
+        begin = time.monotonic()
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
+            silent = time.monotonic() - begin >= WAIT_LIMIT.total_seconds()
+            what = f"was silent for {WAIT_LIMIT}" if silent else "ended (if it failed, it says why)"
             raise StateXError(
-                f"another rank of the evaluation ended, or was silent for {WAIT_LIMIT}; start the same command again: "
-                "it goes on where it was"
+                f"another rank of the evaluation {what}; start the same command again: it goes on where it was"
             ) from error
         return values
 

@@ -120,8 +120,8 @@ def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokeni
         own = needle.min_length(tokenizer) if task == PASSKEY else ruler.min_length(task, tokenizer)
         if min(settings.lengths) <= own:
             raise ConfigError(
-                f"{task}: length {min(settings.lengths)} leaves no room for a haystack; the prompt alone takes {own} "
-                "tokens: set --lengths above that"
+                f"{task}: length {min(settings.lengths)} leaves no room for a haystack; the prompt alone takes up to "
+                f"{own} tokens: set --lengths above that"
             )
     passkey_haystack, essay, digest = _haystacks(settings, tokenizer)
     depths = needle.depth_values(settings.depths)
@@ -206,15 +206,22 @@ def _answer(
     # One token for a space and one for each digit is the most that any tokenizer needs for a passkey.
     num_tokens = needle.NUM_DIGITS + 1 if task == PASSKEY else settings.max_new_tokens
 
+    ends: dict[int, int] = {}
+
     def enough(row: int, produced: list[int]) -> bool:
-        if produced[-1] == tokenizer.eos_token_id:
-            return True
-        return task != PASSKEY and all(ruler.score_answer(tokenizer.decode(produced), asked[row].answers))
+        done = produced[-1] == tokenizer.eos_token_id or (
+            task != PASSKEY and all(ruler.score_answer(tokenizer.decode(produced), asked[row].answers))
+        )
+        if done:
+            ends[row] = len(produced)
+        return done
 
     ids = torch.as_tensor(np.stack([prompt.tokens for prompt in asked]), device=device_of(model))
     with evaluating(model):
         produced = decode_greedily(model, ids, num_tokens, segment_length=settings.segment_length, stop=enough)
-    return [tokenizer.decode(_until(row, tokenizer.eos_token_id)) for row in produced.cpu().tolist()]
+    # What a row says while others go on is no part of its answer: it would depend on the batch.
+    said = [row[: ends.get(i)] for i, row in enumerate(produced.cpu().tolist())]
+    return [tokenizer.decode(_until(row, tokenizer.eos_token_id)) for row in said]
 
 
 def _until(ids: list[int], end: int) -> list[int]:

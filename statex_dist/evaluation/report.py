@@ -31,14 +31,14 @@ class Estimate:
 
     Attributes:
         mean: The (weighted) mean.
-        low: 2.5 % quantile of the resampled means.
-        high: 97.5 % quantile.
+        low: 2.5 % quantile of the resampled means; None where fewer than two samples cannot say how they differ.
+        high: 97.5 % quantile; None together with ``low``.
         samples: Number of samples.
     """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     samples: int
 
     def to_dict(self, name: str = "accuracy") -> dict[str, Any]:
@@ -51,7 +51,7 @@ def bootstrap(values: npt.ArrayLike, *, weights: npt.ArrayLike | None = None, se
 
     Samples are drawn with replacement, a sample together with its weight. Where all values are equal (every answer
     right, or every one wrong) the interval is a single point, and says nothing about rarer outcomes: with ``n``
-    samples, a rate below about ``3 / n`` may have gone unseen.
+    samples, a rate below about ``3 / n`` may have gone unseen. A single sample (of any weight) has no interval.
 
     Args:
         values: ``[S]``, one number a sample.
@@ -63,6 +63,9 @@ def bootstrap(values: npt.ArrayLike, *, weights: npt.ArrayLike | None = None, se
     assert x.ndim == 1, "one number a sample"
     assert x.shape == w.shape
     assert w.sum() > 0
+    mean = float((x * w).sum() / w.sum())
+    if np.count_nonzero(w) < 2:
+        return Estimate(mean=mean, low=None, high=None, samples=len(x))
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, len(x)))))
     means: list[npt.NDArray[np.float64]] = []
     remaining, block = _RESAMPLES, max(1, _DRAWS_AT_ONCE // len(x))
@@ -75,7 +78,7 @@ def bootstrap(values: npt.ArrayLike, *, weights: npt.ArrayLike | None = None, se
         means.append((x[drawn] * w[drawn]).sum(axis=1)[usable] / total[usable])
         remaining -= rows
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return Estimate(mean=float((x * w).sum() / w.sum()), low=float(low), high=float(high), samples=len(x))
+    return Estimate(mean=mean, low=float(low), high=float(high), samples=len(x))
 
 
 def open_target(directory: Path, *, overwrite: bool) -> None:
@@ -158,7 +161,9 @@ def plot_curve(
     """
     figure, axes = _figure(title)
     axes.set_xscale("log", base=2)
-    axes.fill_between(x, [e.low for e in estimates], [e.high for e in estimates], color=_BAND, linewidth=0)
+    # None turns into NaN: an estimate without an interval leaves a gap in the band.
+    low, high = (np.array([getattr(e, end) for e in estimates], np.float64) for end in ("low", "high"))
+    axes.fill_between(x, low, high, color=_BAND, linewidth=0)
     axes.plot(x, [e.mean for e in estimates], color=_LINE, marker="o", markersize=5, linewidth=2)
     if reference is not None:
         axes.plot(x, reference[0], color=_REFERENCE, linestyle=":", linewidth=1.2, label=reference[1])

@@ -9,6 +9,7 @@ nothing is downloaded, stands in docs/evaluation.md.
 
 from __future__ import annotations
 
+import string
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ PLURAL = (
 MAX_NEW_TOKENS = 128
 """Tokens that a model may say."""
 
+_MARK = "\0"
 _ADJECTIVES = (
     *("amber", "ancient", "bitter", "blue", "bold", "brave", "bright", "brisk", "broken", "calm", "clever", "cold"),
     *("crisp", "curious", "dark", "deep", "distant", "dusty", "eager", "early", "empty", "faint", "fancy", "fierce"),
@@ -193,13 +195,29 @@ def score_answer(text: str, answers: Sequence[str]) -> list[bool]:
 
 
 def min_length(name: str, tokenizer: Tokenizer) -> int:
-    """Return the most tokens that a prompt of a task takes without any haystack."""
+    """Return a number of tokens that no prompt of a task exceeds without its haystack, whatever is drawn.
+
+    A tokenizer joins digits and letters of some keys and values and not of others; here none are joined.
+    """
     task = RULER_TASKS[name]
-    longest = {"numbers": "9" * 7, "uuids": str(uuid.UUID(int=0)), "words": f"{max(_ADJECTIVES, key=len)}-mountain"}
-    needle = "\n" + NEEDLE.format(kind=task.value, key=longest[task.key], value=longest[task.value])
-    frame = _frame(task, [longest[task.key]] * task.num_queries)
-    needles = task.num_keys * task.num_values * len(_encode(tokenizer, needle))
-    return needles + sum(len(_encode(tokenizer, text)) for text in frame)
+
+    def most(pieces: Sequence[str]) -> int:
+        return max(len(_encode(tokenizer, piece)) for piece in pieces)
+
+    sizes = {
+        "words": most(_ADJECTIVES) + most("-") + most(_NOUNS),
+        "numbers": 7 * most(string.digits),
+        "uuids": 32 * most("0123456789abcdef") + 4 * most("-"),
+    }
+
+    def size(text: str) -> int:
+        return sum(most([piece]) for piece in text.split(_MARK) if piece)
+
+    between = size(NEEDLE.format(kind=task.value, key=_MARK, value=_MARK)) + max(most("\n"), most(" "))
+    needle = between + sizes[task.key] + sizes[task.value]
+    head, tail = _frame(task, [_MARK] * task.num_queries)
+    keys = tail.count(_MARK) * sizes[task.key]
+    return task.num_keys * task.num_values * needle + size(head) + size(tail) + keys
 
 
 def _frame(task: RulerTask, queries: Sequence[str]) -> tuple[str, str]:

@@ -133,6 +133,27 @@ def explain_not_finite(
     return CheckpointError(f"the model's output is NaN or infinite, {where}; its weights or its gates are damaged")
 
 
+def explain_row(
+    model: RecurrentLM,
+    input_ids: torch.Tensor,
+    states: Sequence[LayerState] | None,
+    bad: torch.Tensor,
+    positions: Sequence[int],
+) -> CheckpointError:
+    """Return :func:`explain_not_finite` of the first bad row alone: rows of a batch may stand at different positions.
+
+    Args:
+        model: The model.
+        input_ids: ``[B, T]`` int64, the segment whose output is not finite.
+        states: Each layer's state before the segment, or None for zero.
+        bad: ``[B]`` bool, the rows whose output is not finite.
+        positions: Position of each row's first token.
+    """
+    row = int(bad.nonzero()[0])
+    before = None if states is None else [tuple(tensor[row : row + 1] for tensor in state) for state in states]
+    return explain_not_finite(model, input_ids[row : row + 1], before, position=positions[row])
+
+
 def _first_not_finite(states: Sequence[LayerState]) -> int | None:
     """Return the first layer whose state holds NaN or infinity."""
     if not states:
@@ -148,7 +169,7 @@ def prefill(
     *,
     segment_length: int = DEFAULT_SEGMENT_LENGTH,
     states: list[LayerState] | None = None,
-    position: int = 0,
+    position: int | Sequence[int] = 0,
 ) -> tuple[torch.Tensor, list[LayerState]]:
     """Read prompts segment by segment with a carried state; only the last token's logits are ever computed.
 
@@ -157,7 +178,7 @@ def prefill(
         input_ids: ``[B, T]`` int64 prompts of equal length.
         segment_length: Tokens per forward pass.
         states: Each layer's state before the prompts, or None for zero.
-        position: Position of the first token, for messages.
+        position: Position of the first token, for messages; one for all rows, or one each.
 
     Returns:
         The logits ``[B, vocab]`` after the last token, and the states.
@@ -166,13 +187,18 @@ def prefill(
         CheckpointError: The logits are not finite; layer and position are named.
     """
     logits: torch.Tensor | None = None
+    read = 0
     for segment in input_ids.split(segment_length, dim=1):
         output = model(segment, states=states, output_states=True, logits_to_keep=1)
         logits = output.logits[:, -1]
         # The last layer's numbers reach the last token's logits a segment late, or never.
         if not torch.isfinite(logits).all() or _first_not_finite(output.states) is not None:
-            raise explain_not_finite(model, segment, states, position=position)
-        states, position = output.states, position + segment.shape[1]
+            if isinstance(position, int):
+                raise explain_not_finite(model, segment, states, position=position + read)
+            parts = [logits, *(tensor for state in output.states for tensor in state)]
+            bad = torch.stack([~part.flatten(1).isfinite().all(dim=1) for part in parts]).any(dim=0)
+            raise explain_row(model, segment, states, bad, [first + read for first in position])
+        states, read = output.states, read + segment.shape[1]
     assert logits is not None
     assert states is not None
     return logits, states

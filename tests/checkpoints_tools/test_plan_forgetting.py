@@ -206,12 +206,15 @@ def test_a_fit_of_another_family_is_said(tmp_path: Path):
         assert judge_forgetting(before, before, 65536, evidence).says.endswith(said)
 
 
-def health_file(directory: Path, *, positions=None, **changes) -> Path:
+def health_file(directory: Path, *, positions=None, fallen=0, **changes) -> Path:
     config = config_from_dict(GLA_1B)
     model = {"model_type": "gla", "state_numbers": config.state_numbers, "statex": None, "mitigation": None}
     values = {"suite": "collapse", "settings": {"train_length": 16384, "length": 131072}}
     positions = {"newlines": None, "text": None} if positions is None else positions
-    values["prompts"] = {name: {"verdict": {"position": position}} for name, position in positions.items()}
+    heads = {"collapsed": fallen, "total": 8, "position": 20000 if fallen else None}
+    values["prompts"] = {
+        name: {"verdict": {"position": position}, "heads": heads} for name, position in positions.items()
+    }
     directory.mkdir(exist_ok=True)
     (directory / "collapse.json").write_text(json.dumps({**values, "model": {**model, **changes}}))
     return directory
@@ -223,13 +226,16 @@ def test_health_on_the_command_line(tmp_path: Path, capsys):
     assert main(["plan", str(tmp_path), "--health", str(health)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "reaches it. Concluded from the measurement in" in text
-    assert "trained at 16384 tokens, shows no collapse up to 131072" in text
+    assert "trained at 16384 tokens, shows no collapse up to 131072 on text) and the law" in text
     small = {**GLA_1B, "hidden_size": 64, "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(small))
-    health_file(tmp_path / "health", state_numbers=config_from_dict(small).state_numbers)
+    health_file(tmp_path / "health", fallen=3, state_numbers=config_from_dict(small).state_numbers)
     assert main(["plan", str(tmp_path), "--health", str(health)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "forget threshold: none, a state of this size asks for no training length. Concluded from the measur" in text
+    assert "on newlines 3 of 8 heads collapse, from 20000 on: the state can run away) and the law" in text
+    assert "M is too small for the law to say anything" in text
+    assert "an extrapolation" not in text
     (tmp_path / "config.json").write_text(json.dumps(GLA_1B))
     health_file(tmp_path / "health", state_numbers=5)
     assert main(["plan", str(tmp_path), "--health", str(health)]) == 2

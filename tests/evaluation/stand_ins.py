@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import torch
 from torch import nn
 
+from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.models.gla.config import GLAConfig
 from statex_dist.models.lm import LMOutput, RecurrentLM
 from statex_dist.models.mamba2.config import Mamba2Config
@@ -126,14 +128,27 @@ class LastSyllable(StandIn):
         for end in range(1, len(text) + 1):
             before, mark, said = text[:end].rpartition("\nLabel:")
             query = before.rpartition("Input: ")[2][-2:]
-            shown = re.findall(f"{query}\nLabel: ([a-z]+)\n", before)
-            answer = f" {shown[-1] if shown else 'gold'}\n"
+            shown = re.findall(f"{query}\nLabel: ([a-z]+)\n\n", before)
+            answer = f" {shown[-1] if shown else 'gold'}\n\n"
             following.append(answer[len(said)].encode()[0] if mark and len(said) < len(answer) else 0)
         return torch.tensor(following)
 
     def forward(self, input_ids, **kwargs):
         output = super().forward(input_ids, **kwargs)
         return output._replace(logits=50 * output.logits)  # it is sure
+
+
+class MergingTokenizer(BytesTokenizer):
+    """Joins two equal digits and two line ends, as a trained tokenizer does with what is frequent; it only encodes."""
+
+    PAIRS = tuple(2 * text for text in (b"\n", *(b"%d" % digit for digit in range(10))))
+
+    def encode(self, text):
+        found = re.findall(b"|".join(self.PAIRS) + b"|.", text.encode(), flags=re.DOTALL)
+        return np.array([VOCAB + self.PAIRS.index(part) if len(part) == 2 else part[0] for part in found])
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
 
 def overflowing_model(layer, token, **changes):

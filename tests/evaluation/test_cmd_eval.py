@@ -73,7 +73,10 @@ def test_perplexity_of_text_files_whole_and_packed(model_dir, tmp_path, capsys):
     text.write_text("some words " * 50)
     arguments = ["--model", model_dir, "--data", text, "--max-tokens", "300", "--segment-length", "64"]
     assert evaluate("perplexity", *arguments, "--out", tmp_path / "whole") == 0
-    assert "bits per byte" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed
+    assert "(1 sample over documents)" in printed
+    assert "(1 sample, 63 tokens)" in printed
     assert json.loads((tmp_path / "whole" / "perplexity.json").read_text())["tokens"] == 299
     assert evaluate("perplexity", *arguments, "--out", tmp_path / "packed", "--packed-length", "100") == 0
     assert "297 in 3 packed sequences" in capsys.readouterr().out
@@ -174,7 +177,11 @@ def test_an_unknown_suite_is_one_line_that_names_all(capsys):
             ["--lengths", "4K,many"],
             "--lengths '4K,many' is not understood; allowed: whole numbers with commas",
         ),
-        ("recall", ["--lengths", "128"], "length 128 leaves no room for a haystack; the prompt alone takes 146 tokens"),
+        (
+            "recall",
+            ["--lengths", "128"],
+            "length 128 leaves no room for a haystack; the prompt alone takes up to 146 tokens",
+        ),
         ("recall", ["--num-pairs", "8"], "unrecognized arguments: --num-pairs 8"),
         ("icl", ["--data", "nowhere"], "examples nowhere cannot be read"),
         ("mqar", ["--key-ids", "128"], "--key-ids '128' is not understood; allowed: FIRST:END"),
@@ -184,6 +191,12 @@ def test_an_unknown_suite_is_one_line_that_names_all(capsys):
         ("mqar", ["--threads", "0"], "--threads must be 1 or more, not 0"),
         ("mqar", ["--batch-size", "0"], "batch_size must be 1 or more, not 0"),
         ("icl", ["--tokenizer", "nowhere"], "tokenizer 'nowhere': no such directory"),
+        (
+            "icl",
+            ["--mitigation", "state-norm:limit=4,every=64"],
+            "ends forward passes wherever a text ends, where state-norm:limit=4.0,every=64 would change the states: "
+            "its figures would depend on --batch-size; allowed: state-norm with every=1, or another remedy",
+        ),
     ],
 )
 def test_wrong_usage_is_one_clear_line(model_dir, tmp_path, capsys, suite, arguments, message):

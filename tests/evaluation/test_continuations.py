@@ -15,7 +15,8 @@ from statex_dist.evaluation.continuations import (
     score_continuations,
 )
 from statex_dist.models.lm import LMOutput
-from tests.evaluation.stand_ins import VOCAB, StandIn, tiny_model
+from statex_dist.models.mitigation import parse_mitigation
+from tests.evaluation.stand_ins import VOCAB, StandIn, overflowing_model, tiny_model
 
 TOKENIZER = BytesTokenizer()
 
@@ -212,3 +213,57 @@ def test_bad_requests_are_refused():
         model.trunk.layers[1].mlp.down_proj.weight.fill_(torch.nan)
     with pytest.raises(CheckpointError, match="first in layer 1 at position 0"):
         list(score_continuations(model, [([1, 2], [2])], **options))
+
+
+def test_a_shared_state_before_the_contexts_is_as_if_they_began_with_it():
+    model, rng = tiny_model().double().eval(), random.Random(4)
+    before, contexts = some_tokens(rng, 11), [some_tokens(rng, n) for n in (3, 9, 1)]
+    requests = [(context, some_tokens(rng, 5)) for context in contexts for _ in range(2)]
+    options = {"batch_size": 2, "segment_length": 4}
+    wholes = [(before + context, continuation) for context, continuation in requests]
+    wanted = dict(score_continuations(model, wholes, **options))
+    with torch.inference_mode():
+        start = model(torch.tensor([before]), output_states=True).states
+    for _ in range(2):  # it is left as it is
+        found = dict(score_continuations(model, requests, start=start, position=11, **options))
+        for number, score in wanted.items():
+            assert found[number].logprob == pytest.approx(score.logprob, abs=1e-10)
+
+
+def test_what_is_not_finite_is_named_at_its_place_in_its_own_text():
+    model, options = overflowing_model(1, 77), {"batch_size": 4, "segment_length": 8}
+    bad = "first in layer 1 at position {};".format
+    requests = [([1] * 20, [5, 6, 7]), ([2] * 50, [5, 77, 6]), ([3] * 30, [5] * 9)]
+    with pytest.raises(CheckpointError, match=bad(51)):
+        list(score_continuations(model, requests, **options))
+    with pytest.raises(CheckpointError, match=bad(151)):
+        list(score_continuations(model, requests, position=100, **options))
+    with pytest.raises(CheckpointError, match=bad(30 + 8)):
+        list(score_continuations(model, [*requests[::2], ([3] * 30, [5] * 8 + [77, 6])], **options))
+    # Nothing is read of the last token, nor of what a shorter row is filled up with.
+    model = overflowing_model(1, 0)
+    assert len(list(score_continuations(model, [([1] * 20, [5, 0]), ([1] * 20, [5] * 9)], **options))) == 2
+
+    model = overflowing_model(1, 77)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token alike: the first id is said
+        model.trunk.embedding_table.weight[0, 0] = 1e6
+    contexts = [[1] * 20, [2] * 33]
+    with pytest.raises(CheckpointError, match=bad(20)):
+        list(generate_continuations(model, contexts[:1], Sampling(max_tokens=3), tokenizer=TOKENIZER, **options))
+    with pytest.raises(CheckpointError, match=r"at position (33|20);"):
+        list(generate_continuations(model, contexts, Sampling(max_tokens=3), tokenizer=TOKENIZER, **options))
+
+
+def test_a_state_brought_back_at_every_token_gives_the_same_scores_in_any_batch():
+    model, rng = tiny_model().double().eval(), random.Random(5)
+    requests = [(some_tokens(rng, n), some_tokens(rng, 3)) for n in (40, 37, 23, 11)]
+
+    def scores(batch_size):
+        found = score_continuations(model, requests, batch_size=batch_size, segment_length=16)
+        return [score.logprob for _, score in sorted(found)]
+
+    plain = scores(4)
+    model.mitigation = parse_mitigation("state-norm:limit=0.001,every=1")
+    assert scores(4) == pytest.approx(scores(1), abs=1e-12)
+    assert scores(4) != pytest.approx(plain, abs=1e-9)

@@ -7,7 +7,7 @@ import torch
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
-from statex_dist.evaluation.icl import icl_units, score_choices, summarise_icl, write_icl
+from statex_dist.evaluation.icl import EXAMPLE, QUERY, encode_choices, icl_units, summarise_icl, write_icl
 from statex_dist.evaluation.icl_tasks import (
     MADE_UP_LABELS,
     Example,
@@ -17,8 +17,8 @@ from statex_dist.evaluation.icl_tasks import (
     read_examples,
 )
 from statex_dist.evaluation.journal import work
-from statex_dist.evaluation.streaming import evaluating, prefill
-from tests.evaluation.stand_ins import LastSyllable, overflowing_model, tiny_model
+from statex_dist.evaluation.streaming import evaluating
+from tests.evaluation.stand_ins import LastSyllable, MergingTokenizer, StandIn, overflowing_model, tiny_model
 
 TOKENIZER = BytesTokenizer()
 SMALL = {"shots": (0, 1, 4, 8), "num_trials": 3, "num_queries": 4}
@@ -33,23 +33,59 @@ def write_lines(path, lines):
     return path
 
 
+def test_a_choice_is_tokenised_as_the_label_that_is_shown():
+    tokenizer = MergingTokenizer()
+    shown = tokenizer.encode(EXAMPLE.format(text="word", label="gold")).tolist()
+    asked = tokenizer.encode(QUERY.format(text="word")).tolist()
+    alone = tokenizer.encode(" gold\n").tolist()
+    assert shown[len(asked) :][-1] != alone[-1]  # the empty line is one token of its own
+    (context, choice), (other_context, other) = encode_choices(tokenizer, "word", ["gold", "blue"])
+    assert context == other_context == asked
+    assert context + choice == shown
+    assert other_context + other == tokenizer.encode(EXAMPLE.format(text="word", label="blue")).tolist()
+
+
+def test_a_choice_begins_where_the_labels_part_if_that_is_before_the_query_ends():
+    class Shifting(BytesTokenizer):
+        def encode(self, text):  # the token before a label's first letter depends on it
+            ids = super().encode(text).tolist()
+            starts = [i for i in range(2, len(ids)) if ids[i - 2 : i] == [58, 32]]
+            return np.array([200 + ids[i + 2] % 8 if i + 2 in starts[1:] else x for i, x in enumerate(ids)])
+
+    tokenizer = Shifting()
+    pairs = encode_choices(tokenizer, "w", ["gold", "blue"])
+    assert pairs[0][0] == pairs[1][0] == tokenizer.encode("Input: w\nLabel: gold\n\n").tolist()[:14]
+    assert [pair[1][0] for pair in pairs] == [200 + ord(label) % 8 for label in "gb"]
+
+
+class Nothing(StandIn):
+    def next_tokens(self, history):
+        return torch.zeros_like(history)
+
+
+def test_examples_and_queries_are_read_in_segments():
+    model = Nothing()
+    examples = [Example("w" * 300 + str(i), "ab"[i % 2]) for i in range(8)]
+    work(icl_units(model, IclSettings(shots=(2,), num_trials=1, num_queries=2, segment_length=64), TOKENIZER, examples))
+    assert model.longest_call == 64
+
+
 @pytest.mark.parametrize("family", ["gla", "mamba2"])
-def test_a_choice_scores_as_the_whole_text_read_at_once(family):
-    model = tiny_model(family).double()
-    before, queries, choices = encode("some shots\n"), ["Input: a", "Input: longer"], [" yes\n", " no\n", " n\n"]
-    with evaluating(model):
-        _, states = prefill(model, torch.as_tensor(before[None]))
-        found = score_choices(model, states, [encode(q) for q in queries], [encode(c) for c in choices], batch_size=4)
-        for i, query in enumerate(queries):
-            for j, choice in enumerate(choices):
-                ids = torch.as_tensor(np.concatenate([before, encode(query), encode(choice)]))[None]
+def test_a_label_is_likely_as_in_the_whole_text_read_at_once(family):
+    model, settings = tiny_model(family).double(), IclSettings(shots=(3,), num_trials=1, num_queries=2, num_labels=3)
+    records = work(icl_units(model, settings, TOKENIZER))
+    trial = draw_trial(made_up_examples(settings, trial=0, count=(3 + 2) // 3 + 2), 0, settings)
+    before = "".join(EXAMPLE.format(text=e.text, label=e.label) for e in trial.shots)
+    for record, query in zip(records, trial.queries, strict=True):
+        logprobs = []
+        for label in trial.labels:
+            ids = torch.as_tensor(encode(before + EXAMPLE.format(text=query.text, label=label)))[None]
+            with evaluating(model):
                 logs = model(ids[:, :-1]).logits.log_softmax(-1)[0]
-                of_choice = logs[-len(choice) :].gather(1, ids[0, -len(choice) :, None])
-                assert found[i, j] == pytest.approx(float(of_choice.sum()), rel=1e-9)
-        # the shared state is left as it was
-        assert score_choices(model, states, [encode(queries[0])], [encode(choices[0])])[0, 0] == pytest.approx(
-            found[0, 0], rel=1e-9
-        )
+            n = len(f" {label}\n\n")
+            logprobs.append(float(logs[-n:].gather(1, ids[0, -n:, None]).sum()))
+        shares = np.exp(np.array(logprobs) - max(logprobs))
+        assert record["probability"] == pytest.approx(shares[trial.labels.index(query.label)] / shares.sum(), rel=1e-9)
 
 
 @pytest.mark.parametrize("permute", [False, True])
@@ -102,9 +138,8 @@ def test_examples_of_a_file_and_figures_of_the_samples(tmp_path):
     records = work(icl_units(model, settings, TOKENIZER, examples))
     again = IclSettings(shots=(6, 1), num_trials=2, num_queries=5, batch_size=3, segment_length=9)
     for a, b in zip(records, work(icl_units(model, again, TOKENIZER, examples)), strict=True):
-        assert a.pop("probability") == pytest.approx(b.pop("probability"), rel=1e-4)
-        assert a == b
-    records = work(icl_units(model, settings, TOKENIZER, examples))
+        assert a["probability"] == pytest.approx(b["probability"], rel=1e-4)
+        assert {**a, "probability": None} == {**b, "probability": None}
     files = write_icl(records, tmp_path, settings, labels=["0", "1", "2"], data="d", model={})
     assert [file.name for file in files] == ["icl.json", "icl.jsonl", "icl.png"]
     summary = json.loads(files[0].read_text())
@@ -155,8 +190,28 @@ def test_missing_examples_and_too_few_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot be read: .*No such file"):
         read_examples(tmp_path / "none.jsonl")
     examples = [Example(f"{i}", "ab"[i % 2]) for i in range(79)]
-    with pytest.raises(ConfigError, match="icl needs 80 examples for 64 shots and 16 queries, the file has 79"):
+    wanted = (
+        "icl needs 40 examples of each of 2 labels for 64 shots and 16 queries, the file has 39 of 'b'; set --shots"
+    )
+    with pytest.raises(ConfigError, match=wanted):
         icl_units(tiny_model(), IclSettings(), TOKENIZER, examples)
+    # Many examples, few of one label: its queries would run out, and with them the chance of 1 / labels.
+    examples = [Example(f"{i}", "ab"[i < 5]) for i in range(500)]
+    with pytest.raises(ConfigError, match=r"icl needs 40 examples of each of 2 labels .* has 5 of 'b'"):
+        icl_units(tiny_model(), IclSettings(), TOKENIZER, examples)
+    with pytest.raises(ConfigError, match="500 examples are too few for a trial; set --shots lower"):
+        draw_trial(examples, 0, IclSettings(shots=(500,)))
+    with pytest.raises(ConfigError, match=r"icl needs 8200 examples of each of 2 labels .* made-up task has 5625 of"):
+        icl_units(tiny_model(), IclSettings(shots=(16384,), num_labels=2), TOKENIZER)
+
+
+def test_half_a_surrogate_pair_is_named_with_its_line_and_a_line_separator_is_text(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"text": "a\u2028b", "label": 1}\n{"text": "c", "label": 2}\n', encoding="utf-8")
+    assert read_examples(path) == [Example("a\u2028b", "1"), Example("c", "2")]
+    path.write_text('{"text": "a", "label": 1}\n{"text": "t \\ud83d", "label": 2}\n')
+    with pytest.raises(DataError, match=r"line 2: '\\ud83d' is half of a surrogate pair"):
+        read_examples(path)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import signal
 from contextlib import nullcontext
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, StateXError
 from statex_dist.evaluation.journal import Journal, Unit, model_fingerprint, work
 from statex_dist.evaluation.ranks import Ranks
 
@@ -156,7 +158,7 @@ def test_two_processes_do_not_share_a_part(tmp_path):
         evaluate(tmp_path)
 
 
-def test_a_model_is_told_from_another_by_its_contents(tmp_path, monkeypatch):
+def test_a_model_is_told_from_another_by_its_contents(tmp_path):
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     config.write_text("{}")
     weights.write_bytes(bytes(10_000))
@@ -170,12 +172,48 @@ def test_a_model_is_told_from_another_by_its_contents(tmp_path, monkeypatch):
     config.write_text("{ }")
     assert model_fingerprint(tmp_path) != first
     config.write_text("{}")
-    # A file too long to be read whole is sampled from end to end.
+
+
+def test_a_change_of_one_small_tensor_in_a_large_file_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("statex_dist.evaluation.journal._SAMPLED_BYTES", 1_000)
-    monkeypatch.setattr("statex_dist.evaluation.journal._SAMPLE_BYTES", 16)
-    sampled = model_fingerprint(tmp_path)
-    for place in (0, 9_999):
-        content = bytearray(10_000)
-        content[place] = 1
-        weights.write_bytes(content)
-        assert model_fingerprint(tmp_path) != sampled
+    monkeypatch.setattr("statex_dist.evaluation.journal._SAMPLES", 2)  # the file's ends alone
+    tensors = {name: torch.zeros(n) for name, n in (("a", 50_000), ("b", 10), ("c", 300_000), ("d", 400_000))}
+
+    def fingerprint():
+        save_file(tensors, tmp_path / "model.safetensors")
+        return model_fingerprint(tmp_path)
+
+    seen = {fingerprint()}
+    for name, place in (("b", 4), ("c", 0), ("c", 150_000), ("c", -1)):
+        tensors[name][place] = 1
+        seen.add(fingerprint())
+    assert len(seen) == 5
+
+
+def test_a_journal_that_is_being_written_is_not_removed(tmp_path):
+    with Journal(tmp_path, "suite", SETTINGS) as journal:
+        journal.add("unit 0", units()[0].run(), seconds=1.0)
+        for settings in ({**SETTINGS, "data": "other"}, SETTINGS):
+            (tmp_path / "suite.json").write_text("{}")
+            with pytest.raises(ConfigError, match=f"another process is evaluating into {tmp_path}; wait for it"):
+                Journal(tmp_path, "suite", settings, overwrite=True)
+            (tmp_path / "suite.json").unlink()
+        with pytest.raises(ConfigError, match="another process is evaluating into"):
+            Journal(tmp_path, "suite", {**SETTINGS, "data": "other"}, overwrite=True)
+        assert work(units(), journal) == work(units())
+
+
+@pytest.mark.parametrize(
+    ("hours", "what"), [(0, r"ended \(if it failed, it says why\)"), (13, "was silent for 12:00:00")]
+)
+def test_a_rank_that_waited_says_whether_the_other_ended_or_was_silent(monkeypatch, hours, what):
+    def gather(*arguments):
+        raise RuntimeError("Connection closed by peer")
+
+    clock = iter((0.0, 3600.0 * hours))
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr("statex_dist.evaluation.ranks.time.monotonic", lambda: next(clock))
+    with pytest.raises(StateXError, match=f"another rank of the evaluation {what}; start the same command again"):  # noqa: SIM117
+        with Ranks(rank=0, world_size=2).together():
+            pass

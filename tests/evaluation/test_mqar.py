@@ -9,6 +9,7 @@ from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.evaluation.journal import work
 from statex_dist.evaluation.mqar import (
     MqarSettings,
+    eliminating_accuracy,
     generate_mqar,
     guessing_accuracy,
     mqar_units,
@@ -172,3 +173,25 @@ def test_bad_settings_are_refused(changes, message):
 def test_ids_outside_the_vocabulary_are_refused(vocab_size, message):
     with pytest.raises(ConfigError, match=message):
         mqar_units(tiny_model(vocab_size=vocab_size), MqarSettings())
+
+
+def test_a_model_that_crosses_off_values_is_right_as_often_as_said():
+    """Without the keys: it names the commonest value of the context that is not answered yet."""
+    few = {"num_samples": 400, "keys": (0, 64), "values": (64, 128)}
+    for n, values in ((4, (64, 128)), (16, (64, 128)), (3, (64, 65)), (2, (64, 66))):
+        wanted = MqarSettings(num_pairs=(n,), **{**few, "values": values})
+        tokens, _ = generate_mqar(n, 400, seed=0, keys=range(*wanted.keys), values=range(*wanted.values))
+        right = 0
+        for row in tokens.tolist():
+            left = row[1 : 2 * n : 2]
+            for answer in row[2 * n + 1 :: 2]:
+                right += max(left, key=left.count) == answer
+                left.remove(answer)
+        level = eliminating_accuracy(n, wanted)
+        assert right / (400 * n) == pytest.approx(level, abs=0.05)
+        assert level > guessing_accuracy(n, wanted) or values == (64, 65)
+    assert eliminating_accuracy(3, MqarSettings(num_pairs=(3,), values=(64, 65))) == 1
+    # of two pairs with two values: alike half of the time, else right half of the time at first, and always at last
+    assert eliminating_accuracy(2, MqarSettings(num_pairs=(2,), values=(64, 66), num_samples=4000)) == pytest.approx(
+        (1 + 0.75) / 2, abs=0.01
+    )

@@ -17,7 +17,7 @@ from statex_dist.evaluation.needle import (
     min_length,
 )
 from statex_dist.evaluation.streaming import decode_greedily, evaluating
-from tests.evaluation.stand_ins import PasskeyReader, tiny_model
+from tests.evaluation.stand_ins import MergingTokenizer, PasskeyReader, tiny_model
 
 TOKENIZER = BytesTokenizer()
 
@@ -104,3 +104,9 @@ def test_bad_haystacks_and_lengths_are_refused(tmp_path):
     shortest = min_length(TOKENIZER)
     with pytest.raises(ConfigError, match=f"length {shortest} leaves no room .* alone takes {shortest} tokens"):
         build_prompts(shortest, 0.5, 1, seed=0, tokenizer=TOKENIZER)
+
+
+def test_no_key_takes_more_than_said_under_a_tokenizer_that_joins_some_digits():
+    tokenizer = MergingTokenizer()
+    assert len(tokenizer.encode("99999")) < len(tokenizer.encode("12345"))
+    assert build_prompts(min_length(tokenizer) + 1, 0.5, 100, seed=0, tokenizer=tokenizer).tokens.shape[0] == 100

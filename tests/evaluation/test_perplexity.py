@@ -157,7 +157,10 @@ def test_files_are_written(tmp_path):
     assert sum(row["tokens"] for row in rows) == summary["tokens"] == result.tokens
     assert sum(nats for row in rows for _, _, nats in row["by_position"]) == pytest.approx(result.loss_sum, rel=1e-12)
     for bucket in summary["by_position"]:
-        assert bucket["low"] <= bucket["loss"] <= bucket["high"]
+        if bucket["samples"] == 1:
+            assert bucket["low"] is bucket["high"] is None
+        else:
+            assert bucket["low"] <= bucket["loss"] <= bucket["high"]
         assert bucket["samples"] == sum(
             bucket["start"] in (start for start, _, _ in row["by_position"]) for row in rows
         )

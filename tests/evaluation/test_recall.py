@@ -1,6 +1,8 @@
 import json
+import re
 
 import pytest
+import torch
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
@@ -124,3 +126,24 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_it_runs(vocab_siz
 def test_a_haystack_must_exist():
     with pytest.raises(DataError, match=r"input none.txt does not exist"):
         recall_units(tiny_model(), RecallSettings(haystack="none.txt"), TOKENIZER)
+
+
+class Dawdling(NeedleReader):
+    """Says the value after some dots, as many as the value says, and goes on with x."""
+
+    def next_tokens(self, history):
+        prompt, question, said = bytes(history.tolist()).decode().rpartition(" mentioned in the provided text ")
+        token = 0
+        if question:
+            value = re.findall(f"for {prompt.rpartition(' for ')[2]} is: ([^ .]+)\\.", prompt)[0]
+            answer = said[:3].strip() + " " + "." * (int(value) % 20) + value
+            token = answer[len(said)].encode()[0] if len(said) < len(answer) else ord("x")
+        return torch.full_like(history, token)
+
+
+def test_what_is_said_ends_with_the_last_answer_whatever_the_others_of_the_batch_say():
+    few = {"tasks": ("niah_single_1",), "lengths": (500,), "depths": 1, "num_samples": 3, "max_new_tokens": 40}
+    together, alone = (records_of(Dawdling(), RecallSettings(batch_size=size, **few)) for size in (3, 1))
+    assert len({len(record["said"]) for record in alone}) > 1
+    assert all(record["said"].endswith(record["answers"][0]) for record in together)
+    assert together == alone

@@ -31,9 +31,15 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 def test_weights_are_those_of_a_ratio_of_sums():
     estimate = bootstrap([1.0, 2.0, 5.0], weights=[1, 1, 2])
     assert estimate.mean == pytest.approx(13 / 4)
-    assert bootstrap([1.0, 9.0], weights=[1, 0]) == Estimate(mean=1.0, low=1.0, high=1.0, samples=2)
-    one = bootstrap([0.5])
-    assert (one.low, one.mean, one.high) == (0.5, 0.5, 0.5)
+    assert bootstrap([1.0, 1.0, 9.0], weights=[1, 1, 0]) == Estimate(mean=1.0, low=1.0, high=1.0, samples=3)
+
+
+def test_one_sample_has_no_interval():
+    assert bootstrap([0.5], weights=[7]) == Estimate(mean=0.5, low=None, high=None, samples=1)
+    assert bootstrap([1.0, 9.0], weights=[1, 0]) == Estimate(mean=1.0, low=None, high=None, samples=2)
+    assert bootstrap([0.5]).to_dict() == {"accuracy": 0.5, "low": None, "high": None, "samples": 1}
+    text = {"title": "t", "x_label": "x", "y_label": "y"}
+    assert plot_curve([1, 2], [bootstrap([0.5]), bootstrap([0.5, 0.7])], **text).startswith(PNG)
 
 
 def test_plots_are_png_and_reproducible():

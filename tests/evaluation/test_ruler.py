@@ -11,6 +11,7 @@ from statex_dist.evaluation import ruler
 from statex_dist.evaluation.haystack import fresh_sentences, made_up_sentences, running_text, split_sentences
 from statex_dist.evaluation.needle import depth_values
 from statex_dist.evaluation.ruler import NOISE, RULER_TASKS, build_ruler_prompt, min_length, score_answer
+from tests.evaluation.stand_ins import MergingTokenizer
 
 TOKENIZER = BytesTokenizer()
 ESSAY = fresh_sentences(made_up_sentences, TOKENIZER)
@@ -121,3 +122,16 @@ def test_sources_give_whole_sentences_up_to_the_cut(num_tokens, seed):
         assert all(re.fullmatch(r" [A-Z][^.!?]*[.!?]", piece) for piece in pieces[:-1])
     running = TOKENIZER.decode(running_text(sentences, TOKENIZER)(np.random.default_rng(seed), num_tokens)[0])
     assert running in "".join(sentences) * (num_tokens // 40 + 3)
+
+
+@pytest.mark.parametrize("name", RULER_TASKS)
+def test_no_prompt_takes_more_than_said_under_a_tokenizer_that_joins_some_digits(name):
+    tokenizer = MergingTokenizer()
+    assert len(tokenizer.encode("9999999")) < len(tokenizer.encode("1234567"))
+    essay = fresh_sentences(made_up_sentences, tokenizer)
+    length = min_length(name, tokenizer) + 1
+    for sample in range(25):
+        prompt = build_ruler_prompt(
+            name, length, 0, depths=[0.5], seed=0, sample=sample, tokenizer=tokenizer, essay=essay
+        )
+        assert prompt.tokens.shape == (length,)

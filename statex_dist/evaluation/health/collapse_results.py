@@ -29,6 +29,7 @@ def write_collapse(
     *,
     model: Mapping[str, Any],
     timing: Mapping[str, Any],
+    train_length_from: str,
 ) -> list[Path]:
     """Write ``collapse.json``, ``collapse.jsonl``, ``collapse_loss.png`` and ``collapse_norm.png``.
 
@@ -38,24 +39,94 @@ def write_collapse(
         directory: An existing directory.
         model: What is known of the model.
         timing: Seconds and ranks.
+        train_length_from: Who said the training length: ``--train-length`` or ``config.json``.
 
     Returns:
         The files, the summary first.
     """
     judged = judge(records, settings)
-    summary = {
+    summary: dict[str, Any] = {
         "version": RESULT_VERSION,
         "suite": "collapse",
         "model": dict(model),
         "settings": {**asdict(settings), "prompts": list(settings.prompts), "length": settings.tokens},
+        "train_length_from": train_length_from,
         "timing": dict(timing),
         "positions": settings.positions,
         "verdict": _overall(judged),
         "doubt": settings.doubt,
         "prompts": {prompt: _summary(*parts, settings) for prompt, parts in judged.items()},
     }
+    summary["says"] = conclusion(summary)
     plots = {"collapse_loss.png": plot_losses(judged, settings), "collapse_norm.png": plot_norms(judged, settings)}
     return write_results(directory, "collapse", summary, _rows(judged, settings), plots)
+
+
+def conclusion(summary: Mapping[str, Any]) -> str:
+    """Return in plain sentences what a summary found of the loss and of the states, what it means and what helps.
+
+    The loss decides whether the model is usable, the states whether it may stop being so; newlines count last, as they
+    are far from any text.
+    """
+    prompts: Mapping[str, Any] = summary["prompts"]
+    advice = f"{_advice(summary)} (docs/state_health.md)."
+    return f"Loss: {_of_loss(prompts, summary['settings']['length'])}. States: {_of_heads(prompts)}. {advice}"
+
+
+def _of_loss(prompts: Mapping[str, Any], length: int) -> str:
+    fallen = {name: told["verdict"] for name, told in prompts.items() if told["verdict"]["collapsed"]}
+    parts = [
+        f"{'not finite' if verdict['why'] == 'not finite' else 'collapses'} on {name} from {verdict['position']:,} "
+        "tokens on"
+        for name, verdict in fallen.items()
+    ]
+    held = [name for name in prompts if name not in fallen]
+    if held:
+        parts.append(f"no collapse up to {length:,} tokens on {' and '.join(held)}")
+    return ", ".join(parts)
+
+
+def _of_heads(prompts: Mapping[str, Any]) -> str:
+    parts: list[str] = []
+    for name, told in prompts.items():
+        heads = told["heads"]
+        first = "" if heads["position"] is None else f" (from {heads['position']:,} tokens on)"
+        what = "heads run away on" if not parts else "on"
+        parts.append(f"{heads['collapsed']} of {heads['total']} {what} {name}{first}")
+    return ", ".join(parts)
+
+
+def _advice(summary: Mapping[str, Any]) -> str:
+    prompts, train_length = summary["prompts"], summary["settings"]["train_length"]
+    texts = {name: told for name, told in prompts.items() if name != "newlines"}
+    loss = [told["verdict"]["position"] for told in texts.values() if told["verdict"]["collapsed"]]
+    states = any(told["heads"]["collapsed"] for told in texts.values())
+    if loss and min(loss) <= train_length:
+        return (
+            f"That begins within the training length of {train_length:,} tokens: check the model, its tokenizer and "
+            "the training length before anything else"
+        )
+    if loss:
+        another = "another" if summary["model"].get("mitigation") else "a"
+        advice = (
+            f"Do not rely on it past {min(loss):,} tokens: train it on longer documents, or with state passing "
+            "(train.state_passing)"
+        )
+        if not states:
+            return f"{advice}; no state runs away there, so it may merely be unused to such lengths"
+        return f"{advice}; without training, try {another} --mitigation"
+    if states:
+        return (
+            "States leave the range that they had in training, and the loss may follow farther on: read further "
+            "(--length), and train on longer documents or with state passing before longer contexts are relied on"
+        )
+    if any(told["verdict"]["collapsed"] or told["heads"]["collapsed"] for told in prompts.values()):
+        if not texts:
+            return "The state can run away, but newlines are far from any text: read --prompts text, or --data, too"
+        return f"The state can run away, but {' and '.join(texts)} did not make it: nothing to do for texts like these"
+    if summary["doubt"] is not None:
+        return "Nothing was found, but too little was read to call the heads healthy: give a longer --length"
+    return "Nothing to do up to that length; beyond it nothing is known"
 
 
 def _overall(judged: Mapping[str, Judged]) -> dict[str, Any]:

@@ -108,6 +108,8 @@ class Laws:
 def find_results(directories: Sequence[Path]) -> list[dict[str, Any]]:
     """Return the summaries of ``collapse`` and ``capacity`` below directories, of models without a mitigation.
 
+    Each with its path as ``file``: results of one model differ in that alone.
+
     Raises:
         ConfigError: A directory is missing, or nothing is below them.
         DataError: A summary is damaged or of another version.
@@ -146,7 +148,7 @@ def _read(path: Path, suite: str) -> dict[str, Any]:
         section, key = name.split(".")
         if summary[section].get(key, 1) < 1:
             raise DataError(f"{path} is not a result of `statex eval {suite}`: {name} is below 1; run it again")
-    return summary
+    return {**summary, "file": str(path)}
 
 
 def shared_criteria(
@@ -157,7 +159,7 @@ def shared_criteria(
     What a verdict does not depend on (seeds, the number of positions, a ladder's lengths) may differ.
 
     Raises:
-        ConfigError: Results differ in one of these, which is named with a result of each kind.
+        ConfigError: Results differ in one of these, which is named with the file of a result of each kind.
     """
     criteria: dict[str, dict[str, Any]] = {}
     for suite in ("collapse", "capacity"):
@@ -190,7 +192,7 @@ def _criteria(summary: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
 
 
 def _refuse(what: str, name: str, *found: tuple[Mapping[str, Any], Any]) -> NoReturn:
-    kinds = ", ".join(f"{json.dumps(value)} ({row['model']['directory']})" for row, value in found)
+    kinds = ", ".join(f"{json.dumps(value)} ({row['file']})" for row, value in found)
     raise ConfigError(
         f"{what} differ in {name}: {kinds}; a law is one of one family, measured in one way: give results that agree"
     )

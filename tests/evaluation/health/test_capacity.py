@@ -240,8 +240,16 @@ def test_small_models_have_laws_too(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("changes", "judge", "message"),
     [
-        ({"family": "mamba2"}, "model", r'results differ in model_type: "gla" \(.*a\), "mamba2" \(.*b\)'),
-        ({"loss_rise": 1.0}, "model", r"collapse results differ in loss_rise: 0.5 \(.*a\), 1.0 \(.*b\); a law is one"),
+        (
+            {"family": "mamba2"},
+            "model",
+            r'model_type: "gla" \(.*a.collapse.json\), "mamba2" \(.*b.collapse.json\); a law',
+        ),
+        (
+            {"loss_rise": 1.0},
+            "model",
+            r"collapse results differ in loss_rise: 0.5 \(.*a.coll.*\), 1.0 \(.*b.coll.*\); a law",
+        ),
         ({"variance_factor": 8.0}, "heads", "collapse results differ in variance_factor: 4.0 .* 8.0"),
         ({"length": 4096}, "model", "collapse results differ in length / train_length: 8.0 .* 2.0"),
         ({"prompts": ["text"]}, "model", r'differ in prompts: \["newlines", "text"\] .* \["text"\]'),

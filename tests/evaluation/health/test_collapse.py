@@ -23,6 +23,7 @@ from statex_dist.evaluation.health.collapse import (
     observed_positions,
     series,
 )
+from statex_dist.evaluation.health.collapse_results import conclusion
 from statex_dist.evaluation.health.verdict import collapse_index, judge, sustained_from
 from statex_dist.evaluation.journal import work
 from statex_dist.models.hf import save_pretrained
@@ -334,6 +335,66 @@ def test_a_mitigation_shows_in_the_heads():
     assert records[0]["retention"] is None, "a window is not linear in the state"
 
 
+# -- what it says -----------------------------------------------------------------------------------------------------
+
+
+def said_of(*, mitigation=None, doubt=None, why="loss", **prompts):
+    """The conclusion over prompts, each given as where its loss collapses, heads that do, and where the first does."""
+    told = {
+        name: {
+            "verdict": {"collapsed": place is not None, "position": place, "why": None if place is None else why},
+            "heads": {"collapsed": heads, "total": 4, "position": first},
+        }
+        for name, (place, heads, first) in prompts.items()
+    }
+    chosen = {"length": 2048, "train_length": 256}
+    return conclusion({"prompts": told, "settings": chosen, "model": {"mitigation": mitigation}, "doubt": doubt})
+
+
+QUIET, AWAY = (None, 0, None), (None, 4, 544)
+
+
+@pytest.mark.parametrize(
+    ("found", "parts"),
+    [
+        (
+            {"newlines": QUIET, "text": QUIET},
+            "Loss: no collapse up to 2,048 tokens on newlines and text. States: 0 of 4 heads run away on newlines, 0 "
+            "of 4 on text. Nothing to do up to that length",
+        ),
+        ({"newlines": QUIET, "text": QUIET, "doubt": "short"}, "too little was read to call the heads healthy"),
+        (
+            {"newlines": AWAY, "text": QUIET},
+            "States: 4 of 4 heads run away on newlines (from 544 tokens on), 0 of 4 on text. The state can run away, "
+            "but text did not make it: nothing to do",
+        ),
+        ({"newlines": (600, 4, 544), "data": QUIET}, "The state can run away, but data did not make it"),
+        ({"newlines": AWAY}, "newlines are far from any text: read --prompts text, or --data, too"),
+        (
+            {"newlines": QUIET, "text": AWAY},
+            "0 of 4 heads run away on newlines, 4 of 4 on text (from 544 tokens on). States leave the range that they "
+            "had in training, and the loss may follow",
+        ),
+        (
+            {"newlines": QUIET, "text": (900, 4, 544), "data": (700, 0, None)},
+            "Loss: collapses on text from 900 tokens on, collapses on data from 700 tokens on, no collapse up to 2,048 "
+            "tokens on newlines. States",
+        ),
+        (
+            {"text": (900, 4, 544)},
+            "Do not rely on it past 900 tokens: train it on longer documents, or with state passing "
+            "(train.state_passing); without training, try a --mitigation (docs/state_health.md).",
+        ),
+        ({"text": (900, 4, 544), "mitigation": "forget-more"}, "try another --mitigation"),
+        ({"text": (900, 0, None)}, "no state runs away there, so it may merely be unused to such lengths"),
+        ({"text": (200, 4, 100), "why": "not finite"}, "Loss: not finite on text from 200 tokens on. States"),
+        ({"text": (200, 4, 100)}, "within the training length of 256 tokens: check the model, its tokenizer and"),
+    ],
+)
+def test_the_conclusion_in_plain_sentences(found, parts):
+    assert parts in said_of(**found)
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +421,9 @@ def command(model, out, *more):
 def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     assert main(command(saved, tmp_path / "whole")) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "healthy" in said
+    assert "loss healthy, x " in said
+    assert "0 of 10 heads" in said
+    assert "trained at 32 tokens (given by --train-length)" in said
     assert "WARNING: 96 tokens are too few for the verdict on heads" in said
     from statex_dist.evaluation.health import collapse
 
@@ -383,6 +446,8 @@ def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     assert whole == cut
     rows_of = [(tmp_path / name / "collapse.jsonl").read_bytes() for name in ("whole", "cut")]
     assert rows_of[0] == rows_of[1]
+    assert whole["train_length_from"] == "--train-length"
+    assert whole["says"] in said
     assert whole["verdict"] == {"collapsed": False, "position": None, "prompt": None, "heads_collapsed": 0, "heads": 10}
     ends = {
         name: {row["low"] is None for row in told["loss"]["by_position"]} for name, told in whole["prompts"].items()
@@ -440,9 +505,10 @@ def test_the_training_length_may_stand_in_the_config(saved, tmp_path: Path, caps
     from launch.eval_collapse import training_length
 
     (tmp_path / "config.json").write_text(json.dumps({**GLA, "train_length": 4096}))
-    assert training_length(SimpleNamespace(model=str(tmp_path), train_length=None)) == 4096
-    assert training_length(SimpleNamespace(model=str(tmp_path), train_length="2K")) == 2048
-    with pytest.raises(ConfigError, match=r"was trained on is not known: its config.json has no 'train_length'; give"):
+    assert training_length(SimpleNamespace(model=str(tmp_path), train_length=None)) == (4096, "config.json")
+    assert training_length(SimpleNamespace(model=str(tmp_path), train_length="2K")) == (2048, "--train-length")
+    unknown = r"was trained on is not known: its config.json has no 'train_length'; give .*data-stats SHARDS. shows"
+    with pytest.raises(ConfigError, match=unknown):
         training_length(SimpleNamespace(model=str(saved), train_length=None))
     with pytest.raises(ConfigError, match="--train-length '1,2': give one number"):
         training_length(SimpleNamespace(model=str(saved), train_length="1,2"))
