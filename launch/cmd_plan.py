@@ -224,7 +224,7 @@ def _print_forgetting(console: Console, forgetting: Forgetting) -> None:
     if forgetting.threshold_tokens is None:
         if forgetting.basis != "paper":
             console.print(
-                f"forget threshold: none, a state of this size asks for no training length. Concluded from "
+                f"forget threshold: none known for a state of this size. Concluded from "
                 f"{forgetting.says}"
             )
         return

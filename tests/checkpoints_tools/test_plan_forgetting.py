@@ -232,7 +232,7 @@ def test_health_on_the_command_line(tmp_path: Path, capsys):
     health_file(tmp_path / "health", fallen=3, state_numbers=config_from_dict(small).state_numbers)
     assert main(["plan", str(tmp_path), "--health", str(health)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "forget threshold: none, a state of this size asks for no training length. Concluded from the measur" in text
+    assert "forget threshold: none known for a state of this size. Concluded from the measur" in text
     assert "on newlines 3 of 8 heads collapse, from 20000 on: the state can run away) and the law" in text
     assert "M is too small for the law to say anything" in text
     assert "an extrapolation" not in text

@@ -471,6 +471,12 @@ def test_a_mitigation_on_the_command_line(saved, tmp_path: Path, capsys):
     assert all(position % 16 == 0 for position in summary["positions"])
 
 
+def test_help_says_which_prompts_run(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "collapse", "--help"])
+    assert "(default: newlines,text; with --data: newlines,data)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_own_text(saved, tmp_path: Path, capsys):
     (tmp_path / "a.txt").write_text("Some text of one's own. " * 8)
     (tmp_path / "b.txt").write_text("And some more of it. " * 8)
