@@ -223,10 +223,7 @@ def _print(report: Any, left_out: dict[str, Any] | None) -> None:
 def _print_forgetting(console: Console, forgetting: Forgetting) -> None:
     if forgetting.threshold_tokens is None:
         if forgetting.basis != "paper":
-            console.print(
-                f"forget threshold: none known for a state of this size. Concluded from "
-                f"{forgetting.says}"
-            )
+            console.print(f"forget threshold: none known for a state of this size. Concluded from {forgetting.says}")
         return
     if forgetting.warning is None:
         console.print(

@@ -135,3 +135,13 @@ def test_no_prompt_takes_more_than_said_under_a_tokenizer_that_joins_some_digits
             name, length, 0, depths=[0.5], seed=0, sample=sample, tokenizer=tokenizer, essay=essay
         )
         assert prompt.tokens.shape == (length,)
+
+
+def test_numbers_are_counted_digit_by_digit(monkeypatch):
+    monkeypatch.setattr(ruler, "_ADJECTIVES", ("calm",))
+    monkeypatch.setattr(ruler, "_NOUNS", ("bell",))
+    tokenizer = MergingTokenizer()
+    # Within the sentence "9999999" is four tokens, and a number without two equal neighbours is seven.
+    frame = "".join(ruler.SINGULAR).format(kind="number", query="calm-bell")
+    whole = frame + "\n" + ruler.NEEDLE.format(kind="numbers", key="calm-bell", value="1234567")
+    assert min_length("niah_single_1", tokenizer) == len(tokenizer.encode(whole))

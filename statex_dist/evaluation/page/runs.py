@@ -38,7 +38,6 @@ from statex_dist.evaluation.page.run_figures import draw_runs
 from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
 
-
 _LAST_STEPS = 20
 
 
