@@ -35,6 +35,7 @@ def test_interpreted_kernels_equal_the_oracles():
 
 
 @pytest.mark.skipif(not has_mamba_ssm(), reason=INSTALL)
+@pytest.mark.slow
 def test_transformers_imports_its_mamba2_beside_a_build_without_compiled_parts():
     """On a GPU machine, which transformers asks torch about."""
     script = (

@@ -170,7 +170,7 @@ LAUNCHERS = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(name, marks=() if name == "deepspeed" else pytest.mark.slow) for name in LAUNCHERS]
+    "launcher", [pytest.param(name, marks=() if name == "python" else pytest.mark.slow) for name in LAUNCHERS]
 )
 def test_a_bad_shard_ends_every_launcher_with_its_name(tmp_path: Path, launcher: str):
     data = make_data(tmp_path / "data", LONG * 6)
