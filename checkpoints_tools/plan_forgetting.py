@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from checkpoints_tools.smaller_plans import SmallerPlan, smaller_plans
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import make_plan, new_expansions
 from statex_dist.state.laws import MILLION, PAPER_FORGET, THOUSAND_TOKENS, Law, read_forget_law
-from statex_dist.state.plan import LayerExpansion
 
 Basis = Literal["paper", "fit", "measurement"]
 
@@ -128,25 +127,6 @@ class Evidence:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SmallerPlan:
-    """A plan whose state fits the training length, and the options that give it."""
-
-    op: str
-    init: str
-    factor: int
-    layers: tuple[int, ...]
-    state_numbers: int
-    reset_dynamics: bool = False
-
-    @property
-    def options(self) -> str:
-        """Options of ``statex plan`` and ``statex expand``."""
-        layers = ",".join(map(str, self.layers))
-        line = f"--layers {layers} --factor {self.factor} --op {self.op} --init {self.init}"
-        return f"{line} --reset-dynamics" if self.reset_dynamics else line
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Forgetting:
     """Whether a training is long enough for the state.
 
@@ -250,79 +230,13 @@ def judge_forgetting(before: ModelConfig, after: ModelConfig, train_length: int,
         long_enough=enough,
         as_it_is=math.ceil(as_it_is) if as_it_is > 0 else None,
         seq_len=None if enough else _rounded_up(needed),
-        smaller=None if enough else _smaller_plans(before, after, train_length, evidence),
+        smaller=None if enough else smaller_plans(before, after, lambda n: train_length >= evidence.threshold(n)),
     )
 
 
 def _rounded_up(tokens: float) -> int:
     step = _COARSE if tokens > _ROUND_ABOVE else _FINE
     return math.ceil(tokens / step) * step
-
-
-def _smaller_plans(
-    before: ModelConfig, after: ModelConfig, train_length: int, evidence: Evidence
-) -> tuple[SmallerPlan, ...] | None:
-    """Return plans of the same kind that fit a length: the largest state, the same layers, the same factor."""
-    if after.statex is None or after.statex == before.statex:
-        return None
-    planned = new_expansions(before, after).layers
-    kinds = {(e.op, e.init, e.reset_dynamics) for e in planned}
-    if len(kinds) != 1 or len({e.factor for e in planned}) != 1:
-        return None
-    (first,), layers = planned[:1], tuple(e.layer for e in planned)
-    factors = range(2, first.factor + 1)
-    plans = (_largest_fitting(before, first, factor, layers, train_length, evidence) for factor in factors)
-    fitting = [plan for plan in plans if plan is not None]
-    fitting.sort(key=lambda plan: (-plan.state_numbers, len(plan.layers)))
-    best = [
-        next(iter(fitting), None),
-        next((plan for plan in fitting if plan.layers == layers), None),
-        next((plan for plan in fitting if plan.factor == first.factor), None),
-    ]
-    return tuple(dict.fromkeys(plan for plan in best if plan is not None))
-
-
-def _largest_fitting(
-    before: ModelConfig,
-    like: LayerExpansion,
-    factor: int,
-    layers: tuple[int, ...],
-    train_length: int,
-    evidence: Evidence,
-) -> SmallerPlan | None:
-    """Return the plan of the most of the given layers, evenly spread, that fits a length, or None."""
-    best, low, high = None, 1, len(layers)
-    while low <= high:  # state and threshold rise with the number of layers
-        count = (low + high) // 2
-        plan = _try(before, like, factor, tuple(layers[i * len(layers) // count] for i in range(count)))
-        if plan is not None and train_length >= evidence.threshold(plan.state_numbers):
-            best, low = plan, count + 1
-        else:
-            high = count - 1
-    return best
-
-
-def _try(before: ModelConfig, like: LayerExpansion, factor: int, layers: tuple[int, ...]) -> SmallerPlan | None:
-    """Return a plan, or None where the family does not allow its factor."""
-    try:
-        after = make_plan(
-            before,
-            layers=",".join(map(str, layers)),
-            factor=factor,
-            init=like.init,
-            op=like.op,
-            reset_dynamics=like.reset_dynamics,
-        )
-    except ConfigError:
-        return None
-    return SmallerPlan(
-        op=like.op,
-        init=like.init,
-        factor=factor,
-        layers=layers,
-        state_numbers=after.state_numbers,
-        reset_dynamics=like.reset_dynamics,
-    )
 
 
 def gather_evidence(before: ModelConfig, *, laws: str | None = None, health: str | None = None) -> Evidence:

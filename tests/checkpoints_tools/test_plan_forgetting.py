@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints_tools import plan_forgetting
+from checkpoints_tools import smaller_plans
 from checkpoints_tools.plan_forgetting import (
     Evidence,
     Measurement,
@@ -116,8 +116,8 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
 def test_the_search_bisects(monkeypatch):
     before = config_from_dict(MAMBA2_1B)
     after = plan_model(before, PlanOptions(layers="all"))
-    calls, real = [], plan_forgetting.make_plan
-    monkeypatch.setattr(plan_forgetting, "make_plan", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    calls, real = [], smaller_plans.make_plan
+    monkeypatch.setattr(smaller_plans, "make_plan", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     found = judge_forgetting(before, after, 140_000, PAPER)
     assert [(plan.factor, len(plan.layers)) for plan in found.smaller] == [(3, 2), (4, 1)]
     assert len(calls) <= 3 * 6, "of each factor below 5 the 48 layers are halved, not tried one by one"
