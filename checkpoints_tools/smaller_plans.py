@@ -33,7 +33,7 @@ class SmallerPlan:
 def smaller_plans(
     before: ModelConfig, after: ModelConfig, fits: Callable[[int], bool]
 ) -> tuple[SmallerPlan, ...] | None:
-    """Return plans of the same kind whose state fits: that of the largest state, of the same layers, of the same factor.
+    """Return plans of the same kind whose state fits: the largest state, the same layers, the same factor.
 
     Args:
         before: The model as it is.
