@@ -7,11 +7,8 @@ docs/results.md has what came out. Killed, it goes on with the same command.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.experiment_lab import Arm, Experiment, Lab
-from benchmarks.experiment_stats import device, interval, machine, shown
+from benchmarks.experiment_stats import device, interval, shown
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import one_line, parse_config
 from statex_dist.data.tokenizer import load_tokenizer
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.evaluation.documents import read_documents
+from statex_dist.evaluation.health.collapse import read_tokens, state_statistics
+from statex_dist.evaluation.report import panels, png
 from statex_dist.evaluation.streaming import evaluating
 from statex_dist.log import setup_logging
 from statex_dist.models.hf import from_pretrained
@@ -51,15 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     first = next(iter(results.values()))
     arms = {name: summarise(records, first, length) for name, records in results.items()}
-    summary = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "experiment": asdict(experiment),
-        "seeds": experiment.seeds,
-        "arms": arms,
-    }
+    summary = lab.write_summary(arms)
     out = Path(experiment.out)
-    write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     draw(results, length, out / "collapse.png")
     Console(width=160).print(make_table(summary, str(experiment.model["model_type"]), length))
     return 0
@@ -76,17 +68,13 @@ def measure(model_dir: Path, arm: Arm, held_out: Path) -> dict[str, Any]:
     documents = [piece.tokens for piece in read_documents(held_out, load_tokenizer("bytes"))]
     # A document's last token has no next one; whole segments only.
     length = (min(map(len, documents)) - 1) // _SEGMENT * _SEGMENT
-    ids = torch.from_numpy(np.stack([tokens[: length + 1] for tokens in documents]).astype(np.int64)).to(device())
+    tokens = np.stack([document[: length + 1] for document in documents]).astype(np.int32)
     losses, variances, states = [], [], None
     with evaluating(model):
         for start in range(0, length, _SEGMENT):
-            output = model(ids[:, start : start + _SEGMENT], states=states, output_states=True)
-            states = output.states
-            targets = ids[:, start + 1 : start + _SEGMENT + 1]
-            loss = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), targets, reduction="none")
-            losses.append(loss.mean(dim=1).tolist())
-            heads = [state[0].double().flatten(2).var(dim=2).mean(dim=0).tolist() for state in states]
-            variances.append(heads)
+            states, loss = read_tokens(model, tokens, start, start + _SEGMENT, states, _SEGMENT)
+            losses.append(loss / _SEGMENT)
+            variances.append([state_statistics(state[0])["variance"].mean(axis=0).tolist() for state in states])
     return {"state_numbers": model.config.state_numbers, "loss": np.transpose(losses).tolist(), "variance": variances}
 
 
@@ -147,12 +135,7 @@ def make_table(summary: dict[str, Any], family: str, train_length: int) -> Table
 
 def draw(results: dict[str, list[dict[str, Any]]], train_length: int, path: Path) -> None:
     """Draw every arm's loss over the position, the mean over seeds and documents."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = panels([f"Loss by position; the line is the first training length, {train_length}"])
     for index, (name, records) in enumerate(results.items()):
         loss = np.array([record["loss"] for record in records]).mean(axis=(0, 1))
         edges = spans(2 * _SEGMENT, len(loss) * _SEGMENT)
@@ -162,10 +145,9 @@ def draw(results: dict[str, list[dict[str, Any]]], train_length: int, path: Path
     axes.axvline(train_length, color="#777777", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="position (tokens), up to", ylabel="nats per token")
-    axes.set_title(f"Loss by position; the line is the first training length, {train_length}", fontsize=10)
     axes.grid(axis="y", color="#dddddd")
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Software": None})
+    write_durably(path, png(figure))
 
 
 if __name__ == "__main__":

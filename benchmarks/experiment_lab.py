@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from benchmarks.experiment_stats import machine
 from launch.cli import main as statex
 from launch.demo_data import library_pieces, recall_documents
 from statex_dist.checkpoint.manifest import write_durably
@@ -181,6 +183,18 @@ class Lab:
             for name, arm in self.experiment.arms.items():
                 found[name].append(self._result(seed, name, arm))
         return found
+
+    def write_summary(self, arms: dict[str, Any]) -> dict[str, Any]:
+        """Write ``summary.json``: the arms' figures and all that they follow from; return its contents."""
+        summary = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "experiment": asdict(self.experiment),
+            "seeds": self.experiment.seeds,
+            "arms": arms,
+        }
+        write_durably(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return summary
 
     def _result(self, seed: int, name: str, arm: Arm) -> dict[str, Any]:
         path = self.out / f"seed{seed}" / name / RESULT_NAME

@@ -7,11 +7,8 @@ goes on with the same command.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.experiment_lab import Experiment, Lab
-from benchmarks.experiment_stats import device, interval, machine, shown
+from benchmarks.experiment_stats import device, interval, shown
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import one_line, parse_config
 from statex_dist.data.tokenizer import load_tokenizer
@@ -30,6 +27,7 @@ from statex_dist.errors import ConfigError, StateXError
 from statex_dist.evaluation.documents import read_documents
 from statex_dist.evaluation.mqar import generate_mqar, score_mqar
 from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
+from statex_dist.evaluation.report import panels, png
 from statex_dist.log import setup_logging
 from statex_dist.models.hf import from_pretrained
 
@@ -49,15 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StateXError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return error.exit_code
-    summary = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "experiment": asdict(experiment),
-        "seeds": experiment.seeds,
-        "arms": {name: summarise(records, results[BASELINE]) for name, records in results.items()},
-    }
-    out = Path(experiment.out)
-    write_durably(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    arms = {name: summarise(records, results[BASELINE]) for name, records in results.items()}
+    summary, out = lab.write_summary(arms), Path(experiment.out)
     draw(summary, out / "recall.png")
     Console(width=160).print(make_table(summary, str(experiment.model["model_type"])))
     return 0
@@ -132,12 +123,7 @@ def make_table(summary: dict[str, Any], family: str) -> Table:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Draw every arm's accuracy over the number of pairs, with intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = panels(["Associative recall"])
     styles = [(marker, line) for line in ("-", "--", ":") for marker in "osD^vP"]
     for index, (name, arm) in enumerate(summary["arms"].items()):
         pairs = [int(n) for n in arm["recall"]]
@@ -160,7 +146,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="key-value pairs in the context", ylabel="recall (95 % interval)", ylim=(-0.03, 1.03))
     axes.grid(axis="y", color="#dddddd")
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Software": None})
+    write_durably(path, png(figure))
 
 
 if __name__ == "__main__":

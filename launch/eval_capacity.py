@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, interval_text, parse_numbers, run_suite, title_of
+from launch.eval_options import add_common, interval_text, parse_numbers, reading_options, run_suite, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,16 +42,14 @@ def run(args: Any) -> int:
         num_samples=args.num_samples,
         threshold=args.threshold,
         haystack=args.haystack,
-        batch_size=args.batch_size,
-        segment_length=args.segment_length,
-        seed=args.seed,
+        **reading_options(args),
     )
     return run_suite(
         args,
         "capacity",
         settings,
         units=lambda model, tokenizer: capacity_units(model, settings, tokenizer),
-        write=lambda records, directory, **facts: write_capacity(records, settings, directory, **facts),
+        write=lambda records, directory, **facts: write_capacity(records, directory, settings, **facts),
         table=_table,
     )
 

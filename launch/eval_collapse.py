@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, parse_numbers, run_suite, title_of, words
+from launch.eval_options import add_common, parse_numbers, reading_options, run_suite, title_of, words
 from statex_dist.checkpoint.layout import TRAIN_LENGTH_KEY
 from statex_dist.errors import ConfigError
 
@@ -61,9 +61,7 @@ def run(args: Any) -> int:
         variance_factor=args.variance_factor,
         loss_rise=args.loss_rise,
         sustained=args.sustained,
-        batch_size=args.batch_size,
-        segment_length=args.segment_length,
-        seed=args.seed,
+        **reading_options(args),
     )
     return run_suite(
         args,
@@ -71,7 +69,7 @@ def run(args: Any) -> int:
         settings,
         units=lambda model, tokenizer: collapse_units(model, settings, tokenizer),
         write=lambda records, directory, **facts: write_collapse(
-            records, settings, directory, train_length_from=said_by, **facts
+            records, directory, settings, train_length_from=said_by, **facts
         ),
         table=_table,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, interval_text, parse_numbers, run_suite, title_of
+from launch.eval_options import add_common, interval_text, parse_numbers, reading_options, run_suite, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,9 +46,7 @@ def run(args: Any) -> int:
         num_queries=args.num_queries,
         num_labels=args.num_labels,
         permute_labels=args.permute_labels,
-        batch_size=args.batch_size,
-        segment_length=args.segment_length,
-        seed=args.seed,
+        **reading_options(args),
     )
     examples = None if args.data is None else read_examples(Path(args.data))
     labels = sorted({e.label for e in examples}) if examples is not None else MADE_UP_LABELS[: settings.num_labels]

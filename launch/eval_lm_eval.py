@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, run_suite, title_of, words
+from launch.eval_options import add_common, reading_options, run_suite, title_of, words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,11 +55,9 @@ def run(args: Any) -> int:
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         max_length=args.max_length,
-        batch_size=args.batch_size,
-        segment_length=args.segment_length,
         bootstrap_iters=args.bootstrap_iters,
         fewshot_seed=args.fewshot_seed,
-        seed=args.seed,
+        **reading_options(args),
     )
     harness = settings.harness()
     return run_suite(

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, interval_text, parse_numbers, parse_range, run_suite, title_of
+from launch.eval_options import (
+    add_common,
+    interval_text,
+    parse_numbers,
+    parse_range,
+    reading_options,
+    run_suite,
+    title_of,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,9 +39,7 @@ def run(args: Any) -> int:
         num_samples=args.num_samples,
         keys=parse_range(args.key_ids, "--key-ids"),
         values=parse_range(args.value_ids, "--value-ids"),
-        batch_size=args.batch_size,
-        segment_length=args.segment_length,
-        seed=args.seed,
+        **reading_options(args),
     )
     return run_suite(
         args,

@@ -59,6 +59,11 @@ def add_common(parser: ArgumentParser, *, batch_size: int, segment_length: int =
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
 
 
+def reading_options(args: Any) -> dict[str, int]:
+    """Return the fields that every suite's settings take from :func:`add_common`."""
+    return {name: getattr(args, name) for name in ("batch_size", "segment_length", "seed")}
+
+
 def run_suite(
     args: Any,
     suite: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, interval_text, run_suite, title_of
+from launch.eval_options import add_common, interval_text, reading_options, run_suite, title_of
 from statex_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -50,11 +50,9 @@ def run(args: Any) -> int:
     if not args.data:
         raise ConfigError("perplexity needs text; set --data to a directory of `statex prepare`, or to text files")
     settings = PerplexitySettings(
-        segment_length=args.segment_length,
         packed_length=args.packed_length,
         max_tokens=args.max_tokens,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        **reading_options(args),
     )
     tokenizers: list[Tokenizer] = []
 

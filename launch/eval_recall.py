@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.eval_options import add_common, interval_text, parse_numbers, run_suite, title_of, words
+from launch.eval_options import add_common, interval_text, parse_numbers, reading_options, run_suite, title_of, words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,9 +40,7 @@ def run(args: Any) -> int:
         num_samples=args.num_samples,
         haystack=args.haystack,
         max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        segment_length=args.segment_length,
-        seed=args.seed,
+        **reading_options(args),
     )
     return run_suite(
         args,

@@ -206,11 +206,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file's contents: a reader sees the old or the new text, also after a power cut."""
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file's contents: a reader sees the old or the new ones, also after a power cut. Text becomes UTF-8."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

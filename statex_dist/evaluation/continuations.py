@@ -17,7 +17,7 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.streaming import device_of, evaluating, explain_row, prefill, rows_that_fit
+from statex_dist.evaluation.streaming import device_of, evaluating, explain_row, prefill, rows_that_fit, token_outside
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
@@ -131,10 +131,7 @@ def check_token_ids(sequences: Sequence[Tokens], vocab_size: int) -> None:
     """
     largest = max((max(tokens) for tokens in sequences if len(tokens)), default=0)
     if largest >= vocab_size:
-        raise DataError(
-            f"a request holds token {largest}, the model's vocabulary ends at {vocab_size - 1}; "
-            "use the tokenizer that the model was trained with"
-        )
+        raise token_outside(largest, vocab_size, "a request")
 
 
 def score_continuations(

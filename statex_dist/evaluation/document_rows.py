@@ -17,9 +17,8 @@ import torch.nn.functional as F
 
 from statex_dist.data.store import Piece
 from statex_dist.data.types import IGNORE_INDEX
-from statex_dist.errors import DataError
 from statex_dist.evaluation.journal import Record
-from statex_dist.evaluation.streaming import device_of, evaluating, explain_row, rows_that_fit
+from statex_dist.evaluation.streaming import device_of, evaluating, explain_row, rows_that_fit, token_outside
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
@@ -140,10 +139,7 @@ def _check_tokens(
     outside = (inputs < 0) | (inputs >= vocab_size) | (labels >= vocab_size)
     if outside.any():
         i, j = np.argwhere(outside)[0].tolist()
-        raise DataError(
-            f"document {rows[i].number} holds token {max(inputs[i, j], labels[i, j])}, the model's vocabulary ends at "
-            f"{vocab_size - 1}; use the tokenizer that the model was trained with"
-        )
+        raise token_outside(max(inputs[i, j], labels[i, j]), vocab_size, f"document {rows[i].number}")
 
 
 def _next_rows(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_segment_length
+from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_different, check_reading
 
 MADE_UP_LABELS = ("gold", "blue", "pink", "teal", "rose", "navy", "ruby", "jade")
 """Of one length: a longer label would be less likely to begin with."""
@@ -47,16 +47,10 @@ class IclSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_trials", "num_queries", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_reading(self, "num_trials", "num_queries")
         if not 2 <= self.num_labels <= len(MADE_UP_LABELS):
             raise ConfigError(f"num_labels must be 2 to {len(MADE_UP_LABELS)}, not {self.num_labels}")
-        check_segment_length(self.segment_length)
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
-        if not self.shots or min(self.shots) < 0 or len(set(self.shots)) != len(self.shots):
-            raise ConfigError(f"shots must be different numbers of 0 or more, not {list(self.shots)}")
+        check_different("shots", self.shots, least=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, write_results
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_segment_length
+from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_reading
 from statex_dist.models.lm import RecurrentLM
 
 SUITE = "lm-eval"
@@ -59,15 +59,8 @@ class LmEvalSettings:
             raise ConfigError("no task given; set --tasks to names with commas, such as hellaswag,piqa")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ConfigError(f"--include-path {self.include_path}: no such directory; give one with task files (YAML)")
-        check_segment_length(self.segment_length)
-        bounds = {
-            "num_fewshot": 0,
-            "max_length": 2,
-            "batch_size": 1,
-            "bootstrap_iters": 0,
-            "fewshot_seed": 0,
-            "seed": 0,
-        }
+        check_reading(self)
+        bounds = {"num_fewshot": 0, "max_length": 2, "bootstrap_iters": 0, "fewshot_seed": 0}
         for name, least in bounds.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -28,7 +28,8 @@ from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
 from statex_dist.evaluation.streaming import (
     DEFAULT_SEGMENT_LENGTH,
-    check_segment_length,
+    check_different,
+    check_reading,
     device_of,
     evaluating,
     explain_not_finite,
@@ -163,14 +164,8 @@ class MqarSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        check_segment_length(self.segment_length)
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
-        if not self.num_pairs or min(self.num_pairs) < 1 or len(set(self.num_pairs)) != len(self.num_pairs):
-            raise ConfigError(f"num_pairs must be different numbers of 1 or more, not {list(self.num_pairs)}")
+        check_reading(self, "num_samples")
+        check_different("num_pairs", self.num_pairs)
         for name in ("keys", "values"):
             first, end = getattr(self, name)
             if not 0 <= first < end:

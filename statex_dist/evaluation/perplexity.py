@@ -28,7 +28,7 @@ from statex_dist.evaluation.document_rows import FIRST_EDGE, DocumentRow, read_r
 from statex_dist.evaluation.documents import pack, up_to
 from statex_dist.evaluation.journal import Record, Unit, work
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_segment_length
+from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_reading
 from statex_dist.models.lm import RecurrentLM
 
 _UNIT_TOKENS = 1 << 17
@@ -54,17 +54,13 @@ class PerplexitySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_segment_length(self.segment_length)
+        check_reading(self)
         if self.packed_length is not None and self.packed_length < 2:
             raise ConfigError(f"packed_length must be 2 or more, not {self.packed_length}: its first token has no loss")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ConfigError(
                 f"max_tokens must be 2 or more, not {self.max_tokens}: a document's first token has no loss"
             )
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be 1 or more, not {self.batch_size}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

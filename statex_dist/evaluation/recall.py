@@ -33,7 +33,8 @@ from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_heat_map, write_results
 from statex_dist.evaluation.streaming import (
     DEFAULT_SEGMENT_LENGTH,
-    check_segment_length,
+    check_different,
+    check_reading,
     check_vocabulary,
     decode_greedily,
     device_of,
@@ -83,14 +84,8 @@ class RecallSettings:
                 raise ConfigError(f"task {task!r} is unknown; tasks of recall: {', '.join(TASKS)}")
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"tasks {list(self.tasks)} name one twice; name each once")
-        for name in ("num_samples", "depths", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        check_segment_length(self.segment_length)
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
-            raise ConfigError(f"lengths must be different numbers of 1 or more, not {list(self.lengths)}")
+        check_reading(self, "num_samples", "depths", "max_new_tokens")
+        check_different("lengths", self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

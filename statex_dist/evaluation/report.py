@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.checkpoint.layout import TEMPORARY_PREFIX
-from statex_dist.checkpoint.manifest import sync, write_durably
+from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.errors import ConfigError
 
 RESULT_VERSION = 2
@@ -120,20 +118,10 @@ def write_results(
     samples = directory / f"{suite}.jsonl"
     write_durably(samples, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
     for name, content in plots.items():
-        _write_bytes(directory / name, content)
+        write_durably(directory / name, content)
     whole = {**summary, "plots": list(plots)}
     write_durably(target, json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return [target, samples, *(directory / name for name in plots)]
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
 
 
 def plot_curve(
@@ -159,7 +147,7 @@ def plot_curve(
         reference: A second curve, one value for each of ``x``, and its name, such as the level of guessing.
         tick_labels: Names of the positions; None writes the numbers.
     """
-    figure, axes = _figure(title)
+    figure, (axes,) = panels([title], title_size=11)
     axes.set_xscale("log", base=2)
     # None turns into NaN: an estimate without an interval leaves a gap in the band.
     low, high = (np.array([getattr(e, end) for e in estimates], np.float64) for end in ("low", "high"))
@@ -174,7 +162,7 @@ def plot_curve(
     axes.set(xlabel=x_label, ylabel=y_label)
     if y_limits is not None:
         axes.set_ylim(*y_limits)
-    return _png(figure)
+    return png(figure)
 
 
 def plot_heat_map(
@@ -191,7 +179,7 @@ def plot_heat_map(
         y_label: Name of the y axis.
     """
     grid = np.asarray(values, dtype=np.float64)
-    figure, axes = _figure(title)
+    figure, (axes,) = panels([title], title_size=11)
     image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -202,23 +190,26 @@ def plot_heat_map(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, label="accuracy", pad=0.02)
-    return _png(figure)
+    return png(figure)
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def panels(titles: Sequence[str], *, title_size: float = 10) -> tuple[Any, list[Any]]:
+    """Return a figure with a panel for each title, side by side, and the panels."""
     # A figure of its own canvas: pyplot would keep it alive in global state and could ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.2 + 4.2 * len(titles), 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = list(np.atleast_1d(figure.subplots(1, len(titles))))
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_title(title, fontsize=title_size)
+        panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """Return a figure's PNG."""
     buffer = io.BytesIO()
     # Without the library's version in it, the same numbers give the same file.
     figure.savefig(buffer, format="png", metadata={"Software": None})

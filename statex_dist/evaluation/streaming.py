@@ -6,12 +6,13 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 
@@ -50,14 +51,41 @@ def rows_that_fit(model: RecurrentLM, tokens_per_row: int, wanted: int) -> int:
     return max(1, min(wanted, MAX_LOGITS // (tokens_per_row * model.config.vocab_size)))
 
 
-def check_segment_length(segment_length: int) -> None:
-    """Raise unless ``segment_length`` is 1 or more.
+def check_reading(settings: Any, *counts: str) -> None:
+    """Raise unless the settings that all suites have make sense: ``batch_size``, ``segment_length`` and ``seed``.
+
+    Args:
+        settings: A suite's settings.
+        counts: Further fields that must be 1 or more.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: One does not.
     """
-    if segment_length < 1:
-        raise ConfigError(f"segment length must be 1 or more, not {segment_length}")
+    for name in (*counts, "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {getattr(settings, name)}")
+    if settings.segment_length < 1:
+        raise ConfigError(f"segment length must be 1 or more, not {settings.segment_length}")
+    if settings.seed < 0:
+        raise ConfigError(f"seed must be 0 or more, not {settings.seed}")
+
+
+def check_different(name: str, numbers: Sequence[int], *, least: int = 1) -> None:
+    """Raise unless ``numbers``, called ``name``, are one or more different numbers of ``least`` or more.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if not numbers or min(numbers) < least or len(set(numbers)) != len(numbers):
+        raise ConfigError(f"{name} must be different numbers of {least} or more, not {list(numbers)}")
+
+
+def token_outside(token: int, vocab_size: int, what: str) -> DataError:
+    """Return the error of text, called ``what``, that holds a token without an embedding."""
+    return DataError(
+        f"{what} holds token {token}, the model's vocabulary ends at {vocab_size - 1}; "
+        "use the tokenizer that the model was trained with"
+    )
 
 
 def check_vocabulary(model: RecurrentLM, tokenizer: Tokenizer) -> None:
@@ -79,16 +107,6 @@ def doubt_tokenizer(model: RecurrentLM, tokenizer: Tokenizer) -> None:
     ids, rows = tokenizer.vocab_size, model.config.vocab_size
     if ids < rows // 2:
         log.warning("tokenizer %r has %d ids, the model's embedding %d: is it the model's?", tokenizer.spec, ids, rows)
-
-
-def check_finite(values: torch.Tensor, where: str) -> None:
-    """Raise if a model's output is not finite.
-
-    Raises:
-        CheckpointError: ``values`` hold NaN or infinity; a score made of them would look like an honest zero.
-    """
-    if not torch.isfinite(values).all():
-        raise CheckpointError(f"the model's output is NaN or infinite ({where}); its weights or its gates are damaged")
 
 
 def explain_not_finite(

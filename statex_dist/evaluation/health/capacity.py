@@ -23,7 +23,7 @@ from statex_dist.evaluation.haystack import read_haystack
 from statex_dist.evaluation.health.plots import plot_ladder
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, write_results
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_segment_length
+from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_different, check_reading
 from statex_dist.models.lm import RecurrentLM
 
 DEFAULT_LENGTHS = tuple(256 << i for i in range(7))
@@ -54,16 +54,10 @@ class CapacitySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
-            raise ConfigError(f"lengths must be different numbers of 1 or more, not {list(self.lengths)}")
-        for name in ("depths", "num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_reading(self, "depths", "num_samples")
+        check_different("lengths", self.lengths)
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"threshold must be a share above 0 and at most 1, not {self.threshold}")
-        check_segment_length(self.segment_length)
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
 
 
 def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: Tokenizer) -> list[Unit]:
@@ -190,8 +184,8 @@ def capacity_of(ladder: Sequence[Mapping[str, Any]], threshold: float) -> dict[s
 
 def write_capacity(
     records: Sequence[Record],
-    settings: CapacitySettings,
     directory: Path,
+    settings: CapacitySettings,
     *,
     model: Mapping[str, Any],
     timing: Mapping[str, Any],

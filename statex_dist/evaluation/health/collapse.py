@@ -33,10 +33,11 @@ from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.needle import filler_haystack
 from statex_dist.evaluation.streaming import (
     DEFAULT_SEGMENT_LENGTH,
-    check_segment_length,
+    check_reading,
     device_of,
     evaluating,
     rows_that_fit,
+    token_outside,
 )
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
@@ -104,9 +105,7 @@ class CollapseSettings:
             raise ConfigError(f"prompts {list(self.prompts)} name one twice; name each once")
         if ("data" in self.prompts) != (self.data is not None):
             raise ConfigError("the prompt 'data' and --data PATH belong together: give both or neither")
-        for name in ("sequences", "points", "every", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_reading(self, "sequences", "points", "every")
         for name, least in (("variance_factor", 1.0), ("loss_rise", 0.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > least):
@@ -124,9 +123,6 @@ class CollapseSettings:
                 f"train_length {self.train_length} and length {self.tokens} must be multiples of the mitigation's "
                 f"every={self.every}; change either"
             )
-        check_segment_length(self.segment_length)
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more, not {self.seed}")
 
     @property
     def tokens(self) -> int:
@@ -265,10 +261,7 @@ def _cut_data(model: RecurrentLM, settings: CollapseSettings, tokenizer: Tokeniz
         )
     tokens = np.concatenate(parts)
     if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-        raise DataError(
-            f"--data {settings.data} holds token {int(tokens.max())}, the model's vocabulary ends at "
-            f"{model.config.vocab_size - 1}; use the tokenizer that the model was trained with"
-        )
+        raise token_outside(int(tokens.max()), model.config.vocab_size, f"--data {settings.data}")
     return tokens.reshape(settings.sequences, -1)
 
 
@@ -287,7 +280,7 @@ def _stream(
             # What a head keeps is measured over the training length only: each layer runs twice for it.
             watching = probe if probe is not None and end <= settings.train_length else nullcontext()
             with watching:
-                states, loss = _read(model, tokens, start, end, states, settings.segment_length)
+                states, loss = read_tokens(model, tokens, start, end, states, settings.segment_length)
             losses.append(loss / (end - start))
             seen.append([state_statistics(state[0]) for state in states])
             if probe is not None and end == settings.train_length:
@@ -319,7 +312,7 @@ def _heads(seen: Sequence[Sequence[dict[str, npt.NDArray[np.float64]]]], layer: 
     return seen[0][layer]["mean"].shape[1]
 
 
-def _read(
+def read_tokens(
     model: RecurrentLM,
     tokens: npt.NDArray[np.int32],
     start: int,
@@ -330,6 +323,14 @@ def _read(
     """Read tokens ``start..end``; return the states and each row's summed loss of the targets after them.
 
     A target behind the last token of a segment is the next segment's first token: none is dropped.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokens: ``[B, T]`` sequences, ``T`` above ``end``.
+        start: First token to read.
+        end: One past the last.
+        states: Each layer's state before them, or None for zero.
+        segment_length: Tokens per forward pass.
     """
     device = device_of(model)
     total = np.zeros(len(tokens))

@@ -24,8 +24,8 @@ from statex_dist.evaluation.report import RESULT_VERSION, write_results
 
 def write_collapse(
     records: Sequence[Record],
-    settings: CollapseSettings,
     directory: Path,
+    settings: CollapseSettings,
     *,
     model: Mapping[str, Any],
     timing: Mapping[str, Any],

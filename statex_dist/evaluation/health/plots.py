@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from statex_dist.evaluation.health.collapse import CollapseSettings
 from statex_dist.evaluation.health.verdict import Judged
+from statex_dist.evaluation.report import panels, png
 from statex_dist.state.laws import MILLION, THOUSAND_TOKENS, Law
 
 _COLOURS = {"newlines": "#c2410c", "text": "#1f5fa8", "data": "#15803d"}
@@ -18,27 +18,11 @@ _LINE = "#1f5fa8"
 _DRAWN_HEADS = 400
 
 
-def panels(titles: Sequence[str], *, height: float = 4.2) -> tuple[Any, list[Any]]:
-    """Return a figure with a panel for each title, side by side, and the panels."""
-    # A figure of its own canvas: pyplot would keep it alive in global state and could ask for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.2 + 4.2 * len(titles), height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(np.atleast_1d(figure.subplots(1, len(titles))))
-    for panel, title in zip(axes, titles, strict=True):
-        panel.set_title(title, fontsize=10)
-        panel.spines[["top", "right"]].set_visible(False)
+def _panels(titles: Sequence[str]) -> tuple[Any, list[Any]]:
+    figure, axes = panels(titles)
+    for panel in axes:
         panel.grid(axis="y", color=_GRID, linewidth=0.8)
     return figure, axes
-
-
-def png(figure: Any) -> bytes:
-    """Return a figure's PNG; the same numbers give the same file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def length_axis(axes: Any, label: str) -> None:
@@ -57,7 +41,7 @@ def plot_losses(judged: Mapping[str, Judged], settings: CollapseSettings) -> byt
 
     A dot is where the model collapses.
     """
-    figure, (axes,) = panels(["Loss by position, past the training length"])
+    figure, (axes,) = _panels(["Loss by position, past the training length"])
     positions = np.array(settings.positions)
     for prompt, (_, verdict, curve) in judged.items():
         colour = _COLOURS[prompt]
@@ -85,7 +69,7 @@ def plot_norms(judged: Mapping[str, Judged], settings: CollapseSettings) -> byte
         f"{prompt}: {sum(head.collapsed for head in heads)} of {len(heads)} heads collapsed"
         for prompt, (heads, _, _) in judged.items()
     ]
-    figure, all_axes = panels(titles)
+    figure, all_axes = _panels(titles)
     positions = np.array(settings.positions)
     for axes, (heads, _, _) in zip(all_axes, judged.values(), strict=True):
         ordered = sorted(heads, key=lambda head: head.badness)[-_DRAWN_HEADS:]
@@ -111,7 +95,7 @@ def _finish(axes: Any, settings: CollapseSettings) -> None:
 
 def plot_ladder(ladder: Sequence[Mapping[str, Any]], threshold: float) -> bytes:
     """Return a PNG of passkey recall by length with its exact interval; lengths that pass are filled."""
-    figure, (axes,) = panels(["Passkey recall by context length"])
+    figure, (axes,) = _panels(["Passkey recall by context length"])
     lengths = [rung["length"] for rung in ladder]
     low, high = ([rung[name] for rung in ladder] for name in ("exact_low", "exact_high"))
     axes.fill_between(lengths, low, high, color=_LINE, alpha=0.2, linewidth=0, label="exact 95 % interval")
@@ -132,7 +116,7 @@ def plot_laws(laws: Mapping[str, tuple[Law | None, Sequence[Any]]]) -> bytes:
     Args:
         laws: By title the law (None where it was refused) and its :class:`~statex_dist.evaluation.health.laws.Point` s.
     """
-    figure, all_axes = panels(list(laws))
+    figure, all_axes = _panels(list(laws))
     for axes, (law, points) in zip(all_axes, laws.values(), strict=True):
         axes.set(xlabel="state (million numbers)", ylabel="length (K tokens)")
         for point in points:

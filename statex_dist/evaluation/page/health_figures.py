@@ -123,19 +123,8 @@ def _positive(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def capacity_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
     """Yield passkey recall over length, with the accuracy that counts as kept."""
-    series = []
-    for result in results:
-        ladder = result.summary["ladder"]
-        series.append(
-            Series(
-                name=result.model,
-                look=looks[result.model],
-                x=[step["length"] for step in ladder],
-                y=[step["accuracy"] for step in ladder],
-                low=[step["exact_low"] for step in ladder],
-                high=[step["exact_high"] for step in ladder],
-            )
-        )
+    fields = {"x": "length", "y": "accuracy", "low": "exact_low", "high": "exact_high"}
+    series = [Series.of(result, looks, result.summary["ladder"], **fields) for result in results]
     x = sorted({position for one in series for position in one.x})
     levels = sorted({result.summary["settings"]["threshold"] for result in results})
     yield draw_curves(

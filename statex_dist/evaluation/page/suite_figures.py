@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,22 @@ class Series:
     low: Sequence[float | None]
     high: Sequence[float | None]
     marks: Sequence[float] = ()
+
+    @classmethod
+    def of(
+        cls,
+        result: Result,
+        looks: Mapping[str, int],
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        x: str,
+        y: str,
+        low: str = "low",
+        high: str = "high",
+    ) -> Series:
+        """Return the curve of a model's rows, by the names of their fields."""
+        xs, ys, lows, highs = ([row[field] for row in rows] for field in (x, y, low, high))
+        return cls(name=result.model, look=looks[result.model], x=xs, y=ys, low=lows, high=highs)
 
     def in_words(self) -> str:
         """Return its ends, its best and its worst, for those who do not see it."""
@@ -255,21 +272,8 @@ def icl_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterator
 
 def perplexity_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
     """Yield loss by position."""
-    series = []
-    for result in results:
-        buckets = result.summary["by_position"]
-        series.append(
-            Series(
-                name=result.model,
-                look=looks[result.model],
-                x=[b["end"] for b in buckets],
-                y=[b["loss"] for b in buckets],
-                low=[b["low"] for b in buckets],
-                high=[b["high"] for b in buckets],
-            )
-        )
     yield draw_curves(
-        series,
+        [Series.of(result, looks, result.summary["by_position"], x="end", y="loss") for result in results],
         title="Loss by position",
         x_label="position in the text (tokens), up to",
         y_label="nats per token",
