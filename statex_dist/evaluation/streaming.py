@@ -209,8 +209,10 @@ def prefill(
     for segment in input_ids.split(segment_length, dim=1):
         output = model(segment, states=states, output_states=True, logits_to_keep=1)
         logits = output.logits[:, -1]
-        # The last layer's numbers reach the last token's logits a segment late, or never.
-        if not torch.isfinite(logits).all() or _first_not_finite(output.states) is not None:
+        # What a segment's earlier tokens left in the last layer reaches logits a segment late, or never. A single token
+        # has none before it, and looking through all states after each would cost a third of decoding.
+        looked_at = output.states if segment.shape[1] > 1 else []
+        if not torch.isfinite(logits).all() or _first_not_finite(looked_at) is not None:
             if isinstance(position, int):
                 raise explain_not_finite(model, segment, states, position=position + read)
             parts = [logits, *(tensor for state in output.states for tensor in state)]
