@@ -26,7 +26,7 @@ from statex_dist.errors import ConfigError, StateXError
 from statex_dist.evaluation.documents import read_documents
 from statex_dist.evaluation.health.collapse import read_tokens, state_statistics
 from statex_dist.evaluation.report import panels, png
-from statex_dist.evaluation.streaming import evaluating
+from statex_dist.inference.prefill import evaluating
 from statex_dist.log import setup_logging
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.mitigation import parse_mitigation

@@ -26,6 +26,7 @@ COMMANDS = {
     "reshard": "turn a training checkpoint into safetensors",
     "verify": "compare two checkpoints, or prove that one is the other's expansion",
     "inspect": "say what a checkpoint is and whether it is whole",
+    "generate": "continue prompts, one recurrent step a token",
     "eval": "measure what a model recalls, learns in context and predicts",
     "report": "draw training runs, evaluations and expansions on one page",
     "demo": "the whole road on a tiny model: pre-train, expand, post-train, compare",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
+from launch.model_options import (
+    add_model_options,
+    check_ragged,
+    load_matching_tokenizer,
+    load_model,
+    read_mitigation,
+)
 from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,11 +26,9 @@ if TYPE_CHECKING:
 
     from statex_dist.evaluation.journal import Unit
     from statex_dist.models.lm import RecurrentLM
-    from statex_dist.models.mitigation import Mitigation
 
 log = logging.getLogger(__name__)
 
-_SMALL_MODEL = 1 << 24
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 
 
@@ -36,25 +40,10 @@ def add_common(parser: ArgumentParser, *, batch_size: int, segment_length: int =
         batch_size: Default number of sequences per forward pass.
         segment_length: Default number of tokens per forward pass.
     """
-    parser.add_argument("--model", type=str, required=True, metavar="DIR", help="model directory (safetensors)")
+    add_model_options(parser, segment_length=segment_length)
     parser.add_argument("--out", type=str, required=True, metavar="DIR", help="where the results go")
-    parser.add_argument(
-        "--tokenizer", type=str | None, default=None, help="bytes or a directory (default: the model's)"
-    )
-    parser.add_argument(
-        "--mitigation",
-        type=str | None,
-        default=None,
-        metavar="NAME[:key=value,...]",
-        help="remedy against state collapse: forget-more, state-norm:learn=2048 or sliding-window:tokens=2048",
-    )
-    parser.add_argument("--segment-length", type=int, default=segment_length, help="tokens per forward pass")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences per forward pass")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples and the intervals")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--threads", type=int | None, default=None, help="CPU threads (default: 1 for a small model, else torch's)"
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace results in a directory that is not empty")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
 
@@ -93,26 +82,18 @@ def run_suite(
     Raises:
         StateXError: The options, the model or the data are wrong.
     """
-    from statex_dist.data.tokenizer import load_tokenizer
     from statex_dist.evaluation.journal import Journal, work
     from statex_dist.evaluation.ranks import OtherRankError, open_ranks
-    from statex_dist.evaluation.streaming import check_vocabulary, doubt_tokenizer
-    from statex_dist.models.mitigation import parse_mitigation
 
     try:
         with open_ranks() as ranks:
             with ranks.together():
-                mitigation = parse_mitigation(args.mitigation) if args.mitigation is not None else None
-                if mitigation is not None:
-                    mitigation.check_segments(args.segment_length)
-                    if ragged:
-                        _check_ragged(mitigation, suite)
+                mitigation = read_mitigation(args)
+                if ragged:
+                    check_ragged(mitigation, suite)
                 model = load_model(args.model, args.device, threads=args.threads)
                 model.mitigation = mitigation
-                loaded = load_tokenizer(tokenizer_of(args)) if tokenizer else None
-                if loaded is not None:
-                    check_vocabulary(model, loaded)
-                    doubt_tokenizer(model, loaded)
+                loaded = load_matching_tokenizer(args, model) if tokenizer else None
                 facts = model_facts(model, args.model)
                 todo = units(model, loaded)
             fingerprint = {
@@ -137,16 +118,6 @@ def run_suite(
     return 0
 
 
-def _check_ragged(mitigation: Mitigation, suite: str) -> None:
-    try:
-        mitigation.check_segments(1)
-    except ConfigError:
-        raise ConfigError(
-            f"{suite} ends forward passes wherever a text ends, where {mitigation} would change the states: its "
-            f"figures would depend on --batch-size; allowed: {mitigation.NAME} with every=1, or another remedy"
-        ) from None
-
-
 def interval_text(row: Mapping[str, Any], *, low: str = "low", high: str = "high", digits: int = 3) -> str:
     """Return the interval of a summary's figure, or "1 sample", which has none."""
     if row[low] is None or row[high] is None:
@@ -164,66 +135,6 @@ def print_result(summary: dict[str, Any], table: Callable[[dict[str, Any]], Tabl
     console = Console()
     console.print(table(summary))
     console.print(f"results: {out}", soft_wrap=True, highlight=False)
-
-
-def tokenizer_of(args: Any) -> str:
-    """Return what was given as tokenizer, or the model's directory if it holds one.
-
-    Raises:
-        ConfigError: Neither.
-    """
-    from statex_dist.data.tokenizer import has_tokenizer
-
-    if args.tokenizer:
-        return args.tokenizer
-    if not has_tokenizer(args.model):
-        raise ConfigError(f"model {args.model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
-    return args.model
-
-
-def load_model(directory: str, device: str, *, threads: int | None = None) -> RecurrentLM:
-    """Load a model in fp32: rounded states would be measured in place of the model.
-
-    Args:
-        directory: Model directory.
-        device: ``auto`` (CUDA where there is one, under a launcher that of the local rank), or a torch device.
-        threads: CPU threads; None takes 1 for a model below 16M parameters.
-
-    Raises:
-        ConfigError: There is no such device, or fewer than one thread.
-        CheckpointError: The directory holds no whole model.
-    """
-    import torch
-
-    from statex_dist.models.hf import from_pretrained
-    from statex_dist.parallel.env import read_env, share_cores
-
-    if threads is not None and threads < 1:
-        raise ConfigError(f"--threads must be 1 or more, not {threads}")
-    if device == "auto":
-        device = (
-            str(read_env().device) if "LOCAL_RANK" in os.environ else "cuda" if torch.cuda.is_available() else "cpu"
-        )
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"--device {device!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from None
-    if place.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device!r} is not supported; allowed: auto, cpu, cuda, cuda:N")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
-        )
-    model = from_pretrained(Path(directory), dtype=torch.float32, device=place)
-    # The operations of a small model are too short to share: on a busy machine its threads mostly wait for each other
-    # (65,000 against 5,000 tokens/s were measured for 0.1M parameters on two cores under load).
-    if threads is None and sum(parameter.numel() for parameter in model.parameters()) < _SMALL_MODEL:
-        threads = 1
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif "LOCAL_RANK" in os.environ:
-        share_cores(read_env())
-    return model
 
 
 def model_facts(model: RecurrentLM, directory: str) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from statex_dist.data.store import Piece
 from statex_dist.data.types import IGNORE_INDEX
 from statex_dist.evaluation.journal import Record
-from statex_dist.evaluation.streaming import device_of, evaluating, explain_row, rows_that_fit, token_outside
+from statex_dist.inference.not_finite import explain_row
+from statex_dist.inference.prefill import device_of, evaluating, rows_that_fit
+from statex_dist.inference.vocabulary import token_outside
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype

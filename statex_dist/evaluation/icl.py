@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.evaluation.continuations import Tokens, score_continuations
 from statex_dist.evaluation.icl_tasks import (
     Example,
     IclSettings,
@@ -31,7 +30,9 @@ from statex_dist.evaluation.icl_tasks import (
 )
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.streaming import check_vocabulary, device_of, evaluating, prefill
+from statex_dist.evaluation.scoring import score_continuations
+from statex_dist.inference.prefill import Tokens, device_of, evaluating, prefill
+from statex_dist.inference.vocabulary import check_vocabulary
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_different, check_reading
+from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 
 MADE_UP_LABELS = ("gold", "blue", "pink", "teal", "rose", "navy", "ruby", "jade")
 """Of one length: a longer label would be less likely to begin with."""

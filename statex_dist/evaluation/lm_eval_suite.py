@@ -18,7 +18,8 @@ from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, write_results
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_reading
+from statex_dist.evaluation.settings import check_reading
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
 SUITE = "lm-eval"

@@ -26,15 +26,9 @@ import torch
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.streaming import (
-    DEFAULT_SEGMENT_LENGTH,
-    check_different,
-    check_reading,
-    device_of,
-    evaluating,
-    explain_not_finite,
-    rows_that_fit,
-)
+from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.inference.not_finite import explain_not_finite
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating, rows_that_fit
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 

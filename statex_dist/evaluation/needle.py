@@ -21,13 +21,9 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
+from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.haystack import fresh_sentences, made_up_sentences, read_haystack
-from statex_dist.evaluation.streaming import (
-    DEFAULT_SEGMENT_LENGTH,
-    decode_greedily,
-    device_of,
-    evaluating,
-)
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating
 from statex_dist.models.lm import RecurrentLM
 
 NUM_DIGITS = 5

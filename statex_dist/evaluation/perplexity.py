@@ -28,7 +28,8 @@ from statex_dist.evaluation.document_rows import FIRST_EDGE, DocumentRow, read_r
 from statex_dist.evaluation.documents import pack, up_to
 from statex_dist.evaluation.journal import Record, Unit, work
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_reading
+from statex_dist.evaluation.settings import check_reading
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
 _UNIT_TOKENS = 1 << 17

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,13 +12,12 @@ import torch.distributed as dist
 
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.parallel.env import read_env
+from statex_dist.parallel.together import OtherRankError, all_or_none
+
+__all__ = ["OtherRankError", "Ranks", "open_ranks"]
 
 WAIT_LIMIT = timedelta(hours=12)
 """Longest wait for a slower rank. A rank that dies ends the wait at once: its connections close."""
-
-
-class OtherRankError(StateXError):
-    """Another rank failed and says why; this one only has to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,23 +36,13 @@ class Ranks:
         """Return whether piece ``index`` of shared work is this rank's."""
         return index % self.world_size == self.rank
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> AbstractContextManager[None]:
         """Wait at the end for all ranks; where one failed inside, all fail.
 
         Raises:
             OtherRankError: Another rank failed, and this one did not or comes after it.
         """
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        failed = self._gather(failure is not None)
-        if any(failed) and failed.index(True) != self.rank:
-            raise OtherRankError(f"rank {failed.index(True)} of the evaluation failed")
-        if failure is not None:
-            raise failure
+        return all_or_none(self.rank, self._gather, work="the evaluation")
 
     def _gather(self, value: bool) -> list[bool]:
         if self.world_size == 1:

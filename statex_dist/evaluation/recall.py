@@ -21,6 +21,7 @@ import xxhash
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle, ruler
+from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.haystack import (
     SentenceSource,
     fresh_sentences,
@@ -31,15 +32,9 @@ from statex_dist.evaluation.haystack import (
 )
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_heat_map, write_results
-from statex_dist.evaluation.streaming import (
-    DEFAULT_SEGMENT_LENGTH,
-    check_different,
-    check_reading,
-    check_vocabulary,
-    decode_greedily,
-    device_of,
-    evaluating,
-)
+from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating
+from statex_dist.inference.vocabulary import check_vocabulary
 from statex_dist.models.lm import RecurrentLM
 
 PASSKEY = "passkey"

@@ -17,7 +17,7 @@ from statex_dist.evaluation.icl_tasks import (
     read_examples,
 )
 from statex_dist.evaluation.journal import work
-from statex_dist.evaluation.streaming import evaluating
+from statex_dist.inference.prefill import evaluating
 from tests.evaluation.stand_ins import LastSyllable, MergingTokenizer, StandIn, overflowing_model, tiny_model
 
 TOKENIZER = BytesTokenizer()

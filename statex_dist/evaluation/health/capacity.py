@@ -23,7 +23,8 @@ from statex_dist.evaluation.haystack import read_haystack
 from statex_dist.evaluation.health.plots import plot_ladder
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, write_results
-from statex_dist.evaluation.streaming import DEFAULT_SEGMENT_LENGTH, check_different, check_reading
+from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
 DEFAULT_LENGTHS = tuple(256 << i for i in range(7))

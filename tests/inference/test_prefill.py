@@ -3,7 +3,9 @@ import torch
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
-from statex_dist.evaluation.streaming import decode_greedily, doubt_tokenizer, evaluating, prefill
+from statex_dist.evaluation.greedy import decode_greedily
+from statex_dist.inference.prefill import evaluating, prefill
+from statex_dist.inference.vocabulary import doubt_tokenizer
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
 
 

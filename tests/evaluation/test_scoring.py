@@ -5,15 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from statex_dist.inference.generate import generate_continuations
+from statex_dist.inference.sampling import Sampling
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
-from statex_dist.evaluation.continuations import (
-    Sampling,
-    generate_continuations,
-    read_contexts,
-    score_continuations,
-)
+from statex_dist.evaluation.scoring import score_continuations
+from statex_dist.inference.prefill import read_contexts
 from statex_dist.models.lm import LMOutput
 from statex_dist.models.mitigation import parse_mitigation
 from tests.evaluation.stand_ins import VOCAB, StandIn, overflowing_model, tiny_model

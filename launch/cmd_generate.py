@@ -1,0 +1,278 @@
+"""``statex generate``: continue prompts, one recurrent step a token."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from launch.model_options import add_dtype_option, add_model_options, check_ragged, load_for_decoding
+from statex_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from statex_dist.data.tokenizer import Tokenizer
+    from statex_dist.inference.decoding import Progress
+    from statex_dist.inference.generate import Prefix
+    from statex_dist.inference.sampling import Sampling
+    from statex_dist.models.lm import RecurrentLM
+
+logger = logging.getLogger(__name__)
+
+_PIECE_SEGMENTS = 16
+"""Segments of a prompt between two movements of the progress bar."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of ``statex generate`` to ``parser``."""
+    add_model_options(parser)
+    add_dtype_option(parser)
+    parser.add_argument("--prompt", type=str, action="append", metavar="TEXT", help="text to continue; may be repeated")
+    parser.add_argument(
+        "--prompt-file", type=str, action="append", metavar="FILE", help="file with a prompt, - for standard input"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to produce at most (0: only read)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many most likely tokens (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability")
+    parser.add_argument("--stop", type=str, action="append", metavar="TEXT", help="end before it; may be repeated")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on behind the end of a document")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; prompt i draws with seed + i")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts that are continued together")
+    parser.add_argument("--save-state", type=str | None, default=None, metavar="FILE", help="keep what the prompt left")
+    parser.add_argument("--load-state", type=str | None, default=None, metavar="FILE", help="start from what was kept")
+    parser.add_argument("--json", action="store_true", help="print texts and figures as JSON when all are done")
+
+
+def run(args: Any) -> int:
+    """Continue prompts and print the texts: of one prompt as it comes.
+
+    Args:
+        args: The parsed options of :func:`add_arguments`.
+
+    Raises:
+        StateXError: The options, the model, the prompts or the file of states are wrong.
+    """
+    sampling = _read_options(args)
+    prompts = read_prompts(args.prompt or [], args.prompt_file or [])
+    if not prompts:
+        if args.load_state is None:
+            raise ConfigError("no prompt; give --prompt TEXT or --prompt-file FILE (or --load-state FILE)")
+        prompts = [""]
+    if args.save_state is not None and len(prompts) > 1:
+        raise ConfigError(f"--save-state keeps what one prompt left; {len(prompts)} were given")
+    model, tokenizer = load_for_decoding(args)
+    if len(prompts) > 1:
+        check_ragged(model.mitigation, "generating from several prompts")
+    session = _Session(model=model, tokenizer=tokenizer, args=args, sampling=sampling)
+    session.read(prompts)
+    if sampling is not None:
+        session.write(sys.stdout.write if not args.json and len(prompts) == 1 else None)
+    _print(session, args)
+    return 0
+
+
+def _read_options(args: Any) -> Sampling | None:
+    """Return how texts are drawn; None where the prompt is only to be read."""
+    from statex_dist.inference.sampling import Sampling
+
+    for option in ("batch_size", "segment_length"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} must be 1 or more, not {getattr(args, option)}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be 0 or more, not {args.seed}")
+    for option in ("save_state", "load_state"):
+        path = getattr(args, option)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"--{option.replace('_', '-')} {path}: no such directory")
+    if args.max_new_tokens == 0 and args.save_state is not None:
+        return None
+    if args.max_new_tokens < 1:
+        raise ConfigError(
+            f"--max-new-tokens must be 1 or more, not {args.max_new_tokens} (0 with --save-state: the prompt is only "
+            "read)"
+        )
+    return Sampling(
+        max_tokens=args.max_new_tokens,
+        until=tuple(args.stop or ()),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        ignore_eos=args.ignore_eos,
+    )
+
+
+def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
+    """Return the prompts of the command line, those of files last.
+
+    Args:
+        texts: Prompts.
+        files: Files with one prompt each, ``-`` for standard input.
+
+    Raises:
+        DataError: A prompt is empty or not valid UTF-8, or a file cannot be read.
+    """
+    prompts = []
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"--prompt {number} is not valid UTF-8; put it into a file and mend it there") from None
+        if not text:
+            raise DataError(f"--prompt {number} is empty; there is nothing to continue")
+        prompts.append(text)
+    for name in files:
+        content = sys.stdin.buffer.read() if name == "-" else _read_file(name)
+        if not content:
+            raise DataError(f"--prompt-file {name} is empty; there is nothing to continue")
+        try:
+            prompts.append(content.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"--prompt-file {name} is not UTF-8 text: byte 0x{content[error.start]:02x} at position {error.start}; "
+                "convert it (for example with iconv)"
+            ) from None
+    return prompts
+
+
+def _read_file(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise DataError(f"--prompt-file {name} cannot be read: {error.strerror}") from None
+
+
+@dataclass(kw_only=True)
+class _Session:
+    """What is read and written, with how long it took."""
+
+    model: RecurrentLM
+    tokenizer: Tokenizer
+    args: Any
+    sampling: Sampling | None
+    contexts: list[list[int]] = field(default_factory=list)
+    prefix: Prefix | None = None
+    done: dict[int, Progress] = field(default_factory=dict)
+    read_tokens: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+    def read(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts; of a single one read all, and keep its state where that is asked for."""
+        from statex_dist.inference.cache import load_prefix, save_prefix
+
+        self.contexts = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
+        self.read_tokens = sum(len(context) for context in self.contexts)
+        if self.args.load_state is not None:
+            self.prefix = load_prefix(Path(self.args.load_state), self.model, self.tokenizer)
+        if len(self.contexts) == 1:
+            started = time.monotonic()
+            self.prefix = self._read_one(self.contexts[0])
+            self.read_seconds = time.monotonic() - started
+            self.contexts = [[]]
+        if self.args.save_state is not None:
+            assert self.prefix is not None
+            save_prefix(Path(self.args.save_state), self.prefix, self.model, self.tokenizer)
+            logger.info("the states after %d tokens are in %s", self.prefix.num_tokens, self.args.save_state)
+
+    def _read_one(self, tokens: list[int]) -> Prefix:
+        from statex_dist.inference.generate import read_prefix
+
+        segment, prefix = self.args.segment_length, self.prefix
+        step = _PIECE_SEGMENTS * segment
+        with _reading_bar(len(tokens)) as advance:
+            for first in range(0, max(len(tokens), 1), step):
+                piece = tokens[first : first + step]
+                prefix = read_prefix(self.model, piece, segment_length=segment, prefix=prefix)
+                advance(len(piece))
+        assert prefix is not None
+        return prefix
+
+    def write(self, out: Callable[[str], Any] | None) -> None:
+        """Continue all prompts; with ``out`` hand each piece of text on as it comes."""
+        from statex_dist.inference.generate import stream_continuations
+
+        assert self.sampling is not None
+        seeds = [self.args.seed + number for number in range(len(self.contexts))]
+        started = time.monotonic()
+        for progress in stream_continuations(
+            self.model,
+            self.contexts,
+            self.sampling,
+            tokenizer=self.tokenizer,
+            batch_size=self.args.batch_size,
+            segment_length=self.args.segment_length,
+            seeds=seeds,
+            prefix=self.prefix,
+        ):
+            if out is not None and progress.text:
+                out(progress.text)
+                sys.stdout.flush()
+            if progress.finish_reason is not None:
+                assert isinstance(progress.key, int)
+                self.done[progress.key] = progress
+        self.write_seconds = time.monotonic() - started
+
+    def text(self, number: int) -> str:
+        """Return the whole text of a prompt's continuation."""
+        from statex_dist.inference.text import cut
+
+        assert self.sampling is not None
+        return cut(self.tokenizer.decode(self.done[number].tokens), self.sampling.until)
+
+
+@contextmanager
+def _reading_bar(num_tokens: int) -> Iterator[Callable[[int], None]]:
+    """Give a callback that moves a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda count: None
+        return
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=num_tokens)
+        yield lambda count: bar.advance(task, count)
+
+
+def _print(session: _Session, args: Any) -> None:
+    produced = sum(len(progress.tokens) for progress in session.done.values())
+    if args.json:
+        prompts = range(len(session.contexts))
+        document = {
+            "model": args.model,
+            "continuations": [
+                {
+                    "text": session.text(number),
+                    "tokens": list(session.done[number].tokens),
+                    "finish_reason": session.done[number].finish_reason,
+                }
+                for number in prompts
+                if number in session.done
+            ],
+            "prompt_tokens": session.read_tokens,
+            "prefix_tokens": session.prefix.num_tokens if session.prefix is not None else 0,
+            "generated_tokens": produced,
+            "read_seconds": round(session.read_seconds, 3),
+            "generate_seconds": round(session.write_seconds, 3),
+        }
+        sys.stdout.write(json.dumps(document) + "\n")
+        return
+    if session.done and len(session.contexts) == 1:
+        sys.stdout.write("\n")
+    elif session.done:
+        for number in range(len(session.contexts)):
+            sys.stdout.write(f"==> prompt {number} <==\n{session.text(number)}\n")
+    # Several prompts are read while they are written: only their sum is known.
+    reading = f"{session.read_tokens} tokens read in {session.read_seconds:.2f} s, " if session.read_seconds else ""
+    if session.done:
+        logger.info("%s%d tokens written in %.2f s", reading, produced, session.write_seconds)

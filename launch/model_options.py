@@ -1,0 +1,226 @@
+"""Options of the commands that run a model, and what they load: model, tokenizer and remedy against state collapse."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from statex_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from statex_dist.data.tokenizer import Tokenizer
+    from statex_dist.models.lm import RecurrentLM
+    from statex_dist.models.mitigation import Mitigation
+
+_SMALL_MODEL = 1 << 24
+_DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+def add_model_options(parser: ArgumentParser, *, segment_length: int = 1024) -> None:
+    """Add the options of every command that runs a model.
+
+    Args:
+        parser: The command's parser.
+        segment_length: Default number of tokens per forward pass.
+    """
+    parser.add_argument("--model", type=str, required=True, metavar="DIR", help="model directory (safetensors)")
+    parser.add_argument(
+        "--tokenizer", type=str | None, default=None, help="bytes or a directory (default: the model's)"
+    )
+    parser.add_argument(
+        "--mitigation",
+        type=str | None,
+        default=None,
+        metavar="NAME[:key=value,...]",
+        help="remedy against state collapse: forget-more, state-norm:learn=2048 or sliding-window:tokens=2048",
+    )
+    parser.add_argument("--segment-length", type=int, default=segment_length, help="tokens per forward pass")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--threads", type=int | None, default=None, help="CPU threads (default: 1 for a small model, else torch's)"
+    )
+
+
+def add_dtype_option(parser: ArgumentParser) -> None:
+    """Add ``--dtype``, of the commands that produce text (those that measure compute in fp32)."""
+    parser.add_argument(
+        "--dtype",
+        type=str,
+        default="auto",
+        help="of the weights: fp32, bf16, fp16, or auto: fp32 on a CPU, as stored on a GPU (states are always fp32)",
+    )
+
+
+def load_for_decoding(args: Any) -> tuple[RecurrentLM, Tokenizer]:
+    """Load what the options of a command that produces text name, with the remedy set.
+
+    Args:
+        args: The parsed options of :func:`add_model_options` and :func:`add_dtype_option`.
+
+    Raises:
+        ConfigError: An option is wrong, or model and tokenizer do not belong together.
+        CheckpointError: The directory holds no whole model.
+    """
+    mitigation = read_mitigation(args)
+    model = load_model(args.model, args.device, dtype=args.dtype, threads=args.threads)
+    model.mitigation = mitigation
+    return model.eval(), load_matching_tokenizer(args, model)
+
+
+def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
+    """Load the tokenizer that the options name.
+
+    Raises:
+        ConfigError: There is none, or it has ids that the model has no embedding for.
+    """
+    from statex_dist.data.tokenizer import load_tokenizer
+    from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_of(args))
+    check_vocabulary(model, tokenizer)
+    doubt_tokenizer(model, tokenizer)
+    return tokenizer
+
+
+def read_mitigation(args: Any) -> Mitigation | None:
+    """Return the remedy that ``--mitigation`` names, or None.
+
+    Raises:
+        ConfigError: It is none, or does not go with ``--segment-length``.
+    """
+    from statex_dist.models.mitigation import parse_mitigation
+
+    if args.segment_length < 1:
+        raise ConfigError(f"--segment-length must be 1 or more, not {args.segment_length}")
+    if args.mitigation is None:
+        return None
+    mitigation = parse_mitigation(args.mitigation)
+    mitigation.check_segments(args.segment_length)
+    return mitigation
+
+
+def check_ragged(mitigation: Mitigation | None, what: str) -> None:
+    """Raise if texts of unequal length that are read together would change each other's states.
+
+    Args:
+        mitigation: The model's remedy, or None.
+        what: The command, for the message.
+
+    Raises:
+        ConfigError: They would.
+    """
+    if mitigation is None:
+        return
+    try:
+        mitigation.check_segments(1)
+    except ConfigError:
+        raise ConfigError(
+            f"{what} ends forward passes wherever a text ends, where {mitigation} would change the states: its "
+            f"results would depend on what is read together; allowed: {mitigation.NAME} with every=1, or another remedy"
+        ) from None
+
+
+def tokenizer_of(args: Any) -> str:
+    """Return what was given as tokenizer, or the model's directory if it holds one.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    from statex_dist.data.tokenizer import has_tokenizer
+
+    if args.tokenizer:
+        return args.tokenizer
+    if not has_tokenizer(args.model):
+        raise ConfigError(f"model {args.model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
+    return args.model
+
+
+def load_model(directory: str, device: str, *, dtype: str = "fp32", threads: int | None = None) -> RecurrentLM:
+    """Load a model.
+
+    Args:
+        directory: Model directory.
+        device: ``auto`` (CUDA where there is one, under a launcher that of the local rank), or a torch device.
+        dtype: Of the weights, as in :func:`add_dtype_option`. What measures takes fp32: rounded states would be
+            measured in place of the model.
+        threads: CPU threads; None takes 1 for a model below 16M parameters.
+
+    Raises:
+        ConfigError: There is no such device or dtype, or fewer than one thread.
+        CheckpointError: The directory holds no whole model.
+    """
+    from statex_dist.models.hf import from_pretrained
+
+    place = parse_device(device)
+    model = from_pretrained(Path(directory), dtype=parse_dtype(dtype, place), device=place)
+    set_threads(threads, sum(parameter.numel() for parameter in model.parameters()))
+    return model
+
+
+def parse_device(device: str) -> torch.device:
+    """Return the device that ``--device`` names.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    import torch
+
+    from statex_dist.parallel.env import read_env
+
+    if device == "auto":
+        device = (
+            str(read_env().device) if "LOCAL_RANK" in os.environ else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device {device!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device!r} is not supported; allowed: auto, cpu, cuda, cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    return place
+
+
+def parse_dtype(dtype: str, place: torch.device) -> torch.dtype | None:
+    """Return the dtype that ``--dtype`` names on a device; None for that of the stored weights.
+
+    Raises:
+        ConfigError: It is none of those that we know.
+    """
+    import torch
+
+    if dtype not in _DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not supported; allowed: {', '.join(_DTYPES)}")
+    if dtype == "auto":
+        return torch.float32 if place.type == "cpu" else None
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
+def set_threads(threads: int | None, num_parameters: int) -> None:
+    """Set the number of CPU threads that a model of so many parameters is run with.
+
+    Raises:
+        ConfigError: Fewer than one is asked for.
+    """
+    import torch
+
+    from statex_dist.parallel.env import read_env, share_cores
+
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads must be 1 or more, not {threads}")
+    # The operations of a small model are too short to share: on a busy machine its threads mostly wait for each other
+    # (65,000 against 5,000 tokens/s were measured for 0.1M parameters on two cores under load).
+    if threads is None and num_parameters < _SMALL_MODEL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "LOCAL_RANK" in os.environ:
+        share_cores(read_env())

@@ -1,0 +1,137 @@
+"""Prompt caches: the states after a text in a file, so that what follows it can be read without reading it again.
+
+The file is safetensors: each layer's state, the logits after the last token, and a header that names the model whose
+states they are. States mean nothing to another model, and nothing would fail if it took them: its numbers would be
+wrong without a sign. So the header is held to a digest of the weights themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.errors import CheckpointError
+from statex_dist.inference.generate import Prefix
+from statex_dist.inference.prefill import device_of, evaluating
+from statex_dist.models.lm import RecurrentLM
+
+FORMAT = "statex-states"
+VERSION = "1"
+
+# In this order: the first that differs is the most telling.
+_FACTS = {
+    "model_type": "family",
+    "shape": "vocabulary, width or depth",
+    "plan": "expansion plan",
+    "mitigation": "mitigation",
+    "dtype": "dtype of the weights",
+    "weights": "weights",
+    "tokenizer": "tokenizer",
+}
+
+
+def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Tokenizer) -> None:
+    """Write what was read of a text into a file; it replaces one that is there.
+
+    Args:
+        path: The file, in an existing directory.
+        prefix: The text's states.
+        model: The model that read it, with the mitigation that was set.
+        tokenizer: The tokenizer that the text was encoded with.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    tensors = {"logits": prefix.logits.contiguous()}
+    for layer, state in enumerate(prefix.states):
+        tensors |= {f"layers.{layer}.{part}": tensor.contiguous() for part, tensor in enumerate(state)}
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_tokens": str(prefix.num_tokens),
+        "digest": _digest(sorted(tensors.items())),
+        **_facts(model, tokenizer),
+    }
+    try:
+        write_durably(path, save(tensors, header))
+    except OSError as error:
+        raise CheckpointError(f"the states cannot be written to {path}: {error}") from None
+
+
+def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
+    """Read what :func:`save_prefix` wrote.
+
+    Args:
+        path: The file.
+        model: The model that is to go on, with its mitigation set.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or no file of states, or holds those of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} holds no states: it was not written by --save-state")
+            if header.get("version") != VERSION:
+                raise CheckpointError(f"{path} has version {header.get('version')!r}; only {VERSION} can be read")
+            _check_facts(path, header, _facts(model, tokenizer))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
+    except FileNotFoundError:
+        raise CheckpointError(f"no file of states at {path}; write one with --save-state") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if _digest(sorted(tensors.items())) != header.get("digest") or not header.get("num_tokens", "").isdigit():
+        raise CheckpointError(f"{path} is damaged: its contents are not those that were written")
+    device = device_of(model)
+    with evaluating(model):
+        like = model(torch.zeros(1, 1, dtype=torch.long, device=device), output_states=True)
+    states = [
+        tuple(tensors[f"layers.{layer}.{part}"].to(device) for part in range(len(state)))
+        for layer, state in enumerate(like.states)
+    ]
+    return Prefix(logits=tensors["logits"].to(device), states=states, num_tokens=int(header["num_tokens"]))
+
+
+def _check_facts(path: Path, header: dict[str, str], facts: dict[str, str]) -> None:
+    for name, text in _FACTS.items():
+        if header.get(name) != facts[name]:
+            shown = "" if name in ("weights", "tokenizer") else f": {header.get(name)} there, {facts[name]} here"
+            raise CheckpointError(f"{path} holds the states of another model; its {text} differs{shown}")
+
+
+def _facts(model: RecurrentLM, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return what tells a model from another, coarsest first."""
+    config = model.config
+    plan = config.statex.to_dict() if config.statex else None
+    parameter = next(model.parameters())
+    return {
+        "model_type": config.MODEL_TYPE,
+        "shape": f"{config.vocab_size} tokens, {config.hidden_size} wide, {config.num_hidden_layers} layers",
+        "plan": json.dumps(plan, sort_keys=True),
+        "mitigation": str(model.mitigation),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "weights": _digest((name, tensor.detach()) for name, tensor in sorted(model.named_parameters())),
+        "tokenizer": tokenizer.hash,
+    }
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the xxh3 digest of named tensors, one at a time."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        values: Any = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
+        digest.update(values)
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""The decoding loop: rows that take one step a token together, and come and go between steps.
+
+Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it has read,
+so a batch is the states of its rows side by side: joining is a concatenation and leaving a selection. ``statex
+generate`` and the server run this same loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.errors import StateXError
+from statex_dist.inference.not_finite import explain_row
+from statex_dist.inference.prefill import take_rows
+from statex_dist.inference.sampling import Sampling, choose_tokens
+from statex_dist.inference.text import TextStream, end_ids
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.sequence import LayerState
+
+FinishReason = Literal["stop", "length", "error"]
+"""Why a row ended: EOS or a stop string, its ``max_tokens``, or numbers that are not finite."""
+
+Agree = Callable[[torch.Tensor], torch.Tensor]
+"""Gives every rank the tokens ``[B]`` that rank 0 has chosen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A continuation to be drawn.
+
+    Attributes:
+        key: What its progress is reported under, unlike that of any other row in the loop.
+        sampling: How it is drawn.
+        seed: Of its random numbers.
+        position: Tokens read before it, for messages.
+    """
+
+    key: Hashable
+    sampling: Sampling
+    seed: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """What a step did for a row.
+
+    Attributes:
+        key: The row's.
+        token: The token that it produced; None for one that ends a text and is no part of it.
+        text: Text that is certain now, perhaps none: whole characters, nothing of a stop string.
+        finish_reason: Why the row ended and left, or None.
+        tokens: All that the row has produced, where it ended; else empty.
+        error: What is wrong, where ``finish_reason`` is ``error``.
+    """
+
+    key: Hashable
+    token: int | None
+    text: str
+    finish_reason: FinishReason | None = None
+    tokens: Sequence[int] = ()
+    error: StateXError | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Running:
+    row: Row
+    generator: np.random.Generator
+    text: TextStream
+    ends: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+
+    def take(self, token: int) -> Progress:
+        """Add a token to the row and say what became of it."""
+        if token in self.ends:
+            return self._finished("stop", None, self.text.finish())
+        self.tokens.append(token)
+        text = self.text.push(token)
+        if self.text.stopped:
+            return self._finished("stop", token, text)
+        if len(self.tokens) == self.row.sampling.max_tokens:
+            return self._finished("length", token, text + self.text.finish())
+        return Progress(key=self.row.key, token=token, text=text)
+
+    def failed(self, error: StateXError) -> Progress:
+        return Progress(
+            key=self.row.key, token=None, text="", finish_reason="error", tokens=tuple(self.tokens), error=error
+        )
+
+    def _finished(self, reason: FinishReason, token: int | None, text: str) -> Progress:
+        return Progress(key=self.row.key, token=token, text=text, finish_reason=reason, tokens=tuple(self.tokens))
+
+
+class DecodingLoop:
+    """Rows that decode together. To be used inside :func:`~statex_dist.inference.prefill.evaluating`.
+
+    Args:
+        model: The model.
+        tokenizer: The model's tokenizer.
+        agree: Where several ranks hold parts of the model: makes them all take the same tokens.
+    """
+
+    def __init__(self, model: RecurrentLM, tokenizer: Tokenizer, *, agree: Agree | None = None):
+        self._model, self._tokenizer, self._agree = model, tokenizer, agree
+        self._rows: list[_Running] = []
+        self._logits: torch.Tensor | None = None
+        self._states: list[LayerState] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all rows' states."""
+        return sum(part.numel() * part.element_size() for state in self._states for part in state)
+
+    def add(self, rows: Sequence[Row], logits: torch.Tensor, states: Sequence[LayerState]) -> None:
+        """Let rows join.
+
+        Args:
+            rows: ``n`` of them.
+            logits: ``[n, vocab]`` after what each has read.
+            states: Each layer's state ``[n, ...]`` there.
+        """
+        assert len(rows) == len(logits), (len(rows), logits.shape)
+        for row in rows:
+            until, ignore_eos = row.sampling.until, row.sampling.ignore_eos
+            self._rows.append(
+                _Running(
+                    row=row,
+                    generator=np.random.Generator(np.random.Philox(row.seed)),
+                    text=TextStream(self._tokenizer, until),
+                    ends=end_ids(until, self._tokenizer, ignore_eos=ignore_eos),
+                )
+            )
+        if self._logits is None:
+            self._logits, self._states = logits, list(states)
+            return
+        self._logits = torch.cat([self._logits, logits])
+        self._states = [
+            tuple(torch.cat(pair) for pair in zip(ours, theirs, strict=True))
+            for ours, theirs in zip(self._states, states, strict=True)
+        ]
+
+    def drop(self, keys: Collection[Hashable]) -> None:
+        """Let rows leave before their end; keys that are not in the loop are passed over."""
+        self._keep([i for i, running in enumerate(self._rows) if running.row.key not in keys])
+
+    def step(self) -> list[Progress]:
+        """Produce one token for every row and report each, in the order in which they joined.
+
+        A row whose numbers are not finite ends with an error; the others go on.
+        """
+        if not self._rows:
+            return []
+        assert self._logits is not None
+        samplings = [running.row.sampling for running in self._rows]
+        chosen = choose_tokens(self._logits, samplings, [running.generator for running in self._rows])
+        if self._agree is not None:
+            chosen = self._agree(chosen)
+        progress = [running.take(token) for running, token in zip(self._rows, chosen.tolist(), strict=True)]
+        going = [i for i, done in enumerate(progress) if done.finish_reason is None]
+        self._keep(going)
+        if not going:
+            return progress
+        ids = (chosen if len(going) == len(chosen) else chosen[going])[:, None]
+        output = self._model(ids, states=self._states, output_states=True, logits_to_keep=1)
+        logits = output.logits[:, -1]
+        bad = ~torch.isfinite(logits).all(dim=-1)
+        if bad.any():
+            for i, place in enumerate(going):
+                if bad[i]:
+                    progress[place] = self._rows[i].failed(self._explain(ids, i))
+        self._logits, self._states = logits, output.states
+        if bad.any():
+            self._keep((~bad).nonzero()[:, 0].tolist())
+        return progress
+
+    def _explain(self, ids: torch.Tensor, i: int) -> StateXError:
+        running = self._rows[i]
+        alone = torch.arange(len(ids), device=ids.device) == i
+        positions = [other.row.position + len(other.tokens) - 1 for other in self._rows]
+        assert running.tokens
+        return explain_row(self._model, ids, self._states, alone, positions)
+
+    def _keep(self, places: Sequence[int]) -> None:
+        if len(places) == len(self._rows):
+            return
+        self._rows = [self._rows[i] for i in places]
+        if not places:
+            self._logits, self._states = None, []
+            return
+        assert self._logits is not None
+        self._logits, self._states = self._logits[places], take_rows(self._states, places)

@@ -1,0 +1,170 @@
+"""Continuations of prompts of any and unequal length, in batches, as they come or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.errors import DataError
+from statex_dist.inference.decoding import Agree, DecodingLoop, Progress, Row
+from statex_dist.inference.prefill import (
+    DEFAULT_SEGMENT_LENGTH,
+    Tokens,
+    evaluating,
+    read_contexts,
+    rows_that_fit,
+    take_rows,
+)
+from statex_dist.inference.sampling import Sampling
+from statex_dist.inference.text import cut
+from statex_dist.inference.vocabulary import check_token_ids
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.sequence import LayerState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefix:
+    """A text that has been read.
+
+    Attributes:
+        logits: ``[1, vocab]`` after its last token.
+        states: Each layer's state there, ``[1, ...]``.
+        num_tokens: Tokens that were read.
+    """
+
+    logits: torch.Tensor
+    states: list[LayerState]
+    num_tokens: int
+
+
+def read_prefix(
+    model: RecurrentLM, tokens: Tokens, *, segment_length: int = DEFAULT_SEGMENT_LENGTH, prefix: Prefix | None = None
+) -> Prefix:
+    """Read a text, behind another one where ``prefix`` is given.
+
+    Args:
+        model: The model.
+        tokens: The text; it may be empty behind another one.
+        segment_length: Most tokens per forward pass.
+        prefix: What was read before, left as it is.
+
+    Raises:
+        DataError: There is nothing to read, or a token is outside the model's vocabulary.
+        CheckpointError: The model's output is not finite; layer and position are named.
+    """
+    check_token_ids([tokens], model.config.vocab_size)
+    if not len(tokens):
+        if prefix is None:
+            raise DataError("the prompt has no tokens; there is nothing to continue")
+        return prefix
+    start, position = (None, 0) if prefix is None else (prefix.states, prefix.num_tokens)
+    with evaluating(model):
+        logits, states = read_contexts(model, [tokens], segment_length=segment_length, start=start, position=position)
+    return Prefix(logits=logits, states=states, num_tokens=position + len(tokens))
+
+
+def stream_continuations(
+    model: RecurrentLM,
+    contexts: Sequence[Tokens],
+    sampling: Sampling,
+    *,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    segment_length: int = DEFAULT_SEGMENT_LENGTH,
+    seeds: Sequence[int] | None = None,
+    prefix: Prefix | None = None,
+    agree: Agree | None = None,
+) -> Iterator[Progress]:
+    """Yield what each step does for each context; the key of a progress is the context's number.
+
+    Args:
+        model: The model.
+        contexts: One token or more each (or none, with a prefix); a context that occurs again is read once.
+        sampling: How to continue.
+        tokenizer: The model's tokenizer.
+        batch_size: Rows per forward pass.
+        segment_length: Most tokens per forward pass.
+        seeds: One for each context, of what is drawn for it (whatever else is in the batch); None for its number.
+        prefix: A text that is before every context.
+        agree: Where several ranks hold parts of the model: makes them all take the same tokens.
+
+    Raises:
+        DataError: A context is empty, or a token is outside the model's vocabulary.
+        CheckpointError: The model's output is not finite; layer and position are named.
+    """
+    if prefix is None and any(not len(context) for context in contexts):
+        raise DataError("a context is empty; there is nothing to continue")
+    check_token_ids(contexts, model.config.vocab_size)
+    # Rows of like length share the most forward passes, and what is too long for the memory fails first.
+    numbers = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), tuple(contexts[i])))
+    batch_size = rows_that_fit(model, 1, batch_size)
+    before = 0 if prefix is None else prefix.num_tokens
+    with evaluating(model):
+        for first in range(0, len(numbers), batch_size):
+            batch = numbers[first : first + batch_size]
+            places: dict[tuple[int, ...], int] = {}
+            which = [places.setdefault(tuple(contexts[i]), len(places)) for i in batch]
+            logits, states = _read(model, list(places), segment_length, prefix)
+            rows = [
+                Row(key=i, sampling=sampling, seed=i if seeds is None else seeds[i], position=before + len(contexts[i]))
+                for i in batch
+            ]
+            loop = DecodingLoop(model, tokenizer, agree=agree)
+            loop.add(rows, logits[which], take_rows(states, which))
+            while len(loop):
+                for progress in loop.step():
+                    if progress.error is not None:
+                        raise progress.error
+                    yield progress
+
+
+def _read(
+    model: RecurrentLM, contexts: Sequence[Tokens], segment_length: int, prefix: Prefix | None
+) -> tuple[torch.Tensor, list[LayerState]]:
+    """Read different contexts behind a prefix; one of them may be empty, and is then the last: they are sorted."""
+    if prefix is None:
+        return read_contexts(model, contexts, segment_length=segment_length)
+    if contexts[-1]:
+        return read_contexts(
+            model, contexts, segment_length=segment_length, start=prefix.states, position=prefix.num_tokens
+        )
+    if len(contexts) == 1:
+        return prefix.logits, prefix.states
+    logits, states = _read(model, contexts[:-1], segment_length, prefix)
+    joined = [
+        tuple(torch.cat(pair) for pair in zip(ours, theirs, strict=True))
+        for ours, theirs in zip(states, prefix.states, strict=True)
+    ]
+    return torch.cat([logits, prefix.logits]), joined
+
+
+def generate_continuations(
+    model: RecurrentLM,
+    contexts: Sequence[Tokens],
+    sampling: Sampling,
+    *,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    segment_length: int = DEFAULT_SEGMENT_LENGTH,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[tuple[int, str]]:
+    """Yield each context's number and whole text, in the order in which they are done.
+
+    Arguments and errors are those of :func:`stream_continuations`.
+    """
+    for progress in stream_continuations(
+        model,
+        contexts,
+        sampling,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        segment_length=segment_length,
+        seeds=seeds,
+    ):
+        if progress.finish_reason is not None:
+            assert isinstance(progress.key, int)
+            # Decoded as one: some tokenizers join what they decode to.
+            yield progress.key, cut(tokenizer.decode(progress.tokens), sampling.until)

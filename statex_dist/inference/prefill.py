@@ -1,0 +1,146 @@
+"""Reading prompts segment by segment with a carried state, so that memory does not grow with their length.
+
+A recurrent state has no mask: a token that is read is in it for ever. So rows of a batch are never filled up while they
+are read. They advance together to the end of the shortest row, which then leaves the batch with its own state, and the
+others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from statex_dist.inference.not_finite import explain_not_finite, explain_row, first_not_finite
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.sequence import LayerState
+
+DEFAULT_SEGMENT_LENGTH = 1024
+"""Tokens per forward pass."""
+
+MAX_LOGITS = 1 << 26
+"""Logits held at once (256 MiB of fp32): a large vocabulary gets smaller batches and segments, not more memory."""
+
+Tokens = Sequence[int]
+
+
+@contextmanager
+def evaluating(model: RecurrentLM) -> Iterator[None]:
+    """Put ``model`` into evaluation mode without autograd, and back into its own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def device_of(model: RecurrentLM) -> torch.device:
+    """Return the device of a model's parameters (the CPU if it has none)."""
+    parameter = next(model.parameters(), None)
+    return parameter.device if parameter is not None else torch.device("cpu")
+
+
+def rows_that_fit(model: RecurrentLM, tokens_per_row: int, wanted: int) -> int:
+    """Return the batch size, at most ``wanted``, whose logits stay within :data:`MAX_LOGITS` (but at least 1)."""
+    return max(1, min(wanted, MAX_LOGITS // (tokens_per_row * model.config.vocab_size)))
+
+
+def prefill(
+    model: RecurrentLM,
+    input_ids: torch.Tensor,
+    *,
+    segment_length: int = DEFAULT_SEGMENT_LENGTH,
+    states: list[LayerState] | None = None,
+    position: int | Sequence[int] = 0,
+) -> tuple[torch.Tensor, list[LayerState]]:
+    """Read prompts segment by segment with a carried state; only the last token's logits are ever computed.
+
+    Args:
+        model: The model.
+        input_ids: ``[B, T]`` int64 prompts of equal length.
+        segment_length: Tokens per forward pass.
+        states: Each layer's state before the prompts, or None for zero.
+        position: Position of the first token, for messages; one for all rows, or one each.
+
+    Returns:
+        The logits ``[B, vocab]`` after the last token, and the states.
+
+    Raises:
+        CheckpointError: The logits are not finite; layer and position are named.
+    """
+    logits: torch.Tensor | None = None
+    read = 0
+    for segment in input_ids.split(segment_length, dim=1):
+        output = model(segment, states=states, output_states=True, logits_to_keep=1)
+        logits = output.logits[:, -1]
+        # What a segment's earlier tokens left in the last layer reaches logits a segment late, or never. A single token
+        # has none before it, and looking through all states after each would cost a third of decoding.
+        looked_at = output.states if segment.shape[1] > 1 else []
+        if not torch.isfinite(logits).all() or first_not_finite(looked_at) is not None:
+            if isinstance(position, int):
+                raise explain_not_finite(model, segment, states, position=position + read)
+            parts = [logits, *(tensor for state in output.states for tensor in state)]
+            bad = torch.stack([~part.flatten(1).isfinite().all(dim=1) for part in parts]).any(dim=0)
+            raise explain_row(model, segment, states, bad, [first + read for first in position])
+        states, read = output.states, read + segment.shape[1]
+    assert logits is not None
+    assert states is not None
+    return logits, states
+
+
+def read_contexts(
+    model: RecurrentLM,
+    contexts: Sequence[Tokens],
+    *,
+    segment_length: int,
+    start: Sequence[LayerState] | None = None,
+    position: int = 0,
+) -> tuple[torch.Tensor, list[LayerState]]:
+    """Read contexts of unequal length, each to its own last token.
+
+    A forward pass ends wherever a row does, so a model whose result depends on where passes end
+    (:meth:`~statex_dist.models.mitigation.Mitigation.check_segments`) gives a row other numbers in another batch.
+
+    Args:
+        model: The model.
+        contexts: ``B`` contexts of one token or more.
+        segment_length: Most tokens per forward pass.
+        start: Each layer's state ``[1, ...]`` before all of them, left as it is, or None for zero.
+        position: Position of a context's first token, for messages.
+
+    Returns:
+        Logits ``[B, vocab]`` after each context's last token, and the states there, ``[B, ...]``.
+    """
+    device = device_of(model)
+    # The longest first: rows that end are always the last of the batch.
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)
+    at, active = 0, len(order)
+    states = None if start is None else take_rows(start, [0] * active)
+    ended: list[tuple[torch.Tensor, list[LayerState]]] = []
+    while active:
+        end = len(contexts[order[active - 1]])
+        ids = torch.tensor([list(contexts[i][at:end]) for i in order[:active]], device=device)
+        logits, after = prefill(model, ids, segment_length=segment_length, states=states, position=position + at)
+        at, rows = end, active
+        while active and len(contexts[order[active - 1]]) == at:
+            active -= 1
+        states = [tuple(tensor[:active] for tensor in state) for state in after]
+        if active < rows:
+            ended.append((logits[active:], [tuple(tensor[active:] for tensor in state) for state in after]))
+    ended.reverse()
+    back = torch.tensor(np.argsort(order), device=device)
+    joined = [
+        tuple(torch.cat(tensors)[back] for tensors in zip(*layer, strict=True))
+        for layer in zip(*(part for _, part in ended), strict=True)
+    ]
+    return torch.cat([part for part, _ in ended])[back], joined
+
+
+def take_rows(states: Sequence[LayerState], rows: Sequence[int] | torch.Tensor) -> list[LayerState]:
+    """Return the states of some rows; a row may be named more than once."""
+    index = torch.as_tensor(rows, device=states[0][0].device)
+    return [tuple(tensor[index] for tensor in state) for state in states]
