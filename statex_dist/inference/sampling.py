@@ -70,7 +70,9 @@ def _draw(
     def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    scaled = logits.double() / column([sampling.temperature for sampling in samplings])
+    # From the largest down: a tiny temperature then makes the others -inf, and never one infinite and all the rest NaN.
+    scaled = logits.double() - logits.amax(dim=-1, keepdim=True)
+    scaled /= column([sampling.temperature for sampling in samplings])
     values, tokens = scaled.sort(dim=-1, descending=True, stable=True)
     kept = column([sampling.top_k or logits.shape[-1] for sampling in samplings])
     values = values.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= kept, -torch.inf)

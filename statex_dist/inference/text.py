@@ -8,8 +8,9 @@ from statex_dist.data.tokenizer import Tokenizer
 
 _UNDECODABLE = "\ufffd"
 
-# Bytes of a character that is not whole yet: tokenizers decode them to one replacement character, or to one each.
-_LONGEST_PART = 3
+# Bytes of the longest character. Tokenizers decode those of one that is not whole yet to one replacement character, or
+# to one each, together with those of whole characters before it (the byte fallback of sentencepiece).
+_LONGEST_CHARACTER = 4
 
 # Tokens after which the window that is decoded anew moves on. It keeps tokens that were decoded before: some
 # tokenizers drop the space in front of the first.
@@ -42,12 +43,14 @@ class TextStream:
         assert not self.stopped
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        end = len(text)
-        while end > len(text) - _LONGEST_PART and text.endswith(_UNDECODABLE, 0, end):
-            end -= 1
+        undecodable = len(text) - len(text.rstrip(_UNDECODABLE))
+        if undecodable and len(self._window) - self._whole <= _LONGEST_CHARACTER:
+            return ""
+        # What cannot be a character any more is handed out, but for what may begin another.
+        end = len(text) - min(undecodable, _LONGEST_CHARACTER - 1)
         self._buffer += text[self._handed_out : end]
         self._handed_out = max(self._handed_out, end)
-        if end == len(text):
+        if not undecodable:
             if len(self._window) > _WINDOW:
                 self._window = self._window[self._whole :]
                 self._handed_out = len(self._tokenizer.decode(self._window))

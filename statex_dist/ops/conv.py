@@ -47,6 +47,9 @@ def convolve_sequences(
         ConfigError: A rank's share of the tokens is shorter than the convolution.
     """
     need = weight.shape[-1] - 1
+    if context is None and cu_seqlens is None and tail is not None and x.shape[1] == 1:
+        out, after = _step(x, weight, bias, tail)
+        return (F.silu(out) if silu else out), after if output_tail else None
     if context is None:
         out = _convolve(x, weight, bias, initial_state=tail, cu_seqlens=cu_seqlens, seq_idx=seq_idx, silu=silu)
         return out, conv_tail(x, need + 1, initial_state=tail, cu_seqlens=cu_seqlens) if output_tail else None
@@ -59,6 +62,17 @@ def convolve_sequences(
     tails = torch.cat([before, others])
     out = _convolve(x, weight, bias, initial_state=tails, cu_seqlens=cu_seqlens, seq_idx=seq_idx, silu=silu)
     return out, after if output_tail else None
+
+
+def _step(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tail: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convolve one token ``[B, 1, D]`` behind ``tail [B, D, W - 1]``: no more than its window is looked at."""
+    window = torch.cat([tail.to(x.dtype), x.transpose(1, 2)], dim=-1)
+    out = (window * weight.squeeze(1).to(x.dtype)).sum(dim=-1)
+    if bias is not None:
+        out = out + bias.to(x.dtype)
+    return out.unsqueeze(1), window[..., 1:]
 
 
 def _convolve(
@@ -116,7 +130,7 @@ def causal_conv(
         out = out + earlier * taps[width - 1 - shift]
     if bias is not None:
         out = out + bias.to(x.dtype)
-    if initial_state is None:
+    if initial_state is None or width == 1:
         return out
     # The convolution is linear: what the tails add to the first W - 1 tokens of each sequence is computed apart.
     tail = torch.cat([initial_state, torch.zeros_like(initial_state)], dim=-1).to(x.dtype)
@@ -139,10 +153,14 @@ def conv_tail(
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the state after ``x``: the last ``kernel_size - 1`` inputs of each sequence, ``[S, D, W - 1]``."""
-    rows = list(x.unbind(0)) if cu_seqlens is None else [x[0, start:stop] for start, stop in borders_of(cu_seqlens)]
     need = kernel_size - 1
+    if cu_seqlens is None:
+        last = x[:, max(0, x.shape[1] - need) :].transpose(1, 2)
+        before = last.new_zeros(*last.shape[:2], need) if initial_state is None else initial_state.to(x.dtype)
+        return torch.cat([before[..., last.shape[-1] :], last], dim=-1)
     tails = []
-    for i, row in enumerate(rows):
+    for i, (start, stop) in enumerate(borders_of(cu_seqlens)):
+        row = x[0, start:stop]
         before = row.new_zeros(need, row.shape[1]) if initial_state is None else initial_state[i].to(row.dtype).T
         tails.append(torch.cat([before, row[-need:] if need else row[:0]])[-need:].T if need else before.T)
     return torch.stack(tails)

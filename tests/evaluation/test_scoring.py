@@ -1,20 +1,17 @@
-"""Scores and texts of continuations against a plain forward pass over the whole, in float64."""
+"""Scores of continuations against a plain forward pass over the whole, in float64."""
 
 import random
 
-import numpy as np
 import pytest
 import torch
-from statex_dist.inference.generate import generate_continuations
-from statex_dist.inference.sampling import Sampling
 
 from statex_dist.data.tokenizer import BytesTokenizer
-from statex_dist.errors import CheckpointError, ConfigError, DataError
+from statex_dist.errors import CheckpointError, DataError
 from statex_dist.evaluation.scoring import score_continuations
-from statex_dist.inference.prefill import read_contexts
-from statex_dist.models.lm import LMOutput
+from statex_dist.inference.generate import generate_continuations
+from statex_dist.inference.sampling import Sampling
 from statex_dist.models.mitigation import parse_mitigation
-from tests.evaluation.stand_ins import VOCAB, StandIn, overflowing_model, tiny_model
+from tests.evaluation.stand_ins import StandIn, overflowing_model, tiny_model
 
 TOKENIZER = BytesTokenizer()
 
@@ -59,19 +56,6 @@ def test_scores_are_those_of_one_pass_over_the_whole(family, batch_size, segment
     assert found[20].is_greedy
 
 
-def test_each_row_keeps_the_state_of_its_own_last_token():
-    model, rng = tiny_model().double().eval(), random.Random(1)
-    contexts = [some_tokens(rng, n) for n in (5, 19, 1, 19, 8)]
-    with torch.inference_mode():
-        logits, states = read_contexts(model, contexts, segment_length=6)
-        for row, context in enumerate(contexts):
-            alone = model(torch.tensor([context]), output_states=True)
-            torch.testing.assert_close(logits[row], alone.logits[0, -1])
-            for state, wanted in zip(states, alone.states, strict=True):
-                for tensor, expected in zip(state, wanted, strict=True):
-                    torch.testing.assert_close(tensor[row], expected[0])
-
-
 class Counting(StandIn):
     """Counts the tokens that it reads."""
 
@@ -101,97 +85,6 @@ def test_a_shared_context_is_read_once_and_in_segments():
     assert model.read == 1000
 
 
-@pytest.mark.parametrize("family", ["gla", "mamba2"])
-def test_greedy_texts_are_those_of_the_whole_read_anew_for_each_token(family):
-    model, rng = tiny_model(family).double().eval(), random.Random(2)
-    contexts = [some_tokens(rng, n) for n in (9, 1, 30, 9)]
-    sampling = Sampling(max_tokens=8)
-    found = dict(generate_continuations(model, contexts, sampling, tokenizer=TOKENIZER, batch_size=3, segment_length=4))
-    assert [found[i] for i in range(4)] == [TOKENIZER.decode(plain_greedy(model, c, 8)) for c in contexts]
-
-
-def test_what_is_drawn_depends_on_the_seed_and_not_on_the_batch():
-    model, rng = tiny_model().double().eval(), random.Random(3)
-    contexts = [some_tokens(rng, n) for n in (9, 1, 30, 9)] * 2
-    sampling = Sampling(max_tokens=6, temperature=1.5, top_k=200, top_p=0.99)
-
-    def texts(batch_size, first_seed):
-        seeds = [first_seed + i for i in range(8)]
-        found = generate_continuations(
-            model, contexts, sampling, tokenizer=TOKENIZER, batch_size=batch_size, segment_length=16, seeds=seeds
-        )
-        return [text for _, text in sorted(found)]
-
-    assert texts(1, 0) == texts(8, 0) != texts(8, 100)
-
-
-class Fixed(StandIn):
-    """Says the same probabilities at every place."""
-
-    def __init__(self, shares):
-        super().__init__()
-        self.logits = torch.full((VOCAB,), -torch.inf)
-        self.logits[: len(shares)] = torch.tensor(shares).log()
-
-    def forward(self, input_ids, **kwargs):
-        logits = self.logits.expand(*input_ids.shape, VOCAB).clamp(min=-1e9)
-        return LMOutput(logits=logits, states=[(input_ids[:, :1],)])
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.1, 0.2, 0.3, 0.4]),
-        ({"top_k": 2}, [0, 0, 3 / 7, 4 / 7]),
-        ({"top_p": 0.75}, [0, 2 / 9, 3 / 9, 4 / 9]),
-        ({"top_p": 0.4}, [0, 0, 0, 1]),
-        ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
-    ],
-)
-def test_draws_have_the_frequencies_asked_for(options, expected):
-    sampling = Sampling(max_tokens=1, **{"temperature": 1.0, **options})
-    found = generate_continuations(
-        Fixed([0.1, 0.2, 0.3, 0.4]), [[1]] * 2000, sampling, tokenizer=TOKENIZER, batch_size=2000, segment_length=8
-    )
-    counts = np.bincount([ord(text) for _, text in found], minlength=4) / 2000
-    np.testing.assert_allclose(counts, expected, atol=0.04)
-    assert not counts[np.array(expected) == 0].any()
-
-
-class Reciting(StandIn):
-    """Goes on with a fixed text after a context of one token."""
-
-    def __init__(self, tokens):
-        super().__init__()
-        self.said = tokens
-
-    def next_tokens(self, history):
-        return torch.tensor([self.said[min(i, len(self.said) - 1)] for i in range(len(history))])
-
-
-@pytest.mark.parametrize(
-    ("said", "until", "text", "steps"),
-    [
-        (b"one\n\nQ: two", ("\n\nQ:", "wo"), "one", 7),
-        (b"one two", ("two", "e t"), "on", 5),
-        ("né, then".encode(), ("é",), "n", 3),
-        (b"no stop", ("never",), "no stopppp", 10),
-        ([*b"ab", 256, *b"cd"], (), "ab", 3),
-        (b"a.b", (".",), "a", 2),
-    ],
-)
-def test_texts_end_before_the_first_stop_string_and_at_eos(said, until, text, steps):
-    model = Reciting(list(said))
-    sampling = Sampling(max_tokens=10, until=until)
-    ((_, found),) = generate_continuations(model, [[1]], sampling, tokenizer=TOKENIZER, batch_size=1, segment_length=8)
-    assert found == text
-    # Nothing is computed after the stop.
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    dict(generate_continuations(model, [[1]], sampling, tokenizer=TOKENIZER, batch_size=1, segment_length=8))
-    assert len(calls) == steps
-
-
 def test_bad_requests_are_refused():
     model = tiny_model()
     options = {"batch_size": 1, "segment_length": 8}
@@ -203,10 +96,6 @@ def test_bad_requests_are_refused():
         list(score_continuations(model, [([1], [300])], **options))
     with pytest.raises(DataError, match="a context is empty"):
         list(generate_continuations(model, [[]], Sampling(max_tokens=1), tokenizer=TOKENIZER, **options))
-    with pytest.raises(ConfigError, match="max_tokens must be 1 or more, not 0"):
-        Sampling(max_tokens=0)
-    with pytest.raises(ConfigError, match="temperature 1, top_k 0 and top_p 0 make no sampling"):
-        Sampling(max_tokens=1, temperature=1.0, top_p=0.0)
     with torch.no_grad():
         model.trunk.layers[1].mlp.down_proj.weight.fill_(torch.nan)
     with pytest.raises(CheckpointError, match="first in layer 1 at position 0"):

@@ -1,10 +1,12 @@
+import random
+
 import pytest
 import torch
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
 from statex_dist.evaluation.greedy import decode_greedily
-from statex_dist.inference.prefill import evaluating, prefill
+from statex_dist.inference.prefill import evaluating, prefill, read_contexts
 from statex_dist.inference.vocabulary import doubt_tokenizer
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
 
@@ -103,3 +105,16 @@ def test_logits_to_keep_are_the_last():
     model = tiny_model()
     with evaluating(model):
         assert torch.allclose(model(ids(), logits_to_keep=5).logits, model(ids()).logits[:, -5:], atol=1e-6)
+
+
+def test_each_row_keeps_the_state_of_its_own_last_token():
+    model, rng = tiny_model().double().eval(), random.Random(1)
+    contexts = [[rng.randrange(256) for _ in range(n)] for n in (5, 19, 1, 19, 8)]
+    with torch.inference_mode():
+        logits, states = read_contexts(model, contexts, segment_length=6)
+        for row, context in enumerate(contexts):
+            alone = model(torch.tensor([context]), output_states=True)
+            torch.testing.assert_close(logits[row], alone.logits[0, -1])
+            for state, wanted in zip(states, alone.states, strict=True):
+                for tensor, expected in zip(state, wanted, strict=True):
+                    torch.testing.assert_close(tensor[row], expected[0])

@@ -221,3 +221,16 @@ def test_a_cpu_takes_our_own_form(monkeypatch, silu):
     out, _ = conv.convolve_sequences(x, weight, cu_seqlens=cu_seqlens, silu=silu)
     expected = causal_conv(x, weight, cu_seqlens=cu_seqlens)
     assert torch.equal(out, F.silu(expected) if silu else expected)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_one_token_behind_a_tail_is_the_last_of_the_whole(width, silu):
+    x, weight, bias = draw(3, 9, CHANNELS), draw(CHANNELS, 1, width, seed=1), draw(CHANNELS, seed=2)
+    options = {"output_tail": True, "silu": silu}
+    whole, tail = conv.convolve_sequences(x, weight, bias, tail=draw(3, CHANNELS, width - 1, seed=3), **options)
+    _, before = conv.convolve_sequences(x[:, :8], weight, bias, tail=draw(3, CHANNELS, width - 1, seed=3), **options)
+    last, after = conv.convolve_sequences(x[:, 8:], weight, bias, tail=before, **options)
+    torch.testing.assert_close(last, whole[:, 8:], rtol=0, atol=1e-13)
+    assert torch.equal(after, tail)
+    torch.testing.assert_close(after, x[:, 9 - (width - 1) :].transpose(1, 2), rtol=0, atol=0)

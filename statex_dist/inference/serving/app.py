@@ -1,0 +1,116 @@
+"""The HTTP routes."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from statex_dist.inference.serving.metrics import Metrics
+from statex_dist.inference.serving.protocol import RequestError, parse_request
+from statex_dist.inference.serving.reply import Reply, error_response
+from statex_dist.inference.serving.service import Service
+
+
+def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
+    """Return the application.
+
+    Args:
+        service: Answers the requests; started by whoever runs the application.
+        api_key: What ``/v1`` asks for as bearer token, or None for nothing.
+    """
+    app = FastAPI(openapi_url=None)
+    created = int(time.time())
+
+    def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if api_key is not None and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
+            raise RequestError(
+                401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
+            )
+
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+
+    def model() -> dict[str, Any]:
+        return {"id": service.name, "object": "model", "created": created, "owned_by": "statex-dist"}
+
+    @v1.get("/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model()]}
+
+    @v1.get("/models/{name:path}")
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return model()
+
+    @v1.post("/completions")
+    async def create_completion(request: Request) -> Response:
+        arrived = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(service.limits.request_timeout):
+                parsed = parse_request(await _read_body(request, service.limits.max_body_bytes))
+                prompts = await service.encode(parsed)
+        except RequestError as error:
+            service.metrics.count(error.outcome)
+            raise
+        except TimeoutError:
+            service.metrics.count("timeout")
+            raise RequestError(408, "the request took too long to arrive", code="timeout") from None
+        except ClientDisconnect:
+            service.metrics.count("disconnected")
+            return Response(status_code=400)  # to nobody
+        return Reply(service, parsed, prompts, arrived)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        service.check_health()
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=Metrics.CONTENT_TYPE)
+
+    app.include_router(v1)
+
+    @app.exception_handler(RequestError)
+    async def answer_error(request: Request, error: RequestError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def answer_http_error(request: Request, error: HTTPException) -> Response:
+        text = (
+            f"{request.method} {request.url.path}: {str(error.detail).lower()}; see GET /v1/models, /health, /metrics"
+        )
+        return error_response(
+            RequestError(error.status_code, f"{text}, POST /v1/completions", code="unknown_url", headers=error.headers)
+        )
+
+    @app.exception_handler(Exception)
+    async def answer_crash(request: Request, error: Exception) -> Response:
+        return error_response(RequestError(500, "the server failed; its log says why"))
+
+    return app
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+    """Return a request's body, without reading on when it is larger than allowed.
+
+    Raises:
+        RequestError: It is (413).
+    """
+    # What comes after the answer is received and thrown away: many clients read an answer only when they have sent all.
+    too_large = RequestError(413, f"the body is larger than {most} bytes; send less at once", code="too_large")
+    if int(request.headers.get("content-length", "0")) > most:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise too_large
+    return bytes(body)

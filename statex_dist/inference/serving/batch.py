@@ -1,0 +1,161 @@
+"""Continuous batching: prompts are read between the steps of rows that are being written, and join them when read.
+
+A row's state has one size whatever it has read, so a slot is a slot: there is nothing to page, to evict or to move. All
+that has to be planned is who reads when. A turn reads a bounded piece and then takes one step, so that a long prompt
+holds up running rows by a segment at a time; prompts take turns in reading, so that a short one overtakes a long one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.errors import CheckpointError
+from statex_dist.inference.decoding import DecodingLoop, Progress, Row
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens, device_of, prefill, take_rows
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.sequence import LayerState
+
+MAX_PASSES = 8
+"""Forward passes of reading in a turn. Short prompts cost a pass each, whatever their number of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt with the continuations that are drawn of it.
+
+    Attributes:
+        tokens: One or more.
+        rows: One or more; the prompt is read once for all of them.
+    """
+
+    tokens: Tokens
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What a turn did.
+
+    Attributes:
+        progress: Of every row that took a step or ended.
+        tokens_read: Tokens of prompts.
+        rows: Rows that took the step.
+    """
+
+    progress: Sequence[Progress]
+    tokens_read: int
+    rows: int
+
+
+@dataclass(kw_only=True, slots=True)
+class _Reading:
+    prompt: Prompt
+    rows: list[Row]
+    at: int = 0
+    states: list[LayerState] | None = None
+
+
+class ContinuousBatch:
+    """Rows that are read and written together. To be used inside :func:`~statex_dist.inference.prefill.evaluating`.
+
+    Every prompt is read by itself and cut at multiples of the segment length, as it would be alone: what a request is
+    answered does not depend on its company.
+
+    Args:
+        model: The model.
+        tokenizer: The model's tokenizer.
+        max_rows: Slots.
+        segment_length: Most tokens that are read between two steps.
+    """
+
+    def __init__(
+        self,
+        model: RecurrentLM,
+        tokenizer: Tokenizer,
+        *,
+        max_rows: int,
+        segment_length: int = DEFAULT_SEGMENT_LENGTH,
+    ):
+        self._model, self._segment_length, self._max_rows = model, segment_length, max_rows
+        self._device = device_of(model)
+        self._loop = DecodingLoop(model, tokenizer)
+        self._reading: deque[_Reading] = deque()
+
+    @property
+    def running(self) -> int:
+        """Rows that are being written."""
+        return len(self._loop)
+
+    @property
+    def reading(self) -> int:
+        """Rows whose prompts are being read."""
+        return sum(len(reading.rows) for reading in tuple(self._reading))
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return self._max_rows - self.running - self.reading
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of rows that are being written."""
+        return self._loop.state_bytes
+
+    def admit(self, prompt: Prompt) -> None:
+        """Give a prompt's rows their slots."""
+        assert len(prompt.tokens)
+        assert len(prompt.rows) <= self.free
+        self._reading.append(_Reading(prompt=prompt, rows=list(prompt.rows)))
+
+    def drop(self, keys: Collection[Hashable]) -> None:
+        """Let rows leave before their end; keys that are not here are passed over."""
+        self._loop.drop(keys)
+        for reading in self._reading:
+            reading.rows = [row for row in reading.rows if row.key not in keys]
+        self._reading = deque(reading for reading in self._reading if reading.rows)
+
+    def turn(self) -> Turn:
+        """Read a piece of what is to be read, and take one step."""
+        failed, tokens_read = self._read()
+        rows = self.running
+        return Turn(progress=failed + self._loop.step(), tokens_read=tokens_read, rows=rows)
+
+    def _read(self) -> tuple[list[Progress], int]:
+        """Read up to a segment of tokens in a few passes; return the rows whose prompt the model cannot take."""
+        failed: list[Progress] = []
+        tokens_read = 0
+        for _ in range(MAX_PASSES):
+            if not self._reading:
+                break
+            reading = self._reading[0]
+            piece = reading.prompt.tokens[reading.at : reading.at + self._segment_length]
+            if tokens_read + len(piece) > self._segment_length:
+                break
+            self._reading.popleft()
+            failed += self._read_piece(reading, piece)
+            tokens_read += len(piece)
+        return failed, tokens_read
+
+    def _read_piece(self, reading: _Reading, piece: Tokens) -> list[Progress]:
+        ids = torch.tensor([list(piece)], device=self._device)
+        try:
+            logits, states = prefill(
+                self._model, ids, segment_length=self._segment_length, states=reading.states, position=reading.at
+            )
+        except CheckpointError as error:
+            return [
+                Progress(key=row.key, token=None, text="", finish_reason="error", error=error) for row in reading.rows
+            ]
+        reading.at += len(piece)
+        if reading.at < len(reading.prompt.tokens):
+            reading.states = states
+            self._reading.append(reading)
+        else:
+            copies = [0] * len(reading.rows)
+            self._loop.add(reading.rows, logits[copies], take_rows(states, copies))
+        return []

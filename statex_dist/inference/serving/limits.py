@@ -1,0 +1,92 @@
+"""What the server takes: its limits, and requests as tokens that are within them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.errors import ConfigError
+from statex_dist.inference.serving.protocol import DEFAULT_MAX_TOKENS, CompletionRequest, RequestError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What is taken.
+
+    Attributes:
+        max_batch_size: Completions that are read and written together: slots.
+        max_queue: Completions that wait for a slot.
+        max_prompt_tokens: Tokens of a prompt.
+        max_tokens: Tokens of a completion.
+        max_body_bytes: Bytes of a request's body.
+        request_timeout: Seconds from a request's arrival to the end of its answer.
+    """
+
+    max_batch_size: int = 32
+    max_queue: int = 256
+    max_prompt_tokens: int = 131_072
+    max_tokens: int = 4096
+    max_body_bytes: int = 8 << 20
+    request_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.request_timeout < float("inf"):
+            raise ConfigError(f"--request-timeout must be above 0 seconds, not {self.request_timeout:g}")
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "max_queue" else 1
+            if field.name != "request_timeout" and value < least:
+                raise ConfigError(f"--{field.name.replace('_', '-')} must be {least} or more, not {value}")
+
+    @property
+    def max_open(self) -> int:
+        """Completions that have a slot or wait for one."""
+        return self.max_batch_size + self.max_queue
+
+    def check(self, request: CompletionRequest) -> None:
+        """Raise if a request asks for more completions or tokens than it could ever get.
+
+        Raises:
+            RequestError: It does (400).
+        """
+        most = self.max_tokens
+        if request.max_tokens is not None and request.max_tokens > most:
+            raise _refused("max_tokens", f"max_tokens must be at most {most}, not {request.max_tokens}")
+        if request.num_choices > self.max_batch_size:
+            raise _refused("n", f"n must be at most {self.max_batch_size}, not {request.num_choices}")
+        rows = len(request.prompts) * request.num_choices
+        if rows > self.max_open:
+            raise _refused("prompt", f"{rows} completions are too many for a request; allowed: {self.max_open}")
+
+    def completion_tokens(self, request: CompletionRequest) -> int:
+        """Return the tokens of a completion at most."""
+        return request.max_tokens or min(DEFAULT_MAX_TOKENS, self.max_tokens)
+
+    def encode(self, prompts: Sequence[str | Sequence[int]], tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
+        """Return the tokens of prompts. It takes its time for a long text.
+
+        Args:
+            prompts: Texts or tokens.
+            tokenizer: The model's.
+            vocab_size: The model's.
+
+        Raises:
+            RequestError: A prompt is empty or too long, or a token is not in the vocabulary (400).
+        """
+        encoded = []
+        for prompt in prompts:
+            tokens = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else list(prompt)
+            if not tokens:
+                raise _refused("prompt", "the prompt has no tokens; give one or more")
+            if len(tokens) > self.max_prompt_tokens:
+                text = f"the prompt has {len(tokens)} tokens; allowed are {self.max_prompt_tokens}: shorten it"
+                raise _refused("prompt", text, code="context_length_exceeded")
+            if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+                raise _refused("prompt", f"token {wrong} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
+            encoded.append(tokens)
+        return encoded
+
+
+def _refused(param: str, message: str, *, code: str = "invalid_value") -> RequestError:
+    return RequestError(400, message, param=param, code=code)

@@ -1,0 +1,128 @@
+"""The process around the service: the port, the event loop, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+
+import uvicorn
+from fastapi import FastAPI
+
+from statex_dist.errors import ConfigError, StateXError
+from statex_dist.inference.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORDS_SECONDS = 5
+"""For answers that are complete or failed to reach their clients, before connections are cut."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; connections wait in it until the server runs.
+
+    Args:
+        host: Name or address.
+        port: 0 picks a free one.
+
+    Raises:
+        ConfigError: The address is not one of this machine, or the port is in use.
+    """
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port must be 0 to {(1 << 16) - 1}, not {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} of {host} is in use; choose another with --port, or --port 0 for a free one"
+            ) from None
+        raise ConfigError(f"cannot listen on port {port} of {host}: {error.strerror}; see --host, --port") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server:
+    """Serves an application until it is told to stop, or its decoding thread dies.
+
+    Args:
+        app: The application.
+        service: The service behind it.
+        grace_seconds: What open requests are given to end when the server is told to stop.
+    """
+
+    def __init__(self, app: FastAPI, service: Service, *, grace_seconds: float):
+        self._service, self._grace_seconds = service, grace_seconds
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+            )
+        )
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Task[None] | None = None
+
+    def run(
+        self, listener: socket.socket, *, signals: Sequence[int] = (), on_ready: Callable[[], None] = lambda: None
+    ) -> None:
+        """Serve, and return when an orderly stop is complete.
+
+        Args:
+            listener: Of :func:`bind`.
+            signals: What stops the server, like :meth:`request_stop`; in the main thread only.
+            on_ready: Called when it serves and listens to the signals.
+
+        Raises:
+            StateXError: The decoding thread died.
+        """
+        asyncio.run(self._run(listener, signals, on_ready))
+        if self._service.dead:
+            raise StateXError("the decoding thread died; its traceback is above")
+
+    def request_stop(self) -> None:
+        """Stop, from any thread. Asked again, do not wait for open requests."""
+        assert self._event_loop is not None
+        self._event_loop.call_soon_threadsafe(self._stop)
+
+    async def _run(self, listener: socket.socket, signals: Sequence[int], on_ready: Callable[[], None]) -> None:
+        self._event_loop = asyncio.get_running_loop()
+        for number in signals:
+            self._event_loop.add_signal_handler(number, self._stop)
+        self._service.on_death = self._stop
+        self._service.start()
+        on_ready()
+        await self._uvicorn.serve(sockets=[listener])
+        assert self._stopping is not None
+        await self._stopping
+
+    def _stop(self) -> None:
+        if self._stopping is not None:
+            self._service.give_up()
+            return
+        logger.info("stopping: no more requests are taken, those that are open have %g s", self._grace_seconds)
+        self._stopping = asyncio.ensure_future(self._stop_orderly())
+
+    async def _stop_orderly(self) -> None:
+        # Until then the port is open, and says that the server is stopping.
+        await self._service.stop(self._grace_seconds)
+        self._uvicorn.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals alone: uvicorn would end the process with the signal, however orderly it stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,121 @@
+"""What is taken as a request, and what each mistake is told."""
+
+import json
+
+import pytest
+
+from statex_dist.errors import ConfigError
+from statex_dist.inference.serving.limits import Limits
+from statex_dist.inference.serving.protocol import CompletionRequest, RequestError, parse_request
+
+
+def parse(**fields):
+    return parse_request(json.dumps({"model": "m", "prompt": "text", **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_a_prompt_is_text_or_tokens_one_or_many(prompt, prompts):
+    assert parse(prompt=prompt).prompts == prompts
+
+
+def test_null_stands_for_the_default():
+    empty = {name: None for name in CompletionRequest.model_fields if name not in ("model", "prompt")}
+    assert parse(**empty) == parse()
+
+
+def test_what_changes_nothing_is_taken():
+    neutral = {"best_of": 2, "n": 2, "logit_bias": {}, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0.0}
+    assert parse(**neutral, user="somebody", stream=True, stream_options={"include_usage": True}).includes_usage
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": 5}, "prompt", "prompt must be a string, a list of strings, a list of token ids or a list"),
+        ({"prompt": []}, "prompt", "not []"),
+        ({"prompt": [1, "a"]}, "prompt", "not [1, 'a']"),
+        ({"prompt": [True]}, "prompt", "not [True]"),
+        ({"prompt": [[1], ["a"]]}, "prompt", "not [[1], ['a']]"),
+        ({"prompt": [1.0]}, "prompt", "not [1.0]"),
+        ({"prompt": None}, "prompt", "not None"),
+        ({"model": 1}, "model", "valid string, not 1"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, not 0"),
+        ({"max_tokens": "5"}, "max_tokens", "valid integer, not '5'"),
+        ({"max_tokens": True}, "max_tokens", "valid integer, not True"),
+        ({"temperature": -0.5}, "temperature", "greater than or equal to 0, not -0.5"),
+        ({"temperature": float("nan")}, "temperature", "finite number, not nan"),
+        ({"top_p": 0}, "top_p", "greater than 0, not 0"),
+        ({"top_p": 1.5}, "top_p", "less than or equal to 1, not 1.5"),
+        ({"top_k": -1}, "top_k", "greater than or equal to 0, not -1"),
+        ({"top_k": 1 << 40}, "top_k", "less than"),
+        ({"n": 0}, "n", "greater than or equal to 1, not 0"),
+        ({"seed": 1 << 64}, "seed", "less than"),
+        ({"seed": 10**4000}, "seed", "less than"),
+        ({"stop": ["a"] * 5}, "stop", "up to 4"),
+        ({"stop": ""}, "stop", "1 to 256 characters"),
+        ({"stop": ["a", 5]}, "stop", "not ['a', 5]"),
+        ({"stop": "a" * 257}, "stop", "1 to 256 characters"),
+        ({"stream": "yes"}, "stream", "valid boolean, not 'yes'"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "go with stream: true only"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "not padded"),
+        ({"stream_options": {"colour": 1}}, "stream_options.colour", "known are include_usage"),
+        ({"logprobs": 0}, "logprobs", "logprobs is not supported: log probabilities are not given; leave it out"),
+        ({"best_of": 2}, "best_of", "best_of is not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not supported"),
+        ({"suffix": "end"}, "suffix", "reads from the left only"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty is not supported"),
+        ({"frequency_penalty": -1}, "frequency_penalty", "frequency_penalty is not supported"),
+        ({"messages": []}, "messages", "unknown field 'messages'; known are model, prompt, max_tokens"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_is_allowed(fields, param, words):
+    with pytest.raises(RequestError) as caught:
+        parse(**fields)
+    error = caught.value
+    assert words in str(error)
+    assert len(str(error)) < 400
+    assert (error.status, error.param, error.outcome) == (400, param, "invalid")
+    assert error.body()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "not valid JSON: EOF"),
+        (b'{"model": "m", ', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"model": "m", "prompt": "\\ud800"}', "not valid JSON"),
+        (b"[" * 100_000, "recursion limit"),
+        (b"[]", "the body is []; give a JSON object"),
+        (b"{}", "model is missing"),
+        (b'{"model": "m"}', "prompt is missing"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(body, words):
+    with pytest.raises(RequestError, match=words.replace("[", r"\[")) as caught:
+        parse_request(body)
+    assert caught.value.status == 400
+
+
+def test_a_body_full_of_mistakes_gets_one_short_line():
+    with pytest.raises(RequestError) as caught:
+        parse(prompt=[None] * 100_000, stop=[None] * 100_000)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_batch_size", 0, "--max-batch-size must be 1 or more, not 0"),
+        ("max_queue", -1, "--max-queue must be 0 or more, not -1"),
+        ("max_tokens", 0, "--max-tokens must be 1 or more, not 0"),
+        ("request_timeout", 0.0, "--request-timeout must be above 0 seconds, not 0"),
+        ("request_timeout", float("nan"), "--request-timeout must be above 0 seconds, not nan"),
+    ],
+)
+def test_limits_that_would_take_nothing_are_refused(name, value, words):
+    with pytest.raises(ConfigError, match=words):
+        Limits(**{name: value})

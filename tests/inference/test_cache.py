@@ -1,0 +1,94 @@
+"""States that were kept go on as if they had never left memory, and only in their own model."""
+
+import random
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from statex_dist.data.tokenizer import BytesTokenizer
+from statex_dist.errors import CheckpointError
+from statex_dist.inference.cache import load_prefix, save_prefix
+from statex_dist.inference.generate import read_prefix, stream_continuations
+from statex_dist.inference.sampling import Sampling
+from statex_dist.models.mitigation import parse_mitigation
+from tests.evaluation.stand_ins import tiny_model
+from tests.models.tiny import CONFIGS, build
+
+TOKENIZER = BytesTokenizer()
+
+
+class OtherTokenizer(BytesTokenizer):
+    hash = "another"
+
+
+def texts(model, prefix):
+    sampling = Sampling(max_tokens=6, ignore_eos=True)
+    options = {"tokenizer": TOKENIZER, "batch_size": 2, "segment_length": 8, "prefix": prefix}
+    return [progress.token for progress in stream_continuations(model, [[], [3, 1]], sampling, **options)]
+
+
+@pytest.mark.parametrize("remedy", [None, "sliding-window:tokens=4", "state-norm:learn=8,every=1"])
+@pytest.mark.parametrize("name", ["gla-mixed", "mamba2-grown", "retnet-grown", "hgrn2-conv-merged"])
+def test_kept_states_go_on_bit_for_bit(tmp_path, name, remedy):
+    model, rng = build(CONFIGS[name]).eval(), random.Random(1)
+    model.mitigation = None if remedy is None else parse_mitigation(remedy)
+    prefix = read_prefix(model, [rng.randrange(40) for _ in range(19)], segment_length=8)
+    save_prefix(tmp_path / "states", prefix, model, TOKENIZER)
+    loaded = load_prefix(tmp_path / "states", model, TOKENIZER)
+    assert loaded.num_tokens == 19
+    for ours, theirs in zip(prefix.states, loaded.states, strict=True):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
+    assert texts(model, loaded) == texts(model, prefix)
+
+
+def test_states_of_another_model_are_refused_with_the_difference(tmp_path):
+    model = tiny_model()
+    path = tmp_path / "states"
+    save_prefix(path, read_prefix(model, [1, 2, 3]), model, TOKENIZER)
+    one_weight = tiny_model()
+    with torch.no_grad():
+        one_weight.trunk.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    remedied = tiny_model()
+    remedied.mitigation = parse_mitigation("forget-more")
+    others = [
+        (tiny_model("mamba2"), TOKENIZER, "its family differs: gla there, mamba2 here"),
+        (tiny_model(num_hidden_layers=3), TOKENIZER, "depth differs: 258 tokens, 16 wide, 2 layers there"),
+        (remedied, TOKENIZER, "its mitigation differs: None there, forget-more:"),
+        (tiny_model().double(), TOKENIZER, "its dtype of the weights differs: float32 there, float64 here"),
+        (one_weight, TOKENIZER, "its weights differs$"),
+        (tiny_model(), OtherTokenizer(), "its tokenizer differs$"),
+    ]
+    for other, tokenizer, words in others:
+        with pytest.raises(CheckpointError, match=words):
+            load_prefix(path, other, tokenizer)
+    load_prefix(path, tiny_model(), TOKENIZER)
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    model, path = tiny_model(), tmp_path / "states"
+    with pytest.raises(CheckpointError, match="no file of states at"):
+        load_prefix(path, model, TOKENIZER)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_prefix(path, model, TOKENIZER)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="holds no states: it was not written by --save-state"):
+        load_prefix(path, model, TOKENIZER)
+    save_prefix(path, read_prefix(model, [1, 2, 3]), model, TOKENIZER)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_prefix(path, model, TOKENIZER)
+    path.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_prefix(path, model, TOKENIZER)
+    path.write_bytes(whole)
+    with safe_open(path, "pt") as file:
+        header = {**file.metadata(), "version": "7"}
+    save_file(load_file(path), path, header)
+    with pytest.raises(CheckpointError, match="version '7'; only 1 can be read"):
+        load_prefix(path, model, TOKENIZER)
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        save_prefix(tmp_path / "none" / "states", read_prefix(model, [1]), model, TOKENIZER)
