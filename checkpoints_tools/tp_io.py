@@ -21,18 +21,20 @@ from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.target_writer import TargetFile
 from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.tp_layout import (
+    LAYOUT_NAME,
+    LAYOUT_VERSION,
+    Ranges,
+    TensorParallelLayout,
+    check_place,
+    file_name,
+)
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of
 from statex_dist.models.layout import shard_ranges
 
 logger = logging.getLogger(__name__)
-
-LAYOUT_NAME = "tp_layout.json"
-LAYOUT_VERSION = 1
-_MAX_LAYOUT_BYTES = 100_000_000
-
-Ranges = Sequence[tuple[int, int]]
 
 
 def tp_plan(
@@ -104,11 +106,6 @@ def tp_plan(
     )
 
 
-def file_name(rank: int, tp: int) -> str:
-    """Return the name of a rank's file."""
-    return f"model-tp-{rank:02d}-of-{tp:02d}.safetensors"
-
-
 def _local(info: TensorInfo, axis: int, ranges: Ranges) -> TensorInfo:
     """Return a tensor as one rank holds it."""
     if not info.shape:
@@ -146,22 +143,22 @@ class TensorParallelSource(TensorSource):
 
     def __init__(self, directory: Path, facts: SourceFacts | None = None):
         path = directory / LAYOUT_NAME
-        tp, files, tensors = _read_layout(path)
+        layout = TensorParallelLayout.read(path)
+        tp, files, tensors = layout.tp, layout.files, layout.tensors
         headers = []
         for rank, file in enumerate(files):
             header, metadata = read_header(directory / file)
-            said = metadata.get("tp_rank", str(rank)), metadata.get("tp_size", str(tp))
-            if said != (str(rank), str(tp)):
-                raise CheckpointError(f"{directory / file} says that it is rank {said[0]} of {said[1]}: it was renamed")
+            check_place(directory / file, metadata, rank=rank, tp=tp)
             headers.append(header)
         self._pieces: dict[str, list[Piece]] = {}
         self._replicas: dict[str, list[Piece]] = {}
         infos = {}
-        for name, (shape, axis, ranges) in tensors.items():
+        for name, cut in tensors.items():
             dtypes = {header[name][0].dtype for header in headers if name in header}
             if len(dtypes) != 1 or not all(name in header for header in headers):
                 raise CheckpointError(f"{directory}: tensor '{name}' is missing on a rank, or of several dtypes")
-            infos[name] = TensorInfo(name=name, shape=shape, dtype=dtypes.pop())
+            axis, ranges = cut.axis, cut.ranges
+            infos[name] = TensorInfo(name=name, shape=cut.shape, dtype=dtypes.pop())
             held = []
             for rank, header in enumerate(headers):
                 local, offset = header[name]
@@ -188,55 +185,6 @@ class TensorParallelSource(TensorSource):
     def replicas(self, name: str) -> Sequence[Piece]:
         """Return where other ranks hold the same values."""
         return self._replicas[name]
-
-
-def _read_layout(path: Path) -> tuple[int, list[str], dict[str, tuple[tuple[int, ...], int, list[Ranges]]]]:
-    """Return the number of ranks, their files, and shape, axis and ranges of every tensor.
-
-    Raises:
-        CheckpointError: The file is unreadable or says what cannot be.
-    """
-    try:
-        if path.stat().st_size > _MAX_LAYOUT_BYTES:
-            raise ValueError(f"it is larger than {_MAX_LAYOUT_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != LAYOUT_VERSION:
-            raise ValueError(f"version {content['version']!r}; only {LAYOUT_VERSION} is known")
-        tp, files = content["tp"], [str(name) for name in content["files"]]
-        if type(tp) is not int or tp != len(files) or files != [file_name(rank, tp) for rank in range(len(files))]:
-            raise ValueError(f"its files are not those of {tp} ranks")
-        tensors: dict[str, tuple[tuple[int, ...], int, list[Ranges]]] = {
-            str(name): (
-                tuple(int(size) for size in entry["shape"]),
-                int(entry["axis"]),
-                [[(int(start), int(stop)) for start, stop in ranges] for ranges in entry["ranges"]],
-            )
-            for name, entry in content["tensors"].items()
-        }
-        for name, (shape, axis, ranges) in tensors.items():
-            if not _possible(shape, axis, ranges, tp):
-                raise ValueError(f"the ranges of tensor '{name}' are not those of {tp} ranks")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-    return tp, files, tensors
-
-
-def _possible(shape: tuple[int, ...], axis: int, ranges: Sequence[Ranges], tp: int) -> bool:
-    """Return whether ranges can be those of a tensor on ``tp`` ranks."""
-    if len(ranges) != tp or min(shape, default=0) < 0 or axis not in range(min(max(len(shape), 1), 2)):
-        return False
-    size = shape[axis] if shape else 0
-    inside = all(0 <= start <= stop <= size for of_rank in ranges for start, stop in of_rank)
-    return inside and (axis == 0 or all(len(of_rank) == 1 for of_rank in ranges))
 
 
 def _tiled(held: Sequence[Piece], info: TensorInfo, where: Path) -> tuple[list[Piece], list[Piece]]:

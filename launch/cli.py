@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -27,6 +28,7 @@ COMMANDS = {
     "verify": "compare two checkpoints, or prove that one is the other's expansion",
     "inspect": "say what a checkpoint is and whether it is whole",
     "generate": "continue prompts, one recurrent step a token",
+    "serve": "answer requests over HTTP, as OpenAI's completions API does",
     "eval": "measure what a model recalls, learns in context and predicts",
     "report": "draw training runs, evaluations and expansions on one page",
     "demo": "the whole road on a tiny model: pre-train, expand, post-train, compare",
@@ -61,13 +63,16 @@ def _module(command: str) -> ModuleType:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher adds --local_rank, whatever it starts; the rank is in the environment too.
+    arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
     if not arguments:
         arguments = ["--help"]
     setup_logging()
     try:
         options = build_parser().parse_args(arguments)
-        return _module(options.command).run(options[options.command])
+        command = options[options.command]
+        command.command_line = arguments  # for one that starts itself again, on several ranks
+        return _module(options.command).run(command)
     except argparse.ArgumentError as error:
         # The parser calls an option of a subcommand "command.option"; the user typed no such thing.
         text = one_line(error)
@@ -85,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("interrupted\n")
         return 130
 
 

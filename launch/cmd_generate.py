@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.model_options import add_dtype_option, add_model_options, check_ragged, load_for_decoding
-from statex_dist.errors import ConfigError, DataError
+from launch.model_options import (
+    add_dtype_option,
+    add_model_options,
+    check_ragged,
+    is_sharded,
+    load_for_decoding,
+    load_share,
+)
+from statex_dist.errors import ConfigError, DataError, StateXError
 
 if TYPE_CHECKING:
     from statex_dist.data.tokenizer import Tokenizer
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
     from statex_dist.inference.generate import Prefix
     from statex_dist.inference.sampling import Sampling
     from statex_dist.models.lm import RecurrentLM
+    from statex_dist.parallel.tensor_share import TensorShare
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="prompts that are continued together")
     parser.add_argument("--save-state", type=str | None, default=None, metavar="FILE", help="keep what the prompt left")
     parser.add_argument("--load-state", type=str | None, default=None, metavar="FILE", help="start from what was kept")
+    parser.add_argument("--tp", type=int | None, default=None, help="tensor-parallel ranks that share the model")
     parser.add_argument("--json", action="store_true", help="print texts and figures as JSON when all are done")
 
 
@@ -55,31 +64,67 @@ def run(args: Any) -> int:
     """Continue prompts and print the texts: of one prompt as it comes.
 
     Args:
-        args: The parsed options of :func:`add_arguments`.
+        args: The parsed options of :func:`add_arguments`, with the command line that they were parsed from.
 
     Raises:
         StateXError: The options, the model, the prompts or the file of states are wrong.
     """
-    sampling = _read_options(args)
-    prompts = read_prompts(args.prompt or [], args.prompt_file or [])
-    if not prompts:
-        if args.load_state is None:
-            raise ConfigError("no prompt; give --prompt TEXT or --prompt-file FILE (or --load-state FILE)")
-        prompts = [""]
-    if args.save_state is not None and len(prompts) > 1:
-        raise ConfigError(f"--save-state keeps what one prompt left; {len(prompts)} were given")
-    model, tokenizer = load_for_decoding(args)
-    if len(prompts) > 1:
-        check_ragged(model.mitigation, "generating from several prompts")
-    session = _Session(model=model, tokenizer=tokenizer, args=args, sampling=sampling)
-    session.read(prompts)
-    if sampling is not None:
-        session.write(sys.stdout.write if not args.json and len(prompts) == 1 else None)
-    _print(session, args)
+    from launch.tensor_parallel import open_tensor_parallel, start_ranks, wants_ranks
+    from statex_dist.parallel.tensor_share import TensorShare
+    from statex_dist.parallel.together import OtherRankError
+
+    if wants_ranks(args.tp):
+        return start_ranks(args.tp, args.command_line)
+    try:
+        with open_tensor_parallel(args.tp) as share:
+            _generate(args, share or TensorShare())
+    except OtherRankError as error:  # that rank says what is wrong
+        return error.exit_code
     return 0
 
 
-def _read_options(args: Any) -> Sampling | None:
+def _generate(args: Any, share: TensorShare) -> None:
+    """Do what this rank has to; all ranks produce the same tokens, and the first one prints them."""
+    from statex_dist.parallel.together import OtherRankError
+
+    with share.together():
+        sampling = _read_options(args, share)
+        mine = read_prompts(args.prompt or [], args.prompt_file or []) if share.rank == 0 else []
+    prompts = share.gather_objects(mine)[0]
+    with share.together():
+        prompts = _check_prompts(args, prompts)
+    if share.size > 1 or is_sharded(args.model):
+        model, tokenizer = load_share(args, share)
+    else:
+        model, tokenizer = load_for_decoding(args)
+    if len(prompts) > 1:
+        with share.together():
+            check_ragged(model.mitigation, "generating from several prompts")
+    session = _Session(model=model, tokenizer=tokenizer, args=args, sampling=sampling, share=share)
+    try:
+        session.read(prompts)
+        if sampling is not None:
+            as_it_comes = not args.json and len(prompts) == 1 and share.rank == 0
+            session.write(sys.stdout.write if as_it_comes else None)
+    except StateXError as error:
+        if share.rank == 0:
+            raise
+        # All ranks have the same logits, and so the same error.
+        raise OtherRankError("rank 0 says what is wrong", error.exit_code) from None
+    if share.rank == 0:
+        _print(session, args)
+
+
+def _check_prompts(args: Any, prompts: list[str]) -> list[str]:
+    """Return the prompts; an empty one where a file of states is all there is."""
+    if not prompts and args.load_state is None:
+        raise ConfigError("no prompt; give --prompt TEXT or --prompt-file FILE (or --load-state FILE)")
+    if args.save_state is not None and len(prompts) > 1:
+        raise ConfigError(f"--save-state keeps what one prompt left; {len(prompts)} were given")
+    return prompts or [""]
+
+
+def _read_options(args: Any, share: TensorShare) -> Sampling | None:
     """Return how texts are drawn; None where the prompt is only to be read."""
     from statex_dist.inference.sampling import Sampling
 
@@ -90,6 +135,10 @@ def _read_options(args: Any) -> Sampling | None:
         raise ConfigError(f"--seed must be 0 or more, not {args.seed}")
     for option in ("save_state", "load_state"):
         path = getattr(args, option)
+        if path is not None and share.size > 1:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} does not go with --tp: each rank has only its part of states"
+            )
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"--{option.replace('_', '-')} {path}: no such directory")
     if args.max_new_tokens == 0 and args.save_state is not None:
@@ -157,6 +206,7 @@ class _Session:
     tokenizer: Tokenizer
     args: Any
     sampling: Sampling | None
+    share: TensorShare
     contexts: list[list[int]] = field(default_factory=list)
     prefix: Prefix | None = None
     done: dict[int, Progress] = field(default_factory=dict)
@@ -187,7 +237,7 @@ class _Session:
 
         segment, prefix = self.args.segment_length, self.prefix
         step = _PIECE_SEGMENTS * segment
-        with _reading_bar(len(tokens)) as advance:
+        with _reading_bar(len(tokens), shown=self.share.rank == 0) as advance:
             for first in range(0, max(len(tokens), 1), step):
                 piece = tokens[first : first + step]
                 prefix = read_prefix(self.model, piece, segment_length=segment, prefix=prefix)
@@ -211,6 +261,7 @@ class _Session:
             segment_length=self.args.segment_length,
             seeds=seeds,
             prefix=self.prefix,
+            agree=self.share.agree,
         ):
             if out is not None and progress.text:
                 out(progress.text)
@@ -229,13 +280,13 @@ class _Session:
 
 
 @contextmanager
-def _reading_bar(num_tokens: int) -> Iterator[Callable[[int], None]]:
+def _reading_bar(num_tokens: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Give a callback that moves a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (shown and console.is_terminal):
         yield lambda count: None
         return
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from statex_dist.data.tokenizer import Tokenizer
     from statex_dist.models.lm import RecurrentLM
     from statex_dist.models.mitigation import Mitigation
+    from statex_dist.parallel.tensor_share import TensorShare
 
 _SMALL_MODEL = 1 << 24
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -70,6 +71,37 @@ def load_for_decoding(args: Any) -> tuple[RecurrentLM, Tokenizer]:
     model = load_model(args.model, args.device, dtype=args.dtype, threads=args.threads)
     model.mitigation = mitigation
     return model.eval(), load_matching_tokenizer(args, model)
+
+
+def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
+    """Load this rank's part of what :func:`load_for_decoding` loads whole; every rank must call this.
+
+    Args:
+        args: The parsed options, as there.
+        share: This rank among those that share the model.
+
+    Raises:
+        StateXError: As there, or another rank failed.
+    """
+    from statex_dist.parallel.tensor import load_tensor_parallel
+
+    with share.together():
+        mitigation = read_mitigation(args)
+        place = parse_device(args.device)
+        dtype = parse_dtype(args.dtype, place)
+    model = load_tensor_parallel(Path(args.model), share, dtype=dtype, device=place)
+    with share.together():
+        set_threads(args.threads, sum(parameter.numel() for parameter in model.parameters()))
+        model.mitigation = mitigation
+        tokenizer = load_matching_tokenizer(args, model)
+    return model, tokenizer
+
+
+def is_sharded(directory: str) -> bool:
+    """Return whether a directory holds tensor-parallel shards and no whole model."""
+    from statex_dist.checkpoint.tp_layout import LAYOUT_NAME
+
+    return (Path(directory) / LAYOUT_NAME).is_file()
 
 
 def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
@@ -156,6 +188,11 @@ def load_model(directory: str, device: str, *, dtype: str = "fp32", threads: int
     """
     from statex_dist.models.hf import from_pretrained
 
+    if is_sharded(directory):
+        raise ConfigError(
+            f"{directory} holds tensor-parallel shards, which statex generate --tp runs; make a whole model with "
+            f"statex reshard --source {directory} --target NEW_DIR --to hf"
+        )
     place = parse_device(device)
     model = from_pretrained(Path(directory), dtype=parse_dtype(dtype, place), device=place)
     set_threads(threads, sum(parameter.numel() for parameter in model.parameters()))

@@ -44,10 +44,10 @@ class Ranks:
         """
         return all_or_none(self.rank, self._gather, work="the evaluation")
 
-    def _gather(self, value: bool) -> list[bool]:
+    def _gather(self, value: int) -> list[int]:
         if self.world_size == 1:
             return [value]
-        values: list[bool] = [False] * self.world_size
+        values = [0] * self.world_size
         begin = time.monotonic()
         try:
             dist.all_gather_object(values, value)

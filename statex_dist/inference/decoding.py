@@ -1,8 +1,8 @@
 """The decoding loop: rows that take one step a token together, and come and go between steps.
 
 Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it has read,
-so a batch is the states of its rows side by side: joining is a concatenation and leaving a selection. ``statex
-generate`` and the server run this same loop.
+so a batch is the states of its rows side by side: joining is a concatenation and leaving a selection; a step writes over
+them. ``statex generate`` and the server run this same loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import StateXError
-from statex_dist.inference.not_finite import explain_row
+from statex_dist.inference.not_finite import explain_step
 from statex_dist.inference.prefill import take_rows
 from statex_dist.inference.sampling import Sampling, choose_tokens
 from statex_dist.inference.text import TextStream, end_ids
@@ -111,6 +111,8 @@ class DecodingLoop:
         self._rows: list[_Running] = []
         self._logits: torch.Tensor | None = None
         self._states: list[LayerState] = []
+        self._owns_states = False
+        """Whether nobody else has them: a step then writes over them."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -140,13 +142,14 @@ class DecodingLoop:
                 )
             )
         if self._logits is None:
-            self._logits, self._states = logits, list(states)
+            self._logits, self._states, self._owns_states = logits, list(states), False
             return
         self._logits = torch.cat([self._logits, logits])
         self._states = [
             tuple(torch.cat(pair) for pair in zip(ours, theirs, strict=True))
             for ours, theirs in zip(self._states, states, strict=True)
         ]
+        self._owns_states = True
 
     def drop(self, keys: Collection[Hashable]) -> None:
         """Let rows leave before their end; keys that are not in the loop are passed over."""
@@ -170,24 +173,18 @@ class DecodingLoop:
         if not going:
             return progress
         ids = (chosen if len(going) == len(chosen) else chosen[going])[:, None]
-        output = self._model(ids, states=self._states, output_states=True, logits_to_keep=1)
-        logits = output.logits[:, -1]
-        bad = ~torch.isfinite(logits).all(dim=-1)
+        output = self._model(
+            ids, states=self._states, output_states=True, overwrite_states=self._owns_states, logits_to_keep=1
+        )
+        self._logits, self._states, self._owns_states = output.logits[:, -1], output.states, True
+        bad = ~torch.isfinite(self._logits).all(dim=-1)
         if bad.any():
             for i, place in enumerate(going):
                 if bad[i]:
-                    progress[place] = self._rows[i].failed(self._explain(ids, i))
-        self._logits, self._states = logits, output.states
-        if bad.any():
+                    position = self._rows[i].row.position + len(self._rows[i].tokens) - 1
+                    progress[place] = self._rows[i].failed(explain_step(self._states, i, position=position))
             self._keep((~bad).nonzero()[:, 0].tolist())
         return progress
-
-    def _explain(self, ids: torch.Tensor, i: int) -> StateXError:
-        running = self._rows[i]
-        alone = torch.arange(len(ids), device=ids.device) == i
-        positions = [other.row.position + len(other.tokens) - 1 for other in self._rows]
-        assert running.tokens
-        return explain_row(self._model, ids, self._states, alone, positions)
 
     def _keep(self, places: Sequence[int]) -> None:
         if len(places) == len(self._rows):
@@ -198,3 +195,4 @@ class DecodingLoop:
             return
         assert self._logits is not None
         self._logits, self._states = self._logits[places], take_rows(self._states, places)
+        self._owns_states = True

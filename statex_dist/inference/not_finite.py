@@ -49,10 +49,7 @@ def explain_not_finite(
         found.insert(0, (f"the state of layer {layer}", position - 1))
     elif not found and (layer := first_not_finite(after)) is not None:
         found.append((f"the state of layer {layer}", position + input_ids.shape[1] - 1))
-    where = (
-        "not at the same place when read again" if not found else f"first in {found[0][0]} at position {found[0][1]}"
-    )
-    return CheckpointError(f"the model's output is NaN or infinite, {where}; its weights or its gates are damaged")
+    return _error(f"first in {found[0][0]} at position {found[0][1]}" if found else "not where it is read again")
 
 
 def explain_row(
@@ -74,6 +71,23 @@ def explain_row(
     row = int(bad.nonzero()[0])
     before = None if states is None else [tuple(tensor[row : row + 1] for tensor in state) for state in states]
     return explain_not_finite(model, input_ids[row : row + 1], before, position=positions[row])
+
+
+def explain_step(states: Sequence[LayerState], row: int, *, position: int) -> CheckpointError:
+    """Return the error of one row after a step of one token, from the states after it: those before it may be gone.
+
+    Args:
+        states: Each layer's state after the step.
+        row: The row whose output is not finite.
+        position: Position of the step's token.
+    """
+    layer = first_not_finite([tuple(part[row] for part in state) for state in states])
+    where = "the logits alone" if layer is None else f"the state of layer {layer}"
+    return _error(f"first in {where} at position {position}")
+
+
+def _error(where: str) -> CheckpointError:
+    return CheckpointError(f"the model's output is NaN or infinite, {where}; its weights or its gates are damaged")
 
 
 def first_not_finite(states: Sequence[LayerState]) -> int | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from statex_dist.inference.not_finite import explain_not_finite, explain_row, first_not_finite
+from statex_dist.inference.not_finite import explain_not_finite, first_not_finite
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 
@@ -55,7 +55,7 @@ def prefill(
     *,
     segment_length: int = DEFAULT_SEGMENT_LENGTH,
     states: list[LayerState] | None = None,
-    position: int | Sequence[int] = 0,
+    position: int = 0,
 ) -> tuple[torch.Tensor, list[LayerState]]:
     """Read prompts segment by segment with a carried state; only the last token's logits are ever computed.
 
@@ -64,7 +64,7 @@ def prefill(
         input_ids: ``[B, T]`` int64 prompts of equal length.
         segment_length: Tokens per forward pass.
         states: Each layer's state before the prompts, or None for zero.
-        position: Position of the first token, for messages; one for all rows, or one each.
+        position: Position of the first token, for messages.
 
     Returns:
         The logits ``[B, vocab]`` after the last token, and the states.
@@ -80,12 +80,9 @@ def prefill(
         # What a segment's earlier tokens left in the last layer reaches logits a segment late, or never. A single token
         # has none before it, and looking through all states after each would cost a third of decoding.
         looked_at = output.states if segment.shape[1] > 1 else []
-        if not torch.isfinite(logits).all() or first_not_finite(looked_at) is not None:
-            if isinstance(position, int):
-                raise explain_not_finite(model, segment, states, position=position + read)
-            parts = [logits, *(tensor for state in output.states for tensor in state)]
-            bad = torch.stack([~part.flatten(1).isfinite().all(dim=1) for part in parts]).any(dim=0)
-            raise explain_row(model, segment, states, bad, [first + read for first in position])
+        bad = not bool(torch.isfinite(logits).all()) or first_not_finite(looked_at) is not None
+        if model.anywhere(bad):
+            raise explain_not_finite(model, segment, states, position=position + read)
         states, read = output.states, read + segment.shape[1]
     assert logits is not None
     assert states is not None

@@ -8,7 +8,9 @@ from torch import nn
 
 from statex_dist.models.delta_rule import DeltaRuleConfig
 from statex_dist.models.fla_block import add_convolutions, add_mix, convolve
+from statex_dist.models.layout import HeldHeads
 from statex_dist.models.mitigated import mitigated_delta
+from statex_dist.models.partners import PartnerHeads
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.dispatch import delta_decode, delta_rule
 from statex_dist.ops.precision import wide_dtype
@@ -30,6 +32,7 @@ class DeltaAttention(nn.Module):
         super().__init__()
         hidden, keys, values = config.hidden_size, config.key_dim, config.value_dim
         self.config, self.geometry = config, config.layer_geometry(layer)
+        self.heads = HeldHeads.of(self.geometry)
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
         self.v_proj = nn.Linear(hidden, values, bias=False)
@@ -69,17 +72,21 @@ class DeltaAttention(nn.Module):
             (q, k, v), new_tail = convolve(self, "qkv", (q, k, v), sequences, tail)
         else:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        q, k = (_normalize(y.unflatten(-1, (self.config.num_heads, -1))) for y in (q, k))
-        v = v.unflatten(-1, (self.config.value_heads, -1))
+        q, k = (_normalize(y.unflatten(-1, (self.heads.keys, -1))) for y in (q, k))
+        v = v.unflatten(-1, (self.heads.values, -1))
         beta = self.b_proj(x)
         beta = torch.sigmoid(beta.to(wide_dtype(beta.dtype))) * (2 if self.config.allow_neg_eigval else 1)
         g = self.log_decays(x)
+        pairs, mix = PartnerHeads.where_needed(self.heads), self.mix
+        if pairs is not None:
+            q, k, g, beta = (pairs.by_key(y) for y in (q, k, g, beta))
+            v, mix = pairs.by_value(v), None
 
         def scan(inputs: LayerState, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             q, k, v, g, beta = inputs
             if q.shape[1] == 1 and before is not None and sequences.cu_seqlens is None:
                 q, k, v, g, beta = (y.squeeze(1) for y in inputs)
-                o, after = delta_decode(q, k, v, g, beta, before, mix=self.mix)
+                o, after = delta_decode(q, k, v, g, beta, before, mix=mix, overwrite=sequences.overwrites)
                 return o.unsqueeze(1), after
             return delta_rule(
                 q,
@@ -87,7 +94,7 @@ class DeltaAttention(nn.Module):
                 v,
                 g,
                 beta,
-                mix=self.mix,
+                mix=mix,
                 initial_state=before,
                 cu_seqlens=sequences.cu_seqlens,
                 backend=sequences.backend,  # type: ignore[arg-type]
@@ -100,6 +107,9 @@ class DeltaAttention(nn.Module):
             o, recurrent = scan(inputs, recurrent)
         else:
             o, recurrent, memory = mitigated_delta(sequences.mitigation, scan, inputs, recurrent, memory)
+        if pairs is not None:
+            assert self.mix is not None
+            o = pairs.read(o, self.mix)
         assert recurrent is not None
         new_state = (recurrent, *new_tail, *memory) if sequences.output_states else None
         return self.o_proj(self.gated(o.to(x.dtype), x).flatten(-2)), new_state

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from statex_dist.models.layout import HeldHeads
 from statex_dist.models.mitigated import mitigated_gla
 from statex_dist.models.norm import RMSNorm
+from statex_dist.models.partners import PartnerHeads
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import convolve_sequences
 from statex_dist.ops.dispatch import gla, gla_decode
@@ -116,6 +118,7 @@ def linear_attention(
     recurrent: torch.Tensor | None,
     sequences: Sequences,
     *,
+    heads: HeldHeads,
     scale: float | None = None,
     mix: torch.Tensor | None = None,
     memory: LayerState = (),
@@ -129,6 +132,7 @@ def linear_attention(
         g: ``[B, T, H, K]`` log decays.
         recurrent: The state before the segment, or None for zero.
         sequences: Borders of packed sequences and the scan's backend.
+        heads: What of the layer is here.
         scale: Factor of the queries, ``K ** -0.5`` where None.
         mix: ``[H, r]`` mixing matrix, or None.
         memory: What the sequences' mitigation had added to the layer's state.
@@ -138,12 +142,16 @@ def linear_attention(
         the sequences ask for states).
     """
     mitigation = sequences.mitigation
+    pairs, scan_mix = PartnerHeads.where_needed(heads), mix
+    if pairs is not None:
+        q, k, g = (pairs.by_key(y) for y in (q, k, g))
+        v, scan_mix = pairs.by_value(v), None
 
     def scan(inputs: LayerState, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v, g = inputs
         if q.shape[1] == 1 and before is not None and sequences.cu_seqlens is None:
             q, k, v, g = (y.squeeze(1) for y in inputs)
-            o, after = gla_decode(q, k, v, g, before, scale=scale, mix=mix)
+            o, after = gla_decode(q, k, v, g, before, scale=scale, mix=scan_mix, overwrite=sequences.overwrites)
             return o.unsqueeze(1), after
         return gla(
             q,
@@ -151,7 +159,7 @@ def linear_attention(
             v,
             g.to(wide_dtype(q.dtype)),
             scale=scale,
-            mix=mix,
+            mix=scan_mix,
             initial_state=before,
             cu_seqlens=sequences.cu_seqlens,
             backend=sequences.scan_backend,  # type: ignore[arg-type]
@@ -165,4 +173,7 @@ def linear_attention(
         o, after = scan((q, k, v, g), recurrent)
     else:
         o, after, memory = mitigated_gla(mitigation, scan, (q, k, v, g), recurrent, memory)
+    if pairs is not None:
+        assert mix is not None
+        o = pairs.read(o, mix)
     return (o, after, memory) if sequences.output_states else (o, None, ())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +83,77 @@ def layer_units(geometry: StateGeometry) -> LayerUnits:
         values=Units(geometry.num_heads, divisible=True),
         norm=Units(geometry.num_heads, divisible=True, shared=True),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldHeads:
+    """The heads of a layer that are in this process: all of them, or what one tensor-parallel rank holds.
+
+    Attributes:
+        total: Value heads of the layer, on all ranks together.
+        keys: Heads (or groups of heads) with queries and keys here.
+        decays: Value heads whose decays, steps and strengths are here.
+        values: Value heads here.
+        first: The first of those, counted from 0 among all.
+        key_dim: Key channels of a head.
+        value_dim: Value channels of a head that are here: all, or a piece.
+        ranks_per_head: Ranks in a row that cut one head along its values; 1 where heads are whole.
+        partners: Value heads that each head's state stores (the ``r`` of a mixed layer, else 1).
+        key_range: The key channels here, ``(start, stop)`` among those of the layer.
+    """
+
+    total: int
+    keys: int
+    decays: int
+    values: int
+    first: int
+    key_dim: int
+    value_dim: int
+    ranks_per_head: int
+    partners: int
+    key_range: tuple[int, int]
+
+    @classmethod
+    def of(cls, geometry: StateGeometry, *, tp: int = 1, rank: int = 0) -> HeldHeads:
+        """Return what one of ``tp`` ranks holds of a layer with this state; they must be able to share it."""
+        units = layer_units(geometry)
+
+        def held(units: Units, count: int, size: int) -> tuple[int, int]:
+            found = units.held(count * size, tp, rank)
+            assert found is not None, (geometry, tp)
+            return found
+
+        keys = held(units.keys, geometry.num_key_groups, geometry.key_dim)
+        decays = held(units.heads, geometry.num_heads, 1)
+        start, stop = held(units.values, geometry.num_heads, geometry.value_dim)
+        values = max((stop - start) // geometry.value_dim, 1)
+        return cls(
+            total=geometry.num_heads,
+            keys=(keys[1] - keys[0]) // geometry.key_dim,
+            decays=decays[1] - decays[0],
+            values=values,
+            first=start // geometry.value_dim,
+            key_dim=geometry.key_dim,
+            value_dim=(stop - start) // values,
+            ranks_per_head=max(tp // geometry.num_heads, 1),
+            partners=geometry.values_per_key,
+            key_range=keys,
+        )
+
+    @property
+    def key_channels(self) -> slice:
+        """The key channels here, among those of the layer."""
+        return slice(*self.key_range)
+
+    @property
+    def all_here(self) -> bool:
+        """Whether this process has all of the layer."""
+        return self.values == self.total and self.ranks_per_head == 1
+
+    @property
+    def whole_states(self) -> bool:
+        """Whether the state of every head is in one process, with all of its value columns."""
+        return self.all_here or (self.ranks_per_head == 1 and self.partners == 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,24 +230,38 @@ def shard_ranges(spec: TensorSpec, name: str, tp: int, rank: int) -> tuple[tuple
             f"{name}: {tp} tensor-parallel ranks cannot share axis {spec.axis} of {list(spec.shape)}, which consists "
             f"of {counts} heads, groups or channels; possible numbers of ranks: {', '.join(map(str, possible))}"
         )
-    sizes = [rows for _, rows in spec.parts] or [spec.shape[spec.axis]]
-    return _rows_of_blocks(held, sizes, spec.blocks)
-
-
-def _rows_of_blocks(held: Sequence[tuple[int, int]], sizes: Sequence[int], blocks: int) -> tuple[tuple[int, int], ...]:
-    """Return where ranges of parts lie in a tensor of ``blocks`` rounds of the parts, each of ``sizes`` elements."""
     ranges: list[tuple[int, int]] = []
+    for _, start, stop in _pieces(spec, held):
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((start, stop))
+    return tuple(ranges)
+
+
+def rows_by_part(spec: TensorSpec, tp: int, rank: int) -> list[int]:
+    """Return the rows of what a rank holds of a tensor in blocks, in another order: all of the first part first."""
+    held = spec.held_parts(tp, rank)
+    assert held is not None, (spec, tp)
+    by_part: list[list[int]] = [[] for _ in spec.parts]
+    position = 0
+    for part, start, stop in _pieces(spec, held):
+        by_part[part] += range(position, position + stop - start)
+        position += stop - start
+    return [row for rows in by_part for row in rows]
+
+
+def _pieces(spec: TensorSpec, held: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(part, start, stop)`` along the axis for each block of each part that a rank holds something of."""
+    sizes = [rows for _, rows in spec.parts] or [spec.shape[spec.axis]]
     offset = 0
-    for block in range(blocks):
-        for size, (first, last) in zip(sizes, held, strict=True):
+    for block in range(spec.blocks):
+        for part, (size, (first, last)) in enumerate(zip(sizes, held, strict=True)):
             start = offset + max(first - block * size, 0)
             stop = offset + min(last - block * size, size)
-            if ranges and start < stop and ranges[-1][1] == start:
-                ranges[-1] = (ranges[-1][0], stop)
-            elif start < stop:
-                ranges.append((start, stop))
+            if start < stop:
+                yield part, start, stop
             offset += size
-    return tuple(ranges)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

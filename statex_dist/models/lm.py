@@ -136,15 +136,27 @@ class RecurrentLM(nn.Module):
         """Remedy against state collapse that the layers apply, or None.
 
         Raises:
-            ConfigError: Set to one whose equation does not hold for the family.
+            ConfigError: Set to one whose equation does not hold for the model.
         """
         return self._mitigation
 
     @mitigation.setter
     def mitigation(self, mitigation: Mitigation | None) -> None:
         if mitigation is not None:
-            mitigation.check_model(self.config)
+            self.check_mitigation(mitigation)
         self._mitigation = mitigation
+
+    def check_mitigation(self, mitigation: Mitigation) -> None:
+        """Raise if a remedy's equation does not hold for the model.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        mitigation.check_model(self.config)
+
+    def anywhere(self, found: bool) -> bool:
+        """Return whether ``found`` holds in any process that has a part of the model."""
+        return found
 
     @property
     def family(self) -> Family:
@@ -165,6 +177,7 @@ class RecurrentLM(nn.Module):
         seq_idx: torch.Tensor | None = None,
         states: list[LayerState] | None = None,
         output_states: bool = False,
+        overwrite_states: bool = False,
         logits_to_keep: int | None = None,
         backend: str = "auto",
         chunk_size: int | None = None,
@@ -180,6 +193,8 @@ class RecurrentLM(nn.Module):
             seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form.
             states: Each layer's state before ``input_ids``, or None for zero.
             output_states: Whether to return the states after ``input_ids``.
+            overwrite_states: Whether a step of one token may write the states after it over ``states``, which saves as
+                much memory as they take and most of the step's time; without autograd alone.
             logits_to_keep: Return the logits of so many last tokens only; None returns all. Not with ``labels``.
             backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
             chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
@@ -195,6 +210,7 @@ class RecurrentLM(nn.Module):
             cu_seqlens=cu_seqlens,
             seq_idx=seq_idx,
             output_states=output_states,
+            overwrite_states=overwrite_states,
             backend=backend,
             chunk_size=chunk_size,
             max_state_bytes=self.max_state_bytes,

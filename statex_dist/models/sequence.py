@@ -30,6 +30,7 @@ class Sequences:
         context: How the tokens hang together with those of other ranks, or None. States before and after the tokens
             are then those before and after the whole pack, ``[1, ...]``.
         mitigation: Remedy against state collapse, or None.
+        overwrite_states: Whether a step of one token may write new matrix states over those that it is given.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -40,6 +41,12 @@ class Sequences:
     max_state_bytes: int | None = None
     context: ContextShare | None = None
     mitigation: Mitigation | None = None
+    overwrite_states: bool = False
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a step writes over the state before it; a remedy may need that one as well."""
+        return self.overwrite_states and self.mitigation is None
 
     @property
     def scan_returns_state(self) -> bool:

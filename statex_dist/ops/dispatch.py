@@ -14,6 +14,7 @@ import torch
 from statex_dist.errors import ConfigError
 from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_across
 from statex_dist.ops.chunked import chunked_gla, chunked_ssd
+from statex_dist.ops.decode import delta_step_, gla_step_, ssd_step_
 from statex_dist.ops.delta import chunked_delta_rule, delta_step, naive_delta_rule
 from statex_dist.ops.fla_api import fla_delta_rule, fla_gla, has_fla
 from statex_dist.ops.mamba_api import has_mamba_ssm, mamba_ssd
@@ -170,12 +171,19 @@ def gla_decode(
     *,
     scale: float | None = None,
     mix: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advance :func:`gla` by one token: ``q, k, g [B, H, K]``, ``v [B, H, V]``, ``state [B, H, K, r V]``."""
+    """Advance :func:`gla` by one token: ``q, k, g [B, H, K]``, ``v [B, H, V]``, ``state [B, H, K, r V]``.
+
+    With ``overwrite`` the new state takes the old one's place in memory: without autograd, and if the caller owns it.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mix is not None:
         v = spread_values(v, mix.shape[1])
-    o, state = gla_step(q, k, v, g, state, scale=scale)
+    if overwrite:
+        o = gla_step_(q, k, v, g, state, scale=scale)
+    else:
+        o, state = gla_step(q, k, v, g, state, scale=scale)
     return (o if mix is None else mix_outputs(o, mix)), state
 
 
@@ -238,11 +246,19 @@ def delta_decode(
     state: torch.Tensor,
     *,
     mix: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advance :func:`delta_rule` by one token: arguments without their ``T``, ``state [B, HV, K, r V]``."""
+    """Advance :func:`delta_rule` by one token: arguments without their ``T``, ``state [B, HV, K, r V]``.
+
+    ``overwrite`` is that of :func:`gla_decode`.
+    """
+    scale = q.shape[-1] ** -0.5
     if mix is not None:
         v = spread_values(v, mix.shape[1])
-    o, state = delta_step(q, k, v, g, beta, state, scale=q.shape[-1] ** -0.5)
+    if overwrite:
+        o = delta_step_(q, k, v, g, beta, state, scale=scale)
+    else:
+        o, state = delta_step(q, k, v, g, beta, state, scale=scale)
     return (o if mix is None else mix_outputs(o, mix)), state
 
 
@@ -333,9 +349,16 @@ def ssd_decode(
     state: torch.Tensor,
     *,
     D: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advance :func:`ssd` by one token: ``x [B, H, P]``, ``dt [B, H]``, ``B, C [B, G, N]``, ``state [B, H, P, N]``."""
-    y, state = ssd_step(x, dt, A, B, C, state)
+    """Advance :func:`ssd` by one token: ``x [B, H, P]``, ``dt [B, H]``, ``B, C [B, G, N]``, ``state [B, H, P, N]``.
+
+    ``overwrite`` is that of :func:`gla_decode`.
+    """
+    if overwrite:
+        y = ssd_step_(x, dt, A, B, C, state)
+    else:
+        y, state = ssd_step(x, dt, A, B, C, state)
     if D is not None:
         y = y + x * D.to(x.dtype).unsqueeze(-1)
     return y, state

@@ -35,8 +35,7 @@ def gla_step(
     """
     out_dtype = v.dtype
     q, k, v, g = (y.to(state.dtype) for y in (q, k, v, g))
-    # Decoding is as fast as states can be read and written: what is inserted is never held by itself.
-    state = (state * g.exp().unsqueeze(-1)).addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
+    state = state * g.exp().unsqueeze(-1) + k.unsqueeze(-1) * v.unsqueeze(-2)
     return torch.einsum("bhk,bhkv->bhv", q * scale, state).to(out_dtype), state
 
 
@@ -63,16 +62,12 @@ def ssd_step(
     """
     out_dtype = x.dtype
     x, dt, A, B, C = (y.to(state.dtype) for y in (x, dt, A, B, C))
-    groups = (B.shape[1], -1)
+    heads_per_group = x.shape[1] // B.shape[1]
+    B = B.repeat_interleave(heads_per_group, dim=1)
+    C = C.repeat_interleave(heads_per_group, dim=1)
     decay = (dt * A).exp()[..., None, None]
-    inserted = (x * dt.unsqueeze(-1)).unflatten(1, groups)
-    # Decoding is as fast as states can be read and written: what is inserted is never held by itself, nor are B and C
-    # repeated for the heads of their group.
-    state = state * decay
-    by_group = state.unflatten(1, groups)
-    by_group.addcmul_(inserted.unsqueeze(-1), B[:, :, None, None, :])
-    y = by_group.flatten(2, 3) @ C.unsqueeze(-1)
-    return y.reshape(x.shape).to(out_dtype), state
+    state = state * decay + (x * dt.unsqueeze(-1)).unsqueeze(-1) * B.unsqueeze(-2)
+    return torch.einsum("bhpn,bhn->bhp", state, C).to(out_dtype), state
 
 
 def naive_gla(

@@ -52,10 +52,9 @@ def test_cut_and_joined_is_the_same_bits(model, tmp_path, tp):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
-    assert (
-        json.loads((tmp_path / "back/config.json").read_text()).items()
-        >= json.loads((model / "config.json").read_text()).items()
-    )
+    found, given = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "back", model))
+    given.pop("architectures", None)  # an export names the class that opens it
+    assert found.items() >= given.items()
     assert verify_same(model, tmp_path / "tp").ok
     assert verify_alone(tmp_path / "tp").ok
 

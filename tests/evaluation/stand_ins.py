@@ -35,11 +35,14 @@ class StandIn(nn.Module):
         self.config = tiny_config()
         self.longest_call = 0
 
+    def anywhere(self, found):
+        return found
+
     def next_tokens(self, history):
         """Return for every position of ``history [T]`` the token after it: ``[T]``."""
         raise NotImplementedError
 
-    def forward(self, input_ids, *, states=None, output_states=False, logits_to_keep=None):
+    def forward(self, input_ids, *, states=None, output_states=False, overwrite_states=False, logits_to_keep=None):
         assert not self.training
         assert torch.is_inference_mode_enabled()
         self.longest_call = max(self.longest_call, input_ids.shape[1])

@@ -56,7 +56,7 @@ def test_prompts_of_unequal_length_then_steps_equal_one_pass_over_the_whole(name
             chosen = logits.argmax(dim=-1)
             for tokens, token in zip(produced, chosen.tolist(), strict=True):
                 tokens.append(token)
-            output = model(chosen[:, None], states=states, output_states=True, logits_to_keep=1)
+            output = model(chosen[:, None], states=states, output_states=True, overwrite_states=True, logits_to_keep=1)
             logits, states = output.logits[:, -1], output.states
 
 

@@ -2,17 +2,19 @@
 
 import io
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+from checkpoints_tools.reshard import reshard
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.inference.generate import generate_continuations
 from statex_dist.inference.sampling import Sampling
 from statex_dist.models.hf import from_pretrained
-from tests.runs import GLA, MAMBA2, expanded, save_model
+from tests.runs import GLA, MAMBA2, environment, expanded, save_model
 
 PROMPTS = ["The river rose", "a", "Once upon a time there was"]
 
@@ -154,3 +156,39 @@ def test_prompts_that_are_no_text_and_models_that_are_none(models, capsys, tmp_p
     save_model(expanded(GLA), tmp_path / "bare")
     code, _, err = generate(capsys, tmp_path / "bare", "--prompt", "a")
     assert "comes without a tokenizer; give --tokenizer bytes" in err
+
+
+@pytest.mark.distributed
+def test_ranks_that_share_a_model_say_what_one_process_says(models, capsys, tmp_path):
+    reshard(models / "gla", tmp_path / "shards", to="tp", tp=2)
+    options = [
+        "--prompt",
+        PROMPTS[0],
+        "--prompt",
+        PROMPTS[1],
+        "--max-new-tokens",
+        "6",
+        "--temperature",
+        "1.5",
+        "--json",
+    ]
+    _, alone, _ = generate(capsys, models / "gla", *options)
+    command = [sys.executable, "-m", "launch.cli", "generate", "--model", str(tmp_path / "shards"), *options]
+    run = subprocess.run([*command, "--tp", "2"], capture_output=True, text=True, check=False, env=environment())
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["continuations"] == json.loads(alone)["continuations"]
+
+
+def test_shards_and_whole_models_are_not_taken_for_each_other(models, capsys, tmp_path):
+    reshard(models / "gla", tmp_path / "shards", to="tp", tp=2)
+    code, _, err = generate(capsys, tmp_path / "shards", "--prompt", "a")
+    assert code == 2
+    assert "--tp 1, but" in err
+    assert "holds shards for 2 ranks; give --tp 2" in err
+    code = main(
+        ["eval", "perplexity", "--model", str(tmp_path / "shards"), "--out", str(tmp_path / "out"), "--data", "x"]
+    )
+    assert code == 2
+    assert "holds tensor-parallel shards, which statex generate --tp runs" in capsys.readouterr().err
+    code, _, err = generate(capsys, models / "gla", "--prompt", "a", "--tp", "0")
+    assert "--tp must be 1 or more, not 0" in err

@@ -12,6 +12,7 @@ from torch import nn
 
 from statex_dist.models.fla_block import FLABlock, add_convolutions, add_mix, convolve, linear_attention
 from statex_dist.models.gla.config import GATE_LOW_RANK_DIM, GLAConfig
+from statex_dist.models.layout import HeldHeads
 from statex_dist.models.norm import GatedRMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.precision import wide_dtype
@@ -31,6 +32,7 @@ class GatedLinearAttention(nn.Module):
         super().__init__()
         self.config = config
         self.geometry = config.layer_geometry(layer)
+        self.heads = HeldHeads.of(self.geometry)
         hidden, values = config.hidden_size, config.value_dim
         keys = self.geometry.num_heads * self.geometry.key_dim
         self.q_proj = nn.Linear(hidden, keys, bias=False)
@@ -74,10 +76,10 @@ class GatedLinearAttention(nn.Module):
         if self.config.use_short_conv:
             (q, k, v), new_tail = convolve(self, "qkv", (q, k, v), sequences, tail)
         q, k, g, position = self.queries_keys_decays(q, k, x, sequences, state)
-        heads = (self.geometry.num_heads, -1)
-        q, k, v, g, gate = (y.unflatten(-1, heads) for y in (q, k, v, g, self.g_proj(x)))
+        q, k, g = (y.unflatten(-1, (self.heads.keys, -1)) for y in (q, k, g))
+        v, gate = (y.unflatten(-1, (self.heads.values, -1)) for y in (v, self.g_proj(x)))
         o, recurrent, memory = linear_attention(
-            q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix, memory=memory
+            q, k, v, g, recurrent, sequences, heads=self.heads, scale=self.scale, mix=self.mix, memory=memory
         )
         o = self.get_submodule(self._norm_name)(o.to(x.dtype), gate)
         new_state = None if recurrent is None else (recurrent, *position, *new_tail, *memory)

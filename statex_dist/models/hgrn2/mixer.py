@@ -12,6 +12,7 @@ from torch import nn
 
 from statex_dist.models.fla_block import FLABlock, add_convolutions, add_mix, convolve, linear_attention
 from statex_dist.models.hgrn2.config import HGRN2Config
+from statex_dist.models.layout import HeldHeads
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.precision import wide_dtype
@@ -40,6 +41,7 @@ class HGRN2Attention(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.config, self.geometry = config, config.layer_geometry(layer)
+        self.heads = HeldHeads.of(self.geometry)
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.f_proj = nn.Linear(hidden, hidden, bias=False)
         self.i_proj = nn.Linear(hidden, hidden, bias=False)
@@ -76,10 +78,14 @@ class HGRN2Attention(nn.Module):
         q = F.silu(q)
         g = F.logsigmoid(f.to(wide_dtype(f.dtype)))
         if lower_bound is not None:
+            lower_bound = lower_bound[self.heads.key_channels]
             g = torch.logaddexp(lower_bound.log(), torch.log1p(-lower_bound) + g)
         k = (1 - g.exp()).to(i.dtype)
-        q, k, v, g = (y.unflatten(-1, (self.geometry.num_heads, -1)) for y in (q, k, i, g))
-        o, recurrent, memory = linear_attention(q, k, v, g, recurrent, sequences, mix=self.mix, memory=memory)
+        q, k, g = (y.unflatten(-1, (self.heads.keys, -1)) for y in (q, k, g))
+        v = i.unflatten(-1, (self.heads.values, -1))
+        o, recurrent, memory = linear_attention(
+            q, k, v, g, recurrent, sequences, heads=self.heads, mix=self.mix, memory=memory
+        )
         new_state = None if recurrent is None else (recurrent, *new_tail, *memory)
         return self.o_proj(self.g_norm(o.to(x.dtype).flatten(-2))), new_state
 

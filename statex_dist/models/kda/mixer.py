@@ -30,7 +30,7 @@ class KimiDeltaAttention(DeltaAttention):
         """Return ``-exp(A_log) softplus(f(x) + dt_bias)``; with a bound, ``bound sigmoid(exp(A_log) (...))``."""
         f = self.f_proj(x)
         wide = wide_dtype(f.dtype)
-        f = (f.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.config.value_heads, -1))
+        f = (f.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.heads.decays, -1))
         rate = self.A_log.to(wide).exp().unsqueeze(-1)
         if self.config.lower_bound is not None:
             return self.config.lower_bound * torch.sigmoid(rate * f)

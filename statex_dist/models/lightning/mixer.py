@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from statex_dist.models.fla_block import add_mix, linear_attention
+from statex_dist.models.layout import HeldHeads
 from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
@@ -33,6 +34,7 @@ class LightningAttention(nn.Module):
     def __init__(self, config: LightningConfig, layer: int):
         super().__init__()
         self.config, self.geometry = config, config.layer_geometry(layer)
+        self.heads = HeldHeads.of(self.geometry)
         hidden, inner = config.hidden_size, config.inner_size
         self.keys_per_head = self.geometry.key_dim * self.geometry.num_heads // config.num_attention_heads
         rows = config.num_attention_heads * (2 * self.keys_per_head + config.head_size)
@@ -49,19 +51,32 @@ class LightningAttention(nn.Module):
         self, x: torch.Tensor, sequences: Sequences, state: LayerState | None
     ) -> tuple[torch.Tensor, LayerState | None]:
         """Return ``[B, T, hidden]`` and the state after ``x [B, T, hidden]`` (None unless asked for)."""
-        keys, size = self.keys_per_head, self.config.head_size
-        qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.config.num_attention_heads, -1))
-        heads = (self.geometry.num_heads, -1)
-        q, k, v = (y.flatten(-2).unflatten(-1, heads) for y in qkv.split([keys, keys, size], dim=-1))
+        q, k, v = self.queries_keys_values(x)
+        q, k = (y.unflatten(-1, (self.heads.keys, -1)) for y in (q, k))
+        v = v.unflatten(-1, (self.heads.values, -1))
         rates = torch.tensor(self.rates, dtype=wide_dtype(x.dtype), device=x.device)
-        g = -rates.repeat_interleave(keys).view(heads).expand_as(k)
+        rates = rates.repeat_interleave(self.keys_per_head)[self.heads.key_channels]
+        g = -rates.view(self.heads.keys, -1).expand_as(k)
         state, memory = sequences.split(state)
         recurrent = state[0] if state else None
         o, recurrent, memory = linear_attention(
-            q, k, v, g, recurrent, sequences, scale=self.scale, mix=self.mix, memory=memory
+            q, k, v, g, recurrent, sequences, heads=self.heads, scale=self.scale, mix=self.mix, memory=memory
         )
         o = torch.sigmoid(self.output_gate(x)) * self.norm(o.to(x.dtype).flatten(-2))
         return self.out_proj(o), (None if recurrent is None else (recurrent, *memory))
+
+    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return queries, keys and values ``[B, T, channels]``.
+
+        The rows of the whole projection come head by head of the original model. A tensor-parallel rank has those of
+        all queries first: of a head that ranks cut some have keys and no values, so that blocks are not of one size.
+        """
+        blocks, sizes = self.config.num_attention_heads, [self.keys_per_head, self.keys_per_head, self.config.head_size]
+        if not self.heads.all_here:
+            keys = self.heads.keys * self.heads.key_dim
+            blocks, sizes = 1, [keys, keys, self.heads.values * self.heads.value_dim]
+        qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (blocks, -1))
+        return tuple(y.flatten(-2) for y in qkv.split(sizes, dim=-1))
 
 
 class Expert(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from statex_dist.models.layout import HeldHeads
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.mamba2.layout import conv_parts, in_proj_parts
 from statex_dist.models.mitigated import mitigated_ssd
@@ -31,10 +32,10 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, config: Mamba2Config, layer: int):
         super().__init__()
-        self.config = config
-        self.conv_sizes = [rows for _, rows in conv_parts(config, layer)]
+        self.config, self.geometry = config, config.layer_geometry(layer)
+        self.heads = HeldHeads.of(self.geometry)
         num_rows = sum(rows for _, rows in in_proj_parts(config, layer))
-        channels = sum(self.conv_sizes)
+        channels = sum(rows for _, rows in conv_parts(config, layer))
         self.in_proj = nn.Linear(config.hidden_size, num_rows, bias=config.use_bias)
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(config.num_heads))
@@ -56,8 +57,9 @@ class Mamba2Mixer(nn.Module):
         Returns:
             ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
         """
-        config = self.config
-        z, xbc, dt = self.in_proj(x).split([config.inner_size, sum(self.conv_sizes), config.num_heads], dim=-1)
+        heads = self.heads
+        inner, grouped = heads.values * heads.value_dim, heads.keys * heads.key_dim
+        z, xbc, dt = self.in_proj(x).split([inner, inner + 2 * grouped, heads.values], dim=-1)
         state, memory = sequences.split(state)
         recurrent, tail = state if state else (None, None)
         xbc, new_tail = convolve_sequences(
@@ -71,12 +73,12 @@ class Mamba2Mixer(nn.Module):
             context=sequences.context,
             silu=True,
         )
-        inputs, B, C = xbc.split(self.conv_sizes, dim=-1)
-        inputs = inputs.unflatten(-1, (config.num_heads, config.head_dim))
-        B, C = (y.unflatten(-1, (config.n_groups, -1)) for y in (B, C))
+        inputs, B, C = xbc.split([inner, grouped, grouped], dim=-1)
+        inputs = inputs.unflatten(-1, (heads.values, -1))
+        B, C = (y.unflatten(-1, (heads.keys, -1)) for y in (B, C))
         # The dynamics stay fp32 in bf16 training: a rounded decay is a different memory.
         wide = wide_dtype(x.dtype)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*config.time_step_limit)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.config.time_step_limit)
         A = -self.A_log.to(wide).exp()
         if sequences.mitigation is None:
             y, recurrent = _scan(sequences, (inputs, dt, A, B, C), recurrent, self.D)
@@ -111,7 +113,7 @@ def _scan(
     x, dt, A, B, C = inputs
     if x.shape[1] == 1 and state is not None and sequences.cu_seqlens is None:
         x, dt, B, C = (y.squeeze(1) for y in (x, dt, B, C))
-        y, state = ssd_decode(x, dt, A, B, C, state, D=skip)
+        y, state = ssd_decode(x, dt, A, B, C, state, D=skip, overwrite=sequences.overwrites)
         return y.unsqueeze(1), state
     return ssd(
         x,

@@ -36,8 +36,8 @@ class Retention(GatedLinearAttention):
         wide = wide_dtype(x.dtype)
         heads = torch.arange(self.config.num_heads, dtype=wide, device=x.device)
         decay = torch.log1p(-torch.exp2(-5 - heads))
-        g = decay.repeat_interleave(self.blocks_per_head * self.config.head_key_dim).expand(*x.shape[:2], -1)
-        return q, k, g, (after,)
+        decay = decay.repeat_interleave(self.blocks_per_head * self.config.head_key_dim)
+        return q, k, decay[self.heads.key_channels].expand(*x.shape[:2], -1), (after,)
 
 
 def _positions(x: torch.Tensor, sequences: Sequences, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,135 @@
+"""Starting ranks for ``--tp``: exit codes, signals, and numbers that do not fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from launch.tensor_parallel import open_tensor_parallel, start_ranks, wants_ranks
+from statex_dist.errors import ConfigError, StateXError
+from statex_dist.parallel.together import OtherRankError
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+rank, what = os.environ["RANK"], sys.argv[1]
+Path(what).mkdir(exist_ok=True)
+Path(what, rank).write_text(" ".join([os.environ["WORLD_SIZE"], *sys.argv[2:]]))
+if what == "codes":
+    sys.exit(2)
+if what == "killed" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what in ("killed", "stopped"):
+    time.sleep(60)
+"""
+PARENT = """
+import sys
+from launch.tensor_parallel import start_ranks
+sys.exit(start_ranks(2, ["stopped"], module="ranks_of_a_test"))
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "ranks_of_a_test.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    return tmp_path
+
+
+@pytest.mark.distributed
+def test_every_rank_gets_the_command_and_its_place(script):
+    assert start_ranks(2, ["done", "--tp", "2"], module="ranks_of_a_test") == 0
+    assert [(script / "done" / rank).read_text() for rank in "01"] == ["2 --tp 2"] * 2
+
+
+@pytest.mark.distributed
+def test_the_exit_code_is_that_of_the_ranks(script, capfd):
+    assert start_ranks(2, ["codes"], module="ranks_of_a_test") == 2
+    assert capfd.readouterr() == ("", ""), "the ranks say what is wrong, torch nothing"
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_stops_the_others_and_is_named(script):
+    with pytest.raises(StateXError, match=r"^rank 1 of 2 was killed by SIGKILL, and the others were stopped; .*memory"):
+        start_ranks(2, ["killed"], module="ranks_of_a_test")
+
+
+@pytest.mark.distributed
+def test_a_signal_goes_on_to_the_ranks(script):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stderr=subprocess.PIPE, text=True)
+    while not all((script / "stopped" / rank).exists() for rank in "01"):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.terminate()
+    _, said = parent.communicate(timeout=30)
+    assert (parent.returncode, said) == (143, "")
+
+
+def test_ranks_are_started_where_there_are_none(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert [wants_ranks(tp) for tp in (None, 1, 2)] == [False, False, True]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not wants_ranks(2)
+    with pytest.raises(ConfigError, match="--tp must be 1 or more, not 0"):
+        wants_ranks(0)
+
+
+def test_a_machine_with_too_few_gpus_starts_nothing(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="--tp 4 needs 4 GPUs and this machine has 2; give --tp 2, hide them with"):
+        start_ranks(4, [])
+
+
+def test_one_rank_alone_has_no_share(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with open_tensor_parallel(1) as share:
+        assert share is None
+    with pytest.raises(ConfigError, match="--tp 2, but there is 1 rank"), open_tensor_parallel(2):
+        pass
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of 2, whose peer says of itself what it says."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *args, **options: None)
+
+    def gather(values, value, group=None):
+        values[:] = [0, value]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_another_number_of_ranks_is_refused():
+    with pytest.raises(ConfigError, match="--tp 4, but the launcher started 2 ranks; start 4"), open_tensor_parallel(4):
+        pass
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:1"), OtherRankError),
+        (RuntimeError("shapes do not fit"), RuntimeError),
+        (KeyboardInterrupt(), OtherRankError),
+        (ConfigError("no such option"), ConfigError),
+    ],
+)
+def test_what_another_rank_says_is_not_said_twice(error, seen):
+    def fail() -> None:
+        with open_tensor_parallel(None) as share:
+            assert (share.rank, share.size) == (1, 2)
+            raise error
+
+    with pytest.raises(seen) as caught:
+        fail()
+    assert type(caught.value) is seen

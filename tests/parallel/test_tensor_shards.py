@@ -1,0 +1,158 @@
+"""What a rank refuses to read: no shards, shards of another number of ranks, damaged ones, those of another model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints_tools.reshard import reshard
+from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, file_name
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.config import CONFIG_NAME
+from statex_dist.models.hf import save_pretrained
+from statex_dist.models.kinds import read_config
+from statex_dist.parallel.tensor import load_tensor_parallel
+from statex_dist.parallel.tensor_shards import read_layout, read_shard
+from statex_dist.parallel.tensor_share import TensorShare
+from tests.models.tiny import CONFIGS, build, gla_config
+
+SHARE = TensorShare(rank=1, size=2)
+OWN = file_name(1, 2)
+
+
+def make(directory: Path, *, seed: int = 0) -> Path:
+    save_pretrained(build(CONFIGS["gla-merged"], seed=seed, dtype=torch.float32), directory / "hf")
+    reshard(directory / "hf", directory / "tp2", to="tp", tp=2)
+    return directory / "tp2"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shards")
+    make(directory / "one")
+    make(directory / "other", seed=3)
+    return directory
+
+
+@pytest.fixture
+def shards(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "one" / "tp2", tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def read(directory: Path, share: TensorShare = SHARE) -> dict[str, torch.Tensor]:
+    layout = read_layout(directory, share)
+    return read_shard(directory, read_config(directory), layout, share, dtype=None, device="cpu")
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_whole_directory_is_read(shards):
+    assert read(shards).keys() == load_file(shards / OWN).keys()
+
+
+def test_a_directory_without_shards_says_how_to_make_them(made, tmp_path):
+    model = made / "one" / "hf"
+    wanted = rf"{model} holds no {LAYOUT_NAME}: .* statex reshard --source {model} --target NEW_DIR --to tp --tp 2$"
+    with pytest.raises(CheckpointError, match=wanted):
+        read(model)
+    with pytest.raises(CheckpointError, match="nothing is not a directory; give one that statex reshard --to tp made"):
+        read(tmp_path / "nothing")
+
+
+def test_another_number_of_ranks_names_both(shards):
+    with pytest.raises(ConfigError, match=rf"--tp 4, but {shards} holds shards for 2 ranks; give --tp 2, or make"):
+        read(shards, TensorShare(rank=1, size=4))
+    with pytest.raises(ConfigError, match=rf"--tp 1, but {shards} holds shards for 2 ranks"):
+        load_tensor_parallel(shards, TensorShare())
+
+
+def test_a_missing_file_is_named(shards):
+    (shards / OWN).unlink()
+    with pytest.raises(CheckpointError, match=rf"{OWN} is missing; {LAYOUT_NAME} lists it"):
+        read(shards)
+
+
+def test_a_truncated_file_is_noticed_with_and_without_a_manifest(shards):
+    content = (shards / OWN).read_bytes()
+    (shards / OWN).write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match=rf"{OWN} has {len(content) - 100} bytes; MANIFEST.json says"):
+        read(shards)
+    (shards / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointError, match=rf"{OWN} is not a whole safetensors file"):
+        read(shards)
+
+
+def test_a_file_of_another_model_of_the_same_shape_is_refused(made, shards):
+    shutil.copy(made / "other" / "tp2" / OWN, shards)
+    with pytest.raises(CheckpointError, match=rf"{OWN} is damaged or of another model: its digest differs from MANI"):
+        read(shards)
+
+
+def test_a_file_of_another_rank_is_refused_without_a_manifest(shards, caplog, monkeypatch):
+    (shards / MANIFEST_NAME).unlink()
+    shutil.copy(shards / file_name(0, 2), shards / OWN)
+    with pytest.raises(CheckpointError, match=rf"{OWN} says that it is rank 0 of 2: it was renamed"):
+        read(shards)
+    caplog.set_level(logging.WARNING, logger="statex_dist")
+    monkeypatch.setattr(logging.getLogger("statex_dist"), "propagate", True)
+    read(shards, TensorShare(rank=0, size=2))
+    assert "holds no MANIFEST.json" in caplog.text
+
+
+def test_files_that_the_manifest_does_not_know_are_refused(shards):
+    edit(shards / MANIFEST_NAME, lambda content: content["files"].pop(OWN))
+    with pytest.raises(CheckpointError, match=rf"{OWN} is not one of the files that MANIFEST.json lists"):
+        read(shards)
+
+
+def test_a_config_of_another_plan_does_not_fit_the_shards(shards):
+    edit(shards / CONFIG_NAME, lambda content: content.pop("statex"))
+    wanted = (
+        rf"{LAYOUT_NAME}: rank 1 holds rows .* of model.layers.0.attn.\w+.weight \[.*; config.json asks for rows .*; "
+        r"make the shards again: statex reshard --to tp --tp 2"
+    )
+    with pytest.raises(CheckpointError, match=wanted):
+        read(shards)
+
+
+def test_a_config_of_another_model_names_what_the_shards_lack(shards):
+    edit(shards / CONFIG_NAME, lambda content: content.update(num_hidden_layers=3))
+    with pytest.raises(CheckpointError, match=rf"{LAYOUT_NAME} lacks tensors of the model in config.json: model.layer"):
+        read(shards)
+    edit(shards / CONFIG_NAME, lambda content: content.update(num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match=rf"{LAYOUT_NAME} has unknown tensors of the model in config.json: "):
+        read(shards)
+
+
+def test_a_tensor_that_does_not_fit_the_layout_is_named(shards):
+    (shards / MANIFEST_NAME).unlink()
+    tensors = load_file(shards / OWN)
+    name = "model.layers.0.attn.v_proj.weight"
+    save_file(tensors | {name: tensors[name][1:]}, shards / OWN)
+    with pytest.raises(CheckpointError, match=rf"{OWN}: {name} has shape .*; {LAYOUT_NAME} says"):
+        read(shards)
+    tensors.pop(name)
+    save_file(tensors, shards / OWN)
+    with pytest.raises(CheckpointError, match=rf"{OWN} is not a whole safetensors file of this model: .*{name}"):
+        read(shards)
+
+
+def test_a_model_with_softmax_layers_is_refused(tmp_path):
+    directory = tmp_path / "mixed"
+    save_pretrained(build(gla_config(), dtype=torch.float32), tmp_path / "hf")
+    reshard(tmp_path / "hf", directory, to="tp", tp=1)
+    edit(directory / CONFIG_NAME, lambda content: content.update(attn={"layers": [1], "num_heads": 4}))
+    with pytest.raises(ConfigError, match=r"can be expanded and inspected but not run here: layers \[1\] are softmax"):
+        load_tensor_parallel(directory, TensorShare())
