@@ -60,8 +60,9 @@ def expand(
     if not expansion.after.plain_keys():
         logger.warning(
             "config.json of %s carries a plan that other software does not know: it would refuse the model, or run its "
-            "expanded layers as they were before; load it with this package",
-            target,
+            "expanded layers as they were before; load it with this package, or make of it a directory that "
+            "transformers opens: statex reshard --source %s --target DIR --to hf",
+            *(target, target),
         )
     write_target(Path(target), expansion.source, plan, options, progress=progress)
     return expansion.report(Checksums.read(Path(target) / plan.model_folder))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.card_evaluation import read_evaluations
 from checkpoints_tools.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
+from checkpoints_tools.hf_export import export_documents, export_notes
 from checkpoints_tools.hf_writer import hf_plan, with_dtype
 from checkpoints_tools.megatron_io import megatron_plan
 from checkpoints_tools.megatron_names import megatron_notes
+from checkpoints_tools.model_card import CARD_NAME, CardFacts, model_card
 from checkpoints_tools.model_check import check_apart, check_tensors, read_source_config
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.target import TargetPlan, write_target
@@ -82,6 +86,11 @@ class _Input:
             return {}
         return {CONFIG_NAME: self.values if dtype is None else with_dtype(self.values, dtype)}
 
+    def jobs(self, wanted: str | None) -> list[TensorJob]:
+        """Return a copy of each tensor, in the wanted dtype."""
+        infos = [(self.source.info(name), natural_dtype(self.source, name)) for name in self.names]
+        return [TensorJob.copy(info, dtype=stored_dtype(natural, wanted)) for info, natural in infos]
+
     def family_config(self, to: str) -> ModelConfig:
         """Return the config where a layout needs one.
 
@@ -105,6 +114,7 @@ def reshard(
     dtype: str | None = None,
     world_size: int | None = None,
     tp: int | None = None,
+    evaluations: Sequence[str] = (),
     options: WriteOptions | None = None,
     progress: Progress | None = None,
 ) -> ReshardSummary:
@@ -123,6 +133,7 @@ def reshard(
             ``zero3`` from another layout it is the precision of the run to come.
         world_size: Ranks of a ``zero3`` target; None keeps the source's.
         tp: Ranks of a ``tp`` target.
+        evaluations: Directories of ``statex eval`` whose results the model card of an ``hf`` target tells.
         options: How to write.
         progress: Told of the bytes written.
 
@@ -135,6 +146,8 @@ def reshard(
     check_world_size(world_size, to)
     if tp is not None and to != "tp":
         raise ConfigError(f"--tp {tp} is for --to tp, not {to}")
+    if evaluations and to != "hf":
+        raise ConfigError(f"--evaluation is for the model card of --to hf, not {to}")
     wanted = parse_dtype(dtype)
     check_apart(Path(source), Path(target))
     given = _read(source)
@@ -146,6 +159,8 @@ def reshard(
     batch = None
     if to == "zero3":
         plan, notes, batch = _training_plan(given, wanted, world_size, info)
+    elif to == "hf":
+        plan, notes = _export_plan(given, wanted, evaluations, options, info)
     else:
         plan = _weights_plan(given, wanted, to, tp, options, info)
         notes = megatron_notes(given.config) if to == "megatron" else []
@@ -180,28 +195,52 @@ def _read(path: str | Path) -> _Input:
     return _Input(source=source, values=values, config=config, names=names)
 
 
+def _export_plan(
+    given: _Input,
+    wanted: str | None,
+    evaluations: Sequence[str],
+    options: WriteOptions,
+    info: dict[str, Any],
+) -> tuple[TargetPlan, list[str]]:
+    """Lay out a directory that transformers opens, where that is possible; return with it what has to be said."""
+    jobs = given.jobs(wanted)
+    dtype = _main_dtype([job.info for job in jobs])
+    documents, notes = given.documents(dtype), []
+    if given.config is not None:
+        documents |= export_documents(documents[CONFIG_NAME], given.config, given.source.facts.model_dir)
+        notes = export_notes(given.config)
+        assert given.values is not None
+        card = CardFacts(
+            values=given.values,
+            config=given.config,
+            source=given.source.facts,
+            parameters=sum(job.info.numel for job in jobs if job.info.dtype in FLOATS),
+            dtype=None if dtype is None else TORCH_NAMES[dtype],
+            evaluations=read_evaluations(evaluations, state_numbers=given.config.state_numbers),
+        )
+        documents[CARD_NAME] = model_card(card)
+    elif evaluations:
+        given.family_config("hf with --evaluation")
+    size = options.max_shard_size
+    return hf_plan(given.source, jobs, max_shard_size=size, documents=lambda _: documents, info=info), notes
+
+
 def _weights_plan(
     given: _Input, wanted: str | None, to: str, tp: int | None, options: WriteOptions, info: dict[str, Any]
 ) -> TargetPlan:
-    """Lay out a target that has weights alone."""
-    source = given.source
-    jobs = [
-        TensorJob.copy(source.info(name), dtype=stored_dtype(natural_dtype(source, name), wanted))
-        for name in given.names
-    ]
+    """Lay out a target of tensor-parallel shards or for Megatron."""
+    jobs = given.jobs(wanted)
     documents = given.documents(_main_dtype([job.info for job in jobs]))
     if to == "tp":
         return tp_plan(jobs, given.family_config("tp"), check_tp(tp), documents=lambda _: documents, info=info)
-    if to == "megatron":
-        return megatron_plan(
-            source,
-            jobs,
-            config=given.config,
-            max_shard_size=options.max_shard_size,
-            documents=lambda _: documents,
-            info=info,
-        )
-    return hf_plan(source, jobs, max_shard_size=options.max_shard_size, documents=lambda _: documents, info=info)
+    return megatron_plan(
+        given.source,
+        jobs,
+        config=given.config,
+        max_shard_size=options.max_shard_size,
+        documents=lambda _: documents,
+        info=info,
+    )
 
 
 def _training_plan(

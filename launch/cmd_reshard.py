@@ -36,6 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--world-size", type=int | None, default=None, help="ranks of a zero3 target (default: as many as the source)"
     )
     parser.add_argument("--tp", type=int | None, default=None, help="tensor-parallel ranks of a tp target")
+    parser.add_argument(
+        "--evaluation",
+        type=str,
+        action="append",
+        metavar="DIR",
+        help="results of `statex eval` for the model card of an hf target; may be repeated",
+    )
 
 
 _LINE_SECONDS = 10.0
@@ -101,6 +108,7 @@ def run(args: Any) -> int:
             dtype=args.dtype,
             world_size=args.world_size,
             tp=args.tp,
+            evaluations=args.evaluation or (),
             options=options,
             progress=progress,
         )

@@ -1,0 +1,103 @@
+"""What transformers needs of an exported model besides weights: configuration, code, tokenizer, generation settings.
+
+Where ``config.json`` alone says what the model is, transformers' own class opens it: an un-expanded model of a family
+that transformers has, or a Mamba2 model of which every layer grew alike. Any other model of ours takes its code along
+(:mod:`checkpoints_tools.hf_remote_code`). Models with layers that other software runs (softmax attention) have none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoints_tools.hf_remote_code import ARCHITECTURE, AUTO_MAP, FAMILY_MODULES, MODULE_NAME, remote_code
+from checkpoints_tools.hf_tokenizer import BYTES_CLASS, TOKENIZER_NAME, bytes_tokenizer_documents, read_tokenizer_config
+from statex_dist.models.config import CONFIG_NAME, ModelConfig
+
+Form = Literal["plain", "remote_code", "none"]
+"""How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
+
+CODE_NAME = f"{MODULE_NAME}.py"
+GENERATION_NAME = "generation_config.json"
+
+_TRANSFORMERS_CLASSES = {
+    "mamba2": "Mamba2ForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
+    "bamba": "BambaForCausalLM",
+}
+
+
+def form_of(config: ModelConfig) -> Form:
+    """Return how transformers opens a model."""
+    expressed = config.statex is None or bool(config.plain_keys())
+    if expressed and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
+        return "plain"
+    return "none" if config.is_mixed or config.MODEL_TYPE not in FAMILY_MODULES else "remote_code"
+
+
+def export_notes(config: ModelConfig) -> list[str]:
+    """Return what has to be said of how transformers opens an export."""
+    form = form_of(config)
+    if form == "remote_code" and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
+        return [
+            "open it with trust_remote_code=True: without it transformers takes its own class of "
+            f"{config.MODEL_TYPE} models, which knows no plan"
+        ]
+    if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
+        return [
+            "n_groups is above 1: transformers 4 takes the output norm over all groups, as we do, and release 5 over "
+            "each by itself, which gives other logits"
+        ]
+    if form != "none":
+        return []
+    why = f": {config.obstacle}" if config.obstacle else ""
+    return [f"transformers has no class for this {config.MODEL_TYPE} model, and none is written for mixed models{why}"]
+
+
+def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Return the contents of ``config.json`` of an export.
+
+    Args:
+        values: The source's.
+        config: The same, typed.
+    """
+    form = form_of(config)
+    if form == "remote_code":
+        # The exported code has no defaults: whatever the source left to a family's defaults is written out.
+        defaults = {key: value for key, value in config.to_dict().items() if key not in values}
+        return {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
+    if form == "plain":
+        values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
+        if values.get("architectures") in (None, [], [ARCHITECTURE]):
+            values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
+    return values
+
+
+def export_documents(values: dict[str, Any], config: ModelConfig, model_dir: Path | None) -> dict[str, Any]:
+    """Return the small files of an export, by name; what the source already has is carried along and not among them.
+
+    Args:
+        values: Contents of the source's ``config.json``, with the dtype of the weights.
+        config: The same, typed.
+        model_dir: Where the source's tokenizer and generation files are.
+
+    Raises:
+        CheckpointError: ``tokenizer_config.json`` is damaged.
+    """
+    documents: dict[str, Any] = {CONFIG_NAME: export_config(values, config)}
+    if form_of(config) == "remote_code":
+        documents[CODE_NAME] = remote_code(config.MODEL_TYPE)
+    tokenizer = read_tokenizer_config(model_dir)
+    is_bytes = tokenizer.get("tokenizer_class") == BYTES_CLASS
+    if is_bytes and not _holds(model_dir, TOKENIZER_NAME):
+        documents |= bytes_tokenizer_documents(tokenizer)
+    if not _holds(model_dir, GENERATION_NAME):
+        ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        known = {key: tokenizer.get(key) if is_bytes and value is None else value for key, value in ids.items()}
+        if settings := {key: value for key, value in known.items() if value is not None}:
+            documents[GENERATION_NAME] = settings
+    return documents
+
+
+def _holds(directory: Path | None, name: str) -> bool:
+    return directory is not None and (directory / name).is_file()

@@ -1,0 +1,258 @@
+"""The model card (``README.md``) of an export: what is known of the model, and nothing else.
+
+Facts come from the checkpoint's configuration and plan, the expansion's account, the run that it was trained in, and
+result files that the user names. A card that came with the source keeps its header, and its text below ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoints_tools.card_evaluation import Evaluated
+from checkpoints_tools.card_training import read_settings, run_of, training_facts
+from checkpoints_tools.expansion_report import read_report
+from checkpoints_tools.hf_export import export_notes, form_of
+from checkpoints_tools.hf_tokenizer import BYTES_CLASS, read_tokenizer_config
+from checkpoints_tools.tensor_io import SourceFacts
+from statex_dist import __version__
+from statex_dist.checkpoint.layout import TRAIN_LENGTH_KEY
+from statex_dist.models.config import ModelConfig
+
+CARD_NAME = "README.md"
+
+_OUR_TAG = "statex"
+_ORIGINAL = "## Original model card"
+_HEADER = re.compile(r"\A---\n(.*?)\n---\n", flags=re.DOTALL)
+_BASE = re.compile(r"^Base model: (.+)\.$", flags=re.MULTILINE)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """What a card is made of.
+
+    Attributes:
+        values: Contents of the source's ``config.json``.
+        config: The same, typed.
+        source: What is known of the checkpoint that is exported.
+        parameters: Elements of the floating-point tensors.
+        dtype: In which most of them are stored, as torch calls it; None where it is not known.
+        evaluations: Results to tell of.
+    """
+
+    values: dict[str, Any]
+    config: ModelConfig
+    source: SourceFacts
+    parameters: int
+    dtype: str | None
+    evaluations: Sequence[Evaluated] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _EarlierCard:
+    """The card that came with the source.
+
+    Attributes:
+        header: Its metadata.
+        original: Text that we did not write.
+        base: What an earlier export named as the base.
+        training: What an earlier export told of the training; empty where none did.
+        evaluation: The same of the evaluation.
+    """
+
+    header: dict[str, Any] = field(default_factory=dict)
+    original: str = ""
+    base: str | None = None
+    training: str = ""
+    evaluation: str = ""
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the text of ``README.md``.
+
+    Raises:
+        CheckpointError: A file that the card tells of is damaged.
+    """
+    earlier = _earlier_card(facts.source.model_dir)
+    run = run_of(facts.source.path)
+    base = _base_model(facts, run) or earlier.base
+    # Of a training that ended before an earlier export, the earlier card knows more than the checkpoint.
+    training = earlier.training if run is None and earlier.training else _training(facts, run)
+    sections = [
+        _introduction(facts),
+        f"Base model: {base}." if base else "",
+        _plan(facts),
+        _numbers(facts),
+        training,
+        _evaluation(facts) or earlier.evaluation,
+        _use(facts),
+        f"{_ORIGINAL}\n\n{earlier.original}" if earlier.original else "",
+    ]
+    header = yaml.safe_dump(_metadata(facts, earlier.header, base), sort_keys=False, allow_unicode=True)
+    title = f"Recurrent language model ({facts.config.MODEL_TYPE})" + (
+        ", state expanded" if facts.config.statex else ""
+    )
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{header}---\n\n# {title}\n\n{body}\n"
+
+
+def _earlier_card(model_dir: Path | None) -> _EarlierCard:
+    path = None if model_dir is None else model_dir / CARD_NAME
+    if path is None or not path.is_file():
+        return _EarlierCard()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = _HEADER.match(text)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        header = None
+    if match is None or not isinstance(header, dict):
+        # What is no header stays text.
+        return _EarlierCard(original=text.strip())
+    body = text[match.end() :]
+    if _OUR_TAG not in (header.get("tags") or []):
+        return _EarlierCard(header=header, original=body.strip())
+    ours, _, original = body.partition(_ORIGINAL)
+    told = {part.splitlines()[0]: f"## {part.strip()}" for part in ours.split("\n## ")[1:]}
+    base = _BASE.search(ours)
+    return _EarlierCard(
+        header=header,
+        original=original.strip(),
+        base=base[1] if base else None,
+        training=told.get("Training", ""),
+        evaluation=told.get("Evaluation", ""),
+    )
+
+
+def _base_model(facts: CardFacts, run: Path | None) -> str | None:
+    """Return what the model was made from, as far as that is known: a name on the hub, or of a directory."""
+    named = facts.values.get("_name_or_path")
+    if isinstance(named, str) and _HUB_NAME.fullmatch(named) and not Path(named).exists():
+        return named
+    account = read_report(facts.source.model_dir) if facts.source.model_dir is not None else None
+    if account is None and run is not None:
+        start = (read_settings(run).get("model") or {}).get("path")
+        account = read_report(Path(start)) if start and Path(start).is_dir() else None
+        if account is None and start:
+            return f"`{Path(start).name}`"
+    return f"`{Path(account['source']).name}`" if account and isinstance(account.get("source"), str) else None
+
+
+def _metadata(facts: CardFacts, header: dict[str, Any], base: str | None) -> dict[str, Any]:
+    tags = [_OUR_TAG, facts.config.MODEL_TYPE, "recurrent"] + (["state-expansion"] if facts.config.statex else [])
+    given = header.get("tags") or []
+    tags += [tag for tag in given if tag not in tags] if isinstance(given, list) else []
+    ours = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    if base and _HUB_NAME.fullmatch(base):
+        ours["base_model"] = base
+    return {**header, **ours}
+
+
+def _introduction(facts: CardFacts) -> str:
+    grown = " whose recurrent state was made larger" if facts.config.statex else ""
+    step = facts.source.info.get("step")
+    at = f", step {step:,} of a training run" if isinstance(step, int) and run_of(facts.source.path) else ""
+    return (
+        f"A recurrent language model of the family `{facts.config.MODEL_TYPE}`{grown}, exported by statex-dist "
+        f"{__version__} from a checkpoint of layout `{facts.source.kind}`{at}."
+    )
+
+
+def _plan(facts: CardFacts) -> str:
+    config = facts.config
+    if config.statex is None:
+        return ""
+    before = config.replace(statex=None)
+    rows = [
+        (
+            *(e.layer, e.op, f"x{e.factor}", e.init + (", dynamics reset" if e.reset_dynamics else "")),
+            *(f"{c.layer_geometry(e.layer).numbers:,}" for c in (before, config)),
+        )
+        for e in config.statex.layers
+    ]
+    names = ("layer", "operation", "factor", "start", "state numbers before", "after")
+    return f"## Expansion\n\n{_table(names, rows)}\n\nThe plan is also in `config.json`, under `statex`."
+
+
+def _numbers(facts: CardFacts) -> str:
+    config = facts.config
+    rows = [("parameters", f"{facts.parameters:,}"), ("layers", f"{config.num_hidden_layers:,}")]
+    if facts.dtype is not None:
+        rows.append(("stored in", facts.dtype))
+    versions = [("", config)] if config.statex is None else [(" before", config.replace(statex=None)), ("", config)]
+    for when, version in versions:
+        size = sum(version.layer_geometry(layer).state_bytes for layer in version.recurrent_layers)
+        rows.append((f"state numbers{when}", f"{version.state_numbers:,}"))
+        rows.append((f"bytes of state per sequence{when} (fp32, convolutions included)", f"{size:,}"))
+    return f"## Numbers\n\n{_table(('', ''), rows)}\n\nThe state has this size whatever the length of the text."
+
+
+def _training(facts: CardFacts, run: Path | None) -> str:
+    step, length = facts.source.info.get("step"), facts.values.get(TRAIN_LENGTH_KEY)
+    rows: list[tuple[str, str]] = []
+    if run is not None:
+        if isinstance(step, int):
+            rows.append(("optimizer steps", f"{step:,}"))
+        rows += training_facts(run, step if isinstance(step, int) else None)
+    if isinstance(length, int):
+        rows.append(("longest text in training (tokens)", f"{length:,}"))
+    return f"## Training\n\n{_table(('', ''), rows)}" if rows else ""
+
+
+def _evaluation(facts: CardFacts) -> str:
+    if not facts.evaluations:
+        return ""
+    parts = []
+    for found in facts.evaluations:
+        data = f" on `{found.data}`" if found.data else ""
+        parts.append(f"### {found.suite}{data}\n\n{_table(('', ''), found.figures)}")
+    return "## Evaluation\n\nBy `statex eval`; in brackets 95 % intervals.\n\n" + "\n\n".join(parts)
+
+
+def _use(facts: CardFacts) -> str:
+    return "## Use\n\n" + "\n\n".join(_use_parts(facts))
+
+
+def _use_parts(facts: CardFacts) -> Iterator[str]:
+    form = form_of(facts.config)
+    if form == "none":
+        yield f"transformers does not open this model: {facts.config.obstacle or 'it has no class for the family'}."
+    else:
+        trust = ", trust_remote_code=True" if form == "remote_code" else ""
+        is_bytes = read_tokenizer_config(facts.source.model_dir).get("tokenizer_class") == BYTES_CLASS
+        trust_tokenizer = ", trust_remote_code=True" if is_bytes else ""
+        yield (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'directory = "."  # where this file is\n'
+            f"model = AutoModelForCausalLM.from_pretrained(directory{trust})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained(directory{trust_tokenizer})\n"
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```"
+        )
+    if form == "remote_code":
+        yield (
+            "transformers has no class for these layers, so the code comes with the weights, in `modeling_statex.py`: "
+            "plain PyTorch, for CPU and GPU. Without `trust_remote_code=True` the model does not open, or opens as "
+            "what it was before. Prompts of unequal length are padded on the left. "
+            "`generate(..., prefill_chunk_size=4096)` reads a long prompt in pieces, in constant memory."
+        )
+    elif form == "plain":
+        notes = "".join(f" Note: {note}." for note in export_notes(facts.config))
+        yield f"transformers' own class opens it; no other code is needed.{notes}"
+    if not facts.config.is_mixed:
+        command = 'statex generate --model . --prompt "Once upon a time"'
+        yield f"With statex-dist, on its scan kernels:\n\n    {command}"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,43 @@
+"""Tiny models of every family and operation, exported as the command line does."""
+
+from pathlib import Path
+
+import torch
+
+from checkpoints_tools.reshard import ReshardSummary, reshard
+from statex_dist.data.tokenizer import BytesTokenizer
+from statex_dist.models.hf import save_pretrained
+from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.state_spaces.config import StateSpacesConfig
+from tests.models.tiny import CONFIGS, build, expanded, hgrn2_config, mamba2_config, minimax_config, retnet_config
+
+STATE_SPACES = StateSpacesConfig.from_dict(
+    {
+        **{"d_model": 16, "n_layer": 2, "vocab_size": 37, "tie_embeddings": True, "pad_vocab_size_multiple": 8},
+        "ssm_cfg": {"layer": "Mamba2", "d_state": 6, "headdim": 8},
+    }
+)
+MODELS = {
+    **CONFIGS,
+    "hgrn2-mixed": expanded(hgrn2_config(), "inherit", op="mix_heads"),
+    "retnet-mixed": expanded(retnet_config(), "inherit", op="mix_heads"),
+    "minimax-merged": expanded(minimax_config(), "inherit", op="merge_heads"),
+    "minimax-grown": expanded(minimax_config(), "inherit", op="grow_state"),
+    "mamba2-even": expanded(mamba2_config(tie_word_embeddings=True), "inherit", factor=3, layers="all"),
+    "state_spaces": STATE_SPACES,
+    "state_spaces-grown": expanded(STATE_SPACES, "inherit", factor=3, layers="1"),
+    "state_spaces-even": expanded(STATE_SPACES, "inherit", factor=3, layers="all"),
+}
+PLAIN = ("mamba2", "mamba2-one-group", "mamba2-even", "minimax")
+"""Those that transformers' own classes open."""
+
+
+def export(
+    name: str, directory: Path, *, dtype: torch.dtype = torch.float64, **options
+) -> tuple[RecurrentLM, Path, ReshardSummary]:
+    """Build a model, save it with a tokenizer of bytes, export it; return model, exported directory and summary."""
+    model = build(MODELS[name], dtype=dtype).eval()
+    source, target = directory / f"{name}-source", directory / name
+    save_pretrained(model, source)
+    BytesTokenizer().save(source)
+    return model, target, reshard(source, target, **options)
