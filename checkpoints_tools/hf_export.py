@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from checkpoints_tools.hf_remote_code import ARCHITECTURE, AUTO_MAP, FAMILY_MODULES, MODULE_NAME, remote_code
 from checkpoints_tools.hf_tokenizer import BYTES_CLASS, TOKENIZER_NAME, bytes_tokenizer_documents, read_tokenizer_config
-from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.config import CONFIG_NAME, OUR_CODE_PREFIX, ModelConfig
 
 Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
@@ -38,15 +38,10 @@ def form_of(config: ModelConfig) -> Form:
 def export_notes(config: ModelConfig) -> list[str]:
     """Return what has to be said of how transformers opens an export."""
     form = form_of(config)
-    if form == "remote_code" and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
-        return [
-            "open it with trust_remote_code=True: without it transformers takes its own class of "
-            f"{config.MODEL_TYPE} models, which knows no plan"
-        ]
     if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
         return [
-            "n_groups is above 1: transformers 4 takes the output norm over all groups, as we do, and release 5 over "
-            "each by itself, which gives other logits"
+            "n_groups is above 1: transformers 5 takes the output norm over each group by itself, as we and mamba_ssm "
+            "do, and release 4 over all of them, which gives other logits"
         ]
     if form != "none":
         return []
@@ -65,8 +60,12 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
     if form == "remote_code":
         # The exported code has no defaults: whatever the source left to a family's defaults is written out.
         defaults = {key: value for key, value in config.to_dict().items() if key not in values}
-        return {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
+        values = {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
+        if config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
+            values["model_type"] = OUR_CODE_PREFIX + config.MODEL_TYPE
+        return values
     if form == "plain":
+        values = {**values, "model_type": config.MODEL_TYPE}
         values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
         if values.get("architectures") in (None, [], [ARCHITECTURE]):
             values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]

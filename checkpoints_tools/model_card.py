@@ -238,8 +238,8 @@ def _use_parts(facts: CardFacts) -> Iterator[str]:
     if form == "remote_code":
         yield (
             "transformers has no class for these layers, so the code comes with the weights, in `modeling_statex.py`: "
-            "plain PyTorch, for CPU and GPU. Without `trust_remote_code=True` the model does not open, or opens as "
-            "what it was before. Prompts of unequal length are padded on the left. "
+            "plain PyTorch, for CPU and GPU. Without `trust_remote_code=True` the model does not open. "
+            "Prompts of unequal length are padded on the left. "
             "`generate(..., prefill_chunk_size=4096)` reads a long prompt in pieces, in constant memory."
         )
     elif form == "plain":

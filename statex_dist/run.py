@@ -53,6 +53,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "generation_config.json",
 )
 
@@ -205,6 +206,7 @@ def build_model(config: RunConfig) -> RecurrentLM:
     else:
         assert config.model.config is not None
         settings = config_from_dict(config.model.config)
+        settings.extra.pop(TRAIN_LENGTH_KEY, None)  # the config.json of a checkpoint may be given here
         if settings.extra:
             allowed = sorted({f.name for f in dataclasses.fields(settings)} - {"extra"})
             unknown = ", ".join(f"model.config.{key}" for key in sorted(settings.extra))

@@ -31,7 +31,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(config.num_heads))
         self.A_log = nn.Parameter(torch.zeros(config.num_heads))
         self.D = nn.Parameter(torch.ones(config.num_heads))
-        self.norm = GatedRMSNorm(self.inner_size, config.rms_eps, norm_before_gate=False)
+        self.norm = GatedRMSNorm(self.inner_size, config.rms_eps, norm_before_gate=False, num_groups=config.n_groups)
         self.out_proj = nn.Linear(self.inner_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x: torch.Tensor, tokens: Tokens, state: LayerState | None) -> tuple[torch.Tensor, LayerState]:

@@ -1,8 +1,8 @@
 """The decoding loop: rows that take one step a token together, and come and go between steps.
 
-Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it has read,
-so a batch is the states of its rows side by side: joining is a concatenation and leaving a selection; a step writes over
-them. ``statex generate`` and the server run this same loop.
+Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it read, so
+a batch is the states of its rows side by side: joining is a concatenation and leaving a selection, and a step writes
+over them. ``statex generate`` and the server run this same loop.
 """
 
 from __future__ import annotations

@@ -16,6 +16,10 @@ from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 
+OUR_CODE_PREFIX = "statex_"
+"""Of the ``model_type`` of a model whose code is beside its weights, where other software has a class for the bare name
+that knows no plan and would open the weights all the same."""
+
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
 
@@ -57,7 +61,7 @@ class ModelConfig:
     @classmethod
     def recognises(cls, values: dict[str, Any]) -> bool:
         """Return whether the contents of a ``config.json`` describe a model of this family."""
-        return values.get("model_type") == cls.MODEL_TYPE
+        return values.get("model_type") in (cls.MODEL_TYPE, OUR_CODE_PREFIX + cls.MODEL_TYPE)
 
     def check_positive(self, *names: str) -> None:
         """Raise if one of these fields is given and below 1, or larger than any tensor's axis."""

@@ -45,6 +45,11 @@ def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def normalize_groups(x: torch.Tensor, num_groups: int, eps: float) -> torch.Tensor:
+    """Return :func:`normalize` of each of so many groups of channels by itself."""
+    return normalize(x, eps) if num_groups == 1 else normalize(x.unflatten(-1, (num_groups, -1)), eps).flatten(-2)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
     """Return the RMS norm (arXiv 1910.07467) over the last dimension.
 
@@ -69,6 +74,7 @@ def gated_rms_norm(
     eps: float,
     norm_before_gate: bool,
     sigmoid: bool = False,
+    num_groups: int = 1,
 ) -> torch.Tensor:
     """Return an RMS norm with a gate, ``silu(gate)`` or ``sigmoid(gate)``.
 
@@ -79,17 +85,18 @@ def gated_rms_norm(
         eps: Added to the mean square.
         norm_before_gate: Whether the norm is gated (GLA), or the gated is normed (Mamba2; has no kernel for a sigmoid).
         sigmoid: The gate's activation, in place of SiLU.
+        num_groups: Groups of channels that are normed each by itself, as mamba_ssm does (more than one have no kernel).
 
     Returns:
         ``[..., D]`` in ``x``'s dtype.
     """
-    if takes_kernels(x) and _row_fits(x) and (norm_before_gate or not sigmoid):
+    if num_groups == 1 and takes_kernels(x) and _row_fits(x) and (norm_before_gate or not sigmoid):
         return fla_gated_rms_norm(x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, sigmoid=sigmoid)
     activation = torch.sigmoid if sigmoid else F.silu
     gate = activation(gate.to(wide_dtype(gate.dtype)))
     if norm_before_gate:
-        return (weight * normalize(x, eps) * gate).to(x.dtype)
-    return (weight * normalize(x.to(gate.dtype) * gate, eps).to(x.dtype)).to(x.dtype)
+        return (weight * normalize_groups(x, num_groups, eps) * gate).to(x.dtype)
+    return (weight * normalize_groups(x.to(gate.dtype) * gate, num_groups, eps).to(x.dtype)).to(x.dtype)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,7 @@ def _make_local(model: TensorParallelLM, tensors: dict[str, torch.Tensor], share
         mixer = _mixer(layer)
         mixer.heads = HeldHeads.of(mixer.geometry, tp=share.size, rank=share.rank)
         sizes.add(mixer.heads.ranks_per_head)
+        sizes |= {_ranks_per_group(module, share) for module in layer.modules() if isinstance(module, RMSNorm)}
     # Every rank makes all groups, in one order.
     groups = {size: share.neighbours(size) for size in sorted(sizes)}
     names, specs = model.family.names, model.family.tensors(model.config)
@@ -157,14 +158,22 @@ def _make_local(model: TensorParallelLM, tensors: dict[str, torch.Tensor], share
         if leaf == "weight" and spec.units:
             parent, _, own = path.rpartition(".")
             place = model.get_submodule(parent)
-            norm_share = groups[_mixer_of(model, name).heads.ranks_per_head] if spec.units[0].shared else share
+            whole = getattr(place, own)
+            ranks = (
+                _mixer_of(model, name).heads.ranks_per_head if spec.units[0].shared else _ranks_per_group(whole, share)
+            )
             held = tensors.get(name, tensors[names.embeddings])
             with torch.device("meta"):
-                setattr(place, own, _local(place, getattr(place, own), spec, held, share, norm_share))
+                setattr(place, own, _local(place, whole, spec, held, share, groups[ranks]))
     for module in model.modules():
         if isinstance(module, SparseExperts):
             # Once for all experts: their outputs are sums already.
             module.register_forward_hook(lambda module, inputs, output: share.all_reduce(output))
+
+
+def _ranks_per_group(module: nn.Module, share: TensorShare) -> int:
+    """Return how many ranks in a row have channels of one group of a norm; of another module, all."""
+    return max(share.size // getattr(module, "num_groups", 1), 1)
 
 
 def _mixer_of(model: TensorParallelLM, name: str) -> Any:

@@ -24,7 +24,7 @@ class SplitRMSNorm(RMSNorm):
 
     def __init__(self, whole: RMSNorm, held: int, share: TensorShare):
         super().__init__(held, eps=whole.eps)
-        self.size, self.share = whole.weight.numel(), share
+        self.size, self.share, self.num_groups = whole.weight.numel(), share, 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x [..., held] / rms * weight`` in ``x``'s dtype, the root mean square being that of all channels."""
@@ -32,11 +32,13 @@ class SplitRMSNorm(RMSNorm):
 
 
 class SplitGatedRMSNorm(GatedRMSNorm):
-    """Gated norm over channels of several ranks; arguments as for :class:`SplitRMSNorm`."""
+    """Gated norm over channels of several ranks; arguments as for :class:`SplitRMSNorm`, ``share`` those of a group."""
 
     def __init__(self, whole: GatedRMSNorm, held: int, share: TensorShare):
         super().__init__(held, eps=whole.eps, norm_before_gate=whole.norm_before_gate, sigmoid=whole.sigmoid)
-        self.size, self.share = whole.weight.numel(), share
+        # Groups that are here whole, or the one that is here in part.
+        self.size, self.share = whole.weight.numel() // whole.num_groups, share
+        self.num_groups = max(held // self.size, 1)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the gated norm of ``x [..., held]`` in ``x``'s dtype."""
@@ -48,7 +50,7 @@ class SplitGatedRMSNorm(GatedRMSNorm):
 
 
 def _normalize(x: torch.Tensor, norm: SplitRMSNorm | SplitGatedRMSNorm) -> torch.Tensor:
-    """Return ``x`` over the root mean square of all channels, in fp32 (float64 for float64)."""
-    x = x.to(wide_dtype(x.dtype))
-    mean = norm.share.all_reduce(x.square().sum(-1, keepdim=True)) / norm.size
-    return x * torch.rsqrt(mean + norm.eps)
+    """Return ``x`` over the root mean square of all channels of a group, in fp32 (float64 for float64)."""
+    groups = x.to(wide_dtype(x.dtype)).unflatten(-1, (norm.num_groups, -1))
+    mean = norm.share.all_reduce(groups.square().sum(-1, keepdim=True)) / norm.size
+    return (groups * torch.rsqrt(mean + norm.eps)).flatten(-2)

@@ -22,7 +22,7 @@ from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.models.hf import from_pretrained
 from tests.checkpoints_tools.builders import GLA, MAMBA2, run_expand, write_model
 from tests.checkpoints_tools.exports import MODELS, PLAIN, export
-from tests.models.tiny import gla_config, tokens
+from tests.models.tiny import gla_config, norm_by_groups, tokens
 
 GROUPED = ("mamba2", "mamba2-even")
 
@@ -38,6 +38,8 @@ def test_transformers_own_class_opens_what_it_knows(tmp_path, name):
     model, ids = AutoModelForCausalLM.from_pretrained(directory).eval(), tokens(2, 70)
     assert type(model).__module__.startswith("transformers.models.")
     assert config["architectures"] == [type(model).__name__]
+    if name in GROUPED:
+        norm_by_groups(model)
     expected = ours(ids).logits
     assert (model(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
     if not model.config.tie_word_embeddings:  # transformers 4 itself cannot save a tied Mamba2
@@ -55,9 +57,17 @@ def test_the_form_follows_from_family_and_plan():
         "transformers has no class for this gla model, and none is written for mixed models: layers [1] are softmax "
         "attention"
     ]
-    (note,) = export_notes(MODELS["minimax-merged"])
-    assert note.startswith("open it with trust_remote_code=True: without it transformers takes its own class")
-    assert export_notes(MODELS["gla-merged"]) == []
+    assert export_notes(MODELS["minimax-merged"]) == export_notes(MODELS["gla-merged"]) == []
+
+
+@pytest.mark.parametrize("name", ["minimax-merged", "mamba2-grown", "gla-merged"])
+def test_no_class_that_knows_no_plan_opens_the_weights(tmp_path, name):
+    ours, directory, _ = export(name, tmp_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    again = from_pretrained(directory)
+    assert again.config.MODEL_TYPE == ours.config.MODEL_TYPE
+    assert torch.equal(again(tokens(1, 9)).logits, ours(tokens(1, 9)).logits)
 
 
 def test_what_lies_in_an_export(tmp_path):

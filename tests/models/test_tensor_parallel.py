@@ -157,8 +157,9 @@ def mamba2_layer(config, x, weights, shares):
     """The layer's output as the ranks with these shares compute it."""
     h = rms(x, weights["norm.weight"], config.layer_norm_epsilon)
     outputs = [mamba2_outputs(config, config.layer_geometry(LAYER), w, h, len(shares)) for w in shares]
-    mean = sum(y.square().sum(-1, keepdim=True) for y in outputs) / config.inner_size
-    for y, w in zip(outputs, shares, strict=True):
+    squares = torch.cat(outputs, dim=-1).square().unflatten(-1, (config.n_groups, -1))
+    means = squares.mean(-1, keepdim=True).expand_as(squares).flatten(-2).split(outputs[0].shape[-1], dim=-1)
+    for y, mean, w in zip(outputs, means, shares, strict=True):
         y = y * torch.rsqrt(mean + config.layer_norm_epsilon) * w["mixer.norm.weight"]
         x = x + y @ w["mixer.out_proj.weight"].T
     return x + weights.get("mixer.out_proj.bias", 0)  # once, not once per rank

@@ -81,3 +81,18 @@ def test_what_pytorch_keeps_of_swiglu():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops/test_gpu_fused.py runs the compiled kernels")
 def test_kernels_in_the_interpreter():
     assert_script_passes("tests.ops.interpreted_fused", CHECKS)
+
+
+def test_groups_of_channels_are_normed_each_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    x, gate = (torch.randn(2, 5, 12, dtype=torch.float64, generator=generator) for _ in range(2))
+    weight = torch.randn(12, dtype=torch.float64, generator=generator)
+    for before in (True, False):
+        options = {"eps": 1e-5, "norm_before_gate": before}
+        whole = fused.gated_rms_norm(x, gate, weight, **options, num_groups=3)
+        parts = [
+            fused.gated_rms_norm(*part, **options)
+            for part in zip(*(y.split(4, -1) for y in (x, gate, weight)), strict=True)
+        ]
+        torch.testing.assert_close(whole, torch.cat(parts, dim=-1), rtol=0, atol=1e-14)
+        assert not torch.allclose(whole, fused.gated_rms_norm(x, gate, weight, **options))

@@ -46,7 +46,7 @@ REMEDIES = {
     "gated_deltanet-mixed": ("forget-more",),
     "kda": ("state-norm:learn=4,every=2",),
 }
-CUT_NORMS, WHOLE_NORM = ("gla-merged", "gla-two-heads", "mamba2-four-groups"), "gla-conv"
+CUT_NORMS, WHOLE_NORM = ("gla-merged", "gla-two-heads", "mamba2-grown"), "gla-conv"
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
