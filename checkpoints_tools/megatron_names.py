@@ -126,8 +126,4 @@ def megatron_notes(config: ModelConfig | None) -> list[str]:
         notes.append(f"Megatron has one mamba_state_dim for all layers; this model's layers have {sorted(states)}")
     if config.n_groups == 1:
         notes.append("n_groups is 1: Megatron runs the model with tensor parallelism of size 1 only")
-    else:
-        notes.append(
-            f"Megatron's gated norm is over each of the {config.n_groups} groups, transformers' over all channels"
-        )
     return notes

@@ -204,8 +204,8 @@ def test_names_and_notes():
     uneven = CONFIGS["mamba2-grown"]
     for config, words in (
         (config_from_dict(MAMBA2), ["no bias in its projections", "tensor parallelism of size 1"]),
-        (config_from_dict(GROUPED), ["each of the 2 groups"]),
-        (uneven, ["layers have [6, 18]", "each of the 2 groups"]),
+        (config_from_dict(GROUPED), []),
+        (uneven, ["layers have [6, 18]"]),
         (CONFIGS["mamba2-one-group"], ["no bias", "conv1d.bias, which this model has not", "size 1"]),
         (config_from_dict(GLA), ["no module of gla models"]),
         (None, ["no module of this model"]),

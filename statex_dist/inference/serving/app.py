@@ -29,7 +29,7 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     created = int(time.time())
 
     def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
+        given = request.headers.get("authorization", "").encode("latin-1")  # as it was sent
         if api_key is not None and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
             raise RequestError(
                 401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"

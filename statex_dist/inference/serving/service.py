@@ -35,7 +35,7 @@ class Service:
 
     Attributes:
         metrics: What Prometheus is told.
-        dead: Whether the decoding thread has died.
+        dead: Whether the decoding thread has died, or hangs.
         on_death: Called when it has.
     """
 
@@ -77,7 +77,9 @@ class Service:
                 await self._idle.wait()
         except TimeoutError:
             self.give_up()
-        await asyncio.to_thread(self._worker.stop)
+        if not await asyncio.to_thread(self._worker.stop):
+            logger.error("the decoding thread hangs; it is left behind")
+            self.dead = True
 
     def give_up(self) -> None:
         """Fail the requests that are open."""

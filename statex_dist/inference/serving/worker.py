@@ -16,6 +16,9 @@ from statex_dist.models.lm import RecurrentLM
 
 logger = logging.getLogger(__name__)
 
+LAST_TURN_SECONDS = 30.0
+"""A turn is a segment and a step at most; one that takes longer hangs, and would keep the process for ever."""
+
 
 class BusyError(StateXError):
     """Slots and queue are full; the same request may be taken later."""
@@ -86,12 +89,17 @@ class Worker:
             self._leaving.update(self._open.intersection(keys))
             self._changed.notify()
 
-    def stop(self) -> None:
-        """End the thread after the turn that runs, and wait for it; open rows get no further progress."""
+    def stop(self) -> bool:
+        """End the thread after the turn that runs; open rows get no further progress.
+
+        Returns:
+            Whether it ended within :data:`LAST_TURN_SECONDS`.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(LAST_TURN_SECONDS)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         device = device_of(self._model)
@@ -102,6 +110,8 @@ class Worker:
                 while self._prepare():
                     turn = self._batch.turn()
                     with self._changed:
+                        if self._stopping:  # and nobody may be there any more
+                            return
                         self._open.difference_update(p.key for p in turn.progress if p.finish_reason is not None)
                     self._on_turn(turn)
         except BaseException:

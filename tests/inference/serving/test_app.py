@@ -14,11 +14,12 @@ from statex_dist.errors import StateXError
 from statex_dist.inference import decoding
 from statex_dist.inference.prefill import take_rows
 from statex_dist.inference.sampling import Sampling
+from statex_dist.inference.serving import worker
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
 from tests.inference.serving.running import NAME, PATIENCE_SECONDS, Gate, alone, serving
 
-ENDLESS = {"prompt": "a", "max_tokens": 4096, "ignore_eos": True}
-"""Seconds of work: whoever frees its slot sooner was not waited for."""
+ENDLESS = {"prompt": "hello", "seed": 1, "max_tokens": 4096, "ignore_eos": True}
+"""Seconds of work: whoever frees its slot sooner was not waited for. Its first token is a character, and sent."""
 
 
 @functools.cache
@@ -292,7 +293,7 @@ def test_the_death_of_the_decoding_thread_fails_all_and_ends_the_server(caplog):
 def test_a_stopping_server_takes_nothing_and_finishes_what_it_has():
     model = tiny_model()
     gate = Gate(model, passes=3)
-    with serving(model) as server, server.stream(prompt="a", max_tokens=20, ignore_eos=True) as response:
+    with serving(model) as server, server.stream(**{**ENDLESS, "max_tokens": 20}) as response:
         lines = response.iter_lines()
         first = next(lines)
         server.server.request_stop()
@@ -320,6 +321,20 @@ def test_the_grace_period_has_an_end():
             assert b"the server stopped before the answer was complete" in [line for line in lines if line][-1]
         gate.open()
     assert server.error is None
+
+
+def test_a_decoding_thread_that_hangs_does_not_keep_the_process(monkeypatch, caplog):
+    monkeypatch.setattr(worker, "LAST_TURN_SECONDS", 0.1)
+    model = tiny_model()
+    gate = Gate(model, passes=3)
+    with serving(model, grace_seconds=0.1) as server, server.stream(**ENDLESS) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.server.request_stop()
+        assert list(lines)
+    gate.open()
+    assert isinstance(server.error, StateXError)
+    assert "the decoding thread hangs" in caplog.text
 
 
 def crowd(number):

@@ -1,0 +1,94 @@
+"""``statex serve``: an HTTP server of completions with OpenAI's API."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from launch.cmd_plan import size
+from launch.model_options import add_dtype_option, add_model_options, load_for_decoding
+from statex_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from statex_dist.models.lm import RecurrentLM
+
+API_KEY_VARIABLE = "STATEX_API_KEY"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of ``statex serve`` to ``parser``."""
+    add_model_options(parser)
+    add_dtype_option(parser)
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on (0.0.0.0: all)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (0: a free one)")
+    parser.add_argument(
+        "--served-model-name",
+        type=str | None,
+        default=None,
+        help="what requests call it (default: its directory's name)",
+    )
+    parser.add_argument(
+        "--api-key", type=str | None, default=None, help=f"key that clients must send (default: {API_KEY_VARIABLE})"
+    )
+    parser.add_argument("--max-batch-size", type=int, default=32, help="completions that are written together")
+    parser.add_argument("--max-queue", type=int, default=256, help="completions that wait; more are refused")
+    parser.add_argument("--max-prompt-tokens", type=int, default=131_072, help="tokens of a prompt at most")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a completion at most")
+    parser.add_argument("--max-body-bytes", type=int, default=8 << 20, help="bytes of a request at most")
+    parser.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a request, waiting included")
+    parser.add_argument("--grace-period", type=float, default=30.0, help="seconds for open requests at SIGTERM")
+
+
+def run(args: Any) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        args: The parsed options of :func:`add_arguments`.
+
+    Raises:
+        StateXError: The options, the port or the model are wrong, a package is missing, or the decoding thread died.
+    """
+    try:
+        from statex_dist.inference.serving.app import build_app
+        from statex_dist.inference.serving.limits import Limits
+        from statex_dist.inference.serving.server import Server, address_of, bind
+        from statex_dist.inference.serving.service import Service
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve needs a web framework ({error}); run: pip install 'statex-dist[serve]'") from None
+
+    names = ("max_batch_size", "max_queue", "max_prompt_tokens", "max_tokens", "max_body_bytes", "request_timeout")
+    limits = Limits(**{name: getattr(args, name) for name in names})
+    if not 0 <= args.grace_period < float("inf"):
+        raise ConfigError(f"--grace-period must be 0 seconds or more, not {args.grace_period:g}")
+    # Before the model: it may take minutes to load.
+    with bind(args.host, args.port) as listener:
+        model, tokenizer = load_for_decoding(args)
+        name = args.served_model_name or Path(args.model).resolve().name
+        service = Service(model, tokenizer, name=name, limits=limits, segment_length=args.segment_length)
+        api_key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
+        server = Server(build_app(service, api_key=api_key), service, grace_seconds=args.grace_period)
+        line = f"{name} at {address_of(listener)}: {_describe(model, limits.max_batch_size)}\n"
+
+        def announce() -> None:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+        server.run(listener, signals=(signal.SIGTERM, signal.SIGINT), on_ready=announce)
+    return 0
+
+
+def _describe(model: RecurrentLM, slots: int) -> str:
+    """Return what a full batch needs, measured with a token: kernels are compiled before the first request comes."""
+    import torch
+
+    from statex_dist.inference.prefill import device_of, evaluating, prefill
+
+    with evaluating(model):
+        _, states = prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
+    slot = sum(part.numel() * part.element_size() for state in states for part in state)
+    return f"{slots} slots, {size(slot)} of state each, {size(slot * slots)} in all (twice that as rows join or leave)"
