@@ -55,6 +55,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.reshard
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.serving
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache
