@@ -45,7 +45,7 @@ def state_bytes(states: list[LayerState]) -> int:
 def decode(model: RecurrentLM, ids: torch.Tensor, states: list[LayerState], steps: int) -> torch.Tensor:
     """Run ``steps`` greedy steps and return the last tokens ``[B, 1]``."""
     for _ in range(steps):
-        output = model(ids, states=states, output_states=True)
+        output = model(ids, states=states, output_states=True, overwrite_states=True)
         states, ids = output.states, output.logits.argmax(-1)
     return ids
 

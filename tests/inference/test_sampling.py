@@ -40,6 +40,13 @@ def test_a_row_draws_what_it_would_alone_and_only_from_what_is_allowed(samplings
         assert shares[:rank].sum() < sampling.top_p + 1e-12
 
 
+@pytest.mark.parametrize("temperature", [1e-308, 1e-30, 1e30])
+def test_any_temperature_draws_a_token(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0]]).expand(50, 3)
+    drawn = choose_tokens(logits, [Sampling(max_tokens=1, temperature=temperature)] * 50, generators(50)).tolist()
+    assert set(drawn) == ({1} if temperature < 1 else {0, 1, 2})
+
+
 def test_an_infinite_logit_of_minus_is_never_drawn():
     logits = torch.tensor([[0.0, -torch.inf, 0.0]]).expand(500, 3)
     drawn = choose_tokens(logits, [Sampling(max_tokens=1, temperature=9.0)] * 500, generators(500))
