@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -24,7 +25,7 @@ COMMANDS = {
     "data-stats": "say how long a dataset's documents are, and what each packing would cost",
     "plan": "show what an expansion would do, before anything is done",
     "expand": "expand the recurrent state of a checkpoint",
-    "reshard": "turn a training checkpoint into safetensors",
+    "reshard": "turn a checkpoint into another layout: safetensors, ZeRO-3, tensor-parallel shards, Megatron",
     "verify": "compare two checkpoints, or prove that one is the other's expansion",
     "inspect": "say what a checkpoint is and whether it is whole",
     "generate": "continue prompts, one recurrent step a token",
@@ -64,7 +65,8 @@ def _module(command: str) -> ModuleType:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     # The deepspeed launcher adds --local_rank, whatever it starts; the rank is in the environment too.
-    arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    given = sys.argv[1:] if argv is None else argv
+    arguments = [word for word in given if not re.fullmatch(r"--local_rank=\d+", word)]
     if not arguments:
         arguments = ["--help"]
     setup_logging()
@@ -96,4 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A rank that ends while its peers end is sometimes aborted by torch's communication threads, and its exit code
+        # is lost. All that there was to do is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

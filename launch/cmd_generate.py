@@ -46,14 +46,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-file", type=str, action="append", metavar="FILE", help="file with a prompt, - for standard input"
     )
+    parser.add_argument("--n", type=int, default=1, help="continuations of each prompt, which is read once")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to produce at most (0: only read)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from so many most likely tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability")
     parser.add_argument("--stop", type=str, action="append", metavar="TEXT", help="end before it; may be repeated")
     parser.add_argument("--ignore-eos", action="store_true", help="go on behind the end of a document")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; prompt i draws with seed + i")
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts that are continued together")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; continuation i draws with seed + i")
+    parser.add_argument("--batch-size", type=int, default=32, help="continuations that are written together")
     parser.add_argument("--save-state", type=str | None, default=None, metavar="FILE", help="keep what the prompt left")
     parser.add_argument("--load-state", type=str | None, default=None, metavar="FILE", help="start from what was kept")
     parser.add_argument("--tp", type=int | None, default=None, help="tensor-parallel ranks that share the model")
@@ -74,9 +75,10 @@ def run(args: Any) -> int:
     from statex_dist.parallel.together import OtherRankError
 
     if wants_ranks(args.tp):
-        return start_ranks(args.tp, args.command_line)
+        _read_options(args, args.tp)
+        return start_ranks(args.tp, args.command_line, device=args.device)
     try:
-        with open_tensor_parallel(args.tp) as share:
+        with open_tensor_parallel(args.tp, device=args.device) as share:
             _generate(args, share or TensorShare())
     except OtherRankError as error:  # that rank says what is wrong
         return error.exit_code
@@ -88,7 +90,7 @@ def _generate(args: Any, share: TensorShare) -> None:
     from statex_dist.parallel.together import OtherRankError
 
     with share.together():
-        sampling = _read_options(args, share)
+        sampling = _read_options(args, share.size)
         mine = read_prompts(args.prompt or [], args.prompt_file or []) if share.rank == 0 else []
     prompts = share.gather_objects(mine)[0]
     with share.together():
@@ -104,7 +106,7 @@ def _generate(args: Any, share: TensorShare) -> None:
     try:
         session.read(prompts)
         if sampling is not None:
-            as_it_comes = not args.json and len(prompts) == 1 and share.rank == 0
+            as_it_comes = not args.json and len(prompts) == args.n == 1 and share.rank == 0
             session.write(sys.stdout.write if as_it_comes else None)
     except StateXError as error:
         if share.rank == 0:
@@ -124,38 +126,44 @@ def _check_prompts(args: Any, prompts: list[str]) -> list[str]:
     return prompts or [""]
 
 
-def _read_options(args: Any, share: TensorShare) -> Sampling | None:
+def _read_options(args: Any, ranks: int) -> Sampling | None:
     """Return how texts are drawn; None where the prompt is only to be read."""
     from statex_dist.inference.sampling import Sampling
 
-    for option in ("batch_size", "segment_length"):
+    for option in ("batch_size", "segment_length", "n"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} must be 1 or more, not {getattr(args, option)}")
     if args.seed < 0:
         raise ConfigError(f"--seed must be 0 or more, not {args.seed}")
     for option in ("save_state", "load_state"):
         path = getattr(args, option)
-        if path is not None and share.size > 1:
+        if path is not None and ranks > 1:
             raise ConfigError(
                 f"--{option.replace('_', '-')} does not go with --tp: each rank has only its part of states"
             )
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"--{option.replace('_', '-')} {path}: no such directory")
-    if args.max_new_tokens == 0 and args.save_state is not None:
-        return None
-    if args.max_new_tokens < 1:
+        if path is not None and Path(path).is_dir():
+            raise ConfigError(f"--{option.replace('_', '-')} {path} is a directory; give a file")
+    only_read = args.max_new_tokens == 0 and args.save_state is not None
+    if args.max_new_tokens < 1 and not only_read:
         raise ConfigError(
             f"--max-new-tokens must be 1 or more, not {args.max_new_tokens} (0 with --save-state: the prompt is only "
             "read)"
         )
-    return Sampling(
-        max_tokens=args.max_new_tokens,
+    if args.temperature == 0 and (args.top_k or args.top_p < 1 or args.n > 1):
+        logger.warning(
+            "--temperature is 0: the most likely token is taken, and --top-k, --top-p and --n change nothing"
+        )
+    sampling = Sampling(
+        max_tokens=args.max_new_tokens or 1,
         until=tuple(args.stop or ()),
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         ignore_eos=args.ignore_eos,
     )
+    return None if only_read else sampling
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
@@ -179,6 +187,8 @@ def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
         prompts.append(text)
     for name in files:
         content = sys.stdin.buffer.read() if name == "-" else _read_file(name)
+        # The one that editors and echo put behind the last line.
+        content = content.removesuffix(b"\n").removesuffix(b"\r")
         if not content:
             raise DataError(f"--prompt-file {name} is empty; there is nothing to continue")
         try:
@@ -210,7 +220,8 @@ class _Session:
     contexts: list[list[int]] = field(default_factory=list)
     prefix: Prefix | None = None
     done: dict[int, Progress] = field(default_factory=dict)
-    read_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_tokens: list[int] = field(default_factory=list)
     read_seconds: float = 0.0
     write_seconds: float = 0.0
 
@@ -219,9 +230,10 @@ class _Session:
         from statex_dist.inference.cache import load_prefix, save_prefix
 
         self.contexts = [self.tokenizer.encode(prompt).tolist() for prompt in prompts]
-        self.read_tokens = sum(len(context) for context in self.contexts)
+        self.prompt_tokens = [len(context) for context in self.contexts]
         if self.args.load_state is not None:
             self.prefix = load_prefix(Path(self.args.load_state), self.model, self.tokenizer)
+            self.cached_tokens = self.prefix.num_tokens
         if len(self.contexts) == 1:
             started = time.monotonic()
             self.prefix = self._read_one(self.contexts[0])
@@ -250,11 +262,12 @@ class _Session:
         from statex_dist.inference.generate import stream_continuations
 
         assert self.sampling is not None
-        seeds = [self.args.seed + number for number in range(len(self.contexts))]
+        contexts = [context for context in self.contexts for _ in range(self.args.n)]
+        seeds = [self.args.seed + number for number in range(len(contexts))]
         started = time.monotonic()
         for progress in stream_continuations(
             self.model,
-            self.contexts,
+            contexts,
             self.sampling,
             tokenizer=self.tokenizer,
             batch_size=self.args.batch_size,
@@ -272,7 +285,7 @@ class _Session:
         self.write_seconds = time.monotonic() - started
 
     def text(self, number: int) -> str:
-        """Return the whole text of a prompt's continuation."""
+        """Return the whole text of a continuation."""
         from statex_dist.inference.text import cut
 
         assert self.sampling is not None
@@ -298,32 +311,38 @@ def _reading_bar(num_tokens: int, *, shown: bool) -> Iterator[Callable[[int], No
 def _print(session: _Session, args: Any) -> None:
     produced = sum(len(progress.tokens) for progress in session.done.values())
     if args.json:
-        prompts = range(len(session.contexts))
         document = {
             "model": args.model,
             "continuations": [
                 {
+                    "prompt": number // args.n,
+                    "prompt_tokens": session.prompt_tokens[number // args.n],
                     "text": session.text(number),
-                    "tokens": list(session.done[number].tokens),
-                    "finish_reason": session.done[number].finish_reason,
+                    "tokens": list(progress.tokens),
+                    "finish_reason": progress.finish_reason,
                 }
-                for number in prompts
-                if number in session.done
+                for number, progress in sorted(session.done.items())
             ],
-            "prompt_tokens": session.read_tokens,
-            "prefix_tokens": session.prefix.num_tokens if session.prefix is not None else 0,
+            "cached_tokens": session.cached_tokens,
+            "prompt_tokens": sum(session.prompt_tokens),
             "generated_tokens": produced,
-            "read_seconds": round(session.read_seconds, 3),
-            "generate_seconds": round(session.write_seconds, 3),
+            # Several prompts are read while others are written already: only the sum is known.
+            "read_seconds": round(session.read_seconds, 3) if len(session.prompt_tokens) == 1 else None,
+            "seconds": round(session.read_seconds + session.write_seconds, 3),
         }
         sys.stdout.write(json.dumps(document) + "\n")
         return
-    if session.done and len(session.contexts) == 1:
+    if len(session.done) == 1:
         sys.stdout.write("\n")
-    elif session.done:
-        for number in range(len(session.contexts)):
-            sys.stdout.write(f"==> prompt {number} <==\n{session.text(number)}\n")
-    # Several prompts are read while they are written: only their sum is known.
-    reading = f"{session.read_tokens} tokens read in {session.read_seconds:.2f} s, " if session.read_seconds else ""
-    if session.done:
-        logger.info("%s%d tokens written in %.2f s", reading, produced, session.write_seconds)
+    else:
+        for number in sorted(session.done):
+            heading = f"prompt {number // args.n}" + (f", {number % args.n}" if args.n > 1 else "")
+            sys.stdout.write(f"==> {heading} <==\n{session.text(number)}\n")
+    if not session.done:
+        return
+    if len(session.prompt_tokens) == 1:
+        read = f"{session.prompt_tokens[0]} tokens read in {session.read_seconds:.2f} s, "
+        logger.info("%s%d tokens written in %.2f s", read, produced, session.write_seconds)
+    else:
+        read_tokens = sum(session.prompt_tokens)
+        logger.info("%d tokens read and %d written in %.2f s", read_tokens, produced, session.write_seconds)

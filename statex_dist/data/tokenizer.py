@@ -58,6 +58,10 @@ class Tokenizer(Protocol):
         """Return the text of ``ids``; special tokens and undecodable bytes never raise."""
         ...
 
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token that is written ``text``, or None: it is in no decoded text."""
+        ...
+
     def save(self, directory: str | Path) -> None:
         """Write into an existing ``directory`` what :func:`load_tokenizer` needs to load it from there."""
         ...
@@ -83,6 +87,10 @@ class BytesTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the byte ids; EOS and PAD are dropped, malformed UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
+
+    def special_id(self, text: str) -> int | None:
+        """Return None: EOS and PAD have no text."""
+        return None
 
     def save(self, directory: str | Path) -> None:
         """Write the marker that makes ``directory`` recognised as a bytes-tokenised model."""
@@ -139,8 +147,15 @@ class HFTokenizer:
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids`` without special tokens."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Return the text of ``ids`` without special tokens, and with every space that the tokens have."""
+        return self._tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token that is written ``text``, or None."""
+        names = set(self._tokenizer.all_special_tokens) - {self._tokenizer.unk_token}
+        return int(self._tokenizer.convert_tokens_to_ids(text)) if text in names else None
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files into ``directory``."""

@@ -7,7 +7,7 @@ wrong without a sign. So the header is held to a digest of the weights themselve
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,8 @@ from statex_dist.models.lm import RecurrentLM
 FORMAT = "statex-states"
 VERSION = "1"
 
-# In this order: the first that differs is the most telling.
-_FACTS = {
-    "model_type": "family",
-    "shape": "vocabulary, width or depth",
-    "plan": "expansion plan",
-    "mitigation": "mitigation",
-    "dtype": "dtype of the weights",
-    "weights": "weights",
-    "tokenizer": "tokenizer",
-}
+_NO_MATTER = {"statex", "extra", "initializer_range", "embedding_initializer_range", "rescale_prenorm_residual"}
+"""Fields of a configuration of which no state depends, and the plan, which is told by layers."""
 
 
 def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Tokenizer) -> None:
@@ -79,6 +71,8 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
     Raises:
         CheckpointError: The file is missing, damaged or no file of states, or holds those of another model.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory; give the file that --save-state wrote")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -91,7 +85,9 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
     except FileNotFoundError:
         raise CheckpointError(f"no file of states at {path}; write one with --save-state") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(
+            f"{path} is cut off or no file of states ({error}); write it again with --save-state"
+        ) from None
     if _digest(sorted(tensors.items())) != header.get("digest") or not header.get("num_tokens", "").isdigit():
         raise CheckpointError(f"{path} is damaged: its contents are not those that were written")
     device = device_of(model)
@@ -105,22 +101,28 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
 
 
 def _check_facts(path: Path, header: dict[str, str], facts: dict[str, str]) -> None:
-    for name, text in _FACTS.items():
-        if header.get(name) != facts[name]:
-            shown = "" if name in ("weights", "tokenizer") else f": {header.get(name)} there, {facts[name]} here"
-            raise CheckpointError(f"{path} holds the states of another model; its {text} differs{shown}")
+    for name, value in facts.items():
+        if header.get(name) != value:
+            shown = "" if name in ("weights", "tokenizer") else f": {header.get(name)} there, {value} here"
+            verb = "differ" if name == "weights" else "differs"
+            raise CheckpointError(f"{path} holds the states of another model; its {name} {verb}{shown}")
 
 
 def _facts(model: RecurrentLM, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return what tells a model from another, coarsest first."""
+    """Return what tells a model from another, what says most first."""
     config = model.config
-    plan = config.statex.to_dict() if config.statex else None
+    settings = {
+        field.name: str(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in _NO_MATTER
+    }
+    plan = [f"layer {e.layer} {e.op} x{e.factor} {e.init}" for e in config.statex.layers] if config.statex else ["none"]
     parameter = next(model.parameters())
     return {
         "model_type": config.MODEL_TYPE,
-        "shape": f"{config.vocab_size} tokens, {config.hidden_size} wide, {config.num_hidden_layers} layers",
-        "plan": json.dumps(plan, sort_keys=True),
-        "mitigation": str(model.mitigation),
+        **settings,
+        "plan": ", ".join(plan),
+        "mitigation": "none" if model.mitigation is None else str(model.mitigation),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "weights": _digest((name, tensor.detach()) for name, tensor in sorted(model.named_parameters())),
         "tokenizer": tokenizer.hash,

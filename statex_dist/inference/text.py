@@ -52,9 +52,10 @@ class TextStream:
         self._handed_out = max(self._handed_out, end)
         if not undecodable:
             if len(self._window) > _WINDOW:
-                self._window = self._window[self._whole :]
-                self._handed_out = len(self._tokenizer.decode(self._window))
+                self._move_window(self._whole, "")
             self._whole = len(self._window)
+        elif len(self._window) - self._whole > _WINDOW:
+            self._move_window(len(self._window) - _WINDOW // 2, text[end:])
         return self._release()
 
     def finish(self) -> str:
@@ -64,6 +65,14 @@ class TextStream:
         rest, self._window, self._handed_out = cut(self._buffer, self._until), [], 0
         self._buffer = ""
         return rest
+
+    def _move_window(self, start: int, held: str) -> None:
+        """Forget tokens before ``start`` unless what is decoded then ends otherwise; ``held`` is not handed out yet."""
+        text = self._tokenizer.decode(self._window[start:])
+        if text.endswith(held):
+            self._window = self._window[start:]
+            self._handed_out = len(text) - len(held)
+            self._whole = 0
 
     def _release(self) -> str:
         """Return what of the buffer cannot be the beginning of a stop string."""
@@ -91,7 +100,6 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 
 def end_ids(until: Sequence[str], tokenizer: Tokenizer, *, ignore_eos: bool = False) -> frozenset[int]:
-    """Return the tokens that end a text: EOS, and stop strings of one token (a special one is not in decoded text)."""
-    encoded = (tokenizer.encode(text) for text in until)
-    single = {int(ids[0]) for ids in encoded if len(ids) == 1}
-    return frozenset(single if ignore_eos else {tokenizer.eos_token_id, *single})
+    """Return the tokens that end a text: EOS, and stop strings that are special tokens and so in no decoded text."""
+    special = {token for text in until if (token := tokenizer.special_id(text)) is not None}
+    return frozenset(special if ignore_eos else {tokenizer.eos_token_id, *special})

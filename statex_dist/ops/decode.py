@@ -33,7 +33,7 @@ def gla_step_(
         Output ``[B, H, V]``; ``state`` is the new one.
     """
     out_dtype, shape = v.dtype, v.shape
-    heads = state.flatten(0, 1)
+    heads = state.view(-1, *state.shape[2:])
     q, k, v, g = (y.to(state.dtype).flatten(0, 1) for y in (q * scale, k, v, g))
     decay, k, v, q = g.exp().unsqueeze(-1), k.unsqueeze(-1), v.unsqueeze(-2), q.unsqueeze(-2)
     outputs = []
@@ -59,7 +59,7 @@ def delta_step_(
         Output ``[B, HV, V]``; ``state`` is the new one.
     """
     out_dtype, shape = v.dtype, v.shape
-    heads = state.flatten(0, 1)
+    heads = state.view(-1, *state.shape[2:])
     q, k = (y.repeat_interleave(v.shape[1] // y.shape[1], dim=1) for y in (q * scale, k))
     q, k, v, g, beta = (y.to(state.dtype).flatten(0, 1) for y in (q, k, v, g, beta))
     decay, k, v, q, beta = g.exp().unsqueeze(-1), k.unsqueeze(-2), v.unsqueeze(-2), q.unsqueeze(-2), beta[:, None, None]
@@ -81,7 +81,7 @@ def ssd_step_(
         Output ``[B, H, P]``; ``state`` is the new one.
     """
     out_dtype, shape = x.dtype, x.shape
-    heads = state.flatten(0, 1)
+    heads = state.view(-1, *state.shape[2:])
     x, dt, A, B, C = (y.to(state.dtype) for y in (x, dt, A, B, C))
     decay = (dt * A).exp().flatten()[:, None, None]
     inserted = (x * dt.unsqueeze(-1)).flatten(0, 1).unsqueeze(-1)

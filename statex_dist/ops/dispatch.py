@@ -180,7 +180,7 @@ def gla_decode(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mix is not None:
         v = spread_values(v, mix.shape[1])
-    if overwrite:
+    if overwrite and state.is_contiguous():
         o = gla_step_(q, k, v, g, state, scale=scale)
     else:
         o, state = gla_step(q, k, v, g, state, scale=scale)
@@ -255,7 +255,7 @@ def delta_decode(
     scale = q.shape[-1] ** -0.5
     if mix is not None:
         v = spread_values(v, mix.shape[1])
-    if overwrite:
+    if overwrite and state.is_contiguous():
         o = delta_step_(q, k, v, g, beta, state, scale=scale)
     else:
         o, state = delta_step(q, k, v, g, beta, state, scale=scale)
@@ -355,7 +355,7 @@ def ssd_decode(
 
     ``overwrite`` is that of :func:`gla_decode`.
     """
-    if overwrite:
+    if overwrite and state.is_contiguous():
         y = ssd_step_(x, dt, A, B, C, state)
     else:
         y, state = ssd_step(x, dt, A, B, C, state)

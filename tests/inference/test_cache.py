@@ -12,8 +12,10 @@ from statex_dist.errors import CheckpointError
 from statex_dist.inference.cache import load_prefix, save_prefix
 from statex_dist.inference.generate import read_prefix, stream_continuations
 from statex_dist.inference.sampling import Sampling
+from statex_dist.models.kinds import make_plan
+from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import parse_mitigation
-from tests.evaluation.stand_ins import tiny_model
+from tests.evaluation.stand_ins import tiny_config, tiny_model
 from tests.models.tiny import CONFIGS, build
 
 TOKENIZER = BytesTokenizer()
@@ -50,14 +52,18 @@ def test_states_of_another_model_are_refused_with_the_difference(tmp_path):
     one_weight = tiny_model()
     with torch.no_grad():
         one_weight.trunk.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    planned = RecurrentLM(make_plan(tiny_config(), layers="0", factor=2, init="inherit"))
     remedied = tiny_model()
     remedied.mitigation = parse_mitigation("forget-more")
     others = [
-        (tiny_model("mamba2"), TOKENIZER, "its family differs: gla there, mamba2 here"),
-        (tiny_model(num_hidden_layers=3), TOKENIZER, "depth differs: 258 tokens, 16 wide, 2 layers there"),
-        (remedied, TOKENIZER, "its mitigation differs: None there, forget-more:"),
-        (tiny_model().double(), TOKENIZER, "its dtype of the weights differs: float32 there, float64 here"),
-        (one_weight, TOKENIZER, "its weights differs$"),
+        (tiny_model("mamba2"), TOKENIZER, "its model_type differs: gla there, mamba2 here"),
+        (tiny_model(num_hidden_layers=3), TOKENIZER, "its num_hidden_layers differs: 2 there, 3 here"),
+        (tiny_model(norm_eps=1e-3), TOKENIZER, "its norm_eps differs: 1e-06 there, 0.001 here"),
+        (tiny_model(gate_logit_normalizer=1), TOKENIZER, "its gate_logit_normalizer differs: 16 there, 1 here"),
+        (planned, TOKENIZER, "its plan differs: none there, layer 0 merge_heads x2 inherit here"),
+        (remedied, TOKENIZER, "its mitigation differs: none there, forget-more:"),
+        (tiny_model().double(), TOKENIZER, "its dtype differs: float32 there, float64 here"),
+        (one_weight, TOKENIZER, "its weights differ$"),
         (tiny_model(), OtherTokenizer(), "its tokenizer differs$"),
     ]
     for other, tokenizer, words in others:
@@ -71,7 +77,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no file of states at"):
         load_prefix(path, model, TOKENIZER)
     path.write_bytes(b"no safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is cut off or no file of states"):
         load_prefix(path, model, TOKENIZER)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="holds no states: it was not written by --save-state"):
@@ -82,7 +88,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is damaged"):
         load_prefix(path, model, TOKENIZER)
     path.write_bytes(whole[:-8])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is cut off or no file of states"):
         load_prefix(path, model, TOKENIZER)
     path.write_bytes(whole)
     with safe_open(path, "pt") as file:
@@ -90,5 +96,10 @@ def test_files_that_are_none_are_refused(tmp_path):
     save_file(load_file(path), path, header)
     with pytest.raises(CheckpointError, match="version '7'; only 1 can be read"):
         load_prefix(path, model, TOKENIZER)
+    with pytest.raises(CheckpointError, match="is a directory; give the file"):
+        load_prefix(tmp_path, model, TOKENIZER)
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        save_prefix(tmp_path, read_prefix(model, [1]), model, TOKENIZER)
+    assert sorted(file.name for file in tmp_path.parent.glob(".tmp*")) == []
     with pytest.raises(CheckpointError, match="cannot be written to"):
         save_prefix(tmp_path / "none" / "states", read_prefix(model, [1]), model, TOKENIZER)

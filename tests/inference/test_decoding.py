@@ -102,6 +102,20 @@ def test_a_mix_up_of_rows_would_be_seen(model, monkeypatch):
     assert collect(loop) != wanted
 
 
+def test_states_that_are_handed_in_stay_as_they_are_and_the_loops_own_are_written_over(model):
+    context, row = request(0)
+    logits, states = read_contexts(model, [context], segment_length=6)
+    before = [tuple(part.clone() for part in state) for state in states]
+    loop = DecodingLoop(model, TOKENIZER)
+    loop.add([row], logits, states)
+    loop.step()
+    places = [state[0].data_ptr() for state in loop._states]
+    loop.step()
+    for state, kept in zip(states, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+    assert [state[0].data_ptr() for state in loop._states] == places, "no second copy of the states"
+
+
 def test_bytes_of_states_are_those_of_the_rows(model):
     loop = DecodingLoop(model, TOKENIZER)
     join(model, loop, [0])

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from statex_dist.data.tokenizer import BytesTokenizer
-from statex_dist.errors import DataError
+from statex_dist.errors import CheckpointError, DataError
 from statex_dist.inference.generate import generate_continuations, read_prefix, stream_continuations
 from statex_dist.inference.prefill import evaluating, read_contexts
 from statex_dist.inference.sampling import Sampling
 from statex_dist.models.lm import LMOutput
 from statex_dist.models.mitigation import parse_mitigation
-from tests.evaluation.stand_ins import VOCAB, StandIn, tiny_model
+from tests.evaluation.stand_ins import VOCAB, StandIn, overflowing_model, tiny_model
 from tests.models.tiny import CONFIGS, build
 
 TOKENIZER = BytesTokenizer()
@@ -104,6 +104,16 @@ def test_a_prefix_is_read_once_and_may_be_all_there_is():
         assert found == wanted
     alone = [p.text for p in stream_continuations(model, [[]], sampling, prefix=prefix, **options)]
     assert "".join(alone) == wanted[1]
+
+
+def test_the_position_of_what_is_not_finite_counts_the_prefix():
+    model = overflowing_model(1, 0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token alike: the first id is said
+    prefix = read_prefix(model, [5] * 13)
+    options = {"tokenizer": TOKENIZER, "batch_size": 2, "segment_length": 8, "prefix": prefix}
+    with pytest.raises(CheckpointError, match="first in the state of layer 1 at position 17;"):
+        list(stream_continuations(model, [[5] * 4], Sampling(max_tokens=3), **options))
 
 
 def test_nothing_to_read_is_refused():

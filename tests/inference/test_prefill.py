@@ -6,7 +6,8 @@ import torch
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
 from statex_dist.evaluation.greedy import decode_greedily
-from statex_dist.inference.prefill import evaluating, prefill, read_contexts
+from statex_dist.inference import prefill as prefill_module
+from statex_dist.inference.prefill import evaluating, prefill, read_contexts, rows_that_fit
 from statex_dist.inference.vocabulary import doubt_tokenizer
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
 
@@ -105,6 +106,23 @@ def test_logits_to_keep_are_the_last():
     model = tiny_model()
     with evaluating(model):
         assert torch.allclose(model(ids(), logits_to_keep=5).logits, model(ids()).logits[:, -5:], atol=1e-6)
+
+
+def test_logits_that_are_held_at_once_are_bounded(monkeypatch):
+    monkeypatch.setattr(prefill_module, "MAX_LOGITS", 1000 * 258)
+    model = tiny_model()
+    assert [rows_that_fit(model, 10, wanted) for wanted in (1, 99, 100, 101)] == [1, 99, 100, 100]
+    assert rows_that_fit(model, 5000, 7) == 1
+
+
+def test_a_position_is_that_of_the_text_in_a_batch_of_unequal_rows():
+    contexts = [[1] * 5, [2] * 30, [3] * 12]
+    contexts[1][23] = 7
+    with (
+        evaluating(model := overflowing_model(1, 7)),
+        pytest.raises(CheckpointError, match="first in layer 1 at position 123;"),
+    ):
+        read_contexts(model, contexts, segment_length=4, position=100)
 
 
 def test_each_row_keeps_the_state_of_its_own_last_token():

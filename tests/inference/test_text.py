@@ -85,5 +85,31 @@ def test_text_is_handed_out_as_soon_as_it_is_certain():
 def test_tokens_that_end_a_text():
     tokenizer = BytesTokenizer()
     assert end_ids((), tokenizer) == {256}
-    assert end_ids(("a", "bc"), tokenizer) == {256, 97}
-    assert end_ids(("a",), tokenizer, ignore_eos=True) == {97}
+    assert end_ids(("a", "bc"), tokenizer) == {256}
+    assert end_ids(("a",), tokenizer, ignore_eos=True) == set()
+    bpe = TOKENIZERS["bpe"]
+    assert end_ids(("<eos>", "the"), bpe, ignore_eos=True) == {bpe.eos_token_id}
+    # What no token of its own says is <unk> as well, and must not end a text at every unknown word.
+    assert end_ids(("<unk>", "§"), TOKENIZERS["sentencepiece"]) == {1}
+
+
+def test_spaces_stay_as_the_tokens_have_them():
+    """GPT-NeoX's tokenizer, that of the public Mamba2 models, asks for spaces to be cleaned away."""
+    backend = byte_level_bpe()._backend
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", clean_up_tokenization_spaces=True)
+    tokenizer = HFTokenizer(fast, "cleaning")
+    text = "Yes , it 's done . f( 'mode' ) do n't ?"
+    assert "".join(streamed(tokenizer, tokenizer.encode(text).tolist())[0]) == text
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_what_is_no_text_costs_no_more_the_longer_it_gets(name, monkeypatch):
+    tokenizer, decoded = TOKENIZERS[name], []
+    (token,) = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i, i]) == "\ufffd\ufffd"][:1]
+    decode = type(tokenizer).decode
+    monkeypatch.setattr(
+        type(tokenizer), "decode", lambda self, ids: decoded.append(len(list(ids))) or decode(self, ids)
+    )
+    pieces, _ = streamed(tokenizer, [token] * 300)
+    assert max(decoded) < 40
+    assert "".join(pieces) == "\ufffd" * 300

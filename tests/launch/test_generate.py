@@ -50,13 +50,15 @@ def wanted(model, prompts, sampling, seed=0):
 @pytest.mark.parametrize("name", ["gla", "mamba2"])
 def test_one_prompt_is_continued_on_standard_output(models, capsys, name):
     options = ["--max-new-tokens", 9, "--temperature", 1.5, "--top-k", 200, "--top-p", 0.95, "--seed", 3]
-    code, out, _ = generate(capsys, models / name, "--prompt", PROMPTS[0], "--segment-length", 4, *options)
+    # More segments than are read between two movements of the bar.
+    prompt = PROMPTS[2] * 3
+    code, out, _ = generate(capsys, models / name, "--prompt", prompt, "--segment-length", 2, *options)
     sampling = Sampling(max_tokens=9, temperature=1.5, top_k=200, top_p=0.95)
-    assert (code, out) == (0, wanted(models / name, PROMPTS[:1], sampling, seed=3)[0] + "\n")
+    assert (code, out) == (0, wanted(models / name, [prompt], sampling, seed=3)[0] + "\n")
 
 
 def test_several_prompts_of_unequal_length_are_continued_together(models, capsys, tmp_path):
-    (tmp_path / "prompt.txt").write_text(PROMPTS[2])
+    (tmp_path / "prompt.txt").write_text(PROMPTS[2] + "\n")  # the newline of editors is no part of it
     arguments = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--prompt-file", tmp_path / "prompt.txt"]
     texts = wanted(models / "gla", PROMPTS, Sampling(max_tokens=6))
     code, out, _ = generate(capsys, models / "gla", *arguments, "--max-new-tokens", 6)
@@ -65,8 +67,43 @@ def test_several_prompts_of_unequal_length_are_continued_together(models, capsys
     code, out, _ = generate(capsys, models / "gla", *arguments, "--max-new-tokens", 6, "--json")
     document = json.loads(out)
     assert [part["text"] for part in document["continuations"]] == texts
+    assert [part["prompt_tokens"] for part in document["continuations"]] == [len(prompt) for prompt in PROMPTS]
     assert document["prompt_tokens"] == sum(len(prompt) for prompt in PROMPTS)
     assert document["generated_tokens"] == sum(len(part["tokens"]) for part in document["continuations"])
+    assert (document["cached_tokens"], document["read_seconds"]) == (0, None)
+
+
+def test_every_continuation_of_every_prompt_draws_with_a_seed_of_its_own(models, capsys):
+    sampling = Sampling(max_tokens=5, temperature=1.5)
+    texts = wanted(models / "gla", [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, sampling, seed=8)
+    assert len(set(texts)) == 4
+    options = ["--max-new-tokens", 5, "--temperature", 1.5, "--seed", 8, "--n", 2]
+    arguments = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--batch-size", 3, "--segment-length", 4]
+    _, out, _ = generate(capsys, models / "gla", *arguments, *options, "--json")
+    found = json.loads(out)["continuations"]
+    assert [(part["prompt"], part["text"]) for part in found] == list(zip([0, 0, 1, 1], texts, strict=True))
+    _, out, _ = generate(capsys, models / "gla", "--prompt", PROMPTS[0], *options)
+    assert out == "".join(f"==> prompt 0, {i} <==\n{texts[i]}\n" for i in (0, 1))
+
+
+def test_the_sizes_of_batch_and_segments_are_taken_along(models, capsys, monkeypatch):
+    taken = []
+
+    def spy(*arguments, **options):
+        taken.append((options["batch_size"], options["segment_length"]))
+        return iter(())
+
+    monkeypatch.setattr("statex_dist.inference.generate.stream_continuations", spy)
+    options = ["--prompt", "a", "--prompt", "b", "--batch-size", 5, "--segment-length", 6]
+    assert generate(capsys, models / "gla", *options)[0] == 0
+    assert taken == [(5, 6)]
+
+
+def test_settings_that_change_nothing_are_said(models, capsys):
+    _, _, err = generate(capsys, models / "gla", "--prompt", "a", "--max-new-tokens", 1, "--top-k", 5)
+    assert "--temperature is 0: the most likely token is taken" in err
+    _, _, err = generate(capsys, models / "gla", "--prompt", "a", "--max-new-tokens", 1)
+    assert "--temperature" not in err
 
 
 def test_text_comes_as_it_is_produced(models, monkeypatch):
@@ -100,7 +137,7 @@ def test_kept_states_save_reading_the_prompt_again(models, capsys, tmp_path):
     assert out == whole
     code, _, err = generate(capsys, models / "gla", "--load-state", states, "--max-new-tokens", 6)
     assert code == 2
-    assert "holds the states of another model; its family differs: mamba2 there, gla here" in err
+    assert "holds the states of another model; its model_type differs: mamba2 there, gla here" in err
 
 
 def test_a_mitigation_is_that_of_the_model(models, capsys):
@@ -126,6 +163,11 @@ def test_a_mitigation_is_that_of_the_model(models, capsys):
         (["--prompt", "a", "--segment-length", "0"], "--segment-length must be 1 or more, not 0"),
         (["--prompt", "a", "--prompt", "b", "--save-state", "s"], "--save-state keeps what one prompt left; 2 were"),
         (["--prompt", "a", "--save-state", "/nowhere/s"], "--save-state /nowhere/s: no such directory"),
+        (["--prompt", "a", "--save-state", "/tmp"], "--save-state /tmp is a directory; give a file"),
+        (["--prompt", "a", "--load-state", "/tmp"], "--load-state /tmp is a directory; give a file"),
+        (["--prompt", "a", "--save-state", "s", "--max-new-tokens", "0", "--top-p", "7"], "top_p 7 make no sampling"),
+        (["--prompt", "a", "--n", "0"], "--n must be 1 or more, not 0"),
+        (["--prompt", "a", "--threads", "99999"], "--threads must be from 1 to "),
         (["--prompt", "a", "--dtype", "int8"], "--dtype 'int8' is not supported; allowed: auto, fp32, bf16, fp16"),
         (["--prompt", "a", "--device", "tpu"], "--device 'tpu' is not a device"),
         (
@@ -183,7 +225,6 @@ def test_shards_and_whole_models_are_not_taken_for_each_other(models, capsys, tm
     reshard(models / "gla", tmp_path / "shards", to="tp", tp=2)
     code, _, err = generate(capsys, tmp_path / "shards", "--prompt", "a")
     assert code == 2
-    assert "--tp 1, but" in err
     assert "holds shards for 2 ranks; give --tp 2" in err
     code = main(
         ["eval", "perplexity", "--model", str(tmp_path / "shards"), "--out", str(tmp_path / "out"), "--data", "x"]
