@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex inspect`` to ``parser``."""
-    parser.add_argument("directory", type=str, metavar="DIR", help="checkpoint or run")
+    parser.add_argument("directory", type=str, metavar="DIR", help="checkpoint or run, or a file of states")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
 
 
@@ -24,8 +24,15 @@ def run(args: Any) -> int:
     Raises:
         StateXError: Not a checkpoint, or a damaged one.
     """
-    from checkpoints_tools.inspect import inspect
+    from pathlib import Path
 
+    from checkpoints_tools.inspect import inspect
+    from checkpoints_tools.states import read_states_header
+
+    if Path(args.directory).is_file():
+        header = read_states_header(Path(args.directory))
+        sys.stdout.write(json.dumps(header) + "\n" if args.json else "".join(f"{k}: {v}\n" for k, v in header.items()))
+        return 0
     facts = inspect(args.directory)
     if args.json:
         sys.stdout.write(json.dumps(facts.to_dict()) + "\n")

@@ -129,6 +129,12 @@ class Demo:
         draw_plot(result, self.out / "demo.png")
         minutes = (time.monotonic() - self.started) / 60
         self.console.print(f"\n{self.out / 'demo.json'} and {self.out / 'demo.png'} written; {minutes:.1f} minutes")
+        model = self.out / "seed0" / "statex" / "model"
+        self.console.print(
+            f"use the model: statex generate --model {model} --prompt 'The ' or statex serve --model {model}",
+            markup=False,
+            soft_wrap=True,
+        )
         if as_json:
             sys.stdout.write(json.dumps(result) + "\n")
         else:

@@ -29,6 +29,9 @@ LATEST_NAME = "latest"
 MANIFEST_NAME = "MANIFEST.json"
 MODEL_DIR = "model"
 CONFIG_NAME = "config.json"
+STATES_FORMAT = "statex-states"
+"""What a file of states calls itself in its safetensors header."""
+
 TRAIN_LENGTH_KEY = "train_length"
 """Key of ``config.json`` with the longest sequence of the model's last training, in tokens; no part of the model."""
 

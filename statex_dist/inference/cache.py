@@ -17,6 +17,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from statex_dist.checkpoint.layout import STATES_FORMAT
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import CheckpointError
@@ -24,7 +25,6 @@ from statex_dist.inference.generate import Prefix
 from statex_dist.inference.prefill import device_of, evaluating
 from statex_dist.models.lm import RecurrentLM
 
-FORMAT = "statex-states"
 VERSION = "1"
 
 _NO_MATTER = {"statex", "extra", "initializer_range", "embedding_initializer_range", "rescale_prenorm_residual"}
@@ -48,7 +48,7 @@ def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Token
         tensors |= {f"layers.{layer}.{part}": tensor.contiguous() for part, tensor in enumerate(state)}
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     header = {
-        "format": FORMAT,
+        "format": STATES_FORMAT,
         "version": VERSION,
         "num_tokens": str(prefix.num_tokens),
         "digest": _digest(sorted(tensors.items())),
@@ -76,7 +76,7 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != FORMAT:
+            if header.get("format") != STATES_FORMAT:
                 raise CheckpointError(f"{path} holds no states: it was not written by --save-state")
             if header.get("version") != VERSION:
                 raise CheckpointError(f"{path} has version {header.get('version')!r}; only {VERSION} can be read")

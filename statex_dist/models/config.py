@@ -17,8 +17,8 @@ from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 
 OUR_CODE_PREFIX = "statex_"
-"""Of the ``model_type`` of a model whose code is beside its weights, where other software has a class for the bare name
-that knows no plan and would open the weights all the same."""
+"""Of the ``model_type`` of an expanded model whose code is beside its weights: other software may have a class for the
+bare name that knows no plan and would open the weights all the same."""
 
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
@@ -280,7 +280,10 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
         CheckpointError: The directory or the file is missing, or the file is not a JSON object.
     """
     if not model_dir.exists():
-        raise CheckpointError(f"model directory not found: {model_dir}")
+        # A name such as owner/model may be meant as one of the Hub's.
+        on_hub = len(model_dir.parts) == 2 and not model_dir.is_absolute() and not model_dir.parent.exists()
+        hint = f" (nothing is downloaded: hf download {model_dir} --local-dir DIR)" if on_hub else ""
+        raise CheckpointError(f"model directory not found: {model_dir}{hint}")
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir} is a file; give the directory that holds {CONFIG_NAME}")
     path = model_dir / CONFIG_NAME

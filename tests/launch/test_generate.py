@@ -135,6 +135,9 @@ def test_kept_states_save_reading_the_prompt_again(models, capsys, tmp_path):
     _, whole, _ = generate(capsys, models / "mamba2", "--prompt", "The river", "--max-new-tokens", 6)
     _, out, _ = generate(capsys, models / "mamba2", "--load-state", states, "--max-new-tokens", 6)
     assert out == whole
+    assert main(["inspect", str(states), "--json"]) == 0
+    header = json.loads(capsys.readouterr().out)
+    assert (header["model_type"], header["num_tokens"]) == ("mamba2", "9")
     code, _, err = generate(capsys, models / "gla", "--load-state", states, "--max-new-tokens", 6)
     assert code == 2
     assert "holds the states of another model; its model_type differs: mamba2 there, gla here" in err
@@ -192,6 +195,10 @@ def test_prompts_that_are_no_text_and_models_that_are_none(models, capsys, tmp_p
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
     code, _, err = generate(capsys, models / "gla", "--prompt-file", "-")
     assert "--prompt-file - is empty" in err
+    assert main(["inspect", str(bad)]) == 2
+    assert "is a file, and no file of states; give the directory" in capsys.readouterr().err
+    code, _, err = generate(capsys, "fla-hub/gla-1.3B", "--prompt", "a")
+    assert "(nothing is downloaded: hf download fla-hub/gla-1.3B --local-dir DIR)" in err
     code, _, err = generate(capsys, tmp_path, "--prompt", "a")
     assert code == 2
     assert "holds no config.json" in err
