@@ -80,7 +80,8 @@ def training_facts(run: Path, step: int | None) -> Iterator[tuple[str, str]]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
-            yield name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            counts = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
+            yield name, f"{value:,}" if counts else str(value)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

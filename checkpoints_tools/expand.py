@@ -10,6 +10,7 @@ from typing import Any
 from checkpoints_tools.expand_training import expanded_training_plan
 from checkpoints_tools.expansion import Expansion
 from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, ExpansionReport
+from checkpoints_tools.hf_export import brings_code
 from checkpoints_tools.hf_writer import hf_plan
 from checkpoints_tools.journal import WrittenTensor
 from checkpoints_tools.model_check import check_apart
@@ -57,7 +58,8 @@ def expand(
     options = options or WriteOptions()
     plan = target_plan(expansion, options, to=to, world_size=world_size)
     check_target(expansion, Path(target), options)
-    if not expansion.after.plain_keys():
+    opens = expansion.after.plain_keys() or brings_code(expansion.values, expansion.source.facts.model_dir)
+    if to == "hf" and not opens:
         logger.warning(
             "config.json of %s carries a plan that other software does not know: it would refuse the model, or run its "
             "expanded layers as they were before; load it with this package, or make of it a directory that "

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints_tools.hf_remote_code import ARCHITECTURE, AUTO_MAP, FAMILY_MODULES, MODULE_NAME, remote_code
-from checkpoints_tools.hf_tokenizer import BYTES_CLASS, TOKENIZER_NAME, bytes_tokenizer_documents, read_tokenizer_config
+from checkpoints_tools.hf_tokenizer import (
+    BYTES_CLASS,
+    GivenTokenizer,
+    bytes_tokenizer_documents,
+    read_tokenizer_config,
+)
 from statex_dist.models.config import CONFIG_NAME, OUR_CODE_PREFIX, ModelConfig
 
 Form = Literal["plain", "remote_code", "none"]
@@ -61,8 +66,8 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
         # The exported code has no defaults: whatever the source left to a family's defaults is written out.
         defaults = {key: value for key, value in config.to_dict().items() if key not in values}
         values = {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
-        if config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
-            values["model_type"] = OUR_CODE_PREFIX + config.MODEL_TYPE
+        if "model_type" in values:  # mamba_ssm's files have none
+            values["model_type"] = (OUR_CODE_PREFIX if config.statex else "") + config.MODEL_TYPE
         return values
     if form == "plain":
         values = {**values, "model_type": config.MODEL_TYPE}
@@ -72,31 +77,38 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
     return values
 
 
-def export_documents(values: dict[str, Any], config: ModelConfig, model_dir: Path | None) -> dict[str, Any]:
+def brings_code(values: dict[str, Any], model_dir: Path | None) -> bool:
+    """Return whether a source is an export with code, which goes along wherever its weights go."""
+    return values.get("auto_map") == AUTO_MAP and model_dir is not None and (model_dir / CODE_NAME).is_file()
+
+
+def export_documents(
+    values: dict[str, Any], config: ModelConfig, model_dir: Path | None, tokenizer: GivenTokenizer | None = None
+) -> dict[str, Any]:
     """Return the small files of an export, by name; what the source already has is carried along and not among them.
 
     Args:
         values: Contents of the source's ``config.json``, with the dtype of the weights.
         config: The same, typed.
         model_dir: Where the source's tokenizer and generation files are.
+        tokenizer: One that a source without any is given.
 
     Raises:
         CheckpointError: ``tokenizer_config.json`` is damaged.
     """
     documents: dict[str, Any] = {CONFIG_NAME: export_config(values, config)}
     if form_of(config) == "remote_code":
-        documents[CODE_NAME] = remote_code(config.MODEL_TYPE)
-    tokenizer = read_tokenizer_config(model_dir)
-    is_bytes = tokenizer.get("tokenizer_class") == BYTES_CLASS
-    if is_bytes and not _holds(model_dir, TOKENIZER_NAME):
-        documents |= bytes_tokenizer_documents(tokenizer)
-    if not _holds(model_dir, GENERATION_NAME):
+        documents[CODE_NAME] = remote_code(config.MODEL_TYPE, planned=config.statex is not None)
+    marker = tokenizer.config if tokenizer is not None else read_tokenizer_config(model_dir)
+    is_bytes = marker.get("tokenizer_class") == BYTES_CLASS
+    if is_bytes:
+        # Also where the source has some of them: a training run, for one, keeps no class of a tokenizer.
+        documents |= bytes_tokenizer_documents(marker)
+    elif tokenizer is not None:
+        documents |= tokenizer.files
+    if model_dir is None or not (model_dir / GENERATION_NAME).is_file():
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        known = {key: tokenizer.get(key) if is_bytes and value is None else value for key, value in ids.items()}
+        known = {key: marker.get(key) if is_bytes and value is None else value for key, value in ids.items()}
         if settings := {key: value for key, value in known.items() if value is not None}:
             documents[GENERATION_NAME] = settings
     return documents
-
-
-def _holds(directory: Path | None, name: str) -> bool:
-    return directory is not None and (directory / name).is_file()

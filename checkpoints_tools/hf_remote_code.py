@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from statex_dist import __version__
+from statex_dist.models.config import OUR_CODE_PREFIX
 
 MODULE_NAME = "modeling_statex"
 AUTO_MAP = {
@@ -37,6 +38,7 @@ _FOLDER = Path(__file__).with_name("remote_code")
 _HEAD, _EXAMPLE = "head", "gla"
 """The module that comes last, and the family that it imports; any other takes that one's place."""
 
+_MODEL_TYPE = re.compile(r'^(    model_type = ")(?=\w+"$)', flags=re.MULTILINE)
 _FOR_OUR_CHECKS = re.compile(r"  # (?:type: ignore|noqa).*")
 
 _INTRODUCTION = '''"""{title}
@@ -50,11 +52,12 @@ The expansion plan under "statex" in config.json says which layers have a larger
 '''
 
 
-def remote_code(model_type: str) -> str:
+def remote_code(model_type: str, *, planned: bool) -> str:
     """Return the contents of ``modeling_statex.py`` for a family.
 
     Args:
         model_type: One of :data:`FAMILY_MODULES`.
+        planned: Whether the model has a plan: its ``model_type`` then has our prefix.
     """
     family = FAMILY_MODULES[model_type]
     imports: list[ast.stmt] = []
@@ -68,6 +71,7 @@ def remote_code(model_type: str) -> str:
         found = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         imports += [node for node in found if not _relative(node)]
         body = _FOR_OUR_CHECKS.sub("", "".join(source.splitlines(keepends=True)[found[-1].end_lineno :]))
+        body = _MODEL_TYPE.sub(rf"\1{OUR_CODE_PREFIX}", body) if planned else body
         bodies.append(f"\n\n# {first_line}\n{body.rstrip()}\n")
     return _INTRODUCTION.format(title=title, version=__version__) + _merged(imports) + "".join(bodies)
 

@@ -1,15 +1,17 @@
-"""A tokenizer that transformers opens, for models of raw bytes, which have a marker that only our own tools understand.
+"""Tokenizers of exports: which one a model has, one that it is given, and one for models of raw bytes.
 
-The form is the tokenizers library's: byte-level BPE without merges, so that every UTF-8 byte is the token of its value.
+Those have a marker that only our own tools understand. What transformers opens instead has the form of the tokenizers
+library: byte-level BPE without merges, so that every UTF-8 byte is the token of its value.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, ConfigError
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -22,6 +24,90 @@ BYTES_CLASS = "BytesTokenizer"
 """The ``tokenizer_class`` that marks bytes."""
 
 _EOS, _PAD = (256, "<|endoftext|>"), (257, "<|pad|>")
+_BYTES_SIZE = 258
+_BYTES_MARKER = {
+    **{"tokenizer_class": BYTES_CLASS, "vocab_size": _BYTES_SIZE},
+    **{"eos_token_id": _EOS[0], "pad_token_id": _PAD[0]},
+}
+
+Kind = Literal["bytes", "files"]
+"""Of a tokenizer: raw bytes, or whatever its files say."""
+
+_VOCABULARIES = (TOKENIZER_NAME, "tokenizer.model", "tekken.json", "*.tiktoken", "vocab*")
+_BESIDE = (
+    TOKENIZER_CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "merges*",
+    "token*.py",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GivenTokenizer:
+    """A tokenizer for a model that has none.
+
+    Attributes:
+        config: Contents of ``tokenizer_config.json``.
+        files: Its files by name; none of that of bytes, which is made (:func:`bytes_tokenizer_documents`).
+    """
+
+    config: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def given_tokenizer(spec: str, *, vocab_size: int) -> GivenTokenizer:
+    """Read the tokenizer that an option names.
+
+    Args:
+        spec: ``bytes``, or a directory with a tokenizer.
+        vocab_size: Of the model.
+
+    Raises:
+        ConfigError: It is neither, or the tokenizer has ids that the model does not know.
+        CheckpointError: A file is damaged.
+    """
+    directory = Path(spec)
+    config = _BYTES_MARKER if spec == "bytes" else read_tokenizer_config(directory)
+    if config.get("tokenizer_class") == BYTES_CLASS:
+        files, size = {}, _BYTES_SIZE
+    elif not (directory / TOKENIZER_NAME).is_file():
+        raise ConfigError(f"--tokenizer {spec}: no {TOKENIZER_NAME} there; give bytes, or a fast tokenizer's directory")
+    else:
+        paths = {path for pattern in (*_VOCABULARIES, *_BESIDE) for path in directory.glob(pattern) if path.is_file()}
+        files = {path.name: path.read_bytes() for path in sorted(paths)}
+        size = _vocab_size(directory / TOKENIZER_NAME)
+    if size > vocab_size:
+        raise ConfigError(f"--tokenizer {spec} has {size:,} tokens, the model's vocabulary {vocab_size:,}")
+    return GivenTokenizer(config=config, files=files)
+
+
+def tokenizer_kind(directory: Path | None, given: GivenTokenizer | None = None) -> Kind | None:
+    """Return what kind of tokenizer a model directory has, or the model is given; None where there is none.
+
+    Raises:
+        CheckpointError: ``tokenizer_config.json`` is damaged.
+    """
+    config = read_tokenizer_config(directory) if given is None else given.config
+    if config.get("tokenizer_class") == BYTES_CLASS:
+        return "bytes"
+    if given is not None:
+        return "files"
+    found = [path for pattern in _VOCABULARIES for path in directory.glob(pattern)] if directory is not None else []
+    return "files" if any(path.is_file() for path in found) else None
+
+
+def _vocab_size(path: Path) -> int:
+    """Return one more than the largest id in a ``tokenizer.json``."""
+    try:
+        values = json.loads(path.read_bytes())
+        vocabulary = values["model"]["vocab"]
+        ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+        added = [token["id"] for token in values.get("added_tokens") or ()]
+        return max([*ids, *added], default=-1) + 1
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from None
 
 
 def read_tokenizer_config(directory: Path | None) -> dict[str, Any]:
@@ -69,6 +155,8 @@ def bytes_tokenizer_documents(config: dict[str, Any]) -> dict[str, Any]:
     }
     settings = {
         **{"eos_token": _EOS[1], "pad_token": _PAD[1], "padding_side": "left"},
+        # transformers would add token_type_ids, which its own Mamba2 refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         **{"split_special_tokens": True, "clean_up_tokenization_spaces": False},
         "auto_map": {"AutoTokenizer": [None, f"{_CODE_MODULE}.{BYTES_CLASS}"]},
     }

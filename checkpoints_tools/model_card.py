@@ -18,10 +18,10 @@ from checkpoints_tools.card_evaluation import Evaluated
 from checkpoints_tools.card_training import read_settings, run_of, training_facts
 from checkpoints_tools.expansion_report import read_report
 from checkpoints_tools.hf_export import export_notes, form_of
-from checkpoints_tools.hf_tokenizer import BYTES_CLASS, read_tokenizer_config
+from checkpoints_tools.hf_tokenizer import Kind
 from checkpoints_tools.tensor_io import SourceFacts
 from statex_dist import __version__
-from statex_dist.checkpoint.layout import TRAIN_LENGTH_KEY
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, MODEL_DIR, TRAIN_LENGTH_KEY
 from statex_dist.models.config import ModelConfig
 
 CARD_NAME = "README.md"
@@ -43,6 +43,7 @@ class CardFacts:
         source: What is known of the checkpoint that is exported.
         parameters: Elements of the floating-point tensors.
         dtype: In which most of them are stored, as torch calls it; None where it is not known.
+        tokenizer: Of what kind the tokenizer is that the export holds; None where it holds none.
         evaluations: Results to tell of.
     """
 
@@ -51,6 +52,7 @@ class CardFacts:
     source: SourceFacts
     parameters: int
     dtype: str | None
+    tokenizer: Kind | None
     evaluations: Sequence[Evaluated] = ()
 
 
@@ -82,14 +84,13 @@ def model_card(facts: CardFacts) -> str:
     earlier = _earlier_card(facts.source.model_dir)
     run = run_of(facts.source.path)
     base = _base_model(facts, run) or earlier.base
-    # Of a training that ended before an earlier export, the earlier card knows more than the checkpoint.
-    training = earlier.training if run is None and earlier.training else _training(facts, run)
     sections = [
         _introduction(facts),
         f"Base model: {base}." if base else "",
         _plan(facts),
         _numbers(facts),
-        training,
+        # Of a training that ended before an earlier export, the earlier card knows more than the checkpoint.
+        earlier.training or _training(facts, run),
         _evaluation(facts) or earlier.evaluation,
         _use(facts),
         f"{_ORIGINAL}\n\n{earlier.original}" if earlier.original else "",
@@ -131,7 +132,7 @@ def _earlier_card(model_dir: Path | None) -> _EarlierCard:
 
 
 def _base_model(facts: CardFacts, run: Path | None) -> str | None:
-    """Return what the model was made from, as far as that is known: a name on the hub, or of a directory."""
+    """Return what the model was made from, as far as that is known: a name on the hub, or the end of a path."""
     named = facts.values.get("_name_or_path")
     if isinstance(named, str) and _HUB_NAME.fullmatch(named) and not Path(named).exists():
         return named
@@ -140,8 +141,14 @@ def _base_model(facts: CardFacts, run: Path | None) -> str | None:
         start = (read_settings(run).get("model") or {}).get("path")
         account = read_report(Path(start)) if start and Path(start).is_dir() else None
         if account is None and start:
-            return f"`{Path(start).name}`"
-    return f"`{Path(account['source']).name}`" if account and isinstance(account.get("source"), str) else None
+            return _place(start)
+    return _place(account["source"]) if account and isinstance(account.get("source"), str) else None
+
+
+def _place(path: str) -> str | None:
+    """Return what tells a directory from others: its name and the one above, without those that every run has."""
+    names = [name for name in Path(path).parts if name not in ("/", ".", "..", CHECKPOINTS_DIR, MODEL_DIR)]
+    return f"`{'/'.join(names[-2:])}`" if names else None
 
 
 def _metadata(facts: CardFacts, header: dict[str, Any], base: str | None) -> dict[str, Any]:
@@ -220,33 +227,43 @@ def _use(facts: CardFacts) -> str:
 
 
 def _use_parts(facts: CardFacts) -> Iterator[str]:
-    form = form_of(facts.config)
+    form, tokenizer = form_of(facts.config), facts.tokenizer
     if form == "none":
         yield f"transformers does not open this model: {facts.config.obstacle or 'it has no class for the family'}."
     else:
         trust = ", trust_remote_code=True" if form == "remote_code" else ""
-        is_bytes = read_tokenizer_config(facts.source.model_dir).get("tokenizer_class") == BYTES_CLASS
-        trust_tokenizer = ", trust_remote_code=True" if is_bytes else ""
-        yield (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'directory = "."  # where this file is\n'
-            f"model = AutoModelForCausalLM.from_pretrained(directory{trust})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained(directory{trust_tokenizer})\n"
-            'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```"
-        )
+        classes = "AutoModelForCausalLM" + (", AutoTokenizer" if tokenizer else "")
+        lines = [
+            f"from transformers import {classes}\n",
+            'directory = "."  # where this file is',
+            f"model = AutoModelForCausalLM.from_pretrained(directory{trust})",
+        ]
+        if tokenizer is not None:
+            trust_tokenizer = ", trust_remote_code=True" if tokenizer == "bytes" else ""
+            lines += [
+                f"tokenizer = AutoTokenizer.from_pretrained(directory{trust_tokenizer})",
+                'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)',
+                "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+            ]
+        yield "\n".join(["```python", *lines, "```"])
+    if tokenizer is None:
+        yield "No tokenizer is included: the checkpoint had none. Texts need the one that the model was trained with."
     if form == "remote_code":
         yield (
             "transformers has no class for these layers, so the code comes with the weights, in `modeling_statex.py`: "
-            "plain PyTorch, for CPU and GPU. Without `trust_remote_code=True` the model does not open. "
+            "plain PyTorch, for CPU and GPU. Without `trust_remote_code=True`, transformers itself does not open it. "
             "Prompts of unequal length are padded on the left. "
             "`generate(..., prefill_chunk_size=4096)` reads a long prompt in pieces, in constant memory."
         )
     elif form == "plain":
         notes = "".join(f" Note: {note}." for note in export_notes(facts.config))
-        yield f"transformers' own class opens it; no other code is needed.{notes}"
+        yield (
+            "transformers' own class opens it; no other code is needed. In transformers 4 its beams are right with "
+            f"`use_cache=False` alone.{notes}"
+        )
     if not facts.config.is_mixed:
-        command = 'statex generate --model . --prompt "Once upon a time"'
+        option = "" if tokenizer else " --tokenizer DIR"
+        command = f'statex generate --model .{option} --prompt "Once upon a time"'
         yield f"With statex-dist, on its scan kernels:\n\n    {command}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from checkpoints_tools.card_evaluation import read_evaluations
 from checkpoints_tools.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
 from checkpoints_tools.hf_export import export_documents, export_notes
+from checkpoints_tools.hf_tokenizer import GivenTokenizer, given_tokenizer, tokenizer_kind
 from checkpoints_tools.hf_writer import hf_plan, with_dtype
 from checkpoints_tools.megatron_io import megatron_plan
 from checkpoints_tools.megatron_names import megatron_notes
@@ -115,6 +116,7 @@ def reshard(
     world_size: int | None = None,
     tp: int | None = None,
     evaluations: Sequence[str] = (),
+    tokenizer: str | None = None,
     options: WriteOptions | None = None,
     progress: Progress | None = None,
 ) -> ReshardSummary:
@@ -134,6 +136,7 @@ def reshard(
         world_size: Ranks of a ``zero3`` target; None keeps the source's.
         tp: Ranks of a ``tp`` target.
         evaluations: Directories of ``statex eval`` whose results the model card of an ``hf`` target tells.
+        tokenizer: ``bytes`` or a directory, of which an ``hf`` target is given the tokenizer; the source has none then.
         options: How to write.
         progress: Told of the bytes written.
 
@@ -148,6 +151,8 @@ def reshard(
         raise ConfigError(f"--tp {tp} is for --to tp, not {to}")
     if evaluations and to != "hf":
         raise ConfigError(f"--evaluation is for the model card of --to hf, not {to}")
+    if tokenizer is not None and to != "hf":
+        raise ConfigError(f"--tokenizer is for --to hf, not {to}")
     wanted = parse_dtype(dtype)
     check_apart(Path(source), Path(target))
     given = _read(source)
@@ -160,7 +165,7 @@ def reshard(
     if to == "zero3":
         plan, notes, batch = _training_plan(given, wanted, world_size, info)
     elif to == "hf":
-        plan, notes = _export_plan(given, wanted, evaluations, options, info)
+        plan, notes = _export_plan(given, wanted, evaluations, tokenizer, options, info)
     else:
         plan = _weights_plan(given, wanted, to, tp, options, info)
         notes = megatron_notes(given.config) if to == "megatron" else []
@@ -199,6 +204,7 @@ def _export_plan(
     given: _Input,
     wanted: str | None,
     evaluations: Sequence[str],
+    tokenizer: str | None,
     options: WriteOptions,
     info: dict[str, Any],
 ) -> tuple[TargetPlan, list[str]]:
@@ -207,7 +213,9 @@ def _export_plan(
     dtype = _main_dtype([job.info for job in jobs])
     documents, notes = given.documents(dtype), []
     if given.config is not None:
-        documents |= export_documents(documents[CONFIG_NAME], given.config, given.source.facts.model_dir)
+        model_dir = given.source.facts.model_dir
+        new = None if tokenizer is None else _new_tokenizer(tokenizer, given.config, model_dir)
+        documents |= export_documents(documents[CONFIG_NAME], given.config, model_dir, new)
         notes = export_notes(given.config)
         assert given.values is not None
         card = CardFacts(
@@ -216,13 +224,21 @@ def _export_plan(
             source=given.source.facts,
             parameters=sum(job.info.numel for job in jobs if job.info.dtype in FLOATS),
             dtype=None if dtype is None else TORCH_NAMES[dtype],
+            tokenizer=tokenizer_kind(model_dir, new),
             evaluations=read_evaluations(evaluations, state_numbers=given.config.state_numbers),
         )
         documents[CARD_NAME] = model_card(card)
-    elif evaluations:
-        given.family_config("hf with --evaluation")
+    elif evaluations or tokenizer is not None:
+        given.family_config("hf with --evaluation" if evaluations else "hf with --tokenizer")
     size = options.max_shard_size
     return hf_plan(given.source, jobs, max_shard_size=size, documents=lambda _: documents, info=info), notes
+
+
+def _new_tokenizer(spec: str, config: ModelConfig, model_dir: Path | None) -> GivenTokenizer:
+    """Return the tokenizer for a model that has none, or raise where it has one."""
+    if tokenizer_kind(model_dir) is not None:
+        raise ConfigError(f"--tokenizer {spec}: {model_dir} has a tokenizer already, which goes along")
+    return given_tokenizer(spec, vocab_size=config.vocab_size)
 
 
 def _weights_plan(

@@ -43,6 +43,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="results of `statex eval` for the model card of an hf target; may be repeated",
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=str | None,
+        default=None,
+        help="bytes or a directory: for an hf target whose source has none",
+    )
 
 
 _LINE_SECONDS = 10.0
@@ -109,6 +115,7 @@ def run(args: Any) -> int:
             world_size=args.world_size,
             tp=args.tp,
             evaluations=args.evaluation or (),
+            tokenizer=args.tokenizer,
             options=options,
             progress=progress,
         )

@@ -54,6 +54,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "tokenization_statex.py",
     "generation_config.json",
 )
 

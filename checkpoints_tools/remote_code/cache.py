@@ -27,6 +27,11 @@ class Tokens:
     keep: torch.Tensor | None
     positions: torch.Tensor
 
+    def to(self, device: Any, non_blocking: bool = False) -> Tokens:
+        """Return a copy on another device; accelerate moves the arguments of layers that are spread over devices."""
+        keep = None if self.keep is None else self.keep.to(device, non_blocking=non_blocking)
+        return Tokens(keep=keep, positions=self.positions.to(device, non_blocking=non_blocking))
+
 
 class StateXCache:
     """States of all layers after the tokens read so far; ``forward`` replaces them in place.
@@ -78,5 +83,55 @@ class StateXCache:
 
 
 def given_memory(*memories: StateXCache | None) -> StateXCache | None:
-    """Return the one memory that a call was given, under whatever name, or None."""
-    return next((memory for memory in memories if memory is not None), None)
+    """Return the one memory that a call was given, under whatever name, or None.
+
+    Raises:
+        ValueError: It is another model's.
+    """
+    memory = next((memory for memory in memories if memory is not None), None)
+    if memory is not None and not isinstance(memory, StateXCache):
+        raise ValueError(f"the cache is a {type(memory).__name__}; this model has a StateXCache, which it makes itself")
+    return memory
+
+
+def check_fit(hidden: torch.Tensor, attention_mask: torch.Tensor | None, memory: StateXCache) -> None:
+    """Raise unless mask and memory are of the tokens ``hidden [B, T, hidden]``.
+
+    Raises:
+        ValueError: They are not, or there are no tokens.
+    """
+    batch, num_tokens = hidden.shape[:2]
+    if not batch * num_tokens:
+        raise ValueError(f"there are no tokens: the input has {batch} rows of {num_tokens}")
+    if memory.text_tokens is not None and len(memory.text_tokens) != batch:
+        raise ValueError(f"the cache is of {len(memory.text_tokens)} rows, the input of {batch}")
+    if attention_mask is None:
+        return
+    allowed = sorted({num_tokens, memory.seen_tokens + num_tokens})
+    if tuple(attention_mask.shape) not in [(batch, length) for length in allowed]:
+        shapes = " or ".join(f"[{batch}, {length}]" for length in allowed)
+        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; these tokens need {shapes}")
+
+
+def check_padding(keep: torch.Tensor | None, memory: StateXCache, *, needs_state: bool) -> bool:
+    """Return whether a text ends in padding, where it may.
+
+    Args:
+        keep: ``[B, T]``, false for padding; None where there is none.
+        memory: What was read before.
+        needs_state: Whether the state after the tokens, which must be those of texts, is used.
+
+    Raises:
+        ValueError: There is padding inside of a text, or at its end though the state is used.
+    """
+    if keep is None:
+        return False
+    before = torch.zeros_like(keep[:, :1]) if memory.text_tokens is None else memory.text_tokens.unsqueeze(1) > 0
+    begun = (keep.cumsum(1) > 0) | before.to(keep.device)
+    behind = begun & ~keep
+    if bool((keep & (behind.cumsum(1) > 0)).any()):
+        raise ValueError("attention_mask has padding inside of a text; pad on the left")
+    ends_in_padding = bool(behind.any())
+    if ends_in_padding and needs_state:
+        raise ValueError("attention_mask has padding behind a text, whose state would be lost; pad on the left")
+    return ends_in_padding

@@ -20,6 +20,7 @@ class StateXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     base_model_prefix = StateXModel.base_model_prefix
     _is_stateful = True
     _supports_cache_class = False
+    _no_split_modules = StateXModel._no_split_modules
     _tied_weights_keys = {  # type: ignore[assignment]  # noqa: RUF012 - transformers' own form
         "lm_head.weight": f"{StateXModel.base_model_prefix}.{StateXModel.embedding_name}.weight"
     }
@@ -56,6 +57,7 @@ class StateXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache_params: StateXCache | None = None,
         cache: StateXCache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Predict the next token at each position; further arguments are those of :meth:`StateXModel.forward`.
@@ -63,7 +65,13 @@ class StateXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Args:
             labels: ``[B, T]``, the ``input_ids`` with -100 where there is no target; they are shifted here.
             logits_to_keep: Return the logits of so many last tokens, or of the tokens with these indices; 0 for all.
+            token_type_ids: What tokenizers may add; ignored.
+
+        Raises:
+            ValueError: Labels ask for the logits that are to be left out, or the trunk refuses the input.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of all tokens; leave logits_to_keep out")
         output = self.trunk(
             input_ids,
             attention_mask=attention_mask,

@@ -19,7 +19,7 @@ from .trunk import Trunk
 class StateXConfig(PlannedConfig):
     """Configuration of a MiniMax model without softmax attention."""
 
-    model_type = "statex_minimax"
+    model_type = "minimax"
     __init__ = PlannedConfig.__init__  # transformers 5 makes one of its own for a class without
 
     @property

@@ -10,7 +10,7 @@ from .trunk import Trunk
 class StateXConfig(PlannedConfig):
     """Configuration of a Mamba2 model."""
 
-    model_type = "statex_mamba2"
+    model_type = "mamba2"
     __init__ = PlannedConfig.__init__  # transformers 5 makes one of its own for a class without
 
     @property

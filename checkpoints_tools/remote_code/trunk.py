@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache import CACHE_NAME, LayerState, StateXCache, Tokens, given_memory
+from .cache import CACHE_NAME, LayerState, StateXCache, Tokens, check_fit, check_padding, given_memory
 from .layers import RMSNorm
 
 
@@ -18,6 +18,7 @@ class Trunk(PreTrainedModel):
 
     _is_stateful = True
     _supports_cache_class = False
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own form
     block: type[nn.Module]
     embedding_name = "embeddings"
     final_norm_name = "norm"
@@ -62,23 +63,31 @@ class Trunk(PreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]``, or ``[B, all tokens so far]``: 0 for padding, which must be on the left.
+            attention_mask: ``[B, T]``, or ``[B, all tokens so far]``: 0 for padding, which must be on the left unless
+                no memory is used.
             past_key_values: The memory of the tokens before these, or None at the start of a text.
             inputs_embeds: ``[B, T, hidden]`` in place of ``input_ids``.
-            use_cache: Whether to return the memory after the tokens; by default, unless training.
+            use_cache: Whether to return the memory after the tokens; by default, unless training or padded on the
+                right.
             output_hidden_states: Whether to return the inputs of all layers as well.
             return_dict: Whether to return a named output; by default.
             cache_params: Another name for ``past_key_values``.
             cache: The name that transformers 5 has for it.
             kwargs: What other models take; ignored.
+
+        Raises:
+            ValueError: There are no tokens, or the mask or the memory does not fit them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         given = given_memory(cache, past_key_values, cache_params)
-        use_cache = (given is not None or not self.training) if use_cache is None else use_cache
         memory = StateXCache(len(self.layers)) if given is None else given
+        check_fit(hidden, attention_mask, memory)
         tokens = self._tokens(hidden, attention_mask, memory)
+        ends_in_padding = check_padding(tokens.keep, memory, needs_state=given is not None or bool(use_cache))
+        if use_cache is None:
+            use_cache = given is not None or not (self.training or ends_in_padding)
         states: list[LayerState | None] = []
         seen: tuple[torch.Tensor, ...] | None = () if output_hidden_states else None
         for index, layer in enumerate(self.layers):

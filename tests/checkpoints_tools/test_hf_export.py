@@ -60,16 +60,6 @@ def test_the_form_follows_from_family_and_plan():
     assert export_notes(MODELS["minimax-merged"]) == export_notes(MODELS["gla-merged"]) == []
 
 
-@pytest.mark.parametrize("name", ["minimax-merged", "mamba2-grown", "gla-merged"])
-def test_no_class_that_knows_no_plan_opens_the_weights(tmp_path, name):
-    ours, directory, _ = export(name, tmp_path, dtype=torch.float32)
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
-    again = from_pretrained(directory)
-    assert again.config.MODEL_TYPE == ours.config.MODEL_TYPE
-    assert torch.equal(again(tokens(1, 9)).logits, ours(tokens(1, 9)).logits)
-
-
 def test_what_lies_in_an_export(tmp_path):
     _, directory, _ = export("gla-mixed", tmp_path, dtype=torch.float32)
     files = {path.name: path for path in directory.iterdir()}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from checkpoints_tools.hf_remote_code import FAMILY_MODULES, remote_code
 from checkpoints_tools.reshard import reshard
@@ -69,7 +70,9 @@ def test_logits_are_those_of_our_model_whole_in_pieces_and_padded(tmp_path, name
         assert elsewhere.logits.shape == expected.shape, "no tensor is made on another device than the model's"
 
 
-@pytest.mark.parametrize("name", ["gla-merged", "retnet-grown", "mamba2-grown", "gated_deltanet-mixed"])
+@pytest.mark.parametrize(
+    "name", ["gla-merged", "retnet-grown", "mamba2-grown", "gated_deltanet-mixed", "minimax-merged"]
+)
 @torch.no_grad()
 def test_generate(tmp_path, name):
     _, directory, _ = export(name, tmp_path)
@@ -79,8 +82,12 @@ def test_generate(tmp_path, name):
     alone = [model.generate(r[None], attention_mask=torch.ones_like(r)[None], **settings)[0, len(r) :] for r in rows]
     padded, mask = left_padded(rows, 33)
     assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 33:], torch.stack(alone))
+    beams = {"num_beams": 3, "num_return_sequences": 2, **settings}
+    alone = [model.generate(r[None], attention_mask=torch.ones_like(r)[None], **beams)[:, len(r) :] for r in rows]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **beams)[:, 33:], torch.cat(alone))
     whole = {"attention_mask": torch.ones_like(ids), **settings}
     greedy = model.generate(ids, **whole)
+    assert torch.equal(model.generate(ids, token_type_ids=torch.zeros_like(ids), **whole), greedy)
     assert torch.equal(model.generate(ids, use_cache=False, **whole), greedy)
     assert torch.equal(model.generate(ids, prefill_chunk_size=8, **whole), greedy)
     memory = model(ids[:, :20]).past_key_values
@@ -95,6 +102,63 @@ def test_generate(tmp_path, name):
         sampled.append(model.generate(ids, do_sample=True, top_k=5, num_return_sequences=2, **whole))
     assert torch.equal(*sampled)
     assert len(sampled[0].unique(dim=0)) == 4
+
+
+@torch.no_grad()
+def test_rows_of_the_memory_are_chosen_and_repeated_with_their_positions(tmp_path):
+    _, directory, _ = export("retnet-grown", tmp_path)
+    model, ids, new = load(directory), tokens(2, 12, vocab=37), tokens(4, 3, vocab=37, seed=1)
+    rows = [ids[0], ids[1, :5]]
+    padded, mask = left_padded(rows, 12)
+    alone = [model(torch.cat([rows[row], new[i]])[None]).logits[0, -3:] for i, row in enumerate((1, 1, 0, 0))]
+    memory = model(padded, attention_mask=mask).past_key_values
+    memory.reorder_cache(torch.tensor([1, 0]))
+    memory.batch_repeat_interleave(2)
+    assert error(model(new, past_key_values=memory).logits, torch.stack(alone)) < 1e-9
+
+
+@torch.no_grad()
+def test_input_that_does_not_fit_is_refused(tmp_path):
+    _, directory, _ = export("gla-merged", tmp_path)
+    model, ids = load(directory), tokens(2, 6, vocab=37)
+    hole, right = torch.ones_like(ids), torch.ones_like(ids)
+    hole[0, 2], right[1, 4:] = 0, 0
+
+    def refused(words, *arguments, call=model, **options):
+        with pytest.raises(ValueError, match=words):
+            call(*arguments, **options)
+
+    def memory():
+        return model(ids).past_key_values
+
+    refused(r"the cache is a DynamicCache; this model has a StateXCache", ids, past_key_values=DynamicCache())
+    refused("the cache is of 2 rows, the input of 1", ids[:1], past_key_values=memory())
+    refused("there are no tokens: the input has 2 rows of 0", ids[:, :0])
+    refused(r"attention_mask has shape \[2, 5\]; these tokens need \[2, 6\]$", ids, attention_mask=hole[:, :5])
+    refused(r"need \[2, 1\] or \[2, 7\]$", ids[:, :1], attention_mask=hole, past_key_values=memory())
+    refused("padding inside of a text; pad on the left", ids, attention_mask=hole, use_cache=False)
+    refused("padding behind a text, whose state would be lost", ids, attention_mask=right, use_cache=True)
+    refused("padding behind a text", ids, attention_mask=right, call=model.generate, max_new_tokens=2)
+    refused("padding behind a text", ids, attention_mask=right, past_key_values=memory())
+    refused("padding inside of a text", ids, call=model.generate, attention_mask=hole, max_new_tokens=2)
+    refused("labels need the logits of all tokens", ids, labels=ids, logits_to_keep=1)
+    used = memory()
+    model(ids, past_key_values=used)
+    begun = torch.cat([torch.ones_like(ids), torch.ones_like(ids), right.flip(1)], dim=1)
+    refused("padding inside of a text", ids, attention_mask=begun, past_key_values=used)
+    output = model(ids, attention_mask=right)
+    assert output.past_key_values is None
+    assert error(output.logits[1, :4], model(ids[1:, :4]).logits[0]) < 1e-9
+
+
+def test_layers_stay_whole_and_what_they_are_told_moves_with_them(tmp_path):
+    _, directory, _ = export("hgrn2", tmp_path)
+    model = load(directory)
+    assert {type(layer).__name__ for layer in model.trunk.layers} == set(model._no_split_modules)
+    given = sys.modules[type(model).__module__].Tokens(keep=torch.ones(1, 2), positions=torch.ones(1, 2))
+    moved = given.to("meta")
+    assert moved.keep.is_meta
+    assert moved.positions.is_meta
 
 
 @torch.no_grad()
@@ -162,6 +226,8 @@ def test_saved_again_it_is_still_the_same_model_for_transformers_and_for_us(tmp_
     again, ids = tmp_path / "again", tokens(1, 20, vocab=37)
     load(directory).save_pretrained(again)
     assert sorted(path.suffix for path in again.iterdir()) == [".json", ".json", ".py", ".safetensors"]
+    kinds = [json.loads((path / "config.json").read_text()).get("model_type") for path in (directory, again)]
+    assert kinds[0] == kinds[1]
     expected = ours(ids).logits
     assert error(load(again)(ids).logits, expected) < 1e-9
     assert torch.equal(from_pretrained(again)(ids).logits, expected)
@@ -176,7 +242,26 @@ def test_the_model_without_its_head_and_the_configuration_open_too(tmp_path):
     trunk = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float64).eval()
     assert error(ours.lm_head(trunk(ids).last_hidden_state), ours(ids).logits) < 1e-9
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    assert (config.model_type, config.expansion(1), config.expansion(0)) == ("retnet", ("merge_heads", 2), (None, 1))
+    assert (config.model_type, config.expansion(1), config.expansion(0)) == (
+        "statex_retnet",
+        ("merge_heads", 2),
+        (None, 1),
+    )
+
+
+@pytest.mark.parametrize("name", ["gla", "gla-merged", "minimax-merged", "mamba2-grown", "state_spaces-grown"])
+def test_a_class_that_knows_no_plan_is_not_taken_for_an_expanded_model(tmp_path, name, monkeypatch):
+    # As flash-linear-attention does when it is imported.
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "gla", type("GLA", (PretrainedConfig,), {"model_type": "gla"}))
+    ours, directory, _ = export(name, tmp_path)
+    if name == "gla":
+        assert AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type == "gla"
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    again = from_pretrained(directory)
+    assert again.config.MODEL_TYPE == ours.config.MODEL_TYPE
+    assert torch.equal(again(tokens(1, 9)).logits, ours(tokens(1, 9)).logits)
 
 
 def test_a_directory_opens_where_nothing_of_ours_is_installed(tmp_path):
@@ -203,7 +288,7 @@ def test_a_directory_opens_where_nothing_of_ours_is_installed(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILY_MODULES)
 def test_the_code_is_one_file_that_imports_torch_and_transformers_alone(family):
-    tree = ast.parse(remote_code(family))
+    tree = ast.parse(remote_code(family, planned=True))
     assert "statex-dist" in (ast.get_docstring(tree) or "")
     imported = set()
     for node in ast.walk(tree):

@@ -28,7 +28,7 @@ def test_plan_numbers_and_base_of_an_expanded_model(tmp_path):
         **{"library_name": "transformers", "pipeline_tag": "text-generation"},
         "tags": ["statex", "gla", "recurrent", "state-expansion"],
     }
-    assert "Base model: `gla-base`." in body
+    assert f"Base model: `{tmp_path.name}/gla-base`." in body
     assert "| 2 | mix_heads | x2 | lossless | 128 | 256 |" in body
     config = config_from_dict(json.loads((tmp_path / "gla-x/config.json").read_text()))
     size = sum(config.layer_geometry(layer).state_bytes for layer in range(3))
@@ -75,7 +75,7 @@ def test_training_is_told_by_the_run(tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 4, "to')
     summary = reshard(tmp_path / "run", tmp_path / "told")
     _, body = card(tmp_path / "told")
-    assert "Base model: `gla-x`." in body
+    assert "Base model: `data/gla-x`." in body
     for row in (
         "| optimizer steps | 1 |",
         "| tokens, padding included | 1,000 |",
@@ -91,8 +91,20 @@ def test_training_is_told_by_the_run(tmp_path):
     _, again = card(tmp_path / "again")
     training = body[body.index("## Training") : body.index("## Use")]
     assert training in again
-    assert "Base model: `gla-x`." in again
+    assert "Base model: `data/gla-x`." in again
     assert "| stored in | bfloat16 |" in again
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [("/lab/a/checkpoints/global_step3/model", "a/global_step3"), ("./b", "b"), ("../x/model", "x"), ("model", None)],
+)
+def test_the_base_is_told_by_the_names_that_tell_it_from_others(tmp_path, path, place):
+    write_run(tmp_path / "run", GLA, 2)
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"model": {"path": path}}))
+    reshard(tmp_path / "run", tmp_path / "out")
+    _, body = card(tmp_path / "out")
+    assert (f"Base model: `{place}`." in body) if place else ("Base model" not in body)
 
 
 def test_missing_steps_give_no_count_of_tokens(tmp_path):
