@@ -322,8 +322,10 @@ def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: Mode
     values = {**model.to_dict(), TRAIN_LENGTH_KEY: longest_sequence(config.data, stores)}
     files = {CONFIG_NAME: json.dumps(values, indent=2) + "\n"}
     source = Path(config.model.path) if config.model.path is not None else None
-    if source is not None and (found := _read_files(source, TOKENIZER_FILES)):
-        return files | found
+    if source is not None:
+        files |= _read_files(source, TOKENIZER_FILES)
+        if has_tokenizer(source):
+            return files
     manifest = next((store.manifest for store in stores.values() if store.manifest is not None), None)
     if manifest is not None and (manifest.tokenizer == "bytes" or Path(manifest.tokenizer).is_dir()):
         with tempfile.TemporaryDirectory() as directory:
