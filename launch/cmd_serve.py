@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-queue", type=int, default=256, help="completions that wait; more are refused")
     parser.add_argument("--max-prompt-tokens", type=int, default=131_072, help="tokens of a prompt at most")
     parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a completion at most")
-    parser.add_argument("--max-body-bytes", type=int, default=8 << 20, help="bytes of a request at most")
+    parser.add_argument("--max-body-bytes", type=int, default=2 << 20, help="bytes of a request at most")
     parser.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a request, waiting included")
     parser.add_argument("--grace-period", type=float, default=30.0, help="seconds for open requests at SIGTERM")
 
@@ -59,18 +59,20 @@ def run(args: Any) -> int:
         from statex_dist.inference.serving.server import Server, address_of, bind
         from statex_dist.inference.serving.service import Service
     except ModuleNotFoundError as error:
-        raise ConfigError(f"serve needs a web framework ({error}); run: pip install 'statex-dist[serve]'") from None
+        raise ConfigError(f"serve needs a web framework ({error}); run: .venv/bin/pip install -e '.[serve]'") from None
 
     names = ("max_batch_size", "max_queue", "max_prompt_tokens", "max_tokens", "max_body_bytes", "request_timeout")
     limits = Limits(**{name: getattr(args, name) for name in names})
     if not 0 <= args.grace_period < float("inf"):
         raise ConfigError(f"--grace-period must be 0 seconds or more, not {args.grace_period:g}")
+    api_key = args.api_key if args.api_key is not None else os.environ.get(API_KEY_VARIABLE)
+    if api_key == "":
+        raise ConfigError(f"the key of --api-key or {API_KEY_VARIABLE} is empty; give one, or neither for no lock")
     # Before the model: it may take minutes to load.
     with bind(args.host, args.port) as listener:
         model, tokenizer = load_for_decoding(args)
         name = args.served_model_name or Path(args.model).resolve().name
         service = Service(model, tokenizer, name=name, limits=limits, segment_length=args.segment_length)
-        api_key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
         server = Server(build_app(service, api_key=api_key), service, grace_seconds=args.grace_period)
         line = f"{name} at {address_of(listener)}: {_describe(model, limits.max_batch_size)}\n"
 

@@ -1,8 +1,8 @@
 """Ranks that share a model, for the commands that run one: those of a launcher, or ones that are started here.
 
     if wants_ranks(tp):
-        return start_ranks(tp, arguments)
-    with open_tensor_parallel(tp) as share:
+        return start_ranks(tp, arguments, device=device)
+    with open_tensor_parallel(tp, device=device) as share:
         ...
 
 Under ``torchrun`` or ``deepspeed`` the ranks are there; else the command starts itself again, once for each rank.
@@ -17,7 +17,9 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from statex_dist.errors import ConfigError, StateXError
@@ -25,8 +27,11 @@ from statex_dist.errors import ConfigError, StateXError
 if TYPE_CHECKING:
     from statex_dist.parallel.tensor_share import TensorShare
 
+JOIN_LIMIT = timedelta(minutes=2)
+"""Longest wait for the other ranks to start."""
 WAIT_LIMIT = timedelta(minutes=30)
 """Longest wait for a rank that still runs. One that dies ends the wait at once: its connections close."""
+_RANK = Path(__file__).with_name("rank.py")
 _PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
 
@@ -41,12 +46,13 @@ def wants_ranks(tp: int | None) -> bool:
     return tp is not None and tp > 1 and "WORLD_SIZE" not in os.environ
 
 
-def start_ranks(tp: int, arguments: Sequence[str], *, module: str = "launch.cli") -> int:
+def start_ranks(tp: int, arguments: Sequence[str], *, device: str = "auto", module: str = "launch.cli") -> int:
     """Run a command on ``tp`` ranks of this machine and return its exit code; a signal goes on to all of them.
 
     Args:
         tp: Number of ranks.
         arguments: What stands behind the command's name, ``--tp`` included.
+        device: ``--device``: of ranks on the CPU there may be any number.
         module: The command's module.
 
     Raises:
@@ -58,11 +64,11 @@ def start_ranks(tp: int, arguments: Sequence[str], *, module: str = "launch.cli"
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    gpus = torch.cuda.device_count()
+    gpus = 0 if device.startswith("cpu") else torch.cuda.device_count()
     if 0 < gpus < tp:
         raise ConfigError(
-            f"--tp {tp} needs {tp} GPUs and this machine has {gpus}; give --tp {gpus}, hide them with "
-            "CUDA_VISIBLE_DEVICES= to run on the CPU, or start the ranks on several machines with torchrun"
+            f"--tp {tp} needs {tp} GPUs and this machine has {gpus}; give --tp {gpus}, --device cpu, or start the "
+            "ranks on several machines with torchrun"
         )
     # The ranks say themselves what is wrong with them, and torch gives each of its loggers a level of its own.
     for name in list(logging.root.manager.loggerDict):
@@ -78,15 +84,16 @@ def start_ranks(tp: int, arguments: Sequence[str], *, module: str = "launch.cli"
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        elastic_launch(config, sys.executable)("-P", str(_RANK), str(os.getpid()), module, *arguments)
     except ChildFailedError as error:
         code = max(failure.exitcode for failure in error.failures.values())
         if code > 0:
             return code
         rank, first = error.get_first_failure()
+        killer = signal.Signals(-first.exitcode)
+        hint = "; has the machine run out of memory?" if killer == signal.SIGKILL else ""
         raise StateXError(
-            f"rank {rank} of {tp} was killed by {signal.Signals(-first.exitcode).name}, and the others were stopped; "
-            "has the machine run out of memory?"
+            f"rank {rank} of {tp} was killed by {killer.name}, and the others were stopped{hint}"
         ) from None
     except SignalException as error:
         return 128 + error.sigval
@@ -94,11 +101,12 @@ def start_ranks(tp: int, arguments: Sequence[str], *, module: str = "launch.cli"
 
 
 @contextmanager
-def open_tensor_parallel(tp: int | None) -> Iterator[TensorShare | None]:
+def open_tensor_parallel(tp: int | None, *, device: str = "auto") -> Iterator[TensorShare | None]:
     """Join the ranks that share a model; None where this process has it alone.
 
     Args:
         tp: How many there should be; None for as many as the launcher started.
+        device: ``--device``: ``cpu`` leaves a machine's GPUs alone.
 
     Raises:
         ConfigError: The launcher started another number, or the ranks do not find each other.
@@ -117,6 +125,8 @@ def open_tensor_parallel(tp: int | None) -> Iterator[TensorShare | None]:
             raise ConfigError(f"--tp {tp}, but there is 1 rank (WORLD_SIZE); start {tp} with torchrun, or unset it")
         yield None
         return
+    if device.startswith("cpu"):
+        env = replace(env, device=torch.device("cpu"))
     if env.device.type == "cuda":
         if env.local_rank >= torch.cuda.device_count():
             raise ConfigError(f"rank {env.rank} has no GPU: this machine has {torch.cuda.device_count()}")
@@ -125,7 +135,8 @@ def open_tensor_parallel(tp: int | None) -> Iterator[TensorShare | None]:
     try:
         # Both: words and flags of the ranks are exchanged on the CPU, whatever the model's device.
         backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=env.rank, world_size=env.world_size, timeout=WAIT_LIMIT)
+        store, rank, size = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=JOIN_LIMIT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT_LIMIT)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {env.world_size}, but the ranks do not find each other ({' '.join(str(error).split())}); "

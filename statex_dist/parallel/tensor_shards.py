@@ -43,9 +43,10 @@ def read_layout(directory: Path, share: TensorShare) -> TensorParallelLayout:
         )
     layout = TensorParallelLayout.read(path)
     if layout.tp != share.size:
+        given = f"--tp {share.size}, but " if share.size > 1 else ""
         raise ConfigError(
-            f"--tp {share.size}, but {directory} holds shards for {layout.tp} ranks; give --tp {layout.tp}, or make "
-            f"others with statex reshard --source {directory} --target NEW_DIR --to tp --tp {share.size}"
+            f"{given}{directory} holds shards for {layout.tp} ranks; give --tp {layout.tp}, or make others with statex "
+            f"reshard --source {directory} --target NEW_DIR --to tp --tp N (or --to hf, for one process)"
         )
     return layout
 
@@ -75,12 +76,12 @@ def read_shard(
     Raises:
         CheckpointError: The file is missing, damaged, renamed or another model's, or does not fit the config.
     """
-    specs = _tensors_of(config)
-    _check_layout(directory, config, layout, share, specs)
     path = directory / layout.files[share.rank]
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {LAYOUT_NAME} lists it")
     _check_manifest(directory, path, share)
+    specs = _tensors_of(config)
+    _check_layout(directory, config, layout, share, specs)
     names = family_of(config.MODEL_TYPE).names
     try:
         with safe_open(path, framework="pt") as file:
@@ -109,7 +110,7 @@ def check_replicas(
     layout: TensorParallelLayout,
     share: TensorShare,
 ) -> None:
-    """Raise on every rank if what all of them hold whole differs: their files are of different models.
+    """Raise on every rank if what all of them hold whole differs, or their configs: their files are of several models.
 
     Raises:
         CheckpointError: It does; the first such tensor is named.
@@ -117,8 +118,15 @@ def check_replicas(
     specs = _tensors_of(config)
     whole = [name for name, spec in specs.items() if _held_shape(spec, name, share) == spec.shape and spec.blocks == 1]
     mine = {name: _digest(tensors[name]) for name in whole}
-    first, *others = share.gather_objects(mine)
-    for rank, theirs in enumerate(others, start=1):
+    (first_config, first), *others = share.gather_objects((config.to_dict(), mine))
+    for rank, (their_config, theirs) in enumerate(others, start=1):
+        if keys := sorted(
+            key for key in first_config.keys() | their_config.keys() if first_config.get(key) != their_config.get(key)
+        ):
+            raise CheckpointError(
+                f"{directory}: {CONFIG_NAME} of rank {rank} is another than that of rank 0: they differ in "
+                f"{', '.join(keys[:3])}; copy it from one machine to the others"
+            )
         if different := [name for name in whole if theirs.get(name) != first.get(name)]:
             raise CheckpointError(
                 f"{directory}: {layout.files[0]} and {layout.files[rank]} are of different models: "
@@ -186,13 +194,15 @@ def _check_manifest(directory: Path, path: Path, share: TensorShare) -> None:
             )
         return
     manifest = Manifest.read(directory)
-    for file in (directory / LAYOUT_NAME, path):
+    for file in (directory / CONFIG_NAME, directory / LAYOUT_NAME, path):
         record = manifest.files.get(file.name)
         if record is None:
             raise CheckpointError(f"{file} is not one of the files that {MANIFEST_NAME} lists; was it put there later?")
         record.check_size(file)
         if digest_file(file) != record.xxh3_128:
-            raise CheckpointError(f"{file} is damaged or of another model: its digest differs from {MANIFEST_NAME}")
+            raise CheckpointError(
+                f"{file} is damaged, changed or of another model: its digest differs from {MANIFEST_NAME}"
+            )
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+import launch.tensor_parallel
 from launch.tensor_parallel import open_tensor_parallel, start_ranks, wants_ranks
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.parallel.together import OtherRankError
@@ -17,14 +21,18 @@ from statex_dist.parallel.together import OtherRankError
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
+assert not [path for path in sys.path if Path(path).name == "launch"], "it holds packages' modules"
 rank, what = os.environ["RANK"], sys.argv[1]
 Path(what).mkdir(exist_ok=True)
 Path(what, rank).write_text(" ".join([os.environ["WORLD_SIZE"], *sys.argv[2:]]))
 if what == "codes":
     sys.exit(2)
+if what == "aborted" and rank == "1":
+    os.abort()
 if what == "killed" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-if what in ("killed", "stopped"):
+if what in ("aborted", "killed", "stopped"):
+    Path(what, rank + ".pid").write_text(str(os.getpid()))
     time.sleep(60)
 """
 PARENT = """
@@ -61,14 +69,46 @@ def test_a_killed_rank_stops_the_others_and_is_named(script):
 
 
 @pytest.mark.distributed
-def test_a_signal_goes_on_to_the_ranks(script):
+def test_memory_is_not_blamed_for_an_abort(script):
+    with pytest.raises(StateXError, match=r"^rank 1 of 2 was killed by SIGABRT, and the others were stopped$"):
+        start_ranks(2, ["aborted"], module="ranks_of_a_test")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_the_ranks_end_with_the_process_that_started_them(script, sent, code):
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stderr=subprocess.PIPE, text=True)
-    while not all((script / "stopped" / rank).exists() for rank in "01"):
+    pids = [script / "stopped" / f"{rank}.pid" for rank in "01"]
+    while not all(file.exists() and file.read_text() for file in pids):
         assert parent.poll() is None
         time.sleep(0.05)
-    parent.terminate()
+    parent.send_signal(sent)
+    # The ranks have its standard error: the end of that is theirs.
     _, said = parent.communicate(timeout=30)
-    assert (parent.returncode, said) == (143, "")
+    assert (parent.returncode, said) == (code, "")
+
+
+@pytest.mark.distributed
+def test_code_in_the_current_directory_is_not_run(script, monkeypatch, capfd):
+    monkeypatch.delenv("PYTHONPATH")
+    (script / "launch").mkdir()
+    (script / "launch" / "__init__.py").write_text("")
+    (script / "launch" / "cli.py").write_text("open('foreign', 'w')")
+    assert start_ranks(2, ["generate", "--model", "none", "--seed", "x"]) == 2
+    assert "seed" in capfd.readouterr().err, "our own command has read the options"
+    assert not (script / "foreign").exists()
+
+
+@pytest.mark.distributed
+def test_a_source_tree_need_not_be_installed(script, monkeypatch):
+    # -S: no site-packages, so nothing that is installed can be imported.
+    monkeypatch.delenv("PYTHONPATH")
+    (script / "tree" / "launch").mkdir(parents=True)
+    rank = Path(launch.tensor_parallel.__file__).with_name("rank.py")
+    (script / "tree" / "launch" / "rank.py").write_bytes(rank.read_bytes())
+    (script / "tree" / "launch" / "own.py").write_text("import sys; print(sys.argv[1:])")
+    command = [sys.executable, "-S", "-P", str(script / "tree" / "launch" / "rank.py"), str(os.getpid()), "launch.own"]
+    assert subprocess.check_output([*command, "--tp", "2"], text=True) == "['--tp', '2']\n"
 
 
 def test_ranks_are_started_where_there_are_none(monkeypatch):
@@ -82,8 +122,15 @@ def test_ranks_are_started_where_there_are_none(monkeypatch):
 
 def test_a_machine_with_too_few_gpus_starts_nothing(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="--tp 4 needs 4 GPUs and this machine has 2; give --tp 2, hide them with"):
+    with pytest.raises(ConfigError, match="--tp 4 needs 4 GPUs and this machine has 2; give --tp 2, --device cpu, or"):
         start_ranks(4, [])
+
+
+@pytest.mark.distributed
+def test_ranks_on_the_cpu_may_be_more_than_gpus(script, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert start_ranks(2, ["done"], device="cpu", module="ranks_of_a_test") == 0
+    assert (script / "done" / "1").is_file()
 
 
 def test_one_rank_alone_has_no_share(monkeypatch):
@@ -99,6 +146,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 of 2, whose peer says of itself what it says."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([(None, 1, 2)]))
     for name in ("init_process_group", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *args, **options: None)
 
@@ -111,6 +159,29 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_ranks")
 def test_another_number_of_ranks_is_refused():
     with pytest.raises(ConfigError, match="--tp 4, but the launcher started 2 ranks; start 4"), open_tensor_parallel(4):
+        pass
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_a_rank_on_the_cpu_needs_no_gpu(monkeypatch):
+    backends = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: backends.append(backend))
+    with open_tensor_parallel(2, device="cpu"):
+        assert backends == ["gloo"]
+    with pytest.raises(ConfigError, match="rank 1 has no GPU: this machine has 1"), open_tensor_parallel(2):
+        pass
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_long(monkeypatch):
+    for name, seconds in (("JOIN_LIMIT", 1), ("WAIT_LIMIT", 20)):
+        monkeypatch.setattr(launch.tensor_parallel, name, timedelta(seconds=seconds))
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    wanted = r"WORLD_SIZE is 2, but the ranks do not find .* \(Timed out after [12] seconds .*1/2 clients joined.*start them with"
+    with pytest.raises(ConfigError, match=wanted), open_tensor_parallel(2):
         pass
 
 

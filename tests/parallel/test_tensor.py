@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,11 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 @torch.no_grad()
 def read_and_decode(model: RecurrentLM) -> tuple[torch.Tensor, Any]:
-    """Logits of a text that is read in two segments and then token by token, and the states behind it."""
+    """Logits of a text that is read in two segments and then decoded as generation does, and the states behind it."""
     ids = tokens(2, 14, vocab=model.config.vocab_size)
     logits, states = [], None
     for segment, kept in ((ids[:, :6], None), (ids[:, 6:12], 2), (ids[:, 12:13], None), (ids[:, 13:], None)):
-        output = model(segment, states=states, output_states=True, logits_to_keep=kept)
+        output = model(segment, states=states, output_states=True, overwrite_states=True, logits_to_keep=kept)
         logits.append(output.logits)
         states = output.states
     return torch.cat(logits, dim=1), states
@@ -123,6 +124,7 @@ def work(rank: int, root: str) -> None:
     found["refused"] = refusals(directory, whole)
     own = load_tensor_parallel(directory / f"only rank {rank}", whole)
     found["own file"] = largest_error(read_and_decode(own)[0], wanted["gla-merged"][str(torch.float64)])
+    found["anywhere"] = [own.anywhere(rank == 2), own.anywhere(False)]
     try:
         own.mitigation = parse_mitigation("state-norm:limit=1")
     except ConfigError as error:
@@ -171,7 +173,9 @@ def found(shards: Path) -> list[dict[str, Any]]:
     for rank in range(RANKS):
         ignored = [file_name(r, RANKS) for r in range(RANKS) if r != rank]
         shutil.copytree(merged, shards / f"only rank {rank}", ignore=shutil.ignore_patterns(*ignored))
-    mp.spawn(work, args=(str(shards),), nprocs=RANKS)
+    # The ranks are forked from a process that has imported this module once for all of them.
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(work, args=(str(shards),), nprocs=RANKS, start_method="forkserver")
     return [torch.load(shards / f"found{rank}.pt") for rank in range(RANKS)]
 
 
@@ -233,6 +237,11 @@ def test_the_norm_of_a_cut_state_is_refused(found):
 @pytest.mark.distributed
 def test_ranks_agree_on_the_tokens_of_rank_0(found):
     assert [of_rank["agreed"] for of_rank in found] == [[0, 7]] * RANKS
+
+
+@pytest.mark.distributed
+def test_what_one_rank_finds_holds_on_all(found):
+    assert [of_rank["anywhere"] for of_rank in found] == [[True, False]] * RANKS
 
 
 def test_one_rank_is_the_whole_model(tmp_path):

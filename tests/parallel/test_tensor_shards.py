@@ -19,7 +19,7 @@ from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.kinds import read_config
 from statex_dist.parallel.tensor import load_tensor_parallel
-from statex_dist.parallel.tensor_shards import read_layout, read_shard
+from statex_dist.parallel.tensor_shards import check_replicas, read_layout, read_shard
 from statex_dist.parallel.tensor_share import TensorShare
 from tests.models.tiny import CONFIGS, build, gla_config
 
@@ -72,9 +72,10 @@ def test_a_directory_without_shards_says_how_to_make_them(made, tmp_path):
 
 
 def test_another_number_of_ranks_names_both(shards):
-    with pytest.raises(ConfigError, match=rf"--tp 4, but {shards} holds shards for 2 ranks; give --tp 2, or make"):
+    others = rf"give --tp 2, or make others with statex reshard --source {shards} --target NEW_DIR --to tp --tp N"
+    with pytest.raises(ConfigError, match=rf"--tp 4, but {shards} holds shards for 2 ranks; {others} \(or --to hf"):
         read(shards, TensorShare(rank=1, size=4))
-    with pytest.raises(ConfigError, match=rf"--tp 1, but {shards} holds shards for 2 ranks"):
+    with pytest.raises(ConfigError, match=rf"^{shards} holds shards for 2 ranks; {others}"):
         load_tensor_parallel(shards, TensorShare())
 
 
@@ -96,8 +97,36 @@ def test_a_truncated_file_is_noticed_with_and_without_a_manifest(shards):
 
 def test_a_file_of_another_model_of_the_same_shape_is_refused(made, shards):
     shutil.copy(made / "other" / "tp2" / OWN, shards)
-    with pytest.raises(CheckpointError, match=rf"{OWN} is damaged or of another model: its digest differs from MANI"):
+    with pytest.raises(CheckpointError, match=rf"{OWN} is damaged, changed or of another model: its digest differs"):
         read(shards)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, LAYOUT_NAME])
+def test_a_changed_description_of_the_model_is_refused(shards, name):
+    # Both are still read, and what they say of shapes fits.
+    content = (shards / name).read_text()
+    changed = content.replace('"norm_eps": 1e-06', '"norm_eps": 9e-01') if name == CONFIG_NAME else content + " "
+    assert changed != content
+    (shards / name).write_text(changed)
+    with pytest.raises(CheckpointError, match=rf"{name} (is damaged, changed or of another model|has \d+ bytes)"):
+        read(shards)
+    (shards / MANIFEST_NAME).unlink()
+    read(shards)
+
+
+def test_ranks_with_different_configs_are_refused(shards, monkeypatch):
+    (shards / MANIFEST_NAME).unlink()
+    config = read_config(shards)
+    tensors, layout = read(shards, TensorShare(rank=0, size=2)), read_layout(shards, SHARE)
+    other = config.replace(norm_eps=0.5)
+
+    def gather(self, value):
+        return [value, (other.to_dict(), value[1])]
+
+    monkeypatch.setattr(TensorShare, "gather_objects", gather)
+    wanted = r"config.json of rank 1 is another than that of rank 0: they differ in norm_eps; copy it from one machine"
+    with pytest.raises(CheckpointError, match=wanted):
+        check_replicas(shards, config, tensors, layout, TensorShare(rank=0, size=2))
 
 
 def test_a_file_of_another_rank_is_refused_without_a_manifest(shards, caplog, monkeypatch):
@@ -118,6 +147,7 @@ def test_files_that_the_manifest_does_not_know_are_refused(shards):
 
 
 def test_a_config_of_another_plan_does_not_fit_the_shards(shards):
+    (shards / MANIFEST_NAME).unlink()
     edit(shards / CONFIG_NAME, lambda content: content.pop("statex"))
     wanted = (
         rf"{LAYOUT_NAME}: rank 1 holds rows .* of model.layers.0.attn.\w+.weight \[.*; config.json asks for rows .*; "
@@ -128,6 +158,7 @@ def test_a_config_of_another_plan_does_not_fit_the_shards(shards):
 
 
 def test_a_config_of_another_model_names_what_the_shards_lack(shards):
+    (shards / MANIFEST_NAME).unlink()
     edit(shards / CONFIG_NAME, lambda content: content.update(num_hidden_layers=3))
     with pytest.raises(CheckpointError, match=rf"{LAYOUT_NAME} lacks tensors of the model in config.json: model.layer"):
         read(shards)
@@ -153,6 +184,7 @@ def test_a_model_with_softmax_layers_is_refused(tmp_path):
     directory = tmp_path / "mixed"
     save_pretrained(build(gla_config(), dtype=torch.float32), tmp_path / "hf")
     reshard(tmp_path / "hf", directory, to="tp", tp=1)
+    (directory / MANIFEST_NAME).unlink()
     edit(directory / CONFIG_NAME, lambda content: content.update(attn={"layers": [1], "num_heads": 4}))
     with pytest.raises(ConfigError, match=r"can be expanded and inspected but not run here: layers \[1\] are softmax"):
         load_tensor_parallel(directory, TensorShare())

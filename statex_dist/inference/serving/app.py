@@ -12,9 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from statex_dist.inference.serving.exchange import Exchange, abort_of
 from statex_dist.inference.serving.metrics import Metrics
-from statex_dist.inference.serving.protocol import RequestError, parse_request
-from statex_dist.inference.serving.reply import Reply, error_response
+from statex_dist.inference.serving.protocol import RequestError, shown
+from statex_dist.inference.serving.reply import error_response
 from statex_dist.inference.serving.service import Service
 
 
@@ -53,9 +54,10 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     async def create_completion(request: Request) -> Response:
         arrived = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(service.limits.request_timeout):
-                parsed = parse_request(await _read_body(request, service.limits.max_body_bytes))
-                prompts = await service.encode(parsed)
+            service.check_health()
+            with service.connection(abort_of(request.scope)):
+                async with asyncio.timeout(service.limits.request_timeout):
+                    body = await _read_body(request, service.limits.max_body_bytes)
         except RequestError as error:
             service.metrics.count(error.outcome)
             raise
@@ -65,9 +67,17 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
         except ClientDisconnect:
             service.metrics.count("disconnected")
             return Response(status_code=400)  # to nobody
-        return Reply(service, parsed, prompts, arrived)
+        return Exchange(service, body, arrived)
 
-    @app.get("/health")
+    @v1.api_route("/chat/completions", methods=["GET", "POST"])
+    async def refuse_chat() -> Response:
+        raise RequestError(
+            404,
+            "chat is not supported: models here have no chat template; use POST /v1/completions",
+            code="unsupported",
+        )
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
         service.check_health()
         return {"status": "ok"}
@@ -84,12 +94,10 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> Response:
-        text = (
-            f"{request.method} {request.url.path}: {str(error.detail).lower()}; see GET /v1/models, /health, /metrics"
-        )
-        return error_response(
-            RequestError(error.status_code, f"{text}, POST /v1/completions", code="unknown_url", headers=error.headers)
-        )
+        path, detail = shown(request.url.path), str(error.detail).lower()
+        text = f"{request.method} {path}: {detail}; there are GET /v1/models, /health, /metrics, POST /v1/completions"
+        code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
+        return error_response(RequestError(error.status_code, text, code=code, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def answer_crash(request: Request, error: Exception) -> Response:

@@ -1,8 +1,10 @@
 """Continuous batching: prompts are read between the steps of rows that are being written, and join them when read.
 
 A row's state has one size whatever it has read, so a slot is a slot: there is nothing to page, to evict or to move. All
-that has to be planned is who reads when. A turn reads a bounded piece and then takes one step, so that a long prompt
-holds up running rows by a segment at a time; prompts take turns in reading, so that a short one overtakes a long one.
+that has to be planned is who reads when. A prompt is admitted when a slot is free; where it has more rows than there
+are slots, its first rows start when it is read and the others as slots come free, before anybody who came later. A turn
+reads a bounded piece and then takes one step, so that a long prompt holds up running rows by a segment at a time;
+prompts take turns in reading, so that a short one overtakes a long one.
 """
 
 from __future__ import annotations
@@ -56,8 +58,11 @@ class Turn:
 class _Reading:
     prompt: Prompt
     rows: list[Row]
+    """Those that have not started."""
     at: int = 0
     states: list[LayerState] | None = None
+    logits: torch.Tensor | None = None
+    """After the last token, when all are read."""
 
 
 class ContinuousBatch:
@@ -84,7 +89,10 @@ class ContinuousBatch:
         self._model, self._segment_length, self._max_rows = model, segment_length, max_rows
         self._device = device_of(model)
         self._loop = DecodingLoop(model, tokenizer)
+        self._admitted: list[_Reading] = []
+        """Prompts with rows that have not started, as they came."""
         self._reading: deque[_Reading] = deque()
+        """Those that are not read yet, by whose turn it is."""
 
     @property
     def running(self) -> int:
@@ -93,12 +101,12 @@ class ContinuousBatch:
 
     @property
     def reading(self) -> int:
-        """Rows whose prompts are being read."""
-        return sum(len(reading.rows) for reading in tuple(self._reading))
+        """Rows whose prompt is being read, or is read while their slots are not free yet."""
+        return sum(len(reading.rows) for reading in tuple(self._admitted))
 
     @property
     def free(self) -> int:
-        """Slots that nobody has."""
+        """Slots that nobody has; below 0 where rows that were admitted wait for theirs."""
         return self._max_rows - self.running - self.reading
 
     @property
@@ -107,21 +115,24 @@ class ContinuousBatch:
         return self._loop.state_bytes
 
     def admit(self, prompt: Prompt) -> None:
-        """Give a prompt's rows their slots."""
+        """Read a prompt, and give its rows the slots that are free and those that come free next."""
         assert len(prompt.tokens)
-        assert len(prompt.rows) <= self.free
-        self._reading.append(_Reading(prompt=prompt, rows=list(prompt.rows)))
+        assert self.free > 0
+        reading = _Reading(prompt=prompt, rows=list(prompt.rows))
+        self._admitted.append(reading)
+        self._reading.append(reading)
 
     def drop(self, keys: Collection[Hashable]) -> None:
         """Let rows leave before their end; keys that are not here are passed over."""
         self._loop.drop(keys)
-        for reading in self._reading:
+        for reading in self._admitted:
             reading.rows = [row for row in reading.rows if row.key not in keys]
-        self._reading = deque(reading for reading in self._reading if reading.rows)
+        self._forget_started()
 
     def turn(self) -> Turn:
         """Read a piece of what is to be read, and take one step."""
         failed, tokens_read = self._read()
+        self._start()
         rows = self.running
         return Turn(progress=failed + self._loop.step(), tokens_read=tokens_read, rows=rows)
 
@@ -148,14 +159,30 @@ class ContinuousBatch:
                 self._model, ids, segment_length=self._segment_length, states=reading.states, position=reading.at
             )
         except CheckpointError as error:
-            return [
-                Progress(key=row.key, token=None, text="", finish_reason="error", error=error) for row in reading.rows
-            ]
-        reading.at += len(piece)
+            failed, reading.rows = reading.rows, []
+            return [Progress(key=row.key, token=None, text="", finish_reason="error", error=error) for row in failed]
+        reading.at, reading.states = reading.at + len(piece), states
         if reading.at < len(reading.prompt.tokens):
-            reading.states = states
             self._reading.append(reading)
         else:
-            copies = [0] * len(reading.rows)
-            self._loop.add(reading.rows, logits[copies], take_rows(states, copies))
+            reading.logits = logits
         return []
+
+    def _start(self) -> None:
+        """Let rows whose prompt is read have the slots that are not promised to those who came before them."""
+        room = self._max_rows - self.running
+        for reading in self._admitted:
+            if room <= 0:
+                break
+            starting = reading.rows[:room]
+            room -= len(starting)
+            if reading.logits is not None and starting:
+                assert reading.states is not None
+                copies = [0] * len(starting)
+                self._loop.add(starting, reading.logits[copies], take_rows(reading.states, copies))
+                reading.rows = reading.rows[len(starting) :]
+        self._forget_started()
+
+    def _forget_started(self) -> None:
+        self._admitted = [reading for reading in self._admitted if reading.rows]
+        self._reading = deque(reading for reading in self._reading if reading.rows)

@@ -9,6 +9,10 @@ from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.inference.serving.protocol import DEFAULT_MAX_TOKENS, CompletionRequest, RequestError
 
+CHARACTERS_PER_TOKEN = 16
+"""A text with more characters than so many times the tokens allowed is refused before it is tokenized: English has 4 or
+5 in a token of a large vocabulary, source code up to 10, and only long rows of one character have more than this."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -27,7 +31,7 @@ class Limits:
     max_queue: int = 256
     max_prompt_tokens: int = 131_072
     max_tokens: int = 4096
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = 2 << 20
     request_timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -75,7 +79,11 @@ class Limits:
         """
         encoded = []
         for prompt in prompts:
-            tokens = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else list(prompt)
+            most = CHARACTERS_PER_TOKEN * self.max_prompt_tokens
+            if isinstance(prompt, str) and len(prompt) > most:
+                text = f"the prompt has {len(prompt)} characters; allowed are {most} ({CHARACTERS_PER_TOKEN} a token)"
+                raise _refused("prompt", f"{text}: shorten it", code="context_length_exceeded")
+            tokens = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
             if not tokens:
                 raise _refused("prompt", "the prompt has no tokens; give one or more")
             if len(tokens) > self.max_prompt_tokens:
@@ -84,7 +92,7 @@ class Limits:
             if not 0 <= min(tokens) <= max(tokens) < vocab_size:
                 wrong = next(token for token in tokens if not 0 <= token < vocab_size)
                 raise _refused("prompt", f"token {wrong} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
-            encoded.append(tokens)
+            encoded.append(list(tokens))
         return encoded
 
 

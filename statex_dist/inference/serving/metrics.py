@@ -22,11 +22,12 @@ class Metrics:
     Args:
         batch: Asked at every scrape for what it holds.
         waiting: Rows that wait for a slot, likewise.
+        preparing: Requests that are parsed and tokenized or wait for it, likewise.
     """
 
     CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, batch: ContinuousBatch, waiting: Callable[[], int]):
+    def __init__(self, batch: ContinuousBatch, waiting: Callable[[], int], preparing: Callable[[], int]):
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self._requests = Counter("statex_requests", "Requests for completions", ["outcome"], registry=registry)
@@ -51,8 +52,12 @@ class Metrics:
         )
         gauges: dict[str, tuple[str, Callable[[], int]]] = {
             "statex_running": ("Completions that are being written", lambda: batch.running),
-            "statex_reading": ("Completions whose prompts are being read", lambda: batch.reading),
-            "statex_waiting": ("Completions that wait for a slot", waiting),
+            "statex_reading": (
+                "Completions whose prompt is being read, or is read while their slots are not free yet",
+                lambda: batch.reading,
+            ),
+            "statex_waiting": ("Completions whose prompt waits for a slot", waiting),
+            "statex_preparing": ("Requests that are parsed and tokenized, or wait for it", preparing),
             "statex_state_bytes": ("Bytes of the states of running completions", lambda: batch.state_bytes),
         }
         for name, (text, value) in gauges.items():

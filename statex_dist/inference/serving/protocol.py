@@ -6,10 +6,13 @@ and reads. A field that would change the answer and is not supported is refused,
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
+from pydantic_core import from_json
 
 from statex_dist.errors import StateXError
 
@@ -94,7 +97,7 @@ class CompletionRequest(BaseModel):
     # Only their neutral value is taken.
     best_of: int | None = None
     logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: SkipValidation[Any] = None  # of any size, and refused
     suffix: str | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -130,13 +133,35 @@ def parse_request(body: bytes) -> CompletionRequest:
         RequestError: It is none (400).
     """
     try:
-        request = CompletionRequest.model_validate_json(body)
+        fields = from_json(body)
+    except ValueError as error:
+        # Of a pair of escapes for one character, the other half is missing.
+        hint = " (a lone surrogate is no character)" if "hex escape" in str(error) else ""
+        raise RequestError(400, f"the body is not valid JSON: {error}{hint}") from None
+    if not isinstance(fields, dict):
+        raise RequestError(400, f"the body is {shown(fields)}; give a JSON object")
+    # By hand, up to the first: pydantic would collect as many mistakes as a client cares to send.
+    _check_names(fields, CompletionRequest)
+    options = fields.get("stream_options")
+    if isinstance(options, dict):
+        _check_names(options, StreamOptions, "stream_options.")
+    try:
+        request = CompletionRequest.model_validate(fields)
     except ValidationError as error:
         raise _explain(error) from None
     _check_prompt(request.prompt)
     _check_stop(request.stop)
     _refuse_unsupported(request)
     return request
+
+
+def _check_names(fields: Mapping[str, Any], kind: type[BaseModel], place: str = "") -> None:
+    for name in fields:
+        if name not in kind.model_fields:
+            known = ", ".join(kind.model_fields)
+            param = place + (name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "...")
+            text = f"unknown field {param!r}; known are {known}"
+            raise RequestError(400, text, param=param, code="unknown_parameter")
 
 
 def _check_prompt(prompt: Any) -> None:
@@ -148,7 +173,7 @@ def _check_prompt(prompt: Any) -> None:
         right = kinds == {str} or (kinds == {int} and isinstance(prompt, list))
     if not right:
         text = "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids"
-        raise RequestError(400, f"{text}, not {_shown(prompt)}", param="prompt", code="invalid_type")
+        raise RequestError(400, f"{text}, not {shown(prompt)}", param="prompt", code="invalid_type")
 
 
 def _check_stop(stop: Any) -> None:
@@ -159,30 +184,31 @@ def _check_stop(stop: Any) -> None:
         isinstance(item, str) and 0 < len(item) <= MAX_STOP_CHARACTERS for item in items
     ):
         text = f"stop must be a string or a list of up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARACTERS} characters each"
-        raise RequestError(400, f"{text}, not {_shown(stop)}", param="stop", code="invalid_value")
+        raise RequestError(400, f"{text}, not {shown(stop)}", param="stop", code="invalid_value")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+class _Shortening(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = _MAX_SHOWN
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)  # which would sort all keys
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: its beginning, however large it is."""
+    text = _Shortening().repr(value)
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 def _explain(error: ValidationError) -> RequestError:
     """Return the first mistake as one line."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place, kind, shown = first["loc"], first["type"], _shown(first["input"])
-    if kind == "json_invalid":
-        return RequestError(400, f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    if not place:
-        return RequestError(400, f"the body is {shown}; give a JSON object")
-    param = str(place[0])
+    param, kind = str(first["loc"][0]), first["type"]
     if kind == "missing":
         return RequestError(400, f"{param} is missing; give it", param=param, code=kind)
-    if kind == "extra_forbidden":
-        name = ".".join(map(str, place))
-        known = ", ".join((StreamOptions if len(place) > 1 else CompletionRequest).model_fields)
-        return RequestError(400, f"unknown field {name!r}; known are {known}", param=name, code="unknown_parameter")
-    return RequestError(400, f"{param}: {first['msg'].lower()}, not {shown}", param=param, code=kind)
+    return RequestError(400, f"{param}: {first['msg'].lower()}, not {shown(first['input'])}", param=param, code=kind)
 
 
 def _refuse_unsupported(request: CompletionRequest) -> None:

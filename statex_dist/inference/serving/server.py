@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
+import math
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from statex_dist.errors import ConfigError, StateXError
-from statex_dist.inference.serving.service import Service
+from statex_dist.inference.serving.exchange import ABORT_EXTENSION
+from statex_dist.inference.serving.service import LAST_WORDS_SECONDS, Service
 
 logger = logging.getLogger(__name__)
-
-_LAST_WORDS_SECONDS = 5
-"""For answers that are complete or failed to reach their clients, before connections are cut."""
 
 _SWITCH_SECONDS = 0.0002
 """Between Python's threads. The decoding thread gives the interpreter away at every operation of the model and waits so
@@ -75,11 +78,12 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
+                http=_Connection,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
                 ws="none",
-                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=math.ceil(LAST_WORDS_SECONDS),
             )
         )
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -100,9 +104,14 @@ class Server:
         """
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
+        # A body of 700,000 lists makes the collector look at all objects of the process again and again: 0.8 s in which
+        # no thread runs. What is there before the first request is not looked at any more.
+        gc.collect()
+        gc.freeze()
         try:
             asyncio.run(self._run(listener, signals, on_ready))
         finally:
+            gc.unfreeze()
             sys.setswitchinterval(before)
         if self._service.dead:
             raise StateXError("the decoding thread died or hangs; the log above says where")
@@ -142,3 +151,20 @@ class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Lets the application cut a connection: ASGI has no word for that, and one that is blocked cannot be closed."""
+
+    app: Any
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.WriteTransport)
+        app, extension = self.app, {"abort": transport.abort}
+
+        async def app_with_abort(scope: Scope, receive: Receive, send: Send) -> None:
+            scope.setdefault("extensions", {})[ABORT_EXTENSION] = extension
+            await app(scope, receive, send)
+
+        self.app = app_with_abort

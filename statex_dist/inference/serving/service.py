@@ -12,15 +12,23 @@ from statex_dist.inference.decoding import Progress
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens
 from statex_dist.inference.serving.answer import Answer
 from statex_dist.inference.serving.batch import ContinuousBatch, Turn
+from statex_dist.inference.serving.lane import Lane
 from statex_dist.inference.serving.limits import Limits
 from statex_dist.inference.serving.metrics import Metrics
-from statex_dist.inference.serving.protocol import CompletionRequest, RequestError
+from statex_dist.inference.serving.protocol import CompletionRequest, RequestError, parse_request, shown
 from statex_dist.inference.serving.worker import BusyError, Worker
 from statex_dist.models.lm import RecurrentLM
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
+
+LAST_WORDS_SECONDS = 5.0
+SHORT_BODY_BYTES = 64 << 10
+"""Bodies up to this are prepared in milliseconds, and do not wait for longer ones."""
+
+LONG_PLACES = 16
+"""Longer bodies that may wait to be prepared: seconds of work, and tens of megabytes."""
 
 
 class Service:
@@ -37,6 +45,7 @@ class Service:
         metrics: What Prometheus is told.
         dead: Whether the decoding thread has died, or hangs.
         on_death: Called when it has.
+        last_words_seconds: For answers that are complete or failed to reach their clients, before those are cut.
     """
 
     def __init__(
@@ -50,19 +59,28 @@ class Service:
     ):
         self.name, self.limits, self.tokenizer = name, limits, tokenizer
         self.dead = False
+        self.last_words_seconds = LAST_WORDS_SECONDS
         self.on_death: Callable[[], None] = lambda: None
         self._vocab_size = model.config.vocab_size
         batch = ContinuousBatch(model, tokenizer, max_rows=limits.max_batch_size, segment_length=segment_length)
         self._worker = Worker(
             model, batch, max_open=limits.max_open, on_turn=self._hand_over, on_death=self._hand_over_death
         )
-        self.metrics = Metrics(batch, lambda: self._worker.waiting)
+        self._short = Lane("requests", places=limits.max_open)
+        self._long = Lane("long requests", places=min(LONG_PLACES, limits.max_open))
+        self.metrics = Metrics(batch, lambda: self._worker.waiting, lambda: len(self._short) + len(self._long))
         self._answers: dict[int, Answer] = {}
         self._num_requests = 0
         self._closed = ""
         """Why nothing is taken any more."""
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._connections: set[Callable[[], None]] = set()
+        """What cuts the connections of requests for completions that are open."""
+        self._settled = asyncio.Event()
+        """Whether there is no answer, or none that a stop has to wait for."""
+        self._settled.set()
+        self._left = asyncio.Event()
+        """Whether no such connection is there."""
+        self._left.set()
 
     def start(self) -> None:
         """Start to decode."""
@@ -74,9 +92,16 @@ class Service:
         self._closed = self._closed or "the server is stopping"
         try:
             async with asyncio.timeout(grace_seconds):
-                await self._idle.wait()
+                await self._settled.wait()
         except TimeoutError:
             self.give_up()
+        try:
+            async with asyncio.timeout(self.last_words_seconds):
+                await self._left.wait()
+        except TimeoutError:
+            logger.warning("cutting %d connections whose clients do not read or write", len(self._connections))
+            for abort in self._connections:
+                abort()
         if not await asyncio.to_thread(self._worker.stop):
             logger.error("the decoding thread hangs; it is left behind")
             self.dead = True
@@ -85,6 +110,7 @@ class Service:
         """Fail the requests that are open."""
         logger.warning("stopping with %d requests unanswered", len(self._answers))
         self._fail_all(503, "the server stopped before the answer was complete; try again")
+        self._settled.set()
 
     def check_health(self) -> None:
         """Raise if no request is taken any more.
@@ -103,19 +129,43 @@ class Service:
         """
         if name != self.name:
             raise RequestError(
-                404, f"model {name!r} is not served here; {self.name!r} is", param="model", code="model_not_found"
+                404, f"model {shown(name)} is not served here; {self.name!r} is", param="model", code="model_not_found"
             )
 
-    async def encode(self, request: CompletionRequest) -> list[list[int]]:
-        """Return the tokens of a request's prompts.
+    @contextmanager
+    def connection(self, abort: Callable[[], None]) -> Iterator[None]:
+        """Know of a connection while it has a request for completions, to cut it when the server stops."""
+        self._connections.add(abort)
+        self._left.clear()
+        try:
+            yield
+        finally:
+            self._connections.discard(abort)
+            if not self._connections:
+                self._left.set()
+
+    async def prepare(self, body: bytes, *, arrived: float) -> tuple[CompletionRequest, list[list[int]]]:
+        """Return the request that a body holds and the tokens of its prompts.
 
         Raises:
-            RequestError: The request is for another model (404) or beyond the limits (400).
+            RequestError: It is none or beyond the limits (400), for another model (404), too much is being prepared
+                (429), or it has no time left (504).
         """
+        # In a thread: both may take long for a long text, and all streams would stand still.
+        lane = self._short if len(body) <= SHORT_BODY_BYTES else self._long
+        try:
+            async with asyncio.timeout_at(arrived + self.limits.request_timeout):
+                return await lane.run(lambda: self._parse_and_encode(body))
+        except BusyError as error:
+            raise _busy(error) from None
+        except TimeoutError:
+            raise self._too_late() from None
+
+    def _parse_and_encode(self, body: bytes) -> tuple[CompletionRequest, list[list[int]]]:
+        request = parse_request(body)
         self.check_model(request.model)
         self.limits.check(request)
-        # In a thread: a tokenizer may take seconds for a long text, and all streams would stand still.
-        return await asyncio.to_thread(self.limits.encode, request.prompts, self.tokenizer, self._vocab_size)
+        return request, self.limits.encode(request.prompts, self.tokenizer, self._vocab_size)
 
     @contextmanager
     def answer(self, request: CompletionRequest, prompts: Sequence[Tokens], *, arrived: float) -> Iterator[Answer]:
@@ -123,7 +173,7 @@ class Service:
 
         Args:
             request: The request.
-            prompts: Of :meth:`encode`.
+            prompts: Of :meth:`prepare`.
             arrived: When it arrived, on the event loop's clock.
 
         Raises:
@@ -136,10 +186,9 @@ class Service:
         try:
             self._worker.submit(answer.to_do())
         except BusyError as error:
-            headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-            raise RequestError(429, f"{error}; try again", code="queue_full", headers=headers) from None
+            raise _busy(error) from None
         self._answers[answer.number] = answer
-        self._idle.clear()
+        self._settled.clear()
         timer = self._event_loop.call_at(arrived + self.limits.request_timeout, self._expire, answer)
         try:
             yield answer
@@ -148,15 +197,16 @@ class Service:
             self._worker.cancel(answer.unfinished)
             del self._answers[answer.number]
             if not self._answers:
-                self._idle.set()
+                self._settled.set()
 
     def _expire(self, answer: Answer) -> None:
         # The slots are freed here: a client that does not read what it is sent must not keep them.
         self._worker.cancel(answer.unfinished)
+        answer.fail(self._too_late())
+
+    def _too_late(self) -> RequestError:
         seconds = self.limits.request_timeout
-        answer.fail(
-            RequestError(504, f"the answer was not complete after {seconds:g} s and was given up", code="timeout")
-        )
+        return RequestError(504, f"the answer was not complete after {seconds:g} s and was given up", code="timeout")
 
     def _fail_all(self, status: int, message: str) -> None:
         for answer in self._answers.values():
@@ -181,4 +231,10 @@ class Service:
     def _die(self) -> None:
         self.dead, self._closed = True, "the decoding thread died; the server's log says of what"
         self._fail_all(500, self._closed)
+        self._settled.set()
         self.on_death()
+
+
+def _busy(error: BusyError) -> RequestError:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return RequestError(429, f"{error}; try again", code="queue_full", headers=headers)

@@ -126,6 +126,6 @@ class Worker:
             self._batch.drop(self._leaving)
             self._open -= self._leaving
             self._leaving.clear()
-            while self._waiting and len(self._waiting[0].rows) <= self._batch.free:
+            while self._waiting and self._batch.free > 0:
                 self._batch.admit(self._waiting.popleft())
             return not self._stopping

@@ -47,6 +47,7 @@ class RunningServer:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (found := {name: self.metrics()[name] for name in wanted}) != wanted:
             assert time.monotonic() < deadline, found
+            time.sleep(0.01)
 
     def outcomes(self):
         """Return the number of requests for each outcome that occurred."""

@@ -42,9 +42,11 @@ def run_schedule(batch, arrivals, leavers=()):
     with evaluating(exact_model()):
         while waiting or batch.running or batch.reading:
             batch.drop({key for at, key in leavers if at == turn})
-            while waiting and waiting[0][0] <= turn and len(waiting[0][1].rows) <= batch.free:
+            while waiting and waiting[0][0] <= turn and batch.free > 0:
                 batch.admit(waiting.pop(0)[1])
-            for progress in batch.turn().progress:
+            done = batch.turn()
+            assert done.rows <= 4
+            for progress in done.progress:
                 if progress.finish_reason is not None:
                     ended[progress.key] = progress
             turn += 1
@@ -68,7 +70,7 @@ REQUESTS = st.tuples(
     st.sampled_from([0, 3]),  # first token
     st.sampled_from([1, 4, 9]),  # max_tokens
     st.sampled_from([0.0, 1.0]),  # temperature
-    st.integers(1, 2),  # n
+    st.sampled_from([1, 2, 5]),  # n
 )
 
 
@@ -158,6 +160,22 @@ def test_all_completions_of_a_prompt_share_one_reading():
     assert len(texts) == 3
 
 
+def test_rows_start_as_slots_come_free_and_nobody_passes_them():
+    batch = make_batch()
+    batch.admit(make_prompt("first", n=2, max_tokens=3))
+    with evaluating(exact_model()):
+        batch.turn()
+        batch.admit(make_prompt("long", 3 * SEGMENT, max_tokens=3))
+        batch.admit(make_prompt("wide", 2, n=3, max_tokens=4))
+        assert batch.free == -2
+        turns = [[progress.key for progress in batch.turn().progress] for _ in range(6)]
+    long, wide, first = ("long", 0), [("wide", i) for i in range(3)], [("first", i) for i in range(2)]
+    assert turns[:2] == [first, [*first, wide[0]]]
+    # "long" has the slot that it was promised, though "wide", behind it, was read before.
+    assert turns[2:] == [wide, [*wide, long], [*wide, long], [*wide[1:], long]]
+    assert (batch.free, batch.reading, batch.running) == (4, 0, 0)
+
+
 def test_slots_and_bytes_are_counted():
     batch = make_batch()
     batch.admit(make_prompt("long", LONG, n=2))
@@ -179,6 +197,16 @@ def test_slots_and_bytes_are_counted():
     assert batch.state_bytes == 2 * one
     batch.drop({("short", 0), ("other", 0)})
     assert (batch.free, batch.state_bytes) == (4, 0)
+
+
+def test_the_place_of_numbers_that_are_not_finite_counts_all_segments():
+    tokens = [1] * (SEGMENT + 3) + [200, 1]
+    batch = make_batch(overflowing_model(1, token=200))
+    batch.admit(Prompt(tokens=tokens, rows=make_prompt("ill").rows))
+    with evaluating(exact_model()):
+        [], [progress] = (batch.turn().progress for _ in range(2))
+    assert f"layer 1 at position {SEGMENT + 3}" in str(progress.error)
+    assert (batch.reading, batch.free) == (0, 4)
 
 
 @pytest.mark.parametrize("where", ["prompt", "completion"])

@@ -82,6 +82,7 @@ def test_a_port_in_use_is_said_before_the_model_is_looked_for(capsys):
         (["--host", "a" * 99, "--port", "0"], "is no host name"),
         (["--max-queue", "-1"], "--max-queue must be 0 or more, not -1"),
         (["--grace-period", "-1"], "--grace-period must be 0 seconds or more, not -1"),
+        (["--api-key", ""], "the key of --api-key or STATEX_API_KEY is empty; give one, or neither for no lock"),
         (["--port", "0"], "nowhere"),
     ],
 )
@@ -89,9 +90,14 @@ def test_wrong_options_are_refused_in_one_line(capsys, arguments, words):
     assert words in refused(capsys, *arguments)
 
 
+def test_an_empty_key_in_the_environment_is_no_open_door(capsys, monkeypatch):
+    monkeypatch.setenv("STATEX_API_KEY", "")
+    assert "STATEX_API_KEY is empty" in refused(capsys)
+
+
 def test_the_missing_framework_is_named_with_the_way_to_get_it(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "statex_dist.inference.serving.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     line = refused(capsys)
     assert "serve needs a web framework" in line
-    assert line.endswith("run: pip install 'statex-dist[serve]'")
+    assert line.endswith("run: .venv/bin/pip install -e '.[serve]'")

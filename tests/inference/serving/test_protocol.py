@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.inference.serving.limits import Limits
-from statex_dist.inference.serving.protocol import CompletionRequest, RequestError, parse_request
+from statex_dist.inference.serving.limits import CHARACTERS_PER_TOKEN, Limits
+from statex_dist.inference.serving.protocol import CompletionRequest, RequestError, parse_request, shown
 
 
 def parse(**fields):
@@ -68,6 +69,9 @@ def test_what_changes_nothing_is_taken():
         ({"suffix": "end"}, "suffix", "reads from the left only"),
         ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty is not supported"),
         ({"frequency_penalty": -1}, "frequency_penalty", "frequency_penalty is not supported"),
+        ({"logit_bias": {str(i): "x" for i in range(1000)}}, "logit_bias", "logit_bias is not supported"),
+        ({"stream_options": 5}, "stream_options", "not 5"),
+        ({"a" * 1000: 1}, "a" * 60 + "...", "unknown field 'aaa"),
         ({"messages": []}, "messages", "unknown field 'messages'; known are model, prompt, max_tokens"),
     ],
 )
@@ -87,7 +91,8 @@ def test_a_wrong_field_is_named_with_what_is_allowed(fields, param, words):
         (b"", "not valid JSON: EOF"),
         (b'{"model": "m", ', "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b'{"model": "m", "prompt": "\\ud800"}', "not valid JSON"),
+        (b'{"model": "m", "prompt": "\\ud800"}', "not valid JSON.*lone surrogate"),
+        (b'{"model": "m", "prompt": "\\udc00 "}', "not valid JSON.*lone surrogate"),
         (b"[" * 100_000, "recursion limit"),
         (b"[]", "the body is []; give a JSON object"),
         (b"{}", "model is missing"),
@@ -104,6 +109,37 @@ def test_a_body_full_of_mistakes_gets_one_short_line():
     with pytest.raises(RequestError) as caught:
         parse(prompt=[None] * 100_000, stop=[None] * 100_000)
     assert len(str(caught.value)) < 300
+
+
+def test_no_more_than_the_first_unknown_field_is_looked_at(monkeypatch):
+    monkeypatch.setattr(CompletionRequest, "model_validate", None)  # which would explain each of them
+    with pytest.raises(RequestError, match="unknown field 'k0'"):
+        parse(**{f"k{i}": 1 for i in range(1000)})
+
+
+@pytest.mark.parametrize("make", [lambda spy: [spy] * 1000, lambda spy: dict.fromkeys(range(1000), spy)])
+def test_only_the_beginning_of_a_value_is_written_out(make):
+    calls = []
+
+    class Spy:
+        def __repr__(self):
+            calls.append(1)
+            return "x"
+
+    assert len(shown(make(Spy()))) < 70
+    assert 0 < len(calls) < 10
+
+
+def test_a_text_that_must_have_too_many_tokens_is_not_tokenized():
+    most = CHARACTERS_PER_TOKEN * 10
+    limits = Limits(max_prompt_tokens=10)
+    with pytest.raises(
+        RequestError, match=f"the prompt has {most + 1} characters; allowed are {most} .16 a token."
+    ) as e:
+        limits.encode(["a" * (most + 1)], tokenizer=None, vocab_size=5)
+    assert e.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError, match=f"the prompt has {most} tokens; allowed are 10"):
+        limits.encode(["a" * most], BytesTokenizer(), vocab_size=258)
 
 
 @pytest.mark.parametrize(
