@@ -95,6 +95,10 @@ def _generate(args: Any, share: TensorShare) -> None:
     prompts = share.gather_objects(mine)[0]
     with share.together():
         prompts = _check_prompts(args, prompts)
+    if share.rank == 0 and args.temperature == 0 and (args.top_k or args.top_p < 1 or args.n > 1):
+        logger.warning(
+            "--temperature is 0: the most likely token is taken, and --top-k, --top-p and --n change nothing"
+        )
     if share.size > 1 or is_sharded(args.model):
         model, tokenizer = load_share(args, share)
     else:
@@ -150,10 +154,6 @@ def _read_options(args: Any, ranks: int) -> Sampling | None:
         raise ConfigError(
             f"--max-new-tokens must be 1 or more, not {args.max_new_tokens} (0 with --save-state: the prompt is only "
             "read)"
-        )
-    if args.temperature == 0 and (args.top_k or args.top_p < 1 or args.n > 1):
-        logger.warning(
-            "--temperature is 0: the most likely token is taken, and --top-k, --top-p and --n change nothing"
         )
     sampling = Sampling(
         max_tokens=args.max_new_tokens or 1,

@@ -87,13 +87,19 @@ def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
 
     with share.together():
         mitigation = read_mitigation(args)
-        place = parse_device(args.device)
+        if share.size > 1 and args.device.startswith("cuda:"):
+            raise ConfigError(f"--device {args.device} is one GPU for {share.size} ranks; use auto or cuda")
+        place = parse_device("auto" if args.device == "cuda" else args.device)
         dtype = parse_dtype(args.dtype, place)
     model = load_tensor_parallel(Path(args.model), share, dtype=dtype, device=place)
     with share.together():
         set_threads(args.threads, sum(parameter.numel() for parameter in model.parameters()))
         model.mitigation = mitigation
         tokenizer = load_matching_tokenizer(args, model)
+    with share.together():
+        # Each rank looks for stop strings in its own text, and all must end at the same token.
+        if len(set(share.gather_objects(tokenizer.hash))) > 1:
+            raise ConfigError(f"the ranks have different tokenizers at {tokenizer.spec}; copy one to all machines")
     return model, tokenizer
 
 

@@ -129,13 +129,17 @@ def open_tensor_parallel(tp: int | None, *, device: str = "auto") -> Iterator[Te
         env = replace(env, device=torch.device("cpu"))
     if env.device.type == "cuda":
         if env.local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"rank {env.rank} has no GPU: this machine has {torch.cuda.device_count()}")
+            raise ConfigError(
+                f"rank {env.rank} has no GPU: this machine has {torch.cuda.device_count()}; start fewer ranks, or give "
+                "--device cpu"
+            )
         torch.cuda.set_device(env.device)
     share_cores(env)
     try:
         # Both: words and flags of the ranks are exchanged on the CPU, whatever the model's device.
         backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
         store, rank, size = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=JOIN_LIMIT))
+        store.set_timeout(WAIT_LIMIT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT_LIMIT)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(

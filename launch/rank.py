@@ -1,0 +1,38 @@
+"""What runs in each rank that :func:`launch.tensor_parallel.start_ranks` starts: a module of this very installation.
+
+    python -P launch/rank.py PARENT MODULE [ARGUMENT ...]
+
+It is started by its path, so that no ``launch`` of the current directory takes its place, and with ``-P``, so that the
+modules beside it are not taken for others. The rank ends with its parent, also where that was killed and told nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import threading
+import time
+from pathlib import Path
+
+_LOOK_SECONDS = 1.0
+
+
+def end_with(parent: int) -> None:
+    """End this process once its parent is another one than ``parent``, which is then gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _, parent, module, *arguments = sys.argv
+    end_with(int(parent))
+    # A source tree need not be installed. Last: what is installed is found as in the parent.
+    sys.path.append(str(Path(__file__).parents[1]))
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
