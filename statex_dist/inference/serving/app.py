@@ -73,7 +73,7 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     async def refuse_chat() -> Response:
         raise RequestError(
             404,
-            "chat is not supported: models here have no chat template; use POST /v1/completions",
+            "chat is not supported, only completions; use POST /v1/completions",
             code="unsupported",
         )
 

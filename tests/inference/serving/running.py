@@ -1,5 +1,7 @@
 """A server on loopback in a thread of the test, a model that can be held, and what an answer must be."""
 
+import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -16,6 +18,9 @@ from statex_dist.inference.serving.service import Service
 NAME = "tiny"
 SEGMENT = 16
 PATIENCE_SECONDS = 20
+
+ENDLESS = {"prompt": "hello", "seed": 1, "max_tokens": 4096, "ignore_eos": True}
+"""Seconds of work: whoever frees its slot sooner was not waited for. Its first token is a character, and sent."""
 
 
 class RunningServer:
@@ -81,6 +86,15 @@ def serving(model, *, api_key=None, grace_seconds=5.0, **limits):
             server.request_stop()
         thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive()
+
+
+def send_and_leave(server, **fields):
+    """Return the socket of a request whose answer nobody reads."""
+    body = json.dumps({"model": NAME, **fields}).encode()
+    connection = socket.create_connection(server.url.removeprefix("http://").split(":"))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
 
 
 class Gate:
