@@ -1,4 +1,4 @@
-"""What a file of states says of itself (written by ``statex generate --save-state``, statex_dist/inference/cache.py)."""
+"""What a file of states says of itself (``statex generate --save-state``; statex_dist/inference/cache.py writes it)."""
 
 from __future__ import annotations
 
