@@ -103,7 +103,7 @@ def report_plan(
         layers.append(
             LayerState(
                 layer=layer,
-                expansion=f"{expansion.op} x{expansion.factor} {expansion.init}" if expansion else None,
+                expansion=expansion.summary if expansion else None,
                 numbers_before=old.numbers,
                 numbers_after=new.numbers,
                 bytes_before=old.state_bytes,

@@ -81,7 +81,7 @@ def _print(report: Any, target: str) -> None:
         reset = " reset" if expansion.reset_dynamics else ""
         table.add_row(
             str(expansion.layer),
-            f"{expansion.op} x{expansion.factor} {expansion.init}{reset}",
+            f"{expansion.summary}{reset}",
             f"{layer.state_before:,}",
             f"{layer.state_after:,}",
             *(str(layer.changes.get(change, 0)) for change in changes),

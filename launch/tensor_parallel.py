@@ -115,7 +115,7 @@ def open_tensor_parallel(tp: int | None, *, device: str = "auto") -> Iterator[Te
     import torch
     import torch.distributed as dist
 
-    from statex_dist.parallel.env import read_env, share_cores
+    from statex_dist.parallel.env import join_processes, read_env, share_cores
     from statex_dist.parallel.tensor_share import TensorShare
     from statex_dist.parallel.together import OtherRankError
 
@@ -135,17 +135,9 @@ def open_tensor_parallel(tp: int | None, *, device: str = "auto") -> Iterator[Te
             )
         torch.cuda.set_device(env.device)
     share_cores(env)
-    try:
-        # Both: words and flags of the ranks are exchanged on the CPU, whatever the model's device.
-        backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
-        store, rank, size = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=JOIN_LIMIT))
-        store.set_timeout(WAIT_LIMIT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT_LIMIT)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"WORLD_SIZE is {env.world_size}, but the ranks do not find each other ({' '.join(str(error).split())}); "
-            "start them with torchrun or deepspeed, or unset WORLD_SIZE"
-        ) from None
+    # Both: words and flags of the ranks are exchanged on the CPU, whatever the model's device.
+    backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
+    join_processes(env, backend, join_limit=JOIN_LIMIT, wait_limit=WAIT_LIMIT)
     try:
         share = TensorShare(rank=env.rank, size=env.world_size, group=dist.group.WORLD)
         with share.together():

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from statex_dist.errors import ConfigError, StateXError
-from statex_dist.parallel.env import read_env
+from statex_dist.parallel.env import join_processes, read_env
 from statex_dist.parallel.together import OtherRankError, all_or_none
 
 __all__ = ["OtherRankError", "Ranks", "open_ranks"]
@@ -73,14 +73,8 @@ def open_ranks() -> Iterator[Ranks]:
         return
     if not 0 <= env.rank < env.world_size:
         raise ConfigError(f"RANK {env.rank} is not below WORLD_SIZE {env.world_size}; start it with torchrun")
-    try:
-        # gloo whatever the device: only words are exchanged, never tensors.
-        dist.init_process_group("gloo", rank=env.rank, world_size=env.world_size, timeout=WAIT_LIMIT)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"WORLD_SIZE is {env.world_size}, but the ranks do not find each other ({' '.join(str(error).split())}); "
-            "start them with torchrun or deepspeed, or unset WORLD_SIZE"
-        ) from None
+    # gloo whatever the device: only words are exchanged, never tensors.
+    join_processes(env, "gloo", join_limit=WAIT_LIMIT, wait_limit=WAIT_LIMIT)
     try:
         yield Ranks(rank=env.rank, world_size=env.world_size)
     finally:

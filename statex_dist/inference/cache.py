@@ -8,6 +8,7 @@ wrong without a sign. So the header is held to a digest of the weights themselve
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import CheckpointError
 from statex_dist.inference.generate import Prefix
-from statex_dist.inference.prefill import device_of, evaluating
+from statex_dist.inference.prefill import device_of
 from statex_dist.models.lm import RecurrentLM
 
 VERSION = "1"
@@ -91,13 +92,12 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
     if _digest(sorted(tensors.items())) != header.get("digest") or not header.get("num_tokens", "").isdigit():
         raise CheckpointError(f"{path} is damaged: its contents are not those that were written")
     device = device_of(model)
-    with evaluating(model):
-        like = model(torch.zeros(1, 1, dtype=torch.long, device=device), output_states=True)
+    logits = tensors.pop("logits").to(device)
+    parts = Counter(int(name.split(".")[1]) for name in tensors)
     states = [
-        tuple(tensors[f"layers.{layer}.{part}"].to(device) for part in range(len(state)))
-        for layer, state in enumerate(like.states)
+        tuple(tensors[f"layers.{layer}.{part}"].to(device) for part in range(parts[layer])) for layer in sorted(parts)
     ]
-    return Prefix(logits=tensors["logits"].to(device), states=states, num_tokens=int(header["num_tokens"]))
+    return Prefix(logits=logits, states=states, num_tokens=int(header["num_tokens"]))
 
 
 def _check_facts(path: Path, header: dict[str, str], facts: dict[str, str]) -> None:
@@ -116,7 +116,7 @@ def _facts(model: RecurrentLM, tokenizer: Tokenizer) -> dict[str, str]:
         for field in dataclasses.fields(config)
         if field.name not in _NO_MATTER
     }
-    plan = [f"layer {e.layer} {e.op} x{e.factor} {e.init}" for e in config.statex.layers] if config.statex else ["none"]
+    plan = [f"layer {e.layer} {e.summary}" for e in config.statex.layers] if config.statex else ["none"]
     parameter = next(model.parameters())
     return {
         "model_type": config.MODEL_TYPE,

@@ -17,7 +17,7 @@ import torch
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import StateXError
 from statex_dist.inference.not_finite import explain_step
-from statex_dist.inference.prefill import take_rows
+from statex_dist.inference.prefill import join_rows, take_rows
 from statex_dist.inference.sampling import Sampling, choose_tokens
 from statex_dist.inference.text import TextStream, end_ids
 from statex_dist.models.lm import RecurrentLM
@@ -145,10 +145,7 @@ class DecodingLoop:
             self._logits, self._states, self._owns_states = logits, list(states), False
             return
         self._logits = torch.cat([self._logits, logits])
-        self._states = [
-            tuple(torch.cat(pair) for pair in zip(ours, theirs, strict=True))
-            for ours, theirs in zip(self._states, states, strict=True)
-        ]
+        self._states = join_rows(self._states, states)
         self._owns_states = True
 
     def drop(self, keys: Collection[Hashable]) -> None:

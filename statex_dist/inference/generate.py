@@ -14,6 +14,7 @@ from statex_dist.inference.prefill import (
     DEFAULT_SEGMENT_LENGTH,
     Tokens,
     evaluating,
+    join_rows,
     read_contexts,
     rows_that_fit,
     take_rows,
@@ -134,11 +135,7 @@ def _read(
     if len(contexts) == 1:
         return prefix.logits, prefix.states
     logits, states = _read(model, contexts[:-1], segment_length, prefix)
-    joined = [
-        tuple(torch.cat(pair) for pair in zip(ours, theirs, strict=True))
-        for ours, theirs in zip(states, prefix.states, strict=True)
-    ]
-    return torch.cat([logits, prefix.logits]), joined
+    return torch.cat([logits, prefix.logits]), join_rows(states, prefix.states)
 
 
 def generate_continuations(

@@ -130,11 +130,13 @@ def read_contexts(
             ended.append((logits[active:], [tuple(tensor[active:] for tensor in state) for state in after]))
     ended.reverse()
     back = torch.tensor(np.argsort(order), device=device)
-    joined = [
-        tuple(torch.cat(tensors)[back] for tensors in zip(*layer, strict=True))
-        for layer in zip(*(part for _, part in ended), strict=True)
-    ]
-    return torch.cat([part for part, _ in ended])[back], joined
+    joined = join_rows(*(part for _, part in ended))
+    return torch.cat([part for part, _ in ended])[back], take_rows(joined, back)
+
+
+def join_rows(*parts: Sequence[LayerState]) -> list[LayerState]:
+    """Return the states of the rows of several batches as one batch's."""
+    return [tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True)) for layer in zip(*parts, strict=True)]
 
 
 def take_rows(states: Sequence[LayerState], rows: Sequence[int] | torch.Tensor) -> list[LayerState]:

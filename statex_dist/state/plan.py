@@ -68,6 +68,11 @@ class LayerExpansion:
                 f"plan, layer {self.layer}: reset_dynamics changes the function, so the start cannot be lossless"
             )
 
+    @property
+    def summary(self) -> str:
+        """What is done, in the short form that tables and messages have: ``merge_heads x4 inherit``."""
+        return f"{self.op} x{self.factor} {self.init}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``config.json``; a field that replication alone needs is left out where it is off."""
         values = asdict(self)

@@ -1,11 +1,3 @@
-import pytest
-import torch
+from tests.evaluation.conftest import one_thread
 
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
