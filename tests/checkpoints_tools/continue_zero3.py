@@ -99,6 +99,9 @@ def main(out: str, first: int, last: int, load: str | None) -> None:
         sys.stdout.write(f"REPORT {json.dumps({**report, 'loaded': gathered})}\n")
     engine.destroy()
     dist.destroy_process_group()
+    # torch's communication threads sometimes abort a rank that ends while its peers do; all is done by now.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
