@@ -4,7 +4,7 @@ Peers, on the same tensors and in the same run:
 
 - *fla naive*: flash-linear-attention's own reference, what its users have without a GPU: for GLA the recurrence, which
   indexes ``x[:, :, i]`` (goal: ours at least 20 times as fast at 4,096 tokens), for the delta rules its chunked form;
-- *transformers*: ``Mamba2Mixer.torch_forward``, what a CPU runs when the CUDA kernels are missing (goal: 50 times),
+- *transformers*: ``Mamba2Mixer``, whose PyTorch form runs where the CUDA kernels are missing (goal: 50 times),
   with its default chunk of 256 tokens, that of the published models, and with one of 64, which suits it better. It is a
   whole mixer with projections, convolution and norm, and is compared with our whole mixer on the same weights;
 - *good loop*: one token at a time, slices taken by ``unbind`` (our ``naive_gla``, ``naive_ssd``, ``naive_delta_rule``).
@@ -167,7 +167,7 @@ def _mixer(form: str, tokens: int, sizes: tuple[int, int, int]) -> Forward:
     theirs = modeling_mamba2.Mamba2Mixer(transformers.Mamba2Config(**common), 0)
     x = torch.randn(1, tokens, common["hidden_size"], requires_grad=True)
     if form != OURS:
-        return lambda: theirs.torch_forward(x)
+        return lambda: theirs(x)
     ours = Mamba2Mixer(Mamba2Config(**common), 0)
     ours.load_state_dict(theirs.state_dict())
     return lambda: ours(x, Sequences(backend="chunked"), None)[0]

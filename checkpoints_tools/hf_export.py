@@ -45,8 +45,13 @@ def export_notes(config: ModelConfig) -> list[str]:
     form = form_of(config)
     if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
         return [
-            "n_groups is above 1: transformers 5 takes the output norm over each group by itself, as we and mamba_ssm "
-            "do, and release 4 over all of them, which gives other logits"
+            "n_groups is above 1: open it with transformers 5, which normalises each group by itself, as we and "
+            "mamba_ssm do; release 4 normalises all groups together, which gives other logits"
+        ]
+    if config.MODEL_TYPE == "minimax" and form == "plain":
+        return [
+            "transformers' MiniMax does not move the cache with the beams (seen in 5.17 and 5.24): generate with "
+            "num_beams above 1 needs use_cache=False"
         ]
     if form != "none":
         return []

@@ -239,7 +239,7 @@ def _use_parts(facts: CardFacts) -> Iterator[str]:
             f"model = AutoModelForCausalLM.from_pretrained(directory{trust})",
         ]
         if tokenizer is not None:
-            trust_tokenizer = ", trust_remote_code=True" if tokenizer == "bytes" else ""
+            trust_tokenizer = ", trust_remote_code=True" if tokenizer == "bytes" or form == "remote_code" else ""
             lines += [
                 f"tokenizer = AutoTokenizer.from_pretrained(directory{trust_tokenizer})",
                 'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)',
@@ -257,10 +257,7 @@ def _use_parts(facts: CardFacts) -> Iterator[str]:
         )
     elif form == "plain":
         notes = "".join(f" Note: {note}." for note in export_notes(facts.config))
-        yield (
-            "transformers' own class opens it; no other code is needed. In transformers 4 its beams are right with "
-            f"`use_cache=False` alone.{notes}"
-        )
+        yield f"transformers' own class opens it; no other code is needed.{notes}"
     if not facts.config.is_mixed:
         option = "" if tokenizer else " --tokenizer DIR"
         command = f'statex generate --model .{option} --prompt "Once upon a time"'

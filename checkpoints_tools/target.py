@@ -24,6 +24,7 @@ from checkpoints_tools.raw_io import FileState
 from checkpoints_tools.target_writer import Places, TargetFile, WriteOptions, files_of_tensors, write_files
 from checkpoints_tools.tensor_io import Progress, TensorSource
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import (
     FileRecord,
@@ -177,7 +178,7 @@ def _identity(source: TensorSource, plan: TargetPlan, options: WriteOptions) -> 
         "files": [(str(path), asdict(FileState.of(path.stat()))) for path in (*source.files, *carried)],
         "tensors": tensors,
         "targets": [(file.name, file.size) for file in plan.files],
-        "documents": {name: _encoded(content).decode("latin1") for name, content in plan.documents({}).items()},
+        "documents": {name: _encoded(name, content).decode("latin1") for name, content in plan.documents({}).items()},
         "options": (options.max_shard_size, options.allow_nonfinite),
         "numpy": np.__version__,
     }
@@ -224,7 +225,7 @@ def _write_documents(journal: Journal, source: TensorSource, plan: TargetPlan) -
     files = dict(journal.files)
     for name, content in plan.documents(journal.tensors).items():
         path = journal.directory / name
-        path.write_bytes(_encoded(content))
+        path.write_bytes(_encoded(name, content))
         files[name] = record_file(path)
     for path in carried_files(source.facts.model_dir):
         copy = journal.directory / plan.model_folder / path.name
@@ -235,10 +236,13 @@ def _write_documents(journal: Journal, source: TensorSource, plan: TargetPlan) -
     return files
 
 
-def _encoded(content: Any) -> bytes:
+def _encoded(name: str, content: Any) -> bytes:
     if isinstance(content, bytes):
         return content
-    return (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode()
+    if isinstance(content, str):
+        return content.encode()
+    text = config_text(content) if Path(name).name == CONFIG_NAME else json.dumps(content, indent=2) + "\n"
+    return text.encode()
 
 
 def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, FileRecord], facts: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from checkpoints_tools.target import carried_files
 from checkpoints_tools.target_writer import DEFAULT_WORKERS
 from checkpoints_tools.tensor_io import Progress, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.config_json import differing_keys
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
@@ -177,9 +178,9 @@ def _recorded_dtype(base: dict[str, Any], found: dict[str, Any], other: TensorSo
 
 def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verdict) -> None:
     """Compare ``config.json`` with what it must be."""
-    for key in sorted(expected.keys() | found.keys()):
-        a, b = (json.dumps(values.get(key), sort_keys=True) for values in (expected, found))
-        if a != b and key not in DTYPE_KEYS:
+    for key in differing_keys(expected, found):
+        if key not in DTYPE_KEYS:
+            a, b = (json.dumps(values.get(key), sort_keys=True) for values in (expected, found))
             verdict.differences.append(f"config.json: {key} is {b}, not {a}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import tempfile
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR, TRAIN_LENGTH_KEY
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, one_line, parse_size, to_dict
@@ -320,7 +320,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
 def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig) -> dict[str, str]:
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
     values = {**model.to_dict(), TRAIN_LENGTH_KEY: longest_sequence(config.data, stores)}
-    files = {CONFIG_NAME: json.dumps(values, indent=2) + "\n"}
+    files = {CONFIG_NAME: config_text(values)}
     source = Path(config.model.path) if config.model.path is not None else None
     if source is not None:
         files |= _read_files(source, TOKENIZER_FILES)

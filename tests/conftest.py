@@ -2,17 +2,16 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import pytest
-import torch
 
-from statex_dist.ops.mamba_api import enter_mamba_ssm, has_mamba_ssm
-
-if torch.cuda.is_available() and has_mamba_ssm():
-    enter_mamba_ssm()  # transformers' Mamba2, an oracle, takes our build of the package for a compiled one
+# Where flash-linear-attention is installed, any `import fla` registers its models with transformers' auto classes, in
+# place of transformers' own Mamba2 too, and they need a GPU. In this process fla is what fla-core alone is.
+sys.modules["fla.layers"] = sys.modules["fla.models"] = None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ FLOORS = {
     "statex_dist": 0,
     "statex_dist.errors": 0,
     "statex_dist.log": 0,
+    "statex_dist.bare_package": 0,
     "statex_dist.config": 1,
     "statex_dist.state*": 1,
     "statex_dist.checkpoint*": 2,
@@ -58,6 +59,7 @@ TOOLS_MAY_READ = (
     "statex_dist.state*",
     "statex_dist.checkpoint",
     "statex_dist.checkpoint.archive",
+    "statex_dist.checkpoint.config_json",
     "statex_dist.checkpoint.layout",
     "statex_dist.checkpoint.manifest",
     "statex_dist.checkpoint.tp_layout",
@@ -81,10 +83,7 @@ EXPORTED = "checkpoints_tools.remote_code"
 
 ENGINES = {
     "deepspeed": ("statex_dist.engine.zero3",),
-    "streaming": (
-        "statex_dist.data.storage.mds",
-        "statex_dist.data.streaming_hook",
-    ),  # the hook makes the import possible
+    "streaming": ("statex_dist.data.storage.mds",),
     "webdataset": ("statex_dist.data.storage.tar",),
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
@@ -95,7 +94,7 @@ ENGINES = {
 }
 """The only importers of each external engine."""
 
-IMPORTING_CALLS = ("import_module", "find_spec", "__import__")
+IMPORTING_CALLS = ("import_module", "find_spec", "__import__", "import_from_bare")
 
 
 def modules(root: Path) -> dict[str, Path]:

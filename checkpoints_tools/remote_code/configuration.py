@@ -15,7 +15,7 @@ class PlannedConfig(PretrainedConfig):
 
     def __init__(self, tie_word_embeddings: bool = False, statex: dict[str, Any] | None = None, **kwargs: Any):
         self.statex = statex
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
     def expansion(self, layer: int) -> tuple[str | None, int]:
         """Return what was done to a layer, and the factor by which its state grew (None and 1 for nothing)."""

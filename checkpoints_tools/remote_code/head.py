@@ -13,7 +13,7 @@ from .cache import CACHE_NAME, StateXCache, given_memory
 from .gla import StateXConfig, StateXModel
 
 
-class StateXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class StateXForCausalLM(PreTrainedModel, GenerationMixin):
     """The model with its head; ``generate()`` does all that transformers offers but assisted decoding."""
 
     config_class = StateXConfig
@@ -21,7 +21,7 @@ class StateXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _is_stateful = True
     _supports_cache_class = False
     _no_split_modules = StateXModel._no_split_modules
-    _tied_weights_keys = {  # type: ignore[assignment]  # noqa: RUF012 - transformers' own form
+    _tied_weights_keys = {  # noqa: RUF012 - transformers' own form
         "lm_head.weight": f"{StateXModel.base_model_prefix}.{StateXModel.embedding_name}.weight"
     }
 
@@ -97,7 +97,7 @@ class StateXForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = StateXCache(len(self.trunk.layers)) if given is None else given
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         past_key_values: StateXCache | None = None,

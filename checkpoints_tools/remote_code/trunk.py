@@ -102,7 +102,7 @@ class Trunk(PreTrainedModel):
             memory.text_tokens = tokens.positions[:, -1] + 1
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            hidden_states=None if seen is None else (*seen, hidden),  # type: ignore[arg-type]
+            hidden_states=None if seen is None else (*seen, hidden),
             **{CACHE_NAME: memory if use_cache else None},  # type: ignore[arg-type]
         )
         return output.to_tuple() if return_dict is False else output

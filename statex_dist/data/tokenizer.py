@@ -182,14 +182,32 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if not any((directory / name).is_file() for name in ("tokenizer.json", _MARKER, "tokenizer.model", "vocab.json")):
         raise ConfigError(f"tokenizer {str(spec)!r}: no tokenizer.json in it; give a tokenizer's directory or 'bytes'")
     try:
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, use_fast=True)
+        loaded = _load_fast(directory)
     except Exception as error:
         # transformers raises nearly anything for a damaged directory; the user needs the directory and the first line.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"tokenizer {str(spec)!r} cannot be loaded: {reason}") from error
     return HFTokenizer(loaded, str(spec))
+
+
+def _load_fast(directory: Path) -> Any:
+    """Return transformers' tokenizer of a directory, with ``tokenizer.json`` as it stands where there is one.
+
+    AutoTokenizer takes the class that ``tokenizer_config.json`` names, and some classes of transformers 5 (those of
+    Llama and T5) put their own normalizer and pre-tokenizer in place of the file's. Only the end-of-text token that
+    such a class has by default is taken from it.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    if not (directory / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(str(directory), **options)
+    loaded = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    if loaded.eos_token_id is None:
+        default = AutoTokenizer.from_pretrained(str(directory), **options).eos_token
+        if default in loaded.get_vocab():
+            loaded.eos_token = default
+    return loaded
 
 
 def has_tokenizer(directory: str | Path) -> bool:

@@ -7,7 +7,6 @@ this (it names a checkpoint in ``latest`` before other ranks have written theirs
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.archive import WRITE_ERRORS
+from statex_dist.checkpoint.config_json import differing_keys, parse_config
 from statex_dist.checkpoint.layout import (
     CONFIG_NAME,
     DAMAGED_PREFIX,
@@ -309,10 +309,9 @@ class Checkpoints:
                 f"{directory} was written by engine {manifest.kind}, this run uses {self.engine.kind}; "
                 f"give --engine.name {manifest.kind}, or another run_dir"
             )
-        saved = json.loads((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
-        given = json.loads(self.model_files[CONFIG_NAME])
-        keys = (saved.keys() | given.keys()) - {TRAIN_LENGTH_KEY}
-        if other := sorted(key for key in keys if saved.get(key) != given.get(key)):
+        saved = parse_config((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
+        given = parse_config(self.model_files[CONFIG_NAME])
+        if other := [key for key in differing_keys(saved, given) if key != TRAIN_LENGTH_KEY]:
             raise CheckpointError(
                 f"{directory} is of another model (config.json differs in {', '.join(other)}); "
                 "give the model that this run began with, or another run_dir"

@@ -178,7 +178,7 @@ def draw_trial(examples: Sequence[Example], trial: int, settings: IclSettings) -
     labels = sorted({example.label for example in examples})
     left = {label: [e for e in examples if e.label == label] for label in labels}
     for of_label in left.values():
-        rng.shuffle(of_label)  # type: ignore[arg-type]  # a list is shuffled in place
+        rng.shuffle(of_label)
 
     def take(count: int) -> list[Example]:
         taken: list[Example] = []

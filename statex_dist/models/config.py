@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.state.geometry import StateGeometry
@@ -187,6 +187,7 @@ class ModelConfig:
         Raises:
             CheckpointError: A required key is missing or has the wrong type.
         """
+        values = decode_floats(values)
         plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
         values = {**values, **base_keys(values)}
         hints = typing.get_type_hints(cls)
@@ -232,7 +233,7 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """Return the text of ``config.json``."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return config_text(self.to_dict())
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes``."""
@@ -288,7 +289,7 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{model_dir} is a file; give the directory that holds {CONFIG_NAME}")
     path = model_dir / CONFIG_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_config(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = "not a Hugging Face model directory"
         if (model_dir / CHECKPOINTS_DIR).is_dir():

@@ -1,7 +1,7 @@
 """The only file that imports mamba_ssm's kernels, and what makes them safe to call.
 
 The package's ``__init__`` imports a CUDA extension that a build without a compiler lacks. The SSD kernels are Triton
-and need none of it, so the package is entered without running its ``__init__``.
+and need none of it, so they are imported without it (:mod:`statex_dist.bare_package`).
 
 The kernel computes some cases wrongly without a word; :func:`mamba_ssd` turns each of them into calls that it computes
 rightly:
@@ -14,18 +14,15 @@ rightly:
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 import itertools
-import sys
-import types
 from collections import defaultdict
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
+from statex_dist.bare_package import import_from_bare
 from statex_dist.errors import ConfigError
 from statex_dist.ops.borders import read_borders, sequence_index
 
@@ -42,27 +39,9 @@ def has_mamba_ssm() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "triton", "einops"))
 
 
-def enter_mamba_ssm() -> None:
-    """Make this process import ``mamba_ssm`` without its ``__init__``; its submodules import as ever.
-
-    Other libraries that take a build without compiled parts for a whole one (transformers' Mamba2, on a GPU machine)
-    import once this was called.
-    """
-    if "mamba_ssm" in sys.modules:
-        return
-    spec = importlib.util.find_spec("mamba_ssm")
-    assert spec is not None
-    package = types.ModuleType("mamba_ssm")
-    package.__path__ = list(spec.submodule_search_locations or [])
-    package.__spec__ = spec
-    package.__dict__["__version__"] = importlib.metadata.version("mamba_ssm")  # transformers reads it
-    sys.modules["mamba_ssm"] = package
-
-
 @cache
 def _scan_kernel() -> Any:
-    enter_mamba_ssm()
-    return importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    return import_from_bare("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
 
 
 class _Scan(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from statex_dist.checkpoint.config_json import differing_keys
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest, digest_file
 from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, TensorParallelLayout, check_place
@@ -120,9 +121,7 @@ def check_replicas(
     mine = {name: _digest(tensors[name]) for name in whole}
     (first_config, first), *others = share.gather_objects((config.to_dict(), mine))
     for rank, (their_config, theirs) in enumerate(others, start=1):
-        if keys := sorted(
-            key for key in first_config.keys() | their_config.keys() if first_config.get(key) != their_config.get(key)
-        ):
+        if keys := differing_keys(first_config, their_config):
             raise CheckpointError(
                 f"{directory}: {CONFIG_NAME} of rank {rank} is another than that of rank 0: they differ in "
                 f"{', '.join(keys[:3])}; copy it from one machine to the others"

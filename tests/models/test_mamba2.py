@@ -8,7 +8,7 @@ import transformers
 
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.lm import RecurrentLM
-from tests.models.tiny import build, mamba2_config, norm_by_groups, tokens
+from tests.models.tiny import build, mamba2_config, tokens
 
 VARIANTS = {
     "default": {},
@@ -30,7 +30,7 @@ def theirs(config: ModelConfig, model: RecurrentLM) -> transformers.Mamba2ForCau
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     other = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**values)).eval()
     other.load_state_dict(model.state_dict(), strict=True)
-    return norm_by_groups(other)
+    return other
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.gated_deltanet.config import GatedDeltaNetConfig
@@ -96,18 +95,3 @@ def build(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.floa
 
 def tokens(*shape: int, vocab: int = 40, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def norm_by_groups(model: torch.nn.Module) -> torch.nn.Module:
-    """Make transformers 4's Mamba2 take its output norm over each group by itself, as mamba_ssm and release 5 do."""
-    groups = model.config.n_groups
-
-    def grouped(module, x, gate):
-        y = (x.float() * F.silu(gate.float())).unflatten(-1, (groups, -1))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * y.flatten(-2).to(x.dtype)
-
-    for module in model.modules():
-        if type(module).__name__ == "MambaRMSNormGated":
-            module.forward = grouped.__get__(module)
-    return model

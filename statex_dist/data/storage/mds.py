@@ -5,7 +5,6 @@ It writes only: :mod:`statex_dist.data.storage.mds_format` reads.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 
-from statex_dist.data import streaming_hook
+from statex_dist.bare_package import import_from_bare
 from statex_dist.data.storage.shards import LOSS_MASK, TOKENS
 from statex_dist.errors import ConfigError, DataError
 
@@ -28,10 +27,10 @@ def has_streaming() -> bool:
 
 
 def load_streaming() -> ModuleType:
-    """Import and return ``streaming.base`` without running ``streaming/__init__`` (see :mod:`streaming_hook`).
+    """Import and return ``streaming.base`` without running ``streaming/__init__``, which imports torchvision.
 
-    Also gives streaming the ``LOCAL_WORLD_SIZE`` that the deepspeed launcher does not set (it sets ``LOCAL_SIZE``);
-    without it every rank believes to be the local leader (streaming issue 717).
+    Also set ``LOCAL_WORLD_SIZE`` for streaming where the deepspeed launcher does not (it sets ``LOCAL_SIZE``): without
+    it every rank believes to be the local leader (streaming issue 717).
 
     Raises:
         ConfigError: mosaicml-streaming is not installed.
@@ -43,8 +42,7 @@ def load_streaming() -> ModuleType:
             "writing MDS and reading cloud storage need mosaicml-streaming: "
             "pip install --no-deps mosaicml-streaming==0.13.0"
         )
-    streaming_hook.install()
-    return importlib.import_module("streaming.base")
+    return import_from_bare("streaming.base")
 
 
 class MdsShardWriter:

@@ -165,8 +165,8 @@ def judge_heads(records: Sequence[Record], settings: CollapseSettings) -> list[H
         by_sequence = [list(series(record, name)) for record in records]
         for rows in zip(*by_sequence, strict=True):
             layer, head, _ = rows[0]
-            values = np.stack([row[2] for row in rows])
-            joined = values.max(0) if name == "largest" else values.mean(0)
+            stacked = np.stack([row[2] for row in rows])
+            joined = stacked.max(0) if name == "largest" else stacked.mean(0)
             together.setdefault((layer, head), {})[name] = joined
     verdicts = []
     for (layer, head), values in together.items():
