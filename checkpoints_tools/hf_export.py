@@ -45,8 +45,8 @@ def export_notes(config: ModelConfig) -> list[str]:
     form = form_of(config)
     if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
         return [
-            "n_groups is above 1: open it with transformers 5, which normalises each group by itself, as we and "
-            "mamba_ssm do; release 4 normalises all groups together, which gives other logits"
+            "n_groups is above 1: open it with transformers 5.23 or newer, which normalises each group by itself, as "
+            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits"
         ]
     if config.MODEL_TYPE == "minimax" and form == "plain":
         return [

@@ -22,7 +22,7 @@ from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.models.hf import from_pretrained
 from tests.checkpoints_tools.builders import GLA, MAMBA2, run_expand, write_model
 from tests.checkpoints_tools.exports import MODELS, PLAIN, export
-from tests.models.tiny import gla_config, tokens
+from tests.models.tiny import gla_config, skip_where_transformers_norm_is_wrong, tokens
 
 NOTES = {
     "mamba2": ["n_groups is above 1"],
@@ -42,6 +42,7 @@ def test_transformers_own_class_opens_what_it_knows(tmp_path, name):
     model, ids = AutoModelForCausalLM.from_pretrained(directory).eval(), tokens(2, 70)
     assert type(model).__module__.startswith("transformers.models.")
     assert config["architectures"] == [type(model).__name__]
+    skip_where_transformers_norm_is_wrong(ours.config)
     expected = ours(ids).logits
     assert (model(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
     model.save_pretrained(tmp_path / "again")

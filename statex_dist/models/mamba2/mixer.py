@@ -41,8 +41,8 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(config.num_heads))
         self.A_log = nn.Parameter(torch.zeros(config.num_heads))
         self.D = nn.Parameter(torch.ones(config.num_heads))
-        # Each group by itself, as mamba_ssm (which trained the models), Megatron and transformers 5 do; transformers 4
-        # takes the norm over all groups.
+        # Each group by itself, as mamba_ssm (which trained the models), Megatron and transformers from 5.23 on do;
+        # earlier releases take the norm over all groups.
         self.norm = GatedRMSNorm(
             config.inner_size, eps=config.layer_norm_epsilon, norm_before_gate=False, num_groups=config.n_groups
         )
