@@ -20,10 +20,10 @@ from checkpoints_tools.dcp_format import METADATA_NAME, Chunk, StoredTensor
 from checkpoints_tools.piece_io import check_entry
 from checkpoints_tools.raw_io import FileState
 from checkpoints_tools.tensor_io import Held, Piece, TensorInfo
-from checkpoints_tools.torch_pickle import TensorRef, UnsafePickleError
 from checkpoints_tools.torch_reader import gathered, place_of
 from checkpoints_tools.torch_zip import ArchiveError, Entry, TorchArchive, read_content, read_entries
 from statex_dist.checkpoint.archive import DAMAGE
+from statex_dist.checkpoint.torch_pickle import TensorRef, UnsafePickleError
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 

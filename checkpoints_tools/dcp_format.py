@@ -15,10 +15,12 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from checkpoints_tools.dtypes import TORCH_NAMES
 from checkpoints_tools.target_writer import TargetFile
 from checkpoints_tools.tensor_io import TensorInfo
-from checkpoints_tools.torch_pickle import (
+from checkpoints_tools.torch_pickle_writer import dumps
+from checkpoints_tools.torch_zip import ArchiveLayout
+from statex_dist.checkpoint.dtypes import TORCH_NAMES
+from statex_dist.checkpoint.torch_pickle import (
     MAX_PICKLE_BYTES,
     STORAGES,
     Remembered,
@@ -28,8 +30,6 @@ from checkpoints_tools.torch_pickle import (
     named,
     new_tensor,
 )
-from checkpoints_tools.torch_pickle_writer import dumps
-from checkpoints_tools.torch_zip import ArchiveLayout
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 

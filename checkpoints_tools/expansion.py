@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
 from checkpoints_tools.expansion_report import Checksums, ExpansionReport, make_report
 from checkpoints_tools.hf_writer import with_dtype
 from checkpoints_tools.model_check import check_tensors
@@ -18,6 +17,7 @@ from checkpoints_tools.plan_options import PlanOptions, plan_model
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.tensor_io import TensorInfo, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.dtypes import FLOATS, TORCH_NAMES
 from checkpoints_tools.model_check import check_names, read_source_config
 from checkpoints_tools.sources import open_source, recognise
+from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError

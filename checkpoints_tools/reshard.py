@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.card_evaluation import read_evaluations
-from checkpoints_tools.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
 from checkpoints_tools.hf_export import export_documents, export_notes
 from checkpoints_tools.hf_tokenizer import GivenTokenizer, given_tokenizer, tokenizer_kind
 from checkpoints_tools.hf_writer import hf_plan, with_dtype
@@ -26,6 +25,7 @@ from checkpoints_tools.training_states import batch_proposal, fresh_training_sta
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
+from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.dtypes import FLOATS, ITEM_BYTES
 from checkpoints_tools.raw_io import FileState, ReadAhead
 from checkpoints_tools.torch_zip import TorchArchive
+from statex_dist.checkpoint.dtypes import FLOATS, ITEM_BYTES
 from statex_dist.checkpoint.layout import CONFIG_NAME
 
 Progress = Callable[[int, int], None]
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """Name, shape and dtype (a key of :data:`checkpoints_tools.dtypes.ITEM_BYTES`) of one tensor."""
+    """Name, shape and dtype (a key of :data:`statex_dist.checkpoint.dtypes.ITEM_BYTES`) of one tensor."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Writing the pickles of ``torch.save`` files from what :mod:`checkpoints_tools.torch_pickle` reads, without torch."""
+"""Write the pickles of ``torch.save`` files, without torch, from what ``statex_dist.checkpoint.torch_pickle`` reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from collections import OrderedDict
 from typing import Any
 
-from checkpoints_tools.torch_pickle import (
+from statex_dist.checkpoint.torch_pickle import (
     MAX_DEPTH,
     MAX_PICKLE_BYTES,
     STORAGES,
@@ -22,7 +22,7 @@ _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 
 
 def dumps(value: Any) -> bytes:
-    """Return a pickle (protocol 2, as torch writes) of what :func:`checkpoints_tools.torch_pickle.loads` gives.
+    """Return a pickle (protocol 2, as torch writes) of what :func:`statex_dist.checkpoint.torch_pickle.loads` gives.
 
     Raises:
         UnsafePickleError: A value that torch files do not hold, or nesting without end.

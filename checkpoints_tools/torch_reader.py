@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.raw_io import read_bytes
 from checkpoints_tools.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_pickle import TensorRef
 from checkpoints_tools.torch_zip import TorchArchive, open_archive
+from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.torch_pickle import TensorRef
 from statex_dist.errors import CheckpointError
 
 

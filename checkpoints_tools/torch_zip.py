@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from checkpoints_tools.dtypes import ITEM_BYTES
 from checkpoints_tools.raw_io import FileState, read_bytes
-from checkpoints_tools.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
 from checkpoints_tools.torch_pickle_writer import dumps
 from statex_dist.checkpoint.archive import DAMAGE
+from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 

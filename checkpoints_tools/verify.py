@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.compare import Outcome, Pair, compare
-from checkpoints_tools.dtypes import FLOATS, OPTIONS, TORCH_NAMES
 from checkpoints_tools.expansion import Expansion, plan_expansion, read_model
 from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, read_report
 from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsSource
@@ -19,6 +18,7 @@ from checkpoints_tools.target_writer import DEFAULT_WORKERS
 from checkpoints_tools.tensor_io import Progress, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.config_json import differing_keys
+from statex_dist.checkpoint.dtypes import FLOATS, OPTIONS, TORCH_NAMES
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict

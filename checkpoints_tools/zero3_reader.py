@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_pickle import TensorRef
 from checkpoints_tools.torch_reader import whole_pieces
 from checkpoints_tools.torch_zip import TorchArchive, open_archive
 from checkpoints_tools.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
@@ -28,6 +27,7 @@ from checkpoints_tools.zero3_rank import (
     optim_states,
     scalar_values,
 )
+from statex_dist.checkpoint.torch_pickle import TensorRef
 from statex_dist.errors import CheckpointError
 
 

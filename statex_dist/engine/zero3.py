@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ import deepspeed.ops
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from statex_dist.checkpoint.layout import rank_of
+from statex_dist.checkpoint.torch_pickle import GETATTR, UnsafePickleError, loads
 from statex_dist.engine.base import (
     EngineConfig,
     StepResult,
@@ -249,5 +251,18 @@ class Zero3Engine(TrainEngine):
 
 def foreign_code(path: Path) -> str | None:
     """Say what a checkpoint file would run beside DeepSpeed's own classes (its loader runs any pickle), or None."""
-    foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _EXPECTED_GLOBALS
-    return f"{path} holds foreign code and is refused: {', '.join(sorted(foreign))}" if foreign else None
+    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    foreign = named - _EXPECTED_GLOBALS - GETATTR
+    if foreign:
+        return f"{path} holds foreign code and is refused: {', '.join(sorted(foreign))}"
+    return _wrong_getattr(path) if named & GETATTR else None
+
+
+def _wrong_getattr(path: Path) -> str | None:
+    """Say which ``getattr`` of a file gives more than a member of a known enum (see :data:`GETATTR`), or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            loads(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
+    except UnsafePickleError as error:
+        return f"{path} holds foreign code and is refused: {error}"
+    return None

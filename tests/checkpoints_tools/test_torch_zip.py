@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from checkpoints_tools.piece_io import read_tensor
 from checkpoints_tools.raw_io import read_bytes
 from checkpoints_tools.tensor_io import SourceFacts
-from checkpoints_tools.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads, new_tensor
 from checkpoints_tools.torch_pickle_writer import dumps
 from checkpoints_tools.torch_reader import StateDictSource
 from checkpoints_tools.torch_zip import ArchiveLayout, archive_bytes, open_archive
 from statex_dist.checkpoint.archive import check_crcs
+from statex_dist.checkpoint.torch_pickle import ENUMS, MAX_PICKLE_BYTES, UnsafePickleError, loads, named, new_tensor
 from statex_dist.errors import CheckpointError
 
 DTYPES = [
@@ -171,6 +174,48 @@ def test_a_hostile_pickle_is_refused_and_nothing_of_it_runs(tmp_path, function):
 def test_pickles_that_are_not_what_torch_writes(data):
     with pytest.raises(UnsafePickleError):
         loads(data)
+
+
+REAL_ENUMS = {
+    f"{enum.__module__}.{enum.__qualname__}": enum for enum in (ZeroStageEnum, _MEM_FORMAT_ENCODING, WriteItemType)
+}
+
+
+def test_the_known_enums_are_those_of_their_libraries():
+    assert {name: {member.name: member.value for member in enum} for name, enum in REAL_ENUMS.items()} == ENUMS
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", ENUMS)
+def test_a_member_of_an_enum_is_read_by_name_as_by_value(name, protocol):
+    """Python 3.11.0 to 3.11.4 pickle it by name, through ``getattr``; what is written again is by value."""
+    for member in REAL_ENUMS[name]:
+        by_name, by_value = (
+            pickle.dumps([Exploit(call)], protocol=protocol)
+            for call in ((getattr, (type(member), member.name)), (type(member), (member.value,)))
+        )
+        assert loads(by_name)[0] == loads(by_value)[0] == [named(name)(member.value)]
+        assert pickle.loads(dumps(loads(by_name)[0])) == [member]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (ZeroStageEnum, "__subclasses__"),
+        (ZeroStageEnum, "mro"),
+        (ZeroStageEnum, "none"),
+        (ZeroStageEnum.weights, "name"),
+        (torch.Size, "index"),
+        ("text", "format"),
+        (getattr, "__self__"),
+        (ZeroStageEnum, ("weights",) * 3),
+        (ZeroStageEnum, "weights", 1),
+        (ZeroStageEnum,),
+    ],
+)
+def test_getattr_of_anything_else_is_refused(call):
+    with pytest.raises(UnsafePickleError):
+        loads(pickle.dumps(Exploit((getattr, call)), protocol=2))
 
 
 def test_a_shared_value_repeated_without_end_is_refused():

@@ -207,8 +207,22 @@ def test_checkpoint_files_with_foreign_code_are_named(tmp_path: Path, two_rank_r
         def __reduce__(self):
             return os.system, ("true",)
 
+    class ByName:
+        """As Python 3.11.0 to 3.11.4 pickle a member of an enum."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def __reduce__(self):
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+
+            return getattr, (ZeroStageEnum, self.name)
+
     torch.save({"module": Evil()}, tmp_path / "evil.pt")
     assert "evil.pt holds foreign code and is refused: posix.system" in (foreign_code(tmp_path / "evil.pt") or "")
+    for name, refused in (("weights", False), ("__class__", True)):
+        torch.save({"stage": ByName(name), "x": torch.ones(2)}, tmp_path / "named.pt")
+        assert ("getattr" in (foreign_code(tmp_path / "named.pt") or "")) == refused
     files = list((two_rank_run / "checkpoints" / "global_step6").glob("*.pt"))
     assert len(files) == 4
     assert [foreign_code(path) for path in files] == [None] * 4

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from checkpoints_tools.dtypes import ITEM_BYTES, TORCH_NAMES
+from statex_dist.checkpoint.dtypes import ITEM_BYTES, TORCH_NAMES
 
 MAX_PICKLE_BYTES = 1 << 28
 MAX_DEPTH = 200
@@ -32,6 +32,21 @@ STORAGES = {
 """torch's typed storages and the dtype of their elements, by its name in safetensors."""
 
 _DTYPES = {f"torch.{theirs}" for theirs in TORCH_NAMES.values()} | {"torch.complex128"}
+
+ENUMS: Mapping[str, Mapping[str, int]] = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum": {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3},
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": {
+        "TORCH_CONTIGUOUS_FORMAT": 0,
+        "TORCH_CHANNELS_LAST": 1,
+        "TORCH_PRESERVE_FORMAT": 2,
+    },
+    "torch.distributed.checkpoint.planner.WriteItemType": {"TENSOR": 1, "SHARD": 2, "BYTE_IO": 3},
+}
+"""Enums that files hold: their members and values."""
+
+GETATTR = {"builtins.getattr", "__builtin__.getattr"}
+"""How Python 3.11.0 to 3.11.4 pickle a member of an enum: ``getattr(EnumClass, "member")``, where every other release
+has ``EnumClass(value)``. It is read as the latter, and of the enums above alone."""
 
 ALLOWED = {
     "collections.OrderedDict",
@@ -47,8 +62,9 @@ ALLOWED = {
     "torch.storage.UntypedStorage",
     *(f"torch.{name}" for name in STORAGES),
     *_DTYPES,
+    *ENUMS,
+    *GETATTR,
     # What DeepSpeed's files hold beside tensors and builtins.
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     # What people put into client_state: states of random generators and parsed arguments.
@@ -82,14 +98,10 @@ ALLOWED = {
     "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
     "torch.distributed.checkpoint.metadata.MetadataIndex",
     "torch.distributed.checkpoint.metadata.StorageMeta",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "pathlib.PosixPath",
     # megatron-core keeps the ranks' plans in it.
-    *(
-        f"torch.distributed.checkpoint.planner.{name}"
-        for name in ["SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"]
-    ),
+    *(f"torch.distributed.checkpoint.planner.{name}" for name in ["SavePlan", "WriteItem", "TensorWriteData"]),
     "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
     "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
 }
@@ -254,6 +266,20 @@ def _rebuild_from_type(function: Any, _: Any, args: Any, *__: Any) -> Any:
     return function(*args)
 
 
+def _enum_member(owner: Any = None, name: Any = None, *others: Any) -> Remembered:
+    """Return the member of an enum as a call with its value makes it.
+
+    Raises:
+        UnsafePickleError: ``getattr`` of anything else.
+    """
+    is_class = isinstance(owner, type) and issubclass(owner, Remembered)
+    of = owner.NAME if is_class else type(owner).__name__
+    if others or not is_class or not isinstance(name, str) or name not in ENUMS.get(of, {}):
+        asked = name[:80] if isinstance(name, str) else type(name).__name__
+        raise UnsafePickleError(f"builtins.getattr of {of} and {asked!r}")
+    return owner(ENUMS[of][name])
+
+
 class _Call:
     """A function that may be called while reading; nothing can be set on it."""
 
@@ -278,6 +304,7 @@ _CALLS: Mapping[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _Call(_rebuild_from_type),
     "torch.Size": _Call(lambda sizes=(): Size(sizes)),
     "collections.OrderedDict": OrderedDict,
+    **{name: _Call(_enum_member) for name in GETATTR},
 }
 
 
