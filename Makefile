@@ -18,17 +18,17 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 setup: $(READY)
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=... (found " + sys.version.split()[0] + ")")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 15) else "Python 3.11 to 3.14 is needed; set PYTHON=... (found " + sys.version.split()[0] + ")")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	@# --no-deps: its dependency torchvision breaks transformers beside a CPU torch (docs/environment.md).
+	@# --no-deps: it asks for torchvision, which breaks transformers beside a CPU torch, and for transformers 4.
 	$(BIN)/python -m pip install --quiet --no-deps "mosaicml-streaming==0.13.0"
 	@# mamba_ssm's Triton kernels. Without its compiled parts, which nothing here uses, and without what those need.
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation \
 		"mamba-ssm==2.3.2.post1"
-	@# ... and this lets `import streaming` work without torchvision.
-	$(BIN)/python -m statex_dist.data.streaming_hook
+	@# Version 0.1.0 left an import hook here, whose module is gone.
+	@rm -f $(VENV)/lib/python3*/site-packages/statex_streaming.pth
 	@touch $(READY)
 
 demo: $(READY)

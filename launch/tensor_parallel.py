@@ -39,10 +39,14 @@ def wants_ranks(tp: int | None) -> bool:
     """Return whether ``--tp`` asks for ranks that nobody has started yet.
 
     Raises:
-        ConfigError: It is not a number from 1.
+        ConfigError: It is not a number from 1, or megatron-core is missing.
     """
     if tp is not None and tp < 1:
         raise ConfigError(f"--tp must be 1 or more, not {tp}")
+    if tp is not None:
+        from statex_dist.parallel.tensor_share import require_megatron
+
+        require_megatron()
     return tp is not None and tp > 1 and "WORLD_SIZE" not in os.environ
 
 

@@ -90,7 +90,7 @@ ENGINES = {
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
     "causal_conv1d": ("statex_dist.ops.conv_api",),
-    "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor"),
+    "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor", "statex_dist.parallel.tensor_share"),
     "wandb": ("statex_dist.train.wandb_run",),
     "lm_eval": ("statex_dist.evaluation.lm_eval_api",),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from statex_dist.errors import ConfigError
 from statex_dist.parallel.together import all_or_none
+
+
+def require_megatron() -> None:
+    """Raise unless megatron-core is installed, whose parallel layers cut a model's matrices.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if importlib.util.find_spec("megatron") is None:
+        raise ConfigError(
+            "--tp needs megatron-core: pip install 'statex-dist[megatron]' (it has no release for Python 3.14)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

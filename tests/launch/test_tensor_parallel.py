@@ -206,3 +206,10 @@ def test_what_another_rank_says_is_not_said_twice(error, seen):
     with pytest.raises(seen) as caught:
         fail()
     assert type(caught.value) is seen
+
+
+def test_megatron_that_is_missing_is_said_before_ranks_start(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    with pytest.raises(ConfigError, match=r"pip install 'statex-dist\[megatron\]'"):
+        wants_ranks(2)
+    assert not wants_ranks(None)
