@@ -6,7 +6,9 @@ otherwise; ``naive`` is for tests.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,13 +18,15 @@ from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_a
 from statex_dist.ops.chunked import chunked_gla, chunked_ssd
 from statex_dist.ops.decode import delta_step_, gla_step_, ssd_step_
 from statex_dist.ops.delta import chunked_delta_rule, delta_step, naive_delta_rule
-from statex_dist.ops.fla_api import fla_delta_rule, fla_gla, has_fla
+from statex_dist.ops.fla_api import delta_backward_obstacle, fla_delta_rule, fla_gla, has_fla
 from statex_dist.ops.mamba_api import has_mamba_ssm, mamba_ssd
 from statex_dist.ops.mixing import mix_outputs, partner_values, spread_values
 from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
 from statex_dist.ops.triton.gla import SMALLEST_CHUNK, expanded_gla
 from statex_dist.parallel.context import ContextShare
 from statex_dist.state.geometry import LARGEST_PLAIN_HEAD
+
+logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "kernel", "triton", "chunked", "naive"]
 """``kernel`` is another library's (fla-core, mamba_ssm), ``triton`` our own for large GLA states."""
@@ -37,6 +41,26 @@ def _check_backend(backend: str, *, has_triton: bool = False) -> None:
 def _takes_kernel(backend: str, q: torch.Tensor) -> bool:
     """Return whether flash-linear-attention's kernels are to run."""
     return backend == "kernel" or (backend == "auto" and q.is_cuda and q.dtype != torch.float64 and has_fla())
+
+
+def _trained_delta_backend(backend: Backend) -> Backend:
+    """Return the backend of a gated delta rule that needs gradients, for which fla's kernel was chosen.
+
+    Raises:
+        ConfigError: ``kernel`` was asked for and cannot run backward here.
+    """
+    obstacle = delta_backward_obstacle()
+    if obstacle is None:
+        return backend
+    if backend == "kernel":
+        raise ConfigError(f"scan backend 'kernel' cannot train this model: {obstacle}")
+    _warn_once(f"the gated delta rule is trained with the slower PyTorch form: {obstacle}")
+    return "chunked"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _is_expanded(q: torch.Tensor, v: torch.Tensor, mix: torch.Tensor | None) -> bool:
@@ -221,12 +245,16 @@ def delta_rule(
         Output ``[B, T, HV, V]`` and final states ``[S, HV, K, r V]``.
 
     Raises:
-        ConfigError: The backend is unknown.
+        ConfigError: The backend is unknown, or ``kernel`` cannot compute the gradients on this machine.
     """
     _check_backend(backend)
+    inputs = (q, k, v, g, beta)
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if needs_gradients and g.shape[-1] == 1 and _takes_kernel(backend, q):
+        backend = _trained_delta_backend(backend)
     return _mixed_scan(
         _Forms(naive=naive_delta_rule, kernel=fla_delta_rule, chunked=chunked_delta_rule, across=delta_across),
-        (q, k, v, g, beta),
+        inputs,
         mix=mix,
         backend=backend,
         chunk_size=chunk_size,

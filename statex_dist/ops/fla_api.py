@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from functools import cache
 from typing import Any
@@ -16,6 +17,25 @@ _RECURRENT_TOKENS = 64
 def has_fla() -> bool:
     """Return whether the GLA kernels can be imported (they need triton, not a GPU)."""
     return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
+
+
+@cache
+def delta_backward_obstacle() -> str | None:
+    """Return why fla-core refuses the backward pass of the gated delta rule on this machine, or None.
+
+    On Hopper GPUs triton 3.4 to 3.7.0 compiles it to wrong gradients (flash-linear-attention issue 640), so fla-core
+    0.6 raises, unless tilelang is installed, whose kernel it then runs. KDA has another backward pass.
+    """
+    from fla.ops.common import chunk_o
+
+    wrong = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
+    if not wrong or importlib.util.find_spec("tilelang") is not None:
+        return None
+    version = importlib.metadata.version("triton")
+    return (
+        f"on Hopper GPUs triton {version} computes wrong gradients of the gated delta rule (flash-linear-attention "
+        "issue 640); install triton 3.7.1 or newer (torch 2.12.1 and newer have it) or tilelang"
+    )
 
 
 def _common(scale: float, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from statex_dist.errors import ConfigError
+from statex_dist.ops import dispatch, fla_api
+from statex_dist.ops.delta import naive_delta_rule
 from statex_dist.ops.dispatch import delta_decode, delta_rule
 from tests.ops.scan_cases import assert_close, borders, run_with_gradients
 
@@ -321,3 +323,49 @@ class TestMixing:
         grads = run_with_gradients(delta_rule, inputs, mix=identity_mix(4, partners), backend=backend)
         assert grads["dmix"].shape == (4, partners)
         assert (grads["dmix"].abs() > 1e-6).all()
+
+
+class TestHopperWithAnOldTriton:
+    """fla-core refuses the backward pass there; what it checks is set as if this were such a machine."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch):
+        chunk_o = pytest.importorskip("fla.ops.common.chunk_o", reason="fla-core is not installed")
+        for flag, value in (("IS_NVIDIA_HOPPER", True), ("TRITON_ABOVE_3_4_0", True), ("TRITON_ABOVE_3_7_1", False)):
+            monkeypatch.setattr(chunk_o, flag, value)
+        fla_api.delta_backward_obstacle.cache_clear()
+        dispatch._warn_once.cache_clear()
+        yield chunk_o
+        fla_api.delta_backward_obstacle.cache_clear()
+
+    def test_it_is_where_fla_raises(self, machine, monkeypatch):
+        x = torch.zeros(1, 4, 1, 4)
+        with pytest.raises(RuntimeError, match="Triton"):
+            machine.chunk_bwd_dqkwg(x, x, x, x, x, x, g=x[..., 0])
+        assert "3.7.1" in fla_api.delta_backward_obstacle()
+        monkeypatch.setattr(machine, "TRITON_ABOVE_3_7_1", True)
+        fla_api.delta_backward_obstacle.cache_clear()
+        assert fla_api.delta_backward_obstacle() is None
+
+    def test_tilelang_makes_up_for_it(self, monkeypatch, tmp_path):
+        (tmp_path / "tilelang.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+        assert fla_api.delta_backward_obstacle() is None
+
+    def test_training_takes_the_chunked_form_with_one_warning(self, monkeypatch, caplog):
+        taken = []
+        monkeypatch.setattr(dispatch, "_takes_kernel", lambda backend, q: backend == "auto")
+        monkeypatch.setattr(dispatch, "fla_delta_rule", lambda *a, **k: taken.append(1) or naive_delta_rule(*a, **k))
+        inputs = {name: x.requires_grad_() for name, x in delta_inputs(decay="scalar", tokens=9).items()}
+        for _ in range(2):
+            delta_rule(**inputs)[0].sum().backward()
+        assert (taken, len(caplog.records)) == ([], 1)
+        with torch.no_grad():
+            delta_rule(**inputs)
+        delta_rule(**{name: x.detach() for name, x in inputs.items()})
+        assert len(taken) == 2
+
+    def test_the_kernel_by_name_is_refused(self):
+        inputs = {name: x.requires_grad_() for name, x in delta_inputs(decay="scalar", tokens=9).items()}
+        with pytest.raises(ConfigError, match="cannot train"):
+            delta_rule(**inputs, backend="kernel")
