@@ -59,6 +59,11 @@ class GLAConfig(FLAConfig):
             )
 
     @property
+    def ours_alone(self) -> bool:
+        """Also with another divisor of the gates: flash-linear-attention's model hands none to its layers."""
+        return super().ours_alone or self.gate_logit_normalizer != GATE_LOGIT_NORMALIZER
+
+    @property
     def key_dim(self) -> int:
         """Key channels of all heads together, before any expansion."""
         return int(self.hidden_size * self.expand_k)

@@ -26,6 +26,11 @@ class RetNetConfig(GLAConfig):
             raise CheckpointError(f"retnet config: rotary positions need an even key size, not {self.head_key_dim}")
 
     @property
+    def ours_alone(self) -> bool:
+        """Also with convolutions: flash-linear-attention's layer has them, its model does not hand the key on."""
+        return self.statex is not None or self.use_short_conv
+
+    @property
     def key_dim(self) -> int:
         """Key channels of all heads together, before any expansion; rounded, where GLA's are cut off."""
         return round(self.hidden_size * self.expand_k)
