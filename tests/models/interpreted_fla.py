@@ -44,6 +44,7 @@ VARIANTS = {
         "short convolution, tied": {"use_short_conv": True, "tie_word_embeddings": True, "num_kv_heads": 2},
         "nothing fused": {"use_short_conv": True, "conv_size": 3, "fuse_norm": False, "fuse_swiglu": False},
         "sizes": {"expand_k": 0.5, "expand_v": 2.0, "intermediate_size": None, "norm_eps": 1e-2},
+        "rounded sizes": {"hidden_size": 100, "num_heads": 1, "expand_k": 0.29, "expand_v": 0.57},
         "clamped": {"clamp_min": -0.02, "use_gk": False, "use_gv": True, "attn_mode": "fused_recurrent"},
     },
     "hgrn2": {

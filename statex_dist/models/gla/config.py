@@ -65,13 +65,16 @@ class GLAConfig(FLAConfig):
 
     @property
     def key_dim(self) -> int:
-        """Key channels of all heads together, before any expansion."""
-        return int(self.hidden_size * self.expand_k)
+        """Key channels of all heads together, before any expansion.
+
+        Rounded, as from fla 0.6.0 on: 0.29 times 100 is below 29 in binary.
+        """
+        return round(self.hidden_size * self.expand_k)
 
     @property
     def value_dim(self) -> int:
         """Value channels of all heads together."""
-        return int(self.hidden_size * self.expand_v)
+        return round(self.hidden_size * self.expand_v)
 
     @property
     def scale(self) -> float:

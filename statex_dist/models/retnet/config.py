@@ -31,16 +31,6 @@ class RetNetConfig(GLAConfig):
         return self.statex is not None or self.use_short_conv
 
     @property
-    def key_dim(self) -> int:
-        """Key channels of all heads together, before any expansion; rounded, where GLA's are cut off."""
-        return round(self.hidden_size * self.expand_k)
-
-    @property
-    def value_dim(self) -> int:
-        """Value channels of all heads together."""
-        return round(self.hidden_size * self.expand_v)
-
-    @property
     def head_key_dim(self) -> int:
         """Key channels of a head before any expansion: the span of the rotary positions."""
         return self.key_dim // self.num_heads
