@@ -84,20 +84,20 @@ REFUSED = {
         ({"use_output_gate": False}, "use_output_gate"),
         ({"feature_map": "relu"}, "feature_map"),
         ({"elementwise_affine": False}, "g_norm_swish_gate.weight"),
-        ({"attnres_block_size": 2}, "attn_res_norm.weight"),
+        ({"attnres_block_size": 2}, "attnres_block_size"),
+        ({"gate_logit_normalizer": 4}, "gate_logit_normalizer"),
     ],
     "hgrn2": [({"elementwise_affine": False}, "g_norm.weight")],
     "retnet": [
         ({"num_kv_heads": 1}, "num_kv_heads"),
         ({"use_output_gate": False}, "use_output_gate"),
         ({"feature_map": "relu"}, "feature_map"),
-        # fla's model hands this key to no layer: its checkpoints have no convolutions
-        ({"use_short_conv": True}, "conv1d.weight"),
+        ({"use_short_conv": True}, "use_short_conv"),
     ],
     "gated_deltanet": [({"num_v_heads": 1}, "num_v_heads")],
     "kda": [({"num_v_heads": 1}, "num_v_heads")],
 }
-"""Options that fla has and we do not, and what the refusal names: the key, or the tensors that it adds or removes."""
+"""Options that fla has or ignores and we do not, and what the refusal names: the key, or tensors that are missing."""
 
 OURS = {
     "gla": tiny.gla_config(),

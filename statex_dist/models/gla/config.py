@@ -42,6 +42,7 @@ class GLAConfig(FLAConfig):
         self.check_allowed("num_kv_heads", None, self.num_heads)
         self.check_allowed("feature_map", None)
         self.check_allowed("use_output_gate", True)
+        self.check_ignored("GLAForCausalLM", "gate_logit_normalizer", GATE_LOGIT_NORMALIZER)
         self.check_sizes("expand_k", "expand_v")
         if any(size < 1 or size % self.num_heads for size in (self.key_dim, self.value_dim)):
             raise CheckpointError(

@@ -22,6 +22,7 @@ class RetNetConfig(GLAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_ignored("RetNetForCausalLM", "use_short_conv", False)
         if self.head_key_dim % 2:
             raise CheckpointError(f"retnet config: rotary positions need an even key size, not {self.head_key_dim}")
 
