@@ -72,7 +72,7 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
         defaults = {key: value for key, value in config.to_dict().items() if key not in values}
         values = {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
         if "model_type" in values:  # mamba_ssm's files have none
-            values["model_type"] = (OUR_CODE_PREFIX if config.statex else "") + config.MODEL_TYPE
+            values["model_type"] = (OUR_CODE_PREFIX if config.ours_alone else "") + config.MODEL_TYPE
         return values
     if form == "plain":
         values = {**values, "model_type": config.MODEL_TYPE}
@@ -103,7 +103,7 @@ def export_documents(
     """
     documents: dict[str, Any] = {CONFIG_NAME: export_config(values, config)}
     if form_of(config) == "remote_code":
-        documents[CODE_NAME] = remote_code(config.MODEL_TYPE, planned=config.statex is not None)
+        documents[CODE_NAME] = remote_code(config.MODEL_TYPE, ours_alone=config.ours_alone)
     marker = tokenizer.config if tokenizer is not None else read_tokenizer_config(model_dir)
     is_bytes = marker.get("tokenizer_class") == BYTES_CLASS
     if is_bytes:

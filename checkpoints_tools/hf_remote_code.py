@@ -52,12 +52,12 @@ The expansion plan under "statex" in config.json says which layers have a larger
 '''
 
 
-def remote_code(model_type: str, *, planned: bool) -> str:
+def remote_code(model_type: str, *, ours_alone: bool) -> str:
     """Return the contents of ``modeling_statex.py`` for a family.
 
     Args:
         model_type: One of :data:`FAMILY_MODULES`.
-        planned: Whether the model has a plan: its ``model_type`` then has our prefix.
+        ours_alone: Whether no other software computes the same: the ``model_type`` then has our prefix.
     """
     family = FAMILY_MODULES[model_type]
     imports: list[ast.stmt] = []
@@ -71,7 +71,7 @@ def remote_code(model_type: str, *, planned: bool) -> str:
         found = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         imports += [node for node in found if not _relative(node)]
         body = _FOR_OUR_CHECKS.sub("", "".join(source.splitlines(keepends=True)[found[-1].end_lineno :]))
-        body = _MODEL_TYPE.sub(rf"\1{OUR_CODE_PREFIX}", body) if planned else body
+        body = _MODEL_TYPE.sub(rf"\1{OUR_CODE_PREFIX}", body) if ours_alone else body
         bodies.append(f"\n\n# {first_line}\n{body.rstrip()}\n")
     return _INTRODUCTION.format(title=title, version=__version__) + _merged(imports) + "".join(bodies)
 

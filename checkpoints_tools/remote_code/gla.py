@@ -23,12 +23,12 @@ class StateXConfig(FLAConfig):
     @property
     def key_dim(self) -> int:
         """Key channels of all heads together, before the plan."""
-        return int(self.hidden_size * self.expand_k)
+        return round(self.hidden_size * self.expand_k)
 
     @property
     def value_dim(self) -> int:
         """Value channels of all heads together."""
-        return int(self.hidden_size * self.expand_v)
+        return round(self.hidden_size * self.expand_v)
 
 
 class GatedLinearAttention(GatedMixing):

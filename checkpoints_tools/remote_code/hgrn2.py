@@ -45,7 +45,7 @@ class HGRN2Attention(nn.Module):
         self.i_proj = nn.Linear(hidden, hidden, bias=False)
         if config.use_short_conv:
             add_convolutions(self, dict.fromkeys("qfi", hidden), config.conv_size)
-        self.g_norm = RMSNorm(hidden, config.norm_eps)
+        self.g_norm = RMSNorm(hidden, 1e-5)  # whatever norm_eps says, as in flash-linear-attention
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         add_mix(self, self.num_heads, num_partners)
 

@@ -17,8 +17,8 @@ from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 
 OUR_CODE_PREFIX = "statex_"
-"""Of the ``model_type`` of an expanded model whose code is beside its weights: other software may have a class for the
-bare name that knows no plan and would open the weights all the same."""
+"""Of the ``model_type`` of a model that is ours alone (:attr:`ModelConfig.ours_alone`) and whose code is beside its
+weights: other software may have a class for the bare name that would open the weights all the same."""
 
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
@@ -162,6 +162,11 @@ class ModelConfig:
         factors = {e.layer: e.factor for e in self.statex.layers} if self.statex else {}
         alike = set(factors) == set(self.recurrent_layers) and len(set(factors.values())) == 1
         return next(iter(factors.values())) if alike else None
+
+    @property
+    def ours_alone(self) -> bool:
+        """Whether the family's classes in other software compute another function: they know no plan."""
+        return self.statex is not None
 
     def plain_keys(self) -> dict[str, Any]:
         """Return changes of ``config.json`` that by themselves say what the plan says.

@@ -36,6 +36,8 @@ class FLAConfig(ModelConfig):
         super().__post_init__()
         self.check_positive("intermediate_size", "hidden_ratio")
         self.check_allowed("hidden_act", "swish")
+        if (size := self.extra.get("attnres_block_size")) is not None:
+            raise CheckpointError(f"{self.MODEL_TYPE} config: attnres_block_size={size!r} is not supported")
         groups = [self.attn] if isinstance(self.attn, dict) else self.attn or []
         for group in groups:
             if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
@@ -51,6 +53,19 @@ class FLAConfig(ModelConfig):
         """Raise if a field has a value that we do not support."""
         if (given := getattr(self, name)) not in allowed:
             raise CheckpointError(f"{self.MODEL_TYPE} config: {name}={given!r} is not supported; allowed: {allowed}")
+
+    def check_ignored(self, fla_class: str, name: str, value: object) -> None:
+        """Raise if a field differs from ``value`` in a config of flash-linear-attention's, whose class never reads it.
+
+        Raises:
+            CheckpointError: We would compute another function than the class that wrote the weights.
+        """
+        architectures = self.extra.get("architectures")
+        if isinstance(architectures, list) and fla_class in architectures and getattr(self, name) != value:
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: {name}={getattr(self, name)!r} is not what {fla_class} computes, which "
+                f"ignores it; with {value!r} the model is opened as that class opens it"
+            )
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

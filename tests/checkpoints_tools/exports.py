@@ -9,7 +9,16 @@ from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.state_spaces.config import StateSpacesConfig
-from tests.models.tiny import CONFIGS, build, expanded, hgrn2_config, mamba2_config, minimax_config, retnet_config
+from tests.models.tiny import (
+    CONFIGS,
+    build,
+    expanded,
+    gla_config,
+    hgrn2_config,
+    mamba2_config,
+    minimax_config,
+    retnet_config,
+)
 
 STATE_SPACES = StateSpacesConfig.from_dict(
     {
@@ -19,6 +28,8 @@ STATE_SPACES = StateSpacesConfig.from_dict(
 )
 MODELS = {
     **CONFIGS,
+    "gla-slow": gla_config(gate_logit_normalizer=128),
+    "retnet-conv": retnet_config(use_short_conv=True),
     "hgrn2-mixed": expanded(hgrn2_config(), "inherit", op="mix_heads"),
     "retnet-mixed": expanded(retnet_config(), "inherit", op="mix_heads"),
     "minimax-merged": expanded(minimax_config(), "inherit", op="merge_heads"),

@@ -249,8 +249,11 @@ def test_the_model_without_its_head_and_the_configuration_open_too(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["gla", "gla-merged", "minimax-merged", "mamba2-grown", "state_spaces-grown"])
-def test_a_class_that_knows_no_plan_is_not_taken_for_an_expanded_model(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["gla", "gla-merged", "gla-slow", "retnet-conv", "minimax-merged", "mamba2-grown", "state_spaces-grown"],
+)
+def test_a_class_that_computes_something_else_is_not_taken(tmp_path, name, monkeypatch):
     # As flash-linear-attention does when it is imported.
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "gla", type("GLA", (PretrainedConfig,), {"model_type": "gla"}))
     ours, directory, _ = export(name, tmp_path)
@@ -288,7 +291,7 @@ def test_a_directory_opens_where_nothing_of_ours_is_installed(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILY_MODULES)
 def test_the_code_is_one_file_that_imports_torch_and_transformers_alone(family):
-    tree = ast.parse(remote_code(family, planned=True))
+    tree = ast.parse(remote_code(family, ours_alone=True))
     assert "statex-dist" in (ast.get_docstring(tree) or "")
     imported = set()
     for node in ast.walk(tree):

@@ -223,6 +223,8 @@ class TestBadInput:
             ({"attn": {"layers": [7]}}, "attn names layer 7, which does not exist"),
             ({"conv_size": 0, "use_short_conv": True}, "conv_size"),
             ({"gate_logit_normalizer": 0}, "gate_logit_normalizer"),
+            ({"gate_logit_normalizer": 4, "architectures": ["GLAForCausalLM"]}, "gate_logit_normalizer=4"),
+            ({"attnres_block_size": 2}, "attnres_block_size=2"),
         ],
     )
     def test_impossible_gla(self, tmp_path, changes, words):

@@ -20,10 +20,10 @@ def enter_interpreter() -> None:
     Autotuner._bench = lambda *_, **__: [0.0, 0.0, 0.0]
 
 
-def assert_script_passes(module: str, checks: Iterable[str]) -> None:
+def assert_script_passes(module: str, checks: Iterable[str], *arguments: str) -> None:
     """Run a script that prints ``ok`` and the name of each of its checks, and nothing else."""
     run = subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *arguments],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

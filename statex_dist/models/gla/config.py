@@ -42,6 +42,7 @@ class GLAConfig(FLAConfig):
         self.check_allowed("num_kv_heads", None, self.num_heads)
         self.check_allowed("feature_map", None)
         self.check_allowed("use_output_gate", True)
+        self.check_ignored("GLAForCausalLM", "gate_logit_normalizer", GATE_LOGIT_NORMALIZER)
         self.check_sizes("expand_k", "expand_v")
         if any(size < 1 or size % self.num_heads for size in (self.key_dim, self.value_dim)):
             raise CheckpointError(
@@ -59,14 +60,22 @@ class GLAConfig(FLAConfig):
             )
 
     @property
+    def ours_alone(self) -> bool:
+        """Also with another divisor of the gates: flash-linear-attention's model hands none to its layers."""
+        return super().ours_alone or self.gate_logit_normalizer != GATE_LOGIT_NORMALIZER
+
+    @property
     def key_dim(self) -> int:
-        """Key channels of all heads together, before any expansion."""
-        return int(self.hidden_size * self.expand_k)
+        """Key channels of all heads together, before any expansion.
+
+        Rounded, as from fla 0.6.0 on: 0.29 times 100 is below 29 in binary.
+        """
+        return round(self.hidden_size * self.expand_k)
 
     @property
     def value_dim(self) -> int:
         """Value channels of all heads together."""
-        return int(self.hidden_size * self.expand_v)
+        return round(self.hidden_size * self.expand_v)
 
     @property
     def scale(self) -> float:

@@ -17,6 +17,10 @@ from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.precision import wide_dtype
 
+OUTPUT_NORM_EPS = 1e-5
+"""Of the norm behind the scan: flash-linear-attention's layer leaves it at its kernel's default, whatever ``norm_eps``
+says, in every release from 0.1.0 to 0.6.0."""
+
 
 def shared_inputs(trunk: nn.Module) -> list[list[torch.Tensor | None]]:
     """Return each layer's lower bound of the forget gate ``[hidden]``: a cumulative softmax, zero for the first."""
@@ -47,7 +51,7 @@ class HGRN2Attention(nn.Module):
         self.i_proj = nn.Linear(hidden, hidden, bias=False)
         if config.use_short_conv:
             add_convolutions(self, dict.fromkeys("qfi", hidden), config.conv_size)
-        self.g_norm = RMSNorm(hidden, eps=config.norm_eps)
+        self.g_norm = RMSNorm(hidden, eps=OUTPUT_NORM_EPS)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         add_mix(self, self.geometry)
 

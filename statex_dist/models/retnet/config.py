@@ -22,18 +22,14 @@ class RetNetConfig(GLAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_ignored("RetNetForCausalLM", "use_short_conv", False)
         if self.head_key_dim % 2:
             raise CheckpointError(f"retnet config: rotary positions need an even key size, not {self.head_key_dim}")
 
     @property
-    def key_dim(self) -> int:
-        """Key channels of all heads together, before any expansion; rounded, where GLA's are cut off."""
-        return round(self.hidden_size * self.expand_k)
-
-    @property
-    def value_dim(self) -> int:
-        """Value channels of all heads together."""
-        return round(self.hidden_size * self.expand_v)
+    def ours_alone(self) -> bool:
+        """Also with convolutions: flash-linear-attention's layer has them, its model does not hand the key on."""
+        return self.statex is not None or self.use_short_conv
 
     @property
     def head_key_dim(self) -> int:

@@ -1,0 +1,262 @@
+"""Run flash-linear-attention's own models in Triton's interpreter beside ours: a test's subprocess.
+
+Each case builds a model of ``fla.models`` with random weights, saves it, opens the directory with our loader and
+compares logits. The kernel that fla takes depends on the length: up to 64 tokens the recurrent one, above it and for
+gradients the chunked one.
+
+KDA's chunked kernels take ten times as long as the others here, so most of its cases run at the shorter length alone;
+with ``safe_gate`` they do not run at all, because Triton's interpreter cannot call a builtin that they hold by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from statex_dist.errors import CheckpointError
+from statex_dist.models.hf import from_pretrained, save_pretrained
+from tests.models import tiny
+from tests.ops.interpreted_kernels import counting_range
+from tests.ops.interpreter import enter_interpreter
+
+COMMON = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24}
+COMMON |= {"use_cache": False, "fuse_cross_entropy": False}
+CLASSES = {"gla": "GLA", "hgrn2": "HGRN2", "retnet": "RetNet", "gated_deltanet": "GatedDeltaNet", "kda": "KDA"}
+HEADS = {
+    "gla": {"num_heads": 2, "expand_k": 1.0},
+    "hgrn2": {"expand_ratio": 16},
+    "retnet": {"num_heads": 2},
+    "gated_deltanet": {"num_heads": 2, "head_dim": 16, "expand_v": 1.0},
+    "kda": {"num_heads": 2, "head_dim": 16},
+}
+SHORT, LONG = 37, 70
+"""Tokens: fewer than a chunk of 64, and more."""
+
+VARIANTS = {
+    "gla": {
+        "plain": {},
+        "short convolution, tied": {"use_short_conv": True, "tie_word_embeddings": True, "num_kv_heads": 2},
+        "nothing fused": {"use_short_conv": True, "conv_size": 3, "fuse_norm": False, "fuse_swiglu": False},
+        "sizes": {"expand_k": 0.5, "expand_v": 2.0, "intermediate_size": None, "norm_eps": 1e-2},
+        "rounded sizes": {"hidden_size": 100, "num_heads": 1, "expand_k": 0.29, "expand_v": 0.57},
+        "clamped": {"clamp_min": -0.02, "use_gk": False, "use_gv": True, "attn_mode": "fused_recurrent"},
+    },
+    "hgrn2": {
+        "plain": {"num_hidden_layers": 3},
+        "short convolution, tied": {"use_short_conv": True, "conv_size": 3, "tie_word_embeddings": True},
+        "nothing fused": {"fuse_norm": False, "fuse_swiglu": False, "norm_eps": 1e-2},
+        "no lower bound": {"use_lower_bound": False, "norm_eps": 1e-2},
+        "heads by number": {"expand_ratio": None, "num_heads": 1},
+        "both given": {"expand_ratio": 8, "num_heads": 2},
+    },
+    "retnet": {
+        "plain": {},
+        "one head, tied": {"num_heads": 1, "num_kv_heads": 1, "tie_word_embeddings": True},
+        "nothing fused": {"fuse_norm": False, "fuse_swiglu": False, "norm_eps": 1e-2},
+        "sizes": {"expand_k": 0.5, "expand_v": 1.0, "intermediate_size": None},
+        "parallel": {"attn_mode": "parallel", "clamp_min": -0.01},
+    },
+    "gated_deltanet": {
+        "plain": {},
+        "no convolution, tied": {"use_short_conv": False, "tie_word_embeddings": True},
+        "shared keys": {"num_heads": 1, "num_v_heads": 2, "expand_v": 2.0, "conv_size": 3},
+        "no gate": {"use_gate": False, "norm_eps": 1e-2},
+        "negative eigenvalues": {"allow_neg_eigval": True, "output_gate_activation": "sigmoid", "fuse_norm": False},
+    },
+    "kda": {
+        "plain": {},
+        "no convolution, tied": {"use_short_conv": False, "tie_word_embeddings": True},
+        "shared keys": {"num_heads": 1, "num_v_heads": 2, "expand_v": 2.0, "conv_size": 3},
+        "negative eigenvalues": {"allow_neg_eigval": True, "norm_eps": 1e-2, "fuse_norm": False},
+        "bound": {"lower_bound": -2.0},
+        "safe gate": {"lower_bound": -5.0, "safe_gate": True},
+    },
+}
+REFUSED = {
+    "gla": [
+        ({"num_kv_heads": 1}, "num_kv_heads"),
+        ({"use_output_gate": False}, "use_output_gate"),
+        ({"feature_map": "relu"}, "feature_map"),
+        ({"elementwise_affine": False}, "g_norm_swish_gate.weight"),
+        ({"attnres_block_size": 2}, "attnres_block_size"),
+        ({"gate_logit_normalizer": 4}, "gate_logit_normalizer"),
+    ],
+    "hgrn2": [({"elementwise_affine": False}, "g_norm.weight")],
+    "retnet": [
+        ({"num_kv_heads": 1}, "num_kv_heads"),
+        ({"use_output_gate": False}, "use_output_gate"),
+        ({"feature_map": "relu"}, "feature_map"),
+        ({"use_short_conv": True}, "use_short_conv"),
+    ],
+    "gated_deltanet": [({"num_v_heads": 1}, "num_v_heads")],
+    "kda": [({"num_v_heads": 1}, "num_v_heads")],
+}
+"""Options that fla has or ignores and we do not, and what the refusal names: the key, or tensors that are missing."""
+
+OURS = {
+    "gla": tiny.gla_config(),
+    "hgrn2": tiny.hgrn2_config(use_short_conv=True),
+    "retnet": tiny.retnet_config(),
+    "gated_deltanet": tiny.gated_deltanet_config(tie_word_embeddings=True),
+    "kda": tiny.kda_config(),
+}
+GROUPS = {"decays": ("gla", "hgrn2", "retnet"), "delta rules": ("gated_deltanet", "kda")}
+"""What one process runs: starting it takes five seconds."""
+
+TOLERANCE = dict.fromkeys(CLASSES, 1e-5) | {"gated_deltanet": 2e-5, "kda": 2e-5}
+"""Of the largest logit; fla's delta rules are off by up to 9e-6 from ours in float64."""
+
+GRADIENT_TOLERANCE = 3e-4
+"""Of the largest value of a parameter's gradient; fla's gradient of KDA's ``A_log`` is off by 1.5e-4."""
+
+
+def checks_of(group: str) -> list[str]:
+    names = []
+    for family in GROUPS[group]:
+        names += [f"{family}: {variant}" for variant in VARIANTS[family]]
+        names += [f"{family}: gradients", f"{family}: refusals", f"{family}: from us to fla"]
+    return [*names, "families of transformers"]
+
+
+def lengths_of(family: str, variant: str) -> tuple[int, ...]:
+    """Both lengths for a family's first variant, one of them in turn for the others."""
+    place = list(VARIANTS[family]).index(variant)
+    if family == "kda":
+        return (SHORT,)
+    return (SHORT, LONG) if place == 0 else ((LONG,), (SHORT,))[place % 2]
+
+
+def fla_model(family: str, options: dict) -> torch.nn.Module:
+    """A model of fla's with every parameter random, in sizes that keep logits of order 1."""
+    import fla.models
+
+    config = getattr(fla.models, f"{CLASSES[family]}Config")(**COMMON | HEADS[family] | options)
+    model = getattr(fla.models, f"{CLASSES[family]}ForCausalLM")(config).eval()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=rng)
+            if name.endswith("norm.weight") or name.endswith("swish_gate.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("A_log"):
+                parameter.copy_(torch.linspace(-3, 1, parameter.numel()))
+            elif name.endswith("lower_bounds"):
+                parameter.copy_(noise)
+            elif parameter.dim() == 1 or "embeddings" in name:
+                parameter.copy_(0.4 * noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    return model
+
+
+def ours_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as our loader reads it from what fla writes."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return from_pretrained(Path(directory))
+
+
+def logits_error(family: str, expected: torch.Tensor, found: torch.Tensor) -> float:
+    assert 0.3 < expected.std() < 3, "of order 1"
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert error < TOLERANCE[family], (expected.shape[1], error)
+    return error
+
+
+@torch.no_grad()
+def compare_logits(family: str, theirs: torch.nn.Module, ours: torch.nn.Module, num_tokens: int) -> float:
+    ids = tiny.tokens(2, num_tokens)
+    return logits_error(family, theirs(ids).logits, ours(ids).logits)
+
+
+def compare_gradients(family: str, theirs: torch.nn.Module, ours: torch.nn.Module) -> tuple[float, float]:
+    """Logits, and gradients of the mean cross entropy, by the chunked kernels."""
+    ids = tiny.tokens(2, LONG)
+    expected = theirs(ids, labels=ids)
+    expected.loss.backward()
+    with torch.no_grad():
+        error = logits_error(family, expected.logits.detach(), ours(ids).logits)
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    loss = ours(ids, labels=labels).loss_sum / (2 * (LONG - 1))
+    loss.backward()
+    assert abs(loss.item() - expected.loss.item()) < TOLERANCE[family]
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    assert gradients.keys() == found.keys()
+    errors = {name: ((found[name] - g).abs().max() / g.abs().max()).item() for name, g in gradients.items()}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < GRADIENT_TOLERANCE, (worst, errors[worst])
+    return error, errors[worst]
+
+
+def check_refusals(family: str) -> None:
+    for options, named in REFUSED[family]:
+        with pytest.raises(CheckpointError) as caught:
+            ours_of(fla_model(family, options))
+        assert named in str(caught.value)
+
+
+def check_other_way(family: str) -> float:
+    """What we write, fla opens: no tensor too few, none too many."""
+    import fla.models
+
+    ours = tiny.build(OURS[family], dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as directory:
+        save_pretrained(ours, Path(directory) / "model")
+        theirs, report = getattr(fla.models, f"{CLASSES[family]}ForCausalLM").from_pretrained(
+            Path(directory) / "model", output_loading_info=True
+        )
+    assert not any(report.values()), report
+    return compare_logits(family, theirs.eval(), ours, SHORT)
+
+
+def check_transformers() -> None:
+    """fla registers classes of its own for transformers' ``mamba2``; our loader asks for none."""
+    from transformers import AutoConfig
+
+    assert type(AutoConfig.for_model("mamba2")).__module__.startswith("fla.")
+    ours, ids = tiny.build(tiny.mamba2_config(), dtype=torch.float32), tiny.tokens(2, SHORT)
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        save_pretrained(ours, Path(directory) / "model")
+        assert torch.equal(from_pretrained(Path(directory) / "model")(ids).logits, ours(ids).logits)
+
+
+def main(group: str) -> None:
+    enter_interpreter()
+    import fla.models  # noqa: F401
+
+    for name in ("fla", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla.ops"):
+            module.range = counting_range
+    started = time.perf_counter()
+
+    def done(check: str, *errors: float) -> None:
+        print(f"ok {check}", flush=True)  # noqa: T201
+        spent = f"{time.perf_counter() - started:.1f} s"
+        print(check, spent, *(f"{e:.1e}" for e in errors), file=sys.stderr, flush=True)  # noqa: T201
+
+    for family in GROUPS[group]:
+        for variant, options in VARIANTS[family].items():
+            theirs = fla_model(family, options)
+            ours = ours_of(theirs)
+            errors = [compare_logits(family, theirs, ours, length) for length in lengths_of(family, variant)]
+            done(f"{family}: {variant}", *errors)
+        theirs = fla_model(family, {"num_hidden_layers": 1} if family == "kda" else {})
+        done(f"{family}: gradients", *compare_gradients(family, theirs, ours_of(theirs)))
+        check_refusals(family)
+        done(f"{family}: refusals")
+        done(f"{family}: from us to fla", check_other_way(family))
+    check_transformers()
+    done("families of transformers")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
