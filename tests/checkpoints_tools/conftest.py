@@ -6,18 +6,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def _no_classes_of_fla(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The full flash-linear-attention registers its classes where it is imported: they come before code in an export.
-
-    A test elsewhere may have imported it in this process.
-    """
-    if "transformers" in sys.modules:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
-
-
 @pytest.fixture(scope="session")
 def deepspeed_run(tmp_path_factory) -> Path:
     """A directory with real two-rank ZeRO-3 checkpoints: ``fp32/`` and ``bf16/``."""

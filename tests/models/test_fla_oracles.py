@@ -19,7 +19,6 @@ def has_fla_models() -> bool:
     return any((Path(folder) / "models").is_dir() for folder in folders or ())
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not has_fla_models(), reason="fla.models is not installed: pip install -e '.[oracles]'")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fla takes a GPU for its device where there is one")
 @pytest.mark.parametrize("group", GROUPS)
