@@ -112,11 +112,9 @@ def test_truncated_file(damaged, tmp_path, kind, keep):
 
 def test_wrong_arithmetic(damaged):
     path = next(damaged.glob("*_0_*optim*"))
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
-        content = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=False)  # our own file
     states = content["optimizer_state_dict"]
     states["fp32_flat_groups"][0] = states["fp32_flat_groups"][0][:-1].clone()
     torch.save(content, path)
