@@ -32,7 +32,9 @@ def end_with(parent: int) -> None:
 if __name__ == "__main__":
     _, parent, module, *arguments = sys.argv
     end_with(int(parent))
-    # A source tree need not be installed. Last: what is installed is found as in the parent.
-    sys.path.append(str(Path(__file__).parents[1]))
+    # A source tree need not be installed; if another one is, this one comes first, as in the parent.
+    root = str(Path(__file__).parents[1])
+    if root not in sys.path:
+        sys.path.insert(0, root)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import sysconfig
@@ -88,13 +89,29 @@ def test_a_bare_start_of_python_runs_nothing_of_ours():
         assert [line for line in lines if line.startswith("import ") and "statex" in line] == []
 
 
-def test_another_checkout_imports_its_own_code(tmp_path):
-    """Of one environment: the directory that Python is started in decides."""
+@pytest.fixture
+def checkout(tmp_path):
+    """A second checkout: its packages print where they are, and its own ``launch/rank.py``."""
     for name in ("statex_dist", "launch", "checkpoints_tools"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
-    script = (
-        "import statex_dist, launch, checkpoints_tools as c; print(statex_dist.__file__, launch.__file__, c.__file__)"
+    (tmp_path / "launch/rank.py").write_bytes((ROOT / "launch/rank.py").read_bytes())
+    (tmp_path / "launch/said.py").write_text(
+        "import statex_dist, launch, checkpoints_tools as c\nprint(statex_dist.__file__, launch.__file__, c.__file__)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert [Path(file).parents[1] for file in run.stdout.split()] == [tmp_path] * 3
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "launch.said"], ["-P", "launch/rank.py", "PARENT", "launch.said"]],
+    ids=["a command", "a rank of --tp"],
+)
+def test_another_checkout_imports_its_own_code(checkout, command):
+    """The product is installed from this checkout, and another one is the current directory."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [str(os.getpid()) if word == "PARENT" else word for word in command]
+    run = subprocess.run(
+        [sys.executable, *command], cwd=checkout, env=environment, capture_output=True, text=True, check=True
+    )
+    assert [Path(file).parents[1] for file in run.stdout.split()] == [checkout] * 3
