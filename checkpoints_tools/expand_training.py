@@ -17,8 +17,8 @@ from checkpoints_tools.expansion import Expansion
 from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.training_states import Placeholder, TrainingStates, read_training_states
 from checkpoints_tools.transfer import TensorJob
-from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import zero3_plan
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.kinds import family_of
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from checkpoints_tools.expansion_report import Checksums, ExpansionReport, make_report
 from checkpoints_tools.hf_writer import with_dtype
-from checkpoints_tools.model_check import check_tensors
 from checkpoints_tools.plan_options import PlanOptions, plan_model
-from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import TensorInfo, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource, natural_dtype
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.model_check import check_tensors
+from statex_dist.models.source import open_source
 from statex_dist.models.surgery import Surgery, surgeries
 
 
@@ -72,7 +72,7 @@ def prepare_expansion(source: str | Path, plan: PlanOptions | None = None, *, dt
     """Open a checkpoint and pair its tensors with what a plan does to them; nothing is written yet.
 
     Args:
-        source: Whatever :func:`checkpoints_tools.sources.open_source` opens, with a ``config.json``.
+        source: Whatever :func:`statex_dist.models.source.open_source` opens, with a ``config.json``.
         plan: What to do; None for the family's defaults.
         dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New rows of a tensor are made in its dtype
             and then converted, as its old ones are.

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.model_check import check_names, read_source_config
-from checkpoints_tools.sources import open_source, recognise
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from statex_dist.checkpoint.formats.sources import recognise
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
+from statex_dist.models.model_check import check_names, read_source_config
+from statex_dist.models.source import open_source
 
 _SHOWN_FILES = 16
 

@@ -13,22 +13,22 @@ from checkpoints_tools.hf_export import export_documents, export_notes
 from checkpoints_tools.hf_tokenizer import GivenTokenizer, given_tokenizer, tokenizer_kind
 from checkpoints_tools.hf_writer import hf_plan, with_dtype
 from checkpoints_tools.megatron_io import megatron_plan
-from checkpoints_tools.megatron_names import megatron_notes
 from checkpoints_tools.model_card import CARD_NAME, CardFacts, model_card
-from checkpoints_tools.model_check import check_apart, check_tensors, read_source_config
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.target import TargetPlan, write_target
 from checkpoints_tools.target_writer import WriteOptions
-from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource, natural_dtype, total_bytes
 from checkpoints_tools.tp_io import check_tp, tp_plan
 from checkpoints_tools.training_states import batch_proposal, fresh_training_states, read_training_states
 from checkpoints_tools.transfer import TensorJob
-from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
+from statex_dist.checkpoint.formats.tensor_io import Progress, TensorInfo, TensorSource, natural_dtype, total_bytes
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of
+from statex_dist.models.megatron_names import megatron_notes
+from statex_dist.models.model_check import check_apart, check_tensors, read_source_config
+from statex_dist.models.source import open_source
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def reshard(
     checkpoints keep their names, a tied tensor once under each; without a configuration only the tensors are written.
 
     Args:
-        source: Whatever :func:`checkpoints_tools.sources.open_source` opens.
+        source: Whatever :func:`statex_dist.checkpoint.formats.sources.open_source` opens.
         target: Directory to make.
         to: ``hf`` (safetensors), ``zero3`` (DeepSpeed, for ``world_size`` ranks), ``tp`` (``tp`` tensor-parallel ranks)
             or ``megatron`` (torch_dist).

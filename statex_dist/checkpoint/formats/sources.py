@@ -7,15 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints_tools.megatron_io import SIDE_FILES, MegatronSource, looks_like_megatron
-from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
-from checkpoints_tools.tensor_io import SourceFacts, TensorSource
-from checkpoints_tools.torch_reader import StateDictSource
-from checkpoints_tools.tp_io import LAYOUT_NAME, TensorParallelSource
-from checkpoints_tools.zero3_layout import looks_like_zero
-from checkpoints_tools.zero3_reader import Zero3Source
+from statex_dist.checkpoint.formats.dcp_source import SIDE_FILES, DcpSource, looks_like_dcp
+from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
+from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
+from statex_dist.checkpoint.formats.torch_reader import StateDictSource
+from statex_dist.checkpoint.formats.tp_source import TensorParallelSource
+from statex_dist.checkpoint.formats.zero3_layout import looks_like_zero
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
+    CONFIG_NAME,
     LATEST_NAME,
     MANIFEST_NAME,
     MODEL_DIR,
@@ -23,8 +24,8 @@ from statex_dist.checkpoint.layout import (
     complete_tags,
 )
 from statex_dist.checkpoint.manifest import Manifest, TensorRecord
+from statex_dist.checkpoint.tp_layout import LAYOUT_NAME
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _WEIGHT_FILES = (".safetensors", ".distcp", INDEX_NAME, LAYOUT_NAME, *SIDE_FILES
 """Endings of the files of a model directory without which its tensors cannot be read."""
 
 
-def open_source(path: str | Path, *, verify: bool = True, describe: bool = False) -> TensorSource:
+def open_files(path: str | Path, *, verify: bool = True, describe: bool = False) -> TensorSource:
     """Open a checkpoint of any layout that we read.
 
     Args:
@@ -54,10 +55,7 @@ def open_source(path: str | Path, *, verify: bool = True, describe: bool = False
     if manifest is not None and verify:
         _check_files(directory, manifest, only_weights=not in_tag)
     facts = _facts(kind, directory, directory / MODEL_DIR if in_tag else directory, manifest, verify=verify)
-    source = _open(kind, directory, facts, describe=describe)
-    if manifest is not None and kind != "plain":
-        _check_records(source, manifest)
-    return source
+    return _open(kind, directory, facts, describe=describe)
 
 
 def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
@@ -71,7 +69,7 @@ def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> 
     readers: dict[str, Callable[[Path, SourceFacts], TensorSource]] = {
         "hf": SafetensorsSource,
         "tp": TensorParallelSource,
-        "megatron": MegatronSource,
+        "megatron": DcpSource.open,
     }
     return readers[kind](directory, facts)
 
@@ -113,7 +111,7 @@ def recognise(path: str | Path) -> tuple[str, Path]:
         return "hf", path
     if (path / LAYOUT_NAME).is_file():
         return "tp", path
-    if looks_like_megatron(path):
+    if looks_like_dcp(path):
         return "megatron", path
     if (path / BIN_NAME).is_file():
         return "torch", path
@@ -146,12 +144,16 @@ def _choose_tag(path: Path) -> Path:
     return checkpoints / tag
 
 
-def _check_records(source: TensorSource, manifest: Manifest) -> None:
-    """Raise unless the weight files and the tensors are those of the manifest, as far as it lists them.
+def check_records(source: TensorSource) -> None:
+    """Raise unless weight files and tensors are those of the manifest, if there is one, as far as it lists them.
 
     Raises:
         CheckpointError: A weight file is not listed, or a tensor is missing or of another shape or dtype.
     """
+    directory = source.facts.path
+    if source.facts.kind in ("torch", "plain") or not (directory / MANIFEST_NAME).is_file():
+        return
+    manifest = Manifest.read(directory)
     for path in source.files:
         if str(path.relative_to(source.facts.path)) not in manifest.files:
             raise CheckpointError(f"{path} is not one of the files that {MANIFEST_NAME} lists")

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_reader import whole_pieces
-from checkpoints_tools.torch_zip import TorchArchive, open_archive
-from checkpoints_tools.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
-from checkpoints_tools.zero3_rank import (
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_reader import whole_pieces
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive, open_archive
+from statex_dist.checkpoint.formats.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
+from statex_dist.checkpoint.formats.zero3_rank import (
     WEIGHTS,
     Scalar,
     base_states,

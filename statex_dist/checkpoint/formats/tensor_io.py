@@ -1,8 +1,8 @@
-"""The one logical layer of the offline tools: named tensors, each a list of pieces that lie in files.
+"""The one logical layer of all readers: named tensors, each a list of pieces that lie in files.
 
 A source knows shape, dtype and pieces of every tensor before it reads any, a target knows the same of every tensor that
 it will get; whatever the two layouts are, the copy is one and the same, and memory is bounded by buffers, never by a
-tensor or the model. Formats are further files of this folder; :mod:`checkpoints_tools.sources` recognises them.
+tensor or the model. Formats are further files of this folder, which ``sources`` recognises.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.raw_io import FileState, ReadAhead
-from checkpoints_tools.torch_zip import TorchArchive
 from statex_dist.checkpoint.dtypes import FLOATS, ITEM_BYTES
+from statex_dist.checkpoint.formats.raw_io import FileState, ReadAhead
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive
 from statex_dist.checkpoint.layout import CONFIG_NAME
 
 Progress = Callable[[int, int], None]

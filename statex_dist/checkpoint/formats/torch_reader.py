@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.raw_io import read_bytes
-from checkpoints_tools.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_zip import TorchArchive, open_archive
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.raw_io import read_bytes
+from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive, open_archive
 from statex_dist.checkpoint.torch_pickle import TensorRef
 from statex_dist.errors import CheckpointError
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.tensor_io import TensorSource
-from checkpoints_tools.transfer import TensorJob, TensorStream
+from statex_dist.checkpoint.formats.piece_io import PieceReader
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of, find_family
@@ -107,13 +108,21 @@ def same_values(first: TensorSource, first_name: str, second: TensorSource, seco
     a, b = first.info(first_name), second.info(second_name)
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    streams = [TensorStream(source, allow_nonfinite=True) for source in (first, second)]
+    readers = [PieceReader(source.opened, ahead=source.ahead) for source in (first, second)]
+    pieces = [first.pieces(first_name), second.pieces(second_name)]
+    width = max([piece.width for of_one in pieces for piece in of_one if isinstance(piece, Piece)], default=1)
+    step = max(BLOCK_BYTES // (width * a.item_bytes), 1) * width
     try:
-        blocks = (s.blocks(TensorJob.copy(info)) for s, info in zip(streams, (a, b), strict=True))
-        return all(np.array_equal(one, other) for one, other in zip(*blocks, strict=True))
+        for start in range(0, a.numel, step):
+            one, other = (np.empty(min(step, a.numel - start) * a.item_bytes, dtype=np.uint8) for _ in range(2))
+            readers[0].read(pieces[0], a, start, one)
+            readers[1].read(pieces[1], b, start, other)
+            if not np.array_equal(one, other):
+                return False
+        return True
     finally:
-        for stream in streams:
-            stream.close()
+        for reader in readers:
+            reader.close()
 
 
 def check_apart(source: Path, target: Path) -> None:
