@@ -41,6 +41,10 @@ def expanded_training_plan(
     source = expansion.source
     if not isinstance(source, Zero3Source):
         raise ConfigError(f"--to zero3 grows a run in training; {source.facts.path} is of layout {source.facts.kind}")
+    if source.prefix:
+        raise ConfigError(
+            f"--to zero3 keeps a run's names; in {source.facts.path} they begin with '{source.prefix}'; use --to hf"
+        )
     if expansion.dtype is not None:
         raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
     training, _ = read_training_states(source, world_size or source.world_size)

@@ -35,8 +35,7 @@ from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.kinds import FAMILIES, config_from_dict, family_of
 from statex_dist.models.megatron_names import MEGATRON_FAMILIES, megatron_notes, name_map
-from statex_dist.models.model_check import check_tensors, read_source_config
-from statex_dist.models.source import open_source
+from statex_dist.models.source import interpret, open_source
 from tests.checkpoints_tools.builders import (
     GLA,
     MAMBA2,
@@ -53,8 +52,8 @@ GROUPED = {**MAMBA2, "n_groups": 2, "use_bias": False, "tie_word_embeddings": Fa
 
 def convert(source, target: Path, plan=megatron_plan, max_shard_size: int = 4000, **options) -> None:
     """Write all of a source in another layout, as ``statex reshard`` does."""
-    values, config = read_source_config(source)
-    names = source.keys() if config is None else check_tensors(source, config)
+    opened = interpret(source)
+    values, config, names = opened.values, opened.config, opened.names
     more = {"config": config} if plan is megatron_plan else {}
     write_target(
         target,

@@ -84,7 +84,7 @@ class DcpSource(TensorSource):
             logger.info("%s: %d entries are no tensors and are left out", directory, len(contents.ignored))
         return cls(facts or SourceFacts.of_directory("megatron", directory), infos, places, archives, contents.ignored)
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies: a piece for each chunk."""
         found = [piece.held() if isinstance(piece, Strided) else piece for piece in self.places[name]]
         return found or [Held(0, b"")]

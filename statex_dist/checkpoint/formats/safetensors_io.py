@@ -1,4 +1,4 @@
-"""Reading Hugging Face safetensors directories, and laying out new ones.
+"""Reading Hugging Face safetensors directories.
 
 Format: an 8-byte little-endian header length, a JSON header with ``dtype``, ``shape`` and ``data_offsets`` of every
 tensor, and the values (https://github.com/huggingface/safetensors). Everything in a header is checked before it is
@@ -8,10 +8,12 @@ used: a checkpoint is often somebody else's file.
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.places import missing_text, pointer_text
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 
@@ -61,6 +63,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if (size < 8 or 8 + length > size) and (pointer := pointer_text(path)):
+                raise CheckpointError(pointer)
             if size < 8 or (8 + length > size and length <= MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path} is truncated: {size} bytes cannot hold its safetensors header")
             if length > MAX_HEADER_BYTES:
@@ -97,7 +101,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
     return {info.name: (info, start + begin) for info, begin, _ in entries}, metadata
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """Return the checked ``weight_map`` of an index file."""
     try:
         if path.stat().st_size > _INDEX_MAX_BYTES:
@@ -115,8 +119,18 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def check_map(weight_map: Mapping[str, str], found: Container[str], index: Path) -> None:
+    """Raise if a tensor that an index lists is in none of its files.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if missing := [name for name in weight_map if name not in found]:
+        raise CheckpointError(f"{index.parent / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {index.name}")
+
+
 class SafetensorsSource(TensorSource):
-    """A Hugging Face directory: ``model.safetensors``, or shards and their index.
+    """A Hugging Face directory: shards and their index, or ``model.safetensors``.
 
     Attributes:
         metadata: The entries of the files' ``__metadata__``.
@@ -124,23 +138,24 @@ class SafetensorsSource(TensorSource):
     Args:
         directory: The directory.
         facts: What is known of it besides; None for what the directory itself tells.
+        single: Whether to read ``model.safetensors`` even if there is an index; None where there is none.
 
     Raises:
         CheckpointError: A file is missing, damaged or not listed in the index.
     """
 
-    def __init__(self, directory: Path, facts: SourceFacts | None = None):
+    def __init__(self, directory: Path, facts: SourceFacts | None = None, *, single: bool | None = None):
         self._places: dict[str, tuple[TensorInfo, Piece]] = {}
         self.metadata: dict[str, str] = {}
-        if (directory / SINGLE_NAME).exists():
+        if single or (single is None and not (directory / INDEX_NAME).exists()):
             weight_map: dict[str, str] | None = None
             files = [directory / SINGLE_NAME]
         else:
-            weight_map = _read_index(directory / INDEX_NAME)
+            weight_map = read_index(directory / INDEX_NAME)
             files = [directory / name for name in dict.fromkeys(weight_map.values())]
         for path in files:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; {INDEX_NAME} lists it")
+            if weight_map is not None and not path.is_file():
+                raise CheckpointError(missing_text(path, INDEX_NAME))
             tensors, metadata = read_header(path)
             self.metadata.update(metadata)
             for name, (tensor, offset) in tensors.items():
@@ -148,14 +163,11 @@ class SafetensorsSource(TensorSource):
                     raise CheckpointError(f"{path} holds tensor '{name}', which {INDEX_NAME} does not place there")
                 self._places[name] = tensor, Piece(path, offset, 0, tensor.numel)
         if weight_map is not None:
-            if missing := [name for name in weight_map if name not in self._places]:
-                raise CheckpointError(
-                    f"{directory / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {INDEX_NAME}"
-                )
+            check_map(weight_map, self._places, directory / INDEX_NAME)
             self._places = {name: self._places[name] for name in weight_map}
         facts = facts or SourceFacts.of_directory("hf", directory)
         super().__init__(facts, {name: tensor for name, (tensor, _) in self._places.items()}, files)
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies: one run of one file."""
         return (self._places[name][1],)

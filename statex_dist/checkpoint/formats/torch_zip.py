@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from statex_dist.checkpoint.archive import DAMAGE
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.places import pointer_text
 from statex_dist.checkpoint.formats.raw_io import FileState, read_bytes
 from statex_dist.checkpoint.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
 from statex_dist.config import one_line
@@ -27,6 +28,9 @@ from statex_dist.errors import CheckpointError
 LOCAL = struct.Struct("<IHHHHHIIIHH")
 END = struct.Struct("<IHHHHIIH")
 LOCATOR = struct.Struct("<IIQI")
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""How a file begins that torch wrote before version 1.6, or was told to write so: its magic number, pickled."""
+
 _MAX_DIRECTORY_BYTES = 1 << 28
 UTF8 = 0x0800
 _KNOWN_FLAGS = UTF8 | 0x0008  # names in UTF-8; sizes and CRC stand behind the values too
@@ -118,7 +122,21 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except ArchiveError as error:
         raise CheckpointError(f"{path} {error}") from None
     except DAMAGE as error:
-        raise CheckpointError(f"{path} is truncated or not a torch.save file: {one_line(error)}") from None
+        raise CheckpointError(
+            _other_format(path) or f"{path} is truncated or not a torch.save file: {one_line(error)}"
+        ) from None
+
+
+def _other_format(path: Path) -> str | None:
+    """Return what a file is that is no archive, as far as we know it, and how to make one of it."""
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY))
+    if start == _LEGACY:
+        return (
+            f"{path} is in torch's format from before version 1.6, which is no archive; convert it: python -c \"import "
+            "sys, torch; p = sys.argv[1]; torch.save(torch.load(p, 'cpu', weights_only=True), p)\" FILE"
+        )
+    return pointer_text(path)
 
 
 def read_entries(file: BinaryIO, size: int) -> tuple[str, dict[str, Entry]]:

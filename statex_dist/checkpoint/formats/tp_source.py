@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from statex_dist.checkpoint.formats.places import missing_text
 from statex_dist.checkpoint.formats.safetensors_io import read_header
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, Ranges, TensorParallelLayout, check_place
@@ -54,6 +55,8 @@ class TensorParallelSource(TensorSource):
         tp, files, tensors = layout.tp, layout.files, layout.tensors
         headers = []
         for rank, file in enumerate(files):
+            if not (directory / file).is_file():
+                raise CheckpointError(missing_text(directory / file, LAYOUT_NAME))
             header, metadata = read_header(directory / file)
             check_place(directory / file, metadata, rank=rank, tp=tp)
             headers.append(header)
@@ -85,13 +88,37 @@ class TensorParallelSource(TensorSource):
         facts = replace(facts, info={**facts.info, "tp": tp})
         super().__init__(facts, infos, [directory / file for file in files])
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies, in the files of all ranks."""
         return self._pieces[name]
 
-    def replicas(self, name: str) -> Sequence[Piece]:
+    def stored_replicas(self, name: str) -> Sequence[Piece]:
         """Return where other ranks hold the same values."""
         return self._replicas[name]
+
+
+class RankSource(TensorSource):
+    """One rank's file alone: the rows or columns that it holds, each as a tensor.
+
+    Args:
+        path: The file.
+        rank: Whose it must be.
+        tp: Number of ranks.
+
+    Raises:
+        CheckpointError: It is missing, damaged or another rank's.
+    """
+
+    def __init__(self, path: Path, *, rank: int, tp: int):
+        self._header, metadata = read_header(path)
+        check_place(path, metadata, rank=rank, tp=tp)
+        infos = {name: info for name, (info, _) in self._header.items()}
+        super().__init__(SourceFacts.of_directory("tp", path.parent), infos, [path])
+
+    def stored_pieces(self, name: str) -> Pieces:
+        """Return where a tensor lies: one run of the file."""
+        info, offset = self._header[name]
+        return (Piece(self.files[0], offset, 0, info.numel),)
 
 
 def _tiled(held: Sequence[Piece], info: TensorInfo, where: Path) -> tuple[list[Piece], list[Piece]]:

@@ -79,7 +79,7 @@ def test_what_torch_saved_comes_back_after_our_reader_and_writer(tmp_path):
 def test_tensors_of_every_dtype(tmp_path, dtype):
     values = torch.randint(0, 2, (3, 4)).to(dtype)
     torch.save({"a": values, "transposed": values.T, "part": values[1:, :2], "none": values[:0]}, tmp_path / "x.bin")
-    source = StateDictSource(tmp_path / "x.bin", key=None, facts=facts(tmp_path / "x.bin"))
+    source = StateDictSource([tmp_path / "x.bin"], facts=facts(tmp_path / "x.bin"))
     for name, expected in (("a", values), ("transposed", values.T), ("part", values[1:, :2]), ("none", values[:0])):
         assert source.info(name).shape == tuple(expected.shape)
         assert read_tensor(source, name).tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
