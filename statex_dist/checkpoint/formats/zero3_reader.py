@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_reader import whole_pieces
-from checkpoints_tools.torch_zip import TorchArchive, open_archive
-from checkpoints_tools.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
-from checkpoints_tools.zero3_rank import (
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_reader import whole_pieces
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive, open_archive
+from statex_dist.checkpoint.formats.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
+from statex_dist.checkpoint.formats.zero3_rank import (
     WEIGHTS,
     Scalar,
     base_states,
@@ -97,7 +97,7 @@ class Zero3Source(TensorSource):
         facts = replace(facts, info={**facts.info, **told})
         paths = [path for rank in files for path in (rank.model, rank.optim)]
         super().__init__(facts, infos, paths, aliases=aliases, buffers=self._buffers)
-        self.frozen = frozen
+        self.frozen, self._owners = frozen, aliases
         self._states = {state: Zero3StateSource(self, state) for state in self.ranks[0].flat if state != WEIGHTS}
 
     def _check_frozen(self, frozen: Mapping[str, tuple[int, ...]]) -> None:
@@ -112,9 +112,9 @@ class Zero3Source(TensorSource):
                         f"{rank.files.model}: frozen parameter '{name}' needs {part} elements here; found {found}"
                     )
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies, in the files of all ranks."""
-        name = self.aliases.get(name, name)
+        name = self._owners.get(name, name)
         if name in self._buffers:
             return whole_pieces(self.first, self._buffers[name])
         if name in self.frozen:
@@ -133,7 +133,7 @@ class Zero3Source(TensorSource):
         held = [rank.frozen[name] for rank in self.ranks]
         return [
             Piece(held[rank].path, held[rank].offset, start, stop)
-            for rank, start, stop in shares(self._infos[name].numel, self.world_size)
+            for rank, start, stop in shares(math.prod(self.frozen[name]), self.world_size)
         ]
 
     def archives(self) -> Iterable[TorchArchive]:
@@ -163,7 +163,7 @@ class Zero3StateSource(TensorSource):
         infos = {n: TensorInfo(name=n, shape=tuple(s), dtype="F32") for n, s in whole.layout.shapes.items()}
         super().__init__(facts, infos, whole.files)
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where the state of a parameter lies."""
         return self._whole.flat_pieces(name, self._state)
 
