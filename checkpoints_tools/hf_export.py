@@ -18,6 +18,7 @@ from checkpoints_tools.hf_tokenizer import (
     read_tokenizer_config,
 )
 from statex_dist.models.config import CONFIG_NAME, OUR_CODE_PREFIX, ModelConfig
+from statex_dist.models.mamba2.config import Mamba2Config
 
 Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
@@ -76,6 +77,8 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
         return values
     if form == "plain":
         values = {**values, "model_type": config.MODEL_TYPE}
+        if isinstance(config, Mamba2Config):
+            values = config.with_all_names(values)
         values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
         if values.get("architectures") in (None, [], [ARCHITECTURE]):
             values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
