@@ -55,7 +55,7 @@ def export_notes(config: ModelConfig) -> list[str]:
         return [
             *notes,
             "n_groups is above 1: open it with transformers 5.23 or newer, which normalises each group by itself, as "
-            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits"
+            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits",
         ]
     if config.MODEL_TYPE == "minimax" and form == "plain":
         return [

@@ -99,7 +99,7 @@ VARIANTS = {
     },
 }
 BY_STEPS = {("mamba2", "groups")}
-"""What fla computes right token by token alone: off its CUDA kernels, a longer text gives heads other groups' B and C."""
+"""What fla computes right token by token alone: without CUDA kernels, a longer text takes B and C of other groups."""
 
 REFUSED = {
     "gla": [
