@@ -18,10 +18,12 @@ from checkpoints_tools.hf_tokenizer import (
     read_tokenizer_config,
 )
 from statex_dist.models.config import CONFIG_NAME, OUR_CODE_PREFIX, ModelConfig
+from statex_dist.models.mamba2.config import Mamba2Config
 
 Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
 
+_RESCALES = "rescale_prenorm_residual"
 CODE_NAME = f"{MODULE_NAME}.py"
 GENERATION_NAME = "generation_config.json"
 
@@ -43,10 +45,17 @@ def form_of(config: ModelConfig) -> Form:
 def export_notes(config: ModelConfig) -> list[str]:
     """Return what has to be said of how transformers opens an export."""
     form = form_of(config)
+    notes = []
+    if form == "plain" and getattr(config, _RESCALES, False):
+        notes = [
+            f"{_RESCALES} is written as false: it is of first values alone, but transformers 5 (seen in 5.24) also "
+            "divides the weights that it loads where it is true"
+        ]
     if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
         return [
+            *notes,
             "n_groups is above 1: open it with transformers 5.23 or newer, which normalises each group by itself, as "
-            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits"
+            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits",
         ]
     if config.MODEL_TYPE == "minimax" and form == "plain":
         return [
@@ -54,7 +63,7 @@ def export_notes(config: ModelConfig) -> list[str]:
             "num_beams above 1 needs use_cache=False"
         ]
     if form != "none":
-        return []
+        return notes
     why = f": {config.obstacle}" if config.obstacle else ""
     return [f"transformers has no class for this {config.MODEL_TYPE} model, and none is written for mixed models{why}"]
 
@@ -76,6 +85,11 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
         return values
     if form == "plain":
         values = {**values, "model_type": config.MODEL_TYPE}
+        if isinstance(config, Mamba2Config):
+            values = config.with_all_names(values)
+        if _RESCALES in values:
+            # transformers 5 divides the output projections that it loads by the root of the number of layers.
+            values = {**values, _RESCALES: False}
         values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
         if values.get("architectures") in (None, [], [ARCHITECTURE]):
             values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
