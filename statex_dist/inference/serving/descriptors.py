@@ -1,4 +1,4 @@
-"""How many connections the process' descriptors leave room for."""
+"""How many connections the limit of open files allows."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ ACCEPTS_AT_ONCE = 8
 DEFAULT_MAX_CONNECTIONS = 1024
 
 _OTHER = 64
-"""Descriptors for what is opened after the start: the model's files, the event loop, GPU devices."""
+"""Files that are opened after the start: the model's, the event loop's, GPU devices."""
 
 
 def connections_allowed(wanted: int | None) -> int:
     """Return how many connections may be open at a time.
 
     Args:
-        wanted: Of ``--max-connections``, or None for the default or, where that is less, for what there is room for.
+        wanted: Of ``--max-connections``, or None for the default or, where that is less, for what the files allow.
 
     Raises:
-        ConfigError: The process may not open so many files (``RLIMIT_NOFILE``).
+        ConfigError: The limit of open files is too small (``RLIMIT_NOFILE``).
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(list(Path("/dev/fd").iterdir())) + _OTHER + RESERVE + 4 * ACCEPTS_AT_ONCE
-    room = DEFAULT_MAX_CONNECTIONS if files == resource.RLIM_INFINITY else files - needed
-    if room < 1:
+    allowed = DEFAULT_MAX_CONNECTIONS if files == resource.RLIM_INFINITY else files - needed
+    if allowed < 1:
         raise ConfigError(f"the process may open {files} files, serve needs {needed + 1} or more; raise `ulimit -n`")
     if wanted is None:
-        return min(DEFAULT_MAX_CONNECTIONS, room)
-    if wanted > room and files != resource.RLIM_INFINITY:
+        return min(DEFAULT_MAX_CONNECTIONS, allowed)
+    if wanted > allowed and files != resource.RLIM_INFINITY:
         raise ConfigError(
             f"--max-connections {wanted} needs {wanted + needed} open files, the process may open {files}; "
-            f"raise `ulimit -n`, or give at most {room}"
+            f"raise `ulimit -n`, or give at most {allowed}"
         )
     return wanted

@@ -47,7 +47,7 @@ class LogLimit(logging.Filter):
             return self._counts[kind] <= _MOST_RECORDS
 
     def end_period(self) -> None:
-        """Write how many records of each kind were left out, and count anew."""
+        """Write how many records of each kind were left out, and start a new count."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
             examples, self._examples = self._examples, {}

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.inference.serving import connection
-from statex_dist.inference.serving.connection import MAX_HEAD_BYTES, Connection, Crowd
+from statex_dist.inference.serving.connection import MAX_HEAD_BYTES, Connection, OpenConnections
 from statex_dist.inference.serving.descriptors import ACCEPTS_AT_ONCE
 from statex_dist.inference.serving.log_limit import PERIOD_SECONDS, LogLimit
 from statex_dist.inference.serving.service import LAST_WORDS_SECONDS, Service
@@ -83,7 +83,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http=partial(Connection, crowd=Crowd(service.limits, service.metrics)),  # type: ignore[arg-type]
+                http=partial(Connection, connections=OpenConnections(service)),  # type: ignore[arg-type]
                 backlog=ACCEPTS_AT_ONCE,
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 timeout_keep_alive=service.limits.keep_alive_timeout,  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ class _Uvicorn(uvicorn.Server):
     """Leaves signals alone: uvicorn would end the process with the signal, however orderly it stopped.
 
     asyncio has one number for the connections that it accepts in a turn and for those that wait in the system. The
-    former must be small, or a crowd takes all descriptors before the first connection of it can be refused.
+    former must be small, or a burst takes all descriptors before its first connection can be refused.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
