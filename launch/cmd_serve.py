@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a completion at most")
     parser.add_argument("--max-body-bytes", type=int, default=2 << 20, help="bytes of a request at most")
     parser.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a request, waiting included")
+    parser.add_argument("--header-timeout", type=float, default=10.0, help="seconds for a request's head to arrive")
+    parser.add_argument(
+        "--body-timeout", type=float, default=30.0, help="seconds for the body to arrive after the head"
+    )
+    parser.add_argument(
+        "--keep-alive-timeout", type=float, default=5.0, help="seconds that a connection may be idle between requests"
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=int | None,
+        default=None,
+        help="connections at a time (default: 1024, or what `ulimit -n` leaves); /health and /metrics have 16 more",
+    )
     parser.add_argument("--grace-period", type=float, default=30.0, help="seconds for open requests at SIGTERM")
 
 
@@ -55,14 +69,15 @@ def run(args: Any) -> int:
     """
     try:
         from statex_dist.inference.serving.app import build_app
+        from statex_dist.inference.serving.descriptors import connections_allowed
         from statex_dist.inference.serving.limits import Limits
         from statex_dist.inference.serving.server import Server, address_of, bind
         from statex_dist.inference.serving.service import Service
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve needs a web framework ({error}); run: .venv/bin/pip install -e '.[serve]'") from None
 
-    names = ("max_batch_size", "max_queue", "max_prompt_tokens", "max_tokens", "max_body_bytes", "request_timeout")
-    limits = Limits(**{name: getattr(args, name) for name in names})
+    given = {field.name: getattr(args, field.name) for field in fields(Limits)}
+    limits = Limits(**{**given, "max_connections": connections_allowed(args.max_connections)})
     if not 0 <= args.grace_period < float("inf"):
         raise ConfigError(f"--grace-period must be 0 seconds or more, not {args.grace_period:g}")
     api_key = args.api_key if args.api_key is not None else os.environ.get(API_KEY_VARIABLE)

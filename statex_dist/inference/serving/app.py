@@ -53,17 +53,20 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     @v1.post("/completions")
     async def create_completion(request: Request) -> Response:
         arrived = asyncio.get_running_loop().time()
+        seconds = min(service.limits.request_timeout, service.limits.body_timeout)
         try:
             service.check_health()
             with service.connection(abort_of(request.scope)):
-                async with asyncio.timeout(service.limits.request_timeout):
+                async with asyncio.timeout(seconds):
                     body = await _read_body(request, service.limits.max_body_bytes)
         except RequestError as error:
             service.metrics.count(error.outcome)
             raise
         except TimeoutError:
             service.metrics.count("timeout")
-            raise RequestError(408, "the request took too long to arrive", code="timeout") from None
+            raise RequestError(
+                408, f"the body did not arrive in {seconds:g} s", code="timeout", headers={"Connection": "close"}
+            ) from None
         except ClientDisconnect:
             service.metrics.count("disconnected")
             return Response(status_code=400)  # to nobody

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
+from statex_dist.inference.serving.descriptors import DEFAULT_MAX_CONNECTIONS
 from statex_dist.inference.serving.protocol import DEFAULT_MAX_TOKENS, CompletionRequest, RequestError
 
 CHARACTERS_PER_TOKEN = 16
@@ -25,6 +26,10 @@ class Limits:
         max_tokens: Tokens of a completion.
         max_body_bytes: Bytes of a request's body.
         request_timeout: Seconds from a request's arrival to the end of its answer.
+        max_connections: Connections that are open, but for a few more.
+        header_timeout: Seconds for the head of a request to arrive.
+        body_timeout: Seconds for the body to arrive after the head.
+        keep_alive_timeout: Seconds from an answer to the next request of the connection.
     """
 
     max_batch_size: int = 32
@@ -33,14 +38,20 @@ class Limits:
     max_tokens: int = 4096
     max_body_bytes: int = 2 << 20
     request_timeout: float = 300.0
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
+    header_timeout: float = 10.0
+    body_timeout: float = 30.0
+    keep_alive_timeout: float = 5.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.request_timeout < float("inf"):
-            raise ConfigError(f"--request-timeout must be above 0 seconds, not {self.request_timeout:g}")
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "max_queue" else 1
-            if field.name != "request_timeout" and value < least:
-                raise ConfigError(f"--{field.name.replace('_', '-')} must be {least} or more, not {value}")
+            name, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
+            least = 0 if field.name == "max_queue" else 1
+            if field.name.endswith("_timeout"):
+                if not 0 < value < float("inf"):
+                    raise ConfigError(f"{name} must be above 0 seconds, not {value:g}")
+            elif value < least:
+                raise ConfigError(f"{name} must be {least} or more, not {value}")
 
     @property
     def max_open(self) -> int:

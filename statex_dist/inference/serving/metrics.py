@@ -50,6 +50,21 @@ class Metrics:
         self._batch_size = Histogram(
             "statex_batch_size", "Completions that took a step together", buckets=_BATCH_BUCKETS, registry=registry
         )
+        self._connections = Gauge("statex_connections", "Open connections", registry=registry)
+        self._refused_connections = Counter(
+            "statex_connections_refused",
+            "Connections that got 503 or were cut because the limit was reached",
+            registry=registry,
+        )
+        self._timed_out_connections = Counter(
+            "statex_connections_timed_out",
+            "Connections that were cut because what they waited for did not come",
+            ["waiting_for"],
+            registry=registry,
+        )
+        for phase in ("head", "body", "answer", "close"):
+            self._timed_out_connections.labels(phase)
+        self._bad_http = Counter("statex_bad_http", "Requests that were no HTTP, or too large", registry=registry)
         gauges: dict[str, tuple[str, Callable[[], int]]] = {
             "statex_running": ("Completions that are being written", lambda: batch.running),
             "statex_reading": (
@@ -82,6 +97,22 @@ class Metrics:
     def see_token(self, seconds: float) -> None:
         """Record how long a completion waited for its next token."""
         self._per_token.observe(seconds)
+
+    def see_connections(self, number: int) -> None:
+        """Record how many connections are open."""
+        self._connections.set(number)
+
+    def count_refused_connection(self) -> None:
+        """Count a connection for which there was no place."""
+        self._refused_connections.inc()
+
+    def count_timed_out_connection(self, waiting_for: str) -> None:
+        """Count a connection that waited too long for a ``head``, a ``body``, an ``answer`` to be read, or to close."""
+        self._timed_out_connections.labels(waiting_for).inc()
+
+    def count_bad_http(self) -> None:
+        """Count a request that no route can answer."""
+        self._bad_http.inc()
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

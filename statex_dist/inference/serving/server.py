@@ -11,15 +11,16 @@ import math
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from statex_dist.errors import ConfigError, StateXError
-from statex_dist.inference.serving.exchange import ABORT_EXTENSION
+from statex_dist.inference.serving import connection
+from statex_dist.inference.serving.connection import MAX_HEAD_BYTES, Connection, OpenConnections
+from statex_dist.inference.serving.descriptors import ACCEPTS_AT_ONCE
+from statex_dist.inference.serving.log_limit import PERIOD_SECONDS, LogLimit
 from statex_dist.inference.serving.service import LAST_WORDS_SECONDS, Service
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ _SWITCH_SECONDS = 0.0002
 """Between Python's threads. The decoding thread gives the interpreter away at every operation of the model and waits so
 long to have it back while the event loop is busy: with Python's own 5 ms, 2000 bad requests a second left a stream with
 13 % of its speed, with this 50 %."""
+
+
+_BACKLOG = 2048
+"""Connections that wait in the system until they are accepted."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -44,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--port must be 0 to {(1 << 16) - 1}, not {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except UnicodeError:
         raise ConfigError(f"--host {host!r} is no host name; give a name or an address of this machine") from None
     except OSError as error:
@@ -78,7 +83,10 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
-                http=_Connection,
+                http=partial(Connection, connections=OpenConnections(service)),  # type: ignore[arg-type]
+                backlog=ACCEPTS_AT_ONCE,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_keep_alive=service.limits.keep_alive_timeout,  # type: ignore[arg-type]
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -128,9 +136,14 @@ class Server:
         self._service.on_death = self._stop
         self._service.start()
         on_ready()
-        await self._uvicorn.serve(sockets=[listener])
-        assert self._stopping is not None
-        await self._stopping
+        log_limit = LogLimit()
+        # asyncio's: what it cannot accept, and errors in handlers.
+        with log_limit.on("asyncio", "uvicorn.error", connection.__name__):
+            summing_up = asyncio.ensure_future(_sum_up(log_limit))
+            await self._uvicorn.serve(sockets=[listener])
+            assert self._stopping is not None
+            await self._stopping
+            summing_up.cancel()
 
     def _stop(self) -> None:
         if self._stopping is not None:
@@ -146,25 +159,23 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals alone: uvicorn would end the process with the signal, however orderly it stopped."""
+    """Leaves signals alone: uvicorn would end the process with the signal, however orderly it stopped.
+
+    asyncio has one number for the connections that it accepts in a turn and for those that wait in the system. The
+    former must be small, or a burst takes all descriptors before its first connection can be refused.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Lets the application cut a connection: ASGI has no word for that, and one that is blocked cannot be closed."""
-
-    app: Any
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        assert isinstance(transport, asyncio.WriteTransport)
-        app, extension = self.app, {"abort": transport.abort}
-
-        async def app_with_abort(scope: Scope, receive: Receive, send: Send) -> None:
-            scope.setdefault("extensions", {})[ABORT_EXTENSION] = extension
-            await app(scope, receive, send)
-
-        self.app = app_with_abort
+async def _sum_up(log_limit: LogLimit) -> None:
+    while True:
+        await asyncio.sleep(PERIOD_SECONDS)
+        log_limit.end_period()

@@ -88,12 +88,34 @@ def serving(model, *, api_key=None, grace_seconds=5.0, **limits):
         assert not thread.is_alive()
 
 
+def connect(server):
+    """Return a socket that is connected to a server."""
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=PATIENCE_SECONDS)
+
+
+def read_to_end(connection):
+    """Return what a server sends until it closes the connection."""
+    pieces = []
+    try:
+        while piece := connection.recv(1 << 16):
+            pieces.append(piece)
+    except ConnectionResetError:
+        pass  # closed with unread bytes of ours
+    return b"".join(pieces)
+
+
+def raw_request(body, *, version="1.1", headers=""):
+    """Return a request for a completion as it goes over the wire."""
+    text = json.dumps({"model": NAME, **body})
+    head = f"POST /v1/completions HTTP/{version}\r\nHost: x\r\n{headers}Content-Length: {len(text)}\r\n\r\n"
+    return (head + text).encode()
+
+
 def send_and_leave(server, **fields):
     """Return the socket of a request whose answer nobody reads."""
-    body = json.dumps({"model": NAME, **fields}).encode()
-    connection = socket.create_connection(server.url.removeprefix("http://").split(":"))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
+    connection = connect(server)
+    connection.sendall(raw_request(fields))
     return connection
 
 
