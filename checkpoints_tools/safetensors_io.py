@@ -122,7 +122,8 @@ class SafetensorsSource(TensorSource):
     """A Hugging Face directory: ``model.safetensors``, or shards and their index.
 
     Attributes:
-        metadata: The entries of the files' ``__metadata__``.
+        metadata: The entries of the files' ``__metadata__``, but for those on which files differ.
+        contradictory: The names of the latter.
 
     Args:
         directory: The directory.
@@ -135,6 +136,7 @@ class SafetensorsSource(TensorSource):
     def __init__(self, directory: Path, facts: SourceFacts | None = None):
         self._places: dict[str, tuple[TensorInfo, Piece]] = {}
         self.metadata: dict[str, str] = {}
+        self.contradictory: set[str] = set()
         if (directory / SINGLE_NAME).exists():
             weight_map: dict[str, str] | None = None
             files = [directory / SINGLE_NAME]
@@ -145,7 +147,7 @@ class SafetensorsSource(TensorSource):
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; {INDEX_NAME} lists it")
             tensors, metadata = read_header(path)
-            self.metadata.update(metadata)
+            self.contradictory |= {k for k, value in metadata.items() if self.metadata.setdefault(k, value) != value}
             for name, (tensor, offset) in tensors.items():
                 if weight_map is not None and weight_map.get(name) != path.name:
                     raise CheckpointError(f"{path} holds tensor '{name}', which {INDEX_NAME} does not place there")
@@ -156,6 +158,7 @@ class SafetensorsSource(TensorSource):
                     f"{directory / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {INDEX_NAME}"
                 )
             self._places = {name: self._places[name] for name in weight_map}
+        self.metadata = {k: value for k, value in self.metadata.items() if k not in self.contradictory}
         facts = facts or SourceFacts.of_directory("hf", directory)
         super().__init__(facts, {name: tensor for name, (tensor, _) in self._places.items()}, files)
 
@@ -223,7 +226,8 @@ def lay_out_file(file: str, shard: Sequence[TensorInfo], metadata: Mapping[str, 
         shard: The tensors.
         metadata: Entries of the header's ``__metadata__`` beside ``format``.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    # Whatever the source's files said ("np", "tf", "mlx"): transformers refuses some of these and converts others.
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     # Wide elements first, as the safetensors library does: then every tensor is aligned to its element size.
     tensors = tuple(sorted(shard, key=lambda info: -info.item_bytes))
     position = 0

@@ -141,7 +141,7 @@ def test_an_expansion_warns_where_only_we_open_it(tmp_path, caplog):
     def warns(source, name, **options):
         caplog.clear()
         run_expand(source, tmp_path / name, layers="1", factor=2, init="inherit", **options)
-        return "carries a plan that other software does not know" in caplog.text
+        return "other software does not know the plan in config.json" in caplog.text
 
     assert warns(model_without_tokenizer(tmp_path / "base"), "bare")
     reshard(tmp_path / "base", tmp_path / "with-code")

@@ -56,7 +56,7 @@ def test_a_model_of_mixed_kind_says_that_it_does_not_open(tmp_path):
     values = {**GLA, "attn": {"layers": [1]}}
     write_model(tmp_path / "source", values, tensors)
     summary = reshard(tmp_path / "source", tmp_path / "mixed")
-    assert "none is written for mixed models: layers [1] are softmax attention" in summary.notes[0]
+    assert "we write no code for mixed models: layers [1] are softmax attention" in summary.notes[0]
     assert not (tmp_path / "mixed/modeling_statex.py").exists()
     _, body = card(tmp_path / "mixed")
     assert "transformers does not open this model: layers [1] are softmax attention." in body

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import base_keys, is_layer
+from statex_dist.models.config import is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.plan_keys import without_plan
 from statex_dist.state.plan import ExpansionPlan
 
 _DEFAULTS = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "bias": False, "conv_bias": True}
@@ -43,7 +44,7 @@ class StateSpacesConfig(Mamba2Config):
         Raises:
             CheckpointError: Not a Mamba2 model, a key is missing or wrong, or a variant that we do not support.
         """
-        given = base_keys(values).get("ssm_cfg") or values.get("ssm_cfg")
+        given = without_plan(values).get("ssm_cfg")
         if not isinstance(given, dict) or given.get("layer") != "Mamba2":
             layer = given.get("layer", "Mamba1") if isinstance(given, dict) else given
             raise CheckpointError(f"config.json: ssm_cfg is of a {layer} model; only Mamba2 is supported")
