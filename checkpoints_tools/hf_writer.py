@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,18 @@ def with_one_dtype(config: dict[str, Any], source: TensorSource) -> dict[str, An
     return config if stored is None else with_dtype(config, stored)
 
 
-def main_dtype(infos: Sequence[TensorInfo]) -> str | None:
-    """Return the floating-point dtype of most bytes, or None of a checkpoint without any."""
+def float_dtypes(infos: Iterable[TensorInfo]) -> list[str]:
+    """Return the floating-point dtypes of tensors, that of most bytes first."""
     sizes: dict[str, int] = {}
     for info in infos:
         if info.dtype in FLOATS:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda dtype: (sizes[dtype], TORCH_NAMES[dtype]), default=None)
+    return sorted(sizes, key=lambda dtype: (sizes[dtype], TORCH_NAMES[dtype]), reverse=True)
+
+
+def main_dtype(infos: Iterable[TensorInfo]) -> str | None:
+    """Return the floating-point dtype of most bytes, or None of a checkpoint without any."""
+    return next(iter(float_dtypes(infos)), None)
 
 
 def hf_plan(

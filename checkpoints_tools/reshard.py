@@ -11,7 +11,7 @@ from typing import Any
 from checkpoints_tools.card_evaluation import read_evaluations
 from checkpoints_tools.hf_export import export_documents, export_notes
 from checkpoints_tools.hf_tokenizer import GivenTokenizer, given_tokenizer, tokenizer_kind
-from checkpoints_tools.hf_writer import hf_plan, main_dtype, with_dtype
+from checkpoints_tools.hf_writer import float_dtypes, hf_plan, main_dtype, with_dtype
 from checkpoints_tools.megatron_io import megatron_plan
 from checkpoints_tools.megatron_names import megatron_notes
 from checkpoints_tools.model_card import CARD_NAME, CardFacts, model_card
@@ -225,7 +225,7 @@ def _export_plan(
             config=given.config,
             source=given.source.facts,
             parameters=sum(job.info.numel for job in jobs if job.info.dtype in FLOATS),
-            dtype=None if dtype is None else TORCH_NAMES[dtype],
+            dtypes=[TORCH_NAMES[dtype] for dtype in float_dtypes(job.info for job in jobs)],
             tokenizer=tokenizer_kind(model_dir, new),
             evaluations=read_evaluations(evaluations, state_numbers=given.config.state_numbers),
         )
