@@ -33,7 +33,7 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def with_one_dtype(config: dict[str, Any], source: TensorSource) -> dict[str, Any]:
-    """Return a ``config.json`` whose two keys for the dtype do not differ: then one of them says what is stored."""
+    """Return a ``config.json`` with one dtype: where its two keys differ, one is left and names the stored dtype."""
     if len({config[key] for key in DTYPE_KEYS if isinstance(config.get(key), str)}) < 2:
         return config
     stored = main_dtype([replace(source.info(name), dtype=natural_dtype(source, name)) for name in source.owned()])

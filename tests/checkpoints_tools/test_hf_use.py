@@ -143,7 +143,7 @@ def test_the_card_gives_the_ids_of_the_training_whatever_class_the_tokenizer_nam
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
     values = json.loads((tokenizer / "tokenizer.json").read_text())
-    # As sentencepiece-like files of Llama models have it, but for what the file says of text.
+    # The class of Llama's files, which gives a text another normalizer than this file's.
     values["normalizer"] = {"type": "Lowercase"}
     start = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
     values["post_processor"] = {
