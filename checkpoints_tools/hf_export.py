@@ -19,11 +19,13 @@ from checkpoints_tools.hf_tokenizer import (
     read_tokenizer_config,
 )
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.plan_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
 
 Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
 
+_RESCALES = "rescale_prenorm_residual"
 CODE_NAME = f"{MODULE_NAME}.py"
 GENERATION_NAME = "generation_config.json"
 
@@ -45,17 +47,24 @@ def form_of(config: ModelConfig) -> Form:
 def export_notes(config: ModelConfig) -> list[str]:
     """Return what has to be said of how transformers opens an export."""
     form = form_of(config)
+    notes = []
+    if form == "plain" and getattr(config, _RESCALES, False):
+        notes = [
+            f"{_RESCALES} is written as false: it is of first values alone, but transformers 5 (seen in 5.24) also "
+            "divides the weights that it loads where it is true"
+        ]
     if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
         return [
+            *notes,
             "n_groups is above 1: open it with transformers 5.23 or newer, which normalises each group by itself, as "
-            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits"
+            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits",
         ]
     if config.MODEL_TYPE == "minimax" and form == "plain":
         return [
             "transformers' MiniMax does not move the cache with the beams (seen in 5.17 and 5.24): generate with "
             "num_beams above 1 needs use_cache=False"
         ]
-    return [] if form != "none" else [closed_note(config)]
+    return notes if form != "none" else [closed_note(config)]
 
 
 def closed_note(config: ModelConfig) -> str:
@@ -89,8 +98,14 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
         defaults = {key: value for key, value in config.to_dict().items() if key not in values}
         return {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
     values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
-    if form == "plain" and values.get("architectures") in (None, [], [ARCHITECTURE]):
-        values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
+    if form == "plain":
+        if isinstance(config, Mamba2Config):
+            values = config.with_all_names(values)
+        if _RESCALES in values:
+            # transformers 5 divides the output projections that it loads by the root of the number of layers.
+            values = {**values, _RESCALES: False}
+        if values.get("architectures") in (None, [], [ARCHITECTURE]):
+            values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
     return values
 
 

@@ -23,7 +23,7 @@ class StateXConfig(PlannedConfig):
     conv_kernel = property(lambda self: self.ssm("d_conv", 4))
     use_bias = property(lambda self: self.ssm("bias", False))
     use_conv_bias = property(lambda self: self.ssm("conv_bias", True))
-    time_step_limit = (0.0, float("inf"))
+    time_step_limit = property(lambda self: tuple(map(float, self.ssm("dt_limit", (0.0, float("inf"))))))
     rms_eps = 1e-5
 
     def __init__(

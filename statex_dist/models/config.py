@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Self
 from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.config_keys import check_other_keys
 from statex_dist.models.plan_keys import OUR_CODE_PREFIX, ours, own_keys, with_plan_entry, without_plan
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
@@ -35,6 +37,14 @@ class ModelConfig:
     """Expansions that the family knows, the default one first."""
     DERIVED: ClassVar[tuple[str, ...]] = ()
     """Endings of tensors that a checkpoint may hold and that follow from the configuration: never needed, kept."""
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    """Fields by other names that the file may give them."""
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Keys of the family's classes elsewhere that we do not implement, with the values that change nothing."""
+    TRAINING: ClassVar[frozenset[str]] = frozenset()
+    """... that change nothing but a training run there."""
+    HARMLESS: ClassVar[frozenset[str]] = frozenset()
+    """... that change nothing of what is computed here."""
 
     vocab_size: int
     hidden_size: int
@@ -44,7 +54,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     statex: ExpansionPlan | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -195,14 +205,12 @@ class ModelConfig:
         values = decode_floats(values)
         plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
         model_type = values.get("model_type")
-        values = without_plan(values)
+        values = cls.in_our_names(without_plan(values))
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)} - {"statex", "extra"}
         kept = {key: value for key, value in values.items() if key in names}
         for key, value in kept.items():
-            if not _fits(value, hints[key]):
-                wanted = getattr(hints[key], "__name__", str(hints[key]))
-                raise CheckpointError(f"{CONFIG_NAME}: '{key}' must be {wanted}, not {value!r}")
+            check_type(key, value, hints[key])
         required = [
             f.name
             for f in dataclasses.fields(cls)
@@ -211,12 +219,28 @@ class ModelConfig:
         if missing := [name for name in required if name not in kept]:
             raise CheckpointError(f"{CONFIG_NAME} of a {cls.MODEL_TYPE} model lacks {', '.join(missing)}")
         extra = {k: v for k, v in values.items() if k not in names and k not in ("statex", "model_type")}
+        check_other_keys(cls.MODEL_TYPE, extra, fixed=cls.FIXED, training=cls.TRAINING, harmless=cls.HARMLESS)
         config = cls(**kept, statex=plan, extra=extra)
         if ours(model_type) and plan is None and not config.ours_alone:
             raise CheckpointError(
                 f"{CONFIG_NAME}: model_type {model_type!r} is of an expanded model, but there is no plan under 'statex'"
             )
         return config
+
+    @classmethod
+    def in_our_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of a ``config.json`` with the names of our fields.
+
+        Raises:
+            CheckpointError: A field has two names in the file, and two values.
+        """
+        for other, name in cls.ALIASES.items():
+            if other not in values:
+                continue
+            if values.get(name, values[other]) != values[other]:
+                raise CheckpointError(f"{CONFIG_NAME}: '{name}' and '{other}' are one setting and differ")
+            values = {key: value for key, value in values.items() if key != other} | {name: values[other]}
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``config.json``."""
@@ -255,6 +279,13 @@ def is_layer(value: Any, num_layers: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_layers
 
 
+def check_type(key: str, value: Any, hint: Any) -> None:
+    """Raise if the value of a key of ``config.json`` has not the annotated type."""
+    if not _fits(value, hint):
+        wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+        raise CheckpointError(f"{CONFIG_NAME}: '{key}' must be {wanted}, not {repr(value)[:80]}")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Return whether a JSON value has the annotated type (an int passes for a float)."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -268,6 +299,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint) or hint
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin is list and typing.get_args(hint):
+        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     return isinstance(value, origin) if isinstance(origin, type) else True
 
 

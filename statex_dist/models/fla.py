@@ -7,7 +7,9 @@ tools; a model that has them cannot be run here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, is_layer
@@ -25,6 +27,12 @@ MIX_NAME = "attn.mix"
 class FLAConfig(ModelConfig):
     """Keys that all of flash-linear-attention's configs share; a family's own follow in its subclass."""
 
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"attnres_block_size": (None,)}
+    TRAINING: ClassVar[frozenset[str]] = frozenset({"use_l2warp"})
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        {"attn_mode", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "max_position_embeddings"}
+    )
+
     hidden_ratio: int | None = 4
     intermediate_size: int | None = None
     hidden_act: str = "swish"
@@ -35,11 +43,8 @@ class FLAConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("intermediate_size", "hidden_ratio")
-        self.check_allowed("hidden_act", "swish")
-        if (size := self.extra.get("attnres_block_size")) is not None:
-            raise CheckpointError(f"{self.MODEL_TYPE} config: attnres_block_size={size!r} is not supported")
-        groups = [self.attn] if isinstance(self.attn, dict) else self.attn or []
-        for group in groups:
+        self.check_allowed("hidden_act", "swish", "silu")
+        for group in self._attention_groups:
             if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
                 raise CheckpointError(
                     f"{self.MODEL_TYPE} config: attn must be a mapping with a list 'layers', or a list of such, not "
@@ -68,10 +73,14 @@ class FLAConfig(ModelConfig):
             )
 
     @property
+    def _attention_groups(self) -> list[Any]:
+        """Entries of ``attn``; an empty mapping has none."""
+        return [self.attn] if isinstance(self.attn, dict) and self.attn else list(self.attn or [])
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers with softmax attention in place of the recurrence."""
-        groups = [self.attn] if isinstance(self.attn, dict) else self.attn or []
-        return tuple(sorted(layer for group in groups for layer in group["layers"]))
+        return tuple(sorted(layer for group in self._attention_groups for layer in group["layers"]))
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ def family_of(model_type: Any) -> Family:
         CheckpointError: We have no such family.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise CheckpointError(f"model_type {repr(model_type)[:80]} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -151,8 +151,14 @@ def find_family(values: dict[str, Any]) -> Family | None:
 
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """Return the config that the contents of a ``config.json`` describe."""
-    family = find_family(values) or family_of(values.get("model_type"))
-    return family.config.from_dict(values)
+    family = find_family(values)
+    if family is None and "model_type" not in values:
+        shown = repr(values.get("architectures"))[:80]
+        raise CheckpointError(
+            f"config.json has no model_type (architectures: {shown}); add the one that the model's class has, such as "
+            f"{', '.join(kind for kind in FAMILIES if kind != StateSpacesConfig.MODEL_TYPE)}"
+        )
+    return (family or family_of(values["model_type"])).config.from_dict(values)
 
 
 def read_config(model_dir: Path) -> ModelConfig:

@@ -19,6 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints_tools.expand import expand
+from checkpoints_tools.expansion import prepare_expansion
+from checkpoints_tools.plan_options import PlanOptions
+from checkpoints_tools.reshard import reshard
 from statex_dist.errors import CheckpointError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from tests.models import tiny
@@ -28,12 +32,15 @@ from tests.ops.interpreter import enter_interpreter
 COMMON = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24}
 COMMON |= {"use_cache": False, "fuse_cross_entropy": False}
 CLASSES = {"gla": "GLA", "hgrn2": "HGRN2", "retnet": "RetNet", "gated_deltanet": "GatedDeltaNet", "kda": "KDA"}
+CLASSES |= {"mamba2": "Mamba2"}
+COMMON_OF = {"mamba2": {key: COMMON[key] for key in COMMON if key != "intermediate_size"}}
 HEADS = {
     "gla": {"num_heads": 2, "expand_k": 1.0},
     "hgrn2": {"expand_ratio": 16},
     "retnet": {"num_heads": 2},
     "gated_deltanet": {"num_heads": 2, "head_dim": 16, "expand_v": 1.0},
     "kda": {"num_heads": 2, "head_dim": 16},
+    "mamba2": {"head_dim": 16, "state_size": 8, "chunk_size": 16},
 }
 SHORT, LONG = 37, 70
 """Tokens: fewer than a chunk of 64, and more."""
@@ -77,17 +84,33 @@ VARIANTS = {
         "bound": {"lower_bound": -2.0},
         "safe gate": {"lower_bound": -5.0, "safe_gate": True},
     },
+    "mamba2": {
+        "plain": {},
+        "epsilon, tied": {"norm_eps": 1e-2, "tie_word_embeddings": True, "residual_in_fp32": False},
+        "limits": {"dt_limit": (0.05, 0.4)},
+        "one limit": {"dt_limit": (0.3, float("inf")), "hidden_act": "swish"},
+        "biases": {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "expand": 1},
+        "a group per head": {"n_groups": 4, "norm_eps": 1e-2},
+        "groups": {"n_groups": 2, "norm_eps": 1e-2, "dt_limit": (0.05, 0.4)},
+        "first values, kernels": {
+            **{"A_init_range": (2, 3), "conv_init": 0.1, "dt_min": 0.01, "dt_max": 0.2, "dt_init_floor": 0.02},
+            **{"fuse_norm": False, "rescale_prenorm_residual": False, "initializer_range": 0.5},
+        },
+    },
 }
+BY_STEPS = {("mamba2", "groups")}
+"""What fla computes right token by token alone: without CUDA kernels, a longer text takes B and C of other groups."""
+
 REFUSED = {
     "gla": [
         ({"num_kv_heads": 1}, "num_kv_heads"),
         ({"use_output_gate": False}, "use_output_gate"),
         ({"feature_map": "relu"}, "feature_map"),
-        ({"elementwise_affine": False}, "g_norm_swish_gate.weight"),
+        ({"elementwise_affine": False}, "elementwise_affine"),
         ({"attnres_block_size": 2}, "attnres_block_size"),
         ({"gate_logit_normalizer": 4}, "gate_logit_normalizer"),
     ],
-    "hgrn2": [({"elementwise_affine": False}, "g_norm.weight")],
+    "hgrn2": [({"elementwise_affine": False}, "elementwise_affine")],
     "retnet": [
         ({"num_kv_heads": 1}, "num_kv_heads"),
         ({"use_output_gate": False}, "use_output_gate"),
@@ -96,6 +119,14 @@ REFUSED = {
     ],
     "gated_deltanet": [({"num_v_heads": 1}, "num_v_heads")],
     "kda": [({"num_v_heads": 1}, "num_v_heads")],
+    "mamba2": [
+        ({"rmsnorm": False}, "rmsnorm"),
+        ({"norm_before_gate": True}, "norm_before_gate"),
+        ({"D_has_hdim": True}, "D_has_hdim"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon"),
+        ({"time_step_limit": [0.0, 0.5]}, "time_step_limit"),
+    ],
 }
 """Options that fla has or ignores and we do not, and what the refusal names: the key, or tensors that are missing."""
 
@@ -105,8 +136,9 @@ OURS = {
     "retnet": tiny.retnet_config(),
     "gated_deltanet": tiny.gated_deltanet_config(tie_word_embeddings=True),
     "kda": tiny.kda_config(),
+    "mamba2": tiny.mamba2_config(n_groups=1),
 }
-GROUPS = {"decays": ("gla", "hgrn2", "retnet"), "delta rules": ("gated_deltanet", "kda")}
+GROUPS = {"decays": ("gla", "hgrn2", "retnet", "mamba2"), "delta rules": ("gated_deltanet", "kda")}
 """What one process runs: starting it takes five seconds."""
 
 TOLERANCE = dict.fromkeys(CLASSES, 1e-5) | {"gated_deltanet": 2e-5, "kda": 2e-5}
@@ -121,6 +153,7 @@ def checks_of(group: str) -> list[str]:
     for family in GROUPS[group]:
         names += [f"{family}: {variant}" for variant in VARIANTS[family]]
         names += [f"{family}: gradients", f"{family}: refusals", f"{family}: from us to fla"]
+        names += ["mamba2: expanded"] if family == "mamba2" else []
     return [*names, "families of transformers"]
 
 
@@ -136,13 +169,13 @@ def fla_model(family: str, options: dict) -> torch.nn.Module:
     """A model of fla's with every parameter random, in sizes that keep logits of order 1."""
     import fla.models
 
-    config = getattr(fla.models, f"{CLASSES[family]}Config")(**COMMON | HEADS[family] | options)
+    config = getattr(fla.models, f"{CLASSES[family]}Config")(**COMMON_OF.get(family, COMMON) | HEADS[family] | options)
     model = getattr(fla.models, f"{CLASSES[family]}ForCausalLM")(config).eval()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=rng)
-            if name.endswith("norm.weight") or name.endswith("swish_gate.weight"):
+            if name.endswith(("norm.weight", "norm_f.weight", "swish_gate.weight")):
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith("A_log"):
                 parameter.copy_(torch.linspace(-3, 1, parameter.numel()))
@@ -173,6 +206,44 @@ def logits_error(family: str, expected: torch.Tensor, found: torch.Tensor) -> fl
 def compare_logits(family: str, theirs: torch.nn.Module, ours: torch.nn.Module, num_tokens: int) -> float:
     ids = tiny.tokens(2, num_tokens)
     return logits_error(family, theirs(ids).logits, ours(ids).logits)
+
+
+@torch.no_grad()
+def compare_steps(theirs: torch.nn.Module, ours: torch.nn.Module) -> float:
+    """Logits of a Mamba2 model that fla reads one token at a time, from a state of zeros."""
+    from fla.models.utils import Cache
+
+    ids, cache = tiny.tokens(2, SHORT), Cache()
+    for layer, block in enumerate(theirs.backbone.layers):
+        mixer = block.mixer
+        state = torch.zeros(2, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+        tail = torch.zeros(2, mixer.conv_dim, mixer.conv_kernel_size)
+        cache.update(recurrent_state=state, conv_state=tail, layer_idx=layer, offset=0)
+    steps = [theirs(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(SHORT)]
+    return logits_error("mamba2", torch.cat(steps, dim=1), ours(ids).logits)
+
+
+def check_expanded_mamba2() -> tuple[float, float]:
+    """A directory of fla's, grown alike in all layers, is opened by fla and by transformers: all compute the same."""
+    import fla.models
+    import transformers
+
+    options = {"norm_eps": 1e-2, "dt_limit": (0.05, 0.4)}
+    with tempfile.TemporaryDirectory() as name:
+        source, target, export = (Path(name) / part for part in ("source", "target", "export"))
+        fla_model("mamba2", options).save_pretrained(source)
+        before = from_pretrained(source).config
+        expand(prepare_expansion(source, PlanOptions(layers="all", factor=2, init="inherit")), target)
+        reshard(target, export, to="hf")
+        ours = from_pretrained(target)
+        assert ours.config.layer_geometry(0).key_dim == 2 * before.state_size
+        of_fla, of_transformers = fla.models.Mamba2ForCausalLM, transformers.Mamba2ForCausalLM
+        errors = []
+        for owner, directory in ((of_fla, target), (of_fla, export), (of_transformers, export)):
+            theirs, report = owner.from_pretrained(directory, output_loading_info=True)
+            assert not any(report.values()), report
+            errors.append(compare_logits("mamba2", theirs.eval(), ours, SHORT))
+    return max(errors[:2]), errors[2]
 
 
 def compare_gradients(family: str, theirs: torch.nn.Module, ours: torch.nn.Module) -> tuple[float, float]:
@@ -247,13 +318,18 @@ def main(group: str) -> None:
         for variant, options in VARIANTS[family].items():
             theirs = fla_model(family, options)
             ours = ours_of(theirs)
-            errors = [compare_logits(family, theirs, ours, length) for length in lengths_of(family, variant)]
+            if (family, variant) in BY_STEPS:
+                errors = [compare_steps(theirs, ours)]
+            else:
+                errors = [compare_logits(family, theirs, ours, length) for length in lengths_of(family, variant)]
             done(f"{family}: {variant}", *errors)
         theirs = fla_model(family, {"num_hidden_layers": 1} if family == "kda" else {})
         done(f"{family}: gradients", *compare_gradients(family, theirs, ours_of(theirs)))
         check_refusals(family)
         done(f"{family}: refusals")
         done(f"{family}: from us to fla", check_other_way(family))
+        if family == "mamba2":
+            done("mamba2: expanded", *check_expanded_mamba2())
     check_transformers()
     done("families of transformers")
 

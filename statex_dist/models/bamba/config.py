@@ -17,6 +17,27 @@ class BambaConfig(ModelConfig):
 
     MODEL_TYPE: ClassVar[str] = "bamba"
     OPS: ClassVar[tuple[str, ...]] = Mamba2Config.OPS
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        {
+            # The models are run by other software alone.
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "hidden_act",
+            "num_logits_to_keep",
+            "max_position_embeddings",
+            "attention_dropout",
+            "mamba_chunk_size",
+            "time_step_limit",
+            "z_loss_coefficient",
+            "rope_parameters",
+            "rope_theta",
+            "rope_scaling",
+            "partial_rotary_factor",
+            "attention_bias",
+            "mlp_bias",
+        }
+    )
 
     mamba_n_heads: int
     mamba_d_head: int | str = "auto"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.fla import FLAConfig, head_geometry
@@ -24,6 +25,9 @@ class GLAConfig(FLAConfig):
 
     MODEL_TYPE: ClassVar[str] = "gla"
     OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_state")
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**FLAConfig.FIXED, "elementwise_affine": (True,)}
+    HARMLESS: ClassVar[frozenset[str]] = FLAConfig.HARMLESS | {"use_gk", "use_gv"}
+    """fla's model reads neither of the two."""
 
     num_heads: int
     expand_k: float = 0.5

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models.fla import FLAConfig, head_geometry
@@ -20,6 +21,7 @@ class HGRN2Config(FLAConfig):
 
     MODEL_TYPE: ClassVar[str] = "hgrn2"
     OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads")
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**FLAConfig.FIXED, "elementwise_affine": (True,)}
 
     num_heads: int | None = None
     expand_ratio: int | None = 128

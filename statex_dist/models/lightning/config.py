@@ -6,6 +6,7 @@ models that use it: MiniMax, which alternates it with softmax attention over a m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +31,24 @@ class LightningConfig(ModelConfig):
         "self_attn.key_decay",
         "self_attn.diagonal_decay",
     )
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
+    TRAINING: ClassVar[frozenset[str]] = frozenset({"output_router_logits", "router_jitter_noise"})
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "block_size",
+            "router_aux_loss_coef",
+            # Of softmax attention, which is not run here.
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "sliding_window",
+            "attention_dropout",
+            "rope_parameters",
+            "rope_theta",
+            "rope_scaling",
+            "full_attn_alpha_factor",
+            "full_attn_beta_factor",
+        }
+    )
 
     num_attention_heads: int
     intermediate_size: int
@@ -47,8 +66,16 @@ class LightningConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("num_attention_heads", "intermediate_size", "head_dim", "num_local_experts")
-        if self.hidden_act != "silu":
-            raise CheckpointError(f"minimax config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu'")
+        if self.hidden_act not in ("silu", "swish"):
+            raise CheckpointError(
+                f"minimax config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu', also called 'swish'"
+            )
+        for key in ("attn_type_list", "layer_type_list"):
+            if self.layer_types is None and self.extra.get(key) is not None:
+                raise CheckpointError(
+                    f"minimax config: {key} is not read (nor by transformers 5); write layer_types, with {LINEAR} or "
+                    f"{FULL} for each layer"
+                )
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise CheckpointError(
                 f"minimax config: num_experts_per_tok={self.num_experts_per_tok} must be 1 to {self.num_local_experts}"

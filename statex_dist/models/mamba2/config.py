@@ -1,13 +1,19 @@
-"""Configuration of a Mamba2 model (the keys of transformers' ``Mamba2Config``) and its per-layer geometry."""
+"""Configuration of a Mamba2 model (the keys of transformers' ``Mamba2Config``) and its per-layer geometry.
+
+Files of flash-linear-attention, with other keys, are read as well (:mod:`statex_dist.models.mamba2.fla_keys`).
+"""
 
 from __future__ import annotations
 
 import math
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import ModelConfig
+from statex_dist.models.config import ModelConfig, check_type
+from statex_dist.models.mamba2 import fla_keys
 from statex_dist.state.geometry import StateGeometry
 
 
@@ -17,6 +23,9 @@ class Mamba2Config(ModelConfig):
 
     MODEL_TYPE: ClassVar[str] = "mamba2"
     OPS: ClassVar[tuple[str, ...]] = ("grow_state",)
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = fla_keys.FIXED
+    TRAINING: ClassVar[frozenset[str]] = fla_keys.TRAINING
+    HARMLESS: ClassVar[frozenset[str]] = fla_keys.HARMLESS | {"time_step_rank"}
 
     num_heads: int
     head_dim: int
@@ -45,8 +54,10 @@ class Mamba2Config(ModelConfig):
             raise CheckpointError(
                 f"mamba2 config: time_step_limit={self.time_step_limit} must be two numbers, low and high"
             )
-        if self.hidden_act != "silu":
-            raise CheckpointError(f"mamba2 config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu'")
+        if self.hidden_act not in ("silu", "swish"):
+            raise CheckpointError(
+                f"mamba2 config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu', also called 'swish'"
+            )
         if self.num_heads * self.head_dim != self.inner_size:
             raise CheckpointError(
                 f"mamba2 config: num_heads={self.num_heads} x head_dim={self.head_dim} must equal "
@@ -60,6 +71,28 @@ class Mamba2Config(ModelConfig):
                 "must be above 0 and in this order"
             )
         self.check_plan()
+
+    @classmethod
+    def in_our_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of a ``config.json`` with the names of transformers, beside those of fla if there."""
+        if not fla_keys.has_fla_keys(values):
+            return values
+        hints = typing.get_type_hints(cls)
+        for key, name in fla_keys.NAMES.items():
+            if key in values:
+                check_type(key, values[key], hints[name])
+        return fla_keys.with_transformers_keys(values)
+
+    def with_all_names(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of fla's ``config.json`` with what transformers reads of it beside; others unchanged."""
+        if not fla_keys.has_fla_keys(values):
+            return values
+        named = ("num_heads", "head_dim", "n_groups", *fla_keys.NAMES.values())
+        return {**values, **{key: getattr(self, key) for key in named if key not in values}}
+
+    def with_plan(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of a ``config.json`` with this plan, under the names of every library that opens it."""
+        return values if self.statex is None else super().with_plan(self.with_all_names(values))
 
     def plain_keys(self) -> dict[str, Any]:
         """Return the grown ``state_size`` where every recurrent layer grows by the same factor."""
