@@ -42,9 +42,9 @@ class ModelConfig:
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Keys of the family's classes elsewhere that we do not implement, with the values that change nothing."""
     TRAINING: ClassVar[frozenset[str]] = frozenset()
-    """... that change nothing but a training run there."""
+    """... that change a training run there, and no logit."""
     HARMLESS: ClassVar[frozenset[str]] = frozenset()
-    """... that change nothing of what is computed here."""
+    """... that have no effect on the model's output."""
 
     vocab_size: int
     hidden_size: int

@@ -15,7 +15,7 @@ from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError
 
 _FUNCTION = {"norm_eps": ("layer_norm_epsilon", 1e-5), "dt_limit": ("time_step_limit", [0.0, math.inf])}
-"""fla's name of what the function depends on: transformers' name, and fla's default."""
+"""Keys that change logits: fla's name, transformers' name, fla's default."""
 
 _INITIALISATION = {"dt_min": "time_step_min", "dt_max": "time_step_max", "dt_init_floor": "time_step_floor"}
 NAMES = {key: name for key, (name, _) in _FUNCTION.items()} | _INITIALISATION
@@ -61,7 +61,7 @@ def with_transformers_keys(values: dict[str, Any]) -> dict[str, Any]:
     said |= {name: values[key] for key, name in _INITIALISATION.items() if key in values}
     size, width = (values.get(key, default) for key, default in (("hidden_size", None), ("expand", 2)))
     head_dim = values.get("head_dim", _DEFAULTS["head_dim"])
-    # What fla's layer does without a number of heads.
+    # fla's layer computes a missing number of heads in this way.
     if not values.get("num_heads") and all(type(n) is int and n > 0 for n in (size, width, head_dim)):
         values = {**values, "num_heads": width * size // head_dim}  # type: ignore[operator]
     return {**said, **values, **{name: said[name] for name in NAMES.values() if name in said}}
