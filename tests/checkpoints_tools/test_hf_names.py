@@ -154,5 +154,6 @@ def test_our_name_without_a_plan_is_refused(tmp_path, capsys):
     edit(tmp_path / "x", "statex", hidden_act="swish")
     with pytest.raises(CheckpointError, match="model_type 'statex_gla' is of an expanded model, but there is no plan"):
         config_from_dict(read_config_dict(tmp_path / "x"))
+    capsys.readouterr()
     assert main(["reshard", "--source", str(tmp_path / "x"), "--target", str(tmp_path / "out")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
