@@ -10,7 +10,7 @@ from typing import Any
 from checkpoints_tools.expand_training import expanded_training_plan
 from checkpoints_tools.expansion import Expansion
 from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, ExpansionReport
-from checkpoints_tools.hf_export import brings_code
+from checkpoints_tools.hf_export import CODE_NAME, brings_code, code_of_expansion
 from checkpoints_tools.hf_writer import hf_plan
 from checkpoints_tools.journal import WrittenTensor
 from checkpoints_tools.target import TargetPlan, write_target
@@ -58,12 +58,14 @@ def expand(
     options = options or WriteOptions()
     plan = target_plan(expansion, options, to=to, world_size=world_size)
     check_target(expansion, Path(target), options)
-    opens = expansion.after.plain_keys() or brings_code(expansion.values, expansion.source.facts.model_dir)
-    if to == "hf" and not opens:
+    if (
+        to == "hf"
+        and expansion.after.ours_alone
+        and not brings_code(expansion.values, expansion.source.facts.model_dir)
+    ):
         logger.warning(
-            "config.json of %s carries a plan that other software does not know: it would refuse the model, or run its "
-            "expanded layers as they were before; load it with this package, or make of it a directory that "
-            "transformers opens: statex reshard --source %s --target DIR --to hf",
+            "other software does not know the plan in config.json of %s and refuses the model; with code for "
+            "transformers, where the family has any: statex reshard --source %s --target DIR --to hf",
             *(target, target),
         )
     write_target(Path(target), expansion.source, plan, options, progress=progress)
@@ -78,9 +80,10 @@ def target_plan(
         raise ConfigError(f"--to {to!r} is not available; allowed: {', '.join(TARGETS)}")
     check_world_size(world_size, to)
     config, facts = expansion.config_values(), expansion.source.facts
+    code = expansion_code(expansion)
 
     def documents(written: Mapping[str, WrittenTensor]) -> dict[str, Any]:
-        return {CONFIG_NAME: config, REPORT_NAME: expansion.report(Checksums.of(written)).to_dict()}
+        return {CONFIG_NAME: config, REPORT_NAME: expansion.report(Checksums.of(written)).to_dict(), **code}
 
     assert expansion.after.statex is not None
     info = {
@@ -94,6 +97,15 @@ def target_plan(
         return expanded_training_plan(expansion, world_size, documents=documents, info=info)
     size = options.max_shard_size
     return hf_plan(expansion.source, expansion.jobs, max_shard_size=size, documents=documents, info=info)
+
+
+def expansion_code(expansion: Expansion) -> dict[str, str]:
+    """Return the code that goes along in place of the base's, by name; nothing where the base brings none."""
+    model_dir = expansion.source.facts.model_dir
+    if not expansion.after.ours_alone or not brings_code(expansion.values, model_dir):
+        return {}
+    assert model_dir is not None
+    return {CODE_NAME: code_of_expansion(model_dir)}
 
 
 def check_target(expansion: Expansion, target: Path, options: WriteOptions) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.expansion_report import Checksums, ExpansionReport, make_report
-from checkpoints_tools.hf_writer import with_dtype
+from checkpoints_tools.hf_writer import with_dtype, with_one_dtype
 from checkpoints_tools.plan_options import PlanOptions, plan_model
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
@@ -46,7 +46,7 @@ class Expansion:
 
     def config_values(self) -> dict[str, Any]:
         """Return the contents of the target's ``config.json``: the source's, with the plan."""
-        values = self.after.with_plan(self.values)
+        values = with_one_dtype(self.after.with_plan(self.values), self.source)
         return values if self.dtype is None else with_dtype(values, self.dtype)
 
     def report(self, checksums: Checksums | None = None) -> ExpansionReport:

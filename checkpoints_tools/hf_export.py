@@ -2,7 +2,8 @@
 
 Where ``config.json`` alone says what the model is, transformers' own class opens it: an un-expanded model of a family
 that transformers has, or a Mamba2 model of which every layer grew alike. Any other model of ours takes its code along
-(:mod:`checkpoints_tools.hf_remote_code`). Models with layers that other software runs (softmax attention) have none.
+(:mod:`checkpoints_tools.hf_remote_code`). Models with layers that other software runs (softmax attention) have none;
+with a plan they open nowhere else, which :mod:`statex_dist.models.plan_keys` sees to.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints_tools.hf_remote_code import ARCHITECTURE, AUTO_MAP, FAMILY_MODULES, MODULE_NAME, remote_code
+from checkpoints_tools.hf_remote_code import FAMILY_MODULES, remote_code, with_our_type
 from checkpoints_tools.hf_tokenizer import (
     BYTES_CLASS,
     GivenTokenizer,
     bytes_tokenizer_documents,
     read_tokenizer_config,
 )
-from statex_dist.models.config import CONFIG_NAME, OUR_CODE_PREFIX, ModelConfig
+from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.plan_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
 
 Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
@@ -62,10 +64,23 @@ def export_notes(config: ModelConfig) -> list[str]:
             "transformers' MiniMax does not move the cache with the beams (seen in 5.17 and 5.24): generate with "
             "num_beams above 1 needs use_cache=False"
         ]
-    if form != "none":
-        return notes
-    why = f": {config.obstacle}" if config.obstacle else ""
-    return [f"transformers has no class for this {config.MODEL_TYPE} model, and none is written for mixed models{why}"]
+    return notes if form != "none" else [closed_note(config)]
+
+
+def closed_note(config: ModelConfig) -> str:
+    """Return why transformers opens no export of a model, and what does."""
+    why = config.obstacle or f"there is no code for {config.MODEL_TYPE}"
+    if config.statex is not None:
+        return (
+            "no library opens this expanded model, as none knows its plan, and we write no code for mixed models: "
+            f"{why}; it can be expanded further, resharded and verified"
+        )
+    if config.ours_alone:
+        return f"no library opens this {config.MODEL_TYPE} model, and we write no code for mixed models: {why}"
+    return (
+        f"transformers has no class for this {config.MODEL_TYPE} model, and we write no code for mixed models: {why}; "
+        "the software that it came from opens it"
+    )
 
 
 def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -75,22 +90,20 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
         values: The source's.
         config: The same, typed.
     """
-    form = form_of(config)
+    form, values = form_of(config), config.with_plan(values)
+    if config.ours_alone and "model_type" in values:  # mamba_ssm's files have none
+        values = {**values, "model_type": OUR_CODE_PREFIX + config.MODEL_TYPE, "architectures": [ARCHITECTURE]}
     if form == "remote_code":
         # The exported code has no defaults: whatever the source left to a family's defaults is written out.
         defaults = {key: value for key, value in config.to_dict().items() if key not in values}
-        values = {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
-        if "model_type" in values:  # mamba_ssm's files have none
-            values["model_type"] = (OUR_CODE_PREFIX if config.ours_alone else "") + config.MODEL_TYPE
-        return values
+        return {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
+    values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
     if form == "plain":
-        values = {**values, "model_type": config.MODEL_TYPE}
         if isinstance(config, Mamba2Config):
             values = config.with_all_names(values)
         if _RESCALES in values:
             # transformers 5 divides the output projections that it loads by the root of the number of layers.
             values = {**values, _RESCALES: False}
-        values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
         if values.get("architectures") in (None, [], [ARCHITECTURE]):
             values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
     return values
@@ -99,6 +112,11 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
 def brings_code(values: dict[str, Any], model_dir: Path | None) -> bool:
     """Return whether a source is an export with code, which goes along wherever its weights go."""
     return values.get("auto_map") == AUTO_MAP and model_dir is not None and (model_dir / CODE_NAME).is_file()
+
+
+def code_of_expansion(model_dir: Path) -> str:
+    """Return the code that a base brings, for the expanded model: its ``model_type`` has our prefix."""
+    return with_our_type((model_dir / CODE_NAME).read_text(encoding="utf-8"))
 
 
 def export_documents(

@@ -12,15 +12,7 @@ import sys
 from pathlib import Path
 
 from statex_dist import __version__
-from statex_dist.models.config import OUR_CODE_PREFIX
-
-MODULE_NAME = "modeling_statex"
-AUTO_MAP = {
-    "AutoConfig": f"{MODULE_NAME}.StateXConfig",
-    "AutoModel": f"{MODULE_NAME}.StateXModel",
-    "AutoModelForCausalLM": f"{MODULE_NAME}.StateXForCausalLM",
-}
-ARCHITECTURE = "StateXForCausalLM"
+from statex_dist.models.plan_keys import OUR_CODE_PREFIX
 
 FAMILY_MODULES = {
     "gla": "gla",
@@ -38,7 +30,7 @@ _FOLDER = Path(__file__).with_name("remote_code")
 _HEAD, _EXAMPLE = "head", "gla"
 """The module that comes last, and the family that it imports; any other takes that one's place."""
 
-_MODEL_TYPE = re.compile(r'^(    model_type = ")(?=\w+"$)', flags=re.MULTILINE)
+_MODEL_TYPE = re.compile(rf'^(    model_type = ")(?!{OUR_CODE_PREFIX})(?=\w+"$)', flags=re.MULTILINE)
 _FOR_OUR_CHECKS = re.compile(r"  # (?:type: ignore|noqa).*")
 
 _INTRODUCTION = '''"""{title}
@@ -71,9 +63,14 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
         found = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         imports += [node for node in found if not _relative(node)]
         body = _FOR_OUR_CHECKS.sub("", "".join(source.splitlines(keepends=True)[found[-1].end_lineno :]))
-        body = _MODEL_TYPE.sub(rf"\1{OUR_CODE_PREFIX}", body) if ours_alone else body
+        body = with_our_type(body) if ours_alone else body
         bodies.append(f"\n\n# {first_line}\n{body.rstrip()}\n")
     return _INTRODUCTION.format(title=title, version=__version__) + _merged(imports) + "".join(bodies)
+
+
+def with_our_type(code: str) -> str:
+    """Return a family's code with our prefix in its ``model_type``; code that has it already stays as it is."""
+    return _MODEL_TYPE.sub(rf"\1{OUR_CODE_PREFIX}", code)
 
 
 def _needed(family: str) -> dict[str, str]:

@@ -30,8 +30,8 @@ _BYTES_MARKER = {
     **{"eos_token_id": _EOS[0], "pad_token_id": _PAD[0]},
 }
 
-Kind = Literal["bytes", "files"]
-"""Of a tokenizer: raw bytes, or whatever its files say."""
+Kind = Literal["bytes", "fast", "files"]
+"""Of a tokenizer: raw bytes, a ``tokenizer.json``, or whatever other files say."""
 
 _VOCABULARIES = (TOKENIZER_NAME, "tokenizer.model", "tekken.json", "*.tiktoken", "vocab*")
 _BESIDE = (
@@ -92,8 +92,8 @@ def tokenizer_kind(directory: Path | None, given: GivenTokenizer | None = None) 
     config = read_tokenizer_config(directory) if given is None else given.config
     if config.get("tokenizer_class") == BYTES_CLASS:
         return "bytes"
-    if given is not None:
-        return "files"
+    if given is not None or (directory is not None and (directory / TOKENIZER_NAME).is_file()):
+        return "fast"
     found = [path for pattern in _VOCABULARIES for path in directory.glob(pattern)] if directory is not None else []
     return "files" if any(path.is_file() for path in found) else None
 

@@ -17,7 +17,7 @@ import yaml
 from checkpoints_tools.card_evaluation import Evaluated
 from checkpoints_tools.card_training import read_settings, run_of, training_facts
 from checkpoints_tools.expansion_report import read_report
-from checkpoints_tools.hf_export import export_notes, form_of
+from checkpoints_tools.hf_export import closed_note, export_notes, form_of
 from checkpoints_tools.hf_tokenizer import Kind
 from statex_dist import __version__
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts
@@ -42,7 +42,7 @@ class CardFacts:
         config: The same, typed.
         source: What is known of the checkpoint that is exported.
         parameters: Elements of the floating-point tensors.
-        dtype: In which most of them are stored, as torch calls it; None where it is not known.
+        dtypes: In which they are stored, as torch calls them, most bytes first.
         tokenizer: Of what kind the tokenizer is that the export holds; None where it holds none.
         evaluations: Results to tell of.
     """
@@ -51,7 +51,7 @@ class CardFacts:
     config: ModelConfig
     source: SourceFacts
     parameters: int
-    dtype: str | None
+    dtypes: Sequence[str]
     tokenizer: Kind | None
     evaluations: Sequence[Evaluated] = ()
 
@@ -155,7 +155,11 @@ def _metadata(facts: CardFacts, header: dict[str, Any], base: str | None) -> dic
     tags = [_OUR_TAG, facts.config.MODEL_TYPE, "recurrent"] + (["state-expansion"] if facts.config.statex else [])
     given = header.get("tags") or []
     tags += [tag for tag in given if tag not in tags] if isinstance(given, list) else []
-    ours = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    ours: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": tags}
+    if form_of(facts.config) != "none":
+        ours = {"library_name": "transformers", **ours}
+    elif header.get("library_name") == "transformers":
+        header = {key: value for key, value in header.items() if key != "library_name"}
     if base and _HUB_NAME.fullmatch(base):
         ours["base_model"] = base
     return {**header, **ours}
@@ -190,8 +194,8 @@ def _plan(facts: CardFacts) -> str:
 def _numbers(facts: CardFacts) -> str:
     config = facts.config
     rows = [("parameters", f"{facts.parameters:,}"), ("layers", f"{config.num_hidden_layers:,}")]
-    if facts.dtype is not None:
-        rows.append(("stored in", facts.dtype))
+    if facts.dtypes:
+        rows.append(("stored in", ", ".join(facts.dtypes)))
     versions = [("", config)] if config.statex is None else [(" before", config.replace(statex=None)), ("", config)]
     for when, version in versions:
         size = sum(version.layer_geometry(layer).state_bytes for layer in version.recurrent_layers)
@@ -229,29 +233,17 @@ def _use(facts: CardFacts) -> str:
 def _use_parts(facts: CardFacts) -> Iterator[str]:
     form, tokenizer = form_of(facts.config), facts.tokenizer
     if form == "none":
-        yield f"transformers does not open this model: {facts.config.obstacle or 'it has no class for the family'}."
+        note = closed_note(facts.config)
+        yield f"{note[0].upper()}{note[1:]}."
     else:
-        trust = ", trust_remote_code=True" if form == "remote_code" else ""
-        classes = "AutoModelForCausalLM" + (", AutoTokenizer" if tokenizer else "")
-        lines = [
-            f"from transformers import {classes}\n",
-            'directory = "."  # where this file is',
-            f"model = AutoModelForCausalLM.from_pretrained(directory{trust})",
-        ]
-        if tokenizer is not None:
-            trust_tokenizer = ", trust_remote_code=True" if tokenizer == "bytes" or form == "remote_code" else ""
-            lines += [
-                f"tokenizer = AutoTokenizer.from_pretrained(directory{trust_tokenizer})",
-                'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)',
-                "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
-            ]
-        yield "\n".join(["```python", *lines, "```"])
+        yield "\n".join(["```python", *_code(form, tokenizer), "```"])
     if tokenizer is None:
         yield "No tokenizer is included: the checkpoint had none. Texts need the one that the model was trained with."
     if form == "remote_code":
+        closed = ", nor does another library" if facts.config.ours_alone else ""
         yield (
             "transformers has no class for these layers, so the code comes with the weights, in `modeling_statex.py`: "
-            "plain PyTorch, for CPU and GPU. Without `trust_remote_code=True`, transformers itself does not open it. "
+            f"plain PyTorch, for CPU and GPU. Without `trust_remote_code=True`, transformers does not open it{closed}. "
             "Prompts of unequal length are padded on the left. "
             "`generate(..., prefill_chunk_size=4096)` reads a long prompt in pieces, in constant memory."
         )
@@ -262,6 +254,23 @@ def _use_parts(facts: CardFacts) -> Iterator[str]:
         option = "" if tokenizer else " --tokenizer DIR"
         command = f'statex generate --model .{option} --prompt "Once upon a time"'
         yield f"With statex-dist, on its scan kernels:\n\n    {command}"
+
+
+def _code(form: str, tokenizer: Kind | None) -> Iterator[str]:
+    """Yield the lines that open an export and write a text with it."""
+    trust = ", trust_remote_code=True" if form == "remote_code" else ""
+    # AutoTokenizer takes the class that the files name, and some of transformers 5 put their own normalizer and
+    # pre-tokenizer in place of the file's: other ids than those of the training.
+    kind = "AutoTokenizer" if tokenizer == "files" else "PreTrainedTokenizerFast"
+    yield f"from transformers import AutoModelForCausalLM{f', {kind}' if tokenizer else ''}\n"
+    yield 'directory = "."  # where this file is'
+    yield f"model = AutoModelForCausalLM.from_pretrained(directory{trust})"
+    if tokenizer is None:
+        return
+    yield f"tokenizer = {kind}.from_pretrained(directory{trust if tokenizer == 'files' else ''})"
+    settings = 'add_special_tokens=False, return_tensors="pt", return_token_type_ids=False'
+    yield f'inputs = tokenizer("Once upon a time", {settings})'
+    yield "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

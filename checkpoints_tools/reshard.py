@@ -11,7 +11,7 @@ from typing import Any
 from checkpoints_tools.card_evaluation import read_evaluations
 from checkpoints_tools.hf_export import export_documents, export_notes
 from checkpoints_tools.hf_tokenizer import GivenTokenizer, given_tokenizer, tokenizer_kind
-from checkpoints_tools.hf_writer import hf_plan, with_dtype
+from checkpoints_tools.hf_writer import float_dtypes, hf_plan, main_dtype, with_dtype
 from checkpoints_tools.megatron_io import megatron_plan
 from checkpoints_tools.model_card import CARD_NAME, CardFacts, model_card
 from checkpoints_tools.target import TargetPlan, write_target
@@ -21,7 +21,7 @@ from checkpoints_tools.training_states import batch_proposal, fresh_training_sta
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
-from statex_dist.checkpoint.formats.tensor_io import Progress, TensorInfo, TensorSource, natural_dtype, total_bytes
+from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource, natural_dtype, total_bytes
 from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
@@ -85,7 +85,9 @@ class _Input:
         """Return the documents of the model, with the dtype of its weights."""
         if self.values is None:
             return {}
-        return {CONFIG_NAME: self.values if dtype is None else with_dtype(self.values, dtype)}
+        # Earlier releases left an expanded model the names of its base.
+        values = self.values if self.config is None else self.config.with_plan(self.values)
+        return {CONFIG_NAME: values if dtype is None else with_dtype(values, dtype)}
 
     def jobs(self, wanted: str | None) -> list[TensorJob]:
         """Return a copy of each tensor, in the wanted dtype."""
@@ -209,7 +211,7 @@ def _export_plan(
 ) -> tuple[TargetPlan, list[str]]:
     """Lay out a directory that transformers opens, where that is possible; return with it what has to be said."""
     jobs = given.jobs(wanted)
-    dtype = _main_dtype([job.info for job in jobs])
+    dtype = main_dtype([job.info for job in jobs])
     documents, notes = given.documents(dtype), []
     if given.config is not None:
         model_dir = given.source.facts.model_dir
@@ -222,7 +224,7 @@ def _export_plan(
             config=given.config,
             source=given.source.facts,
             parameters=sum(job.info.numel for job in jobs if job.info.dtype in FLOATS),
-            dtype=None if dtype is None else TORCH_NAMES[dtype],
+            dtypes=[TORCH_NAMES[dtype] for dtype in float_dtypes(job.info for job in jobs)],
             tokenizer=tokenizer_kind(model_dir, new),
             evaluations=read_evaluations(evaluations, state_numbers=given.config.state_numbers),
         )
@@ -245,7 +247,7 @@ def _weights_plan(
 ) -> TargetPlan:
     """Lay out a target of tensor-parallel shards or for Megatron."""
     jobs = given.jobs(wanted)
-    documents = given.documents(_main_dtype([job.info for job in jobs]))
+    documents = given.documents(main_dtype([job.info for job in jobs]))
     if to == "tp":
         return tp_plan(jobs, given.family_config("tp"), check_tp(tp), documents=lambda _: documents, info=info)
     return megatron_plan(
@@ -275,7 +277,7 @@ def _training_plan(
         jobs = [TensorJob.copy(source.info(name)) for name in source.owned()]
         settings = source.model.get("ds_config") or {}
         batch = batch_proposal(settings, source.world_size, ranks) if isinstance(settings, dict) else None
-        documents = {} if given.values is None else {CONFIG_NAME: given.values}
+        documents = given.documents(None)
         info = {**info, "batch": batch, "source_world_size": source.world_size}
         plan = zero3_plan(training, jobs, ranks, documents=lambda _: documents, info=info)
         return plan, notes, batch
@@ -292,7 +294,7 @@ def _fresh_plan(given: _Input, wanted: str | None, world_size: int, info: dict[s
     if config.is_mixed:
         raise CheckpointError(f"{source.facts.path}: --to zero3 is not possible for mixed models: we do not train them")
     specs = family.tensors(config)
-    precision = wanted or _main_dtype([source.info(name) for name in specs])
+    precision = wanted or main_dtype([source.info(name) for name in specs])
     if precision not in ("F32", "BF16"):
         raise ConfigError(
             f"--to zero3: a run in {TORCH_NAMES[precision or 'F16']} is not possible; give --dtype bf16 or fp32"
@@ -308,14 +310,5 @@ def _fresh_plan(given: _Input, wanted: str | None, world_size: int, info: dict[s
         bf16=precision == "BF16",
     )
     jobs = [TensorJob.copy(source.info(name), dtype="F32") for name in specs]
-    documents = {} if given.values is None else {CONFIG_NAME: given.values}
+    documents = given.documents(None)
     return zero3_plan(training, jobs, world_size, documents=lambda _: documents, info=info)
-
-
-def _main_dtype(infos: list[TensorInfo]) -> str | None:
-    """Return the floating-point dtype of most bytes, or None of a checkpoint without any."""
-    sizes: dict[str, int] = {}
-    for info in infos:
-        if info.dtype in FLOATS:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda dtype: (sizes[dtype], TORCH_NAMES[dtype]), default=None)

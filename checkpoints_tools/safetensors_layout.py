@@ -71,7 +71,8 @@ def lay_out_file(file: str, shard: Sequence[TensorInfo], metadata: Mapping[str, 
         shard: The tensors.
         metadata: Entries of the header's ``__metadata__`` beside ``format``.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    # Whatever the source's files said ("np", "tf", "mlx"): transformers refuses some of these and converts others.
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     # Wide elements first, as the safetensors library does: then every tensor is aligned to its element size.
     tensors = tuple(sorted(shard, key=lambda info: -info.item_bytes))
     position = 0

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.compare import Outcome, Pair, compare
+from checkpoints_tools.expand import expansion_code
 from checkpoints_tools.expansion import Expansion, plan_expansion, read_model
 from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, read_report
+from checkpoints_tools.hf_writer import DTYPE_KEYS, with_one_dtype
 from checkpoints_tools.target import carried_files
 from checkpoints_tools.target_writer import DEFAULT_WORKERS
 from checkpoints_tools.transfer import TensorJob
@@ -23,8 +25,6 @@ from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
 from statex_dist.models.kinds import config_from_dict
 from statex_dist.models.source import open_source
-
-DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,9 +84,14 @@ def verify_expansion(
         return verdict
     after = before.replace(statex=after.statex)
     verdict.plan = [e.to_dict() for e in after.statex.layers if e.layer not in old] if after.statex else []
-    wanted = _recorded_dtype(values, found, other, verdict)
+    wanted = _recorded_dtype(with_one_dtype(values, source), found, other, verdict)
     expansion = plan_expansion(source, values, before, after, dtype=wanted)
-    _compare_configs(expansion.config_values(), found, verdict)
+    if (named := after.with_plan(found)) != found:
+        verdict.notes.append(
+            "config.json has the names of the base, as earlier releases wrote it: other software may run the base's "
+            f"function on these weights; new names: statex reshard --source {expanded} --target DIR --to hf"
+        )
+    _compare_configs(expansion.config_values(), named, verdict)
     jobs = {job.info.name: job for job in expansion.jobs}
     held = {name for name in other.keys() if name not in other.aliases or name in jobs}  # noqa: SIM118 - not a mapping
     verdict.differences += [f"tensor '{name}' is missing" for name in jobs if name not in held]
@@ -94,7 +99,7 @@ def verify_expansion(
     pairs = [Pair(job, name) for name, job in jobs.items() if name in held]
     checksums = _note(compare(pairs, source, other, workers=workers, progress=progress), verdict)
     _compare_reports(expansion, checksums, other.facts.path, verdict)
-    _compare_files(source, other, verdict)
+    _compare_files(source, other, expansion_code(expansion), verdict)
     return verdict
 
 
@@ -211,7 +216,7 @@ def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory:
             verdict.differences.append(f"{REPORT_NAME}: the entry of '{name}' is not what was found")
 
 
-def _compare_files(source: TensorSource, other: TensorSource, verdict: Verdict) -> None:
+def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, str], verdict: Verdict) -> None:
     """Compare what lies beside the weights: carried files, metadata, and anything else."""
     directory = other.facts.path
     expected = {CONFIG_NAME, REPORT_NAME, MANIFEST_NAME, INDEX_NAME, *(path.name for path in other.files)}
@@ -220,11 +225,11 @@ def _compare_files(source: TensorSource, other: TensorSource, verdict: Verdict) 
         copy = directory / path.name
         if not copy.is_file():
             verdict.differences.append(f"{path.name} of the base is missing")
-        elif copy.read_bytes() != path.read_bytes():
+        elif copy.read_bytes() not in (path.read_bytes(), *(code[n].encode() for n in code if n == path.name)):
             verdict.differences.append(f"{path.name} differs from the base's")
     for path in sorted(directory.iterdir()):
         if path.name not in expected:
             verdict.differences.append(f"{path.name} is of neither the base nor the expansion")
-    metadata = [{"format": "pt", **s.metadata} for s in (source, other) if isinstance(s, SafetensorsSource)]
-    if len(metadata) == 2 and metadata[0] != metadata[1]:
+    files = [side for side in (source, other) if isinstance(side, SafetensorsSource)]
+    if len(files) == 2 and {"format": "pt", **files[1].metadata} != {**files[0].metadata, "format": "pt"}:
         verdict.differences.append("the metadata of the safetensors files differs from the base's")

@@ -69,6 +69,7 @@ TOOLS_MAY_READ = (
     "statex_dist.models",
     "statex_dist.models.config",
     "statex_dist.models.layout",
+    "statex_dist.models.plan_keys",
     "statex_dist.models.kinds",
     "statex_dist.models.distributions",
     "statex_dist.models.flops",

@@ -15,12 +15,9 @@ from statex_dist.checkpoint.config_json import config_text, decode_floats, parse
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config_keys import check_other_keys
+from statex_dist.models.plan_keys import OUR_CODE_PREFIX, ours, own_keys, with_plan_entry, without_plan
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
-
-OUR_CODE_PREFIX = "statex_"
-"""Of the ``model_type`` of a model that is ours alone (:attr:`ModelConfig.ours_alone`) and whose code is beside its
-weights: other software may have a class for the bare name that would open the weights all the same."""
 
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
@@ -175,8 +172,11 @@ class ModelConfig:
 
     @property
     def ours_alone(self) -> bool:
-        """Whether the family's classes in other software compute another function: they know no plan."""
-        return self.statex is not None
+        """Whether the family's classes in other software compute another function: they know no plan.
+
+        A plan that :meth:`plain_keys` expresses is none to them.
+        """
+        return self.statex is not None and not self.plain_keys()
 
     def plain_keys(self) -> dict[str, Any]:
         """Return changes of ``config.json`` that by themselves say what the plan says.
@@ -204,7 +204,8 @@ class ModelConfig:
         """
         values = decode_floats(values)
         plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
-        values = cls.in_our_names({**values, **base_keys(values)})
+        model_type = values.get("model_type")
+        values = cls.in_our_names(without_plan(values))
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)} - {"statex", "extra"}
         kept = {key: value for key, value in values.items() if key in names}
@@ -219,7 +220,12 @@ class ModelConfig:
             raise CheckpointError(f"{CONFIG_NAME} of a {cls.MODEL_TYPE} model lacks {', '.join(missing)}")
         extra = {k: v for k, v in values.items() if k not in names and k not in ("statex", "model_type")}
         check_other_keys(cls.MODEL_TYPE, extra, fixed=cls.FIXED, training=cls.TRAINING, harmless=cls.HARMLESS)
-        return cls(**kept, statex=plan, extra=extra)
+        config = cls(**kept, statex=plan, extra=extra)
+        if ours(model_type) and plan is None and not config.ours_alone:
+            raise CheckpointError(
+                f"{CONFIG_NAME}: model_type {model_type!r} is of an expanded model, but there is no plan under 'statex'"
+            )
+        return config
 
     @classmethod
     def in_our_names(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -253,12 +259,11 @@ class ModelConfig:
         """
         if self.statex is None:
             return values
-        earlier = base_keys(values)
-        plain, entry = self.plain_keys(), self.statex.to_dict()
-        values = {**values, **earlier}
-        if plain:
-            entry["base"] = {key: values[key] if key in values else getattr(self, key) for key in plain}
-        return {**values, **plain, "statex": entry}
+        values = without_plan(values)
+        plain = self.plain_keys()
+        if plain:  # a base that leaves a key to its default
+            values = {**{key: getattr(self, key) for key in plain if key not in values}, **values}
+        return with_plan_entry(values, plain or own_keys(values), self.statex.to_dict())
 
     def to_json(self) -> str:
         """Return the text of ``config.json``."""
@@ -267,19 +272,6 @@ class ModelConfig:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes``."""
         return dataclasses.replace(self, **changes)
-
-
-def base_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a ``config.json`` as they were before a plan that they express by themselves.
-
-    Raises:
-        CheckpointError: They are not a mapping.
-    """
-    plan = values.get("statex") or {}
-    base = plan.get("base", {}) if isinstance(plan, dict) else None
-    if not isinstance(base, dict):
-        raise CheckpointError(f"{CONFIG_NAME}: 'statex' must be a mapping, and 'base' in it too, not {plan!r}")
-    return base
 
 
 def is_layer(value: Any, num_layers: int) -> bool:

@@ -269,6 +269,6 @@ def test_metadata_and_companions_are_carried_along(tmp_path):
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "base": "mine"}
     values = json.loads((tmp_path / "out/config.json").read_text())
-    assert list(values)[:-1] == [*GLA, "my_note"], "keys and their order are the source's, the plan comes last"
+    assert list(values) == [*GLA, "my_note", "hidden_act", "statex"], "keys and their order are the source's, ours last"
     for name in ("tokenizer.json", "vocab.txt", "chat_template.jinja", "LICENSE", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()

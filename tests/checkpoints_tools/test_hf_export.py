@@ -56,8 +56,8 @@ def test_the_form_follows_from_family_and_plan():
     mixed = gla_config(attn={"layers": [1]})
     assert form_of(mixed) == "none"
     assert export_notes(mixed) == [
-        "transformers has no class for this gla model, and none is written for mixed models: layers [1] are softmax "
-        "attention"
+        "transformers has no class for this gla model, and we write no code for mixed models: layers [1] are softmax "
+        "attention; the software that it came from opens it"
     ]
     assert export_notes(MODELS["minimax-merged"]) == export_notes(MODELS["gla-merged"]) == []
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedTokenizerFast
 
 from checkpoints_tools.reshard import reshard
+from checkpoints_tools.verify import verify_expansion
 from launch.cli import main
 from statex_dist.config import parse_config
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
@@ -137,11 +138,35 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_card_gives_the_ids_of_the_training_whatever_class_the_tokenizer_names(tmp_path, monkeypatch, capsys):
+    base = model_without_tokenizer(tmp_path / "base")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    values = json.loads((tokenizer / "tokenizer.json").read_text())
+    # The class of Llama's files, which gives a text another normalizer than this file's.
+    values["normalizer"] = {"type": "Lowercase"}
+    start = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    values["post_processor"] = {
+        **{"type": "TemplateProcessing", "single": [start, {"Sequence": {"id": "A", "type_id": 0}}], "pair": []},
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [256], "tokens": ["<eos>"]}},
+    }
+    (tokenizer / "tokenizer.json").write_text(json.dumps(values))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"}))
+    reshard(base, tmp_path / "out", tokenizer=str(tokenizer))
+    wanted = load_tokenizer(tokenizer).encode("Once upon a time").tolist()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Once upon a time")["input_ids"] != wanted
+    seen = []
+    generate = GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *a, **k: seen.append(k["input_ids"]) or generate(*a, **k))
+    assert run_card(tmp_path / "out", monkeypatch, capsys).startswith("once upon a time")
+    assert [ids.tolist() for ids in seen] == [[wanted]]
+
+
 def test_an_expansion_warns_where_only_we_open_it(tmp_path, caplog):
     def warns(source, name, **options):
         caplog.clear()
         run_expand(source, tmp_path / name, layers="1", factor=2, init="inherit", **options)
-        return "carries a plan that other software does not know" in caplog.text
+        return "other software does not know the plan in config.json" in caplog.text
 
     assert warns(model_without_tokenizer(tmp_path / "base"), "bare")
     reshard(tmp_path / "base", tmp_path / "with-code")
@@ -152,3 +177,22 @@ def test_an_expansion_warns_where_only_we_open_it(tmp_path, caplog):
     (tmp_path / "with-code/modeling_statex.py").unlink()
     (tmp_path / "with-code/MANIFEST.json").unlink()
     assert warns(tmp_path / "with-code", "without-code-x")
+
+
+def test_the_code_of_a_base_goes_along_with_the_names_of_an_expanded_model(tmp_path):
+    reshard(model_without_tokenizer(tmp_path / "base"), tmp_path / "code")
+    run_expand(tmp_path / "code", tmp_path / "x", layers="1", factor=2, op="mix_heads", init="inherit")
+    assert verify_expansion(tmp_path / "code", tmp_path / "x").ok
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    assert (model.config.model_type, model.config.architectures) == ("statex_gla", ["StateXForCausalLM"])
+    model.save_pretrained(tmp_path / "saved")
+    values = json.loads((tmp_path / "saved/config.json").read_text())
+    assert values["model_type"] == "statex_gla"
+    ids = torch.arange(9)[None]
+    assert torch.equal(from_pretrained(tmp_path / "saved")(ids).logits, from_pretrained(tmp_path / "x")(ids).logits)
+    code = tmp_path / "x/modeling_statex.py"
+    code.write_text(code.read_text().replace("statex_gla", "statex_gl"))
+    (tmp_path / "x/MANIFEST.json").unlink()
+    assert verify_expansion(tmp_path / "code", tmp_path / "x").differences == [
+        "modeling_statex.py differs from the base's"
+    ]

@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from checkpoints_tools.card_training import training_facts
 from checkpoints_tools.reshard import reshard
 from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
-from tests.checkpoints_tools.builders import GLA, MAMBA2, run_expand, write_model
+from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
+from tests.checkpoints_tools.exports import export
 from tests.checkpoints_tools.test_reshard import write_run
 
 
@@ -53,14 +55,43 @@ def test_a_model_as_it_is_has_no_plan_and_no_base(tmp_path):
 
 def test_a_model_of_mixed_kind_says_that_it_does_not_open(tmp_path):
     tensors = write_model(tmp_path / "plain", GLA)
-    values = {**GLA, "attn": {"layers": [1]}}
-    write_model(tmp_path / "source", values, tensors)
-    summary = reshard(tmp_path / "source", tmp_path / "mixed")
-    assert "none is written for mixed models: layers [1] are softmax attention" in summary.notes[0]
-    assert not (tmp_path / "mixed/modeling_statex.py").exists()
-    _, body = card(tmp_path / "mixed")
-    assert "transformers does not open this model: layers [1] are softmax attention." in body
-    assert "statex generate" not in body
+    write_model(tmp_path / "source", {**GLA, "attn": {"layers": [1]}}, tensors)
+    run_expand(tmp_path / "source", tmp_path / "source-x", layers="0", factor=2)
+    for name, who in (("source", "transformers has no class for this gla model"), ("source-x", "no library opens")):
+        summary = reshard(tmp_path / name, tmp_path / f"{name}-hf")
+        assert summary.notes[0].startswith(who)
+        assert "we write no code for mixed models: layers [1] are softmax attention" in summary.notes[0]
+        assert not (tmp_path / f"{name}-hf/modeling_statex.py").exists()
+        header, body = card(tmp_path / f"{name}-hf")
+        assert "library_name" not in header
+        assert summary.notes[0][1:] in body
+        assert "statex generate" not in body
+        assert "```" not in body
+        values = json.loads((tmp_path / f"{name}-hf/config.json").read_text())
+        assert values["model_type"] == ("statex_gla" if name == "source-x" else "gla")
+
+
+@pytest.mark.parametrize("name", ["gla-merged", "gla-mixed", "mamba2-even", "minimax-grown", "state_spaces-grown"])
+def test_figures_are_those_of_the_files(tmp_path, name):
+    ours, directory, _ = export(name, tmp_path, dtype=torch.float32)
+    reshard(directory, tmp_path / "bf16", dtype="bf16")
+    states = ours(torch.zeros(1, 1, dtype=torch.int64), output_states=True).states
+    for place, dtype in ((directory, "float32"), (tmp_path / "bf16", "bfloat16")):
+        tensors = load_all(place)
+        _, body = card(place)
+        assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
+        assert json.loads((place / "config.json").read_text())["torch_dtype"] == dtype
+        assert f"| stored in | {dtype} |" in body
+        assert f"| parameters | {sum(tensor.numel() for tensor in tensors.values()):,} |" in body
+        assert f"| state numbers | {sum(state[0].numel() for state in states):,} |" in body
+
+
+def test_every_dtype_is_named(tmp_path):
+    tensors = random_tensors(GLA)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    write_model(tmp_path / "source", GLA, tensors)
+    reshard(tmp_path / "source", tmp_path / "out")
+    assert "| stored in | float32, bfloat16 |" in card(tmp_path / "out")[1]
 
 
 def test_training_is_told_by_the_run(tmp_path):

@@ -133,7 +133,8 @@ class SafetensorsSource(TensorSource):
     """A Hugging Face directory: shards and their index, or ``model.safetensors``.
 
     Attributes:
-        metadata: The entries of the files' ``__metadata__``.
+        metadata: The entries of the files' ``__metadata__``, but for those on which files differ.
+        contradictory: The names of the latter.
 
     Args:
         directory: The directory.
@@ -147,6 +148,7 @@ class SafetensorsSource(TensorSource):
     def __init__(self, directory: Path, facts: SourceFacts | None = None, *, single: bool | None = None):
         self._places: dict[str, tuple[TensorInfo, Piece]] = {}
         self.metadata: dict[str, str] = {}
+        self.contradictory: set[str] = set()
         if single or (single is None and not (directory / INDEX_NAME).exists()):
             weight_map: dict[str, str] | None = None
             files = [directory / SINGLE_NAME]
@@ -157,7 +159,7 @@ class SafetensorsSource(TensorSource):
             if weight_map is not None and not path.is_file():
                 raise CheckpointError(missing_text(path, INDEX_NAME))
             tensors, metadata = read_header(path)
-            self.metadata.update(metadata)
+            self.contradictory |= {k for k, value in metadata.items() if self.metadata.setdefault(k, value) != value}
             for name, (tensor, offset) in tensors.items():
                 if weight_map is not None and weight_map.get(name) != path.name:
                     raise CheckpointError(f"{path} holds tensor '{name}', which {INDEX_NAME} does not place there")
@@ -165,6 +167,7 @@ class SafetensorsSource(TensorSource):
         if weight_map is not None:
             check_map(weight_map, self._places, directory / INDEX_NAME)
             self._places = {name: self._places[name] for name in weight_map}
+        self.metadata = {k: value for k, value in self.metadata.items() if k not in self.contradictory}
         facts = facts or SourceFacts.of_directory("hf", directory)
         super().__init__(facts, {name: tensor for name, (tensor, _) in self._places.items()}, files)
 

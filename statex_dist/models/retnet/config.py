@@ -29,7 +29,7 @@ class RetNetConfig(GLAConfig):
     @property
     def ours_alone(self) -> bool:
         """Also with convolutions: flash-linear-attention's layer has them, its model does not hand the key on."""
-        return self.statex is not None or self.use_short_conv
+        return super().ours_alone or self.use_short_conv
 
     @property
     def head_key_dim(self) -> int:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.config_json import decode_floats
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import LARGEST_SIZE, base_keys, check_type, is_layer
+from statex_dist.models.config import LARGEST_SIZE, check_type, is_layer
 from statex_dist.models.config_keys import SHARED_KEYS
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.plan_keys import without_plan
 from statex_dist.state.plan import ExpansionPlan
 
 _SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "chunk_size": 256}
@@ -72,7 +73,7 @@ class StateSpacesConfig(Mamba2Config):
             CheckpointError: Not a Mamba2 model, a key is missing or wrong, or a variant that we do not support.
         """
         values = decode_floats(values)
-        given = base_keys(values).get("ssm_cfg") or values.get("ssm_cfg")
+        given = without_plan(values).get("ssm_cfg")
         if not isinstance(given, dict) or given.get("layer") != "Mamba2":
             layer = given.get("layer", "Mamba1") if isinstance(given, dict) else given
             raise CheckpointError(f"config.json: ssm_cfg is of a {layer} model; only Mamba2 is supported")
