@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.model_check import check_names, read_source_config
+from checkpoints_tools.model_check import check_names, check_whole, read_source_config, tied_names
 from checkpoints_tools.sources import open_source, recognise
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.layout import MANIFEST_NAME
@@ -39,6 +39,7 @@ class CheckpointFacts:
         manifest: ``sizes agree`` or that there is none.
         complete: Whether nothing is missing; None where that is not known.
         problem: What is missing or wrong.
+        notes: What has to be known of it besides.
     """
 
     path: str
@@ -59,6 +60,7 @@ class CheckpointFacts:
     manifest: str = f"no {MANIFEST_NAME}"
     complete: bool | None = None
     problem: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for JSON."""
@@ -106,6 +108,7 @@ def _describe(facts: CheckpointFacts, path: Path) -> None:
     for info in infos:
         facts.dtypes[TORCH_NAMES[info.dtype]] = facts.dtypes.get(TORCH_NAMES[info.dtype], 0) + 1
     facts.tensors = len(infos)
+    facts.notes = list(source.facts.notes)
     facts.parameters = sum(i.numel for i in infos if i.dtype in FLOATS and i.name not in source.buffers)
     facts.tied, facts.states = dict(source.aliases), list(source.states())
     told = source.facts.info
@@ -113,9 +116,11 @@ def _describe(facts: CheckpointFacts, path: Path) -> None:
     facts.world_size = told.get("world_size", told.get("tp", facts.world_size))
     values, config = read_source_config(source)
     if config is None:
+        check_whole(source)
         facts.model_type = values.get("model_type") if values else None
         return
     facts.model_type, facts.state_numbers = config.MODEL_TYPE, config.state_numbers
     facts.plan = config.statex.to_dict() if config.statex else None
+    facts.parameters -= sum(i.numel for i in infos if i.name in tied_names(config))
     check_names(source, config)
     facts.complete = True

@@ -150,17 +150,17 @@ class MegatronSource(TensorSource):
     def __init__(self, directory: Path, facts: SourceFacts | None = None):
         _check_backend(directory / CONFIG_FILE)
         contents = read_metadata(directory / METADATA_NAME)
-        self._tensors, self._archives = open_chunks(directory, contents.tensors.values())
-        infos = {name: tensor.info for name, tensor in contents.tensors.items()}
-        ignored = list(contents.ignored)
+        tensors, chosen = contents.of_model(directory)
+        self._tensors, self._archives = open_chunks(directory, tensors.values())
+        infos = {name: tensor.info for name, tensor in tensors.items()}
+        ignored = [*contents.ignored, *(name for name in contents.tensors if name not in chosen.names)]
         facts = facts or SourceFacts.of_directory("megatron", directory)
         values = read_config_dict(facts.model_dir) if facts.model_dir is not None else {}
         if find_family(values):
             infos, self._tensors, others = _joined(infos, self._tensors, config_from_dict(values), directory)
             ignored += others
         self.ignored = tuple(ignored)
-        if ignored:
-            logger.info("%s: %d entries are not tensors of the model and are left out", directory, len(ignored))
+        facts = facts.with_notes(chosen.note())
         super().__init__(facts, infos, [directory / METADATA_NAME, *(archive.path for archive in self._archives)])
 
     def pieces(self, name: str) -> Pieces:

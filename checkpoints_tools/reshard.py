@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.card_evaluation import read_evaluations
+from checkpoints_tools.gathered_weights import tag_named_in
 from checkpoints_tools.hf_export import export_documents, export_notes
 from checkpoints_tools.hf_tokenizer import GivenTokenizer, given_tokenizer, tokenizer_kind
 from checkpoints_tools.hf_writer import hf_plan, with_dtype
 from checkpoints_tools.megatron_io import megatron_plan
 from checkpoints_tools.megatron_names import megatron_notes
 from checkpoints_tools.model_card import CARD_NAME, CardFacts, model_card
-from checkpoints_tools.model_check import check_apart, check_tensors, read_source_config
+from checkpoints_tools.model_check import check_apart, check_tensors, check_whole, read_source_config, tied_names
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.target import TargetPlan, write_target
 from checkpoints_tools.target_writer import WriteOptions
@@ -23,9 +24,11 @@ from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource, natu
 from checkpoints_tools.tp_io import check_tp, tp_plan
 from checkpoints_tools.training_states import batch_proposal, fresh_training_states, read_training_states
 from checkpoints_tools.transfer import TensorJob
+from checkpoints_tools.zero3_layout import is_stage_1_or_2
 from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
+from statex_dist.checkpoint.trainer_dirs import trainer_states
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of
@@ -57,6 +60,7 @@ class ReshardSummary:
         states: Names of the optimizer's states that went along.
         batch: How the global batch is kept on the new number of ranks (of ``zero3``, where the settings say).
         notes: What has to be known about the result.
+        source_notes: What has to be known about the source; said when it was opened.
     """
 
     source: str
@@ -70,6 +74,7 @@ class ReshardSummary:
     states: list[str] = field(default_factory=list)
     batch: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    source_notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +85,11 @@ class _Input:
     values: dict[str, Any] | None
     config: ModelConfig | None
     names: list[str]
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Names that are stored but are no parameters of their own: the head of a tied model."""
+        return tied_names(self.config)
 
     def documents(self, dtype: str | None) -> dict[str, Any]:
         """Return the documents of the model, with the dtype of its weights."""
@@ -155,7 +165,7 @@ def reshard(
         raise ConfigError(f"--tokenizer is for --to hf, not {to}")
     wanted = parse_dtype(dtype)
     check_apart(Path(source), Path(target))
-    given = _read(source)
+    given = _read(source, to)
     facts = given.source.facts
     # A training run that has diverged must still be exportable, to be looked at.
     options = replace(options or WriteOptions(), allow_nonfinite=True)
@@ -177,19 +187,24 @@ def reshard(
         target=str(target),
         to=to,
         tensors=len(infos),
-        parameters=sum(info.numel for info in infos if info.dtype in FLOATS),
+        parameters=sum(info.numel for info in infos if info.dtype in FLOATS and info.name not in given.tied),
         weight_bytes=total_bytes(job.info for job in plan.jobs),
         verified=facts.verified,
         states=sorted({job.state for job in plan.jobs if job.state is not None}),
         batch=batch,
         notes=notes,
+        source_notes=list(facts.notes),
     )
 
 
-def _read(path: str | Path) -> _Input:
+def _read(path: str | Path, to: str) -> _Input:
     """Open a source and choose what is written of it."""
     source = open_source(path)
     values, config = read_source_config(source)
+    if isinstance(source, Zero3Source) and source.frozen_excluded and to == "zero3":
+        config = None  # it goes on as it is: its frozen parameters are with whoever trains it
+    elif config is None:
+        check_whole(source)
     names = check_tensors(source, config) if config is not None else source.keys()
     if values is None:
         logger.warning("%s has no %s: the tensors alone are written", source.facts.path, CONFIG_NAME)
@@ -269,6 +284,10 @@ def _training_plan(
             raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
         ranks = world_size or source.world_size
         training, notes = read_training_states(source, ranks)
+        if behind := trainer_states(source.facts.path.parent):
+            notes.append(
+                f"the trainer's own {', '.join(behind[:4])} stay behind: copy them beside latest to go on with it"
+            )
         jobs = [TensorJob.copy(source.info(name)) for name in source.owned()]
         settings = source.model.get("ds_config") or {}
         batch = batch_proposal(settings, source.world_size, ranks) if isinstance(settings, dict) else None
@@ -276,9 +295,18 @@ def _training_plan(
         info = {**info, "batch": batch, "source_world_size": source.world_size}
         plan = zero3_plan(training, jobs, ranks, documents=lambda _: documents, info=info)
         return plan, notes, batch
+    tag = tag_named_in(source.facts.path)
+    if tag is not None and is_stage_1_or_2(tag):
+        raise CheckpointError(
+            f"{tag} is of ZeRO stage 1 or 2, which is not read: --to zero3 would leave out its optimizer states. To "
+            "start anew, give a directory with the weights alone"
+        )
     if world_size is None:
         raise ConfigError(f"--to zero3 from {source.facts.kind} needs --world-size, the number of ranks")
-    return _fresh_plan(given, wanted, world_size, info), ["no optimizer states: training starts anew from here"], None
+    notes = ["no optimizer states: training starts anew from here"]
+    if behind := trainer_states(source.facts.path):
+        notes.append(f"{', '.join(behind[:4])} beside the weights are left out")
+    return _fresh_plan(given, wanted, world_size, info), notes, None
 
 
 def _fresh_plan(given: _Input, wanted: str | None, world_size: int, info: dict[str, Any]) -> TargetPlan:

@@ -7,22 +7,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from checkpoints_tools.gathered_weights import has_weights, settle, tag_named_in, weights_beside
 from checkpoints_tools.megatron_io import SIDE_FILES, MegatronSource, looks_like_megatron
 from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
 from checkpoints_tools.tensor_io import SourceFacts, TensorSource
 from checkpoints_tools.torch_reader import StateDictSource
 from checkpoints_tools.tp_io import LAYOUT_NAME, TensorParallelSource
-from checkpoints_tools.zero3_layout import looks_like_zero
+from checkpoints_tools.zero3_layout import is_stage_1_or_2, looks_like_stage_3, looks_like_zero
 from checkpoints_tools.zero3_reader import Zero3Source
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     LATEST_NAME,
     MANIFEST_NAME,
-    MODEL_DIR,
     PLAIN_STATE_NAME,
     complete_tags,
 )
 from statex_dist.checkpoint.manifest import Manifest, TensorRecord
+from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
 
@@ -53,11 +54,23 @@ def open_source(path: str | Path, *, verify: bool = True, describe: bool = False
         logger.warning("%s holds no %s: what is read is held to the files' own checksums", directory, MANIFEST_NAME)
     if manifest is not None and verify:
         _check_files(directory, manifest, only_weights=not in_tag)
-    facts = _facts(kind, directory, directory / MODEL_DIR if in_tag else directory, manifest, verify=verify)
+    facts = _facts(kind, directory, _model_dir(kind, directory), manifest, verify=verify)
     source = _open(kind, directory, facts, describe=describe)
     if manifest is not None and kind != "plain":
         _check_records(source, manifest)
+    if kind in ("hf", "torch"):
+        source.facts = source.facts.with_notes(_unread_tag(directory))
+    if not describe:
+        for note in source.facts.notes:
+            logger.warning("%s: %s", directory, note)
     return source
+
+
+def _model_dir(kind: str, directory: Path) -> Path:
+    """Return the directory that may hold the model's ``config.json`` and tokenizer."""
+    if kind not in ("zero3", "plain", "megatron"):
+        return directory
+    return model_dir_of(directory) or directory
 
 
 def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
@@ -67,13 +80,44 @@ def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> 
     if kind == "plain":
         return StateDictSource(directory / PLAIN_STATE_NAME, key="module", facts=facts)
     if kind == "zero3":
-        return Zero3Source(directory, facts, only_first=describe)
+        return _open_zero3(directory, facts, describe=describe)
     readers: dict[str, Callable[[Path, SourceFacts], TensorSource]] = {
         "hf": SafetensorsSource,
         "tp": TensorParallelSource,
         "megatron": MegatronSource,
     }
     return readers[kind](directory, facts)
+
+
+def _unread_tag(directory: Path) -> str | None:
+    """Return what has to be said of a tag beside weights that is not read itself."""
+    tag = tag_named_in(directory)
+    if tag is None or not is_stage_1_or_2(tag):
+        return None
+    return (
+        f"the weights beside {tag.name} are read: it is of ZeRO stage 1 or 2, and its fp32 weights and optimizer "
+        "states are left out (zero_to_fp32.py makes fp32 safetensors of it)"
+    )
+
+
+def _open_zero3(directory: Path, facts: SourceFacts, *, describe: bool) -> Zero3Source:
+    """Open a tag, with the weights that lie beside it."""
+    beside = None if facts.verified else weights_beside(directory)
+    source = Zero3Source(directory, facts, only_first=describe, beside=beside)
+    if beside is not None:
+        note = f"further weights lie beside {directory.name}; they have not been compared with it"
+        source.facts = source.facts.with_notes(note if describe else settle(source, beside))
+    if source.filled:
+        source.facts = source.facts.with_notes(
+            f"saved with exclude_frozen_parameters: {len(source.owned()) - len(source.filled)} of "
+            f"{len(source.owned())} tensors are in {directory.name}, the others are read from the weights beside it"
+        )
+    if source.frozen_excluded:
+        source.facts = source.facts.with_notes(
+            f"saved with exclude_frozen_parameters: the {len(source.owned())} tensors that are there are not the whole "
+            "model if any of its parameters were frozen"
+        )
+    return source
 
 
 def _facts(kind: str, directory: Path, model_dir: Path, manifest: Manifest | None, *, verify: bool) -> SourceFacts:
@@ -109,6 +153,8 @@ def recognise(path: str | Path) -> tuple[str, Path]:
         raise CheckpointError(f"source not found: {str(path)!r}")
     if not path.is_dir():
         raise CheckpointError(f"source {path} is a file; give the directory that holds the checkpoint")
+    if has_weights(path) and (named := tag_named_in(path)) is not None and looks_like_stage_3(named):
+        return "zero3", named  # what a trainer gathered beside its tag is less than the tag
     if (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists():
         return "hf", path
     if (path / LAYOUT_NAME).is_file():
@@ -117,6 +163,9 @@ def recognise(path: str | Path) -> tuple[str, Path]:
         return "megatron", path
     if (path / BIN_NAME).is_file():
         return "torch", path
+    if not _is_tag(path) and not _has_tags(path) and (inside := checkpoint_inside(path)) is not None:
+        logger.info("%s: reading %s", path, inside)
+        return recognise(inside)
     tag = path if _is_tag(path) else _choose_tag(path)
     if not _is_tag(tag):
         raise CheckpointError(f"{tag} holds neither {PLAIN_STATE_NAME} nor zero_pp_rank_*_states.pt")
@@ -125,6 +174,12 @@ def recognise(path: str | Path) -> tuple[str, Path]:
 
 def _is_tag(directory: Path) -> bool:
     return (directory / PLAIN_STATE_NAME).is_file() or looks_like_zero(directory)
+
+
+def _has_tags(path: Path) -> bool:
+    """Return whether a directory, or its ``checkpoints``, holds complete tags of ours or names one in ``latest``."""
+    folders = (path, path / CHECKPOINTS_DIR)
+    return any((folder / LATEST_NAME).is_file() or complete_tags(folder) for folder in folders)
 
 
 def _choose_tag(path: Path) -> Path:

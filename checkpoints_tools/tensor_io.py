@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class SourceFacts:
         info: Facts of the writer: step, world size, manifest entries.
         digests: xxh3-128 of tensors as the manifest has them, by name.
         state_digests: The same of the optimizer's states, by their names.
+        notes: What has to be said of what is read and what is not.
     """
 
     kind: str
@@ -111,6 +112,11 @@ class SourceFacts:
     info: dict[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     state_digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def with_notes(self, *notes: str | None) -> SourceFacts:
+        """Return the facts with further notes; None is none."""
+        return replace(self, notes=(*self.notes, *(note for note in notes if note)))
 
     @classmethod
     def of_directory(cls, kind: str, directory: Path) -> SourceFacts:
