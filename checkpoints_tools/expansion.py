@@ -12,14 +12,14 @@ from typing import Any
 
 from checkpoints_tools.expansion_report import Checksums, ExpansionReport, make_report
 from checkpoints_tools.hf_writer import with_dtype
-from checkpoints_tools.model_check import check_tensors
+from checkpoints_tools.model_check import check_tensors, read_source_config
 from checkpoints_tools.plan_options import PlanOptions, plan_model
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.tensor_io import TensorInfo, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
+from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.surgery import Surgery, surgeries
 
@@ -62,10 +62,10 @@ def read_model(source: str | Path) -> tuple[TensorSource, dict[str, Any], ModelC
         CheckpointError: It is damaged, has no ``config.json``, or is of another architecture.
     """
     opened = open_source(source)
-    if opened.facts.model_dir is None:
+    values, config = read_source_config(opened)
+    if values is None:
         raise CheckpointError(f"{opened.facts.path} has no {CONFIG_NAME}: what to expand is not known")
-    values = read_config_dict(opened.facts.model_dir)
-    return opened, values, config_from_dict(values)
+    return opened, values, config or config_from_dict(values)
 
 
 def prepare_expansion(source: str | Path, plan: PlanOptions | None = None, *, dtype: str | None = None) -> Expansion:

@@ -16,15 +16,15 @@ from statex_dist.models.kinds import config_from_dict, family_of, find_family
 
 
 def read_source_config(source: TensorSource) -> tuple[dict[str, Any] | None, ModelConfig | None]:
-    """Return a source's ``config.json`` and, where the model is of one of our families, the typed config.
+    """Return what a source's ``config.json`` holds and, where the model is of one of our families, the typed config.
 
     Raises:
         CheckpointError: The file is unreadable, or describes one of our families wrongly.
     """
     model_dir = source.facts.model_dir
-    if model_dir is None:
+    if model_dir is None and source.facts.config is None:
         return None, None
-    values = read_config_dict(model_dir)
+    values = dict(source.facts.config or {}) if model_dir is None else read_config_dict(model_dir)
     return values, config_from_dict(values) if find_family(values) else None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoints_tools.gathered_weights import has_weights, settle, tag_named_in, weights_beside
 from checkpoints_tools.megatron_io import SIDE_FILES, MegatronSource, looks_like_megatron
+from checkpoints_tools.run_configs import with_config_of_run
 from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
 from checkpoints_tools.tensor_io import SourceFacts, TensorSource
 from checkpoints_tools.torch_reader import StateDictSource
@@ -58,6 +59,8 @@ def open_source(path: str | Path, *, verify: bool = True, describe: bool = False
     source = _open(kind, directory, facts, describe=describe)
     if manifest is not None and kind != "plain":
         _check_records(source, manifest)
+    if kind == "megatron" and source.facts.model_dir is None:
+        source.facts = with_config_of_run(source)
     if kind in ("hf", "torch"):
         source.facts = source.facts.with_notes(_unread_tag(directory))
     if not describe:

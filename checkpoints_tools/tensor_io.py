@@ -103,6 +103,7 @@ class SourceFacts:
         digests: xxh3-128 of tensors as the manifest has them, by name.
         state_digests: The same of the optimizer's states, by their names.
         notes: What has to be said of what is read and what is not.
+        config: Contents of a ``config.json`` that a run has under another name; None where ``model_dir`` has it.
     """
 
     kind: str
@@ -113,6 +114,7 @@ class SourceFacts:
     digests: Mapping[str, str] = field(default_factory=dict)
     state_digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
 
     def with_notes(self, *notes: str | None) -> SourceFacts:
         """Return the facts with further notes; None is none."""

@@ -99,10 +99,14 @@ def model_dir_of(directory: Path) -> Path | None:
     Args:
         directory: That of the weight files: a tag of DeepSpeed's or a torch distributed checkpoint.
     """
-    candidates = [directory / MODEL_DIR, directory, directory.parent]
-    if _NUMBERED.fullmatch(directory.name) or _NUMBERED.fullmatch(directory.parent.name):
-        candidates.append(directory.parent.parent)
+    candidates = [directory / MODEL_DIR, directory, directory.parent, *run_dirs_of(directory)]
     return next((found for found in candidates if (found / CONFIG_NAME).is_file()), None)
+
+
+def run_dirs_of(directory: Path) -> list[Path]:
+    """Return the directories that may be that of the run to which a checkpoint belongs; none of other checkpoints."""
+    numbered = _NUMBERED.fullmatch(directory.name) or _NUMBERED.fullmatch(directory.parent.name)
+    return [directory.parent, directory.parent.parent] if numbered else []
 
 
 def trainer_states(directory: Path) -> list[str]:
