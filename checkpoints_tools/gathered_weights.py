@@ -20,7 +20,7 @@ from checkpoints_tools.tensor_io import SourceFacts, TensorInfo, TensorSource
 from checkpoints_tools.torch_reader import StateDictSource
 from checkpoints_tools.zero3_reader import Zero3Source
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES
-from statex_dist.checkpoint.layout import LATEST_NAME
+from statex_dist.checkpoint.layout import LATEST_NAME, is_tag_name
 from statex_dist.errors import CheckpointError
 
 BIN_NAME = "pytorch_model.bin"
@@ -37,7 +37,7 @@ def tag_named_in(directory: Path) -> Path | None:
     latest = directory / LATEST_NAME
     name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     tag = directory / name
-    return tag if name and tag.parent == directory and name not in (".", "..") and tag.is_dir() else None
+    return tag if is_tag_name(name) and tag.is_dir() else None
 
 
 def weights_beside(tag: Path) -> TensorSource | None:

@@ -22,6 +22,7 @@ from statex_dist.checkpoint.layout import (
     MANIFEST_NAME,
     PLAIN_STATE_NAME,
     complete_tags,
+    is_tag_name,
 )
 from statex_dist.checkpoint.manifest import Manifest, TensorRecord
 from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of
@@ -197,7 +198,7 @@ def _choose_tag(path: Path) -> Path:
             f"{LATEST_NAME}, a complete global_step*/ and zero_pp_rank_*_states.pt"
         )
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not tag or Path(tag).name != tag or tag in (".", ".."):
+    if not is_tag_name(tag):
         raise CheckpointError(f"{latest} names {tag[:80]!r}, which is not a tag of this directory")
     if not (checkpoints / tag).is_dir():
         raise CheckpointError(f"{latest} names the tag {tag}, but {checkpoints / tag} does not exist")

@@ -46,6 +46,8 @@ _OPTIMIZER_VALUES = frozenset(
 )
 """Names that torch's optimizers, and those modelled on them, give to their values."""
 
+_MAX_INDEX = 1 << 63
+
 OBJECTS = "pickled objects"
 
 
@@ -159,6 +161,11 @@ def _stripped(path: Path) -> Path:
     return path
 
 
+def _is_key(value: object) -> bool:
+    # Python refuses to print integers of thousands of digits.
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) < _MAX_INDEX)
+
+
 def as_paths(values: object) -> dict[str, Path]:
     """Return the paths in DCP's ``planner_data``, of those entries where it has strings and numbers alone."""
     if not isinstance(values, Mapping):
@@ -166,6 +173,6 @@ def as_paths(values: object) -> dict[str, Path]:
     found = {}
     for name, path in values.items():
         plain = isinstance(path, Sequence) and not isinstance(path, str) and path
-        if isinstance(name, str) and plain and all(isinstance(key, str | int) for key in path):
+        if isinstance(name, str) and plain and all(_is_key(key) for key in path):
             found[name] = tuple(str(key) for key in path)
     return found

@@ -108,6 +108,15 @@ def test_two_models_are_refused():
 
 
 def test_paths_are_read_as_data():
-    given = {"a.0.b": ("a", 0, "b"), "c": ["c"], "d": (), "e": (object(),), 5: ("x",), "f": "text", "g": None}
+    given = {
+        "a.0.b": ("a", 0, "b"),
+        "c": ["c"],
+        "d": (),
+        "e": (object(),),
+        5: ("x",),
+        "f": "text",
+        "g": None,
+        "h": (10**5000,),
+    }
     assert as_paths(given) == {"a.0.b": ("a", "0", "b"), "c": ("c",)}
     assert as_paths(None) == {}

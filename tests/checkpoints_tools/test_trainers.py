@@ -238,3 +238,13 @@ def test_without_frozen_parameters_to_other_ranks(copy, tmp_path):
     assert states["frozen_param_shapes"] is None
     assert states["frozen_param_fragments"] is None
     assert json.loads((tmp_path / "out/global_step2/model/config.json").read_text())["model_type"] == "mamba2"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "../evil", "a\0b", "", "."])
+def test_a_latest_that_names_no_tag(copy, tmp_path, name):
+    checkpoint = copy("gathered")
+    (checkpoint / "latest").write_text(name)
+    assert reshard(checkpoint, tmp_path / "out").kind == "hf"
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not a tag of this directory"):
+        open_source(checkpoint)
