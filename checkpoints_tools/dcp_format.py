@@ -97,7 +97,7 @@ class DcpContents:
     paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of_model(self, directory: Path) -> tuple[dict[str, StoredTensor], ModelEntries]:
-        """Return the model's tensors by the model's names, and what was chosen by.
+        """Return the model's tensors by the model's names, and which entries they are.
 
         Args:
             directory: Of the checkpoint, for messages.

@@ -102,7 +102,7 @@ def _same(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> bool:
 
 
 def _blocks(source: TensorSource, info: TensorInfo, other: TensorInfo) -> Iterator[np.ndarray]:
-    """Yield a tensor's bytes, as many elements at a time as of another."""
+    """Yield a tensor's bytes in blocks; blocks of ``other`` have the same number of elements."""
     pieces = source.pieces(info.name)
     step = BLOCK_BYTES // max(info.item_bytes, other.item_bytes)
     reader = PieceReader(source.opened, None, source.ahead)

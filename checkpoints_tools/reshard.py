@@ -202,7 +202,7 @@ def _read(path: str | Path, to: str) -> _Input:
     source = open_source(path)
     values, config = read_source_config(source)
     if isinstance(source, Zero3Source) and source.frozen_excluded and to == "zero3":
-        config = None  # it goes on as it is: its frozen parameters are with whoever trains it
+        config = None  # the target lacks frozen parameters as the source does; the trainer has them
     elif config is None:
         check_whole(source)
     names = check_tensors(source, config) if config is not None else source.keys()
@@ -286,7 +286,7 @@ def _training_plan(
         training, notes = read_training_states(source, ranks)
         if behind := trainer_states(source.facts.path.parent):
             notes.append(
-                f"the trainer's own {', '.join(behind[:4])} stay behind: copy them beside latest to go on with it"
+                f"the trainer's own {', '.join(behind[:4])} are not copied: copy them beside latest to resume with it"
             )
         jobs = [TensorJob.copy(source.info(name)) for name in source.owned()]
         settings = source.model.get("ds_config") or {}
@@ -299,7 +299,7 @@ def _training_plan(
     if tag is not None and is_stage_1_or_2(tag):
         raise CheckpointError(
             f"{tag} is of ZeRO stage 1 or 2, which is not read: --to zero3 would leave out its optimizer states. To "
-            "start anew, give a directory with the weights alone"
+            "start without them, give a directory with the weights alone"
         )
     if world_size is None:
         raise ConfigError(f"--to zero3 from {source.facts.kind} needs --world-size, the number of ranks")

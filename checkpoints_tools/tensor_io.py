@@ -102,7 +102,7 @@ class SourceFacts:
         info: Facts of the writer: step, world size, manifest entries.
         digests: xxh3-128 of tensors as the manifest has them, by name.
         state_digests: The same of the optimizer's states, by their names.
-        notes: What has to be said of what is read and what is not.
+        notes: Messages for the user: what was left out, which of two files is read.
         config: Contents of a ``config.json`` that a run has under another name; None where ``model_dir`` has it.
     """
 

@@ -57,7 +57,7 @@ class ModelEntries:
 
     Attributes:
         names: Name of each tensor of the model, by its name in the checkpoint.
-        left_out: Number of entries that are not the model's, by what they are.
+        left_out: Number of entries that are not the model's, by kind (optimizer, scheduler, ...).
     """
 
     names: Mapping[str, str]

@@ -228,7 +228,7 @@ def test_an_incomplete_model_is_not_written(copy, tmp_path):
 
 
 def test_without_frozen_parameters_to_other_ranks(copy, tmp_path):
-    """It goes on as it was: without them, and marked so."""
+    """The target lacks them like the source, and DeepSpeed's mark for that is kept."""
     checkpoint = copy("frozen")
     (checkpoint / "model.safetensors").unlink()
     summary = reshard(checkpoint, tmp_path / "out", to="zero3", world_size=3)
