@@ -25,7 +25,7 @@ from statex_dist.checkpoint.layout import (
     is_tag_name,
 )
 from statex_dist.checkpoint.manifest import Manifest, TensorRecord
-from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of
+from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of, step_of_directory
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
 
@@ -126,12 +126,13 @@ def _open_zero3(directory: Path, facts: SourceFacts, *, describe: bool) -> Zero3
 
 def _facts(kind: str, directory: Path, model_dir: Path, manifest: Manifest | None, *, verify: bool) -> SourceFacts:
     """Return what is known of a checkpoint; ``verify`` holds what is read to the manifest's digests."""
+    step = step_of_directory(directory) if kind == "megatron" else None
     known = SourceFacts(
         kind=kind,
         path=directory,
         model_dir=model_dir if (model_dir / CONFIG_NAME).is_file() else None,
         verified=manifest is not None and verify,
-        info=manifest.info if manifest is not None else {},
+        info=manifest.info if manifest is not None else {"step": step} if step is not None else {},
     )
     if manifest is None or not verify:
         return known

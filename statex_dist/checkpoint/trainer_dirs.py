@@ -103,6 +103,12 @@ def model_dir_of(directory: Path) -> Path | None:
     return next((found for found in candidates if (found / CONFIG_NAME).is_file()), None)
 
 
+def step_of_directory(directory: Path) -> int | None:
+    """Return the step that the name of another trainer's checkpoint, or of the directory around it, says."""
+    names = (directory.name, directory.parent.name)
+    return next((int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))), None)
+
+
 def run_dirs_of(directory: Path) -> list[Path]:
     """Return the directories that may be that of the run to which a checkpoint belongs; none of other checkpoints."""
     numbered = _NUMBERED.fullmatch(directory.name) or _NUMBERED.fullmatch(directory.parent.name)
@@ -110,8 +116,10 @@ def run_dirs_of(directory: Path) -> list[Path]:
 
 
 def trainer_states(directory: Path) -> list[str]:
-    """Return names of the files beside a checkpoint in which Trainer keeps its own state: schedule, random numbers."""
-    patterns = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth", "scaler.pt")
+    """Return names of the files beside a checkpoint in which Trainer or accelerate keeps a training's state."""
+    names = ("optimizer", "scheduler", "scaler")
+    patterns = [f"{name}*.{ending}" for name in names for ending in ("pt", "bin")]
+    patterns += ["trainer_state.json", "rng_state*.pth", "random_states_*.pkl"]
     return sorted(path.name for pattern in patterns for path in directory.glob(pattern))
 
 

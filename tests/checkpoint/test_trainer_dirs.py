@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of, trainer_files
+from statex_dist.checkpoint.trainer_dirs import (
+    checkpoint_inside,
+    model_dir_of,
+    step_of_directory,
+    trainer_files,
+    trainer_states,
+)
 from statex_dist.errors import CheckpointError
 
 
@@ -101,6 +107,13 @@ def test_config(tmp_path, weights, config, found):
     assert model_dir_of(tmp_path / weights) == (tmp_path / config if found else None)
 
 
+def test_steps():
+    assert step_of_directory(Path("run/checkpoint/step-12")) == 12
+    assert step_of_directory(Path("run/iter_0000010")) == 10
+    assert step_of_directory(Path("out/checkpoint-7/pytorch_model_fsdp_0")) == 7
+    assert step_of_directory(Path("run/release")) is None
+
+
 def test_a_config_of_the_tag_comes_first(tmp_path):
     touch(tmp_path, "checkpoint-2/config.json", "checkpoint-2/global_step2/model/config.json")
     assert model_dir_of(tmp_path / "checkpoint-2/global_step2") == tmp_path / "checkpoint-2/global_step2/model"
@@ -112,3 +125,16 @@ def test_what_trainers_leave_beside_a_model(tmp_path):
     assert trainer_files(tmp_path) == {"zero_to_fp32.py", "zero_to_torch.py"}
     touch(tmp_path, "checkpoint/step-1/.metadata")
     assert trainer_files(tmp_path) >= {"setup.py", "LICENSE"}
+
+
+def test_states_of_trainer_and_accelerate(tmp_path):
+    names = [
+        "optimizer.pt",
+        "optimizer.bin",
+        "optimizer_1.bin",
+        "random_states_0.pkl",
+        "rng_state_1.pth",
+        "scheduler.pt",
+    ]
+    touch(tmp_path, *names, "model.safetensors", "config.json", "training_args.bin", "pytorch_model.bin")
+    assert trainer_states(tmp_path) == sorted(names)

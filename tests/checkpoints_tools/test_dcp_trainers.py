@@ -104,7 +104,7 @@ def test_the_model_alone_is_read(run, tmp_path, form, with_config):
         run.model.config.save_pretrained(directory)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     facts = inspect(directory)
-    assert (facts.kind, facts.parameters, facts.complete) == ("megatron", parameters, True)
+    assert (facts.kind, facts.step, facts.parameters, facts.complete) == ("megatron", 3, parameters, True)
     assert facts.tensors == len(run.tensors)
     summary = reshard(directory, tmp_path / "out")
     assert summary.parameters == parameters
