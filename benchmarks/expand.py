@@ -28,8 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_tools.safetensors_io import SINGLE_NAME, index_of, lay_out
-from checkpoints_tools.tensor_io import TensorInfo
+from checkpoints_tools.safetensors_layout import index_of, lay_out
+from statex_dist.checkpoint.formats.safetensors_io import SINGLE_NAME
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.models.kinds import config_from_dict, family_of
 
 MODELS = {

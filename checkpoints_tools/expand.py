@@ -13,14 +13,14 @@ from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, Expansion
 from checkpoints_tools.hf_export import brings_code
 from checkpoints_tools.hf_writer import hf_plan
 from checkpoints_tools.journal import WrittenTensor
-from checkpoints_tools.model_check import check_apart
 from checkpoints_tools.target import TargetPlan, write_target
 from checkpoints_tools.target_writer import WriteOptions
-from checkpoints_tools.tensor_io import Progress, total_bytes
 from checkpoints_tools.zero3_writer import check_world_size
+from statex_dist.checkpoint.formats.tensor_io import Progress, total_bytes
 from statex_dist.checkpoint.manifest import refuse_target
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import CONFIG_NAME
+from statex_dist.models.model_check import check_apart
 
 logger = logging.getLogger(__name__)
 

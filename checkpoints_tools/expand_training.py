@@ -17,8 +17,8 @@ from checkpoints_tools.expansion import Expansion
 from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.training_states import Placeholder, TrainingStates, read_training_states
 from checkpoints_tools.transfer import TensorJob
-from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import zero3_plan
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.kinds import family_of
 
@@ -41,6 +41,10 @@ def expanded_training_plan(
     source = expansion.source
     if not isinstance(source, Zero3Source):
         raise ConfigError(f"--to zero3 grows a run in training; {source.facts.path} is of layout {source.facts.kind}")
+    if source.prefix:
+        raise ConfigError(
+            f"--to zero3 keeps a run's names; in {source.facts.path} they begin with '{source.prefix}'; use --to hf"
+        )
     if expansion.dtype is not None:
         raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
     training, _ = read_training_states(source, world_size or source.world_size)

@@ -12,15 +12,15 @@ from typing import Any
 
 from checkpoints_tools.expansion_report import Checksums, ExpansionReport, make_report
 from checkpoints_tools.hf_writer import with_dtype
-from checkpoints_tools.model_check import check_tensors, read_source_config
 from checkpoints_tools.plan_options import PlanOptions, plan_model
-from checkpoints_tools.sources import open_source
-from checkpoints_tools.tensor_io import TensorInfo, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource, natural_dtype
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.model_check import check_names
+from statex_dist.models.source import open_model
 from statex_dist.models.surgery import Surgery, surgeries
 
 
@@ -55,34 +55,40 @@ class Expansion:
         return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, checksums or Checksums())
 
 
-def read_model(source: str | Path) -> tuple[TensorSource, dict[str, Any], ModelConfig]:
+def read_model(source: str | Path, *, training: bool = False) -> tuple[TensorSource, dict[str, Any], ModelConfig]:
     """Open a checkpoint of one of our families and return it with the contents of its ``config.json``, raw and typed.
+
+    Args:
+        source: Whatever :func:`statex_dist.models.source.open_model` opens.
+        training: Whether a training checkpoint is wanted, as there.
 
     Raises:
         CheckpointError: It is damaged, has no ``config.json``, or is of another architecture.
     """
-    opened = open_source(source)
-    values, config = read_source_config(opened)
-    if values is None:
-        raise CheckpointError(f"{opened.facts.path} has no {CONFIG_NAME}: what to expand is not known")
-    return opened, values, config or config_from_dict(values)
+    opened = open_model(source, training=training)
+    if opened.values is None:
+        raise CheckpointError(f"{opened.source.facts.path} has no {CONFIG_NAME}: what to expand is not known")
+    return opened.source, opened.values, opened.config or config_from_dict(opened.values)
 
 
-def prepare_expansion(source: str | Path, plan: PlanOptions | None = None, *, dtype: str | None = None) -> Expansion:
+def prepare_expansion(
+    source: str | Path, plan: PlanOptions | None = None, *, dtype: str | None = None, training: bool = False
+) -> Expansion:
     """Open a checkpoint and pair its tensors with what a plan does to them; nothing is written yet.
 
     Args:
-        source: Whatever :func:`checkpoints_tools.sources.open_source` opens, with a ``config.json``.
+        source: Whatever :func:`statex_dist.models.source.open_model` opens, with a ``config.json``.
         plan: What to do; None for the family's defaults.
         dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New rows of a tensor are made in its dtype
             and then converted, as its old ones are.
+        training: Whether a training checkpoint is wanted where gathered weights lie beside it.
 
     Raises:
         ConfigError: A wrong option, or a plan that does not fit the model.
         CheckpointError: The source is damaged, incomplete or of another architecture.
     """
     wanted = parse_dtype(dtype)
-    opened, values, before = read_model(source)
+    opened, values, before = read_model(source, training=training)
     return plan_expansion(opened, values, before, plan_model(before, plan), dtype=wanted)
 
 
@@ -101,7 +107,7 @@ def plan_expansion(
     Raises:
         CheckpointError: Tensors are missing, unknown or of another shape, or new rows cannot be drawn in their dtype.
     """
-    names = check_tensors(source, before)
+    names = check_names(source, before)
     changed = surgeries(before, after)
     _check_strangers(names, changed, before, source)
     embeddings = family_of(before.MODEL_TYPE).names.embeddings

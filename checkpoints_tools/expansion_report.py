@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.journal import WrittenTensor
-from checkpoints_tools.tensor_io import TensorInfo
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of, new_expansions

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.journal import WrittenTensor
-from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsSource, index_of, lay_out
+from checkpoints_tools.safetensors_layout import index_of, lay_out
 from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.target_writer import TargetFile
-from checkpoints_tools.tensor_io import Piece, TensorSource
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
+from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME, SafetensorsSource
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

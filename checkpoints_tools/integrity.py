@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints_tools.compare import read_all
-from checkpoints_tools.piece_io import SourceCrcs
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.target_writer import DEFAULT_WORKERS
-from checkpoints_tools.tensor_io import Progress
-from checkpoints_tools.torch_zip import check_small_entries
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.verify import Verdict
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs
+from statex_dist.checkpoint.formats.tensor_io import Progress
+from statex_dist.checkpoint.formats.torch_zip import check_small_entries
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 
 
 def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None) -> Verdict:
@@ -26,7 +26,7 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
     With one, also a file or a tensor that was exchanged for another sound one is found.
 
     Args:
-        path: Whatever :func:`checkpoints_tools.sources.open_source` opens.
+        path: Whatever :func:`statex_dist.models.source.open_source` opens.
         workers: Tensors read at a time.
         progress: Told of the bytes read.
 

@@ -19,8 +19,8 @@ from checkpoints_tools.card_training import read_settings, run_of, training_fact
 from checkpoints_tools.expansion_report import read_report
 from checkpoints_tools.hf_export import export_notes, form_of
 from checkpoints_tools.hf_tokenizer import Kind
-from checkpoints_tools.tensor_io import SourceFacts
 from statex_dist import __version__
+from statex_dist.checkpoint.formats.tensor_io import SourceFacts
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, MODEL_DIR, TRAIN_LENGTH_KEY
 from statex_dist.models.config import ModelConfig
 

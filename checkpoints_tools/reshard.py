@@ -9,29 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.card_evaluation import read_evaluations
-from checkpoints_tools.gathered_weights import tag_named_in
 from checkpoints_tools.hf_export import export_documents, export_notes
 from checkpoints_tools.hf_tokenizer import GivenTokenizer, given_tokenizer, tokenizer_kind
 from checkpoints_tools.hf_writer import hf_plan, with_dtype
 from checkpoints_tools.megatron_io import megatron_plan
-from checkpoints_tools.megatron_names import megatron_notes
 from checkpoints_tools.model_card import CARD_NAME, CardFacts, model_card
-from checkpoints_tools.model_check import check_apart, check_tensors, check_whole, read_source_config, tied_names
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.target import TargetPlan, write_target
 from checkpoints_tools.target_writer import WriteOptions
-from checkpoints_tools.tensor_io import Progress, TensorInfo, TensorSource, natural_dtype, total_bytes
 from checkpoints_tools.tp_io import check_tp, tp_plan
 from checkpoints_tools.training_states import batch_proposal, fresh_training_states, read_training_states
 from checkpoints_tools.transfer import TensorJob
-from checkpoints_tools.zero3_layout import is_stage_1_or_2
-from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
+from statex_dist.checkpoint.formats.gathered_weights import tag_named_in
+from statex_dist.checkpoint.formats.tensor_io import Progress, TensorInfo, TensorSource, natural_dtype, total_bytes
+from statex_dist.checkpoint.formats.zero3_layout import is_stage_1_or_2
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.checkpoint.trainer_dirs import trainer_states
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of
+from statex_dist.models.megatron_names import megatron_notes
+from statex_dist.models.model_check import check_apart, tied_names
+from statex_dist.models.source import open_model
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def reshard(
     checkpoints keep their names, a tied tensor once under each; without a configuration only the tensors are written.
 
     Args:
-        source: Whatever :func:`checkpoints_tools.sources.open_source` opens.
+        source: Whatever :func:`statex_dist.models.source.open_model` opens.
         target: Directory to make.
         to: ``hf`` (safetensors), ``zero3`` (DeepSpeed, for ``world_size`` ranks), ``tp`` (``tp`` tensor-parallel ranks)
             or ``megatron`` (torch_dist).
@@ -165,7 +165,7 @@ def reshard(
         raise ConfigError(f"--tokenizer is for --to hf, not {to}")
     wanted = parse_dtype(dtype)
     check_apart(Path(source), Path(target))
-    given = _read(source, to)
+    given = _read(source, training=to == "zero3")
     facts = given.source.facts
     # A training run that has diverged must still be exportable, to be looked at.
     options = replace(options or WriteOptions(), allow_nonfinite=True)
@@ -197,15 +197,10 @@ def reshard(
     )
 
 
-def _read(path: str | Path, to: str) -> _Input:
+def _read(path: str | Path, *, training: bool) -> _Input:
     """Open a source and choose what is written of it."""
-    source = open_source(path)
-    values, config = read_source_config(source)
-    if isinstance(source, Zero3Source) and source.frozen_excluded and to == "zero3":
-        config = None  # the target lacks frozen parameters as the source does; the trainer has them
-    elif config is None:
-        check_whole(source)
-    names = check_tensors(source, config) if config is not None else source.keys()
+    opened = open_model(path, training=training)
+    source, values, config, names = opened.source, opened.values, opened.config, opened.names
     if values is None:
         logger.warning("%s has no %s: the tensors alone are written", source.facts.path, CONFIG_NAME)
     elif config is None:
@@ -280,6 +275,10 @@ def _training_plan(
     """Lay out a ZeRO-3 checkpoint; return with it what has to be said, and how the batch is kept."""
     source = given.source
     if isinstance(source, Zero3Source):
+        if source.prefix:
+            raise ConfigError(
+                f"--to zero3 keeps a run's names; in {source.facts.path} they begin with '{source.prefix}'; use --to hf"
+            )
         if wanted is not None:
             raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
         ranks = world_size or source.world_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.safetensors_io import read_header
+from statex_dist.checkpoint.formats.safetensors_io import read_header
 from statex_dist.checkpoint.layout import STATES_FORMAT
 from statex_dist.errors import CheckpointError
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.journal import JOURNAL_NAME, PARTIAL_SUFFIX, Journal, WrittenTensor, fingerprint
-from checkpoints_tools.piece_io import SourceCrcs
-from checkpoints_tools.raw_io import FileState
 from checkpoints_tools.target_writer import Places, TargetFile, WriteOptions, files_of_tensors, write_files
-from checkpoints_tools.tensor_io import Progress, TensorSource
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.config_json import config_text
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs
+from statex_dist.checkpoint.formats.raw_io import FileState
+from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import (
     FileRecord,

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from checkpoints_tools.crc import CrcLedger, crc_of_zeros
 from checkpoints_tools.journal import PARTIAL_SUFFIX, Journal, WrittenTensor
-from checkpoints_tools.piece_io import SourceCrcs, window_of
-from checkpoints_tools.raw_io import BLOCK_BYTES, read_from, write_from
-from checkpoints_tools.tensor_io import Piece, Progress, TensorSource, total_bytes
-from checkpoints_tools.torch_zip import ArchiveLayout
+from checkpoints_tools.torch_zip_writer import ArchiveLayout
 from checkpoints_tools.transfer import TensorJob, TensorStream
 from checkpoints_tools.workers import Counter, in_threads
 from statex_dist.checkpoint.archive import directory_digest
+from statex_dist.checkpoint.formats.crc import CrcLedger, crc_of_zeros
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs, window_of
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, read_from, write_from
+from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
 from statex_dist.checkpoint.manifest import FileRecord, digest_file
 from statex_dist.errors import ConfigError
 

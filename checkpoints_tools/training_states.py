@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from checkpoints_tools.tensor_io import TensorInfo
-from checkpoints_tools.torch_reader import gathered
-from checkpoints_tools.torch_zip import TorchArchive
-from checkpoints_tools.zero3_layout import DEFAULT_SUB_GROUP_SIZE
-from checkpoints_tools.zero3_rank import Scalar, base_states
-from checkpoints_tools.zero3_reader import Zero3Source
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo
+from statex_dist.checkpoint.formats.torch_reader import gathered
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive
+from statex_dist.checkpoint.formats.zero3_layout import DEFAULT_SUB_GROUP_SIZE
+from statex_dist.checkpoint.formats.zero3_rank import Scalar, base_states
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.checkpoint.torch_pickle import TensorRef, UnsafePickleError, mapped, named
 from statex_dist.errors import CheckpointError
 

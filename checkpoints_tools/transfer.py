@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from checkpoints_tools.convert import cast, encode, has_nonfinite
-from checkpoints_tools.piece_io import PieceReader, SourceCrcs
-from checkpoints_tools.raw_io import BLOCK_BYTES
-from checkpoints_tools.tensor_io import Piece, Pieces, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.convert import cast, encode, has_nonfinite
+from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.recipe import Keep

@@ -11,18 +11,18 @@ from typing import Any
 from checkpoints_tools.compare import Outcome, Pair, compare
 from checkpoints_tools.expansion import Expansion, plan_expansion, read_model
 from checkpoints_tools.expansion_report import REPORT_NAME, Checksums, read_report
-from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsSource
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.target import carried_files
 from checkpoints_tools.target_writer import DEFAULT_WORKERS
-from checkpoints_tools.tensor_io import Progress, TensorSource, natural_dtype
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.config_json import differing_keys
 from statex_dist.checkpoint.dtypes import FLOATS, OPTIONS, TORCH_NAMES
+from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME, SafetensorsSource
+from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource, natural_dtype
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
 from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.source import open_source
 
 DTYPE_KEYS = ("torch_dtype", "dtype")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
-from checkpoints_tools.tensor_io import Progress
+from statex_dist.checkpoint.formats.tensor_io import Progress
 
 
 class Closable(Protocol):

@@ -18,13 +18,13 @@ from typing import Any
 
 from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.target_writer import TargetFile
-from checkpoints_tools.tensor_io import Piece, TensorInfo
-from checkpoints_tools.torch_zip import ArchiveLayout
+from checkpoints_tools.torch_zip_writer import ArchiveLayout
 from checkpoints_tools.training_states import HeldTensor, Placeholder, TrainingStates
 from checkpoints_tools.transfer import TensorJob
-from checkpoints_tools.zero3_layout import FlatLayout, partition_size, shares, sub_groups
-from checkpoints_tools.zero3_rank import WEIGHTS, Scalar
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
+from statex_dist.checkpoint.formats.zero3_layout import FlatLayout, partition_size, shares, sub_groups
+from statex_dist.checkpoint.formats.zero3_rank import WEIGHTS, Scalar
 from statex_dist.checkpoint.layout import LATEST_NAME, MODEL_DIR, tag_of
 from statex_dist.checkpoint.torch_pickle import Size, TensorRef, mapped, new_tensor
 from statex_dist.errors import ConfigError

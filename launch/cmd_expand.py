@@ -52,7 +52,7 @@ def run(args: Any) -> int:
         resume=args.resume,
         allow_nonfinite=args.allow_nonfinite,
     )
-    expansion = prepare_expansion(args.source, plan_options(args), dtype=args.dtype)
+    expansion = prepare_expansion(args.source, plan_options(args), dtype=args.dtype, training=args.to == "zero3")
     if args.dry_run:
         target_plan(expansion, options, to=args.to, world_size=args.world_size)
         check_target(expansion, Path(args.target), options)

@@ -18,7 +18,6 @@ from launch.model_options import (
     add_dtype_option,
     add_model_options,
     check_ragged,
-    is_sharded,
     load_for_decoding,
     load_share,
 )
@@ -99,7 +98,7 @@ def _generate(args: Any, share: TensorShare) -> None:
         logger.warning(
             "--temperature is 0: the most likely token is taken, and --top-k, --top-p and --n change nothing"
         )
-    if share.size > 1 or is_sharded(args.model):
+    if share.size > 1:
         model, tokenizer = load_share(args, share)
     else:
         model, tokenizer = load_for_decoding(args)

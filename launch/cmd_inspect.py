@@ -41,6 +41,16 @@ def run(args: Any) -> int:
     return 1 if facts.problem else 0
 
 
+_DONE = {"plan": "planned for", "expand": "expanded", "train": "trained here", "run": "run here"}
+
+
+def _able(facts: Any, use: str) -> str:
+    """Return whether something can be done with the model, or why not; the problem itself is told once."""
+    if facts.able[use]:
+        return "yes"
+    return "no" if facts.unable[use] == facts.problem else f"no: {facts.unable[use]}"
+
+
 def _print(facts: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -71,6 +81,9 @@ def _print(facts: Any) -> None:
         "files": f"{facts.files}, {size(facts.bytes)}",
         "largest": "\n".join(f"{name}  {size(count)}" for name, count in [*facts.largest.items()][:4]),
         "manifest": facts.manifest,
+        **{f"can be {done}": _able(facts, use) for use, done in _DONE.items()},
+        "checked": "\n".join(facts.checks),
+        "not checked": "\n".join(facts.unchecked),
     }
     for name, value in rows.items():
         if value not in (None, ""):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser
@@ -104,11 +103,11 @@ def run(args: Any) -> int:
     from checkpoints_tools.plan_forgetting import gather_evidence
     from checkpoints_tools.plan_options import PlanOptions, plan_model
     from checkpoints_tools.plan_report import report_plan
-    from statex_dist.models.kinds import read_config
+    from statex_dist.models.source import read_checked_config
 
     options = plan_options(args)
     training, model_dir, passing = _training(args)
-    before = read_config(Path(model_dir))
+    before = read_checked_config(model_dir)
     # A run's model is taken as it is, unless an expansion is asked for.
     after = before if args.config is not None and options == PlanOptions() else plan_model(before, options)
     evidence = gather_evidence(before, laws=args.laws, health=args.health)

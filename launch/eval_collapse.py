@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
@@ -82,10 +81,11 @@ def training_length(args: Any) -> tuple[int, str]:
         ConfigError: Neither says it.
     """
     from statex_dist.models.kinds import read_config
+    from statex_dist.models.source import find_model
 
     if args.train_length is not None:
         return one_number(args.train_length, "--train-length"), "--train-length"
-    known = read_config(Path(args.model)).extra.get(TRAIN_LENGTH_KEY)
+    known = read_config(find_model(args.model)).extra.get(TRAIN_LENGTH_KEY)
     if isinstance(known, int) and not isinstance(known, bool):
         return known, "config.json"
     raise ConfigError(

@@ -91,7 +91,7 @@ def run_suite(
                 mitigation = read_mitigation(args)
                 if ragged:
                     check_ragged(mitigation, suite)
-                model = load_model(args.model, args.device, threads=args.threads)
+                model = load_model(args.model, args.device, threads=args.threads, digests=not args.no_digests)
                 model.mitigation = mitigation
                 loaded = load_matching_tokenizer(args, model) if tokenizer else None
                 facts = model_facts(model, args.model)

@@ -29,7 +29,14 @@ def add_model_options(parser: ArgumentParser, *, segment_length: int = 1024) -> 
         parser: The command's parser.
         segment_length: Default number of tokens per forward pass.
     """
-    parser.add_argument("--model", type=str, required=True, metavar="DIR", help="model directory (safetensors)")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        metavar="DIR",
+        help="model or checkpoint of any layout (a run: its newest)",
+    )
+    add_digests_option(parser)
     parser.add_argument(
         "--tokenizer", type=str | None, default=None, help="bytes or a directory (default: the model's)"
     )
@@ -44,6 +51,15 @@ def add_model_options(parser: ArgumentParser, *, segment_length: int = 1024) -> 
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--threads", type=int | None, default=None, help="CPU threads (default: 1 for a small model, else torch's)"
+    )
+
+
+def add_digests_option(parser: ArgumentParser) -> None:
+    """Add ``--no-digests``, of the commands that load weights."""
+    parser.add_argument(
+        "--no-digests",
+        action="store_true",
+        help="do not hold the weights to the digests of MANIFEST.json and the checksums of archives (sizes always are)",
     )
 
 
@@ -68,7 +84,7 @@ def load_for_decoding(args: Any) -> tuple[RecurrentLM, Tokenizer]:
         CheckpointError: The directory holds no whole model.
     """
     mitigation = read_mitigation(args)
-    model = load_model(args.model, args.device, dtype=args.dtype, threads=args.threads)
+    model = load_model(args.model, args.device, dtype=args.dtype, threads=args.threads, digests=not args.no_digests)
     model.mitigation = mitigation
     return model.eval(), load_matching_tokenizer(args, model)
 
@@ -91,7 +107,7 @@ def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
             raise ConfigError(f"--device {args.device} is one GPU for {share.size} ranks; use auto or cuda")
         place = parse_device("auto" if args.device == "cuda" else args.device)
         dtype = parse_dtype(args.dtype, place)
-    model = load_tensor_parallel(Path(args.model), share, dtype=dtype, device=place)
+    model = load_tensor_parallel(Path(args.model), share, dtype=dtype, device=place, digests=not args.no_digests)
     with share.together():
         set_threads(args.threads, sum(parameter.numel() for parameter in model.parameters()))
         model.mitigation = mitigation
@@ -101,13 +117,6 @@ def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
         if len(set(share.gather_objects(tokenizer.hash))) > 1:
             raise ConfigError(f"the ranks have different tokenizers at {tokenizer.spec}; copy one to all machines")
     return model, tokenizer
-
-
-def is_sharded(directory: str) -> bool:
-    """Return whether a directory holds tensor-parallel shards and no whole model."""
-    from statex_dist.checkpoint.tp_layout import LAYOUT_NAME
-
-    return (Path(directory) / LAYOUT_NAME).is_file()
 
 
 def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
@@ -170,23 +179,28 @@ def tokenizer_of(args: Any) -> str:
         ConfigError: Neither.
     """
     from statex_dist.data.tokenizer import has_tokenizer
+    from statex_dist.models.source import find_model
 
     if args.tokenizer:
         return args.tokenizer
-    if not has_tokenizer(args.model):
+    model_dir = find_model(args.model)
+    if not has_tokenizer(model_dir):
         raise ConfigError(f"model {args.model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
-    return args.model
+    return str(model_dir)
 
 
-def load_model(directory: str, device: str, *, dtype: str = "fp32", threads: int | None = None) -> RecurrentLM:
+def load_model(
+    directory: str, device: str, *, dtype: str = "fp32", threads: int | None = None, digests: bool = True
+) -> RecurrentLM:
     """Load a model.
 
     Args:
-        directory: Model directory.
+        directory: Model directory, or a checkpoint of any layout.
         device: ``auto`` (CUDA where there is one, under a launcher that of the local rank), or a torch device.
         dtype: Of the weights, as in :func:`add_dtype_option`. What measures takes fp32: rounded states would be
             measured in place of the model.
         threads: CPU threads; None takes 1 for a model below 16M parameters.
+        digests: Whether contents are held to digests and checksums.
 
     Raises:
         ConfigError: There is no such device or dtype, or fewer than one thread.
@@ -194,13 +208,8 @@ def load_model(directory: str, device: str, *, dtype: str = "fp32", threads: int
     """
     from statex_dist.models.hf import from_pretrained
 
-    if is_sharded(directory):
-        raise ConfigError(
-            f"{directory} holds tensor-parallel shards, which statex generate --tp runs; make a whole model with "
-            f"statex reshard --source {directory} --target NEW_DIR --to hf"
-        )
     place = parse_device(device)
-    model = from_pretrained(Path(directory), dtype=parse_dtype(dtype, place), device=place)
+    model = from_pretrained(Path(directory), dtype=parse_dtype(dtype, place), device=place, digests=digests)
     set_threads(threads, sum(parameter.numel() for parameter in model.parameters()))
     return model
 

@@ -31,6 +31,7 @@ from statex_dist.models.hf import from_pretrained
 from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.roles import parameter_roles
+from statex_dist.models.source import find_model
 from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule
 from statex_dist.parallel.context import ContextGroup
@@ -203,7 +204,7 @@ def build_model(config: RunConfig) -> RecurrentLM:
     """Load or make the model, in the run's precision, with what is not trained frozen."""
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     if config.model.path is not None:
-        model = from_pretrained(Path(config.model.path), dtype=dtype)
+        model = from_pretrained(Path(config.model.path), dtype=dtype, digests=config.model.check_digests)
     else:
         assert config.model.config is not None
         settings = config_from_dict(config.model.config)
@@ -240,7 +241,7 @@ def build_loader(config: RunConfig, stores: dict[str, ShardStore], model: ModelC
     Raises:
         DataError: The data was tokenized with another tokenizer or for a larger vocabulary than the model's.
     """
-    source = Path(config.model.path) if config.model.path is not None else None
+    source = find_model(config.model.path) if config.model.path is not None else None
     wanted = load_tokenizer(str(source)).hash if source is not None and has_tokenizer(source) else None
     first: str | None = None
     for name, path in config.data.paths.items():
@@ -321,7 +322,7 @@ def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: Mode
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
     values = {**model.to_dict(), TRAIN_LENGTH_KEY: longest_sequence(config.data, stores)}
     files = {CONFIG_NAME: config_text(values)}
-    source = Path(config.model.path) if config.model.path is not None else None
+    source = find_model(config.model.path) if config.model.path is not None else None
     if source is not None:
         files |= _read_files(source, TOKENIZER_FILES)
         if has_tokenizer(source):

@@ -28,12 +28,15 @@ class ModelSource:
     """The model to train: an existing one or a new one.
 
     Attributes:
-        path: Directory with ``config.json`` and safetensors, to train on from there.
+        path: Model directory, or a checkpoint of any layout (a run: its newest), to train on from there.
         config: Contents of a ``config.json`` (``model_type`` and so on), to start a new model.
+        check_digests: Whether the weights in ``path`` are held to the digests of its manifest and the checksums of
+            archives; sizes always are.
     """
 
     path: str | None = None
     config: dict[str, Any] | None = None
+    check_digests: bool = True
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.config is None):

@@ -35,8 +35,8 @@ def checkpoint_inside(path: Path) -> Path | None:
         CheckpointError: The tracker file names no checkpoint, none is complete, or the format is one that is not read.
     """
     _refuse_old_megatron(path)
-    if (path / TRACKER_NAME).is_file():
-        return _tracked(path / TRACKER_NAME)
+    if (tracked := tracked_iteration(path)) is not None:
+        return tracked
     if (path / _FSDP_DIR / _DCP_METADATA).is_file():
         return path / _FSDP_DIR
     for folder in (path, path / "checkpoint", path / CHECKPOINTS_DIR):
@@ -62,8 +62,15 @@ def _numbered(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def _tracked(tracker: Path) -> Path:
-    """Return the folder that Megatron's tracker file names."""
+def tracked_iteration(path: Path) -> Path | None:
+    """Return the folder that Megatron's tracker file in a directory names, or None where there is no such file.
+
+    Raises:
+        CheckpointError: It names none, or one that is not complete or of another format.
+    """
+    tracker = path / TRACKER_NAME
+    if not tracker.is_file():
+        return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise CheckpointError(f"{tracker} says {text[:40]!r}; an iteration's number, or release, is expected")

@@ -27,6 +27,9 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from statex_dist.checkpoint.formats.sources import open_files
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
+from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.checkpoint.manifest import sync, write_durably
 from statex_dist.data.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError
@@ -318,33 +321,35 @@ def model_fingerprint(directory: Path) -> str:
     changes some tensors only where others are frozen), and 256 pieces evenly spaced over the file.
 
     Args:
-        directory: Model directory.
+        directory: Model directory, or a checkpoint of any layout.
     """
     digest = xxhash.xxh3_128()
-    for path in sorted(directory.iterdir()):
-        if path.name != "config.json" and path.suffix != ".safetensors":
-            continue
+    source = open_files(directory, digests=False)
+    assert source.facts.model_dir is not None, "it was loaded"
+    places = _tensors(source)
+    for path in sorted({source.facts.model_dir / CONFIG_NAME, *source.files}):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
             if size <= _SAMPLED_BYTES:
                 digest.update(file.read())
                 continue
-            places = [i * (size - _SAMPLE_BYTES) // (_SAMPLES - 1) for i in range(_SAMPLES)]
-            for first, end in _tensors(path):
+            starts = [i * (size - _SAMPLE_BYTES) // (_SAMPLES - 1) for i in range(_SAMPLES)]
+            for first, end in places.get(path, []):
                 last = max(first, end - _TENSOR_BYTES)
-                places += [first, (first + last) // 2, last]
-            for i, place in enumerate(places):
+                starts += [first, (first + last) // 2, last]
+            for i, place in enumerate(starts):
                 file.seek(place)
                 digest.update(file.read(_SAMPLE_BYTES if i < _SAMPLES else _TENSOR_BYTES))
     return digest.hexdigest()
 
 
-def _tensors(path: Path) -> list[tuple[int, int]]:
-    """Return where in a safetensors file each tensor's bytes begin and end."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    begin = 8 + length
-    places = (value["data_offsets"] for name, value in sorted(header.items()) if name != "__metadata__")
-    return [(begin + first, begin + end) for first, end in places]
+def _tensors(source: TensorSource) -> dict[Path, list[tuple[int, int]]]:
+    """Return where in each weight file the bytes of tensors begin and end, by the tensors' names."""
+    found: dict[Path, list[tuple[int, int]]] = {}
+    for name in sorted(source.owned()):
+        item = source.info(name).item_bytes
+        for piece in source.pieces(name):
+            if isinstance(piece, Piece):
+                found.setdefault(piece.path, []).append((piece.offset, piece.offset + piece.numel * item))
+    return found

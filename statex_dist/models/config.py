@@ -36,7 +36,7 @@ class ModelConfig:
     MODEL_TYPE: ClassVar[str]
     OPS: ClassVar[tuple[str, ...]] = ()
     """Expansions that the family knows, the default one first."""
-    DERIVED: ClassVar[tuple[str, ...]] = ()
+    DERIVED: ClassVar[tuple[str, ...]] = (".inv_freq", ".cos_cached", ".sin_cached", "position_ids")
     """Endings of tensors that a checkpoint may hold and that follow from the configuration: never needed, kept."""
 
     vocab_size: int

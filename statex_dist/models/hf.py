@@ -1,27 +1,28 @@
-"""Model directories in Hugging Face's form: ``config.json`` and safetensors, in memory.
+"""Loading a model from a checkpoint of any layout, and saving it in Hugging Face's form.
 
 For checkpoints that do not fit in memory there are the streaming tools in ``checkpoints_tools``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from statex_dist.checkpoint.formats.tensor_io import TensorSource
+from statex_dist.checkpoint.formats.whole_reader import WholeReader
 from statex_dist.checkpoint.manifest import finish_target, prepare_target, sync
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
-from statex_dist.models.kinds import family_of, read_config
+from statex_dist.models.kinds import read_config
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.source import find_model, open_model
+from statex_dist.models.weights import read_into, torch_dtype
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
 
 
 def save_pretrained(model: RecurrentLM, directory: Path, *, overwrite: bool = False) -> None:
@@ -53,81 +54,52 @@ def write_config(config: ModelConfig, directory: Path) -> None:
     (directory / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
 
-def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a model directory.
-
-    Raises:
-        CheckpointError: Weights are missing, truncated or not safetensors.
-    """
-    index = directory / INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            bad = [name for name in names if Path(name).name != name]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from None
-        if bad:
-            raise CheckpointError(f"{index} names files outside its directory: {bad}")
-    elif (directory / WEIGHTS_NAME).is_file():
-        names = [WEIGHTS_NAME]
-    else:
-        raise CheckpointError(f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}")
-    tensors: dict[str, torch.Tensor] = {}
-    for name in names:
-        try:
-            tensors.update(load_file(directory / name))
-        except FileNotFoundError:
-            raise CheckpointError(f"{index} lists {name}, which is missing") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{directory / name} is not a whole safetensors file: {error}") from None
-    return tensors
-
-
-def check_tensors(tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, source: str) -> None:
-    """Raise unless ``tensors`` are exactly those of a model with ``config``.
-
-    Raises:
-        CheckpointError: A tensor is missing, unknown or of another shape (the first ones are named).
-    """
-    family = family_of(config.MODEL_TYPE)
-    specs = family.tensors(config)
-    names = set(tensors)
-    if config.tie_word_embeddings:
-        names.discard(family.names.head)
-    for problem, found in (("lacks", specs.keys() - names), ("has unknown", names - specs.keys())):
-        if found:
-            shown = ", ".join(sorted(found)[:3])
-            raise CheckpointError(f"{source} {problem} tensors: {shown} ({len(found)} in all)")
-    for name, spec in specs.items():
-        if tuple(tensors[name].shape) != spec.shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}; config and plan say {spec.shape}"
-            )
-
-
 def from_pretrained(
-    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", digests: bool = True
 ) -> RecurrentLM:
-    """Load a model directory.
+    """Load a model from a checkpoint of any layout, a tensor at a time.
 
     Args:
-        directory: Holds ``config.json`` and safetensors.
+        directory: Whatever :func:`statex_dist.models.source.open_model` opens, with a ``config.json``.
         dtype: Of the parameters; None takes that of the stored embedding table.
         device: Where the model goes.
+        digests: Whether what is read is held to the digests of the manifest and the checksums of archives.
 
     Raises:
         CheckpointError: The directory is incomplete, damaged or of another architecture.
+        ConfigError: The model has layers that only other software runs.
     """
-    config = read_config(directory)
-    config.require_runnable()
-    tensors = {n: t for n, t in load_tensors(directory).items() if not n.endswith(config.DERIVED)}
-    check_tensors(tensors, config, source=str(directory))
+    opened = open_runnable(directory, digests=digests)
+    config, source = opened.config, opened.source
     with torch.device("meta"):
         model = RecurrentLM(config)
-    stored = tensors[family_of(config.MODEL_TYPE).names.embeddings].dtype
+    stored = torch_dtype(source.info(model.family.names.embeddings).dtype)
     model = model.to_empty(device=device).to(dtype or stored)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.trunk.embedding_table.weight
-        tensors.setdefault(model.family.names.head, tensors[model.family.names.embeddings])
-    model.load_state_dict(tensors)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad(), WholeReader(source, crcs=digests) as reader:
+        for name in model.family.tensors(config):
+            read_into(reader, source, name, parameters.pop(name))
+    assert not parameters, f"{list(parameters)} were not filled"
     return model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnableModel:
+    """A checkpoint of a model that can be run here: its tensors and its config."""
+
+    source: TensorSource
+    config: ModelConfig
+
+
+def open_runnable(directory: Path, *, digests: bool) -> RunnableModel:
+    """Open a checkpoint whose model is to be run; arguments and errors of :func:`from_pretrained`."""
+    config = read_config(find_model(directory))
+    config.require_runnable()
+    opened = open_model(directory, digests=digests)
+    if opened.config is None:
+        raise CheckpointError(f"{opened.source.facts.path} has no {CONFIG_NAME}: what model it is is not known")
+    if not digests:
+        logger.warning("%s: contents are not held to digests and checksums (switched off)", directory)
+    return RunnableModel(source=opened.source, config=opened.config)

@@ -1,10 +1,10 @@
 """Tensor-parallel inference: each rank holds its part of every layer and of its state, and runs the model on it.
 
-A rank reads its own file of ``statex reshard --to tp`` and nothing else. Cut matrices are megatron-core's parallel
-layers. What the ranks of a layer exchange: the sums of squares of an output norm over channels of several ranks, and
-the sums of the outputs of matrices that are cut along their inputs; at the model's ends the embeddings, and the logits,
-which every rank returns whole. Who holds what is the table in ``models/<family>/layout.py``; docs/tensor_parallel.md
-explains it.
+A rank reads its own file of ``statex reshard --to tp``, or its part of any other checkpoint. Cut matrices are
+megatron-core's parallel layers. What the ranks of a layer exchange: the sums of squares of an output norm over channels
+of several ranks, and the sums of the outputs of matrices that are cut along their inputs; at the model's ends the
+embeddings, and the logits, which every rank returns whole. Who holds what is the table in
+``models/<family>/layout.py``; docs/tensor_parallel.md explains it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from statex_dist.models.lightning.mixer import Expert, SparseExperts
 from statex_dist.models.lm import LMHead, RecurrentLM
 from statex_dist.models.mitigation import Mitigation, StateNorm
 from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.models.source import find_model
 from statex_dist.parallel.tensor_norms import SplitGatedRMSNorm, SplitRMSNorm
-from statex_dist.parallel.tensor_shards import check_replicas, read_layout, read_shard
+from statex_dist.parallel.tensor_shards import check_replicas, read_layout, read_part, read_shard
 from statex_dist.parallel.tensor_share import TensorShare
 
 with warnings.catch_warnings():
@@ -102,26 +103,36 @@ class VocabHead(ColumnParallelLinear):
 
 
 def load_tensor_parallel(
-    directory: Path, share: TensorShare, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    directory: Path,
+    share: TensorShare,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    digests: bool = True,
 ) -> TensorParallelLM:
     """Load this rank's part of a model; every rank must call this.
 
     Args:
-        directory: What ``statex reshard --to tp`` made.
+        directory: What ``statex reshard --to tp`` made for so many ranks, of which each reads its own file; or any
+            other checkpoint, which each rank reads whole.
         share: This rank.
         dtype: Of the parameters; None takes that of the stored embedding table.
         device: Where the part goes.
+        digests: Whether contents are held to digests and checksums.
 
     Raises:
-        CheckpointError: The directory holds no shards, or damaged ones, or those of several models.
-        ConfigError: The shards are for another number of ranks, or the model cannot be run here.
+        CheckpointError: The checkpoint is incomplete or damaged, or its files are of several models.
+        ConfigError: So many ranks cannot share the model, or it cannot be run here.
         OtherRankError: Another rank could not load its part.
     """
     with share.together():
         layout = read_layout(directory, share)
-        config = read_config(directory)
+        config = read_config(find_model(directory))
         config.require_runnable()
-        tensors = read_shard(directory, config, layout, share, dtype=dtype, device=device)
+        if layout is None:
+            tensors = read_part(directory, share, dtype=dtype, device=device, digests=digests)
+        else:
+            tensors = read_shard(directory, config, layout, share, dtype=dtype, device=device, digests=digests)
         with torch.device("meta"):
             model = TensorParallelLM(config, share)
     with share.together():

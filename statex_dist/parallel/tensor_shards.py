@@ -1,4 +1,4 @@
-"""A rank's own file of a directory of tensor-parallel shards, held to everything that is known of it before it is used.
+"""A rank's part of a checkpoint: its own file of tensor-parallel shards, or its rows and columns of whole tensors.
 
 A shard of another model has the same names and shapes, and nothing fails when it is run. So a file must be the one that
 the directory's manifest describes, what each rank holds must be what the model's config asks for, and what all ranks
@@ -12,44 +12,76 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 
 from statex_dist.checkpoint.config_json import differing_keys
+from statex_dist.checkpoint.formats.places import missing_text
+from statex_dist.checkpoint.formats.tp_source import RankSource
+from statex_dist.checkpoint.formats.whole_reader import WholeReader
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest, digest_file
-from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, TensorParallelLayout, check_place
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, TensorParallelLayout
+from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.hf import open_runnable
 from statex_dist.models.kinds import family_of
 from statex_dist.models.layout import TensorSpec, rows_by_part, shard_ranges
+from statex_dist.models.model_check import check_tensor
+from statex_dist.models.weights import read_tensor, torch_dtype
 from statex_dist.parallel.tensor_share import TensorShare
 
 logger = logging.getLogger(__name__)
 
 
-def read_layout(directory: Path, share: TensorShare) -> TensorParallelLayout:
-    """Return what a directory says of its shards.
+def read_layout(directory: Path, share: TensorShare) -> TensorParallelLayout | None:
+    """Return what a directory says of its shards; None where it holds none for so many ranks, but another checkpoint.
 
     Raises:
-        CheckpointError: It holds none.
-        ConfigError: They are for another number of ranks.
+        CheckpointError: What it says cannot be.
     """
     path = directory / LAYOUT_NAME
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give one that statex reshard --to tp made")
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory} holds no {LAYOUT_NAME}: it is no directory of tensor-parallel shards; make one with "
-            f"statex reshard --source {directory} --target NEW_DIR --to tp --tp {share.size}"
-        )
+        return None
     layout = TensorParallelLayout.read(path)
-    if layout.tp != share.size:
-        given = f"--tp {share.size}, but " if share.size > 1 else ""
-        raise ConfigError(
-            f"{given}{directory} holds shards for {layout.tp} ranks; give --tp {layout.tp}, or make others with statex "
-            f"reshard --source {directory} --target NEW_DIR --to tp --tp N (or --to hf, for one process)"
-        )
-    return layout
+    return layout if layout.tp == share.size else None
+
+
+def read_part(
+    directory: Path,
+    share: TensorShare,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    digests: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Read this rank's part of the tensors of a checkpoint that holds them whole, or cut for other ranks.
+
+    Each rank reads every tensor, one at a time, and keeps its rows or columns.
+
+    Args:
+        directory: Whatever :func:`statex_dist.models.source.open_model` opens.
+        share: This rank.
+        dtype: Of the result; None takes that of the stored embedding table.
+        device: Where the tensors go.
+        digests: Whether contents are held to digests and checksums.
+
+    Returns:
+        Tensors by name; those that come in blocks have the rows of each part together.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, damaged or of another architecture.
+        ConfigError: So many ranks cannot share the model.
+    """
+    opened = open_runnable(directory, digests=digests)
+    source, specs = opened.source, _tensors_of(opened.config)
+    dtype = dtype or torch_dtype(source.info(family_of(opened.config.MODEL_TYPE).names.embeddings).dtype)
+    tensors = {}
+    with WholeReader(source, crcs=digests) as reader:
+        for name, spec in specs.items():
+            whole = read_tensor(reader, source, name)
+            ranges = shard_ranges(spec, name, share.size, share.rank)
+            held = torch.cat([whole.narrow(spec.axis, a, b - a) for a, b in ranges], spec.axis) if spec.shape else whole
+            tensors[name] = _placed(held, spec, share, dtype=dtype, device=device)
+    return tensors
 
 
 def read_shard(
@@ -60,6 +92,7 @@ def read_shard(
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    digests: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Read this rank's tensors; no other rank's file is opened.
 
@@ -70,6 +103,7 @@ def read_shard(
         share: This rank.
         dtype: Of the result; None takes that of the stored embedding table.
         device: Where the tensors go.
+        digests: Whether the files are held to the manifest's digests; sizes always are.
 
     Returns:
         Tensors by name; those that come in blocks have the rows of each part together.
@@ -79,36 +113,37 @@ def read_shard(
     """
     path = directory / layout.files[share.rank]
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; {LAYOUT_NAME} lists it")
-    _check_manifest(directory, path, share)
+        raise CheckpointError(missing_text(path, LAYOUT_NAME))
+    _check_manifest(directory, path, share, digests=digests)
+    source = RankSource(path, rank=share.rank, tp=share.size)
     specs = _tensors_of(config)
     _check_layout(directory, config, layout, share, specs)
-    names = family_of(config.MODEL_TYPE).names
-    try:
-        with safe_open(path, framework="pt") as file:
-            check_place(path, file.metadata() or {}, rank=share.rank, tp=share.size)
-            dtype = dtype or file.get_tensor(names.embeddings).dtype
-            tensors = {}
-            for name, spec in specs.items():
-                tensor = file.get_tensor(name)
-                if tuple(tensor.shape) != (wanted := _held_shape(spec, name, share)):
-                    raise CheckpointError(
-                        f"{path}: {name} has shape {tuple(tensor.shape)}; {LAYOUT_NAME} says {wanted}"
-                    )
-                if spec.blocks > 1 and share.size > 1:
-                    tensor = tensor[rows_by_part(spec, share.size, share.rank)]
-                # A copy: what is read is a map of the file, which somebody may replace while the model runs.
-                tensors[name] = tensor.to(device=device, dtype=dtype, copy=True)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file of this model: {error}") from None
+    tensors = {}
+    for name, spec in specs.items():
+        if name not in source:
+            raise CheckpointError(f"{path} lacks tensor '{name}' of this model, which {LAYOUT_NAME} lists")
+        check_tensor(source.info(name), _held_shape(spec, name, share), path, LAYOUT_NAME)
+    dtype = dtype or torch_dtype(source.info(family_of(config.MODEL_TYPE).names.embeddings).dtype)
+    with WholeReader(source) as reader:
+        for name, spec in specs.items():
+            tensors[name] = _placed(read_tensor(reader, source, name), spec, share, dtype=dtype, device=device)
     return tensors
+
+
+def _placed(
+    held: torch.Tensor, spec: TensorSpec, share: TensorShare, *, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Return what a rank holds of a tensor as its modules want it."""
+    if spec.blocks > 1 and share.size > 1:
+        held = held[rows_by_part(spec, share.size, share.rank)]
+    return held.contiguous().to(device=device, dtype=dtype)
 
 
 def check_replicas(
     directory: Path,
     config: ModelConfig,
     tensors: dict[str, torch.Tensor],
-    layout: TensorParallelLayout,
+    layout: TensorParallelLayout | None,
     share: TensorShare,
 ) -> None:
     """Raise on every rank if what all of them hold whole differs, or their configs: their files are of several models.
@@ -128,9 +163,13 @@ def check_replicas(
             )
         if different := [name for name in whole if theirs.get(name) != first.get(name)]:
             raise CheckpointError(
-                f"{directory}: {layout.files[0]} and {layout.files[rank]} are of different models: "
+                f"{directory}: {_files_of(layout, 0)} and {_files_of(layout, rank)} are of different models: "
                 f"{different[0]} is not the same in both"
             )
+
+
+def _files_of(layout: TensorParallelLayout | None, rank: int) -> str:
+    return layout.files[rank] if layout is not None else f"the files of rank {rank}"
 
 
 def _tensors_of(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -181,7 +220,7 @@ def _text(axis: int, ranges: object) -> str:
     return f"{'columns' if axis else 'rows'} {list(ranges)}"  # type: ignore[call-overload]
 
 
-def _check_manifest(directory: Path, path: Path, share: TensorShare) -> None:
+def _check_manifest(directory: Path, path: Path, share: TensorShare, *, digests: bool) -> None:
     """Raise unless the files that this rank reads are those that the directory was made with."""
     if not (directory / MANIFEST_NAME).is_file():
         if share.rank == 0:
@@ -198,7 +237,7 @@ def _check_manifest(directory: Path, path: Path, share: TensorShare) -> None:
         if record is None:
             raise CheckpointError(f"{file} is not one of the files that {MANIFEST_NAME} lists; was it put there later?")
         record.check_size(file)
-        if digest_file(file) != record.xxh3_128:
+        if digests and digest_file(file) != record.xxh3_128:
             raise CheckpointError(
                 f"{file} is damaged, changed or of another model: its digest differs from {MANIFEST_NAME}"
             )

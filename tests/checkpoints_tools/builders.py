@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from checkpoints_tools.expand import expand
 from checkpoints_tools.expansion import prepare_expansion
 from checkpoints_tools.expansion_report import ExpansionReport
-from checkpoints_tools.piece_io import read_tensor as read_bytes_of
 from checkpoints_tools.plan_options import PlanOptions
 from checkpoints_tools.target_writer import WriteOptions
-from checkpoints_tools.tensor_io import TensorInfo, TensorSource
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
+from statex_dist.checkpoint.formats.piece_io import read_tensor as read_bytes_of
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
 from statex_dist.models.kinds import config_from_dict, family_of
 
 GLA = {

@@ -15,9 +15,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from checkpoints_tools.inspect import inspect
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.verify import verify_expansion
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import load_all, run_expand
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*single process.*")

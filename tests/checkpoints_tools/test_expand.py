@@ -207,7 +207,7 @@ def test_wrong_sources_and_targets(tmp_path):
     write_model(tmp_path / "shape", GLA, {**tensors, "lm_head.weight": torch.zeros(36, 32)})
     for source, target, message in (
         ("llama", "out", "'llama' is not supported"),
-        ("nowhere", "out", "source not found"),
+        ("nowhere", "out", "model directory or checkpoint not found"),
         ("empty", "out", "not a checkpoint: looked for"),
         ("file", "out", "is a file"),
         ("lacking", "out", "lacks tensor 'model.layers.2.mlp.up_proj.weight'"),

@@ -241,7 +241,7 @@ def test_minimax_beside_softmax_attention(tmp_path):
 
 def test_zero3_as_source_equals_safetensors_as_source(tmp_path):
     from benchmarks.synthetic_zero3 import write_zero3
-    from checkpoints_tools.sources import open_source
+    from statex_dist.models.source import open_source
 
     tensors = write_model(tmp_path / "hf", GLA)
     tag = tmp_path / "run/checkpoints/global_step7"

@@ -8,14 +8,14 @@ import torch
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.expand import expand
 from checkpoints_tools.expansion import prepare_expansion
-from checkpoints_tools.piece_io import read_tensor
 from checkpoints_tools.plan_options import PlanOptions
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.verify import verify_expansion
+from statex_dist.checkpoint.formats.piece_io import read_tensor
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import read_config_dict
 from statex_dist.models.kinds import config_from_dict
 from statex_dist.models.recipe import Keep
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, MAMBA2, random_tensors, write_model
 from tests.runs import GLA as RUN_GLA
 from tests.runs import losses, make_shards, run_training, save_model, write_run

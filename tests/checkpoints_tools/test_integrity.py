@@ -11,10 +11,10 @@ import torch
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.integrity import verify_alone
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
-from checkpoints_tools.torch_zip import read_directory
+from statex_dist.checkpoint.formats.torch_zip import read_directory
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, random_tensors, write_model
 
 LAYOUTS = {

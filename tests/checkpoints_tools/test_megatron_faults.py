@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from checkpoints_tools.dcp_format import lay_out, read_metadata
+from checkpoints_tools.dcp_writer import lay_out
 from checkpoints_tools.hf_writer import hf_plan
-from checkpoints_tools.megatron_io import MegatronSource, megatron_plan
-from checkpoints_tools.safetensors_io import SafetensorsSource
-from checkpoints_tools.tensor_io import TensorInfo
+from checkpoints_tools.megatron_io import megatron_plan
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.formats.dcp_format import read_metadata
+from statex_dist.checkpoint.formats.dcp_source import DcpSource
+from statex_dist.checkpoint.formats.safetensors_io import SafetensorsSource
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import info_of, write_model
@@ -33,24 +35,24 @@ def test_missing_truncated_and_damaged_files(megatron, tmp_path):
     data = file.read_bytes()
     file.write_bytes(data[:-10])
     with pytest.raises(CheckpointError, match=r"__0_0.distcp is truncated: it has .* bytes; a chunk of 'b' ends at"):
-        MegatronSource(megatron)
+        DcpSource.open(megatron)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"__0_0.distcp is missing; .metadata lists it"):
-        MegatronSource(megatron)
+        DcpSource.open(megatron)
     damaged = bytearray(data)
     damaged[4000] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"__0_0.distcp is damaged: the CRC-32 of its 'data/0' is"):
-        convert(MegatronSource(megatron), tmp_path / "out", hf_plan)
+        convert(DcpSource.open(megatron), tmp_path / "out", hf_plan)
     assert not (tmp_path / "out").exists()
     pickled = data.index(b"\x80\x02ctorch._utils")
     file.write_bytes(data[:pickled] + b"x" + data[pickled + 1 :])
     with pytest.raises(CheckpointError, match=r"the chunk of 'a' at byte 0 is damaged .* CRC of its data.pkl"):
-        MegatronSource(megatron)
+        DcpSource.open(megatron)
     chunk = read_metadata(megatron / ".metadata").tensors["b"].chunks[0]
     file.write_bytes(data[: chunk.offset] + bytes(chunk.length))
     with pytest.raises(CheckpointError, match=r"the chunk of 'b' at byte .* is damaged or not of torch's format"):
-        MegatronSource(megatron)
+        DcpSource.open(megatron)
 
 
 def change(directory: Path, function) -> None:
@@ -63,7 +65,7 @@ def change(directory: Path, function) -> None:
 
 def refused(directory: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        MegatronSource(directory)
+        DcpSource.open(directory)
     assert "\n" not in str(caught.value)
 
 

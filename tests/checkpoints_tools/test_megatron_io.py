@@ -21,19 +21,21 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints_tools.dcp_format import lay_out, metadata_bytes, read_metadata
+from checkpoints_tools.dcp_writer import lay_out, metadata_bytes
 from checkpoints_tools.hf_writer import hf_plan
-from checkpoints_tools.megatron_io import CHECKPOINT_CONFIG, MegatronSource, looks_like_megatron, megatron_plan
-from checkpoints_tools.megatron_names import MEGATRON_FAMILIES, megatron_notes, name_map
-from checkpoints_tools.model_check import check_tensors, read_source_config
-from checkpoints_tools.safetensors_io import SafetensorsSource
+from checkpoints_tools.megatron_io import megatron_plan
 from checkpoints_tools.target import write_target
 from checkpoints_tools.target_writer import WriteOptions
-from checkpoints_tools.tensor_io import TensorInfo
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.formats.dcp_format import read_metadata
+from statex_dist.checkpoint.formats.dcp_source import CHECKPOINT_CONFIG, looks_like_dcp
+from statex_dist.checkpoint.formats.safetensors_io import SafetensorsSource
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.kinds import FAMILIES, config_from_dict, family_of
+from statex_dist.models.megatron_names import MEGATRON_FAMILIES, megatron_notes, name_map
+from statex_dist.models.source import interpret, open_source
 from tests.checkpoints_tools.builders import (
     GLA,
     MAMBA2,
@@ -50,8 +52,8 @@ GROUPED = {**MAMBA2, "n_groups": 2, "use_bias": False, "tie_word_embeddings": Fa
 
 def convert(source, target: Path, plan=megatron_plan, max_shard_size: int = 4000, **options) -> None:
     """Write all of a source in another layout, as ``statex reshard`` does."""
-    values, config = read_source_config(source)
-    names = source.keys() if config is None else check_tensors(source, config)
+    opened = interpret(source)
+    values, config, names = opened.values, opened.config, opened.names
     more = {"config": config} if plan is megatron_plan else {}
     write_target(
         target,
@@ -76,7 +78,7 @@ def to_megatron(model: Path, target: Path, **options) -> Path:
 
 def read_everything(directory: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint as we read it."""
-    source = MegatronSource(directory)
+    source = open_source(directory)
     return {name: read_tensor(source, name) for name in source.keys()}  # noqa: SIM118 - not a mapping
 
 
@@ -117,10 +119,10 @@ def test_round_trip(tmp_path, values, dtype):
     write_model(tmp_path / "hf", values, tensors, shards=2)
     (tmp_path / "hf/model.safetensors").unlink()
     to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    assert looks_like_megatron(tmp_path / "megatron")
-    assert not looks_like_megatron(tmp_path / "hf")
+    assert looks_like_dcp(tmp_path / "megatron")
+    assert not looks_like_dcp(tmp_path / "hf")
     assert len(list((tmp_path / "megatron").glob("__0_*.distcp"))) > 2
-    source = MegatronSource(tmp_path / "megatron")
+    source = open_source(tmp_path / "megatron")
     assert source.keys() == list(family_of(values["model_type"]).tensors(config_from_dict(values)))
     assert (source.facts.kind, source.ignored) == ("megatron", ())
     convert(source, tmp_path / "back", hf_plan)
@@ -133,7 +135,7 @@ def test_expanded_models(tmp_path):
         write_model(tmp_path / name, values)
         run_expand(tmp_path / name, tmp_path / f"{name}-expanded", factor=2, layers="1", init="reinit")
         to_megatron(tmp_path / f"{name}-expanded", tmp_path / f"{name}-megatron")
-        convert(MegatronSource(tmp_path / f"{name}-megatron"), tmp_path / f"{name}-back", hf_plan)
+        convert(open_source(tmp_path / f"{name}-megatron"), tmp_path / f"{name}-back", hf_plan)
         assert same(load_all(tmp_path / f"{name}-back"), load_all(tmp_path / f"{name}-expanded"))
 
 
@@ -162,7 +164,7 @@ def test_without_a_config(tmp_path):
     save_file(odd_tensors(), tmp_path / "model.safetensors")
     to_megatron(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out/config.json").exists()
-    assert MegatronSource(tmp_path / "out").facts.model_dir is None
+    assert open_source(tmp_path / "out").facts.model_dir is None
 
 
 STATE_SPACES = {
@@ -238,7 +240,7 @@ def test_reading_what_torch_wrote(tmp_path):
     tensors = {**odd_tensors(), "b": torch.randn(9).bfloat16(), "turned": torch.randn(4, 6).t()}
     with pytest.warns(UserWarning, match="single process"):
         dcp.save({**tensors, "step": 7}, checkpoint_id=tmp_path / "dcp")
-    source = MegatronSource(tmp_path / "dcp")
+    source = open_source(tmp_path / "dcp")
     assert source.ignored == ("step",)
     assert same(read_everything(tmp_path / "dcp"), tensors)
     convert(source, tmp_path / "hf", hf_plan)
@@ -367,7 +369,7 @@ def test_reading_what_several_ranks_wrote(two_ranks, tmp_path):
     root, _ = two_ranks
     written = torch.load(root / "written.pt")
     assert same(read_everything(root / "dtensors"), written)
-    source = MegatronSource(root / "mcore")
+    source = open_source(root / "mcore")
     assert source.ignored == ("mixer._extra_state/shard_0_1",)
     del written["rows"]
     assert same(read_everything(root / "mcore"), written)
@@ -387,7 +389,7 @@ def test_checkpoints_that_megatron_trained(tmp_path):
         dcp.save({**theirs, **states}, checkpoint_id=tmp_path / "megatron")
     (tmp_path / "megatron/config.json").write_text(json.dumps(GROUPED))
     assert same(read_everything(tmp_path / "megatron"), tensors)
-    assert set(MegatronSource(tmp_path / "megatron").ignored) == set(states)
+    assert set(open_source(tmp_path / "megatron").ignored) == set(states)
     cases = (
         ({"stranger": torch.zeros(1)}, "holds tensor 'stranger', unknown to the mamba2 model"),
         ({"decoder.final_norm.weight": None}, "lacks tensor 'decoder.final_norm.weight'"),
@@ -400,7 +402,7 @@ def test_checkpoints_that_megatron_trained(tmp_path):
             dcp.save(changed, checkpoint_id=tmp_path / f"wrong{number}")
         (tmp_path / f"wrong{number}/config.json").write_text(json.dumps(GROUPED))
         with pytest.raises(CheckpointError, match=message):
-            MegatronSource(tmp_path / f"wrong{number}")
+            open_source(tmp_path / f"wrong{number}")
 
 
 def test_tensors_cut_along_two_axes(tmp_path):

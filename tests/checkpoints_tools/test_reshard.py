@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.integrity import verify_alone
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.target_writer import WriteOptions
 from checkpoints_tools.verify import verify_same
-from checkpoints_tools.zero3_layout import FlatLayout, partition_size
+from statex_dist.checkpoint.formats.zero3_layout import FlatLayout, partition_size
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
 from tests.checkpoints_tools.test_integrity import damage
 

@@ -9,10 +9,10 @@ import torch
 
 from checkpoints_tools.inspect import inspect
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.target_writer import WriteOptions
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import load_all
 
 pytestmark = pytest.mark.distributed

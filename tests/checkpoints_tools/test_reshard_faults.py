@@ -14,9 +14,9 @@ from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools import target_writer
 from checkpoints_tools.integrity import verify_alone
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.target_writer import WriteOptions
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, random_tensors, write_model
 from tests.runs import REPOSITORY
 

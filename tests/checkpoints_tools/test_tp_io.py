@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools.integrity import verify_alone
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
-from checkpoints_tools.tp_io import file_name
 from checkpoints_tools.verify import verify_same
+from statex_dist.checkpoint.tp_layout import file_name
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.layout import shard_ranges
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, load_all, run_expand, write_model
 
 MODELS = {

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, Mamba2ForCausalLM
 
 from checkpoints_tools.inspect import inspect
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import load_all, read_tensor
 
 pytestmark = pytest.mark.distributed

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.integrity import verify_alone
 from checkpoints_tools.reshard import reshard
-from checkpoints_tools.sources import open_source
 from checkpoints_tools.training_states import batch_proposal
 from checkpoints_tools.verify import verify_same
-from checkpoints_tools.zero3_layout import sub_groups
+from statex_dist.checkpoint.formats.zero3_layout import sub_groups
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, load_all, random_tensors, write_model
 
 

@@ -49,7 +49,7 @@ def test_the_installed_command_answers():
         [str(Path(sys.executable).parent / "statex"), "plan", "nowhere"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert result.stderr.strip() == "error: model directory not found: nowhere"
+    assert result.stderr.strip() == "error: model directory or checkpoint not found: nowhere"
 
 
 def test_help_costs_no_heavy_import():

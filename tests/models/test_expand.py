@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.models.hf import check_tensors
 from statex_dist.models.kinds import family_of, make_plan
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.surgery import expand_state_dict
@@ -60,7 +59,6 @@ def test_result_is_a_model_of_the_target_config(config, op, init, factor):
     _, target, _, after = expand(config, op, init, factor)
     specs = family_of(config.MODEL_TYPE).tensors(target)
     assert {name: tuple(x.shape) for name, x in after.items()} == {name: spec.shape for name, spec in specs.items()}
-    check_tensors(after, target, source="test")
     assert {x.dtype for x in after.values()} == {torch.float64}
     model = loaded(target, after)
     out = model(tokens(1, 20), labels=tokens(1, 20, seed=1))

@@ -9,8 +9,10 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
+from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME
+from statex_dist.checkpoint.formats.safetensors_io import SINGLE_NAME as WEIGHTS_NAME
 from statex_dist.errors import StateXError
-from statex_dist.models.hf import INDEX_NAME, WEIGHTS_NAME, from_pretrained, save_pretrained
+from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.models.kinds import read_config
 from tests.models.tiny import (
     CONFIGS,
@@ -83,7 +85,7 @@ def test_shards_with_an_index(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
     victim = sorted(tmp_path.glob("*.safetensors"))[1]
     victim.unlink()
-    with pytest.raises(StateXError, match=rf"lists {victim.name}, which is missing"):
+    with pytest.raises(StateXError, match=rf"{victim.name} is missing; {INDEX_NAME} lists it"):
         from_pretrained(tmp_path)
 
 
@@ -147,10 +149,10 @@ class TestBadInput:
             assert word in message, message
 
     def test_no_directory(self, tmp_path):
-        self.refused(tmp_path / "nowhere", "model directory not found", "nowhere")
+        self.refused(tmp_path / "nowhere", "model directory or checkpoint not found", "nowhere")
 
     def test_a_file(self, saved):
-        self.refused(saved / WEIGHTS_NAME, "is a file; give the directory that holds config.json")
+        self.refused(saved / WEIGHTS_NAME, "is a file; give the directory that holds the checkpoint")
 
     def test_no_config(self, saved):
         (saved / "config.json").unlink()
@@ -253,40 +255,40 @@ class TestBadInput:
 
     def test_no_weights(self, saved):
         (saved / WEIGHTS_NAME).unlink()
-        self.refused(saved, f"holds neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+        self.refused(saved, "is not a checkpoint: looked for", WEIGHTS_NAME)
 
     @pytest.mark.parametrize("keep", [0, 4, 100, -1])
     def test_truncated_weights(self, saved, keep):
         path = saved / WEIGHTS_NAME
         path.write_bytes(path.read_bytes()[:keep])
-        self.refused(saved, f"{WEIGHTS_NAME} is not a whole safetensors file")
+        self.refused(saved, f"{WEIGHTS_NAME} is truncated")
 
     def test_missing_tensor(self, saved):
         edit_tensors(saved, lambda tensors: tensors.pop("backbone.layers.1.mixer.D"))
-        self.refused(saved, "lacks tensors: backbone.layers.1.mixer.D (1 in all)")
+        self.refused(saved, "lacks tensor 'backbone.layers.1.mixer.D' of the mamba2 model")
 
     def test_unknown_tensor(self, saved):
         edit_tensors(saved, lambda tensors: tensors.update({"backbone.extra": torch.ones(1)}))
-        self.refused(saved, "has unknown tensors: backbone.extra (1 in all)")
+        self.refused(saved, "holds tensor 'backbone.extra', unknown to the mamba2 model")
 
     def test_wrong_shape(self, saved):
         edit_tensors(saved, lambda tensors: tensors.update({"backbone.layers.0.mixer.D": torch.ones(5)}))
-        self.refused(saved, "backbone.layers.0.mixer.D has shape (5,); config and plan say (4,)")
+        self.refused(saved, "'backbone.layers.0.mixer.D' has shape (5,); config.json asks for (4,)")
 
     @pytest.mark.parametrize(
         "text", ["{", "[]", "{}", "3", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": [1]}}']
     )
     def test_broken_index(self, saved, text):
         (saved / INDEX_NAME).write_text(text)
-        self.refused(saved, f"{INDEX_NAME} is not a safetensors index")
+        self.refused(saved, INDEX_NAME, "weight_map")
 
     def test_empty_index(self, saved):
         (saved / INDEX_NAME).write_text('{"weight_map": {}}')
-        self.refused(saved, "lacks tensors")
+        self.refused(saved, INDEX_NAME, "weight_map is empty")
 
     def test_an_index_cannot_leave_its_directory(self, saved):
         (saved / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "../m/model.safetensors"}}))
-        self.refused(saved, "names files outside its directory", "../m/model.safetensors")
+        self.refused(saved, "only files of the same directory are allowed", "../m/model.safetensors")
 
 
 def test_read_config_needs_no_weights(saved):

@@ -19,7 +19,7 @@ from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.kinds import read_config
 from statex_dist.parallel.tensor import load_tensor_parallel
-from statex_dist.parallel.tensor_shards import check_replicas, read_layout, read_shard
+from statex_dist.parallel.tensor_shards import check_replicas, read_layout, read_part, read_shard
 from statex_dist.parallel.tensor_share import TensorShare
 from tests.models.tiny import CONFIGS, build, gla_config
 
@@ -49,6 +49,7 @@ def shards(made: Path, tmp_path: Path) -> Path:
 
 def read(directory: Path, share: TensorShare = SHARE) -> dict[str, torch.Tensor]:
     layout = read_layout(directory, share)
+    assert layout is not None
     return read_shard(directory, read_config(directory), layout, share, dtype=None, device="cpu")
 
 
@@ -62,21 +63,26 @@ def test_a_whole_directory_is_read(shards):
     assert read(shards).keys() == load_file(shards / OWN).keys()
 
 
-def test_a_directory_without_shards_says_how_to_make_them(made, tmp_path):
-    model = made / "one" / "hf"
-    wanted = rf"{model} holds no {LAYOUT_NAME}: .* statex reshard --source {model} --target NEW_DIR --to tp --tp 2$"
-    with pytest.raises(CheckpointError, match=wanted):
-        read(model)
-    with pytest.raises(CheckpointError, match="nothing is not a directory; give one that statex reshard --to tp made"):
-        read(tmp_path / "nothing")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_rank_takes_its_part_of_any_other_checkpoint(tmp_path, name):
+    """What the tools cut for each rank is what it takes of whole tensors, or of shards for other ranks."""
+    save_pretrained(build(CONFIGS[name], dtype=torch.float32), tmp_path / "hf")
+    for ranks in (2, 1):
+        reshard(tmp_path / "hf", tmp_path / f"tp{ranks}", to="tp", tp=ranks)
+    for rank in range(2):
+        share = TensorShare(rank=rank, size=2)
+        own = read(tmp_path / "tp2", share)
+        for other in ("hf", "tp1"):
+            assert read_layout(tmp_path / other, share) is None
+            part = read_part(tmp_path / other, share, dtype=None, device="cpu")
+            assert part.keys() == own.keys()
+            assert all(torch.equal(part[tensor], own[tensor]) for tensor in own)
 
 
-def test_another_number_of_ranks_names_both(shards):
-    others = rf"give --tp 2, or make others with statex reshard --source {shards} --target NEW_DIR --to tp --tp N"
-    with pytest.raises(ConfigError, match=rf"--tp 4, but {shards} holds shards for 2 ranks; {others} \(or --to hf"):
-        read(shards, TensorShare(rank=1, size=4))
-    with pytest.raises(ConfigError, match=rf"^{shards} holds shards for 2 ranks; {others}"):
-        load_tensor_parallel(shards, TensorShare())
+def test_one_process_reads_shards_of_several_ranks(made, shards):
+    whole = load_tensor_parallel(shards, TensorShare()).state_dict()
+    expected = load_file(made / "one" / "hf" / "model.safetensors")
+    assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_missing_file_is_named(shards):
@@ -91,7 +97,7 @@ def test_a_truncated_file_is_noticed_with_and_without_a_manifest(shards):
     with pytest.raises(CheckpointError, match=rf"{OWN} has {len(content) - 100} bytes; MANIFEST.json says"):
         read(shards)
     (shards / MANIFEST_NAME).unlink()
-    with pytest.raises(CheckpointError, match=rf"{OWN} is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=rf"{OWN} is truncated"):
         read(shards)
 
 
@@ -172,11 +178,11 @@ def test_a_tensor_that_does_not_fit_the_layout_is_named(shards):
     tensors = load_file(shards / OWN)
     name = "model.layers.0.attn.v_proj.weight"
     save_file(tensors | {name: tensors[name][1:]}, shards / OWN)
-    with pytest.raises(CheckpointError, match=rf"{OWN}: {name} has shape .*; {LAYOUT_NAME} says"):
+    with pytest.raises(CheckpointError, match=rf"{OWN}: tensor '{name}' has shape .*; {LAYOUT_NAME} asks for"):
         read(shards)
     tensors.pop(name)
     save_file(tensors, shards / OWN)
-    with pytest.raises(CheckpointError, match=rf"{OWN} is not a whole safetensors file of this model: .*{name}"):
+    with pytest.raises(CheckpointError, match=rf"{OWN} lacks tensor '{name}' of this model"):
         read(shards)
 
 

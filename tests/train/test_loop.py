@@ -312,7 +312,7 @@ def test_two_processes_cannot_train_into_one_run(tmp_path: Path, shards: Path):
 
 
 def test_a_refused_start_leaves_nothing_behind(tmp_path: Path, shards: Path):
-    with pytest.raises(CheckpointError, match="model directory not found"):
+    with pytest.raises(CheckpointError, match="model directory or checkpoint not found"):
         train(load(tmp_path, shards, model={"path": str(tmp_path / "none")}))
     assert not (tmp_path / "run").exists()
 

@@ -25,6 +25,7 @@ class LightningConfig(ModelConfig):
     MODEL_TYPE: ClassVar[str] = "minimax"
     OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_state")
     DERIVED: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.DERIVED,
         "self_attn.slope_rate",
         "self_attn.query_decay",
         "self_attn.key_decay",

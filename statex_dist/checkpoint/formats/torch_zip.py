@@ -1,7 +1,6 @@
 """``torch.save`` files: zip archives of one pickle and the raw bytes of the storages, all uncompressed.
 
-Read without torch, and laid out so that the storages can be written later, by anyone, in any order: the headers and the
-pickle are known beforehand, the CRCs are filled in at the end.
+Read without torch.
 (Format: PyTorch, ``caffe2/serialize/inline_container.cc``; PKWARE APPNOTE for the archive.)
 """
 
@@ -14,28 +13,29 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from checkpoints_tools.raw_io import FileState, read_bytes
-from checkpoints_tools.torch_pickle_writer import dumps
 from statex_dist.checkpoint.archive import DAMAGE
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.places import pointer_text
+from statex_dist.checkpoint.formats.raw_io import FileState, read_bytes
 from statex_dist.checkpoint.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 
-_ALIGNMENT = 64
-_LOCAL = struct.Struct("<IHHHHHIIIHH")
-_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
-_END = struct.Struct("<IHHHHIIH")
-_LOCATOR = struct.Struct("<IIQI")
-_MAX_DIRECTORY_BYTES = 1 << 28
-_UTF8 = 0x0800
-_KNOWN_FLAGS = _UTF8 | 0x0008  # names in UTF-8; sizes and CRC stand behind the values too
+LOCAL = struct.Struct("<IHHHHHIIIHH")
+END = struct.Struct("<IHHHHIIH")
+LOCATOR = struct.Struct("<IIQI")
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""How a file begins that torch wrote before version 1.6, or was told to write so: its magic number, pickled."""
 
-_ZIP64 = 0xFFFFFFFF
+_MAX_DIRECTORY_BYTES = 1 << 28
+UTF8 = 0x0800
+_KNOWN_FLAGS = UTF8 | 0x0008  # names in UTF-8; sizes and CRC stand behind the values too
+
+ZIP64 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,21 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except ArchiveError as error:
         raise CheckpointError(f"{path} {error}") from None
     except DAMAGE as error:
-        raise CheckpointError(f"{path} is truncated or not a torch.save file: {one_line(error)}") from None
+        raise CheckpointError(
+            _other_format(path) or f"{path} is truncated or not a torch.save file: {one_line(error)}"
+        ) from None
+
+
+def _other_format(path: Path) -> str | None:
+    """Return what a file is that is no archive, as far as we know it, and how to make one of it."""
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY))
+    if start == _LEGACY:
+        return (
+            f"{path} is in torch's format from before version 1.6, which is no archive; convert it: python -c \"import "
+            "sys, torch; p = sys.argv[1]; torch.save(torch.load(p, 'cpu', weights_only=True), p)\" FILE"
+        )
+    return pointer_text(path)
 
 
 def read_entries(file: BinaryIO, size: int) -> tuple[str, dict[str, Entry]]:
@@ -214,19 +228,19 @@ def _check_end(file: BinaryIO, start: int, count: int) -> None:
     position = 0
     for _ in range(count):
         position += 46 + sum(struct.unpack_from("<HHH", tail, position + 28))
-    directory, end = position, len(tail) - _END.size
+    directory, end = position, len(tail) - END.size
     fits = position <= end
     if fits and tail.startswith(b"PK\6\6", position):
         *disks, here, total, length, offset = struct.unpack_from("<IIQQQQ", tail, position + 16)
         lengths = struct.unpack_from("<Q", tail, position + 4)
-        locator = _LOCATOR.unpack_from(tail, position + 56)
+        locator = LOCATOR.unpack_from(tail, position + 56)
         fits = (here, total, length, offset, *disks, *lengths) == (count, count, directory, start, 0, 0, 44)
         fits = fits and locator == (0x07064B50, 0, start + position, 1)
         position += 76
-    found = _END.unpack_from(tail, end)
-    small = (min(count, 0xFFFF), min(count, 0xFFFF), min(directory, _ZIP64), min(start, _ZIP64))
+    found = END.unpack_from(tail, end)
+    small = (min(count, 0xFFFF), min(count, 0xFFFF), min(directory, ZIP64), min(start, ZIP64))
     # The short record may point to the long one even where its own fields would do.
-    large = (0xFFFF, 0xFFFF, _ZIP64, _ZIP64)
+    large = (0xFFFF, 0xFFFF, ZIP64, ZIP64)
     sizes_fit = all(value in pair for value, *pair in zip(found[3:7], small, large, strict=True))
     if not fits or position != end or found[0] != 0x06054B50 or any((*found[1:3], found[7])) or not sizes_fit:
         raise zipfile.BadZipFile(f"the records at its end are not those of {count} entries at byte {start}")
@@ -235,16 +249,16 @@ def _check_end(file: BinaryIO, start: int, count: int) -> None:
 def _local_header(file: BinaryIO, info: zipfile.ZipInfo) -> int | None:
     """Return the byte at which an entry's values begin, or None where its header is missing or another one's."""
     file.seek(info.header_offset)
-    fields = file.read(_LOCAL.size)
-    if len(fields) < _LOCAL.size:
+    fields = file.read(LOCAL.size)
+    if len(fields) < LOCAL.size:
         return None
-    signature, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack(fields)
+    signature, _, flags, method, *_, name_length, extra_length = LOCAL.unpack(fields)
     name = info.orig_filename.encode()
     if (signature, flags, method) != (0x04034B50, info.flag_bits, info.compress_type):
         return None
     if file.read(name_length) != name:
         return None
-    return info.header_offset + _LOCAL.size + name_length + extra_length
+    return info.header_offset + LOCAL.size + name_length + extra_length
 
 
 def check_small_entries(path: Path) -> None:
@@ -256,122 +270,3 @@ def check_small_entries(path: Path) -> None:
     for name, entry in read_directory(path)[1].items():
         if not name.startswith("data/") and zlib.crc32(read_bytes(path, entry.offset, entry.size)) != entry.crc:
             raise CheckpointError(f"{path} is damaged: the CRC-32 of its '{name}' is not what was written")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ArchiveLayout:
-    """A ``torch.save`` file (or a part of a larger file) that is to be written.
-
-    Attributes:
-        root: Name of its folder.
-        size: Bytes in all.
-        storages: Byte offset and size of each storage whose bytes are to be written, by key.
-        fixed: ``(offset, bytes)`` of everything that is known beforehand.
-    """
-
-    root: str
-    size: int
-    storages: Mapping[str, tuple[int, int]]
-    fixed: tuple[tuple[int, bytes], ...]
-    _members: tuple[tuple[str, int, int, int, int | None], ...]  # name, header offset, offset, size, CRC if known
-    _directory: int
-
-    @classmethod
-    def build(cls, root: str, content: Any, storages: Mapping[str, int | bytes]) -> ArchiveLayout:
-        """Lay a file out.
-
-        Args:
-            root: Name of the folder: the file's name without its ending, as torch has it.
-            content: What is saved; its tensors refer to ``storages``.
-            storages: By key the number of bytes of each storage, or the bytes where they are known.
-        """
-        known = {
-            "data.pkl": dumps(content),
-            ".format_version": b"1",
-            ".storage_alignment": b"64",
-            "byteorder": b"little",
-        }
-        tail = {"version": b"3\n"}
-        names: list[tuple[str, bytes | int]] = [*known.items()]
-        names += [(f"data/{key}", size) for key, size in storages.items()]
-        names += [*tail.items()]
-        members, fixed, places, position = [], [], {}, 0
-        for name, data in names:
-            size = data if isinstance(data, int) else len(data)
-            header, crc = position, None if isinstance(data, int) else zlib.crc32(data)
-            full = f"{root}/{name}".encode()
-            large = _large(size)
-            begin = header + _LOCAL.size + len(full) + (20 if large else 0) + 4
-            padding = -begin % _ALIGNMENT
-            offset = begin + padding
-            extra = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
-            # "FB" with a length is how torch fills up to the alignment.
-            extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
-            shown = _ZIP64 if large else size
-            fixed.append(
-                (
-                    header,
-                    _LOCAL.pack(
-                        *(0x04034B50, 45 if large else 20, _UTF8, 0, 0, 0x21, crc or 0),
-                        *(shown, shown, len(full), len(extra)),
-                    )
-                    + full
-                    + extra,
-                )
-            )
-            if isinstance(data, int):
-                places[name.removeprefix("data/")] = (offset, size)
-            else:
-                fixed.append((offset, data))
-            members.append((name, header, offset, size, crc))
-            position = offset + size
-        layout = cls(
-            root=root, size=0, storages=places, fixed=tuple(fixed), _members=tuple(members), _directory=position
-        )
-        return replace(layout, size=position + len(layout._central({})))
-
-    def closing(self, crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
-        """Return the ``(offset, bytes)`` that complete the file once the storages are written.
-
-        Args:
-            crcs: CRC-32 of each storage, by key.
-        """
-        patches = []
-        for name, header, _, _, crc in self._members:
-            if crc is None:
-                patches.append((header + 14, struct.pack("<I", crcs[name.removeprefix("data/")])))
-        return [*patches, (self._directory, self._central(crcs))]
-
-    def _central(self, crcs: Mapping[str, int]) -> bytes:
-        entries = bytearray()
-        for name, header, _, size, known in self._members:
-            crc = known if known is not None else crcs.get(name.removeprefix("data/"), 0)
-            large, far = _large(size), header >= _ZIP64
-            wide = (struct.pack("<QQ", size, size) if large else b"") + (struct.pack("<Q", header) if far else b"")
-            extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
-            full = f"{self.root}/{name}".encode()
-            shown, version = _ZIP64 if large else size, 45 if wide else 20
-            entries += _CENTRAL.pack(
-                *(0x02014B50, version, version, _UTF8, 0, 0, 0x21, crc, shown, shown, len(full), len(extra)),
-                *(0, 0, 0, 0, _ZIP64 if far else header),
-            )
-            entries += full + extra
-        count, start, length = len(self._members), self._directory, len(entries)
-        if start + length >= _ZIP64 or count >= 0xFFFF:
-            entries += struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, length, start)
-            entries += _LOCATOR.pack(0x07064B50, 0, start + length, 1)
-        entries += _END.pack(0x06054B50, 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), length, min(start, _ZIP64), 0)
-        return bytes(entries)
-
-
-def _large(size: int) -> bool:
-    return size >= _ZIP64
-
-
-def archive_bytes(root: str, content: Any, storages: Mapping[str, bytes] | None = None) -> bytes:
-    """Return a whole (small) ``torch.save`` file; arguments of :meth:`ArchiveLayout.build`."""
-    layout = ArchiveLayout.build(root, content, storages or {})
-    data = bytearray(layout.size)
-    for offset, part in (*layout.fixed, *layout.closing({})):
-        data[offset : offset + len(part)] = part
-    return bytes(data)

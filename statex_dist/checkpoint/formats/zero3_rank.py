@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.raw_io import read_bytes
-from checkpoints_tools.tensor_io import Piece
-from checkpoints_tools.torch_reader import place_of
-from checkpoints_tools.torch_zip import TorchArchive, open_archive
-from checkpoints_tools.zero3_layout import RankFiles
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.raw_io import read_bytes
+from statex_dist.checkpoint.formats.tensor_io import Piece
+from statex_dist.checkpoint.formats.torch_reader import place_of
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive, open_archive
+from statex_dist.checkpoint.formats.zero3_layout import RankFiles
 from statex_dist.checkpoint.torch_pickle import Remembered, TensorRef
 from statex_dist.errors import CheckpointError
 

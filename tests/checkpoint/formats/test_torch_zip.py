@@ -18,13 +18,14 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from checkpoints_tools.piece_io import read_tensor
-from checkpoints_tools.raw_io import read_bytes
-from checkpoints_tools.tensor_io import SourceFacts
 from checkpoints_tools.torch_pickle_writer import dumps
-from checkpoints_tools.torch_reader import StateDictSource
-from checkpoints_tools.torch_zip import ArchiveLayout, archive_bytes, open_archive
+from checkpoints_tools.torch_zip_writer import ArchiveLayout, archive_bytes
 from statex_dist.checkpoint.archive import check_crcs
+from statex_dist.checkpoint.formats.piece_io import read_tensor
+from statex_dist.checkpoint.formats.raw_io import read_bytes
+from statex_dist.checkpoint.formats.tensor_io import SourceFacts
+from statex_dist.checkpoint.formats.torch_reader import StateDictSource
+from statex_dist.checkpoint.formats.torch_zip import open_archive
 from statex_dist.checkpoint.torch_pickle import ENUMS, MAX_PICKLE_BYTES, UnsafePickleError, loads, named, new_tensor
 from statex_dist.errors import CheckpointError
 
@@ -78,7 +79,7 @@ def test_what_torch_saved_comes_back_after_our_reader_and_writer(tmp_path):
 def test_tensors_of_every_dtype(tmp_path, dtype):
     values = torch.randint(0, 2, (3, 4)).to(dtype)
     torch.save({"a": values, "transposed": values.T, "part": values[1:, :2], "none": values[:0]}, tmp_path / "x.bin")
-    source = StateDictSource(tmp_path / "x.bin", key=None, facts=facts(tmp_path / "x.bin"))
+    source = StateDictSource([tmp_path / "x.bin"], facts=facts(tmp_path / "x.bin"))
     for name, expected in (("a", values), ("transposed", values.T), ("part", values[1:, :2]), ("none", values[:0])):
         assert source.info(name).shape == tuple(expected.shape)
         assert read_tensor(source, name).tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
@@ -330,7 +331,7 @@ def test_other_zip_files_are_refused(tmp_path):
 def test_reading_imports_neither_torch_nor_deepspeed(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     program = (
-        "import sys; from checkpoints_tools.sources import open_source; open_source(sys.argv[1]); "
+        "import sys; from statex_dist.models.source import open_source; open_source(sys.argv[1]); "
         "assert not {'torch', 'deepspeed', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)

@@ -1,8 +1,8 @@
-"""The one logical layer of the offline tools: named tensors, each a list of pieces that lie in files.
+"""The one logical layer of all readers: named tensors, each a list of pieces that lie in files.
 
 A source knows shape, dtype and pieces of every tensor before it reads any, a target knows the same of every tensor that
 it will get; whatever the two layouts are, the copy is one and the same, and memory is bounded by buffers, never by a
-tensor or the model. Formats are further files of this folder; :mod:`checkpoints_tools.sources` recognises them.
+tensor or the model. Formats are further files of this folder, which ``sources`` recognises.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.raw_io import FileState, ReadAhead
-from checkpoints_tools.torch_zip import TorchArchive
 from statex_dist.checkpoint.dtypes import FLOATS, ITEM_BYTES
+from statex_dist.checkpoint.formats.raw_io import FileState, ReadAhead
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive
 from statex_dist.checkpoint.layout import CONFIG_NAME
 
 Progress = Callable[[int, int], None]
@@ -94,11 +94,11 @@ class SourceFacts:
     """What is known about a checkpoint besides its tensors.
 
     Attributes:
-        kind: ``hf`` (safetensors), ``torch`` (``pytorch_model.bin``), ``zero3`` (DeepSpeed), ``plain`` (one process, no
-            DeepSpeed), ``tp`` (tensor-parallel shards) or ``megatron`` (torch_dist).
+        kind: ``hf`` (safetensors), ``torch`` (``pytorch_model*.bin``), ``zero3`` (DeepSpeed), ``plain`` (one process,
+            no DeepSpeed), ``tp`` (tensor-parallel shards) or ``megatron`` (torch_dist).
         path: Directory of the weight files.
         model_dir: Directory with ``config.json`` and tokenizer files, or None where the checkpoint has no such.
-        verified: Whether there is a manifest to which every byte that is read is held.
+        verified: Whether there is a manifest, to whose digests every byte that is read is held.
         info: Facts of the writer: step, world size, manifest entries.
         digests: xxh3-128 of tensors as the manifest has them, by name.
         state_digests: The same of the optimizer's states, by their names.
@@ -137,6 +137,7 @@ class TensorSource(ABC):
         ahead: Fetches ahead what is read of the files.
         aliases: Tied names, each with the name that owns the values; both are among :meth:`keys`.
         buffers: Names of tensors that are no parameters, as far as the layout knows.
+        prefix: What was stripped of the stored names.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class TensorSource(ABC):
         self.ahead = ReadAhead(len(self.files))
         self.aliases = dict(aliases or {})
         self.buffers = frozenset(buffers)
+        self.prefix = ""
         self._infos = dict(infos)
 
     def keys(self) -> list[str]:
@@ -171,13 +173,35 @@ class TensorSource(ABC):
         """Return shape and dtype of a tensor without reading it."""
         return self._infos[name]
 
-    @abstractmethod
     def pieces(self, name: str) -> Pieces:
         """Return where the values of a tensor lie: every element once, in the order of :attr:`Piece.start`."""
+        return self.stored_pieces(self.prefix + name)
+
+    @abstractmethod
+    def stored_pieces(self, name: str) -> Pieces:
+        """Return the pieces of a tensor by the name that the files have."""
 
     def replicas(self, name: str) -> Sequence[Piece]:
         """Return further places that must hold the same values as :meth:`pieces` (tensor parallelism repeats some)."""
+        return self.stored_replicas(self.prefix + name)
+
+    def stored_replicas(self, name: str) -> Sequence[Piece]:
+        """Return the replicas of a tensor by the name that the files have."""
         return ()
+
+    def strip(self, prefix: str) -> None:
+        """Take a prefix off the names of all tensors, the optimizer's states and the manifest's digests."""
+        count = len(prefix)
+        assert not self.prefix
+        assert all(name.startswith(prefix) for name in self._infos)
+        self.prefix = prefix
+        self._infos = {name[count:]: replace(info, name=name[count:]) for name, info in self._infos.items()}
+        self.aliases = {alias[count:]: owner[count:] for alias, owner in self.aliases.items()}
+        self.buffers = frozenset(name[count:] for name in self.buffers)
+        digests = {name.removeprefix(prefix): digest for name, digest in self.facts.digests.items()}
+        self.facts = replace(self.facts, digests=digests)
+        for state in self.states().values():
+            state.strip(prefix)
 
     def archives(self) -> Iterable[TorchArchive]:
         """Return the ``torch.save`` files among :attr:`files`: they carry checksums of their own."""

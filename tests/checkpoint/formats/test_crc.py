@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints_tools.crc import CrcLedger, combine, crc_of_zeros
+from statex_dist.checkpoint.formats.crc import CrcLedger, combine, crc_of_zeros
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))

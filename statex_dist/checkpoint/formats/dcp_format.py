@@ -2,50 +2,40 @@
 
 A directory with ``.metadata``, a pickle that says of every tensor of which boxes ("chunks") it consists and where they
 lie, and ``__0_0.distcp``, ...: files in which each chunk is a whole ``torch.save`` archive. Reading takes any number of
-chunks, as many ranks write them; we write every tensor as one chunk, which a reader may cut for any number of ranks.
+chunks, as many ranks write them.
 (Format: PyTorch, ``torch/distributed/checkpoint/{metadata,filesystem}.py``.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from checkpoints_tools.target_writer import TargetFile
-from checkpoints_tools.tensor_io import TensorInfo
-from checkpoints_tools.torch_pickle_writer import dumps
-from checkpoints_tools.torch_zip import ArchiveLayout
 from statex_dist.checkpoint.dcp_entries import ModelEntries, as_paths, model_entries
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.checkpoint.torch_pickle import (
     MAX_PICKLE_BYTES,
-    STORAGES,
     Remembered,
-    Size,
     UnsafePickleError,
     loads,
-    named,
-    new_tensor,
 )
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError
 
 METADATA_NAME = ".metadata"
-_VERSION = "1.0.0"
-_ALIGNMENT = 64
 
-_PACKAGE = "torch.distributed.checkpoint"
-_METADATA = f"{_PACKAGE}.metadata.Metadata"
-_TENSOR = f"{_PACKAGE}.metadata.TensorStorageMetadata"
-_BYTES = f"{_PACKAGE}.metadata.BytesStorageMetadata"
-_PROPERTIES = f"{_PACKAGE}.metadata.TensorProperties"
-_CHUNK = f"{_PACKAGE}.metadata.ChunkStorageMetadata"
-_INDEX = f"{_PACKAGE}.metadata.MetadataIndex"
-_PLACE = f"{_PACKAGE}.filesystem._StorageInfo"
+PACKAGE = "torch.distributed.checkpoint"
+METADATA = f"{PACKAGE}.metadata.Metadata"
+TENSOR = f"{PACKAGE}.metadata.TensorStorageMetadata"
+_BYTES = f"{PACKAGE}.metadata.BytesStorageMetadata"
+PROPERTIES = f"{PACKAGE}.metadata.TensorProperties"
+CHUNK = f"{PACKAGE}.metadata.ChunkStorageMetadata"
+INDEX = f"{PACKAGE}.metadata.MetadataIndex"
+PLACE = f"{PACKAGE}.filesystem._StorageInfo"
 
 _DTYPES = {f"torch.{theirs}": ours for ours, theirs in TORCH_NAMES.items()}
 
@@ -136,7 +126,7 @@ def read_metadata(path: Path) -> DcpContents:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        fields = _fields(content, _METADATA)
+        fields = _fields(content, METADATA)
         entries, places = _dict(fields["state_dict_metadata"]), _places(fields["storage_data"])
         tensors, ignored = {}, []
         for name, entry in entries.items():
@@ -176,7 +166,7 @@ def _places(value: Any) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int
     """Return file, offset and length by name and first indices; pickled objects have no place among them."""
     found: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
     for index, place in _dict(value).items():
-        key, fields = _fields(index, _INDEX), _fields(place, _PLACE)
+        key, fields = _fields(index, INDEX), _fields(place, PLACE)
         file, offset, length = fields["relative_path"], *_numbers([fields["offset"], fields["length"]])
         if not isinstance(file, str) or "\\" in file or PurePosixPath(file).name != file or file in ("", ".", ".."):
             raise ValueError(f"'{key['fqn']}' is in {str(file)[:80]!r}; only files of the same directory are allowed")
@@ -191,16 +181,16 @@ def _places(value: Any) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int
 
 
 def _tensor(name: str, entry: Remembered, places: Mapping[Any, tuple[str, int, int]]) -> StoredTensor:
-    fields = _fields(entry, _TENSOR)
+    fields = _fields(entry, TENSOR)
     properties = fields["properties"]
-    if not isinstance(properties, Remembered) or properties.NAME != _PROPERTIES:
+    if not isinstance(properties, Remembered) or properties.NAME != PROPERTIES:
         raise ValueError(f"no properties of tensor '{name}'")
     dtype = getattr(properties.state[0], "NAME", "of no name")
     if dtype not in _DTYPES:
         raise ValueError(f"tensor '{name}' has dtype {dtype}; supported: {', '.join(_DTYPES)}")
     shape, chunks = _numbers(fields["size"]), []
     for chunk in fields["chunks"]:
-        box = _fields(chunk, _CHUNK)
+        box = _fields(chunk, CHUNK)
         offsets, sizes = _numbers(box["offsets"]), _numbers(box["sizes"])
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise ValueError(f"a chunk of tensor '{name}' that has not as many axes as the tensor")
@@ -213,109 +203,3 @@ def _tensor(name: str, entry: Remembered, places: Mapping[Any, tuple[str, int, i
         file, offset, length = places[name, offsets]
         chunks.append(Chunk(offsets=offsets, sizes=sizes, file=file, offset=offset, length=length))
     return StoredTensor(info=TensorInfo(name=name, shape=shape, dtype=_DTYPES[dtype]), chunks=tuple(chunks))
-
-
-def metadata_bytes(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """Return the ``.metadata`` that lists tensors; it names no path of this machine, as torch's own would."""
-    memory_format = named(f"{_PACKAGE}.metadata._MEM_FORMAT_ENCODING")(0)
-    strided = named("torch.serialization._get_layout")("torch.strided")
-    entries: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    for name, tensor in tensors.items():
-        dtype = named(f"torch.{TORCH_NAMES[tensor.info.dtype]}")
-        chunks = [_made(_CHUNK, {"offsets": Size(c.offsets), "sizes": Size(c.sizes)}) for c in tensor.chunks]
-        properties = _made(_PROPERTIES, (dtype, strided, False, memory_format, False))
-        entries[name] = _made(_TENSOR, {"properties": properties, "size": Size(tensor.info.shape), "chunks": chunks})
-        for number, chunk in enumerate(tensor.chunks):
-            index = _made(_INDEX, {"fqn": name, "index": number, "offset": Size(chunk.offsets)})
-            place = {"relative_path": chunk.file, "offset": chunk.offset, "length": chunk.length}
-            places[index] = _made(_PLACE, place)
-    fields = {
-        "state_dict_metadata": entries,
-        "planner_data": {name: (name,) for name in tensors},
-        "storage_data": places,
-        "storage_meta": None,
-        "version": _VERSION,
-    }
-    return dumps(_made(_METADATA, fields))
-
-
-def _made(name: str, state: Any) -> Remembered:
-    """Return an object that the reader makes without calling its class, and then gives its state."""
-    made = named(name)()
-    made.by_call, made.state = False, state
-    return made
-
-
-@lru_cache(maxsize=4096)
-def _archive(dtype: str, shape: tuple[int, ...]) -> ArchiveLayout:
-    """Return the archive of one tensor."""
-    info = TensorInfo(name="", shape=shape, dtype=dtype)
-    return ArchiveLayout.build("archive", new_tensor("0", dtype, shape), {"0": info.nbytes})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DcpLayout:
-    """Files that are to be written.
-
-    Attributes:
-        files: The ``.distcp`` files.
-        tensors: Every tensor, one chunk each, by name.
-        values: File and byte at which the values of each tensor begin, by name.
-    """
-
-    files: tuple[TargetFile, ...]
-    tensors: Mapping[str, StoredTensor]
-    values: Mapping[str, tuple[Path, int]]
-
-
-def lay_out(groups: Sequence[Sequence[TensorInfo]], max_shard_size: int) -> DcpLayout:
-    """Lay tensors out in files of at most ``max_shard_size`` bytes of values.
-
-    Args:
-        groups: Every tensor, in order; those of a group go to the same file, even if it becomes larger.
-        max_shard_size: Bytes of values per file.
-
-    Raises:
-        CheckpointError: A tensor occurs twice, or has a dtype that torch's storages lack.
-    """
-    files: list[TargetFile] = []
-    tensors: dict[str, StoredTensor] = {}
-    values: dict[str, tuple[Path, int]] = {}
-    for number, shard in enumerate(_shards(groups, max_shard_size)):
-        file, position = f"__0_{number}.distcp", 0
-        archives: list[tuple[int, Callable[[], ArchiveLayout]]] = []
-        storages = []
-        for info in shard:
-            if info.dtype not in STORAGES.values():
-                raise CheckpointError(
-                    f"tensor '{info.name}' has dtype {TORCH_NAMES[info.dtype]}, which cannot be written to a torch "
-                    "distributed checkpoint; pass --dtype bf16, fp16 or fp32"
-                )
-            if info.name in tensors:
-                raise CheckpointError(f"tensor '{info.name}' would be written twice")
-            base, layout = position + -position % _ALIGNMENT, _archive(info.dtype, info.shape)
-            offset, size = layout.storages["0"]
-            archives.append((base, partial(_archive, info.dtype, info.shape)))
-            storages.append((base + offset, size))
-            values[info.name] = Path(file), base + offset
-            chunk = Chunk(offsets=(0,) * len(info.shape), sizes=info.shape, file=file, offset=base, length=layout.size)
-            tensors[info.name] = StoredTensor(info=info, chunks=(chunk,))
-            position = base + layout.size
-        files.append(TargetFile(name=file, size=position, archives=tuple(archives), storages=tuple(storages)))
-    return DcpLayout(files=tuple(files), tensors=tensors, values=values)
-
-
-def _shards(groups: Sequence[Sequence[TensorInfo]], max_shard_size: int) -> Iterator[list[TensorInfo]]:
-    """Yield the tensors of each file."""
-    shard: list[TensorInfo] = []
-    filled = 0
-    for group in groups:
-        size = sum(info.nbytes for info in group)
-        if shard and filled + size > max_shard_size:
-            yield shard
-            shard, filled = [], 0
-        shard.extend(group)
-        filled += size
-    if shard:
-        yield shard

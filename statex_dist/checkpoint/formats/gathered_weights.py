@@ -12,24 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_tools.convert import cast
-from checkpoints_tools.piece_io import PieceReader
-from checkpoints_tools.raw_io import BLOCK_BYTES
-from checkpoints_tools.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource
-from checkpoints_tools.tensor_io import SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_reader import StateDictSource
-from checkpoints_tools.zero3_reader import Zero3Source
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES
+from statex_dist.checkpoint.formats.convert import cast
+from statex_dist.checkpoint.formats.piece_io import PieceReader
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
+from statex_dist.checkpoint.formats.same import check_ways, ways_to_read
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.checkpoint.layout import LATEST_NAME, is_tag_name
 from statex_dist.errors import CheckpointError
-
-BIN_NAME = "pytorch_model.bin"
-_NAMES = (INDEX_NAME, SINGLE_NAME, BIN_NAME)
-
-
-def has_weights(directory: Path) -> bool:
-    """Return whether a directory holds the weights of a model in files of Hugging Face's names."""
-    return any((directory / name).is_file() for name in _NAMES)
 
 
 def tag_named_in(directory: Path) -> Path | None:
@@ -41,13 +32,18 @@ def tag_named_in(directory: Path) -> Path | None:
 
 
 def weights_beside(tag: Path) -> TensorSource | None:
-    """Open the weights that lie beside a tag, where ``latest`` there names this tag."""
+    """Open the weights that lie beside a tag, where ``latest`` there names this tag.
+
+    Raises:
+        CheckpointError: They are damaged, or there are two that differ.
+    """
     directory = tag.parent
-    if not has_weights(directory) or tag_named_in(directory) != tag:
+    ways = ways_to_read(directory)
+    if not ways or tag_named_in(directory) != tag:
         return None
-    if (directory / INDEX_NAME).is_file() or (directory / SINGLE_NAME).is_file():
-        return SafetensorsSource(directory, SourceFacts.of_directory("hf", directory))
-    return StateDictSource(directory / BIN_NAME, key=None, facts=SourceFacts.of_directory("torch", directory))
+    beside = next(iter(ways.values()))[1](None)
+    check_ways(beside, directory)
+    return beside
 
 
 def settle(source: Zero3Source, beside: TensorSource) -> str:
@@ -82,7 +78,7 @@ def settle(source: Zero3Source, beside: TensorSource) -> str:
 
 
 def _named(beside: TensorSource) -> str:
-    return next(name for name in _NAMES if (beside.facts.path / name).is_file())
+    return next(iter(ways_to_read(beside.facts.path)))
 
 
 def _is_copy(source: TensorSource, known: TensorInfo, beside: TensorSource, info: TensorInfo) -> bool:
@@ -105,7 +101,7 @@ def _blocks(source: TensorSource, info: TensorInfo, other: TensorInfo) -> Iterat
     """Yield a tensor's bytes in blocks; blocks of ``other`` have the same number of elements."""
     pieces = source.pieces(info.name)
     step = BLOCK_BYTES // max(info.item_bytes, other.item_bytes)
-    reader = PieceReader(source.opened, None, source.ahead)
+    reader = PieceReader(source.opened, ahead=source.ahead)
     try:
         for start in range(0, info.numel, step):
             window = np.empty(min(step, info.numel - start) * info.item_bytes, dtype=np.uint8)

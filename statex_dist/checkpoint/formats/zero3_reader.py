@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from checkpoints_tools.torch_reader import whole_pieces
-from checkpoints_tools.torch_zip import TorchArchive, open_archive
-from checkpoints_tools.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
-from checkpoints_tools.zero3_rank import (
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_reader import whole_pieces
+from statex_dist.checkpoint.formats.torch_zip import TorchArchive, open_archive
+from statex_dist.checkpoint.formats.zero3_layout import FlatLayout, find_rank_files, partition_size, shares
+from statex_dist.checkpoint.formats.zero3_rank import (
     WEIGHTS,
     Scalar,
     base_states,
@@ -105,6 +105,7 @@ class Zero3Source(TensorSource):
         paths = [path for rank in files for path in (rank.model, rank.optim)]
         paths += beside.files if beside is not None and filled else []
         super().__init__(facts, infos, paths, aliases=aliases, buffers=self._buffers)
+        self._owners = aliases
         self.frozen = {**frozen, **{name: info.shape for name, info in filled.items()}}
         self.filled, self._beside = frozenset(filled), beside
         self.frozen_excluded = _excludes_frozen(self.model) and not filled
@@ -122,9 +123,9 @@ class Zero3Source(TensorSource):
                         f"{rank.files.model}: frozen parameter '{name}' needs {part} elements here; found {found}"
                     )
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies, in the files of all ranks."""
-        name = self.aliases.get(name, name)
+        name = self._owners.get(name, name)
         if name in self.filled and self._beside is not None:
             return self._beside.pieces(name)
         if name in self._buffers:
@@ -145,7 +146,7 @@ class Zero3Source(TensorSource):
         held = [rank.frozen[name] for rank in self.ranks]
         return [
             Piece(held[rank].path, held[rank].offset, start, stop)
-            for rank, start, stop in shares(self._infos[name].numel, self.world_size)
+            for rank, start, stop in shares(math.prod(self.frozen[name]), self.world_size)
         ]
 
     def archives(self) -> Iterable[TorchArchive]:
@@ -175,7 +176,7 @@ class Zero3StateSource(TensorSource):
         infos = {n: TensorInfo(name=n, shape=tuple(s), dtype="F32") for n, s in whole.layout.shapes.items()}
         super().__init__(facts, infos, whole.files)
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where the state of a parameter lies."""
         return self._whole.flat_pieces(name, self._state)
 

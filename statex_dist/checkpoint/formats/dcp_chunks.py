@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.crc import CrcLedger
-from checkpoints_tools.dcp_format import METADATA_NAME, Chunk, StoredTensor
-from checkpoints_tools.piece_io import check_entry
-from checkpoints_tools.raw_io import FileState
-from checkpoints_tools.tensor_io import Held, Piece, TensorInfo
-from checkpoints_tools.torch_reader import gathered, place_of
-from checkpoints_tools.torch_zip import ArchiveError, Entry, TorchArchive, read_content, read_entries
 from statex_dist.checkpoint.archive import DAMAGE
+from statex_dist.checkpoint.formats.crc import CrcLedger
+from statex_dist.checkpoint.formats.dcp_format import METADATA_NAME, Chunk, StoredTensor
+from statex_dist.checkpoint.formats.piece_io import check_entry
+from statex_dist.checkpoint.formats.raw_io import FileState
+from statex_dist.checkpoint.formats.tensor_io import Held, Piece, TensorInfo
+from statex_dist.checkpoint.formats.torch_reader import gathered, place_of
+from statex_dist.checkpoint.formats.torch_zip import ArchiveError, Entry, TorchArchive, read_content, read_entries
 from statex_dist.checkpoint.torch_pickle import TensorRef, UnsafePickleError
 from statex_dist.config import one_line
 from statex_dist.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Reading Hugging Face safetensors directories, and laying out new ones.
+"""Reading Hugging Face safetensors directories.
 
 Format: an 8-byte little-endian header length, a JSON header with ``dtype``, ``shape`` and ``data_offsets`` of every
 tensor, and the values (https://github.com/huggingface/safetensors). Everything in a header is checked before it is
@@ -7,15 +7,14 @@ used: a checkpoint is often somebody else's file.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.places import missing_text, pointer_text
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
@@ -64,6 +63,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if (size < 8 or 8 + length > size) and (pointer := pointer_text(path)):
+                raise CheckpointError(pointer)
             if size < 8 or (8 + length > size and length <= MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path} is truncated: {size} bytes cannot hold its safetensors header")
             if length > MAX_HEADER_BYTES:
@@ -100,7 +101,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
     return {info.name: (info, start + begin) for info, begin, _ in entries}, metadata
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """Return the checked ``weight_map`` of an index file."""
     try:
         if path.stat().st_size > _INDEX_MAX_BYTES:
@@ -118,8 +119,18 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def check_map(weight_map: Mapping[str, str], found: Container[str], index: Path) -> None:
+    """Raise if a tensor that an index lists is in none of its files.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if missing := [name for name in weight_map if name not in found]:
+        raise CheckpointError(f"{index.parent / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {index.name}")
+
+
 class SafetensorsSource(TensorSource):
-    """A Hugging Face directory: ``model.safetensors``, or shards and their index.
+    """A Hugging Face directory: shards and their index, or ``model.safetensors``.
 
     Attributes:
         metadata: The entries of the files' ``__metadata__``.
@@ -127,23 +138,24 @@ class SafetensorsSource(TensorSource):
     Args:
         directory: The directory.
         facts: What is known of it besides; None for what the directory itself tells.
+        single: Whether to read ``model.safetensors`` even if there is an index; None where there is none.
 
     Raises:
         CheckpointError: A file is missing, damaged or not listed in the index.
     """
 
-    def __init__(self, directory: Path, facts: SourceFacts | None = None):
+    def __init__(self, directory: Path, facts: SourceFacts | None = None, *, single: bool | None = None):
         self._places: dict[str, tuple[TensorInfo, Piece]] = {}
         self.metadata: dict[str, str] = {}
-        if (directory / SINGLE_NAME).exists():
+        if single or (single is None and not (directory / INDEX_NAME).exists()):
             weight_map: dict[str, str] | None = None
             files = [directory / SINGLE_NAME]
         else:
-            weight_map = _read_index(directory / INDEX_NAME)
+            weight_map = read_index(directory / INDEX_NAME)
             files = [directory / name for name in dict.fromkeys(weight_map.values())]
         for path in files:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; {INDEX_NAME} lists it")
+            if weight_map is not None and not path.is_file():
+                raise CheckpointError(missing_text(path, INDEX_NAME))
             tensors, metadata = read_header(path)
             self.metadata.update(metadata)
             for name, (tensor, offset) in tensors.items():
@@ -151,93 +163,11 @@ class SafetensorsSource(TensorSource):
                     raise CheckpointError(f"{path} holds tensor '{name}', which {INDEX_NAME} does not place there")
                 self._places[name] = tensor, Piece(path, offset, 0, tensor.numel)
         if weight_map is not None:
-            if missing := [name for name in weight_map if name not in self._places]:
-                raise CheckpointError(
-                    f"{directory / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {INDEX_NAME}"
-                )
+            check_map(weight_map, self._places, directory / INDEX_NAME)
             self._places = {name: self._places[name] for name in weight_map}
         facts = facts or SourceFacts.of_directory("hf", directory)
         super().__init__(facts, {name: tensor for name, (tensor, _) in self._places.items()}, files)
 
-    def pieces(self, name: str) -> Pieces:
+    def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies: one run of one file."""
         return (self._places[name][1],)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardLayout:
-    """One safetensors file to be written.
-
-    Attributes:
-        file: Its name.
-        header: Everything before the values.
-        tensors: The tensors in the order of their values, without gaps.
-    """
-
-    file: str
-    header: bytes
-    tensors: tuple[TensorInfo, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.header) + sum(info.nbytes for info in self.tensors)
-
-    def offsets(self) -> dict[str, int]:
-        """Return the byte at which each tensor begins."""
-        starts = itertools.accumulate((info.nbytes for info in self.tensors), initial=len(self.header))
-        return {info.name: start for info, start in zip(self.tensors, starts, strict=False)}
-
-
-def lay_out(
-    infos: Sequence[TensorInfo], max_shard_size: int, metadata: Mapping[str, str] | None = None
-) -> list[ShardLayout]:
-    """Lay tensors out in files of at most ``max_shard_size`` bytes of values; a larger tensor gets one of its own.
-
-    Args:
-        infos: Every tensor, in order.
-        max_shard_size: Bytes of values per file.
-        metadata: Entries of each header's ``__metadata__`` beside ``format``.
-    """
-    shards: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for info in infos:
-        if shards[-1] and filled + info.nbytes > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(info)
-        filled += info.nbytes
-    names = (
-        [SINGLE_NAME]
-        if len(shards) == 1
-        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    )
-    return [lay_out_file(name, shard, metadata or {}) for name, shard in zip(names, shards, strict=True)]
-
-
-def lay_out_file(file: str, shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> ShardLayout:
-    """Lay tensors out in one file.
-
-    Args:
-        file: Its name.
-        shard: The tensors.
-        metadata: Entries of the header's ``__metadata__`` beside ``format``.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    # Wide elements first, as the safetensors library does: then every tensor is aligned to its element size.
-    tensors = tuple(sorted(shard, key=lambda info: -info.item_bytes))
-    position = 0
-    for info in tensors:
-        end = position + info.nbytes
-        header[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return ShardLayout(file=file, header=len(text).to_bytes(8, "little") + text, tensors=tensors)
-
-
-def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any]:
-    """Return the contents of the index file of several shards."""
-    weight_map = {info.name: shard.file for shard in shards for info in shard.tensors}
-    total = sum(info.nbytes for shard in shards for info in shard.tensors)
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints_tools.piece_io import PieceReader, overlapping
-from checkpoints_tools.tensor_io import Held, Piece, TensorInfo
+from statex_dist.checkpoint.formats.piece_io import PieceReader, overlapping
+from statex_dist.checkpoint.formats.tensor_io import Held, Piece, TensorInfo
 from statex_dist.errors import CheckpointError
 
 DTYPES = {"F32": "<f4", "BF16": "<u2", "U8": "u1", "F64": "<f8"}

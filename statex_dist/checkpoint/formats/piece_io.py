@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_tools.crc import CrcLedger
-from checkpoints_tools.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
-from checkpoints_tools.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
-from checkpoints_tools.torch_zip import Entry, TorchArchive
+from statex_dist.checkpoint.formats.crc import CrcLedger
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
+from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_zip import Entry, TorchArchive
 from statex_dist.errors import CheckpointError
 
 _OPEN_FILES = 32

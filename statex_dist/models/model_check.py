@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from checkpoints_tools.tensor_io import TensorSource
-from checkpoints_tools.transfer import TensorJob, TensorStream
-from checkpoints_tools.zero3_reader import Zero3Source
+from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from statex_dist.checkpoint.formats.same import same_values
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError
-from statex_dist.models.config import ModelConfig, read_config_dict
-from statex_dist.models.kinds import config_from_dict, family_of, find_family
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import family_of
+
+logger = logging.getLogger(__name__)
 
 
-def read_source_config(source: TensorSource) -> tuple[dict[str, Any] | None, ModelConfig | None]:
-    """Return what a source's ``config.json`` holds and, where the model is of one of our families, the typed config.
-
-    Raises:
-        CheckpointError: The file is unreadable, or describes one of our families wrongly.
-    """
-    model_dir = source.facts.model_dir
-    if model_dir is None and source.facts.config is None:
-        return None, None
-    values = dict(source.facts.config or {}) if model_dir is None else read_config_dict(model_dir)
-    return values, config_from_dict(values) if find_family(values) else None
-
-
-def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
+def check_tensors(source: TensorSource, config: ModelConfig, *, values: bool = True) -> list[str]:
     """Return the names of a model's tensors, after checking that the source holds just these.
 
-    Arguments and errors of :func:`check_names`; besides, a head of a tied model must equal the embeddings.
+    A head of a tied model must equal the embeddings.
+
+    Args:
+        source: The checkpoint.
+        config: The model's config.
+        values: Whether values can be read; else the head is not compared.
 
     Raises:
         CheckpointError: See there, or a tied head has values of its own.
@@ -39,7 +33,7 @@ def check_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     names = check_names(source, config)
     family = family_of(config.MODEL_TYPE)
     head, embeddings = family.names.head, family.names.embeddings
-    tied = config.tie_word_embeddings and head in source
+    tied = config.tie_word_embeddings and head in source and values
     if tied and not same_values(source, head, source, embeddings):
         raise CheckpointError(
             f"{source.facts.path}: config.json ties {head} to {embeddings} (tie_word_embeddings), but their values "
@@ -77,16 +71,16 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     others = sorted(name for name in held if name not in specs)
     if config.is_mixed:
         _check_other_layers(others, config, where)
-    allowed = [name for name in others if name.endswith(config.DERIVED) or (tied and name == head)]
+    extra = [name for name in others if is_extra(source.info(name), config)]
+    allowed = {*extra, head} if tied else set(extra)
     if unused := [name for name in others if name not in allowed and not config.is_mixed]:
         raise CheckpointError(
             f"{where} holds {_listed(sorted(unused))}, unknown to the {config.MODEL_TYPE} model in config.json"
         )
     for name, spec in specs.items():
-        if source.info(name).shape != spec.shape:
-            raise CheckpointError(
-                f"{where}: tensor '{name}' has shape {source.info(name).shape}; config.json asks for {spec.shape}"
-            )
+        check_tensor(source.info(name), spec.shape, where)
+    if extra and not config.is_mixed:
+        logger.info("%s: %s follow from the configuration or are empty: not used", where, _listed(extra, 3))
     return [*specs, *others]
 
 
@@ -115,6 +109,59 @@ def tied_names(config: ModelConfig | None) -> frozenset[str]:
     return frozenset({family_of(config.MODEL_TYPE).names.head} if config is not None and tied else ())
 
 
+def is_extra(info: TensorInfo, config: ModelConfig) -> bool:
+    """Return whether a tensor that the family does not list is one that no model needs: derived, or without values."""
+    return info.name.endswith(config.DERIVED) or info.numel == 0
+
+
+def check_tensor(info: TensorInfo, shape: tuple[int, ...], where: Path, said_by: str = "config.json") -> None:
+    """Raise unless a tensor has the shape that the model needs, and floating-point values.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    if info.numel == 0 and info.shape != shape:
+        raise CheckpointError(
+            f"{where}: tensor '{info.name}' is an empty placeholder of shape {list(info.shape)}: the weights were not "
+            "gathered when they were saved under ZeRO-3; give the ZeRO checkpoint (the directory with 'latest'), or "
+            "gather them with its zero_to_fp32.py"
+        )
+    if info.shape != shape:
+        raise CheckpointError(f"{where}: tensor '{info.name}' has shape {info.shape}; {said_by} asks for {shape}")
+    if info.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{where}: tensor '{info.name}' has dtype {TORCH_NAMES[info.dtype]}: integer or quantised weights are not "
+            "read; save the model with floating-point weights (dequantised) first"
+        )
+
+
+def check_not_quantised(values: dict[str, Any], where: Path) -> None:
+    """Raise if a ``config.json`` says that the weights are quantised.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if found := values.get(key):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise CheckpointError(
+                f"{where}: config.json has {key} ({str(method or found)[:40]}): quantised weights are not read; save "
+                "the model dequantised, without that key"
+            )
+
+
+def find_prefix(source: TensorSource, config: ModelConfig) -> str:
+    """Return the one prefix after which every name fits the model, or nothing where names fit as they are, or never."""
+    names, specs = source.keys(), family_of(config.MODEL_TYPE).tensors(config)
+    embeddings = family_of(config.MODEL_TYPE).names.embeddings
+    if any(name in specs for name in names):
+        return ""
+    for prefix in (name.removesuffix(embeddings) for name in names if name.endswith(f".{embeddings}")):
+        if all(name.startswith(prefix) for name in names) and specs.keys() <= {n.removeprefix(prefix) for n in names}:
+            return prefix
+    return ""
+
+
 def _check_other_layers(others: list[str], config: ModelConfig, where: Path) -> None:
     """Raise unless every layer of another kind has tensors, and there are no layers beyond the last."""
     names = family_of(config.MODEL_TYPE).names
@@ -128,22 +175,6 @@ def _check_other_layers(others: list[str], config: ModelConfig, where: Path) -> 
 def _listed(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"tensor{'s' * (len(names) > 1)} {', '.join(repr(name) for name in names[:most])}{more}"
-
-
-def same_values(first: TensorSource, first_name: str, second: TensorSource, second_name: str) -> bool:
-    """Return whether two tensors have the same shape, dtype and bytes; tied names do without being read."""
-    if first is second and first.aliases.get(first_name, first_name) == second.aliases.get(second_name, second_name):
-        return True
-    a, b = first.info(first_name), second.info(second_name)
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    streams = [TensorStream(source, allow_nonfinite=True) for source in (first, second)]
-    try:
-        blocks = (s.blocks(TensorJob.copy(info)) for s, info in zip(streams, (a, b), strict=True))
-        return all(np.array_equal(one, other) for one, other in zip(*blocks, strict=True))
-    finally:
-        for stream in streams:
-            stream.close()
 
 
 def check_apart(source: Path, target: Path) -> None:

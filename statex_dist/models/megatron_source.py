@@ -1,0 +1,104 @@
+"""A Megatron checkpoint as a model of ours: its parts joined to our tensors, under our names."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from statex_dist.checkpoint.formats.dcp_chunks import Places, Strided
+from statex_dist.checkpoint.formats.dcp_source import DcpSource
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
+from statex_dist.checkpoint.layout import CONFIG_NAME
+from statex_dist.errors import CheckpointError
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import family_of
+from statex_dist.models.megatron_names import EMBEDDINGS, HEAD, OTHER_STATE, Part, has_megatron_names, name_map, whole
+
+logger = logging.getLogger(__name__)
+
+
+def join_parts(source: DcpSource, config: ModelConfig) -> DcpSource:
+    """Return a torch distributed checkpoint as the tensors of a model.
+
+    Raises:
+        CheckpointError: Parts are missing, left over, or do not fit together.
+    """
+    infos = {name: source.info(name) for name in source.keys()}  # noqa: SIM118 - not a mapping
+    made, places, left_out = _joined(infos, source.places, config, source.facts.path)
+    if left_out:
+        logger.info("%s: %d tensors are not of the model and are left out", source.facts.path, len(left_out))
+    return DcpSource(source.facts, made, places, source.archives(), [*source.ignored, *left_out])
+
+
+def _joined(
+    infos: Mapping[str, TensorInfo], places: Places, config: ModelConfig, directory: Path
+) -> tuple[dict[str, TensorInfo], Places, list[str]]:
+    """Return the tensors of a model and where they lie, from the parts that a checkpoint has of them.
+
+    Returns:
+        Tensors by our name, their places, and the names that are left out.
+
+    Raises:
+        CheckpointError: Parts are missing, left over, or do not fit together.
+    """
+    table = name_map(config)
+    used = {part.name for parts in table.values() for part in parts}
+    if set(table) <= set(infos) or not used & set(infos):
+        # Our names as they are, or nothing of the model: who needs its tensors will say what is missing.
+        return dict(infos), places, []
+    head = family_of(config.MODEL_TYPE).names.head
+    if has_megatron_names(config) and head not in table and HEAD in infos:
+        table[head] = (whole(HEAD, infos[HEAD].shape),)
+        used.add(HEAD)
+    left_out = [name for name in infos if name not in used and name.startswith(OTHER_STATE)]
+    others = [name for name in infos if name not in used and not name.startswith(OTHER_STATE)]
+    if others and has_megatron_names(config):
+        raise CheckpointError(
+            f"{directory} holds tensor '{others[0]}', unknown to the {config.MODEL_TYPE} model in {CONFIG_NAME}"
+        )
+    made: dict[str, TensorInfo] = {}
+    found: Places = {}
+    for name, parts in table.items():
+        made[name], found[name] = _join(name, parts, infos, places, directory)
+    for name in others:
+        made[name], found[name] = infos[name], places[name]
+    return made, found, left_out
+
+
+def _join(
+    name: str, parts: Sequence[Part], infos: Mapping[str, TensorInfo], places: Places, directory: Path
+) -> tuple[TensorInfo, list[Piece | Strided]]:
+    """Return one tensor and where it lies."""
+    if missing := [part.name for part in parts if part.name not in infos]:
+        raise CheckpointError(f"{directory} lacks tensor '{missing[0]}', which is needed for '{name}'")
+    first = infos[parts[0].name]
+    row = math.prod(first.shape[1:])
+    found: list[Piece | Strided] = []
+    for part in parts:
+        info, rows = infos[part.name], part.stop - part.start
+        # Megatron fills the vocabulary up, to a multiple of 128 and of the ranks.
+        padded = part.name in (EMBEDDINGS, HEAD) and info.shape and info.shape[0] > rows
+        if of_part(info, part) != info and not padded:
+            raise CheckpointError(
+                f"{directory}: tensor '{part.name}' has shape {list(info.shape)}; {rows} rows of '{name}' are expected"
+            )
+        if info.shape[1:] != first.shape[1:] or info.dtype != first.dtype:
+            raise CheckpointError(f"{directory}: the parts of '{name}' differ in shape or dtype")
+        for piece in places[part.name]:
+            if isinstance(piece, Strided):
+                found.append(replace(piece, start=piece.start + part.start * row))
+                continue
+            shift, end = part.start * row // piece.width, part.stop * row // piece.width
+            moved = replace(piece, start=piece.start + shift, stop=min(piece.stop + shift, end))
+            found += [moved] if moved.start < moved.stop else []
+    shape = (parts[-1].stop, *first.shape[1:]) if first.shape else ()
+    return TensorInfo(name=name, shape=shape, dtype=first.dtype), found
+
+
+def of_part(info: TensorInfo, part: Part) -> TensorInfo:
+    """Return a part of a tensor as a tensor of its own."""
+    shape = (part.stop - part.start, *info.shape[1:]) if info.shape else ()
+    return TensorInfo(name=part.name, shape=shape, dtype=info.dtype)

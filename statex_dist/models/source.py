@@ -1,0 +1,142 @@
+"""Opening a checkpoint of any layout as a model, with every check: what the tools and the loader of models share."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statex_dist.checkpoint.formats.dcp_source import DcpSource
+from statex_dist.checkpoint.formats.sources import check_records, find_model_dir, has_weights, open_files, recognise
+from statex_dist.checkpoint.formats.tensor_io import TensorSource
+from statex_dist.errors import CheckpointError
+from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
+from statex_dist.models.kinds import config_from_dict, find_family, read_config
+from statex_dist.models.megatron_source import join_parts
+from statex_dist.models.model_check import (
+    check_not_quantised,
+    check_tensors,
+    check_whole,
+    find_prefix,
+    is_without_frozen,
+)
+from statex_dist.models.run_configs import with_config_of_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenModel:
+    """A checkpoint, open and checked.
+
+    Attributes:
+        source: Its tensors.
+        values: Contents of its ``config.json``; None where it has none.
+        config: The same, typed; None where the model is of none of our families.
+        names: The family's tensors in its order, then the others in the source's.
+    """
+
+    source: TensorSource
+    values: dict[str, Any] | None
+    config: ModelConfig | None
+    names: list[str]
+
+
+def open_model(path: str | Path, *, digests: bool = True, describe: bool = False, training: bool = False) -> OpenModel:
+    """Open a checkpoint; of a model of one of our families every name, shape and dtype is checked, and a tied head.
+
+    Args:
+        path: As for :func:`statex_dist.checkpoint.formats.sources.open_files`, like the other arguments.
+        digests: See there.
+        describe: See there.
+        training: See there.
+
+    Raises:
+        CheckpointError: See there, and of :func:`interpret`.
+    """
+    opened = open_files(path, digests=digests, describe=describe, training=training)
+    return interpret(opened, describe=describe, training=training)
+
+
+def interpret(source: TensorSource, *, describe: bool = False, training: bool = False) -> OpenModel:
+    """Return open files as a model, checked.
+
+    Args:
+        source: What :func:`statex_dist.checkpoint.formats.sources.open_files` opened.
+        describe: Whether it was opened to be described.
+        training: Whether a training checkpoint is wanted: it may lack frozen parameters that were not saved.
+
+    Raises:
+        CheckpointError: ``config.json`` is wrong, or the tensors are not those of its model.
+    """
+    if isinstance(source, DcpSource) and source.facts.model_dir is None:
+        source.facts = with_config_of_run(source)
+    if not describe:
+        for note in source.facts.notes:
+            logger.warning("%s: %s", source.facts.path, note)
+    model_dir, found = source.facts.model_dir, source.facts.config
+    values = read_config_dict(model_dir) if model_dir is not None else dict(found) if found is not None else None
+    config = config_from_dict(values) if values is not None and find_family(values) else None
+    if config is not None and isinstance(source, DcpSource):
+        source = join_parts(source, config)
+    check_records(source)
+    if training and is_without_frozen(source):
+        return OpenModel(source=source, values=values, config=None, names=source.keys())
+    if config is None or values is None:
+        check_whole(source)
+        _check_gathered(source)
+        return OpenModel(source=source, values=values, config=None, names=source.keys())
+    check_not_quantised(values, source.facts.path)
+    if prefix := find_prefix(source, config):
+        logger.warning("%s: every tensor's name begins with '%s', which is taken off", source.facts.path, prefix)
+        source.strip(prefix)
+    names = check_tensors(source, config, values=not (describe and source.facts.kind == "zero3"))
+    return OpenModel(source=source, values=values, config=config, names=names)
+
+
+def open_source(path: str | Path, *, digests: bool = True, training: bool = False) -> TensorSource:
+    """Open a checkpoint as :func:`open_model` does, and return its tensors."""
+    return open_model(path, digests=digests, training=training).source
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the directory with ``config.json`` and tokenizer of a checkpoint of any layout; no weight file is opened.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or none with a ``config.json``.
+    """
+    if (Path(path) / CONFIG_NAME).is_file():
+        return Path(path)  # also of a model without weights, which can be planned for
+    kind, directory = recognise(path)
+    found = find_model_dir(kind, directory)
+    if found is None:
+        raise CheckpointError(f"{directory} holds no {CONFIG_NAME}: what model it is is not known")
+    return found
+
+
+def read_checked_config(path: str | Path) -> ModelConfig:
+    """Return the config of a checkpoint of any layout, after checking its weights' headers where it has weights.
+
+    Raises:
+        CheckpointError: There is no ``config.json``, or the weights are not those of its model.
+    """
+    model_dir = find_model(path)
+    config = read_config(model_dir)
+    if model_dir != Path(path) or has_weights(model_dir):
+        open_model(path, digests=False)
+    return config
+
+
+def _check_gathered(source: TensorSource) -> None:
+    """Raise if a checkpoint of no known model holds placeholders in place of weights.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    empty = [name for name in source.owned() if source.info(name).numel == 0 and name.endswith(".weight")]
+    if empty:
+        raise CheckpointError(
+            f"{source.facts.path}: tensor '{empty[0]}' is an empty placeholder ({len(empty)} in all): the weights were "
+            "not gathered when they were saved under ZeRO-3; give the ZeRO checkpoint (the directory with 'latest')"
+        )
