@@ -101,7 +101,7 @@ def model_entries(
     first: dict[str, str] = {}
     for name, short in names.items():
         if other := first.get(short):
-            raise ValueError(f"'{other}' and '{name}' would both be tensor '{short}' of the model")
+            raise ValueError(f"'{other[:80]}' and '{name[:80]}' would both be tensor '{short[:80]}' of the model")
         first[short] = name
     return ModelEntries(names=names, left_out=dict(sorted(left_out.items())))
 

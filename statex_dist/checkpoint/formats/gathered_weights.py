@@ -66,7 +66,8 @@ def settle(source: Zero3Source, beside: TensorSource) -> str:
         if known is not None and info.numel == 0 < known.numel:
             empty += 1
         elif known is None or known.shape != info.shape or not _is_copy(source, known, beside, info):
-            found = f"tensor '{name}' differs" if known is not None else f"tensor '{name}' is in {file} alone"
+            shown = name[:80]
+            found = f"tensor '{shown}' differs" if known is not None else f"tensor '{shown}' is in {file} alone"
             raise CheckpointError(
                 f"{beside.facts.path} holds {file} and the ZeRO checkpoint {tag}, which are not the same model: "
                 f"{found}. Move the one that is not meant out of the directory"
