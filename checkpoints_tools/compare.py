@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from checkpoints_tools.convert import cast
 from checkpoints_tools.transfer import TensorJob, TensorStream
 from checkpoints_tools.workers import Counter, in_threads
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES
+from statex_dist.checkpoint.formats.convert import cast
 from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorInfo, TensorSource, natural_dtype
 from statex_dist.checkpoint.layout import MANIFEST_NAME

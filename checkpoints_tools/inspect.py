@@ -14,7 +14,8 @@ from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, find_family
-from statex_dist.models.source import interpret
+from statex_dist.models.model_check import tied_names
+from statex_dist.models.source import OpenModel, interpret
 
 USES = ("plan", "expand", "train", "run")
 """What is done with a model here."""
@@ -45,6 +46,7 @@ class CheckpointFacts:
         manifest: ``sizes agree`` or that there is none.
         complete: Whether nothing is missing; None where that is not known.
         problem: What is missing or wrong.
+        notes: What has to be known of it besides.
         able: Whether the model can be planned for, expanded, trained and run here.
         unable: Why not, by the same names.
         checks: What was compared with what.
@@ -69,6 +71,7 @@ class CheckpointFacts:
     manifest: str = f"no {MANIFEST_NAME}"
     complete: bool | None = None
     problem: str | None = None
+    notes: list[str] = field(default_factory=list)
     able: dict[str, bool] = field(default_factory=dict)
     unable: dict[str, str] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
@@ -99,7 +102,8 @@ def inspect(directory: str | Path) -> CheckpointFacts:
     values: dict[str, Any] | None = None
     try:
         values, config = _config(kind, path)
-        _describe(facts, path)
+        opened = _describe(facts, path)
+        values, config = opened.values, opened.config  # a run may have its config under another name
     except CheckpointError as error:
         facts.complete, facts.problem = False, str(error)
     facts.unable = _reasons(facts, values, config)
@@ -129,8 +133,8 @@ def _reasons(facts: CheckpointFacts, values: dict[str, Any] | None, config: Mode
     return reasons
 
 
-def _describe(facts: CheckpointFacts, path: Path) -> None:
-    """Add what the headers say.
+def _describe(facts: CheckpointFacts, path: Path) -> OpenModel:
+    """Add what the headers say, and return the model.
 
     Raises:
         CheckpointError: Files are missing, damaged, or not those of the manifest, or tensors not those of the model.
@@ -158,11 +162,14 @@ def _describe(facts: CheckpointFacts, path: Path) -> None:
         _describe_tensors(facts, source)
     facts.model_type = opened.values.get("model_type") if opened.values else None
     if opened.config is None:
-        return
+        return opened
     facts.model_type, facts.state_numbers = opened.config.MODEL_TYPE, opened.config.state_numbers
     facts.plan = opened.config.statex.to_dict() if opened.config.statex else None
+    stored = [source.info(name) for name in tied_names(opened.config) if name in source and name not in source.aliases]
+    facts.parameters = (facts.parameters or 0) - sum(info.numel for info in stored)
     facts.checks.append(f"names, shapes and dtypes of {len(opened.names)} tensors: those of {CONFIG_NAME}")
     facts.complete = True
+    return opened
 
 
 def _describe_tensors(facts: CheckpointFacts, source: TensorSource) -> None:
@@ -170,6 +177,7 @@ def _describe_tensors(facts: CheckpointFacts, source: TensorSource) -> None:
     for info in infos:
         facts.dtypes[TORCH_NAMES[info.dtype]] = facts.dtypes.get(TORCH_NAMES[info.dtype], 0) + 1
     facts.tensors = len(infos)
+    facts.notes = list(source.facts.notes)
     facts.parameters = sum(i.numel for i in infos if i.dtype in FLOATS and i.name not in source.buffers)
     facts.tied, facts.states = dict(source.aliases), list(source.states())
     told = source.facts.info

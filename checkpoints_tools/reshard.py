@@ -21,13 +21,16 @@ from checkpoints_tools.training_states import batch_proposal, fresh_training_sta
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
+from statex_dist.checkpoint.formats.gathered_weights import tag_named_in
 from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource, natural_dtype, total_bytes
+from statex_dist.checkpoint.formats.zero3_layout import is_stage_1_or_2
 from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
+from statex_dist.checkpoint.trainer_dirs import trainer_states
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of
 from statex_dist.models.megatron_names import megatron_notes
-from statex_dist.models.model_check import check_apart
+from statex_dist.models.model_check import check_apart, tied_names
 from statex_dist.models.source import open_model
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class ReshardSummary:
         states: Names of the optimizer's states that went along.
         batch: How the global batch is kept on the new number of ranks (of ``zero3``, where the settings say).
         notes: What has to be known about the result.
+        source_notes: What has to be known about the source; said when it was opened.
     """
 
     source: str
@@ -70,6 +74,7 @@ class ReshardSummary:
     states: list[str] = field(default_factory=list)
     batch: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    source_notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +85,11 @@ class _Input:
     values: dict[str, Any] | None
     config: ModelConfig | None
     names: list[str]
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Names that are stored but are no parameters of their own: the head of a tied model."""
+        return tied_names(self.config)
 
     def documents(self, dtype: str | None) -> dict[str, Any]:
         """Return the documents of the model, with the dtype of its weights."""
@@ -179,12 +189,13 @@ def reshard(
         target=str(target),
         to=to,
         tensors=len(infos),
-        parameters=sum(info.numel for info in infos if info.dtype in FLOATS),
+        parameters=sum(info.numel for info in infos if info.dtype in FLOATS and info.name not in given.tied),
         weight_bytes=total_bytes(job.info for job in plan.jobs),
         verified=facts.verified,
         states=sorted({job.state for job in plan.jobs if job.state is not None}),
         batch=batch,
         notes=notes,
+        source_notes=list(facts.notes),
     )
 
 
@@ -274,6 +285,10 @@ def _training_plan(
             raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
         ranks = world_size or source.world_size
         training, notes = read_training_states(source, ranks)
+        if behind := trainer_states(source.facts.path.parent):
+            notes.append(
+                f"the trainer's own {', '.join(behind[:4])} are not copied: copy them beside latest to resume with it"
+            )
         jobs = [TensorJob.copy(source.info(name)) for name in source.owned()]
         settings = source.model.get("ds_config") or {}
         batch = batch_proposal(settings, source.world_size, ranks) if isinstance(settings, dict) else None
@@ -281,9 +296,18 @@ def _training_plan(
         info = {**info, "batch": batch, "source_world_size": source.world_size}
         plan = zero3_plan(training, jobs, ranks, documents=lambda _: documents, info=info)
         return plan, notes, batch
+    tag = tag_named_in(source.facts.path)
+    if tag is not None and is_stage_1_or_2(tag):
+        raise CheckpointError(
+            f"{tag} is of ZeRO stage 1 or 2, which is not read: --to zero3 would leave out its optimizer states. To "
+            "start without them, give a directory with the weights alone"
+        )
     if world_size is None:
         raise ConfigError(f"--to zero3 from {source.facts.kind} needs --world-size, the number of ranks")
-    return _fresh_plan(given, wanted, world_size, info), ["no optimizer states: training starts anew from here"], None
+    notes = ["no optimizer states: training starts anew from here"]
+    if behind := trainer_states(source.facts.path):
+        notes.append(f"{', '.join(behind[:4])} beside the weights are left out")
+    return _fresh_plan(given, wanted, world_size, info), notes, None
 
 
 def _fresh_plan(given: _Input, wanted: str | None, world_size: int, info: dict[str, Any]) -> TargetPlan:

@@ -36,6 +36,7 @@ from statex_dist.checkpoint.manifest import (
     remove_set_aside,
     temporary_for,
 )
+from statex_dist.checkpoint.trainer_dirs import trainer_files
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
 
@@ -261,4 +262,5 @@ def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, File
 def carried_files(directory: Path | None) -> list[Path]:
     """Return the files of a model directory that are carried along, each once."""
     found = {path for pattern in CARRIED for path in directory.glob(pattern)} if directory else set()
-    return sorted(path for path in found if path.is_file() and path.name != CONFIG_NAME)
+    others = {CONFIG_NAME} | (trainer_files(directory) if directory else set())
+    return sorted(path for path in found if path.is_file() and path.name not in others)

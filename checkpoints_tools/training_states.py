@@ -66,6 +66,7 @@ class TrainingStates:
         shared: Tied names and their owners.
         optim: What the optimizer file holds beside the optimizer's states.
         optimizer: What those hold beside values, settings and the number of ranks.
+        frozen_excluded: Whether there are no frozen parameters because they were left out when it was saved.
         prefix: Beginning of the name of an optimizer file: ``bf16_`` of a bf16 run.
         step: Optimizer steps done.
         client: Returns all else that is in the model states of a rank.
@@ -82,6 +83,7 @@ class TrainingStates:
     shared: Mapping[str, str]
     optim: Mapping[str, Any]
     optimizer: Mapping[str, Any]
+    frozen_excluded: bool
     prefix: str
     step: int
     client: Callable[[int], Mapping[str, Any]]
@@ -120,10 +122,12 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
         sub_group_size=zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE),
         buffers={name: source.info(name) for name in source.owned() if name in source.buffers},
         frozen={name: source.info(name) for name in source.frozen},
-        module={name: _entry(name, value, source) for name, value in source.model["module"].items()},
+        module={name: _entry(name, value, source) for name, value in source.model["module"].items()}
+        | {name: Placeholder(source.info(name).dtype) for name in source.filled},
         shared=dict(source.model.get("shared_params") or {}),
         optim={k: _held(v, optim_archive) for k, v in source.optim.items() if k != "optimizer_state_dict"},
         optimizer={key: _held(value, optim_archive) for key, value in kept.items()},
+        frozen_excluded=source.frozen_excluded,
         prefix=source.ranks[0].files.optim.name.partition("zero_pp_rank_")[0],
         step=int(source.model.get("global_steps") or 0),
         client=client,
@@ -228,6 +232,7 @@ def fresh_training_states(
         shared=shared,
         optim={"ds_config": config, "ds_version": "0.19.8"},
         optimizer={"zero_stage": stage, "loss_scaler": scaler, "dynamic_loss_scale": False, "overflow": False},
+        frozen_excluded=False,
         prefix="bf16_" if bf16 else "",
         step=0,
         client=lambda rank: client,

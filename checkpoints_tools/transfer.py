@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from checkpoints_tools.convert import cast, encode, has_nonfinite
+from statex_dist.checkpoint.formats.convert import cast, encode, has_nonfinite
 from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, TensorInfo, TensorSource

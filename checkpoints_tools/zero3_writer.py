@@ -222,6 +222,7 @@ class _Layout:
             else:
                 is_parameter = isinstance(entry, Placeholder)
                 module[name] = storages.empty(entry.dtype) if is_parameter else storages.carried(entry)
+        frozen = {name: item.shape for name, item in training.frozen.items()}
         fragments = OrderedDict(
             (name, new_tensor(self._model_storages[name].key, item.dtype, (self._stored(name),)))
             for name, item in training.frozen.items()
@@ -230,8 +231,8 @@ class _Layout:
             **{key: storages.carried(value) for key, value in training.client(rank).items()},
             "module": module,
             "param_shapes": [_sizes(group) for group in self._sub_groups],
-            "frozen_param_shapes": _sizes({name: item.shape for name, item in training.frozen.items()}),
-            "frozen_param_fragments": fragments,
+            "frozen_param_shapes": None if training.frozen_excluded else _sizes(frozen),
+            "frozen_param_fragments": None if training.frozen_excluded else fragments,
             "shared_params": dict(training.shared) if rank == 0 else {},
             "dp_world_size": self._world_size,
         }

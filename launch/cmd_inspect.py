@@ -66,6 +66,7 @@ def _print(facts: Any) -> None:
         "layout": facts.kind,
         "complete": {True: "yes", False: "NO", None: None}[facts.complete],
         "problem": facts.problem,
+        "notes": "\n".join(facts.notes),
         "model type": facts.model_type,
         "plan": plan,
         "state numbers": f"{facts.state_numbers:,}" if facts.state_numbers is not None else None,

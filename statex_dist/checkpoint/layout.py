@@ -63,6 +63,11 @@ def ranks_of(tag: str) -> int | None:
     return int(match[2]) if match and match[2] else None
 
 
+def is_tag_name(name: str) -> bool:
+    """Return whether a name, of anybody's tag, is that of an entry of a directory and not too long for one."""
+    return 0 < len(name.encode()) <= 255 and Path(name).name == name and name not in (".", "..") and "\0" not in name
+
+
 def rank_of(file_name: str) -> int | None:
     """Return the rank that wrote a ZeRO file, or None for any other file."""
     match = _RANK_FILE.match(file_name)

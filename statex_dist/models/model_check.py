@@ -9,6 +9,7 @@ from typing import Any
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.formats.same import same_values
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of
@@ -62,7 +63,11 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     head = family.names.head
     tied = config.tie_word_embeddings and head in source
     if missing := [name for name in specs if name not in known]:
-        raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
+        share = f" (it holds {len(specs) - len(missing)} of {len(specs)}: saved with exclude_frozen_parameters)"
+        why = share if is_without_frozen(source) else ""
+        raise CheckpointError(
+            f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json{why}"
+        )
     others = sorted(name for name in held if name not in specs)
     if config.is_mixed:
         _check_other_layers(others, config, where)
@@ -77,6 +82,31 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     if extra and not config.is_mixed:
         logger.info("%s: %s follow from the configuration or are empty: not used", where, _listed(extra, 3))
     return [*specs, *others]
+
+
+def is_without_frozen(source: TensorSource) -> bool:
+    """Return whether a source is a ZeRO-3 checkpoint that was saved without its frozen parameters."""
+    return isinstance(source, Zero3Source) and source.frozen_excluded
+
+
+def check_whole(source: TensorSource) -> None:
+    """Raise if a source without a configuration of ours may lack parameters.
+
+    Raises:
+        CheckpointError: It was saved without its frozen parameters, and nothing says which those are.
+    """
+    if is_without_frozen(source):
+        raise CheckpointError(
+            f"{source.facts.path} was saved with exclude_frozen_parameters: it holds {len(source.owned())} tensors, "
+            "and nothing says which are missing. Put the model's safetensors beside latest, or save it without that "
+            "option"
+        )
+
+
+def tied_names(config: ModelConfig | None) -> frozenset[str]:
+    """Return names that a checkpoint may store although they are no parameters of their own: the head, if tied."""
+    tied = config is not None and config.tie_word_embeddings
+    return frozenset({family_of(config.MODEL_TYPE).names.head} if config is not None and tied else ())
 
 
 def is_extra(info: TensorInfo, config: ModelConfig) -> bool:

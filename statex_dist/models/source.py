@@ -14,7 +14,14 @@ from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, find_family, read_config
 from statex_dist.models.megatron_source import join_parts
-from statex_dist.models.model_check import check_not_quantised, check_tensors, find_prefix
+from statex_dist.models.model_check import (
+    check_not_quantised,
+    check_tensors,
+    check_whole,
+    find_prefix,
+    is_without_frozen,
+)
+from statex_dist.models.run_configs import with_config_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +55,36 @@ def open_model(path: str | Path, *, digests: bool = True, describe: bool = False
     Raises:
         CheckpointError: See there, and of :func:`interpret`.
     """
-    return interpret(open_files(path, digests=digests, describe=describe, training=training), describe=describe)
+    opened = open_files(path, digests=digests, describe=describe, training=training)
+    return interpret(opened, describe=describe, training=training)
 
 
-def interpret(source: TensorSource, *, describe: bool = False) -> OpenModel:
+def interpret(source: TensorSource, *, describe: bool = False, training: bool = False) -> OpenModel:
     """Return open files as a model, checked.
 
     Args:
         source: What :func:`statex_dist.checkpoint.formats.sources.open_files` opened.
         describe: Whether it was opened to be described.
+        training: Whether a training checkpoint is wanted: it may lack frozen parameters that were not saved.
 
     Raises:
         CheckpointError: ``config.json`` is wrong, or the tensors are not those of its model.
     """
-    model_dir = source.facts.model_dir
-    values = None if model_dir is None else read_config_dict(model_dir)
+    if isinstance(source, DcpSource) and source.facts.model_dir is None:
+        source.facts = with_config_of_run(source)
+    if not describe:
+        for note in source.facts.notes:
+            logger.warning("%s: %s", source.facts.path, note)
+    model_dir, found = source.facts.model_dir, source.facts.config
+    values = read_config_dict(model_dir) if model_dir is not None else dict(found) if found is not None else None
     config = config_from_dict(values) if values is not None and find_family(values) else None
     if config is not None and isinstance(source, DcpSource):
         source = join_parts(source, config)
     check_records(source)
+    if training and is_without_frozen(source):
+        return OpenModel(source=source, values=values, config=None, names=source.keys())
     if config is None or values is None:
+        check_whole(source)
         _check_gathered(source)
         return OpenModel(source=source, values=values, config=None, names=source.keys())
     check_not_quantised(values, source.facts.path)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from statex_dist.checkpoint.dcp_entries import ModelEntries, as_paths, model_entries
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.checkpoint.torch_pickle import (
@@ -78,10 +79,33 @@ class DcpContents:
     Attributes:
         tensors: Every tensor, by name.
         ignored: Names of entries that are not tensors but pickled objects (megatron's ``_extra_state``).
+        paths: The keys that led to an entry in the dict that was saved, where the writer kept them.
     """
 
     tensors: Mapping[str, StoredTensor]
     ignored: tuple[str, ...] = ()
+    paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def of_model(self, directory: Path) -> tuple[dict[str, StoredTensor], ModelEntries]:
+        """Return the model's tensors by the model's names, and which entries they are.
+
+        Args:
+            directory: Of the checkpoint, for messages.
+
+        Raises:
+            CheckpointError: There are none, or two of one name.
+        """
+        try:
+            chosen = model_entries(self.tensors, self.ignored, self.paths)
+        except ValueError as error:
+            raise CheckpointError(f"{directory}: {one_line(error)}") from None
+        if self.tensors and not chosen.names:
+            raise CheckpointError(f"{directory} holds no tensor of a model: {chosen.note()}")
+        held = {
+            name: replace(self.tensors[old], info=replace(self.tensors[old].info, name=name))
+            for old, name in chosen.names.items()
+        }
+        return held, chosen
 
 
 def read_metadata(path: Path) -> DcpContents:
@@ -115,7 +139,7 @@ def read_metadata(path: Path) -> DcpContents:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         text = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(f"{path} is not what torch writes: {text}") from None
-    return DcpContents(tensors=tensors, ignored=tuple(ignored))
+    return DcpContents(tensors=tensors, ignored=tuple(ignored), paths=as_paths(fields.get("planner_data")))
 
 
 def _fields(value: Any, name: str) -> dict[str, Any]:

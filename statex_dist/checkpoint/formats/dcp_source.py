@@ -78,11 +78,12 @@ class DcpSource(TensorSource):
         """
         _check_backend(directory / CONFIG_FILE)
         contents = read_metadata(directory / METADATA_NAME)
-        places, archives = open_chunks(directory, contents.tensors.values())
-        infos = {name: tensor.info for name, tensor in contents.tensors.items()}
-        if contents.ignored:
-            logger.info("%s: %d entries are no tensors and are left out", directory, len(contents.ignored))
-        return cls(facts or SourceFacts.of_directory("megatron", directory), infos, places, archives, contents.ignored)
+        tensors, chosen = contents.of_model(directory)
+        places, archives = open_chunks(directory, tensors.values())
+        infos = {name: tensor.info for name, tensor in tensors.items()}
+        ignored = [*contents.ignored, *(name for name in contents.tensors if name not in chosen.names)]
+        facts = (facts or SourceFacts.of_directory("megatron", directory)).with_notes(chosen.note())
+        return cls(facts, infos, places, archives, ignored)
 
     def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies: a piece for each chunk."""

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 
 from statex_dist.checkpoint.layout import CONFIG_NAME
+from statex_dist.checkpoint.trainer_dirs import tracked_iteration
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOTS_DIR, REFS_DIR = "snapshots", "refs"
-ITERATION_NAME = "latest_checkpointed_iteration.txt"
 INCOMPLETE = ".incomplete"
 """Ending of the files that an interrupted download of the Hub leaves."""
 
@@ -40,7 +40,7 @@ def resolve(path: str | Path) -> Path:
         raise CheckpointError(f"model directory or checkpoint not found: {str(path)[:200]}{hint}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the directory that holds the checkpoint, with its {CONFIG_NAME}")
-    for step in (_snapshot, _iteration):
+    for step in (_snapshot, tracked_iteration):
         if (inner := step(path)) is not None:
             logger.info("%s: reading %s", path, inner.relative_to(path))
             path = inner
@@ -70,20 +70,6 @@ def _snapshot(path: Path) -> Path | None:
         f"{path} is a cache directory of the Hub, whose main branch has no snapshot here; it holds {shown}"
         + (": give one of them" if found else f"{_unfinished_text(path)}; download the model again")
     )
-
-
-def _iteration(path: Path) -> Path | None:
-    """Return the last iteration in a directory of Megatron's, or None for another directory."""
-    marker = path / ITERATION_NAME
-    if not marker.is_file():
-        return None
-    text = _read_line(marker)
-    inner = path / (f"iter_{int(text):07d}" if text.isascii() and text.isdigit() and len(text) < 12 else text)
-    if text != "release" and inner.name == text:
-        raise CheckpointError(f"{marker} names {text[:80]!r}, which is neither an iteration nor 'release'")
-    if not inner.is_dir():
-        raise CheckpointError(f"{marker} names {text}, but {inner} does not exist; give another directory in {path}")
-    return inner
 
 
 def _read_line(path: Path) -> str:

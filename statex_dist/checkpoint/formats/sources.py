@@ -7,25 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from statex_dist.checkpoint.formats.dcp_source import SIDE_FILES, DcpSource, looks_like_dcp
+from statex_dist.checkpoint.formats.gathered_weights import settle, tag_named_in, weights_beside
 from statex_dist.checkpoint.formats.places import nothing_text, resolve
 from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME, SINGLE_NAME
 from statex_dist.checkpoint.formats.same import check_ways, ways_to_read
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
 from statex_dist.checkpoint.formats.torch_reader import BIN_INDEX_NAME, BIN_NAME, StateDictSource
 from statex_dist.checkpoint.formats.tp_source import TensorParallelSource
-from statex_dist.checkpoint.formats.zero3_layout import looks_like_zero
+from statex_dist.checkpoint.formats.zero3_layout import is_stage_1_or_2, looks_like_stage_3, looks_like_zero
 from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     CONFIG_NAME,
     LATEST_NAME,
     MANIFEST_NAME,
-    MODEL_DIR,
     PLAIN_STATE_NAME,
     complete_tags,
+    is_tag_name,
 )
 from statex_dist.checkpoint.manifest import FileRecord, Manifest, TensorRecord, digest_file
 from statex_dist.checkpoint.tp_layout import LAYOUT_NAME
+from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of, step_of_directory
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def open_files(
     source = _open(kind, directory, facts, describe=describe)
     if kind in ("hf", "torch"):
         check_ways(source, directory)
+        source.facts = source.facts.with_notes(_unread_tag(directory))
     return source
 
 
@@ -68,9 +71,9 @@ def find_model_dir(kind: str, directory: Path) -> Path | None:
 
     Of a training checkpoint it lies in the tag, or, as other trainers have it, beside ``latest``.
     """
-    in_tag = kind in ("zero3", "plain")
-    places = (directory / MODEL_DIR, directory, directory.parent) if in_tag else (directory,)
-    return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
+    if kind in ("zero3", "plain", "megatron"):
+        return model_dir_of(directory)
+    return directory if (directory / CONFIG_NAME).is_file() else None
 
 
 def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
@@ -80,20 +83,52 @@ def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> 
     if kind == "plain":
         return StateDictSource([directory / PLAIN_STATE_NAME], key="module", facts=facts)
     if kind == "zero3":
-        return Zero3Source(directory, facts, only_first=describe)
+        return _open_zero3(directory, facts, describe=describe)
     return DcpSource.open(directory, facts) if kind == "megatron" else TensorParallelSource(directory, facts)
+
+
+def _unread_tag(directory: Path) -> str | None:
+    """Return what has to be said of a tag beside weights that is not read itself."""
+    tag = tag_named_in(directory)
+    if tag is None or not is_stage_1_or_2(tag):
+        return None
+    return (
+        f"the weights beside {tag.name} are read: it is of ZeRO stage 1 or 2, and its fp32 weights and optimizer "
+        "states are left out (zero_to_fp32.py makes fp32 safetensors of it)"
+    )
+
+
+def _open_zero3(directory: Path, facts: SourceFacts, *, describe: bool) -> Zero3Source:
+    """Open a tag, with the weights that lie beside it."""
+    beside = None if facts.verified else weights_beside(directory)
+    source = Zero3Source(directory, facts, only_first=describe, beside=beside)
+    if beside is not None:
+        note = f"further weights lie beside {directory.name}; they have not been compared with it"
+        source.facts = source.facts.with_notes(note if describe else settle(source, beside))
+    if source.filled:
+        source.facts = source.facts.with_notes(
+            f"saved with exclude_frozen_parameters: {len(source.owned()) - len(source.filled)} of "
+            f"{len(source.owned())} tensors are in {directory.name}, the others are read from the weights beside it"
+        )
+    if source.frozen_excluded:
+        source.facts = source.facts.with_notes(
+            f"saved with exclude_frozen_parameters: the {len(source.owned())} tensors that are there are not the whole "
+            "model if any of its parameters were frozen"
+        )
+    return source
 
 
 def _facts(
     kind: str, directory: Path, model_dir: Path | None, manifest: Manifest | None, *, digests: bool
 ) -> SourceFacts:
     """Return what is known of a checkpoint; ``digests`` holds what is read to those of the manifest."""
+    step = step_of_directory(directory) if kind == "megatron" else None
     known = SourceFacts(
         kind=kind,
         path=directory,
         model_dir=model_dir,
         verified=manifest is not None and digests,
-        info=manifest.info if manifest is not None else {},
+        info=manifest.info if manifest is not None else {"step": step} if step is not None else {},
     )
     if manifest is None or not digests:
         return known
@@ -120,7 +155,15 @@ def recognise(path: str | Path, *, training: bool = False) -> tuple[str, Path]:
     """
     path = resolve(path)
     weights = _weights_kind(path)
+    inside = None if weights or _is_tag(path) or _has_tags(path) else checkpoint_inside(path)
+    if inside is not None:
+        logger.info("%s: reading %s", path, inside)
+        return recognise(inside, training=training)
     tag = path if _is_tag(path) else _tag_beside(path) if weights else _choose_tag(path)
+    if weights and tag is not None and is_stage_1_or_2(tag):
+        return weights, path
+    if weights and tag is not None and tag != path and looks_like_stage_3(tag):
+        return "zero3", tag  # what a trainer gathered beside its tag is less than the tag; open_files compares them
     if weights and tag is not None and not training:
         choice = f"give {tag} for the training checkpoint, or " if tag != path else ""
         raise CheckpointError(
@@ -162,8 +205,14 @@ def _tag_beside(path: Path) -> Path | None:
     names = complete_tags(path)
     if (latest := path / LATEST_NAME).is_file():
         names.append(latest.read_text(encoding="utf-8", errors="replace").strip())
-    found = [path / name for name in names if name and Path(name).name == name and _is_tag(path / name)]
+    found = [path / name for name in names if is_tag_name(name) and (path / name).is_dir() and _is_tag(path / name)]
     return found[0] if found else None
+
+
+def _has_tags(path: Path) -> bool:
+    """Return whether a directory, or its ``checkpoints``, holds complete tags of ours or names one in ``latest``."""
+    folders = (path, path / CHECKPOINTS_DIR)
+    return any((folder / LATEST_NAME).is_file() or complete_tags(folder) for folder in folders)
 
 
 def _choose_tag(path: Path) -> Path:
@@ -176,7 +225,7 @@ def _choose_tag(path: Path) -> Path:
         looked = f"{SINGLE_NAME}, {BIN_NAME} (or their index), {LAYOUT_NAME}, {SIDE_FILES[0]}, {CHECKPOINTS_DIR}/, "
         raise CheckpointError(nothing_text(path, looked + f"{LATEST_NAME}, global_step*/, zero_pp_rank_*_states.pt"))
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not tag or Path(tag).name != tag or tag in (".", ".."):
+    if not is_tag_name(tag):
         raise CheckpointError(f"{latest} names {tag[:80]!r}, which is not a tag of this directory")
     if not (checkpoints / tag).is_dir():
         raise CheckpointError(f"{latest} names the tag {tag}, but {checkpoints / tag} does not exist")

@@ -102,6 +102,8 @@ class SourceFacts:
         info: Facts of the writer: step, world size, manifest entries.
         digests: xxh3-128 of tensors as the manifest has them, by name.
         state_digests: The same of the optimizer's states, by their names.
+        notes: Messages for the user: what was left out, which of two files is read.
+        config: Contents of a ``config.json`` that a run has under another name; None where ``model_dir`` has it.
     """
 
     kind: str
@@ -111,6 +113,12 @@ class SourceFacts:
     info: dict[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     state_digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
+
+    def with_notes(self, *notes: str | None) -> SourceFacts:
+        """Return the facts with further notes; None is none."""
+        return replace(self, notes=(*self.notes, *(note for note in notes if note)))
 
     @classmethod
     def of_directory(cls, kind: str, directory: Path) -> SourceFacts:

@@ -71,6 +71,11 @@ def looks_like_zero(directory: Path) -> bool:
     )
 
 
+def looks_like_stage_3(directory: Path) -> bool:
+    """Return whether a directory holds files that only ZeRO stage 3 writes."""
+    return any(_MODEL_FILE.match(path.name) for path in directory.iterdir())
+
+
 def find_rank_files(directory: Path) -> list[RankFiles]:
     """Return the files of every rank, by rank.
 
@@ -88,7 +93,7 @@ def find_rank_files(directory: Path) -> list[RankFiles]:
                 raise CheckpointError(f"{directory} holds two files of rank {match[1]}: {other.name} and {path.name}")
             found[kind][int(match[1])] = path
     if found["optim"] and not found["model"]:
-        raise CheckpointError(f"{directory} holds no zero_pp_rank_*_model_states.pt: not a ZeRO stage 3 checkpoint")
+        raise CheckpointError(f"{directory} {_not_stage_3(directory)}")
     world_size = max((*found["model"], *found["optim"]), default=-1) + 1
     for kind, files in found.items():
         if missing := [rank for rank in range(world_size) if rank not in files]:
@@ -97,6 +102,24 @@ def find_rank_files(directory: Path) -> list[RankFiles]:
                 f"(*zero_pp_rank_{missing[0]}_mp_rank_00_{kind}_states.pt)"
             )
     return [RankFiles(model=found["model"][rank], optim=found["optim"][rank]) for rank in range(world_size)]
+
+
+def _not_stage_3(directory: Path) -> str:
+    """Return what a directory without the model states of ranks is, and what to do."""
+    if not is_stage_1_or_2(directory):
+        return "holds no zero_pp_rank_*_model_states.pt: not a ZeRO stage 3 checkpoint"
+    return (
+        "is a checkpoint of ZeRO stage 1 or 2 (mp_rank_00_model_states.pt); only stage 3 is read. DeepSpeed's "
+        "zero_to_fp32.py makes a model of it: python zero_to_fp32.py DIR OUT --safe_serialization, in the directory "
+        "of latest"
+    )
+
+
+def is_stage_1_or_2(directory: Path) -> bool:
+    """Return whether a tag is of ZeRO stage 1 or 2, where every rank has the whole model and one file holds it."""
+    return (directory / "mp_rank_00_model_states.pt").is_file() and any(
+        _OPTIM_FILE.match(path.name) for path in directory.iterdir()
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

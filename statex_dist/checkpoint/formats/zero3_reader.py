@@ -39,6 +39,8 @@ class Zero3Source(TensorSource):
         ranks: Where each rank's values lie.
         layout: How the trained parameters are cut.
         frozen: Shape of each frozen parameter.
+        filled: Frozen parameters that are not in the tag; their values come from the weights beside it.
+        frozen_excluded: Whether it was saved with ``exclude_frozen_parameters``, and nothing is filled.
         groups: Names of the parameters of each optimizer group, in flat order.
         scalars: What the optimizer keeps once per parameter group, by its names.
         model: Contents of rank 0's model states.
@@ -49,12 +51,15 @@ class Zero3Source(TensorSource):
         directory: The tag's directory, with two files a rank.
         facts: What is known of it besides.
         only_first: Whether to open rank 0's files alone: enough to say what the checkpoint is, not to read it.
+        beside: Weights that lie beside the tag.
 
     Raises:
         CheckpointError: A file is missing, damaged, refused, or the files do not belong together.
     """
 
-    def __init__(self, directory: Path, facts: SourceFacts, *, only_first: bool = False):
+    def __init__(
+        self, directory: Path, facts: SourceFacts, *, only_first: bool = False, beside: TensorSource | None = None
+    ):
         files = find_rank_files(directory)
         world_size = self.world_size = len(files)
         first = open_archive(files[0].model), open_archive(files[0].optim)
@@ -80,7 +85,9 @@ class Zero3Source(TensorSource):
         self._buffers: dict[str, TensorRef] = {
             name: module[name] for name in self.model["buffer_names"] if isinstance(module.get(name), TensorRef)
         }
+        filled = _missing_frozen(self.model, module, shapes, beside)
         infos = {
+            **filled,
             **{n: TensorInfo(name=n, shape=module[n].shape, dtype=module[n].dtype) for n in self._buffers},
             **{n: TensorInfo(name=n, shape=shape, dtype=fragments[n].dtype) for n, shape in frozen.items()},
             **{n: TensorInfo(name=n, shape=shape, dtype="F32") for n, shape in shapes.items()},
@@ -96,8 +103,12 @@ class Zero3Source(TensorSource):
         }
         facts = replace(facts, info={**facts.info, **told})
         paths = [path for rank in files for path in (rank.model, rank.optim)]
+        paths += beside.files if beside is not None and filled else []
         super().__init__(facts, infos, paths, aliases=aliases, buffers=self._buffers)
-        self.frozen, self._owners = frozen, aliases
+        self._owners = aliases
+        self.frozen = {**frozen, **{name: info.shape for name, info in filled.items()}}
+        self.filled, self._beside = frozenset(filled), beside
+        self.frozen_excluded = _excludes_frozen(self.model) and not filled
         self._states = {state: Zero3StateSource(self, state) for state in self.ranks[0].flat if state != WEIGHTS}
 
     def _check_frozen(self, frozen: Mapping[str, tuple[int, ...]]) -> None:
@@ -115,6 +126,8 @@ class Zero3Source(TensorSource):
     def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies, in the files of all ranks."""
         name = self._owners.get(name, name)
+        if name in self.filled and self._beside is not None:
+            return self._beside.pieces(name)
         if name in self._buffers:
             return whole_pieces(self.first, self._buffers[name])
         if name in self.frozen:
@@ -166,6 +179,21 @@ class Zero3StateSource(TensorSource):
     def stored_pieces(self, name: str) -> Pieces:
         """Return where the state of a parameter lies."""
         return self._whole.flat_pieces(name, self._state)
+
+
+def _excludes_frozen(model: Mapping[str, Any]) -> bool:
+    """Return whether model states were saved with ``exclude_frozen_parameters``: DeepSpeed then writes None."""
+    return "frozen_param_shapes" in model and model["frozen_param_shapes"] is None
+
+
+def _missing_frozen(
+    model: Mapping[str, Any], module: Mapping[str, Any], shapes: Mapping[str, Any], beside: TensorSource | None
+) -> dict[str, TensorInfo]:
+    """Return the tensors that a tag without its frozen parameters lacks, of those that lie beside it."""
+    if beside is None or not _excludes_frozen(model):
+        return {}
+    held = {*shapes, *module, *(model.get("shared_params") or {})}
+    return {name: beside.info(name) for name in beside.owned() if name not in held and beside.info(name).numel}
 
 
 def _parameter_groups(model: Mapping[str, Any], optim: Mapping[str, Any], path: Path) -> list[list[str]]:
