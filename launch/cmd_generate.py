@@ -259,9 +259,12 @@ class _Session:
 
     def write(self, out: Callable[[str], Any] | None) -> None:
         """Continue all prompts; with ``out`` hand each piece of text on as it comes."""
+        from statex_dist.inference.end_tokens import describe_end_tokens
         from statex_dist.inference.generate import stream_continuations
 
         assert self.sampling is not None
+        if not self.args.ignore_eos:
+            logger.info("end tokens: %s", describe_end_tokens(self.tokenizer))
         contexts = [context for context in self.contexts for _ in range(self.args.n)]
         seeds = [self.args.seed + number for number in range(len(contexts))]
         started = time.monotonic()
@@ -283,13 +286,6 @@ class _Session:
                 assert isinstance(progress.key, int)
                 self.done[progress.key] = progress
         self.write_seconds = time.monotonic() - started
-
-    def text(self, number: int) -> str:
-        """Return the whole text of a continuation."""
-        from statex_dist.inference.text import cut
-
-        assert self.sampling is not None
-        return cut(self.tokenizer.decode(self.done[number].tokens), self.sampling.until)
 
 
 @contextmanager
@@ -317,12 +313,13 @@ def _print(session: _Session, args: Any) -> None:
                 {
                     "prompt": number // args.n,
                     "prompt_tokens": session.prompt_tokens[number // args.n],
-                    "text": session.text(number),
+                    "text": progress.whole,
                     "tokens": list(progress.tokens),
                     "finish_reason": progress.finish_reason,
                 }
                 for number, progress in sorted(session.done.items())
             ],
+            "end_tokens": [] if args.ignore_eos else sorted(session.tokenizer.end_tokens),
             "cached_tokens": session.cached_tokens,
             "prompt_tokens": sum(session.prompt_tokens),
             "generated_tokens": produced,
@@ -337,7 +334,7 @@ def _print(session: _Session, args: Any) -> None:
     else:
         for number in sorted(session.done):
             heading = f"prompt {number // args.n}" + (f", {number % args.n}" if args.n > 1 else "")
-            sys.stdout.write(f"==> {heading} <==\n{session.text(number)}\n")
+            sys.stdout.write(f"==> {heading} <==\n{session.done[number].whole}\n")
     if not session.done:
         return
     if len(session.prompt_tokens) == 1:

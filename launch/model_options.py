@@ -111,17 +111,20 @@ def is_sharded(directory: str) -> bool:
 
 
 def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
-    """Load the tokenizer that the options name.
+    """Load the tokenizer that the options name, with the end tokens that the model's files name.
 
     Raises:
         ConfigError: There is none, or it has ids that the model has no embedding for.
+        CheckpointError: The model's ``generation_config.json`` is damaged.
     """
     from statex_dist.data.tokenizer import load_tokenizer
+    from statex_dist.inference.end_tokens import use_end_tokens
     from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_of(args))
     check_vocabulary(model, tokenizer)
     doubt_tokenizer(model, tokenizer)
+    use_end_tokens(tokenizer, model.config, Path(args.model))
     return tokenizer
 
 

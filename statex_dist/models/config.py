@@ -47,7 +47,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     statex: ExpansionPlan | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
