@@ -87,6 +87,7 @@ def run(args: Any) -> int:
 
 def _generate(args: Any, share: TensorShare) -> None:
     """Do what this rank has to; all ranks produce the same tokens, and the first one prints them."""
+    from statex_dist.inference.text import stop_with_special_token
     from statex_dist.parallel.together import OtherRankError
 
     with share.together():
@@ -106,6 +107,11 @@ def _generate(args: Any, share: TensorShare) -> None:
     if len(prompts) > 1:
         with share.together():
             check_ragged(model.mitigation, "generating from several prompts")
+    if sampling is not None and (stop := stop_with_special_token(sampling.until, tokenizer)) is not None:
+        with share.together():
+            raise ConfigError(
+                f"--stop {stop[:60]!r} is a special token with other text, which no text has; give the token alone"
+            )
     session = _Session(model=model, tokenizer=tokenizer, args=args, sampling=sampling, share=share)
     try:
         session.read(prompts)
@@ -259,12 +265,12 @@ class _Session:
 
     def write(self, out: Callable[[str], Any] | None) -> None:
         """Continue all prompts; with ``out`` hand each piece of text on as it comes."""
-        from statex_dist.inference.end_tokens import describe_end_tokens
+        from statex_dist.inference.end_tokens import log_end_tokens
         from statex_dist.inference.generate import stream_continuations
 
         assert self.sampling is not None
-        if not self.args.ignore_eos:
-            logger.info("end tokens: %s", describe_end_tokens(self.tokenizer))
+        if not self.args.ignore_eos and self.share.rank == 0:
+            log_end_tokens(self.tokenizer, self.model.config.vocab_size)
         contexts = [context for context in self.contexts for _ in range(self.args.n)]
         seeds = [self.args.seed + number for number in range(len(contexts))]
         started = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -17,8 +16,6 @@ from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from statex_dist.models.lm import RecurrentLM
-
-logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "STATEX_API_KEY"
 
@@ -57,7 +54,7 @@ def run(args: Any) -> int:
         StateXError: The options, the port or the model are wrong, a package is missing, or the decoding thread died.
     """
     try:
-        from statex_dist.inference.end_tokens import describe_end_tokens
+        from statex_dist.inference.end_tokens import log_end_tokens
         from statex_dist.inference.serving.app import build_app
         from statex_dist.inference.serving.limits import Limits
         from statex_dist.inference.serving.server import Server, address_of, bind
@@ -78,7 +75,7 @@ def run(args: Any) -> int:
         name = args.served_model_name or Path(args.model).resolve().name
         service = Service(model, tokenizer, name=name, limits=limits, segment_length=args.segment_length)
         server = Server(build_app(service, api_key=api_key), service, grace_seconds=args.grace_period)
-        logger.info("end tokens: %s", describe_end_tokens(tokenizer))
+        log_end_tokens(tokenizer, model.config.vocab_size)
         line = f"{name} at {address_of(listener)}: {_describe(model, limits.max_batch_size)}\n"
 
         def announce() -> None:

@@ -68,7 +68,7 @@ def _choose_ids(args: Any, num_pairs: int) -> tuple[dict[str, Any], dict[str, An
         StateXError: An option is wrong, or there is no tokenizer, or one with too few words.
     """
     from launch.model_options import tokenizer_of
-    from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
+    from statex_dist.data.tokenizer import BytesTokenizer, has_tokenizer, load_tokenizer
     from statex_dist.evaluation.mqar_words import choose_words
 
     given = {
@@ -78,6 +78,8 @@ def _choose_ids(args: Any, num_pairs: int) -> tuple[dict[str, Any], dict[str, An
     }
     if len(given) == 2:
         return {"vocabulary": "given", **given}, {}
+    if args.tokenizer is None and not has_tokenizer(args.model):
+        return given, {}  # refused when the model was looked at, whose own faults are said first
     tokenizer = load_tokenizer(tokenizer_of(args))
     if tokenizer.hash == BytesTokenizer.hash:
         return given, {}

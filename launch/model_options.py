@@ -98,8 +98,11 @@ def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
         tokenizer = load_matching_tokenizer(args, model)
     with share.together():
         # Each rank looks for stop strings in its own text, and all must end at the same token.
-        if len(set(share.gather_objects(tokenizer.hash))) > 1:
-            raise ConfigError(f"the ranks have different tokenizers at {tokenizer.spec}; copy one to all machines")
+        if len(set(share.gather_objects((tokenizer.hash, *sorted(tokenizer.end_tokens))))) > 1:
+            raise ConfigError(
+                f"the ranks have different tokenizers at {tokenizer.spec}, or different end tokens at {args.model}; "
+                "copy one directory to all machines"
+            )
     return model, tokenizer
 
 

@@ -208,7 +208,7 @@ class HFTokenizer:
 
     def token_name(self, token: int) -> str:
         """Return the token as the vocabulary has it."""
-        return repr(self._backend.id_to_token(token))
+        return repr(self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None)
 
     def stands_alone(self, token: int) -> bool:
         """Return whether an id has text that no later token changes, but for a last character that is not whole."""

@@ -41,27 +41,25 @@ def use_end_tokens(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
     places: dict[int, list[str]] = {}
     for place, ids in named.items():
         for token in ids:
-            if 0 <= token < config.vocab_size:
-                places.setdefault(token, []).append(place)
-            else:
-                log.warning(
-                    "%s: %s %d is outside the model's vocabulary of %d tokens, and ends no text",
-                    *(place, _KEY, token, config.vocab_size),
-                )
+            places.setdefault(token, []).append(place)
     tokenizer.end_tokens = places
-    for token, names in places.items():
-        if not tokenizer.is_special(token) and token != tokenizer.eos_token_id:
-            log.warning(
-                "%s: end token %d (%s) is not a special token; every text ends where it comes",
-                *(" and ".join(names), token, tokenizer.token_name(token)),
-            )
 
 
-def describe_end_tokens(tokenizer: Tokenizer) -> str:
-    """Return the tokens that end a text, and what names them."""
-    return "; ".join(
-        f"{token} {tokenizer.token_name(token)} ({', '.join(names)})" for token, names in tokenizer.end_tokens.items()
-    )
+def log_end_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Log the tokens that end a text and what names them, with a warning of those that are hardly meant.
+
+    Args:
+        tokenizer: After :func:`use_end_tokens`.
+        vocab_size: Of the model.
+    """
+    shown = {token: f"{token} {tokenizer.token_name(token)}" for token in tokenizer.end_tokens}
+    named = {token: " and ".join(names) for token, names in tokenizer.end_tokens.items()}
+    log.info("end tokens: %s", "; ".join(f"{shown[token]} ({named[token]})" for token in shown))
+    for token, place in named.items():
+        if not 0 <= token < vocab_size:
+            log.warning("%s: end token %d is outside the model's vocabulary of %d tokens", place, token, vocab_size)
+        elif not tokenizer.is_special(token):
+            log.warning("%s: end token %s is not a special token; every text ends where it comes", place, shown[token])
 
 
 def _generation_ids(path: Path) -> list[int]:

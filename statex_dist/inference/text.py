@@ -150,6 +150,14 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]
 
 
+def stop_with_special_token(until: Sequence[str], tokenizer: Tokenizer) -> str | None:
+    """Return the first stop string that has a special token and other text: it cannot come, no text has the token."""
+    for stop in until:
+        if tokenizer.special_id(stop) is None and any(map(tokenizer.is_special, tokenizer.encode(stop).tolist())):
+            return stop
+    return None
+
+
 def end_ids(until: Sequence[str], tokenizer: Tokenizer, *, ignore_eos: bool = False) -> frozenset[int]:
     """Return the tokens that end a text: end tokens, and stop strings that are special tokens and in no text."""
     special = {token for text in until if (token := tokenizer.special_id(text)) is not None}

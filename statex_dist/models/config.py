@@ -47,7 +47,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    eos_token_id: int | list[int] | None = None
     statex: ExpansionPlan | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -269,8 +269,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     origin = typing.get_origin(hint) or hint
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin in (tuple, list) and (args := typing.get_args(hint)):
+        return isinstance(value, list | tuple) and all(_fits(item, args[0]) for item in value)
     return isinstance(value, origin) if isinstance(origin, type) else True
 
 

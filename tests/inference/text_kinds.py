@@ -102,5 +102,4 @@ KINDS = {
     "no-decoder": words(),
     "ctc": words(decoders.CTC(pad_token="a", word_delimiter_token="b")),
     "joins-then-replaces": words(decoders.Sequence([decoders.Fuse(), decoders.Replace("the", "THE")])),
-    "strips-its-end": words(decoders.Sequence([decoders.Fuse(), decoders.Strip("e", 0, 2)])),
 }

@@ -65,7 +65,7 @@ def test_texts_end_at_the_end_tokens_of_all_files(tmp_path, capsys):
     document = json.loads(out)
     assert document["continuations"][0]["tokens"] == tokens[:first]
     assert document["end_tokens"] == sorted({1, tokens[first], tokens[second]})
-    assert "end tokens: 1 '<eos>' (tokenizer, config.json); " in err
+    assert "end tokens: 1 '<eos>' (tokenizer and config.json); " in err
     assert produced(capsys, model, "--ignore-eos")["tokens"] == tokens
 
 
@@ -77,6 +77,14 @@ def test_a_stop_string_may_be_any_token_that_is_marked_as_special(tmp_path, caps
             break
     found = produced(capsys, model, "--ignore-eos", "--seed", seed, "--stop", "<|im_end|>")
     assert (found["tokens"], found["finish_reason"]) == (tokens[: tokens.index(2)], "stop")
+
+
+def test_a_stop_string_that_cannot_come_is_refused(tmp_path, capsys):
+    model = model_with(tmp_path / "model", "llama")
+    arguments = ["--model", str(model), "--prompt", PROMPT, "--threads", "1", "--stop", "<|im_end|>\n"]
+    assert main(["generate", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"error: --stop '<|im_end|>\n' is a special token with other text")
 
 
 def test_stop_strings_see_the_space_behind_the_prompt(tmp_path, capsys):

@@ -74,6 +74,8 @@ def test_stop_strings_and_special_tokens_end_completions():
             assert found == ((text, "stop"), (text, "stop")), stop
             found = completions(server, prompt="the", stop=stop, max_tokens=20, echo=True)
             assert found == (("the" + text, "stop"), ("the" + text, "stop")), stop
+        refused = server.post(prompt="the", stop=["a", "<|im_end|>\n"])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop")
 
 
 def test_an_echoed_character_that_the_completion_makes_whole_is_there_once():
