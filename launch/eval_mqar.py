@@ -62,14 +62,14 @@ def run(args: Any) -> int:
 
 
 def _choose_ids(args: Any, num_pairs: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that say which ids are keys and values, and what the result file says of them besides.
+    """Return the settings of the ids of keys and values, and further facts about them for the result file.
 
     Raises:
         StateXError: An option is wrong, or there is no tokenizer, or one with too few words.
     """
     from launch.model_options import tokenizer_of
     from statex_dist.data.tokenizer import BytesTokenizer, has_tokenizer, load_tokenizer
-    from statex_dist.evaluation.mqar_words import choose_words
+    from statex_dist.evaluation.mqar_ids import choose_words
 
     given = {
         name: parse_range(text, f"--{name[:-1]}-ids")

@@ -1,7 +1,7 @@
 """Which tokens' text depends on tokens that come later, by the decoder of a ``tokenizer.json``.
 
-Most decoders of the ``tokenizers`` library map tokens to text one by one, apart from what they do to the first token
-and to a character whose bytes are in several tokens. Byte fallback is different: it decodes a run of byte tokens
+Most decoders of the ``tokenizers`` library map tokens to text one by one. Exceptions are the first token,
+and a character whose bytes are in several tokens. Byte fallback is different: it decodes a run of byte tokens
 together, and one wrong byte turns the text of the whole run into replacement characters.
 """
 

@@ -26,6 +26,7 @@ import torch
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.mqar_ids import check_ids, listed_ids, shown_ids
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
 from statex_dist.evaluation.settings import check_different, check_reading
 from statex_dist.inference.not_finite import explain_not_finite
@@ -144,7 +145,7 @@ class MqarSettings:
         num_pairs: Numbers of key-value pairs.
         num_samples: Documents for each number of pairs.
         vocabulary: Where the ids come from: ranges for the bytes tokenizer (the default), words of the model's
-            tokenizer (:func:`~statex_dist.evaluation.mqar_words.choose_words`), or ranges that the user gave.
+            tokenizer (:func:`~statex_dist.evaluation.mqar_ids.choose_words`), or ranges that the user gave.
         keys: First id of the keys and one past the last; all ids where they are words.
         values: First id of the values and one past the last; all ids where they are words.
         batch_size: Documents per forward pass.
@@ -166,32 +167,18 @@ class MqarSettings:
         check_different("num_pairs", self.num_pairs)
         for name in ("keys", "values"):
             ids = getattr(self, name)
-            if self.vocabulary != "words" and not 0 <= ids[0] < ids[1]:
+            if len(ids) == 2 and not 0 <= ids[0] < ids[1]:
                 raise ConfigError(f"{name} must be FIRST:END with 0 <= FIRST < END, not {ids[0]}:{ids[1]}")
-        if max(self.num_pairs) > len(self.key_ids):
+        if max(self.num_pairs) > len(listed_ids(self.keys)):
             raise ConfigError(
-                f"mqar cannot draw {max(self.num_pairs)} distinct keys from {_named(self.keys)}; "
-                f"set --num-pairs to at most {len(self.key_ids)} or a wider --key-ids"
+                f"mqar cannot draw {max(self.num_pairs)} distinct keys from {shown_ids(self.keys)}; "
+                f"set --num-pairs to at most {len(listed_ids(self.keys))} or a wider --key-ids"
             )
-
-    @property
-    def key_ids(self) -> Sequence[int]:
-        """Ids of the keys."""
-        return self.keys if self.vocabulary == "words" else range(*self.keys)
-
-    @property
-    def value_ids(self) -> Sequence[int]:
-        """Ids of the values."""
-        return self.values if self.vocabulary == "words" else range(*self.values)
-
-
-def _named(ids: Sequence[int]) -> str:
-    return f"{ids[0]}:{ids[1]}" if len(ids) == 2 else f"{len(ids)} words"
 
 
 def guessing_accuracy(num_pairs: int, settings: MqarSettings) -> float:
     """Return the accuracy of a model that names a random value of the context, ``1/n + (1 - 1/n) / values``."""
-    return 1 / num_pairs + (1 - 1 / num_pairs) / len(settings.value_ids)
+    return 1 / num_pairs + (1 - 1 / num_pairs) / len(listed_ids(settings.values))
 
 
 def eliminating_accuracy(num_pairs: int, settings: MqarSettings) -> float:
@@ -217,8 +204,8 @@ def _documents(num_pairs: int, settings: MqarSettings) -> tuple[npt.NDArray[np.i
         num_pairs,
         settings.num_samples,
         seed=settings.seed,
-        keys=settings.key_ids,
-        values=settings.value_ids,
+        keys=listed_ids(settings.keys),
+        values=listed_ids(settings.values),
     )
 
 
@@ -233,18 +220,8 @@ def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer 
     Raises:
         ConfigError: Keys or values are outside the model's vocabulary, or special tokens.
     """
-    vocab_size = model.config.vocab_size
-    for name, ids in (("keys", settings.key_ids), ("values", settings.value_ids)):
-        shown = _named(getattr(settings, name))
-        if max(ids) >= vocab_size:
-            raise ConfigError(
-                f"mqar {name} {shown} do not fit the model's vocabulary of {vocab_size}; "
-                f"set --{name[:-1]}-ids FIRST:END with END at most {vocab_size}"
-            )
-        wrong = next((i for i in ids if tokenizer and (tokenizer.is_special(i) or i >= tokenizer.vocab_size)), None)
-        if tokenizer and wrong is not None:
-            why = f"special token {tokenizer.token_name(wrong)}" if tokenizer.is_special(wrong) else "no token"
-            raise ConfigError(f"mqar {name} {shown}: id {wrong} is {why}; set --{name[:-1]}-ids to a range without it")
+    for name in ("keys", "values"):
+        check_ids(getattr(settings, name), name, vocab_size=model.config.vocab_size, tokenizer=tokenizer)
 
     @functools.cache
     def documents(num_pairs: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:

@@ -14,8 +14,8 @@ from statex_dist.data.tokenizer import Tokenizer
 _UNDECODABLE = "\ufffd"
 
 _CONTEXT = 8
-"""Tokens with a text of their own that are decoded again with those after them. The beginning of what is decoded may
-differ from what it is in the whole: by a dropped space, or by up to three bytes of a character that began before."""
+"""Tokens with a text of their own that are decoded again with later tokens. The first characters of the decoded text
+may differ from the whole text: a space is dropped, or up to three bytes belong to a character that began before."""
 
 _WINDOW = 32
 """Tokens from which on those that are decoded again become fewer."""

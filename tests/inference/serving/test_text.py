@@ -13,7 +13,7 @@ from tests.inference.text_kinds import BYTES, KINDS, MARK
 
 
 class Says(StandIn):
-    """Says fixed tokens behind a prompt of a known length, then a last one for ever."""
+    """Says fixed tokens behind a prompt of a known length, then repeats the last one."""
 
     def __init__(self, script, *, behind, vocab_size):
         super().__init__()

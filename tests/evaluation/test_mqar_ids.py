@@ -1,4 +1,4 @@
-"""Keys and values of mqar from the vocabulary of real tokenizers."""
+"""Keys and values of mqar from the vocabulary of real tokenizers, or ranges."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer, HFTokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.mqar_words import choose_words
+from statex_dist.evaluation.mqar_ids import choose_words
 from statex_dist.models.hf import save_pretrained
 from tests.evaluation.stand_ins import tiny_model
 
