@@ -145,7 +145,7 @@ def export_documents(
         documents |= tokenizer.files
     if model_dir is None or not (model_dir / GENERATION_NAME).is_file():
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        known = {key: marker.get(key) if is_bytes and value is None else value for key, value in ids.items()}
-        if settings := {key: value for key, value in known.items() if value is not None}:
+        known = {key: marker.get(key) if is_bytes and value in (None, []) else value for key, value in ids.items()}
+        if settings := {key: value for key, value in known.items() if value not in (None, [])}:
             documents[GENERATION_NAME] = settings
     return documents

@@ -86,6 +86,7 @@ def run(args: Any) -> int:
 
 def _generate(args: Any, share: TensorShare) -> None:
     """Do what this rank has to; all ranks produce the same tokens, and the first one prints them."""
+    from statex_dist.inference.text import stop_with_special_token
     from statex_dist.parallel.together import OtherRankError
 
     with share.together():
@@ -105,6 +106,11 @@ def _generate(args: Any, share: TensorShare) -> None:
     if len(prompts) > 1:
         with share.together():
             check_ragged(model.mitigation, "generating from several prompts")
+    if sampling is not None and (stop := stop_with_special_token(sampling.until, tokenizer)) is not None:
+        with share.together():
+            raise ConfigError(
+                f"--stop {stop[:60]!r} is a special token with other text, which never comes; give it alone"
+            )
     session = _Session(model=model, tokenizer=tokenizer, args=args, sampling=sampling, share=share)
     try:
         session.read(prompts)
@@ -258,9 +264,12 @@ class _Session:
 
     def write(self, out: Callable[[str], Any] | None) -> None:
         """Continue all prompts; with ``out`` hand each piece of text on as it comes."""
+        from statex_dist.inference.end_tokens import log_end_tokens
         from statex_dist.inference.generate import stream_continuations
 
         assert self.sampling is not None
+        if not self.args.ignore_eos and self.share.rank == 0:
+            log_end_tokens(self.tokenizer, self.model.config.vocab_size)
         contexts = [context for context in self.contexts for _ in range(self.args.n)]
         seeds = [self.args.seed + number for number in range(len(contexts))]
         started = time.monotonic()
@@ -282,13 +291,6 @@ class _Session:
                 assert isinstance(progress.key, int)
                 self.done[progress.key] = progress
         self.write_seconds = time.monotonic() - started
-
-    def text(self, number: int) -> str:
-        """Return the whole text of a continuation."""
-        from statex_dist.inference.text import cut
-
-        assert self.sampling is not None
-        return cut(self.tokenizer.decode(self.done[number].tokens), self.sampling.until)
 
 
 @contextmanager
@@ -316,12 +318,13 @@ def _print(session: _Session, args: Any) -> None:
                 {
                     "prompt": number // args.n,
                     "prompt_tokens": session.prompt_tokens[number // args.n],
-                    "text": session.text(number),
+                    "text": progress.whole,
                     "tokens": list(progress.tokens),
                     "finish_reason": progress.finish_reason,
                 }
                 for number, progress in sorted(session.done.items())
             ],
+            "end_tokens": [] if args.ignore_eos else sorted(session.tokenizer.end_tokens),
             "cached_tokens": session.cached_tokens,
             "prompt_tokens": sum(session.prompt_tokens),
             "generated_tokens": produced,
@@ -336,7 +339,7 @@ def _print(session: _Session, args: Any) -> None:
     else:
         for number in sorted(session.done):
             heading = f"prompt {number // args.n}" + (f", {number % args.n}" if args.n > 1 else "")
-            sys.stdout.write(f"==> {heading} <==\n{session.text(number)}\n")
+            sys.stdout.write(f"==> {heading} <==\n{session.done[number].whole}\n")
     if not session.done:
         return
     if len(session.prompt_tokens) == 1:

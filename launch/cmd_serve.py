@@ -68,6 +68,7 @@ def run(args: Any) -> int:
         StateXError: The options, the port or the model are wrong, a package is missing, or the decoding thread died.
     """
     try:
+        from statex_dist.inference.end_tokens import log_end_tokens
         from statex_dist.inference.serving.app import build_app
         from statex_dist.inference.serving.descriptors import connections_allowed
         from statex_dist.inference.serving.limits import Limits
@@ -89,6 +90,7 @@ def run(args: Any) -> int:
         name = args.served_model_name or Path(args.model).resolve().name
         service = Service(model, tokenizer, name=name, limits=limits, segment_length=args.segment_length)
         server = Server(build_app(service, api_key=api_key), service, grace_seconds=args.grace_period)
+        log_end_tokens(tokenizer, model.config.vocab_size)
         line = f"{name} at {address_of(listener)}: {_describe(model, limits.max_batch_size)}\n"
 
         def announce() -> None:

@@ -24,6 +24,7 @@ from statex_dist.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from statex_dist.data.tokenizer import Tokenizer
     from statex_dist.evaluation.journal import Unit
     from statex_dist.models.lm import RecurrentLM
 
@@ -100,6 +101,7 @@ def run_suite(
                 "settings": dataclasses.asdict(settings),
                 "model": {name: value for name, value in facts.items() if name != "directory"},
                 "tokenizer": loaded.hash if loaded is not None else None,
+                **_end_tokens(loaded),
                 **(given or {}),
             }
             with Journal(Path(args.out), suite, fingerprint, ranks=ranks, overwrite=args.overwrite) as journal:
@@ -108,7 +110,7 @@ def run_suite(
                 records = work(todo, journal, title=suite)
                 if records is not None:
                     timing = {"seconds": round(journal.seconds, 3), "ranks": ranks.world_size}
-                    files = write(records, Path(args.out), model=facts, timing=timing)
+                    files = write(records, Path(args.out), model=facts | _tokenizer_facts(loaded), timing=timing)
                     journal.finish()
             if records is not None:
                 summary = json.loads(files[0].read_text(encoding="utf-8"))
@@ -116,6 +118,21 @@ def run_suite(
     except OtherRankError as error:  # that rank says what is wrong
         return error.exit_code
     return 0
+
+
+def _tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return what a result file says about the tokenizer whose vocabulary a suite draws its texts and tokens from."""
+    if tokenizer is None:
+        return {"tokenizer": None}
+    facts = {"name": tokenizer.spec, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+    return {"tokenizer": {**facts, "end_tokens": sorted(tokenizer.end_tokens)}}
+
+
+def _end_tokens(tokenizer: Tokenizer | None) -> dict[str, list[int]]:
+    """Return the end tokens where a model's files name more than its tokenizer does."""
+    if tokenizer is None or set(tokenizer.end_tokens) == {tokenizer.eos_token_id}:
+        return {}
+    return {"end_tokens": sorted(tokenizer.end_tokens)}
 
 
 def interval_text(row: Mapping[str, Any], *, low: str = "low", high: str = "high", digits: int = 3) -> str:

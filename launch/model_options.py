@@ -114,23 +114,29 @@ def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
         tokenizer = load_matching_tokenizer(args, model)
     with share.together():
         # Each rank looks for stop strings in its own text, and all must end at the same token.
-        if len(set(share.gather_objects(tokenizer.hash))) > 1:
-            raise ConfigError(f"the ranks have different tokenizers at {tokenizer.spec}; copy one to all machines")
+        if len(set(share.gather_objects((tokenizer.hash, *sorted(tokenizer.end_tokens))))) > 1:
+            raise ConfigError(
+                f"the ranks have different tokenizers at {tokenizer.spec}, or different end tokens at {args.model}; "
+                "copy one directory to all machines"
+            )
     return model, tokenizer
 
 
 def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
-    """Load the tokenizer that the options name.
+    """Load the tokenizer that the options name, with the end tokens that the model's files name.
 
     Raises:
         ConfigError: There is none, or it has ids that the model has no embedding for.
+        CheckpointError: The model's ``generation_config.json`` is damaged.
     """
     from statex_dist.data.tokenizer import load_tokenizer
+    from statex_dist.inference.end_tokens import use_end_tokens
     from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_of(args))
     check_vocabulary(model, tokenizer)
     doubt_tokenizer(model, tokenizer)
+    use_end_tokens(tokenizer, model.config, Path(args.model))
     return tokenizer
 
 

@@ -7,14 +7,18 @@ marks bytes, anything else is left to ``transformers``. A model directory can ca
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from statex_dist.data.token_runs import tokens_in_runs
 from statex_dist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 _MARKER = "tokenizer_config.json"
 _BYTES_CLASS = "BytesTokenizer"
@@ -29,7 +33,10 @@ class Tokenizer(Protocol):
         eos_token_id: Id that ends a document.
         pad_token_id: Id that fills a pack.
         hash: Hex digest of the mapping from text to ids; equal hashes mean interchangeable tokenizers.
+        end_tokens: Ids that end a text that a model writes, each with what names it: the tokenizer, or a model's file.
     """
+
+    end_tokens: Mapping[int, Sequence[str]]
 
     @property
     def spec(self) -> str: ...  # noqa: D102 - documented by the class
@@ -62,6 +69,22 @@ class Tokenizer(Protocol):
         """Return the id of the special token that is written ``text``, or None: it is in no decoded text."""
         ...
 
+    def is_special(self, token: int) -> bool:
+        """Return whether the id is that of a special token."""
+        ...
+
+    def token_name(self, token: int) -> str:
+        """Return how an id is written in messages."""
+        ...
+
+    def stands_alone(self, token: int) -> bool:
+        """Return whether an id has text that no later token changes, but for a last character that is not whole.
+
+        Special tokens and ids without a token have no text. Of a run of tokens that are decoded together, none stands
+        alone.
+        """
+        ...
+
     def save(self, directory: str | Path) -> None:
         """Write into an existing ``directory`` what :func:`load_tokenizer` needs to load it from there."""
         ...
@@ -75,6 +98,7 @@ class BytesTokenizer:
     eos_token_id = 256
     pad_token_id = 257
     hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
+    end_tokens: Mapping[int, Sequence[str]] = {eos_token_id: ("tokenizer",)}
 
     def encode(self, text: str) -> np.ndarray:
         """Return the UTF-8 bytes of ``text``, ``[n]`` uint16."""
@@ -91,6 +115,18 @@ class BytesTokenizer:
     def special_id(self, text: str) -> int | None:
         """Return None: EOS and PAD have no text."""
         return None
+
+    def is_special(self, token: int) -> bool:
+        """Return whether the id is EOS or PAD."""
+        return token in (self.eos_token_id, self.pad_token_id)
+
+    def token_name(self, token: int) -> str:
+        """Return ``EOS``, ``PAD`` or the byte."""
+        return {self.eos_token_id: "EOS", self.pad_token_id: "PAD"}.get(token, f"byte 0x{token:02x}")
+
+    def stands_alone(self, token: int) -> bool:
+        """Return whether the id is a byte."""
+        return 0 <= token < 256
 
     def save(self, directory: str | Path) -> None:
         """Write the marker that makes ``directory`` recognised as a bytes-tokenised model."""
@@ -130,9 +166,19 @@ class HFTokenizer:
         # A saved tokenizer may carry these from training; either would silently change documents.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
         self.eos_token_id = int(tokenizer.eos_token_id)
+        self.end_tokens: Mapping[int, Sequence[str]] = {self.eos_token_id: ("tokenizer",)}
         self.pad_token_id = int(self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        added = self._backend.get_added_tokens_decoder()
+        # Those are what decoding leaves out; not all of them are in one of the named slots (eos_token and so on).
+        self._special = {token.content: int(number) for number, token in added.items() if token.special}
+        decoder = None if self._backend.decoder is None else json.loads(self._backend.decoder.__getstate__())
+        self._textless = frozenset(self._special.values())
+        self._alone = frozenset(vocabulary.values()) - self._textless - tokens_in_runs(decoder, vocabulary)
+        if tokenizer.clean_up_tokenization_spaces and type(self._backend.model).__name__ != "BPE":
+            log.info("tokenizer %s: clean_up_tokenization_spaces is not applied; texts keep all their spaces", spec)
         self.hash = blake2b(
             f"{self.eos_token_id} {self._backend.to_str()}".encode("utf-8", "surrogatepass"), digest_size=16
         ).hexdigest()
@@ -154,8 +200,19 @@ class HFTokenizer:
 
     def special_id(self, text: str) -> int | None:
         """Return the id of the special token that is written ``text``, or None."""
-        names = set(self._tokenizer.all_special_tokens) - {self._tokenizer.unk_token}
-        return int(self._tokenizer.convert_tokens_to_ids(text)) if text in names else None
+        return self._special.get(text)
+
+    def is_special(self, token: int) -> bool:
+        """Return whether the id is that of a special token."""
+        return token in self._textless
+
+    def token_name(self, token: int) -> str:
+        """Return the token as the vocabulary has it."""
+        return repr(self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None)
+
+    def stands_alone(self, token: int) -> bool:
+        """Return whether an id has text that no later token changes, but for a last character that is not whole."""
+        return token in self._alone
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files into ``directory``."""

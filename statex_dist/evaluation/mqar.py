@@ -17,14 +17,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.mqar_ids import check_ids, listed_ids, shown_ids
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
 from statex_dist.evaluation.settings import check_different, check_reading
 from statex_dist.inference.not_finite import explain_not_finite
@@ -142,8 +144,10 @@ class MqarSettings:
     Attributes:
         num_pairs: Numbers of key-value pairs.
         num_samples: Documents for each number of pairs.
-        keys: First id of the keys and one past the last.
-        values: First id of the values and one past the last.
+        vocabulary: Where the ids come from: ranges for the bytes tokenizer (the default), words of the model's
+            tokenizer (:func:`~statex_dist.evaluation.mqar_ids.choose_words`), or ranges that the user gave.
+        keys: First id of the keys and one past the last; all ids where they are words.
+        values: First id of the values and one past the last; all ids where they are words.
         batch_size: Documents per forward pass.
         segment_length: Tokens of a document per forward pass.
         seed: Of the documents and of the intervals.
@@ -151,8 +155,9 @@ class MqarSettings:
 
     num_pairs: tuple[int, ...] = (8, 16, 32, 64)
     num_samples: int = 256
-    keys: tuple[int, int] = (DEFAULT_KEYS.start, DEFAULT_KEYS.stop)
-    values: tuple[int, int] = (DEFAULT_VALUES.start, DEFAULT_VALUES.stop)
+    vocabulary: Literal["bytes", "words", "given"] = "bytes"
+    keys: tuple[int, ...] = (DEFAULT_KEYS.start, DEFAULT_KEYS.stop)
+    values: tuple[int, ...] = (DEFAULT_VALUES.start, DEFAULT_VALUES.stop)
     batch_size: int = 32
     segment_length: int = DEFAULT_SEGMENT_LENGTH
     seed: int = 0
@@ -161,21 +166,19 @@ class MqarSettings:
         check_reading(self, "num_samples")
         check_different("num_pairs", self.num_pairs)
         for name in ("keys", "values"):
-            first, end = getattr(self, name)
-            if not 0 <= first < end:
-                raise ConfigError(f"{name} must be FIRST:END with 0 <= FIRST < END, not {first}:{end}")
-        first, end = self.keys
-        if max(self.num_pairs) > end - first:
+            ids = getattr(self, name)
+            if len(ids) == 2 and not 0 <= ids[0] < ids[1]:
+                raise ConfigError(f"{name} must be FIRST:END with 0 <= FIRST < END, not {ids[0]}:{ids[1]}")
+        if max(self.num_pairs) > len(listed_ids(self.keys)):
             raise ConfigError(
-                f"mqar cannot draw {max(self.num_pairs)} distinct keys from {first}:{end}; "
-                f"set --num-pairs to at most {end - first} or a wider --key-ids"
+                f"mqar cannot draw {max(self.num_pairs)} distinct keys from {shown_ids(self.keys)}; "
+                f"set --num-pairs to at most {len(listed_ids(self.keys))} or a wider --key-ids"
             )
 
 
 def guessing_accuracy(num_pairs: int, settings: MqarSettings) -> float:
     """Return the accuracy of a model that names a random value of the context, ``1/n + (1 - 1/n) / values``."""
-    first, end = settings.values
-    return 1 / num_pairs + (1 - 1 / num_pairs) / (end - first)
+    return 1 / num_pairs + (1 - 1 / num_pairs) / len(listed_ids(settings.values))
 
 
 def eliminating_accuracy(num_pairs: int, settings: MqarSettings) -> float:
@@ -201,28 +204,24 @@ def _documents(num_pairs: int, settings: MqarSettings) -> tuple[npt.NDArray[np.i
         num_pairs,
         settings.num_samples,
         seed=settings.seed,
-        keys=range(*settings.keys),
-        values=range(*settings.values),
+        keys=listed_ids(settings.keys),
+        values=listed_ids(settings.values),
     )
 
 
-def mqar_units(model: RecurrentLM, settings: MqarSettings) -> list[Unit]:
+def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer | None = None) -> list[Unit]:
     """Return the suite's units: a batch of documents each.
 
     Args:
         model: The model, fp32 where the figures are to be compared.
         settings: What to measure.
+        tokenizer: The model's, to check ids with, or None.
 
     Raises:
-        ConfigError: The keys or values are outside the model's vocabulary.
+        ConfigError: Keys or values are outside the model's vocabulary, or special tokens.
     """
-    vocab_size = model.config.vocab_size
-    for name, (first, end) in (("keys", settings.keys), ("values", settings.values)):
-        if end > vocab_size:
-            raise ConfigError(
-                f"mqar {name} {first}:{end} do not fit the model's vocabulary of {vocab_size}; "
-                f"set --{name[:-1]}-ids FIRST:END with END at most {vocab_size}"
-            )
+    for name in ("keys", "values"):
+        check_ids(getattr(settings, name), name, vocab_size=model.config.vocab_size, tokenizer=tokenizer)
 
     @functools.cache
     def documents(num_pairs: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
@@ -277,6 +276,7 @@ def write_mqar(
     *,
     model: Mapping[str, Any],
     timing: Mapping[str, Any] | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write ``mqar.json``, ``mqar.jsonl``, ``mqar.png`` (accuracy) and ``mqar_capacity.png`` (pairs recalled).
 
@@ -286,6 +286,7 @@ def write_mqar(
         settings: What was asked for.
         model: What is known of the model.
         timing: How long it took.
+        vocabulary: What is known of the keys and values besides their ids.
 
     Returns:
         The files, the summary first.
@@ -335,6 +336,7 @@ def write_mqar(
             for n in settings.num_pairs
         },
         "capacity": {"threshold": NEAR_PERFECT, "num_pairs": max(held, default=None)},
+        "vocabulary": {"source": settings.vocabulary, **(vocabulary or {})},
         "settings": dataclasses.asdict(settings),
         "timing": timing or {},
     }

@@ -24,6 +24,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.haystack import fresh_sentences, made_up_sentences, read_haystack
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating
+from statex_dist.inference.text import continuation_text
 from statex_dist.models.lm import RecurrentLM
 
 NUM_DIGITS = 5
@@ -88,6 +89,21 @@ def min_length(tokenizer: Tokenizer) -> int:
     digit = max(len(tokenizer.encode(digit)) for digit in string.digits)
     parts = sum(len(tokenizer.encode(part)) for part in (INSTRUCTION, *between, QUESTION))
     return parts + (len(between) - 1) * NUM_DIGITS * digit
+
+
+def check_digits(tokenizer: Tokenizer) -> None:
+    """Raise if no model could answer, because the tokenizer's tokens do not make up a passkey's digits.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    for key in (string.digits[:NUM_DIGITS], string.digits[-NUM_DIGITS:]):
+        said = continuation_text(tokenizer, tokenizer.encode(QUESTION).tolist(), tokenizer.encode(f" {key}").tolist())
+        if said.lstrip()[:NUM_DIGITS] != key:
+            raise ConfigError(
+                f"tokenizer {tokenizer.spec!r} turns passkey {key} into {said[:20]!r}; no answer could be right: give "
+                "the model's tokenizer, or measure with mqar"
+            )
 
 
 def build_prompts(
@@ -164,5 +180,7 @@ def answer_prompts(
             ids = torch.as_tensor(prompts.tokens[start : start + batch_size], device=device)
             # One token for the space and one for each digit is the most that any tokenizer needs.
             produced = decode_greedily(model, ids, NUM_DIGITS + 1, segment_length=segment_length)
-            answers.extend(tokenizer.decode(row).lstrip()[:NUM_DIGITS] for row in produced.cpu().tolist())
+            rows = zip(prompts.tokens[start : start + batch_size].tolist(), produced.cpu().tolist(), strict=True)
+            texts = (continuation_text(tokenizer, prompt, said) for prompt, said in rows)
+            answers.extend(text.lstrip()[:NUM_DIGITS] for text in texts)
     return answers

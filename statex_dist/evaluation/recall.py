@@ -34,6 +34,7 @@ from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_heat_map, write_results
 from statex_dist.evaluation.settings import check_different, check_reading
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating
+from statex_dist.inference.text import continuation_text, text_window
 from statex_dist.inference.vocabulary import check_vocabulary
 from statex_dist.models.lm import RecurrentLM
 
@@ -102,7 +103,8 @@ def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokeni
         tokenizer: The model's.
 
     Raises:
-        ConfigError: The tokenizer does not fit the model, or a length is below what the prompt itself takes.
+        ConfigError: The tokenizer does not fit the model or cannot write the answers, or a length is below what the
+            prompt itself takes.
         DataError: The haystack cannot be read.
     """
     check_vocabulary(model, tokenizer)
@@ -163,6 +165,8 @@ def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokeni
             )
         return records
 
+    for task in settings.tasks:
+        _check_answers(task, prompts(task, min(settings.lengths), 0, range(1))[0], tokenizer)
     units: list[Unit] = []
     for task in settings.tasks:
         for length in settings.lengths:
@@ -197,10 +201,14 @@ def _answer(
     num_tokens = needle.NUM_DIGITS + 1 if task == PASSKEY else settings.max_new_tokens
 
     ends: dict[int, int] = {}
+    contexts = [text_window(tokenizer, prompt.tokens.tolist()) for prompt in asked]
+
+    def text(row: int, produced: list[int]) -> str:
+        return continuation_text(tokenizer, contexts[row], produced)
 
     def enough(row: int, produced: list[int]) -> bool:
-        done = produced[-1] == tokenizer.eos_token_id or (
-            task != PASSKEY and all(ruler.score_answer(tokenizer.decode(produced), asked[row].answers))
+        done = produced[-1] in tokenizer.end_tokens or (
+            task != PASSKEY and all(ruler.score_answer(text(row, produced), asked[row].answers))
         )
         if done:
             ends[row] = len(produced)
@@ -211,11 +219,22 @@ def _answer(
         produced = decode_greedily(model, ids, num_tokens, segment_length=settings.segment_length, stop=enough)
     # What a row says while others go on is no part of its answer: it would depend on the batch.
     said = [row[: ends.get(i)] for i, row in enumerate(produced.cpu().tolist())]
-    return [tokenizer.decode(_until(row, tokenizer.eos_token_id)) for row in said]
+    return [text(i, _before_end(row, tokenizer)) for i, row in enumerate(said)]
 
 
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _before_end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in tokenizer.end_tokens), len(ids))]
+
+
+def _check_answers(task: str, asked: _Asked, tokenizer: Tokenizer) -> None:
+    """Raise if no model could be right, because the tokenizer's tokens do not make up the answers."""
+    right = tokenizer.encode(f" {' '.join(asked.answers)}").tolist()
+    said = continuation_text(tokenizer, asked.tokens.tolist(), right)
+    if not all(_score(task, said, asked.answers)):
+        raise ConfigError(
+            f"{task}: tokenizer {tokenizer.spec!r} turns the answer {asked.answers[0]!r} into {said[:40]!r}; no answer "
+            "could be right: give the model's tokenizer, or leave the task out"
+        )
 
 
 def _score(task: str, text: str, answers: Sequence[str]) -> list[bool]:

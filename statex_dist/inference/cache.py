@@ -8,6 +8,7 @@ wrong without a sign. So the header is held to a digest of the weights themselve
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,9 +25,15 @@ from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import CheckpointError
 from statex_dist.inference.generate import Prefix
 from statex_dist.inference.prefill import device_of
+from statex_dist.inference.text import text_window
 from statex_dist.models.lm import RecurrentLM
 
-VERSION = "1"
+log = logging.getLogger(__name__)
+
+VERSION = "2"
+
+_WITHOUT_TOKENS = "1"
+"""A version before: it does not hold the last tokens of the text."""
 
 _NO_MATTER = {"statex", "extra", "initializer_range", "embedding_initializer_range", "rescale_prenorm_residual"}
 """Fields of a configuration of which no state depends, and the plan, which is told by layers."""
@@ -44,7 +51,8 @@ def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Token
     Raises:
         CheckpointError: The file cannot be written.
     """
-    tensors = {"logits": prefix.logits.contiguous()}
+    last = torch.tensor(text_window(tokenizer, prefix.tokens), dtype=torch.int64)
+    tensors = {"logits": prefix.logits.contiguous(), "last_tokens": last}
     for layer, state in enumerate(prefix.states):
         tensors |= {f"layers.{layer}.{part}": tensor.contiguous() for part, tensor in enumerate(state)}
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -79,8 +87,10 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
             header = file.metadata() or {}
             if header.get("format") != STATES_FORMAT:
                 raise CheckpointError(f"{path} holds no states: it was not written by --save-state")
-            if header.get("version") != VERSION:
-                raise CheckpointError(f"{path} has version {header.get('version')!r}; only {VERSION} can be read")
+            if header.get("version") not in (VERSION, _WITHOUT_TOKENS):
+                raise CheckpointError(
+                    f"{path} has version {header.get('version')!r}; only {_WITHOUT_TOKENS} and {VERSION} can be read"
+                )
             _check_facts(path, header, _facts(model, tokenizer))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
     except FileNotFoundError:
@@ -93,11 +103,18 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
         raise CheckpointError(f"{path} is damaged: its contents are not those that were written")
     device = device_of(model)
     logits = tensors.pop("logits").to(device)
+    last = tensors.pop("last_tokens").tolist() if header["version"] == VERSION else []
+    if not last:
+        log.warning(
+            "%s is of version 1 and does not hold its text's last tokens: a space at the beginning of what follows may "
+            "be missing; write it again with --save-state",
+            path,
+        )
     parts = Counter(int(name.split(".")[1]) for name in tensors)
     states = [
         tuple(tensors[f"layers.{layer}.{part}"].to(device) for part in range(parts[layer])) for layer in sorted(parts)
     ]
-    return Prefix(logits=logits, states=states, num_tokens=int(header["num_tokens"]))
+    return Prefix(logits=logits, states=states, num_tokens=int(header["num_tokens"]), tokens=last)
 
 
 def _check_facts(path: Path, header: dict[str, str], facts: dict[str, str]) -> None:

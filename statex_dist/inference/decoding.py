@@ -39,12 +39,14 @@ class Row:
         sampling: How it is drawn.
         seed: Of its random numbers.
         position: Tokens read before it, for messages.
+        context: Tokens read before it, or the last of them: its text depends on them.
     """
 
     key: Hashable
     sampling: Sampling
     seed: int = 0
     position: int = 0
+    context: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +57,20 @@ class Progress:
         key: The row's.
         token: The token that it produced; None for one that ends a text and is no part of it.
         text: Text that is certain now, perhaps none: whole characters, nothing of a stop string.
+        overlap: Characters at the end of the prompt's text that the row's text replaces; final with its first text.
         finish_reason: Why the row ended and left, or None.
         tokens: All that the row has produced, where it ended; else empty.
+        whole: All text of the row, where it ended; else empty.
         error: What is wrong, where ``finish_reason`` is ``error``.
     """
 
     key: Hashable
     token: int | None
     text: str
+    overlap: int = 0
     finish_reason: FinishReason | None = None
     tokens: Sequence[int] = ()
+    whole: str = ""
     error: StateXError | None = None
 
 
@@ -75,6 +81,7 @@ class _Running:
     text: TextStream
     ends: frozenset[int]
     tokens: list[int] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     def take(self, token: int) -> Progress:
         """Add a token to the row and say what became of it."""
@@ -86,7 +93,8 @@ class _Running:
             return self._finished("stop", token, text)
         if len(self.tokens) == self.row.sampling.max_tokens:
             return self._finished("length", token, text + self.text.finish())
-        return Progress(key=self.row.key, token=token, text=text)
+        self.said.append(text)
+        return Progress(key=self.row.key, token=token, text=text, overlap=self.text.overlap)
 
     def failed(self, error: StateXError) -> Progress:
         return Progress(
@@ -94,7 +102,15 @@ class _Running:
         )
 
     def _finished(self, reason: FinishReason, token: int | None, text: str) -> Progress:
-        return Progress(key=self.row.key, token=token, text=text, finish_reason=reason, tokens=tuple(self.tokens))
+        return Progress(
+            key=self.row.key,
+            token=token,
+            text=text,
+            overlap=self.text.overlap,
+            finish_reason=reason,
+            tokens=tuple(self.tokens),
+            whole="".join([*self.said, text]),
+        )
 
 
 class DecodingLoop:
@@ -137,7 +153,7 @@ class DecodingLoop:
                 _Running(
                     row=row,
                     generator=np.random.Generator(np.random.Philox(row.seed)),
-                    text=TextStream(self._tokenizer, until),
+                    text=TextStream(self._tokenizer, until, context=row.context),
                     ends=end_ids(until, self._tokenizer, ignore_eos=ignore_eos),
                 )
             )

@@ -20,7 +20,7 @@ from statex_dist.inference.prefill import (
     take_rows,
 )
 from statex_dist.inference.sampling import Sampling
-from statex_dist.inference.text import cut
+from statex_dist.inference.text import text_window
 from statex_dist.inference.vocabulary import check_token_ids
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
@@ -34,11 +34,13 @@ class Prefix:
         logits: ``[1, vocab]`` after its last token.
         states: Each layer's state there, ``[1, ...]``.
         num_tokens: Tokens that were read.
+        tokens: They, or the last of them that the text behind them depends on.
     """
 
     logits: torch.Tensor
     states: list[LayerState]
     num_tokens: int
+    tokens: Tokens
 
 
 def read_prefix(
@@ -61,10 +63,10 @@ def read_prefix(
         if prefix is None:
             raise DataError("the prompt has no tokens; there is nothing to continue")
         return prefix
-    start, position = (None, 0) if prefix is None else (prefix.states, prefix.num_tokens)
+    start, position, before = (None, 0, ()) if prefix is None else (prefix.states, prefix.num_tokens, prefix.tokens)
     with evaluating(model):
         logits, states = read_contexts(model, [tokens], segment_length=segment_length, start=start, position=position)
-    return Prefix(logits=logits, states=states, num_tokens=position + len(tokens))
+    return Prefix(logits=logits, states=states, num_tokens=position + len(tokens), tokens=(*before, *tokens))
 
 
 def stream_continuations(
@@ -102,7 +104,7 @@ def stream_continuations(
     # Rows of like length share the most forward passes, and what is too long for the memory fails first.
     numbers = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), tuple(contexts[i])))
     batch_size = rows_that_fit(model, 1, batch_size)
-    before = 0 if prefix is None else prefix.num_tokens
+    before, first_tokens = (0, ()) if prefix is None else (prefix.num_tokens, text_window(tokenizer, prefix.tokens))
     with evaluating(model):
         for first in range(0, len(numbers), batch_size):
             batch = numbers[first : first + batch_size]
@@ -110,7 +112,13 @@ def stream_continuations(
             which = [places.setdefault(tuple(contexts[i]), len(places)) for i in batch]
             logits, states = _read(model, list(places), segment_length, prefix)
             rows = [
-                Row(key=i, sampling=sampling, seed=i if seeds is None else seeds[i], position=before + len(contexts[i]))
+                Row(
+                    key=i,
+                    sampling=sampling,
+                    seed=i if seeds is None else seeds[i],
+                    position=before + len(contexts[i]),
+                    context=[*first_tokens, *contexts[i]],
+                )
                 for i in batch
             ]
             loop = DecodingLoop(model, tokenizer, agree=agree)
@@ -163,5 +171,4 @@ def generate_continuations(
     ):
         if progress.finish_reason is not None:
             assert isinstance(progress.key, int)
-            # Decoded as one: some tokenizers join what they decode to.
-            yield progress.key, cut(tokenizer.decode(progress.tokens), sampling.until)
+            yield progress.key, progress.whole

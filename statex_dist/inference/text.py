@@ -1,4 +1,9 @@
-"""Text as its tokens come: whole characters only, and nothing of a stop string."""
+"""Text as its tokens come: what no later token changes, and nothing of a stop string.
+
+The text of a continuation is the text of prompt and continuation together, less the prompt's. It is not the text of
+the continuation's tokens alone: a tokenizer may drop the space in front of the first token that it decodes, and a
+character may begin in the prompt. So the prompt's last tokens are decoded with it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,12 @@ from statex_dist.data.tokenizer import Tokenizer
 
 _UNDECODABLE = "\ufffd"
 
-# Bytes of the longest character. Tokenizers decode those of one that is not whole yet to one replacement character, or
-# to one each, together with those of whole characters before it (the byte fallback of sentencepiece).
-_LONGEST_CHARACTER = 4
+_CONTEXT = 8
+"""Tokens with a text of their own that are decoded again with later tokens. The first characters of the decoded text
+may differ from the whole text: a space is dropped, or up to three bytes belong to a character that began before."""
 
-# Tokens after which the window that is decoded anew moves on. It keeps tokens that were decoded before: some
-# tokenizers drop the space in front of the first.
-_WINDOW = 16
+_WINDOW = 32
+"""Tokens from which on those that are decoded again become fewer."""
 
 
 class TextStream:
@@ -23,56 +27,71 @@ class TextStream:
     Args:
         tokenizer: Decodes the tokens.
         until: Strings that end the text and are no part of it.
+        context: Tokens before the first one, all of them or the last (see :func:`text_window`).
 
     Attributes:
         stopped: Whether a stop string has come; no more tokens are then to be pushed.
+        overlap: Characters at the end of the context's text that the first piece replaces: more than 0 only where a
+            character, or a run of bytes, began in the context.
     """
 
-    def __init__(self, tokenizer: Tokenizer, until: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, until: Sequence[str] = (), *, context: Sequence[int] = ()):
         self._tokenizer, self._until = tokenizer, tuple(until)
-        self._window: list[int] = []
-        self._handed_out = 0
-        """Characters of the decoded window that went to the buffer."""
-        self._whole = 0
-        """Tokens of the window when last all of them made whole characters."""
+        self._window = text_window(tokenizer, context)
+        self._known = tokenizer.decode(self._window)
+        """Text of the window that belongs to the context or went to the buffer."""
+        self._begun = False
+        """Whether text went to the buffer."""
         self._buffer = ""
         self.stopped = False
+        self.overlap = 0
 
     def push(self, token: int) -> str:
         """Take a token and return the text that is certain now."""
         assert not self.stopped
         self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        undecodable = len(text) - len(text.rstrip(_UNDECODABLE))
-        if undecodable and len(self._window) - self._whole <= _LONGEST_CHARACTER:
-            return ""
-        # What cannot be a character any more is handed out, but for what may begin another.
-        end = len(text) - min(undecodable, _LONGEST_CHARACTER - 1)
-        self._buffer += text[self._handed_out : end]
-        self._handed_out = max(self._handed_out, end)
-        if not undecodable:
-            if len(self._window) > _WINDOW:
-                self._move_window(self._whole, "")
-            self._whole = len(self._window)
-        elif len(self._window) - self._whole > _WINDOW:
-            self._move_window(len(self._window) - _WINDOW // 2, text[end:])
-        return self._release()
+        if self._tokenizer.stands_alone(token):
+            self._take(_certain(self._tokenizer.decode(self._window)))
+            self._move_window()
+            return self._release()
+        return self._stop_early() if self._until else ""
 
     def finish(self) -> str:
         """Return the rest, when no more tokens come: replacement characters for what is no whole character."""
         if not self.stopped:
-            self._buffer += self._tokenizer.decode(self._window)[self._handed_out :]
-        rest, self._window, self._handed_out = cut(self._buffer, self._until), [], 0
-        self._buffer = ""
+            self._take(self._tokenizer.decode(self._window))
+        rest, self._buffer = cut(self._buffer, self._until), ""
         return rest
 
-    def _move_window(self, start: int, held: str) -> None:
-        """Forget tokens before ``start`` unless what is decoded then ends otherwise; ``held`` is not handed out yet."""
-        text = self._tokenizer.decode(self._window[start:])
-        if text.endswith(held):
-            self._window = self._window[start:]
-            self._handed_out = len(text) - len(held)
-            self._whole = 0
+    def _take(self, text: str) -> None:
+        """Move what is new in the window's text to the buffer."""
+        same = _num_shared(text, self._known)
+        if same == len(text):
+            return
+        if not self._begun:
+            self.overlap = len(self._known) - same
+        self._buffer += text[same:]
+        self._known, self._begun = text, True
+
+    def _move_window(self) -> None:
+        """Forget tokens that the text of later ones does not depend on."""
+        if self._begun and len(self._window) > _WINDOW:
+            window = text_window(self._tokenizer, self._window)
+            if len(window) < len(self._window):
+                self._window, self._known = window, _certain(self._tokenizer.decode(window))
+
+    def _stop_early(self) -> str:
+        """Return the last text if, ended here, it has a stop string; else nothing.
+
+        A token that does not stand alone is not handed out before the next one that does. A stop string in it (Llama's
+        line end is such a token) must not wait for that.
+        """
+        text = self._tokenizer.decode(self._window).rstrip(_UNDECODABLE)
+        new = text[_num_shared(text, self._known) :]
+        if not any(stop in self._buffer + new for stop in self._until):
+            return ""
+        self._take(text)
+        return self._release()
 
     def _release(self) -> str:
         """Return what of the buffer cannot be the beginning of a stop string."""
@@ -84,6 +103,38 @@ class TextStream:
         end = len(self._buffer) - held
         text, self._buffer = self._buffer[:end], self._buffer[end:]
         return text
+
+
+def text_window(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    """Return the last tokens of a text that the text of further tokens depends on.
+
+    It begins at a token that stands alone, so that no run of tokens that are decoded together is cut.
+    """
+    alone = 0
+    for start in range(len(tokens) - 1, -1, -1):
+        alone += tokenizer.stands_alone(tokens[start])
+        if alone == _CONTEXT:
+            return list(tokens[start:])
+    return list(tokens)
+
+
+def continuation_text(tokenizer: Tokenizer, context: Sequence[int], tokens: Sequence[int]) -> str:
+    """Return the text of ``tokens`` behind ``context``."""
+    stream = TextStream(tokenizer, context=context)
+    pieces = [stream.push(token) for token in tokens]
+    return "".join([*pieces, stream.finish()])
+
+
+def _num_shared(a: str, b: str) -> int:
+    """Return how many characters at their beginnings two texts share."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _certain(text: str) -> str:
+    """Return ``text`` without a last character that further bytes may make whole."""
+    return text[: -len(_UNDECODABLE)] if text.endswith(_UNDECODABLE) else text
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -99,7 +150,15 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]
 
 
+def stop_with_special_token(until: Sequence[str], tokenizer: Tokenizer) -> str | None:
+    """Return the first stop string that has a special token and other text: it cannot come, no text has the token."""
+    for stop in until:
+        if tokenizer.special_id(stop) is None and any(map(tokenizer.is_special, tokenizer.encode(stop).tolist())):
+            return stop
+    return None
+
+
 def end_ids(until: Sequence[str], tokenizer: Tokenizer, *, ignore_eos: bool = False) -> frozenset[int]:
-    """Return the tokens that end a text: EOS, and stop strings that are special tokens and so in no decoded text."""
+    """Return the tokens that end a text: end tokens, and stop strings that are special tokens and in no text."""
     special = {token for text in until if (token := tokenizer.special_id(text)) is not None}
-    return frozenset(special if ignore_eos else {tokenizer.eos_token_id, *special})
+    return frozenset(special if ignore_eos else special.union(tokenizer.end_tokens))

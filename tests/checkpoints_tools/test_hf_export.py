@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from checkpoints_tools.hf_export import CODE_NAME, export_notes, form_of
 from checkpoints_tools.hf_tokenizer import bytes_tokenizer_documents
@@ -19,7 +19,7 @@ from checkpoints_tools.verify import verify_same
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
-from statex_dist.models.hf import from_pretrained
+from statex_dist.models.hf import from_pretrained, save_pretrained
 from tests.checkpoints_tools.builders import GLA, MAMBA2, run_expand, write_model
 from tests.checkpoints_tools.exports import MODELS, PLAIN, export
 from tests.models.tiny import gla_config, skip_where_transformers_norm_is_wrong, tokens
@@ -90,6 +90,31 @@ def test_defaults_that_the_source_left_out_are_written_and_other_keys_stay(tmp_p
     assert config["architectures"] == ["StateXForCausalLM"]
     # Files that came with the source are carried as they are.
     assert (tmp_path / "out/generation_config.json").read_text() == '{"max_new_tokens": 3}'
+
+
+@pytest.mark.parametrize("ends", [[3], [3, 256], [], None, 3])
+def test_end_tokens_may_be_an_id_a_list_or_nothing(tmp_path, ends):
+    write_model(tmp_path / "source", {**GLA, "eos_token_id": ends})
+    (tmp_path / "source/generation_config.json").unlink()
+    run_expand(tmp_path / "source", tmp_path / "more", layers="0", factor=2, op="merge_heads")
+    reshard(tmp_path / "more", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == ends
+    written = tmp_path / "out/generation_config.json"
+    assert (json.loads(written.read_text())["eos_token_id"] if written.exists() else None) == (ends or None)
+    model = from_pretrained(tmp_path / "out")
+    assert model.config.eos_token_id == ends
+    save_pretrained(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == ends
+    theirs = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert theirs.eos_token_id == ends
+
+
+@pytest.mark.parametrize("ends", ["3", [3, None], [True], 3.0, {"a": 3}])
+def test_end_tokens_of_another_kind_are_refused(tmp_path, ends):
+    write_model(tmp_path / "source", GLA)
+    (tmp_path / "source/config.json").write_text(json.dumps({**GLA, "eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"'eos_token_id' must be int \| list\[int\] \| None, not "):
+        reshard(tmp_path / "source", tmp_path / "out")
 
 
 def test_a_model_with_code_that_grows_to_a_plain_one_sheds_it(tmp_path):

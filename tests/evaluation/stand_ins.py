@@ -48,7 +48,7 @@ class StandIn(nn.Module):
         self.longest_call = max(self.longest_call, input_ids.shape[1])
         history = torch.cat([states[0][0], input_ids], dim=1) if states else input_ids
         following = torch.stack([self.next_tokens(row) for row in history])[:, -input_ids.shape[1] :]
-        logits = nn.functional.one_hot(following[:, -(logits_to_keep or 0) :], VOCAB).float()
+        logits = nn.functional.one_hot(following[:, -(logits_to_keep or 0) :], self.config.vocab_size).float()
         return LMOutput(logits=logits, states=[(history,)] if output_states else None)
 
 

@@ -225,6 +225,7 @@ def test_another_model_does_not_go_on_where_one_was(model_dir, tmp_path, capsys,
 
     other, out = tmp_path / "other", tmp_path / "out"
     save_pretrained(tiny_model(seed=1), other)
+    BytesTokenizer().save(other)
     monkeypatch.setattr("statex_dist.evaluation.mqar.score_mqar", interrupted)
     assert evaluate("mqar", "--model", model_dir, "--out", out, *MQAR) == 130
     monkeypatch.undo()

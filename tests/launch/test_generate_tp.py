@@ -32,6 +32,7 @@ CASES = {
     "another config": (["--model", "shards", *PROMPT], ["--model", "changed", *PROMPT]),
     "no number": (["--model", "nan", *PROMPT],),
     "no prompt": (["--model", "shards"],),
+    "other end tokens": (["--model", "shards", *DRAWN], ["--model", "ended", *DRAWN]),
     "a file of states": (["--model", "shards", *PROMPT, "--save-state", "states"],),
 }
 
@@ -65,6 +66,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BytesTokenizer().save(root / source)
         reshard(root / source, root / target, to="tp", tp=2)
     shutil.copytree(root / "shards", root / "changed")
+    shutil.copytree(root / "shards", root / "ended")
+    (root / "ended" / "generation_config.json").write_text('{"eos_token_id": [257]}')
     config = json.loads((root / "changed" / CONFIG_NAME).read_text())
     (root / "changed" / CONFIG_NAME).write_text(json.dumps(config | {"norm_eps": 0.5}))
     return root
@@ -104,6 +107,7 @@ def test_what_rank_0_draws_is_what_all_ranks_go_on_with(root, ranks):
     [
         ("another config", 1, "error: changed/config.json "),
         ("no number", 0, "error: the model's output is NaN or infinite, first in layer 0 at position 0"),
+        ("other end tokens", 0, "error: the ranks have different tokenizers at bytes, or different end tokens at "),
         ("no prompt", 0, "error: no prompt; give --prompt TEXT"),
         ("a file of states", 0, "error: --save-state does not go with --tp"),
     ],

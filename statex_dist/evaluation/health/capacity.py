@@ -65,9 +65,10 @@ def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: To
     """Return the suite's work: a unit for each batch of prompts of a length and depth, with a digest of the haystack.
 
     Raises:
-        ConfigError: A length leaves no room for a haystack.
+        ConfigError: A length leaves no room for a haystack, or the tokenizer cannot write digits.
         DataError: The haystack cannot be read.
     """
+    needle.check_digits(tokenizer)
     shortest = needle.min_length(tokenizer)
     if min(settings.lengths) <= shortest:
         raise ConfigError(

@@ -61,6 +61,7 @@ class Answer:
                         sampling=sampling,
                         seed=(self.seed + index) % (1 << 64),
                         position=len(tokens),
+                        context=tokens,
                     )
                     for index in range(place * count, (place + 1) * count)
                 ],

@@ -20,7 +20,6 @@ from statex_dist.inference.serving.protocol import (
     usage_body,
 )
 from statex_dist.inference.serving.service import Service
-from statex_dist.inference.text import cut
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -86,9 +85,7 @@ class Reply:
             ended |= {index_of(item): item for item in progress if item.finish_reason is not None}
         choices = []
         for index, item in sorted(ended.items()):
-            # Decoded as one: some tokenizers join what they decode to.
-            text = cut(self._service.tokenizer.decode(item.tokens), self._request.stops)
-            choices.append(choice_body(index, self._echo(index) + text, item.finish_reason))
+            choices.append(choice_body(index, self._echo(item) + item.whole, item.finish_reason))
         return completion_body(self._head, choices, self._usage(sum(len(item.tokens) for item in ended.values())))
 
     async def _send_stream(self) -> None:
@@ -98,9 +95,9 @@ class Reply:
             events = []
             for item in progress:
                 index, text = index_of(item), item.text
-                if index not in begun:
+                if index not in begun and (text or item.finish_reason is not None):
                     begun.add(index)
-                    text = self._echo(index) + text
+                    text = self._echo(item) + text
                 if text or item.finish_reason is not None:
                     choice = choice_body(index, text, item.finish_reason)
                     events.append(completion_body(self._head, [choice], None))
@@ -119,12 +116,16 @@ class Reply:
         text = "".join(f"data: {json.dumps(body, separators=(',', ':'))}\n\n" for body in bodies)
         await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
-    def _echo(self, index: int) -> str:
+    def _echo(self, item: Progress) -> str:
         """Return the text in front of a completion: its prompt, where that is asked for."""
         if not self._request.echo:
             return ""
-        prompt = self._request.prompts[index // self._request.num_choices]
-        return prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt)
+        place = index_of(item) // self._request.num_choices
+        prompt = self._request.prompts[place]
+        if isinstance(prompt, str) and not item.overlap:
+            return prompt
+        text = self._service.tokenizer.decode(self._answer.prompts[place])
+        return text[: len(text) - item.overlap]
 
     def _usage(self, num_tokens: int) -> dict[str, int]:
         return usage_body(sum(map(len, self._answer.prompts)), num_tokens)

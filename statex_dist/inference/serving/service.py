@@ -17,6 +17,7 @@ from statex_dist.inference.serving.limits import Limits
 from statex_dist.inference.serving.metrics import Metrics
 from statex_dist.inference.serving.protocol import CompletionRequest, RequestError, parse_request, shown
 from statex_dist.inference.serving.worker import BusyError, Worker
+from statex_dist.inference.text import stop_with_special_token
 from statex_dist.models.lm import RecurrentLM
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,9 @@ class Service:
         request = parse_request(body)
         self.check_model(request.model)
         self.limits.check(request)
+        if (stop := stop_with_special_token(request.stops, self.tokenizer)) is not None:
+            text = f"stop {shown(stop)} is a special token with other text, which no completion has"
+            raise RequestError(400, f"{text}; give the special token alone", param="stop", code="invalid_value")
         return request, self.limits.encode(request.prompts, self.tokenizer, self._vocab_size)
 
     @contextmanager

@@ -61,10 +61,10 @@ class RunningServer:
 
 
 @contextmanager
-def serving(model, *, api_key=None, grace_seconds=5.0, **limits):
+def serving(model, *, api_key=None, grace_seconds=5.0, tokenizer=None, **limits):
     """Run a server until the block ends."""
     limits = Limits(**{"max_batch_size": 4, **limits})
-    service = Service(model, BytesTokenizer(), name=NAME, limits=limits, segment_length=SEGMENT)
+    service = Service(model, tokenizer or BytesTokenizer(), name=NAME, limits=limits, segment_length=SEGMENT)
     server = Server(build_app(service, api_key=api_key), service, grace_seconds=grace_seconds)
     listener = bind("127.0.0.1", 0)
     running = RunningServer(service, server, address_of(listener))
