@@ -59,13 +59,14 @@ def open_model(path: str | Path, *, digests: bool = True, describe: bool = False
     return interpret(opened, describe=describe, training=training)
 
 
-def interpret(source: TensorSource, *, describe: bool = False, training: bool = False) -> OpenModel:
+def interpret(source: TensorSource, *, describe: bool = False, training: bool = False, check: bool = True) -> OpenModel:
     """Return open files as a model, checked.
 
     Args:
         source: What :func:`statex_dist.checkpoint.formats.sources.open_files` opened.
         describe: Whether it was opened to be described.
         training: Whether a training checkpoint is wanted: it may lack frozen parameters that were not saved.
+        check: Whether the tensors must be those of the model; what compares two checkpoints tells the differences.
 
     Raises:
         CheckpointError: ``config.json`` is wrong, or the tensors are not those of its model.
@@ -91,13 +92,15 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     if prefix := find_prefix(source, config):
         logger.warning("%s: every tensor's name begins with '%s', which is taken off", source.facts.path, prefix)
         source.strip(prefix)
+    if not check:
+        return OpenModel(source=source, values=values, config=config, names=source.keys())
     names = check_tensors(source, config, values=not (describe and source.facts.kind == "zero3"))
     return OpenModel(source=source, values=values, config=config, names=names)
 
 
-def open_source(path: str | Path, *, digests: bool = True, training: bool = False) -> TensorSource:
-    """Open a checkpoint as :func:`open_model` does, and return its tensors."""
-    return open_model(path, digests=digests, training=training).source
+def open_source(path: str | Path, *, check: bool = True) -> TensorSource:
+    """Open a checkpoint as :func:`open_model` does, and return its tensors; ``check`` as for :func:`interpret`."""
+    return interpret(open_files(path), check=check).source
 
 
 def find_model(path: str | Path) -> Path:

@@ -286,6 +286,9 @@ def check_files(directory: Path, manifest: Manifest, *, only_weights: bool, dige
 
 
 def _differs(path: Path, record: FileRecord, *, digests: bool) -> bool:
-    if not path.is_file() or path.stat().st_size != record.size:
-        return True
-    return digests and record.xxh3_128 is not None and digest_file(path) != record.xxh3_128
+    try:
+        if not path.is_file() or path.stat().st_size != record.size:
+            return True
+        return digests and record.xxh3_128 is not None and digest_file(path) != record.xxh3_128
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None

@@ -129,6 +129,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 def _other_format(path: Path) -> str | None:
     """Return what a file is that is no archive, as far as we know it, and how to make one of it."""
+    if not path.is_file():
+        return None
     with path.open("rb") as file:
         start = file.read(len(_LEGACY))
     if start == _LEGACY:
