@@ -108,9 +108,7 @@ def _generate(args: Any, share: TensorShare) -> None:
             check_ragged(model.mitigation, "generating from several prompts")
     if sampling is not None and (stop := stop_with_special_token(sampling.until, tokenizer)) is not None:
         with share.together():
-            raise ConfigError(
-                f"--stop {stop[:60]!r} is a special token with other text, which never comes; give it alone"
-            )
+            raise ConfigError(f"--stop {stop[:60]!r} is a special token with other text: it never comes; give it alone")
     session = _Session(model=model, tokenizer=tokenizer, args=args, sampling=sampling, share=share)
     try:
         session.read(prompts)

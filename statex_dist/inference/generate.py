@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,10 +21,12 @@ from statex_dist.inference.prefill import (
     take_rows,
 )
 from statex_dist.inference.sampling import Sampling
-from statex_dist.inference.text import text_window
+from statex_dist.inference.text import stop_with_special_token, text_window
 from statex_dist.inference.vocabulary import check_token_ids
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +163,8 @@ def generate_continuations(
 
     Arguments and errors are those of :func:`stream_continuations`.
     """
+    if (stop := stop_with_special_token(sampling.until, tokenizer)) is not None:
+        log.warning("stop string %r has a special token among other text, and can never come", stop)
     for progress in stream_continuations(
         model,
         contexts,

@@ -13,6 +13,9 @@ from statex_dist.data.tokenizer import Tokenizer
 
 _UNDECODABLE = "\ufffd"
 
+_LONGEST_CHARACTER = 4
+"""Bytes of a character at most."""
+
 _CONTEXT = 8
 """Tokens with a text of their own that are decoded again with later tokens. The first characters of the decoded text
 may differ from the whole text: a space is dropped, or up to three bytes belong to a character that began before."""
@@ -86,12 +89,25 @@ class TextStream:
         A token that does not stand alone is not handed out before the next one that does. A stop string in it (Llama's
         line end is such a token) must not wait for that.
         """
+        if not self._may_end_with_stop():
+            return ""
         text = self._tokenizer.decode(self._window).rstrip(_UNDECODABLE)
         new = text[_num_shared(text, self._known) :]
         if not any(stop in self._buffer + new for stop in self._until):
             return ""
         self._take(text)
         return self._release()
+
+    def _may_end_with_stop(self) -> bool:
+        """Return whether the window can end with a stop string; of a long window only its last tokens are decoded.
+
+        A run of bytes is decoded from each of the places of which one begins a character.
+        """
+        last = _LONGEST_CHARACTER * max(map(len, self._until)) + _WINDOW
+        if len(self._window) <= 2 * last:
+            return True
+        tails = (self._tokenizer.decode(self._window[-last - i :]) for i in range(_LONGEST_CHARACTER))
+        return any(stop in tail for tail in tails for stop in self._until)
 
     def _release(self) -> str:
         """Return what of the buffer cannot be the beginning of a stop string."""

@@ -64,6 +64,19 @@ class Perfect(StandIn):
         return torch.tensor(following)
 
 
+class Says(StandIn):
+    """Says fixed tokens behind a prompt of a known length, then repeats the last one."""
+
+    def __init__(self, script, *, behind, vocab_size):
+        super().__init__()
+        self.config = tiny_config(vocab_size=vocab_size)
+        self.script, self.behind = script, behind
+
+    def next_tokens(self, history):
+        said = range(1 - self.behind, len(history) + 1 - self.behind)
+        return torch.tensor([self.script[min(max(i, 0), len(self.script) - 1)] for i in said])
+
+
 class Guessing(StandIn):
     """Says a random value."""
 

@@ -16,7 +16,8 @@ from statex_dist.evaluation import lm_eval_api
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM, load_tasks, sampling_of
 from statex_dist.evaluation.lm_eval_suite import LmEvalSettings, _figures, units_of
 from statex_dist.models.hf import save_pretrained
-from tests.evaluation.stand_ins import tiny_model
+from tests.evaluation.stand_ins import Says, tiny_model
+from tests.inference.text_kinds import MARK, llama
 
 TOKENIZER = BytesTokenizer()
 CHOICES = ["red", "dark green", "blue"]
@@ -269,3 +270,24 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "statex_dist.evaluation.lm_eval_api")
     with pytest.raises(ConfigError, match=r"lm-evaluation-harness .*; run: pip install 'statex-dist\[eval\]'"):
         importlib.import_module("statex_dist.evaluation.lm_eval_api")
+
+
+def test_texts_have_the_space_behind_their_context_and_end_at_all_end_tokens(caplog):
+    """The harness's own model decodes the continuation alone, and loses that space."""
+    tokenizer = llama()
+    tokenizer.end_tokens = {1: ("tokenizer",), 2: ("generation_config.json",)}
+    ids = tokenizer._tokenizer.convert_tokens_to_ids
+    script = ids([MARK + "is", MARK + "the", "<|im_end|>", "a"])
+    context = tokenizer.encode("the").tolist()
+    model = StateXLM(Says(script, behind=len(context), vocab_size=tokenizer.vocab_size), tokenizer)
+
+    def said(*until):
+        options = {"until": list(until), "do_sample": False, "max_gen_toks": 9}
+        request = lm_eval_api.Instance("generate_until", {}, ("the", options), 0, ("task", 0, 1))
+        return model.generate_until([request])
+
+    assert said("zzz") == [" is the"]
+    assert said(" the") == [" is"]
+    assert not caplog.records
+    assert said("<|im_end|>\n") == [" is the"]
+    assert "has a special token among other text" in caplog.text

@@ -118,6 +118,19 @@ def test_a_stop_string_of_byte_tokens_does_not_wait_for_the_next_word():
     assert streamed(tokenizer, [*euro, *tokens], ["€"])[1] == euro
 
 
+@pytest.mark.parametrize("offset", range(4))
+def test_a_stop_string_far_into_a_run_of_bytes_is_found(offset):
+    tokenizer = ALL["llama"]
+    text = "a" * offset + "é東🙂 " * 60
+    tokens = tokenizer._tokenizer.convert_tokens_to_ids([BYTES[byte] for byte in f"{text}STOP".encode()])
+    pieces, used = streamed(tokenizer, [*tokens, *tokens], ["STOP"])
+    assert ("".join(pieces), used) == (text, tokens)
+    # One wrong byte before it, and there is no text in the run.
+    broken = [tokens[10], *tokens[12:], *tokens]
+    pieces, used = streamed(tokenizer, broken, ["STOP"])
+    assert "".join(pieces) == "\ufffd" * len(broken) == text_behind(tokenizer, [], broken)
+
+
 def test_tokens_that_end_a_text():
     tokenizer = BytesTokenizer()
     assert end_ids((), tokenizer) == {256}

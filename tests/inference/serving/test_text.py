@@ -4,25 +4,11 @@ import json
 import random
 
 import pytest
-import torch
 
-from tests.evaluation.stand_ins import StandIn, tiny_config
+from tests.evaluation.stand_ins import Says
 from tests.inference.serving.running import serving
 from tests.inference.test_text import text_behind, whole_text
 from tests.inference.text_kinds import BYTES, KINDS, MARK
-
-
-class Says(StandIn):
-    """Says fixed tokens behind a prompt of a known length, then repeats the last one."""
-
-    def __init__(self, script, *, behind, vocab_size):
-        super().__init__()
-        self.config = tiny_config(vocab_size=vocab_size)
-        self.script, self.behind = script, behind
-
-    def next_tokens(self, history):
-        said = range(1 - self.behind, len(history) + 1 - self.behind)
-        return torch.tensor([self.script[min(max(i, 0), len(self.script) - 1)] for i in said])
 
 
 def completions(server, **fields):
