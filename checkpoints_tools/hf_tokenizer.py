@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, reason
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -107,7 +107,7 @@ def _vocab_size(path: Path) -> int:
         added = [token["id"] for token in values.get("added_tokens") or ()]
         return max([*ids, *added], default=-1) + 1
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from None
+        raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {reason(error)}") from None
 
 
 def read_tokenizer_config(directory: Path | None) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_tokenizer_config(directory: Path | None) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return values

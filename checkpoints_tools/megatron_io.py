@@ -31,8 +31,7 @@ from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from checkpoints_tools.torch_zip import TorchArchive, archive_bytes
 from checkpoints_tools.transfer import TensorJob
-from statex_dist.config import one_line
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, reason, shown
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of, find_family
 
@@ -182,9 +181,9 @@ def _check_backend(path: Path) -> None:
             raise ValueError(f"it is larger than {_MAX_JSON_BYTES} bytes")
         backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {one_line(error)}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if backend != CHECKPOINT_CONFIG["sharded_backend"]:
-        raise CheckpointError(f"{path} names the format {str(backend)[:40]!r}; only torch_dist is read")
+        raise CheckpointError(f"{path} names the format {shown(backend)}; only torch_dist is read")
 
 
 def _joined(

@@ -26,7 +26,7 @@ from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_reader import Zero3Source
 from checkpoints_tools.zero3_writer import check_world_size, zero3_plan
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype, stored_dtype
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of
 
@@ -99,7 +99,7 @@ class _Input:
             CheckpointError: The model is not of one of our families.
         """
         if self.config is None:
-            given = "no config.json" if self.values is None else f"model_type {self.values.get('model_type')!r}"
+            given = "no config.json" if self.values is None else f"model_type {shown(self.values.get('model_type'))}"
             raise CheckpointError(
                 f"{self.source.facts.path}: --to {to} from {self.source.facts.kind} needs a model of a known family; "
                 f"it has {given}"

@@ -23,8 +23,7 @@ from checkpoints_tools.torch_pickle_writer import dumps
 from statex_dist.checkpoint.archive import DAMAGE
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
-from statex_dist.config import one_line
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, one_line
 
 _ALIGNMENT = 64
 _LOCAL = struct.Struct("<IHHHHHIIIHH")

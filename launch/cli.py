@@ -16,8 +16,7 @@ from types import ModuleType
 import jsonargparse
 
 from statex_dist import __version__
-from statex_dist.config import one_line
-from statex_dist.errors import StateXError
+from statex_dist.errors import StateXError, bounded_line, one_line, os_error_text
 from statex_dist.log import setup_logging
 
 COMMANDS = {
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.write(f"error: {bounded_line(os_error_text(error))}\n")
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

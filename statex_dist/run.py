@@ -15,7 +15,7 @@ import torch
 from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR, TRAIN_LENGTH_KEY
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.config import dump_yaml, one_line, parse_size, to_dict
+from statex_dist.config import dump_yaml, parse_size, to_dict
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
@@ -24,7 +24,7 @@ from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.plain import PlainEngine
-from statex_dist.errors import ConfigError, DataError, StateXError
+from statex_dist.errors import ConfigError, DataError, StateXError, one_line
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained

@@ -29,7 +29,7 @@ import xxhash
 
 from statex_dist.checkpoint.manifest import sync, write_durably
 from statex_dist.data.progress import ProgressLine
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, reason
 from statex_dist.evaluation.ranks import Ranks
 from statex_dist.evaluation.report import open_target
 
@@ -145,7 +145,8 @@ class Journal:
                     lines[line["unit"]] = line
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
-                        f"{part}, line {number} is damaged ({error!r}); delete {self.path} to start the evaluation anew"
+                        f"{part}, line {number} is damaged ({reason(error)}); delete {self.path} to start the "
+                        "evaluation anew"
                     ) from None
         return lines
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, reason, shown
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 
@@ -196,7 +196,7 @@ class ModelConfig:
         for key, value in kept.items():
             if not _fits(value, hints[key]):
                 wanted = getattr(hints[key], "__name__", str(hints[key]))
-                raise CheckpointError(f"{CONFIG_NAME}: '{key}' must be {wanted}, not {value!r}")
+                raise CheckpointError(f"{CONFIG_NAME}: '{key}' must be {wanted}, not {shown(value)}")
         required = [
             f.name
             for f in dataclasses.fields(cls)
@@ -249,7 +249,7 @@ def base_keys(values: dict[str, Any]) -> dict[str, Any]:
     plan = values.get("statex") or {}
     base = plan.get("base", {}) if isinstance(plan, dict) else None
     if not isinstance(base, dict):
-        raise CheckpointError(f"{CONFIG_NAME}: 'statex' must be a mapping, and 'base' in it too, not {plan!r}")
+        raise CheckpointError(f"{CONFIG_NAME}: 'statex' must be a mapping, and 'base' in it too, not {shown(plan)}")
     return base
 
 
@@ -296,7 +296,7 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
             hint = f"it is a training run; make a model of it: statex reshard --source {model_dir} --target DIR --to hf"
         raise CheckpointError(f"{model_dir} holds no {CONFIG_NAME}: {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, is_layer
 from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.state.geometry import StateGeometry
@@ -41,16 +41,20 @@ class FLAConfig(ModelConfig):
             if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
                 raise CheckpointError(
                     f"{self.MODEL_TYPE} config: attn must be a mapping with a list 'layers', or a list of such, not "
-                    f"{self.attn!r}"
+                    f"{shown(self.attn)}"
                 )
             for layer in group["layers"]:
                 if not is_layer(layer, self.num_hidden_layers):
-                    raise CheckpointError(f"{self.MODEL_TYPE} config: attn names layer {layer!r}, which does not exist")
+                    raise CheckpointError(
+                        f"{self.MODEL_TYPE} config: attn names layer {shown(layer)}, which does not exist"
+                    )
 
     def check_allowed(self, name: str, *allowed: object) -> None:
         """Raise if a field has a value that we do not support."""
         if (given := getattr(self, name)) not in allowed:
-            raise CheckpointError(f"{self.MODEL_TYPE} config: {name}={given!r} is not supported; allowed: {allowed}")
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: {name}={shown(given)} is not supported; allowed: {allowed}"
+            )
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from statex_dist.checkpoint.manifest import finish_target, prepare_target, sync
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, reason
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of, read_config
 from statex_dist.models.lm import RecurrentLM
@@ -65,7 +65,7 @@ def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             bad = [name for name in names if Path(name).name != name]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from None
+            raise CheckpointError(f"{index} is not a safetensors index: {reason(error)}") from None
         if bad:
             raise CheckpointError(f"{index} names files outside its directory: {bad}")
     elif (directory / WEIGHTS_NAME).is_file():

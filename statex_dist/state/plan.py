@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, reason, shown
 
 Op = Literal["merge_heads", "mix_heads", "grow_state"]
 Init = Literal["reinit", "inherit", "lossless", "copy"]
@@ -47,14 +47,16 @@ class LayerExpansion:
 
     def __post_init__(self) -> None:
         if not isinstance(self.reset_dynamics, bool):
-            raise ConfigError(f"plan: reset_dynamics must be true or false, not {self.reset_dynamics!r}")
+            raise ConfigError(f"plan: reset_dynamics must be true or false, not {shown(self.reset_dynamics)}")
         for name, kind in (("layer", int), ("factor", int), ("seed", int)):
             if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), bool):
-                raise ConfigError(f"plan: {name} must be a whole number, not {getattr(self, name)!r}")
+                raise ConfigError(f"plan: {name} must be a whole number, not {shown(getattr(self, name))}")
         if self.op not in get_args(Op):
-            raise ConfigError(f"plan, layer {self.layer}: op {self.op!r} is not one of {', '.join(get_args(Op))}")
+            raise ConfigError(f"plan, layer {self.layer}: op {shown(self.op)} is not one of {', '.join(get_args(Op))}")
         if self.init not in get_args(Init):
-            raise ConfigError(f"plan, layer {self.layer}: init {self.init!r} is not one of {', '.join(get_args(Init))}")
+            raise ConfigError(
+                f"plan, layer {self.layer}: init {shown(self.init)} is not one of {', '.join(get_args(Init))}"
+            )
         if self.factor < 2:
             raise ConfigError(f"plan, layer {self.layer}: factor must be 2 or more, not {self.factor}")
         if self.op == "merge_heads" and self.init == "lossless":
@@ -114,13 +116,15 @@ class ExpansionPlan:
             ConfigError: Not a plan, or one of a newer version.
         """
         if not isinstance(values, dict) or not isinstance(values.get("layers"), list):
-            raise ConfigError(f"config.json: 'statex' must hold a plan with a list 'layers', not {values!r}")
+            raise ConfigError(f"config.json: 'statex' must hold a plan with a list 'layers', not {shown(values)}")
         if values.get("version") != PLAN_VERSION:
-            raise ConfigError(f"config.json: plan version {values.get('version')!r}; this release reads {PLAN_VERSION}")
+            raise ConfigError(
+                f"config.json: plan version {shown(values.get('version'))}; this release reads {PLAN_VERSION}"
+            )
         try:
             layers = tuple(LayerExpansion(**row) for row in values["layers"])
         except TypeError as error:
-            raise ConfigError(f"config.json: bad entry in statex.layers: {error}") from None
+            raise ConfigError(f"config.json: bad entry in statex.layers: {reason(error)}") from None
         return cls(layers=layers)
 
 

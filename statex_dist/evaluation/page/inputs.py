@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, complete_tags
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, reason
 from statex_dist.evaluation.page.runs import TrainingRun, distinct_names, read_json, read_runs
 from statex_dist.evaluation.report import RESULT_VERSION
 from statex_dist.models.config import ModelConfig
@@ -65,7 +65,7 @@ class Result:
                     if record["kind"] == kind:
                         yield record
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}, line {number} is damaged: {error!r}") from None
+                    raise DataError(f"{path}, line {number} is damaged: {reason(error)}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +113,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{path} does not hold what this release writes ({error!r}); evaluate again, or leave it out"
+            f"{path} does not hold what this release writes ({reason(error)}); evaluate again, or leave it out"
         ) from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.state.geometry import StateGeometry
@@ -36,10 +36,12 @@ class BambaConfig(ModelConfig):
         if self.mamba_d_head == "auto":
             self.mamba_d_head = inner // self.mamba_n_heads
         if not isinstance(self.mamba_d_head, int):
-            raise CheckpointError(f"bamba config: mamba_d_head={self.mamba_d_head!r} must be a number or 'auto'")
+            raise CheckpointError(f"bamba config: mamba_d_head={shown(self.mamba_d_head)} must be a number or 'auto'")
         for layer in self.attn_layer_indices or ():
             if not is_layer(layer, self.num_hidden_layers):
-                raise CheckpointError(f"bamba config: attn_layer_indices names layer {layer!r}, which does not exist")
+                raise CheckpointError(
+                    f"bamba config: attn_layer_indices names layer {shown(layer)}, which does not exist"
+                )
         self.check_plan()
         self.mamba2()
 

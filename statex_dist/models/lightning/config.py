@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.fla import head_geometry
 from statex_dist.state.geometry import StateGeometry
@@ -48,7 +48,9 @@ class LightningConfig(ModelConfig):
         super().__post_init__()
         self.check_positive("num_attention_heads", "intermediate_size", "head_dim", "num_local_experts")
         if self.hidden_act != "silu":
-            raise CheckpointError(f"minimax config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu'")
+            raise CheckpointError(
+                f"minimax config: hidden_act={shown(self.hidden_act)} is not supported; allowed: 'silu'"
+            )
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise CheckpointError(
                 f"minimax config: num_experts_per_tok={self.num_experts_per_tok} must be 1 to {self.num_local_experts}"

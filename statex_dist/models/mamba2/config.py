@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.state.geometry import StateGeometry
 
@@ -46,7 +46,9 @@ class Mamba2Config(ModelConfig):
                 f"mamba2 config: time_step_limit={self.time_step_limit} must be two numbers, low and high"
             )
         if self.hidden_act != "silu":
-            raise CheckpointError(f"mamba2 config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu'")
+            raise CheckpointError(
+                f"mamba2 config: hidden_act={shown(self.hidden_act)} is not supported; allowed: 'silu'"
+            )
         if self.num_heads * self.head_dim != self.inner_size:
             raise CheckpointError(
                 f"mamba2 config: num_heads={self.num_heads} x head_dim={self.head_dim} must equal "

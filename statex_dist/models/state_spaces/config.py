@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import base_keys, is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.state.plan import ExpansionPlan
@@ -50,7 +50,9 @@ class StateSpacesConfig(Mamba2Config):
         ssm = {**_DEFAULTS, **_FIXED, **given}
         for key, wanted in _FIXED.items():
             if ssm[key] != wanted:
-                raise CheckpointError(f"config.json: ssm_cfg.{key}={ssm[key]!r} is not supported; allowed: {wanted!r}")
+                raise CheckpointError(
+                    f"config.json: ssm_cfg.{key}={shown(ssm[key])} is not supported; allowed: {wanted!r}"
+                )
         if values.get("rms_norm") is False:
             raise CheckpointError("config.json: rms_norm=false is not supported; allowed: true")
         top = {"pad_vocab_size_multiple": 8, "d_intermediate": 0, **values}
@@ -59,11 +61,11 @@ class StateSpacesConfig(Mamba2Config):
         for key, number in numbers.items():
             if not is_layer(number, 1 << 40) or number == 0:
                 raise CheckpointError(
-                    f"config.json of a state-spaces model: {key} must be a whole number from 1, not {number!r}"
+                    f"config.json of a state-spaces model: {key} must be a whole number from 1, not {shown(number)}"
                 )
         mixed = values.get("attn_layer_idx") or []
         if not isinstance(mixed, list) or not all(is_layer(layer, values["n_layer"]) for layer in mixed):
-            raise CheckpointError(f"config.json: attn_layer_idx must list layers of the model, not {mixed!r}")
+            raise CheckpointError(f"config.json: attn_layer_idx must list layers of the model, not {shown(mixed)}")
         multiple = top["pad_vocab_size_multiple"]
         config = Mamba2Config.from_dict(
             {
