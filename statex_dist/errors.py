@@ -53,7 +53,12 @@ class _Shown(reprlib.Repr):
         super().__init__()
         self.maxstring = self.maxother = self.maxlong = SHOWN_LENGTH
 
-    # reprlib would sort all members of these, and knows no subclasses.
+    def repr1(self, x: Any, level: int) -> str:
+        # reprlib goes by the type's name, and shows a subclass whole.
+        known = next((kind for kind in (dict, list, tuple, set, frozenset, str) if isinstance(x, kind)), None)
+        return getattr(self, f"repr_{known.__name__}")(x, level) if known else super().repr1(x, level)
+
+    # reprlib would sort all members of these.
     def repr_dict(self, x: Any, level: int) -> str:
         return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)
 
@@ -62,8 +67,6 @@ class _Shown(reprlib.Repr):
 
     def repr_frozenset(self, x: Any, level: int) -> str:
         return super().repr_frozenset(frozenset(itertools.islice(x, self.maxfrozenset + 1)), level)
-
-    repr_OrderedDict = repr_dict  # noqa: N815 - methods are looked up by the type's name
 
 
 def shown(value: Any, length: int = SHOWN_LENGTH) -> str:
