@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +15,7 @@ from statex_dist.checkpoint.config_json import config_text, decode_floats, parse
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError, reason, shown
 from statex_dist.state.geometry import StateGeometry
-from statex_dist.state.plan import ExpansionPlan, LayerExpansion
+from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan, LayerExpansion
 
 OUR_CODE_PREFIX = "statex_"
 """Of the ``model_type`` of an expanded model whose code is beside its weights: other software may have a class for the
@@ -22,6 +23,15 @@ bare name that knows no plan and would open the weights all the same."""
 
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
+
+_MAX_HEADS = 1 << 16
+_LIMITS = {
+    "num_hidden_layers": MAX_LAYERS,
+    "num_local_experts": 4096,
+    **dict.fromkeys(("num_heads", "num_v_heads", "num_attention_heads", "mamba_n_heads"), _MAX_HEADS),
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), _MAX_HEADS),
+}
+"""Fields that say how many things there are of a kind, each of which takes time and memory: the most that is read."""
 
 
 @dataclass(kw_only=True)
@@ -68,18 +78,18 @@ class ModelConfig:
         for name in names:
             value = getattr(self, name)
             if value is not None and not value >= 1:
-                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {value}")
-            if value is not None and value > LARGEST_SIZE:
-                raise CheckpointError(
-                    f"{self.MODEL_TYPE} config: {name} must not exceed {LARGEST_SIZE}, but is {value}"
-                )
+                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {shown(value)}")
+            if value is not None and value > (most := _LIMITS.get(name, LARGEST_SIZE)):
+                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must not exceed {most}, but is {shown(value)}")
 
     def check_sizes(self, *names: str) -> None:
         """Raise unless these ratios are finite and above 0."""
         for name in names:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be a number above 0, not {value}")
+            if not (math.isfinite(value) and 0 < value <= LARGEST_SIZE):
+                raise CheckpointError(
+                    f"{self.MODEL_TYPE} config: {name} must be a number above 0 and at most {LARGEST_SIZE}, not {value}"
+                )
 
     def check_plan(self) -> None:
         """Raise if the plan does not fit the model.
@@ -88,16 +98,17 @@ class ModelConfig:
             CheckpointError: A layer does not exist.
             ConfigError: A layer has no recurrent state, or the operation is not for this family or does not divide.
         """
+        recurrent = frozenset(self.recurrent_layers) if self.statex else frozenset()
         for expansion in self.statex.layers if self.statex else ():
             if not 0 <= expansion.layer < self.num_hidden_layers:
                 raise CheckpointError(
                     f"plan: layer {expansion.layer} is out of range; "
                     f"the model has layers 0..{self.num_hidden_layers - 1}"
                 )
-            if expansion.layer not in self.recurrent_layers:
+            if expansion.layer not in recurrent:
                 raise ConfigError(
                     f"plan: layer {expansion.layer} has no recurrent state; those that have: "
-                    f"{list(self.recurrent_layers)}"
+                    f"{shown(list(self.recurrent_layers))}"
                 )
             if expansion.op not in self.OPS:
                 raise ConfigError(
@@ -253,6 +264,16 @@ def base_keys(values: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
+def check_layer_list(what: str, layers: Sequence[Any], num_layers: int) -> None:
+    """Raise if a list of a ``config.json`` names more layers than the model has.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    if len(layers) > num_layers:
+        raise CheckpointError(f"{what} lists {len(layers)} layers; the model has {num_layers}")
+
+
 def is_layer(value: Any, num_layers: int) -> bool:
     """Return whether a value of a ``config.json`` names one of ``num_layers`` layers."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_layers
@@ -265,7 +286,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
+        return whole or isinstance(value, float)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     origin = typing.get_origin(hint) or hint

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import ModelConfig, is_layer
+from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
 from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
@@ -37,12 +37,17 @@ class FLAConfig(ModelConfig):
         self.check_positive("intermediate_size", "hidden_ratio")
         self.check_allowed("hidden_act", "swish")
         groups = [self.attn] if isinstance(self.attn, dict) else self.attn or []
+        if len(groups) > self.num_hidden_layers:
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: attn has {len(groups)} entries for {self.num_hidden_layers} layers"
+            )
         for group in groups:
             if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
                 raise CheckpointError(
                     f"{self.MODEL_TYPE} config: attn must be a mapping with a list 'layers', or a list of such, not "
                     f"{shown(self.attn)}"
                 )
+            check_layer_list(f"{self.MODEL_TYPE} config: attn.layers", group["layers"], self.num_hidden_layers)
             for layer in group["layers"]:
                 if not is_layer(layer, self.num_hidden_layers):
                     raise CheckpointError(
@@ -65,7 +70,8 @@ class FLAConfig(ModelConfig):
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """All but the attention layers."""
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.attention_layers)
+        attention = frozenset(self.attention_layers)
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
     def obstacle(self) -> str | None:

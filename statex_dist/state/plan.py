@@ -8,6 +8,8 @@ for *every* layer; here the geometry of each layer is derived from the base conf
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -18,6 +20,11 @@ Op = Literal["merge_heads", "mix_heads", "grow_state"]
 Init = Literal["reinit", "inherit", "lossless", "copy"]
 
 PLAN_VERSION = 1
+
+MAX_LAYERS = 10_000
+"""Of a model, and so of a plan."""
+
+MAX_FACTOR = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +64,10 @@ class LayerExpansion:
             raise ConfigError(
                 f"plan, layer {self.layer}: init {shown(self.init)} is not one of {', '.join(get_args(Init))}"
             )
-        if self.factor < 2:
-            raise ConfigError(f"plan, layer {self.layer}: factor must be 2 or more, not {self.factor}")
+        if not 2 <= self.factor <= MAX_FACTOR:
+            raise ConfigError(
+                f"plan, layer {shown(self.layer)}: factor must be 2 to {MAX_FACTOR}, not {shown(self.factor)}"
+            )
         if self.op == "merge_heads" and self.init == "lossless":
             raise ConfigError(
                 f"plan, layer {self.layer}: merging heads cannot be lossless; use op mix_heads, or init inherit"
@@ -96,13 +105,15 @@ class ExpansionPlan:
     def __post_init__(self) -> None:
         indices = [expansion.layer for expansion in self.layers]
         if len(set(indices)) != len(indices):
-            doubled = sorted({i for i in indices if indices.count(i) > 1})
-            raise ConfigError(f"plan: layers {doubled} are expanded more than once")
+            doubled = sorted(layer for layer, times in Counter(indices).items() if times > 1)
+            raise ConfigError(f"plan: layers {shown(doubled)} are expanded more than once")
         object.__setattr__(self, "layers", tuple(sorted(self.layers, key=lambda expansion: expansion.layer)))
 
     def get(self, layer: int) -> LayerExpansion | None:
         """Return the expansion of ``layer``, or None where it stays as it is."""
-        return next((expansion for expansion in self.layers if expansion.layer == layer), None)
+        index = bisect_left(self.layers, layer, key=lambda expansion: expansion.layer)
+        found = self.layers[index] if index < len(self.layers) else None
+        return found if found is not None and found.layer == layer else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form stored under ``statex`` in ``config.json``."""
@@ -120,6 +131,10 @@ class ExpansionPlan:
         if values.get("version") != PLAN_VERSION:
             raise ConfigError(
                 f"config.json: plan version {shown(values.get('version'))}; this release reads {PLAN_VERSION}"
+            )
+        if len(values["layers"]) > MAX_LAYERS:
+            raise ConfigError(
+                f"config.json: statex.layers has {len(values['layers'])} entries; at most {MAX_LAYERS} are read"
             )
         try:
             layers = tuple(LayerExpansion(**row) for row in values["layers"])

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import ModelConfig, is_layer
+from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.state.geometry import StateGeometry
+from statex_dist.state.plan import ExpansionPlan
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,7 @@ class BambaConfig(ModelConfig):
             self.mamba_d_head = inner // self.mamba_n_heads
         if not isinstance(self.mamba_d_head, int):
             raise CheckpointError(f"bamba config: mamba_d_head={shown(self.mamba_d_head)} must be a number or 'auto'")
+        check_layer_list("bamba config: attn_layer_indices", self.attn_layer_indices or (), self.num_hidden_layers)
         for layer in self.attn_layer_indices or ():
             if not is_layer(layer, self.num_hidden_layers):
                 raise CheckpointError(
@@ -67,7 +69,7 @@ class BambaConfig(ModelConfig):
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """The Mamba2 layers."""
-        attention = self.attn_layer_indices or []
+        attention = frozenset(self.attn_layer_indices or ())
         return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
@@ -87,4 +89,6 @@ class BambaConfig(ModelConfig):
 
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of a Mamba2 layer under the plan."""
-        return self.mamba2().layer_geometry(layer)
+        expansion = self.statex.get(layer) if self.statex else None
+        plan = ExpansionPlan(layers=(expansion,)) if expansion else None  # of this layer alone: it is checked each time
+        return self.replace(statex=plan).mamba2().layer_geometry(layer)

@@ -15,6 +15,9 @@ from statex_dist.models.fla import head_geometry
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
+MAX_EXPERTS = 100_000
+"""Of all layers together: each has tensors of its own."""
+
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
@@ -54,6 +57,11 @@ class LightningConfig(ModelConfig):
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise CheckpointError(
                 f"minimax config: num_experts_per_tok={self.num_experts_per_tok} must be 1 to {self.num_local_experts}"
+            )
+        if self.num_local_experts * self.num_hidden_layers > MAX_EXPERTS:
+            raise CheckpointError(
+                f"minimax config: num_local_experts={self.num_local_experts} times num_hidden_layers="
+                f"{self.num_hidden_layers} must not exceed {MAX_EXPERTS}"
             )
         if len(self.kinds) != self.num_hidden_layers or any(kind not in (LINEAR, FULL) for kind in self.kinds):
             raise CheckpointError(

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import base_keys, is_layer
+from statex_dist.models.config import LARGEST_SIZE, base_keys, check_layer_list, is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.state.plan import ExpansionPlan
+from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan
 
 _DEFAULTS = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "bias": False, "conv_bias": True}
 _FIXED = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None}
@@ -59,13 +59,15 @@ class StateSpacesConfig(Mamba2Config):
         numbers = {key: top.get(key) for key in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple")}
         numbers |= {f"ssm_cfg.{key}": ssm[key] for key in ("d_state", "d_conv", "expand", "headdim", "ngroups")}
         for key, number in numbers.items():
-            if not is_layer(number, 1 << 40) or number == 0:
+            if not is_layer(number, MAX_LAYERS + 1 if key == "n_layer" else LARGEST_SIZE) or number == 0:
                 raise CheckpointError(
-                    f"config.json of a state-spaces model: {key} must be a whole number from 1, not {shown(number)}"
+                    f"config.json of a state-spaces model: {key} must be a whole number from 1 to "
+                    f"{MAX_LAYERS if key == 'n_layer' else LARGEST_SIZE}, not {shown(number)}"
                 )
         mixed = values.get("attn_layer_idx") or []
         if not isinstance(mixed, list) or not all(is_layer(layer, values["n_layer"]) for layer in mixed):
             raise CheckpointError(f"config.json: attn_layer_idx must list layers of the model, not {shown(mixed)}")
+        check_layer_list("config.json: attn_layer_idx", mixed, values["n_layer"])
         multiple = top["pad_vocab_size_multiple"]
         config = Mamba2Config.from_dict(
             {
@@ -96,7 +98,8 @@ class StateSpacesConfig(Mamba2Config):
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """All but the attention layers."""
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.attention)
+        attention = frozenset(self.attention)
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
     def obstacle(self) -> str | None:
