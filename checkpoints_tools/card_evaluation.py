@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import DataError, reason, shown
 
 RESULT_VERSION = 2
@@ -59,7 +59,7 @@ def _read_directory(directory: Path, state_numbers: int) -> list[Evaluated]:
 
 def _read(path: Path, state_numbers: int) -> Evaluated:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         if summary["version"] != RESULT_VERSION:
             raise DataError(
                 f"{path} has version {shown(summary['version'])}, this release reads {RESULT_VERSION}; evaluate again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 from checkpoints_tools.journal import WrittenTensor
 from checkpoints_tools.tensor_io import TensorInfo
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import CheckpointError, reason
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of, new_expansions
@@ -206,7 +206,7 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / REPORT_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

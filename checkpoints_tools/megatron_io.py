@@ -6,7 +6,6 @@ megatron-core's ``dist_checkpointing.load`` opens what we write, for any number 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from checkpoints_tools.target import Documents, TargetPlan
 from checkpoints_tools.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from checkpoints_tools.torch_zip import TorchArchive, archive_bytes
 from checkpoints_tools.transfer import TensorJob
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import CheckpointError, reason, shown
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, family_of, find_family
@@ -179,7 +179,7 @@ def _check_backend(path: Path) -> None:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {_MAX_JSON_BYTES} bytes")
-        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+        backend = read_json(path)["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if backend != CHECKPOINT_CONFIG["sharded_backend"]:

@@ -8,7 +8,6 @@ is an upper bound.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints_tools.smaller_plans import SmallerPlan, smaller_plans
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import ConfigError, reason, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.state.laws import MILLION, PAPER_FORGET, THOUSAND_TOKENS, Law, read_forget_law
@@ -269,7 +269,7 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
     """
     file = path / "collapse.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["suite"] != "collapse":
             raise ValueError(f"suite {shown(values['suite'])}")
         model, settings = values["model"], values["settings"]

@@ -194,7 +194,7 @@ def _read(path: str | Path) -> _Input:
     if values is None:
         logger.warning("%s has no %s: the tensors alone are written", source.facts.path, CONFIG_NAME)
     elif config is None:
-        logger.warning("model_type %r is not one of ours: tensors are not checked", values.get("model_type"))
+        logger.warning("model_type %s is not one of ours: tensors are not checked", shown(values.get("model_type")))
     if not names:
         raise CheckpointError(f"{source.facts.path} holds no tensors: there is nothing to write")
     return _Input(source=source, values=values, config=config, names=names)

@@ -11,17 +11,18 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from checkpoints_tools.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.json_file import parse_json, read_json
 from statex_dist.errors import CheckpointError, reason, shown
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-_INDEX_MAX_BYTES = 100_000_000
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
                 raise CheckpointError(
                     f"{path} is not a safetensors file: header of {length} bytes (at most {MAX_HEADER_BYTES})"
                 )
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            header = parse_json(file.read(length), parse=partial(json.loads, object_pairs_hook=_no_duplicates))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
@@ -105,9 +106,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
 def _read_index(path: Path) -> dict[str, str]:
     """Return the checked ``weight_map`` of an index file."""
     try:
-        if path.stat().st_size > _INDEX_MAX_BYTES:
-            raise CheckpointError(f"{path} is larger than {_INDEX_MAX_BYTES} bytes: not an index")
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as an index with a weight_map: {reason(error)}") from None
     if not isinstance(weight_map, dict) or not weight_map:

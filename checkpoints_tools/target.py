@@ -26,6 +26,7 @@ from checkpoints_tools.tensor_io import Progress, TensorSource
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -36,7 +37,7 @@ from statex_dist.checkpoint.manifest import (
     remove_set_aside,
     temporary_for,
 )
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, refusal
 from statex_dist.models.config import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def write_target(
         elif keep:
             logger.info("what is finished is kept in %s: the same command goes on from it", temporary_for(target))
         if isinstance(error, OSError):
-            raise CheckpointError(f"target {target} cannot be written: {error.strerror or error}") from None
+            raise CheckpointError(f"target {target} cannot be written: {refusal(error)}") from None
         raise
     finally:
         if journal is not None:
@@ -259,6 +260,15 @@ def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, File
 
 
 def carried_files(directory: Path | None) -> list[Path]:
-    """Return the files of a model directory that are carried along, each once."""
-    found = {path for pattern in CARRIED for path in directory.glob(pattern)} if directory else set()
-    return sorted(path for path in found if path.is_file() and path.name != CONFIG_NAME)
+    """Return the files of a model directory that are carried along, each once.
+
+    Raises:
+        CheckpointError: One of them is a link to a file elsewhere.
+    """
+    if directory is None:
+        return []
+    found = {path for pattern in CARRIED for path in directory.glob(pattern)}
+    carried = sorted(path for path in found if path.is_file() and path.name != CONFIG_NAME)
+    for path in carried:
+        check_link(path, directory)
+    return carried

@@ -10,7 +10,6 @@ somebody else's file bounds it first (:func:`shown`, :func:`reason`), so that no
 import contextlib
 import errno
 import itertools
-import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,24 +102,27 @@ _REMEDIES: Mapping[int, str] = {
 }
 
 
-def os_error_text(error: OSError, path: str | Path | None = None) -> str:
-    """Return what the system refused, where, and what helps, as far as that is known.
-
-    Args:
-        error: The refusal.
-        path: What was read or written, if the error does not say it itself.
-    """
-    where = error.filename if error.filename is not None else path
+def refusal(error: OSError) -> str:
+    """Return what the system refused and what helps, without the path."""
     text = error.strerror or str(error) or type(error).__name__
-    if where is not None:
-        text = f"{os.fspath(where) if isinstance(where, str | Path) else shown(where)}: {text}"
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{text}; {remedy}" if remedy else text
 
 
+def os_error_text(error: OSError) -> str:
+    """Return what the system refused, where, and what helps, as far as that is known."""
+    where = error.filename
+    if where is None:
+        return refusal(error)
+    return f"{where if isinstance(where, str) else shown(where)}: {refusal(error)}"
+
+
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Say of a refusal by the system which path was being written, and what helps.
+    """Say of a refusal by the system what was being written, and what helps.
+
+    Args:
+        path: What is written inside; a file that the error itself names is named in its place.
 
     Raises:
         StateXError: The disk is full or read-only, a quota or limit is reached, or permission is missing.
@@ -128,7 +130,10 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StateXError(f"{path} cannot be written: {os_error_text(error)}") from None
+        if error.errno not in _REMEDIES:
+            raise
+        where = os_error_text(error) if error.filename is not None else f"{path} cannot be written: {refusal(error)}"
+        raise StateXError(where) from None
 
 
 class ConfigError(StateXError):

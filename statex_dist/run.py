@@ -14,6 +14,7 @@ import torch
 
 from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR, TRAIN_LENGTH_KEY
+from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, parse_size, to_dict
 from statex_dist.data.formats import open_store
@@ -348,4 +349,7 @@ def longest_sequence(data: DataSource, stores: dict[str, ShardStore]) -> int:
 
 
 def _read_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    return {name: (directory / name).read_text(encoding="utf-8") for name in names if (directory / name).is_file()}
+    found = [directory / name for name in names if (directory / name).is_file()]
+    for path in found:
+        check_link(path, directory)
+    return {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in found}

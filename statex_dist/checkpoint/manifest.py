@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from statex_dist.checkpoint.archive import check_crcs, directory_digest
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.checkpoint.layout import MANIFEST_NAME, TEMPORARY_PREFIX
 from statex_dist.errors import CheckpointError, reason, shown
 
@@ -135,7 +136,7 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
             if content["version"] != MANIFEST_VERSION or not isinstance(content["kind"], str):
                 raise ValueError(

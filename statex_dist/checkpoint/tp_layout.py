@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import CheckpointError, reason, shown
 
 LAYOUT_NAME = "tp_layout.json"
@@ -55,7 +55,7 @@ class TensorParallelLayout:
         try:
             if path.stat().st_size > _MAX_LAYOUT_BYTES:
                 raise ValueError(f"it is larger than {_MAX_LAYOUT_BYTES} bytes")
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["version"] != LAYOUT_VERSION:
                 raise ValueError(f"version {shown(content['version'])}; only {LAYOUT_VERSION} is known")
             tp, files = content["tp"], [str(name) for name in content["files"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.errors import ConfigError, DataError, reason
 from statex_dist.evaluation.settings import check_different, check_reading
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
@@ -78,7 +78,7 @@ def read_examples(path: Path) -> list[Example]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             text, label = values["text"], values["label"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
+from statex_dist.checkpoint.json_file import read_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError, reason, shown
 from statex_dist.state.geometry import StateGeometry
@@ -311,7 +312,7 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{model_dir} is a file; give the directory that holds {CONFIG_NAME}")
     path = model_dir / CONFIG_NAME
     try:
-        values = parse_config(path.read_text(encoding="utf-8"))
+        values = parse_config(read_text(path))
     except FileNotFoundError:
         hint = "not a Hugging Face model directory"
         if (model_dir / CHECKPOINTS_DIR).is_dir():

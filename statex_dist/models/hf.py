@@ -5,7 +5,6 @@ For checkpoints that do not fit in memory there are the streaming tools in ``che
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.checkpoint.manifest import finish_target, prepare_target, sync
 from statex_dist.errors import CheckpointError, reason
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
@@ -62,7 +62,7 @@ def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
     index = directory / INDEX_NAME
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             bad = [name for name in names if Path(name).name != name]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {reason(error)}") from None

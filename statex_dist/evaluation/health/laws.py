@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import ConfigError, DataError, reason
 from statex_dist.evaluation.health.plots import plot_laws
 from statex_dist.evaluation.report import RESULT_VERSION, write_results
@@ -130,7 +131,7 @@ def find_results(directories: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _read(path: Path, suite: str) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         if summary["suite"] != suite or summary["version"] != RESULT_VERSION:
             raise ValueError(f"suite {summary['suite']!r}, version {summary['version']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

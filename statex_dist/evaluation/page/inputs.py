@@ -6,13 +6,13 @@ of the newest one the plan is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, complete_tags
 from statex_dist.errors import DataError, reason
 from statex_dist.evaluation.page.runs import TrainingRun, distinct_names, read_json, read_runs
@@ -61,7 +61,7 @@ class Result:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     if record["kind"] == kind:
                         yield record
                 except (ValueError, KeyError, TypeError) as error:
