@@ -49,7 +49,7 @@ def read_settings(run: Path) -> dict[str, Any]:
     path = run / SETTINGS_NAME
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read, and the model card tells of it: {reason}") from None
     if not isinstance(values, dict):

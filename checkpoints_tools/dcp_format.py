@@ -35,6 +35,7 @@ from statex_dist.errors import CheckpointError, one_line, reason, shown
 METADATA_NAME = ".metadata"
 _VERSION = "1.0.0"
 _ALIGNMENT = 64
+_MAX_AXES = 64
 
 _PACKAGE = "torch.distributed.checkpoint"
 _METADATA = f"{_PACKAGE}.metadata.Metadata"
@@ -142,7 +143,11 @@ def _dict(value: Any) -> dict[Any, Any]:
 
 def _numbers(value: Any) -> tuple[int, ...]:
     """Return sizes or offsets."""
-    if not isinstance(value, tuple | list) or not all(type(n) is int and n >= 0 for n in value):
+    if (
+        not isinstance(value, tuple | list)
+        or len(value) > _MAX_AXES
+        or not all(type(n) is int and 0 <= n < 2**63 for n in value)
+    ):
         raise ValueError(f"sizes or offsets {shown(value)}")
     return tuple(value)
 

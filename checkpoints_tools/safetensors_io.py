@@ -23,6 +23,7 @@ from statex_dist.errors import CheckpointError, reason, shown
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+_MAX_AXES = 64
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
@@ -44,7 +45,8 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
         raise CheckpointError(f"{path}: header entry of '{name}' lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: tensor '{name}' has dtype {shown(dtype)}; supported: {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)) or not _is_size(begin) or not _is_size(end):
+    is_shape = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(map(_is_size, shape))
+    if not is_shape or not _is_size(begin) or not _is_size(end):
         raise CheckpointError(
             f"{path}: tensor '{name}' has a bad shape {shown(shape)} or bad offsets [{shown(begin)}, {shown(end)}]"
         )

@@ -37,12 +37,10 @@ def parse_json(text: str | bytes, *, parse: Callable[[str | bytes], Any] = json.
         value = None
     else:
         # Python follows deeper ones here, but not in every place that walks through them.
-        level = [value]
+        level = [value] if isinstance(value, dict | list) else []
         for _ in range(_MAX_LEVELS):
-            inner = (
-                part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)
-            )
-            level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+            inside = (part.values() if isinstance(part, dict) else part for part in level)
+            level = [part for parts in inside for part in parts if isinstance(part, dict | list)]
             if not level:
                 return value
     raise ValueError(f"it is nested too deeply: at most {_MAX_LEVELS} levels are read")

@@ -42,7 +42,9 @@ def test_every_writer_names_path_and_remedy(commands, tmp_path, options):
     for result in results:
         error = result["err"].splitlines()[-1]
         assert error.startswith("error: "), result
-        assert str(disk) in error and refused in error and error.endswith(remedy), error
+        assert str(disk) in error
+        assert refused in error
+        assert error.endswith(remedy)
         assert result["code"] in (1, 2)
     assert left == []
 

@@ -144,7 +144,7 @@ def _read_run(directory: Path, name: str) -> TrainingRun:
     plan = ExpansionPlan.from_dict(model["statex"]) if model.get("statex") else ExpansionPlan()
     try:
         settings = flat(yaml.safe_load(config) or {})
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{directory / SETTINGS_NAME} is not valid YAML: {' '.join(str(error).split())}") from None
     return TrainingRun(
         name=name,
