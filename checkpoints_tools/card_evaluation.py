@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from statex_dist.errors import DataError
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.errors import DataError, reason, shown
 
 RESULT_VERSION = 2
 """Version of the result files that this release reads (``statex_dist.evaluation.report`` writes it)."""
@@ -59,10 +59,10 @@ def _read_directory(directory: Path, state_numbers: int) -> list[Evaluated]:
 
 def _read(path: Path, state_numbers: int) -> Evaluated:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         if summary["version"] != RESULT_VERSION:
             raise DataError(
-                f"{path} has version {summary['version']!r}, this release reads {RESULT_VERSION}; evaluate again"
+                f"{path} has version {shown(summary['version'])}, this release reads {RESULT_VERSION}; evaluate again"
             )
         if (evaluated := summary["model"]["state_numbers"]) != state_numbers:
             raise DataError(
@@ -76,7 +76,7 @@ def _read(path: Path, state_numbers: int) -> Evaluated:
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{path} is not what `statex eval` of this release writes ({error!r}); evaluate again or leave it out"
+            f"{path} is not what `statex eval` of this release writes ({reason(error)}); evaluate again or leave it out"
         ) from None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME
 from statex_dist.errors import CheckpointError
 
@@ -49,7 +49,7 @@ def read_settings(run: Path) -> dict[str, Any]:
     path = run / SETTINGS_NAME
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read, and the model card tells of it: {reason}") from None
     if not isinstance(values, dict):
@@ -91,7 +91,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             if number == len(lines):
                 return

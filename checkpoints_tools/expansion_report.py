@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,8 @@ import numpy as np
 from checkpoints_tools.journal import WrittenTensor
 from checkpoints_tools.transfer import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
-from statex_dist.errors import CheckpointError
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.errors import CheckpointError, reason
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of, new_expansions
 from statex_dist.models.recipe import Change
@@ -206,11 +206,11 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / REPORT_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
         raise CheckpointError(f"{path} is not an expansion report: it holds no mapping 'tensors'")
     if not all(isinstance(row, dict) for row in content["tensors"].values()):

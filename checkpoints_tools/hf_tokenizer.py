@@ -6,12 +6,13 @@ library: byte-level BPE without merges, so that every UTF-8 byte is the token of
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.checkpoint.links import check_link
+from statex_dist.errors import CheckpointError, ConfigError, reason
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -66,7 +67,7 @@ def given_tokenizer(spec: str, *, vocab_size: int) -> GivenTokenizer:
 
     Raises:
         ConfigError: It is neither, or the tokenizer has ids that the model does not know.
-        CheckpointError: A file is damaged.
+        CheckpointError: A file is damaged, or a link to a file elsewhere.
     """
     directory = Path(spec)
     config = _BYTES_MARKER if spec == "bytes" else read_tokenizer_config(directory)
@@ -76,6 +77,8 @@ def given_tokenizer(spec: str, *, vocab_size: int) -> GivenTokenizer:
         raise ConfigError(f"--tokenizer {spec}: no {TOKENIZER_NAME} there; give bytes, or a fast tokenizer's directory")
     else:
         paths = {path for pattern in (*_VOCABULARIES, *_BESIDE) for path in directory.glob(pattern) if path.is_file()}
+        for path in paths:
+            check_link(path, directory)
         files = {path.name: path.read_bytes() for path in sorted(paths)}
         size = _vocab_size(directory / TOKENIZER_NAME)
     if size > vocab_size:
@@ -101,13 +104,13 @@ def tokenizer_kind(directory: Path | None, given: GivenTokenizer | None = None) 
 def _vocab_size(path: Path) -> int:
     """Return one more than the largest id in a ``tokenizer.json``."""
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         vocabulary = values["model"]["vocab"]
         ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
         added = [token["id"] for token in values.get("added_tokens") or ()]
         return max([*ids, *added], default=-1) + 1
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from None
+        raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {reason(error)}") from None
 
 
 def read_tokenizer_config(directory: Path | None) -> dict[str, Any]:
@@ -120,9 +123,9 @@ def read_tokenizer_config(directory: Path | None) -> dict[str, Any]:
     if path is None or not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return values

@@ -7,6 +7,7 @@ and under its final name. A torn last line is ignored.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import FileRecord, write_durably
 from statex_dist.errors import CheckpointError
 
@@ -64,6 +66,8 @@ class Journal:
         try:
             self._begin(run, resume)
         except BaseException:
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # it was made for nothing; one that holds anything stays
             self.close()
             raise
 
@@ -200,7 +204,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for text in texts:
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             if lines:
                 _tensors_of(line)
                 if "file" in line:

@@ -8,7 +8,6 @@ is an upper bound.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints_tools.smaller_plans import SmallerPlan, smaller_plans
-from statex_dist.errors import ConfigError
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.errors import ConfigError, reason, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.state.laws import MILLION, PAPER_FORGET, THOUSAND_TOKENS, Law, read_forget_law
 
@@ -269,9 +269,9 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
     """
     file = path / "collapse.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["suite"] != "collapse":
-            raise ValueError(f"suite {values['suite']!r}")
+            raise ValueError(f"suite {shown(values['suite'])}")
         model, settings = values["model"], values["settings"]
         position, prompts = _place(values["prompts"])
         found = model["model_type"], model["state_numbers"], model["statex"]
@@ -288,7 +288,7 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
     except OSError as error:
         raise ConfigError(f"--health {path} cannot be read: {error.strerror} ({file})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"--health {file} is not a result of `statex eval collapse`: {error!r}") from None
+        raise ConfigError(f"--health {file} is not a result of `statex eval collapse`: {reason(error)}") from None
     wanted = config.MODEL_TYPE, config.state_numbers, config.statex.to_dict() if config.statex else None
     if found != wanted:
         raise ConfigError(
@@ -297,7 +297,7 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
             f"{', expanded' if wanted[2] else ''}; measure this one: statex eval collapse --model DIR --out DIR"
         )
     if mitigation is not None:
-        raise ConfigError(f"--health {path} was measured with the mitigation {mitigation!r}; measure without one")
+        raise ConfigError(f"--health {path} was measured with the mitigation {shown(mitigation)}; measure without one")
     return measurement
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 
 from checkpoints_tools.target_state import find_plan
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, reason, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import default_op, make_plan
 from statex_dist.state.plan import Init, Op
@@ -176,14 +176,14 @@ def read_plan_file(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise ConfigError(f"--plan {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"--plan {path} is not YAML: {error}") from None
+        raise ConfigError(f"--plan {path} is not YAML: {reason(error)}") from None
     rows = content.get("layers") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"--plan {path} must hold a list of rows, each with 'layers' (or 'layer') and what is done")
     for number, row in enumerate(rows, start=1):
         where = f"--plan {path}, row {number}"
         if not isinstance(row, dict) or ("layer" in row) == ("layers" in row):
-            raise ConfigError(f"{where}: needs one of 'layer' and 'layers', not {row!r}")
+            raise ConfigError(f"{where}: needs one of 'layer' and 'layers', not {shown(row)}")
         if unknown := [key for key in row if key not in _ROW_KEYS]:
             raise ConfigError(f"{where}: unknown keys {unknown}; allowed: {', '.join(_ROW_KEYS)}")
         layers = row.get("layers", row.get("layer"))

@@ -26,7 +26,7 @@ from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource, nat
 from statex_dist.checkpoint.formats.zero3_layout import is_stage_1_or_2
 from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.checkpoint.trainer_dirs import trainer_states
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.kinds import family_of
 from statex_dist.models.megatron_names import megatron_notes
@@ -111,7 +111,7 @@ class _Input:
             CheckpointError: The model is not of one of our families.
         """
         if self.config is None:
-            given = "no config.json" if self.values is None else f"model_type {self.values.get('model_type')!r}"
+            given = "no config.json" if self.values is None else f"model_type {shown(self.values.get('model_type'))}"
             raise CheckpointError(
                 f"{self.source.facts.path}: --to {to} from {self.source.facts.kind} needs a model of a known family; "
                 f"it has {given}"
@@ -206,7 +206,7 @@ def _read(path: str | Path, *, training: bool) -> _Input:
     if values is None:
         logger.warning("%s has no %s: the tensors alone are written", source.facts.path, CONFIG_NAME)
     elif config is None:
-        logger.warning("model_type %r is not one of ours: tensors are not checked", values.get("model_type"))
+        logger.warning("model_type %s is not one of ours: tensors are not checked", shown(values.get("model_type")))
     if not names:
         raise CheckpointError(f"{source.facts.path} holds no tensors: there is nothing to write")
     return _Input(source=source, values=values, config=config, names=names)

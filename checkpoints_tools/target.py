@@ -26,6 +26,7 @@ from statex_dist.checkpoint.formats.piece_io import SourceCrcs
 from statex_dist.checkpoint.formats.raw_io import FileState
 from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -37,7 +38,7 @@ from statex_dist.checkpoint.manifest import (
     temporary_for,
 )
 from statex_dist.checkpoint.trainer_dirs import trainer_files
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, refusal
 from statex_dist.models.config import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def write_target(
         elif keep:
             logger.info("what is finished is kept in %s: the same command goes on from it", temporary_for(target))
         if isinstance(error, OSError):
-            raise CheckpointError(f"target {target} cannot be written: {error.strerror or error}") from None
+            raise CheckpointError(f"target {target} cannot be written: {refusal(error)}") from None
         raise
     finally:
         if journal is not None:
@@ -260,7 +261,16 @@ def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, File
 
 
 def carried_files(directory: Path | None) -> list[Path]:
-    """Return the files of a model directory that are carried along, each once."""
-    found = {path for pattern in CARRIED for path in directory.glob(pattern)} if directory else set()
-    others = {CONFIG_NAME} | (trainer_files(directory) if directory else set())
-    return sorted(path for path in found if path.is_file() and path.name not in others)
+    """Return the files of a model directory that are carried along, each once.
+
+    Raises:
+        CheckpointError: One of them is a link to a file elsewhere.
+    """
+    if directory is None:
+        return []
+    found = {path for pattern in CARRIED for path in directory.glob(pattern)}
+    others = {CONFIG_NAME} | trainer_files(directory)
+    carried = sorted(path for path in found if path.is_file() and path.name not in others)
+    for path in carried:
+        check_link(path, directory)
+    return carried

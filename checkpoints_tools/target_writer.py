@@ -7,11 +7,11 @@ tensor closes it: checksums are filled in, it is flushed and digested, gets its 
 
 from __future__ import annotations
 
+import contextlib
 import os
-import resource
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from checkpoints_tools.torch_zip_writer import ArchiveLayout
 from checkpoints_tools.transfer import TensorJob, TensorStream
 from checkpoints_tools.workers import Counter, in_threads
 from statex_dist.checkpoint.archive import directory_digest
+from statex_dist.checkpoint.descriptors import Descriptors, open_files_of_writer
 from statex_dist.checkpoint.formats.crc import CrcLedger, crc_of_zeros
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs, window_of
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, read_from, write_from
@@ -116,7 +117,6 @@ def write_files(
         CheckpointError: The source fails.
         OSError: The disk refuses.
     """
-    _allow_open_files(len(files))
     writer = _Writer(journal, files, jobs, places, files_of, progress)
     try:
         writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
@@ -129,15 +129,6 @@ def write_files(
         )
     finally:
         writer.close()
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files where a target needs more at a time."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * count + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def files_of_tensors(jobs: Iterable[TensorJob], places: Places) -> dict[str, frozenset[str]]:
@@ -168,7 +159,9 @@ class _Writer:
         self._pending_bytes = 0
         done = total_bytes(job.info for job in jobs if job.key in journal.tensors)
         self.counter = Counter(total_bytes(job.info for job in jobs), progress, done=done)
-        self._open = {file.name: _OpenFile(file, journal) for file in files if file.name not in journal.files}
+        descriptors = Descriptors(open_files_of_writer(len(files)))
+        unfinished = [file for file in files if file.name not in journal.files]
+        self._open = {file.name: _OpenFile(file, journal, descriptors) for file in unfinished}
         self._files_of = files_of
         for job in jobs:
             for place in places(job):
@@ -254,12 +247,12 @@ class _Writer:
 class _OpenFile:
     """One file while it is written."""
 
-    def __init__(self, layout: TargetFile, journal: Journal):
-        self.layout = layout
+    def __init__(self, layout: TargetFile, journal: Journal, descriptors: Descriptors):
+        self.layout, self._descriptors = layout, descriptors
         self._final = journal.directory / layout.name
         self._partial = journal.directory / (layout.name + PARTIAL_SUFFIX)
         self._finished = journal.tensors.keys()
-        self._lock, self._descriptor = threading.Lock(), -1
+        self._lock, self._is_made = threading.Lock(), False
         self._missing = 0
         self._written: list[tuple[TensorJob, Piece]] = []
         self._storages = sorted(layout.storages)
@@ -285,22 +278,31 @@ class _OpenFile:
     def _storage_at(self, offset: int) -> int:
         return self._storages[bisect_right(self._storages, offset, key=lambda storage: storage[0]) - 1][0]
 
-    def _ready(self) -> int:
-        """Return the descriptor, making the file on the first call: headers written, all its space reserved."""
+    def _make(self) -> None:
+        """Make the file on the first call: headers written, all its space reserved."""
         with self._lock:
-            if self._descriptor < 0:
-                self._partial.parent.mkdir(parents=True, exist_ok=True)
-                keep = 0 if self._written else os.O_TRUNC
-                self._descriptor = os.open(self._partial, os.O_CREAT | keep | os.O_RDWR, 0o666)
-                os.posix_fallocate(self._descriptor, 0, self.layout.size)
-                write_from(self.layout.header, self._descriptor, 0)
+            if self._is_made:
+                return
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            keep = 0 if self._written else os.O_TRUNC
+            os.close(os.open(self._partial, os.O_CREAT | keep | os.O_RDWR, 0o666))
+            with self._descriptors.borrow(self._partial) as descriptor:
+                os.posix_fallocate(descriptor, 0, self.layout.size)
+                write_from(self.layout.header, descriptor, 0)
                 for base, lay_out in self.layout.archives:
                     for offset, data in lay_out().fixed:
-                        write_from(data, self._descriptor, base + offset)
-                self._count_written()
-            return self._descriptor
+                        write_from(data, descriptor, base + offset)
+                self._count_written(descriptor)
+            self._is_made = True
 
-    def _count_written(self) -> None:
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """Give the descriptor of the file, made if it was not there."""
+        self._make()
+        with self._descriptors.borrow(self._partial) as descriptor:
+            yield descriptor
+
+    def _count_written(self, descriptor: int) -> None:
         """Note the checksums of what an earlier run wrote, by reading it again."""
         if not self._storages:
             return
@@ -309,7 +311,7 @@ class _OpenFile:
             stop = place.offset + place.numel * job.info.item_bytes
             for offset in range(place.offset, stop, BLOCK_BYTES):
                 view = memoryview(block)[: min(BLOCK_BYTES, stop - offset)]
-                read_from(self._descriptor, view, offset, path=self._partial)
+                read_from(descriptor, view, offset, path=self._partial)
                 self._note(offset, view)
 
     def _note(self, offset: int, data: memoryview) -> None:
@@ -318,46 +320,44 @@ class _OpenFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write values at a place that belongs to nobody else."""
-        descriptor = self._ready()
-        write_from(data, descriptor, offset)
+        with self._opened() as descriptor:
+            write_from(data, descriptor, offset)
         if self._storages:
             self._note(offset, data)
 
     def done_with_tensor(self) -> bool:
         """Note that a tensor is in the file; return whether it was the last one that the file lacked."""
-        self._ready()  # a tensor without elements has not opened it
+        self._make()  # a tensor without elements has not opened it
         with self._lock:
             self._missing -= 1
             return self._missing == 0
 
     def sync(self) -> None:
         """Flush what has been written."""
-        with self._lock:
-            descriptor = os.dup(self._descriptor) if self._descriptor >= 0 else -1
-        if descriptor >= 0:
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        # A file that is finished is flushed, and has another name.
+        with contextlib.suppress(FileNotFoundError):
+            if self._is_made:
+                with self._descriptors.borrow(self._partial) as descriptor:
+                    os.fsync(descriptor)
 
     def finish(self) -> FileRecord:
         """Complete, flush and digest the file and give it its final name."""
-        descriptor = self._ready()
-        for base, lay_out in self.layout.archives:
-            archive = lay_out()
-            crcs = {key: self._crc(base + offset, size) for key, (offset, size) in archive.storages.items()}
-            for offset, data in archive.closing(crcs):
-                write_from(data, descriptor, base + offset)
-        if [base for base, _ in self.layout.archives] == [0]:
-            # An archive's checksums are known already: to read it again would cost as much as to write it.
-            os.fsync(descriptor)
-            record = FileRecord(size=self.layout.size, directory_xxh3_128=directory_digest(self._partial))
-        else:
-            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush") as flusher:
-                flushed = flusher.submit(os.fsync, descriptor)
-                digest = digest_file(self._partial)
-                flushed.result()
-            record = FileRecord(size=self.layout.size, xxh3_128=digest)
+        with self._opened() as descriptor:
+            for base, lay_out in self.layout.archives:
+                archive = lay_out()
+                crcs = {key: self._crc(base + offset, size) for key, (offset, size) in archive.storages.items()}
+                for offset, data in archive.closing(crcs):
+                    write_from(data, descriptor, base + offset)
+            if [base for base, _ in self.layout.archives] == [0]:
+                # An archive's checksums are known already: to read it again would cost as much as to write it.
+                os.fsync(descriptor)
+                record = FileRecord(size=self.layout.size, directory_xxh3_128=directory_digest(self._partial))
+            else:
+                with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush") as flusher:
+                    flushed = flusher.submit(os.fsync, descriptor)
+                    digest = digest_file(self._partial)
+                    flushed.result()
+                record = FileRecord(size=self.layout.size, xxh3_128=digest)
         self.close()
         self._partial.replace(self._final)
         return record
@@ -374,7 +374,4 @@ class _OpenFile:
 
     def close(self) -> None:
         """Close the file, finished or not."""
-        with self._lock:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+        self._descriptors.close(self._partial)

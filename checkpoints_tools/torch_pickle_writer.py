@@ -10,6 +10,7 @@ from statex_dist.checkpoint.torch_pickle import (
     MAX_DEPTH,
     MAX_PICKLE_BYTES,
     STORAGES,
+    Ordered,
     Remembered,
     Size,
     StorageRef,
@@ -61,7 +62,7 @@ def _write(out: bytearray, value: Any, depth: int) -> None:
         for item in value:
             _write(out, item, depth)
         out += b"e"
-    elif kind in (dict, OrderedDict):
+    elif kind in (dict, OrderedDict, Ordered):
         if kind is dict:
             out += b"}"
         else:

@@ -12,12 +12,12 @@ import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import jsonargparse
 
 from statex_dist import __version__
-from statex_dist.config import one_line
-from statex_dist.errors import StateXError
+from statex_dist.errors import StateXError, bounded_line, one_line, os_error_text, writing
 from statex_dist.log import setup_logging
 
 COMMANDS = {
@@ -62,6 +62,15 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"launch.cmd_{command.replace('-', '_')}")
 
 
+def _output_of(options: Any) -> str | None:
+    """Return the path that a command writes to, as the user gave it; None where it only prints."""
+    for name in ("out", "target", "save_state"):
+        if options.get(name) is not None:
+            return str(options[name])
+    nested = (value for value in vars(options).values() if isinstance(value, jsonargparse.Namespace))
+    return next((found for inner in nested if (found := _output_of(inner))), None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     # The deepspeed launcher adds --local_rank, whatever it starts; the rank is in the environment too.
@@ -74,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         command = options[options.command]
         command.command_line = arguments  # for one that starts itself again, on several ranks
-        return _module(options.command).run(command)
+        with writing(_output_of(command) or "standard output"):
+            return _module(options.command).run(command)
     except argparse.ArgumentError as error:
         # The parser calls an option of a subcommand "command.option"; the user typed no such thing.
         text = one_line(error)
@@ -89,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.write(f"error: {bounded_line(os_error_text(error))}\n")
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser
 
 from launch.eval_options import print_result
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options or the results are wrong.
     """
-    import json
 
     from statex_dist.evaluation.health.laws import JUDGES, find_results, fit_laws, write_laws
     from statex_dist.evaluation.report import open_target
@@ -47,7 +47,7 @@ def run(args: Any) -> int:
     laws = fit_laws(summaries, args.judge)
     open_target(Path(args.out), overwrite=args.overwrite)
     files = write_laws(laws, Path(args.out), judge=args.judge)
-    summary = json.loads(files[0].read_text(encoding="utf-8"))
+    summary = read_json(files[0])
     print_result(summary, _table, args.out, as_json=args.json)
     return 0
 

@@ -19,6 +19,7 @@ from launch.model_options import (
     load_model,
     read_mitigation,
 )
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def run_suite(
                     files = write(records, Path(args.out), model=facts | _tokenizer_facts(loaded), timing=timing)
                     journal.finish()
             if records is not None:
-                summary = json.loads(files[0].read_text(encoding="utf-8"))
+                summary = read_json(files[0])
                 print_result(summary, table, args.out, as_json=args.json)
     except OtherRankError as error:  # that rank says what is wrong
         return error.exit_code

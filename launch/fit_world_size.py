@@ -19,6 +19,7 @@ from statex_dist.checkpoint.layout import (
     step_of,
     tag_of,
 )
+from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import Manifest, commit_directory, record_file, write_durably
 from statex_dist.engine.retention import withdraw
 from statex_dist.errors import CheckpointError
@@ -124,6 +125,7 @@ def _cut(checkpoints: Path, tag: str, new_tag: str, world_size: int) -> str:
     shared = {name for name in original.files if rank_of(name) is None} - new.files.keys()
     for name in sorted(shared):
         (written / name).parent.mkdir(parents=True, exist_ok=True)
+        check_link(source / name, source)
         shutil.copyfile(source / name, written / name)
     files = {**new.files, **{name: record_file(written / name) for name in shared}}
     # The step is the run's, which counts skipped updates too.

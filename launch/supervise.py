@@ -16,8 +16,8 @@ if __name__ == "__main__":
     # Started by its path, like launch/train.py.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from statex_dist.config import one_line, parse_config
-from statex_dist.errors import ConfigError, StateXError
+from statex_dist.config import parse_config
+from statex_dist.errors import ConfigError, StateXError, one_line
 from statex_dist.log import setup_logging
 
 

@@ -16,8 +16,8 @@ if __name__ == "__main__":
     # Launchers start this file by its path, which puts launch/ on the module path but not the repository.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from statex_dist.config import one_line, parse_config
-from statex_dist.errors import StateXError
+from statex_dist.config import parse_config
+from statex_dist.errors import StateXError, one_line
 from statex_dist.log import setup_logging
 
 if TYPE_CHECKING:

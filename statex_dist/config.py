@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, one_line, reason, shown
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def check_keys(cls: type, values: Any, *, path: str = "", source: str = "config"
     if values is None:
         return
     if not isinstance(values, dict):
-        raise ConfigError(f"{source}: '{path or 'the file'}' must be a mapping of keys to values, not {values!r}")
+        raise ConfigError(f"{source}: '{path or 'the file'}' must be a mapping of keys to values, not {shown(values)}")
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         full = f"{path}.{key}" if path else str(key)
@@ -64,14 +64,9 @@ def _read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's text as one line."""
-    return " ".join(str(error).split())
+        raise ConfigError(f"config file {path} cannot be read: {reason(error)}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {reason(error)}") from None
 
 
 def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: str = "") -> T:

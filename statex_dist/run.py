@@ -14,8 +14,9 @@ import torch
 
 from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR, TRAIN_LENGTH_KEY
+from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.config import dump_yaml, one_line, parse_size, to_dict
+from statex_dist.config import dump_yaml, parse_size, to_dict
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
@@ -24,7 +25,7 @@ from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.plain import PlainEngine
-from statex_dist.errors import ConfigError, DataError, StateXError
+from statex_dist.errors import ConfigError, DataError, StateXError, one_line
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained
@@ -349,4 +350,7 @@ def longest_sequence(data: DataSource, stores: dict[str, ShardStore]) -> int:
 
 
 def _read_files(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    return {name: (directory / name).read_text(encoding="utf-8") for name in names if (directory / name).is_file()}
+    found = [directory / name for name in names if (directory / name).is_file()]
+    for path in found:
+        check_link(path, directory)
+    return {str(path.relative_to(directory)): path.read_text(encoding="utf-8") for path in found}

@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+from statex_dist.checkpoint.json_file import parse_json
 
 _TAG = "__float__"
 _WORDS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
@@ -26,10 +29,9 @@ def parse_config(text: str) -> Any:
     """Return the contents of a ``config.json`` with its special floats as floats.
 
     Raises:
-        ValueError: It is not JSON.
-        RecursionError: It is nested too deeply.
+        ValueError: It is not JSON, or nested too deeply.
     """
-    return decode_floats(json.loads(text, parse_constant=BareFloat))
+    return decode_floats(parse_json(text, parse=partial(json.loads, parse_constant=BareFloat)))
 
 
 def config_text(values: Mapping[str, Any]) -> str:

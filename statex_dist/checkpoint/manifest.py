@@ -17,8 +17,9 @@ from typing import Any
 import xxhash
 
 from statex_dist.checkpoint.archive import check_crcs, directory_digest
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.checkpoint.layout import MANIFEST_NAME, TEMPORARY_PREFIX
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, reason, shown
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +136,12 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
             if content["version"] != MANIFEST_VERSION or not isinstance(content["kind"], str):
                 raise ValueError(
-                    f"version {content['version']!r}, kind {content['kind']!r}; only {MANIFEST_VERSION} is known"
+                    f"version {shown(content['version'])}, kind {shown(content['kind'])}; only "
+                    f"{MANIFEST_VERSION} is known"
                 )
             if not isinstance(content["info"], dict):
                 raise ValueError("info is not a mapping")
@@ -152,7 +154,7 @@ class Manifest:
         except FileNotFoundError:
             raise CheckpointError(f"{directory} holds no {MANIFEST_NAME}: the checkpoint is incomplete") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error!r}") from None
+            raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
 
     def verify(self, directory: Path) -> None:
         """Compare every file with its record.

@@ -4,7 +4,8 @@ A pickle may name any function and call it. Here every name becomes an inert cla
 called: nothing of torch, DeepSpeed or the file's author is imported, let alone run. Names outside :data:`ALLOWED` are
 refused all the same, because what we write from such a file will be opened by software that does run them.
 
-Tensors become :class:`TensorRef`: where the values lie, not the values.
+Tensors become :class:`TensorRef`: where the values lie, not the values. What a pickle may cost is bounded before
+anything is made of it (:mod:`statex_dist.checkpoint.pickle_scan`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from functools import cache
 from typing import Any
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES, TORCH_NAMES
+from statex_dist.checkpoint.pickle_scan import A_LEAF, A_MEMBER, scan
+from statex_dist.checkpoint.pickle_scan import MAX_DEPTH as MAX_DEPTH
+from statex_dist.checkpoint.pickle_scan import UnsafePickleError as UnsafePickleError
+from statex_dist.errors import reason, shown
 
 MAX_PICKLE_BYTES = 1 << 28
-MAX_DEPTH = 200
-_MAX_PARTS = 5_000_000
+_MAX_AXES = 64
+_MAX_NUMBER = 2**63
 
 STORAGES = {
     **{"DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"},
@@ -108,10 +113,6 @@ ALLOWED = {
 """The names that a pickle may hold."""
 
 
-class UnsafePickleError(Exception):
-    """A pickle that needs more than data; the message names what."""
-
-
 class Remembered:
     """An object that was not made: its class's name, the arguments and the state that it would have got.
 
@@ -147,18 +148,22 @@ class Remembered:
         return (self.args, self.state) == (other.args, other.state)
 
     def __hash__(self) -> int:
-        # The state too, where it can be: a .metadata has thousands of keys that differ in nothing else.
-        try:
-            state = frozenset(self.state.items()) if isinstance(self.state, dict) else self.state
-            return hash((self.NAME, self.args, state))
-        except TypeError:
-            return hash((self.NAME, self.args))
+        # The state too: a .metadata has thousands of keys that differ in nothing else. Of their texts, because hashes
+        # of numbers are not keyed: a file could hold any number of them that collide.
+        state = frozenset(map(repr, self.state.items())) if isinstance(self.state, dict) else repr(self.state)
+        return hash((self.NAME, repr(self.args), state))
 
 
 class Size(tuple[int, ...]):
     """A ``torch.Size``."""
 
     __slots__ = ()
+
+
+class Ordered(OrderedDict[Any, Any]):
+    """An ``OrderedDict`` of a pickle; attributes (torch's ``_metadata``) could hide its methods and are not kept."""
+
+    def __setstate__(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +244,23 @@ def _class(name: str) -> type[Remembered]:
     return type(name.rpartition(".")[2], (Remembered,), {"NAME": name, "__slots__": ()})
 
 
+def _are_sizes(values: Any) -> bool:
+    """Return whether a value is what torch writes as the sizes or strides of a tensor."""
+    return (
+        isinstance(values, tuple | list)
+        and len(values) <= _MAX_AXES
+        and all(isinstance(n, int) and 0 <= n < _MAX_NUMBER for n in values)
+    )
+
+
+def _size(sizes: Any = ()) -> Size:
+    if not _are_sizes(sizes):
+        raise UnsafePickleError("a torch.Size that torch does not write")
+    return Size(sizes)
+
+
 def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> TensorRef:
-    if not isinstance(storage, StorageRef) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+    if not isinstance(storage, StorageRef) or not all(map(_are_sizes, ([offset], size, stride))):
         raise UnsafePickleError("a tensor whose storage, size or strides are not what torch writes")
     tensor = TensorRef(storage, offset, tuple(size), tuple(stride))
     if len(size) != len(stride):
@@ -257,13 +277,21 @@ def _rebuild_untyped(
     """Dtypes younger than typed storages name theirs apart."""
     ours = next((o for o, theirs in TORCH_NAMES.items() if f"torch.{theirs}" == getattr(dtype, "NAME", "")), None)
     if ours is None or not isinstance(storage, StorageRef):
-        raise UnsafePickleError(f"a tensor of dtype {getattr(dtype, 'NAME', dtype)!s}")
+        raise UnsafePickleError(f"a tensor of dtype {shown(getattr(dtype, 'NAME', dtype))}")
     typed = StorageRef(storage.key, ours, storage.numel // ITEM_BYTES[ours], storage.location)
     return _rebuild_tensor(typed, offset, size, stride)
 
 
-def _rebuild_from_type(function: Any, _: Any, args: Any, *__: Any) -> Any:
-    return function(*args)
+def _rebuild_parameter(tensor: Any, *_: Any) -> TensorRef:
+    if not isinstance(tensor, TensorRef):
+        raise UnsafePickleError("a parameter that is no tensor")
+    return tensor
+
+
+def _rebuild_from_type(function: Any, _: Any, args: Any, *__: Any) -> TensorRef:
+    if not isinstance(function, _Call) or not isinstance(args, tuple) or len(args) > _MAX_AXES:
+        raise UnsafePickleError("a tensor of a class of its own that torch does not write")
+    return _rebuild_parameter(function(*args))
 
 
 def _enum_member(owner: Any = None, name: Any = None, *others: Any) -> Remembered:
@@ -300,12 +328,18 @@ class _Call:
 _CALLS: Mapping[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _Call(_rebuild_tensor),
     "torch._utils._rebuild_tensor_v3": _Call(_rebuild_untyped),
-    "torch._utils._rebuild_parameter": _Call(lambda tensor, *_: tensor),
+    "torch._utils._rebuild_parameter": _Call(_rebuild_parameter),
     "torch._tensor._rebuild_from_type_v2": _Call(_rebuild_from_type),
-    "torch.Size": _Call(lambda sizes=(): Size(sizes)),
-    "collections.OrderedDict": OrderedDict,
+    "torch.Size": _Call(_size),
+    "collections.OrderedDict": Ordered,
     **{name: _Call(_enum_member) for name in GETATTR},
 }
+
+_RESULTS = {
+    **{name: A_LEAF for name, call in _CALLS.items() if isinstance(call, _Call)},
+    **dict.fromkeys(GETATTR, A_MEMBER),
+}
+"""What the scan takes for the results of these calls."""
 
 
 class _Reader(pickle.Unpickler):
@@ -320,21 +354,15 @@ class _Reader(pickle.Unpickler):
         return _CALLS.get(full) or _class(full)
 
     def persistent_load(self, pid: Any) -> StorageRef:
-        try:
-            kind, storage, key, location, numel = pid
-            dtype = (
-                STORAGES[storage.NAME.removeprefix("torch.")]
-                if storage.NAME != "torch.storage.UntypedStorage"
-                else "U8"
-            )
-            valid = kind == "storage" and isinstance(key, str) and isinstance(numel, int) and numel >= 0
-        except (TypeError, ValueError, KeyError, AttributeError):
-            valid = False
-        if not valid or "/" in key or ".." in key:
-            raise UnsafePickleError(f"a storage that torch does not write: {str(pid)[:80]}")
-        storage = StorageRef(key, dtype, numel, str(location))
-        self.storages.add(storage)
-        return storage
+        kind, storage, key, location, numel = pid
+        name = storage.NAME if isinstance(storage, type) and issubclass(storage, Remembered) else ""
+        dtype = "U8" if name == "torch.storage.UntypedStorage" else STORAGES.get(name.removeprefix("torch."))
+        texts = isinstance(key, str) and isinstance(location, str) and "/" not in key and ".." not in key
+        if kind != "storage" or dtype is None or not texts or not _are_sizes([numel]):
+            raise UnsafePickleError(f"a storage that torch does not write: {shown(pid)}")
+        made = StorageRef(key, dtype, numel, location)
+        self.storages.add(made)
+        return made
 
 
 def loads(data: bytes) -> tuple[Any, set[StorageRef]]:
@@ -345,33 +373,13 @@ def loads(data: bytes) -> tuple[Any, set[StorageRef]]:
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise UnsafePickleError(f"{len(data)} bytes of pickle; at most {MAX_PICKLE_BYTES} are read")
+    scan(data, allowed=ALLOWED, results=_RESULTS)
     reader = _Reader(io.BytesIO(data))
     try:
         value = reader.load()
     except UnsafePickleError:
         raise
     except Exception as error:
-        # A damaged or hostile pickle raises whatever it likes: AttributeError, RecursionError, MemoryError, ...
-        raise UnsafePickleError(f"not a readable pickle: {type(error).__name__}: {str(error)[:120]}") from None
-    _check_size(value)
+        # A damaged or hostile pickle raises whatever it likes: AttributeError, TypeError, MemoryError, ...
+        raise UnsafePickleError(f"not a readable pickle: {reason(error)}") from None
     return value, reader.storages
-
-
-def _check_size(value: Any) -> None:
-    """Raise where a value, written out without references, has too many parts: everything later walks through it.
-
-    Raises:
-        UnsafePickleError: It refers to itself, is nested too deeply, or repeats a part of itself too often.
-    """
-    left, open_ = _MAX_PARTS, [(value, 0)]
-    while open_:
-        value, depth = open_.pop()
-        left -= 1
-        if left < 0 or depth > MAX_DEPTH:
-            raise UnsafePickleError("values nested without end")
-        if isinstance(value, dict):
-            open_ += [(part, depth + 1) for pair in value.items() for part in pair]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            open_ += [(part, depth + 1) for part in value]
-        elif isinstance(value, Remembered):
-            open_ += [(value.args, depth + 1), (value.state, depth + 1)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from statex_dist.errors import CheckpointError
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.errors import CheckpointError, reason, shown
 
 LAYOUT_NAME = "tp_layout.json"
 LAYOUT_VERSION = 1
@@ -55,9 +55,9 @@ class TensorParallelLayout:
         try:
             if path.stat().st_size > _MAX_LAYOUT_BYTES:
                 raise ValueError(f"it is larger than {_MAX_LAYOUT_BYTES} bytes")
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["version"] != LAYOUT_VERSION:
-                raise ValueError(f"version {content['version']!r}; only {LAYOUT_VERSION} is known")
+                raise ValueError(f"version {shown(content['version'])}; only {LAYOUT_VERSION} is known")
             tp, files = content["tp"], [str(name) for name in content["files"]]
             if type(tp) is not int or tp != len(files) or files != [file_name(rank, tp) for rank in range(len(files))]:
                 raise ValueError(f"its files are not those of {tp} ranks")
@@ -82,7 +82,7 @@ class TensorParallelLayout:
             OverflowError,
             RecursionError,
         ) as error:
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+            raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
         return cls(tp=tp, files=files, tensors=tensors)
 
 

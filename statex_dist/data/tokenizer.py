@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.data.token_runs import tokens_in_runs
 from statex_dist.errors import ConfigError, DataError
 
@@ -282,7 +283,7 @@ def is_bytes_tokenizer(directory: str | Path) -> bool:
     if not path.is_file():
         return False
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     return isinstance(config, dict) and config.get("tokenizer_class") == _BYTES_CLASS

@@ -40,7 +40,7 @@ from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.random_state import random_state, set_random_state
 from statex_dist.engine.retention import SavePolicy, prune, remove_leftovers, remove_tree
 from statex_dist.engine.snapshot import FileWriter, HostCopy
-from statex_dist.errors import CheckpointError, StateXError
+from statex_dist.errors import CheckpointError, StateXError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class Checkpoints:
             except (StateXError, OSError) as error:
                 answers.append((None, str(error)))
             except Exception as error:  # whatever a damaged file makes of itself: the others wait for an answer
-                answers.append((None, f"{self.directory}: {error!r}"))
+                answers.append((None, f"{self.directory}: {reason(error)}"))
 
         worker = threading.Thread(target=act, name="resume", daemon=True) if self.engine.rank == 0 else None
         if worker is not None:

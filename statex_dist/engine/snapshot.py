@@ -16,6 +16,7 @@ import torch
 from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.checkpoint.manifest import record_file
+from statex_dist.errors import reason
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class FileWriter:
                     time.sleep(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS))
             except Exception as error:
                 # Anything else is a fault of the program; it must reach the loop, not die with the thread.
-                self.problem = f"checkpoint writer of rank {self._rank} failed: {error!r}"
+                self.problem = f"checkpoint writer of rank {self._rank} failed: {reason(error)}"
                 break
         self._files = ()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.checkpoint.json_file import parse_json
+from statex_dist.errors import ConfigError, DataError, reason
 from statex_dist.evaluation.settings import check_different, check_reading
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 
@@ -78,11 +78,11 @@ def read_examples(path: Path) -> list[Example]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             text, label = values["text"], values["label"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f'examples {path}, line {number}: {error!r}; each line must be {{"text": ..., "label": ...}}'
+                f'examples {path}, line {number}: {reason(error)}; each line must be {{"text": ..., "label": ...}}'
             ) from None
         if not isinstance(text, str) or not isinstance(label, str | int) or not str(label).strip():
             raise DataError(f"examples {path}, line {number}: text must be a string, label a string or whole number")

@@ -29,10 +29,11 @@ import xxhash
 
 from statex_dist.checkpoint.formats.sources import open_files
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
+from statex_dist.checkpoint.json_file import parse_json, read_json
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.checkpoint.manifest import sync, write_durably
 from statex_dist.data.progress import ProgressLine
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, reason
 from statex_dist.evaluation.ranks import Ranks
 from statex_dist.evaluation.report import open_target
 
@@ -144,11 +145,12 @@ class Journal:
             content = part.read_bytes()
             for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
                 try:
-                    line = json.loads(text)
+                    line = parse_json(text)
                     lines[line["unit"]] = line
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
-                        f"{part}, line {number} is damaged ({error!r}); delete {self.path} to start the evaluation anew"
+                        f"{part}, line {number} is damaged ({reason(error)}); delete {self.path} to start the "
+                        "evaluation anew"
                     ) from None
         return lines
 
@@ -218,7 +220,7 @@ def _remove_results(directory: Path, suite: str) -> None:
     """Remove what a finished evaluation wrote, its summary last: a later one may have other plots."""
     results = directory / f"{suite}.json"
     try:
-        plots = json.loads(results.read_text(encoding="utf-8"))["plots"]
+        plots = read_json(results)["plots"]
     except (OSError, ValueError, KeyError, TypeError):
         plots = []  # damaged, or by an earlier version: its plots stay
     for name in plots:
@@ -230,7 +232,7 @@ def _remove_results(directory: Path, suite: str) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete {path.parent} to start the evaluation anew") from None
     return settings if isinstance(settings, dict) else {}

@@ -6,21 +6,31 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
+from statex_dist.checkpoint.json_file import read_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, reason, shown
 from statex_dist.models.config_keys import check_other_keys
 from statex_dist.models.plan_keys import OUR_CODE_PREFIX, ours, own_keys, with_plan_entry, without_plan
 from statex_dist.state.geometry import StateGeometry
-from statex_dist.state.plan import ExpansionPlan, LayerExpansion
+from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan, LayerExpansion
 
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
+
+_MAX_HEADS = 1 << 16
+_LIMITS = {
+    "num_hidden_layers": MAX_LAYERS,
+    "num_local_experts": 4096,
+    **dict.fromkeys(("num_heads", "num_v_heads", "num_attention_heads", "mamba_n_heads"), _MAX_HEADS),
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), _MAX_HEADS),
+}
+"""Fields that say how many things there are of a kind, each of which takes time and memory: the most that is read."""
 
 
 @dataclass(kw_only=True)
@@ -75,18 +85,18 @@ class ModelConfig:
         for name in names:
             value = getattr(self, name)
             if value is not None and not value >= 1:
-                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {value}")
-            if value is not None and value > LARGEST_SIZE:
-                raise CheckpointError(
-                    f"{self.MODEL_TYPE} config: {name} must not exceed {LARGEST_SIZE}, but is {value}"
-                )
+                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be 1 or more, not {shown(value)}")
+            if value is not None and value > (most := _LIMITS.get(name, LARGEST_SIZE)):
+                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must not exceed {most}, but is {shown(value)}")
 
     def check_sizes(self, *names: str) -> None:
         """Raise unless these ratios are finite and above 0."""
         for name in names:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise CheckpointError(f"{self.MODEL_TYPE} config: {name} must be a number above 0, not {value}")
+            if not (math.isfinite(value) and 0 < value <= LARGEST_SIZE):
+                raise CheckpointError(
+                    f"{self.MODEL_TYPE} config: {name} must be a number above 0 and at most {LARGEST_SIZE}, not {value}"
+                )
 
     def check_plan(self) -> None:
         """Raise if the plan does not fit the model.
@@ -95,16 +105,17 @@ class ModelConfig:
             CheckpointError: A layer does not exist.
             ConfigError: A layer has no recurrent state, or the operation is not for this family or does not divide.
         """
+        recurrent = frozenset(self.recurrent_layers) if self.statex else frozenset()
         for expansion in self.statex.layers if self.statex else ():
             if not 0 <= expansion.layer < self.num_hidden_layers:
                 raise CheckpointError(
                     f"plan: layer {expansion.layer} is out of range; "
                     f"the model has layers 0..{self.num_hidden_layers - 1}"
                 )
-            if expansion.layer not in self.recurrent_layers:
+            if expansion.layer not in recurrent:
                 raise ConfigError(
                     f"plan: layer {expansion.layer} has no recurrent state; those that have: "
-                    f"{list(self.recurrent_layers)}"
+                    f"{shown(list(self.recurrent_layers))}"
                 )
             if expansion.op not in self.OPS:
                 raise ConfigError(
@@ -274,6 +285,16 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
 
+def check_layer_list(what: str, layers: Sequence[Any], num_layers: int) -> None:
+    """Raise if a list of a ``config.json`` names more layers than the model has.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    if len(layers) > num_layers:
+        raise CheckpointError(f"{what} lists {len(layers)} layers; the model has {num_layers}")
+
+
 def is_layer(value: Any, num_layers: int) -> bool:
     """Return whether a value of a ``config.json`` names one of ``num_layers`` layers."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_layers
@@ -293,7 +314,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
+        return whole or isinstance(value, float)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     origin = typing.get_origin(hint) or hint
@@ -319,14 +341,14 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{model_dir} is a file; give the directory that holds {CONFIG_NAME}")
     path = model_dir / CONFIG_NAME
     try:
-        values = parse_config(path.read_text(encoding="utf-8"))
+        values = parse_config(read_text(path))
     except FileNotFoundError:
         hint = "not a Hugging Face model directory"
         if (model_dir / CHECKPOINTS_DIR).is_dir():
             hint = f"it is a training run; make a model of it: statex reshard --source {model_dir} --target DIR --to hf"
         raise CheckpointError(f"{model_dir} holds no {CONFIG_NAME}: {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return values

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from statex_dist.errors import CheckpointError
-from statex_dist.models.config import ModelConfig, is_layer
+from statex_dist.errors import CheckpointError, shown
+from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
 from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
@@ -44,20 +44,30 @@ class FLAConfig(ModelConfig):
         super().__post_init__()
         self.check_positive("intermediate_size", "hidden_ratio")
         self.check_allowed("hidden_act", "swish", "silu")
-        for group in self._attention_groups:
+        groups = self._attention_groups
+        if len(groups) > self.num_hidden_layers:
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: attn has {len(groups)} entries for {self.num_hidden_layers} layers"
+            )
+        for group in groups:
             if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
                 raise CheckpointError(
                     f"{self.MODEL_TYPE} config: attn must be a mapping with a list 'layers', or a list of such, not "
-                    f"{self.attn!r}"
+                    f"{shown(self.attn)}"
                 )
+            check_layer_list(f"{self.MODEL_TYPE} config: attn.layers", group["layers"], self.num_hidden_layers)
             for layer in group["layers"]:
                 if not is_layer(layer, self.num_hidden_layers):
-                    raise CheckpointError(f"{self.MODEL_TYPE} config: attn names layer {layer!r}, which does not exist")
+                    raise CheckpointError(
+                        f"{self.MODEL_TYPE} config: attn names layer {shown(layer)}, which does not exist"
+                    )
 
     def check_allowed(self, name: str, *allowed: object) -> None:
         """Raise if a field has a value that we do not support."""
         if (given := getattr(self, name)) not in allowed:
-            raise CheckpointError(f"{self.MODEL_TYPE} config: {name}={given!r} is not supported; allowed: {allowed}")
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: {name}={shown(given)} is not supported; allowed: {allowed}"
+            )
 
     def check_ignored(self, fla_class: str, name: str, value: object) -> None:
         """Raise if a field differs from ``value`` in a config of flash-linear-attention's, whose class never reads it.
@@ -85,7 +95,8 @@ class FLAConfig(ModelConfig):
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """All but the attention layers."""
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.attention_layers)
+        attention = frozenset(self.attention_layers)
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
     def obstacle(self) -> str | None:

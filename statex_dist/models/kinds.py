@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.bamba.config import BambaConfig
 from statex_dist.models.config import ModelConfig, read_config_dict
 from statex_dist.models.distributions import Distribution
@@ -140,7 +140,7 @@ def family_of(model_type: Any) -> Family:
         CheckpointError: We have no such family.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(f"model_type {repr(model_type)[:80]} is not supported; supported: {', '.join(FAMILIES)}")
+        raise CheckpointError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, shown
 
 MILLION = 1_000_000
 THOUSAND_TOKENS = 1024
@@ -140,7 +140,7 @@ class Law:
         try:
             form = values["form"]
             if form not in get_args(Form):
-                raise ValueError(f"form {form!r}")
+                raise ValueError(f"form {shown(form)}")
             parameters = tuple(float(values["parameters"][name]) for name in PARAMETERS[form])
             covariance = values["covariance"]
             law = cls(

@@ -8,16 +8,23 @@ for *every* layer; here the geometry of each layer is derived from the base conf
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, reason, shown
 
 Op = Literal["merge_heads", "mix_heads", "grow_state"]
 Init = Literal["reinit", "inherit", "lossless", "copy"]
 
 PLAN_VERSION = 1
+
+MAX_LAYERS = 10_000
+"""Of a model, and so of a plan."""
+
+MAX_FACTOR = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,16 +54,20 @@ class LayerExpansion:
 
     def __post_init__(self) -> None:
         if not isinstance(self.reset_dynamics, bool):
-            raise ConfigError(f"plan: reset_dynamics must be true or false, not {self.reset_dynamics!r}")
+            raise ConfigError(f"plan: reset_dynamics must be true or false, not {shown(self.reset_dynamics)}")
         for name, kind in (("layer", int), ("factor", int), ("seed", int)):
             if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), bool):
-                raise ConfigError(f"plan: {name} must be a whole number, not {getattr(self, name)!r}")
+                raise ConfigError(f"plan: {name} must be a whole number, not {shown(getattr(self, name))}")
         if self.op not in get_args(Op):
-            raise ConfigError(f"plan, layer {self.layer}: op {self.op!r} is not one of {', '.join(get_args(Op))}")
+            raise ConfigError(f"plan, layer {self.layer}: op {shown(self.op)} is not one of {', '.join(get_args(Op))}")
         if self.init not in get_args(Init):
-            raise ConfigError(f"plan, layer {self.layer}: init {self.init!r} is not one of {', '.join(get_args(Init))}")
-        if self.factor < 2:
-            raise ConfigError(f"plan, layer {self.layer}: factor must be 2 or more, not {self.factor}")
+            raise ConfigError(
+                f"plan, layer {self.layer}: init {shown(self.init)} is not one of {', '.join(get_args(Init))}"
+            )
+        if not 2 <= self.factor <= MAX_FACTOR:
+            raise ConfigError(
+                f"plan, layer {shown(self.layer)}: factor must be 2 to {MAX_FACTOR}, not {shown(self.factor)}"
+            )
         if self.op == "merge_heads" and self.init == "lossless":
             raise ConfigError(
                 f"plan, layer {self.layer}: merging heads cannot be lossless; use op mix_heads, or init inherit"
@@ -94,13 +105,15 @@ class ExpansionPlan:
     def __post_init__(self) -> None:
         indices = [expansion.layer for expansion in self.layers]
         if len(set(indices)) != len(indices):
-            doubled = sorted({i for i in indices if indices.count(i) > 1})
-            raise ConfigError(f"plan: layers {doubled} are expanded more than once")
+            doubled = sorted(layer for layer, times in Counter(indices).items() if times > 1)
+            raise ConfigError(f"plan: layers {shown(doubled)} are expanded more than once")
         object.__setattr__(self, "layers", tuple(sorted(self.layers, key=lambda expansion: expansion.layer)))
 
     def get(self, layer: int) -> LayerExpansion | None:
         """Return the expansion of ``layer``, or None where it stays as it is."""
-        return next((expansion for expansion in self.layers if expansion.layer == layer), None)
+        index = bisect_left(self.layers, layer, key=lambda expansion: expansion.layer)
+        found = self.layers[index] if index < len(self.layers) else None
+        return found if found is not None and found.layer == layer else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form stored under ``statex`` in ``config.json``."""
@@ -114,13 +127,19 @@ class ExpansionPlan:
             ConfigError: Not a plan, or one of a newer version.
         """
         if not isinstance(values, dict) or not isinstance(values.get("layers"), list):
-            raise ConfigError(f"config.json: 'statex' must hold a plan with a list 'layers', not {values!r}")
+            raise ConfigError(f"config.json: 'statex' must hold a plan with a list 'layers', not {shown(values)}")
         if values.get("version") != PLAN_VERSION:
-            raise ConfigError(f"config.json: plan version {values.get('version')!r}; this release reads {PLAN_VERSION}")
+            raise ConfigError(
+                f"config.json: plan version {shown(values.get('version'))}; this release reads {PLAN_VERSION}"
+            )
+        if len(values["layers"]) > MAX_LAYERS:
+            raise ConfigError(
+                f"config.json: statex.layers has {len(values['layers'])} entries; at most {MAX_LAYERS} are read"
+            )
         try:
             layers = tuple(LayerExpansion(**row) for row in values["layers"])
         except TypeError as error:
-            raise ConfigError(f"config.json: bad entry in statex.layers: {error}") from None
+            raise ConfigError(f"config.json: bad entry in statex.layers: {reason(error)}") from None
         return cls(layers=layers)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.train.console import StepLines
@@ -142,7 +143,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.checkpoint.layout import STATUS_NAME, TEMPORARY_PREFIX
 from statex_dist.checkpoint.manifest import sync, write_durably
 from statex_dist.errors import StateXError
@@ -118,7 +119,7 @@ def read_status(run_dir: Path) -> RunStatus | None:
     """
     path = run_dir / STATUS_NAME
     try:
-        return RunStatus(**json.loads(path.read_text(encoding="utf-8")))
+        return RunStatus(**read_json(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from checkpoints_tools.reshard import reshard
 from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
 from tests.runs import REPOSITORY
@@ -336,3 +337,23 @@ class TestSource:
         name = "backbone.layers.0.mixer.rotary"
         write_model(tmp_path / "in", MAMBA2, {**random_tensors(MAMBA2), name: torch.zeros(4)})
         refused(tmp_path / "in", tmp_path / "out", f"'{name}'")
+
+
+def test_files_that_are_links_to_elsewhere_are_not_carried_along(tmp_path):
+    write_model(tmp_path / "gla", GLA)
+    (tmp_path / "gla" / "merges.txt").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match=r"merges\.txt is a link to /etc/passwd"):
+        run_expand(tmp_path / "gla", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"merges\.txt is a link to /etc/passwd"):
+        reshard(tmp_path / "gla", tmp_path / "out", to="hf")
+
+
+def test_a_snapshot_of_the_hub_cache_is_a_source(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    write_model(blobs, GLA)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    run_expand(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"max_new_tokens": 3}'

@@ -24,8 +24,7 @@ from statex_dist.checkpoint.formats.tensor_io import Held, Piece, TensorInfo
 from statex_dist.checkpoint.formats.torch_reader import gathered, place_of
 from statex_dist.checkpoint.formats.torch_zip import ArchiveError, Entry, TorchArchive, read_content, read_entries
 from statex_dist.checkpoint.torch_pickle import TensorRef, UnsafePickleError
-from statex_dist.config import one_line
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, one_line
 
 _MAX_PICKLE_BYTES = 1 << 20
 _HEADER_BYTES = 2048  # what stands before the values of a chunk, and what stands behind them

@@ -23,10 +23,10 @@ from statex_dist.checkpoint.torch_pickle import (
     UnsafePickleError,
     loads,
 )
-from statex_dist.config import one_line
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, one_line, reason, shown
 
 METADATA_NAME = ".metadata"
+_MAX_AXES = 64
 
 PACKAGE = "torch.distributed.checkpoint"
 METADATA = f"{PACKAGE}.metadata.Metadata"
@@ -131,13 +131,13 @@ def read_metadata(path: Path) -> DcpContents:
         tensors, ignored = {}, []
         for name, entry in entries.items():
             if not isinstance(name, str) or not isinstance(entry, Remembered):
-                raise ValueError(f"an entry {str(name)[:80]!r} that is no tensor")
+                raise ValueError(f"an entry {shown(name)} that is no tensor")
             if entry.NAME == _BYTES:
                 ignored.append(name)
             else:
                 tensors[name] = _tensor(name, entry, places)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        text = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        text = f"it lacks {reason(error)}" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(f"{path} is not what torch writes: {text}") from None
     return DcpContents(tensors=tensors, ignored=tuple(ignored), paths=as_paths(fields.get("planner_data")))
 
@@ -157,8 +157,12 @@ def _dict(value: Any) -> dict[Any, Any]:
 
 def _numbers(value: Any) -> tuple[int, ...]:
     """Return sizes or offsets."""
-    if not isinstance(value, tuple | list) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"sizes or offsets {str(value)[:80]}")
+    if (
+        not isinstance(value, tuple | list)
+        or len(value) > _MAX_AXES
+        or not all(type(n) is int and 0 <= n < 2**63 for n in value)
+    ):
+        raise ValueError(f"sizes or offsets {shown(value)}")
     return tuple(value)
 
 
@@ -169,9 +173,11 @@ def _places(value: Any) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int
         key, fields = _fields(index, INDEX), _fields(place, PLACE)
         file, offset, length = fields["relative_path"], *_numbers([fields["offset"], fields["length"]])
         if not isinstance(file, str) or "\\" in file or PurePosixPath(file).name != file or file in ("", ".", ".."):
-            raise ValueError(f"'{key['fqn']}' is in {str(file)[:80]!r}; only files of the same directory are allowed")
+            raise ValueError(f"{shown(key['fqn'])} is in {shown(file)}; only files of the same directory are allowed")
         if fields.get("transform_descriptors"):
-            raise ValueError(f"'{key['fqn']}' is stored with {fields['transform_descriptors']}, which we cannot undo")
+            raise ValueError(
+                f"{shown(key['fqn'])} is stored with {shown(fields['transform_descriptors'])}, which we cannot undo"
+            )
         if key.get("offset") is None:
             continue
         begin = (key["fqn"], _numbers(key["offset"]))

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from statex_dist.checkpoint.descriptors import open_files_of_reader
 from statex_dist.checkpoint.formats.crc import CrcLedger
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
 from statex_dist.checkpoint.formats.torch_zip import Entry, TorchArchive
 from statex_dist.errors import CheckpointError
-
-_OPEN_FILES = 32
 
 
 class SourceCrcs:
@@ -113,6 +112,7 @@ class PieceReader:
         self._states, self._crcs = states, crcs
         self._ahead = ahead or ReadAhead(len(states))
         self._files: OrderedDict[Path, int] = OrderedDict()
+        self._most_files = open_files_of_reader()
         self._scratch = np.empty(0, dtype=np.uint8)
 
     def read(self, pieces: Pieces, info: TensorInfo, start: int, view: np.ndarray) -> None:
@@ -174,7 +174,7 @@ class PieceReader:
         if descriptor is not None:
             self._files.move_to_end(path)
             return descriptor
-        if len(self._files) >= _OPEN_FILES:
+        if len(self._files) >= self._most_files:
             os.close(self._files.popitem(last=False)[1])
         try:
             descriptor = os.open(path, os.O_RDONLY)

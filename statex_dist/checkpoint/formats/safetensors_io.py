@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.places import missing_text, pointer_text
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
-from statex_dist.errors import CheckpointError
+from statex_dist.checkpoint.json_file import parse_json, read_json
+from statex_dist.errors import CheckpointError, reason, shown
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-_INDEX_MAX_BYTES = 100_000_000
+_MAX_AXES = 64
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
@@ -41,13 +43,16 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: header entry of '{name}' lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{path}: tensor '{name}' has dtype {dtype!r}; supported: {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)) or not _is_size(begin) or not _is_size(end):
-        raise CheckpointError(f"{path}: tensor '{name}' has a bad shape {shape!r} or bad offsets [{begin!r}, {end!r}]")
+        raise CheckpointError(f"{path}: tensor '{name}' has dtype {shown(dtype)}; supported: {', '.join(ITEM_BYTES)}")
+    is_shape = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(map(_is_size, shape))
+    if not is_shape or not _is_size(begin) or not _is_size(end):
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has a bad shape {shown(shape)} or bad offsets [{shown(begin)}, {shown(end)}]"
+        )
     info = TensorInfo(name=name, shape=tuple(shape), dtype=dtype)
     if end - begin != info.nbytes:
         raise CheckpointError(
-            f"{path}: tensor '{name}' of shape {shape} and dtype {dtype} needs {info.nbytes} bytes; "
+            f"{path}: tensor '{name}' of shape {shown(shape)} and dtype {dtype} needs {info.nbytes} bytes; "
             f"its offsets [{begin}, {end}] hold {end - begin}"
         )
     return info, begin, end
@@ -71,13 +76,13 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
                 raise CheckpointError(
                     f"{path} is not a safetensors file: header of {length} bytes (at most {MAX_HEADER_BYTES})"
                 )
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            header = parse_json(file.read(length), parse=partial(json.loads, object_pairs_hook=_no_duplicates))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not valid JSON: {error}") from None
+        raise CheckpointError(f"{path}: the safetensors header is not valid JSON: {reason(error)}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
@@ -104,17 +109,15 @@ def read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str
 def read_index(path: Path) -> dict[str, str]:
     """Return the checked ``weight_map`` of an index file."""
     try:
-        if path.stat().st_size > _INDEX_MAX_BYTES:
-            raise CheckpointError(f"{path} is larger than {_INDEX_MAX_BYTES} bytes: not an index")
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as an index with a weight_map: {error!r}") from None
+        raise CheckpointError(f"{path} cannot be read as an index with a weight_map: {reason(error)}") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is empty or not a mapping of tensor names to files")
     for name, file in weight_map.items():
         if not isinstance(file, str) or "\\" in file or PurePosixPath(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(
-                f"{path}: tensor '{name}' is in {file!r}; only files of the same directory are allowed"
+                f"{path}: tensor '{name}' is in {shown(file)}; only files of the same directory are allowed"
             )
     return weight_map
 

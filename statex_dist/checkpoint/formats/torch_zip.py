@@ -22,8 +22,7 @@ from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.places import pointer_text
 from statex_dist.checkpoint.formats.raw_io import FileState, read_bytes
 from statex_dist.checkpoint.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
-from statex_dist.config import one_line
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, one_line
 
 LOCAL = struct.Struct("<IHHHHHIIIHH")
 END = struct.Struct("<IHHHHIIH")

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from statex_dist.checkpoint.manifest import sync
 from statex_dist.data.manifest import MANIFEST_NAME, DatasetManifest
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, refusal
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Staging:
         try:
             self.directory.mkdir(parents=True)
         except OSError as error:
-            raise ConfigError(f"out {self.out} cannot be written: {error.strerror}") from error
+            raise ConfigError(f"out {self.out} cannot be written: {refusal(error)}") from error
         _in_progress.add(self.out)
         return self
 

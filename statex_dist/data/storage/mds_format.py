@@ -22,7 +22,7 @@ import numpy as np
 
 from statex_dist.data.storage.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry, check_count
 from statex_dist.data.store import Piece
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, reason
 
 INDEX_NAME = "index.json"
 
@@ -120,7 +120,7 @@ def read_index(content: bytes, origin: str) -> list[ShardEntry]:
         if not isinstance(shards, list):
             raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{origin} is not a readable MDS index ({error!r}); prepare the dataset again") from error
+        raise DataError(f"{origin} is not a readable MDS index ({reason(error)}); prepare the dataset again") from error
     if version != 2 or not shards:
         raise DataError(
             f"{origin}: MDS version {reprlib.repr(version)} with {len(shards)} shards; prepare the data again"
@@ -142,7 +142,7 @@ def _entry(where: str, shard: Any) -> ShardEntry:
     except DataError as error:
         raise DataError(f"{where}: {error}; restore the index or prepare the data again") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is not a readable MDS entry ({error!r}); prepare the data again") from error
+        raise DataError(f"{where} is not a readable MDS entry ({reason(error)}); prepare the data again") from error
 
 
 def _file(entry: Mapping[str, Any]) -> FileEntry:

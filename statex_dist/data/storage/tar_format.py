@@ -28,7 +28,7 @@ import numpy as np
 from statex_dist.data.storage.npy import read_npy
 from statex_dist.data.storage.shards import TOKEN_DTYPES, FileEntry, ShardEntry
 from statex_dist.data.store import Piece
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, reason
 
 FORMAT = "wds"
 INDEX_NAME = "shards.json"
@@ -119,7 +119,7 @@ def read_index(content: bytes, origin: str) -> list[ShardEntry]:
         if not isinstance(shards, list):
             raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{origin} is not a readable tar index ({error!r}); prepare the data again") from error
+        raise DataError(f"{origin} is not a readable tar index ({reason(error)}); prepare the data again") from error
     if format != FORMAT or version != INDEX_VERSION or not shards:
         raise DataError(
             f"{origin}: format {reprlib.repr(format)}, version {reprlib.repr(version)}, {len(shards)} shards; needed: "
@@ -134,7 +134,9 @@ def _entry(where: str, record: Any) -> ShardEntry:
     except DataError as error:
         raise DataError(f"{where}: {error}; restore the index or prepare the data again") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is not a readable tar index entry ({error!r}); prepare the data again") from error
+        raise DataError(
+            f"{where} is not a readable tar index entry ({reason(error)}); prepare the data again"
+        ) from error
 
 
 def pack_index(entries: Sequence[ShardEntry]) -> bytes:

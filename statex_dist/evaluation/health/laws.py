@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.errors import ConfigError, DataError, reason
 from statex_dist.evaluation.health.plots import plot_laws
 from statex_dist.evaluation.report import RESULT_VERSION, write_results
 from statex_dist.state.laws import MILLION, THOUSAND_TOKENS, Law, fit_exponential, fit_line
@@ -130,11 +131,11 @@ def find_results(directories: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _read(path: Path, suite: str) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         if summary["suite"] != suite or summary["version"] != RESULT_VERSION:
             raise ValueError(f"suite {summary['suite']!r}, version {summary['version']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is not a result of `statex eval {suite}`: {error!r}; run it again") from None
+        raise DataError(f"{path} is not a result of `statex eval {suite}`: {reason(error)}; run it again") from None
     for name, kinds in _NEEDED[suite].items():
         section, key = name.split(".")
         values = summary.get(section)

@@ -6,15 +6,15 @@ of the newest one the plan is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, complete_tags
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, reason
 from statex_dist.evaluation.page.runs import TrainingRun, distinct_names, read_json, read_runs
 from statex_dist.evaluation.report import RESULT_VERSION
 from statex_dist.models.config import ModelConfig
@@ -61,11 +61,11 @@ class Result:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     if record["kind"] == kind:
                         yield record
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}, line {number} is damaged: {error!r}") from None
+                    raise DataError(f"{path}, line {number} is damaged: {reason(error)}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +113,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{path} does not hold what this release writes ({error!r}); evaluate again, or leave it out"
+            f"{path} does not hold what this release writes ({reason(error)}); evaluate again, or leave it out"
         ) from None
 
 

@@ -6,7 +6,6 @@ newest checkpoint. No torch is loaded.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     CONFIG_NAME,
@@ -144,7 +144,7 @@ def _read_run(directory: Path, name: str) -> TrainingRun:
     plan = ExpansionPlan.from_dict(model["statex"]) if model.get("statex") else ExpansionPlan()
     try:
         settings = flat(yaml.safe_load(config) or {})
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{directory / SETTINGS_NAME} is not valid YAML: {' '.join(str(error).split())}") from None
     return TrainingRun(
         name=name,
@@ -173,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: It holds none, or cannot be read.
     """
     try:
-        values = json.loads(_text(path) or "{}")
+        values = parse_json(_text(path) or "{}")
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from statex_dist.errors import CheckpointError
-from statex_dist.models.config import ModelConfig, is_layer
+from statex_dist.errors import CheckpointError, shown
+from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.state.geometry import StateGeometry
+from statex_dist.state.plan import ExpansionPlan
 
 
 @dataclass(kw_only=True)
@@ -57,10 +58,13 @@ class BambaConfig(ModelConfig):
         if self.mamba_d_head == "auto":
             self.mamba_d_head = inner // self.mamba_n_heads
         if not isinstance(self.mamba_d_head, int):
-            raise CheckpointError(f"bamba config: mamba_d_head={self.mamba_d_head!r} must be a number or 'auto'")
+            raise CheckpointError(f"bamba config: mamba_d_head={shown(self.mamba_d_head)} must be a number or 'auto'")
+        check_layer_list("bamba config: attn_layer_indices", self.attn_layer_indices or (), self.num_hidden_layers)
         for layer in self.attn_layer_indices or ():
             if not is_layer(layer, self.num_hidden_layers):
-                raise CheckpointError(f"bamba config: attn_layer_indices names layer {layer!r}, which does not exist")
+                raise CheckpointError(
+                    f"bamba config: attn_layer_indices names layer {shown(layer)}, which does not exist"
+                )
         self.check_plan()
         self.mamba2()
 
@@ -86,7 +90,7 @@ class BambaConfig(ModelConfig):
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """The Mamba2 layers."""
-        attention = self.attn_layer_indices or []
+        attention = frozenset(self.attn_layer_indices or ())
         return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
@@ -106,4 +110,6 @@ class BambaConfig(ModelConfig):
 
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of a Mamba2 layer under the plan."""
-        return self.mamba2().layer_geometry(layer)
+        expansion = self.statex.get(layer) if self.statex else None
+        plan = ExpansionPlan(layers=(expansion,)) if expansion else None  # of this layer alone: it is checked each time
+        return self.replace(statex=plan).mamba2().layer_geometry(layer)

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.fla import head_geometry
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
+
+MAX_EXPERTS = 100_000
+"""Of all layers together: each has tensors of its own."""
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -69,7 +72,8 @@ class LightningConfig(ModelConfig):
         self.check_positive("num_attention_heads", "intermediate_size", "head_dim", "num_local_experts")
         if self.hidden_act not in ("silu", "swish"):
             raise CheckpointError(
-                f"minimax config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu', also called 'swish'"
+                f"minimax config: hidden_act={shown(self.hidden_act)} is not supported; allowed: 'silu', also called "
+                "'swish'"
             )
         for key in ("attn_type_list", "layer_type_list"):
             if self.layer_types is None and self.extra.get(key) is not None:
@@ -80,6 +84,11 @@ class LightningConfig(ModelConfig):
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise CheckpointError(
                 f"minimax config: num_experts_per_tok={self.num_experts_per_tok} must be 1 to {self.num_local_experts}"
+            )
+        if self.num_local_experts * self.num_hidden_layers > MAX_EXPERTS:
+            raise CheckpointError(
+                f"minimax config: num_local_experts={self.num_local_experts} times num_hidden_layers="
+                f"{self.num_hidden_layers} must not exceed {MAX_EXPERTS}"
             )
         if len(self.kinds) != self.num_hidden_layers or any(kind not in (LINEAR, FULL) for kind in self.kinds):
             raise CheckpointError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, check_type
 from statex_dist.models.mamba2 import fla_keys
 from statex_dist.state.geometry import StateGeometry
@@ -56,7 +56,8 @@ class Mamba2Config(ModelConfig):
             )
         if self.hidden_act not in ("silu", "swish"):
             raise CheckpointError(
-                f"mamba2 config: hidden_act={self.hidden_act!r} is not supported; allowed: 'silu', also called 'swish'"
+                f"mamba2 config: hidden_act={shown(self.hidden_act)} is not supported; allowed: 'silu', also called "
+                "'swish'"
             )
         if self.num_heads * self.head_dim != self.inner_size:
             raise CheckpointError(

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.config_json import decode_floats
-from statex_dist.errors import CheckpointError
-from statex_dist.models.config import LARGEST_SIZE, check_type, is_layer
+from statex_dist.errors import CheckpointError, shown
+from statex_dist.models.config import LARGEST_SIZE, check_layer_list, check_type, is_layer
 from statex_dist.models.config_keys import SHARED_KEYS
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.plan_keys import without_plan
-from statex_dist.state.plan import ExpansionPlan
+from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan
 
 _SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "chunk_size": 256}
 _SWITCHES = {"bias": False, "conv_bias": True}
@@ -89,7 +89,8 @@ class StateSpacesConfig(Mamba2Config):
         _check_values(top, ssm)
         mixed = values.get("attn_layer_idx") or []
         if not isinstance(mixed, list) or not all(is_layer(layer, values["n_layer"]) for layer in mixed):
-            raise CheckpointError(f"{_WHERE}: attn_layer_idx must list layers of the model, not {repr(mixed)[:80]}")
+            raise CheckpointError(f"{_WHERE}: attn_layer_idx must list layers of the model, not {shown(mixed)}")
+        check_layer_list(f"{_WHERE}: attn_layer_idx", mixed, values["n_layer"])
         multiple = top["pad_vocab_size_multiple"]
         config = Mamba2Config.from_dict(
             {
@@ -128,7 +129,8 @@ class StateSpacesConfig(Mamba2Config):
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """All but the attention layers."""
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.attention)
+        attention = frozenset(self.attention)
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
     def obstacle(self) -> str | None:
@@ -163,8 +165,9 @@ def _check_values(top: dict[str, Any], ssm: dict[str, Any]) -> None:
     numbers = {key: top.get(key) for key in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple")}
     numbers |= {f"ssm_cfg.{key}": ssm[key] for key in _SIZES}
     for key, number in numbers.items():
-        if not is_layer(number, LARGEST_SIZE) or number == 0:
-            raise CheckpointError(f"{_WHERE}: {key} must be a whole number from 1, not {repr(number)[:80]}")
+        most = MAX_LAYERS if key == "n_layer" else LARGEST_SIZE
+        if not is_layer(number, most + 1) or number == 0:
+            raise CheckpointError(f"{_WHERE}: {key} must be a whole number from 1 to {most}, not {shown(number)}")
     if not is_layer(top["d_intermediate"], LARGEST_SIZE):
         raise CheckpointError(
             f"{_WHERE}: d_intermediate must be a whole number from 0, not {repr(top['d_intermediate'])[:80]}"
