@@ -132,11 +132,12 @@ def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
     from statex_dist.data.tokenizer import load_tokenizer
     from statex_dist.inference.end_tokens import use_end_tokens
     from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer
+    from statex_dist.models.source import find_model
 
     tokenizer = load_tokenizer(tokenizer_of(args))
     check_vocabulary(model, tokenizer)
     doubt_tokenizer(model, tokenizer)
-    use_end_tokens(tokenizer, model.config, Path(args.model))
+    use_end_tokens(tokenizer, model.config, find_model(args.model))
     return tokenizer
 
 

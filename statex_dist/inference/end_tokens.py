@@ -6,20 +6,19 @@ tokenizer merely calls an end of turn does not count unless one of the files nam
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, reason, shown
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 
 log = logging.getLogger(__name__)
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 _KEY = "eos_token_id"
-_MAX_SHOWN = 60
 
 
 def use_end_tokens(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
@@ -52,23 +51,23 @@ def log_end_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
         tokenizer: After :func:`use_end_tokens`.
         vocab_size: Of the model.
     """
-    shown = {token: f"{token} {tokenizer.token_name(token)}" for token in tokenizer.end_tokens}
+    texts = {token: f"{token} {tokenizer.token_name(token)}" for token in tokenizer.end_tokens}
     named = {token: " and ".join(names) for token, names in tokenizer.end_tokens.items()}
-    log.info("end tokens: %s", "; ".join(f"{shown[token]} ({named[token]})" for token in shown))
+    log.info("end tokens: %s", "; ".join(f"{texts[token]} ({named[token]})" for token in texts))
     for token, place in named.items():
         if not 0 <= token < vocab_size:
             log.warning("%s: end token %d is outside the model's vocabulary of %d tokens", place, token, vocab_size)
         elif not tokenizer.is_special(token):
-            log.warning("%s: end token %s is not a special token; every text ends where it comes", place, shown[token])
+            log.warning("%s: end token %s is not a special token; every text ends where it comes", place, texts[token])
 
 
 def _generation_ids(path: Path) -> list[int]:
     if not path.is_file():
         return []
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error)[:_MAX_SHOWN]}") from None
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return _ids(values.get(_KEY), path)
@@ -77,7 +76,5 @@ def _generation_ids(path: Path) -> list[int]:
 def _ids(value: Any, path: Path) -> list[int]:
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise CheckpointError(
-            f"{path}: '{_KEY}' must be a token id, a list of them or null, not {value!r:.{_MAX_SHOWN}}"
-        )
+        raise CheckpointError(f"{path}: '{_KEY}' must be a token id, a list of them or null, not {shown(value)}")
     return list(dict.fromkeys(ids))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,8 +10,8 @@ from statex_dist.checkpoint.formats.dcp_chunks import Places, Strided, open_chun
 from statex_dist.checkpoint.formats.dcp_format import METADATA_NAME, read_metadata
 from statex_dist.checkpoint.formats.tensor_io import Held, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.checkpoint.formats.torch_zip import TorchArchive
-from statex_dist.config import one_line
-from statex_dist.errors import CheckpointError
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.errors import CheckpointError, reason, shown
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +99,8 @@ def _check_backend(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it is larger than {_MAX_JSON_BYTES} bytes")
-        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {one_line(error)}") from None
+        backend = read_json(path, most=_MAX_JSON_BYTES)["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if backend != CHECKPOINT_CONFIG["sharded_backend"]:
-        raise CheckpointError(f"{path} names the format {str(backend)[:40]!r}; only torch_dist is read")
+        raise CheckpointError(f"{path} names the format {shown(backend)}; only torch_dist is read")
