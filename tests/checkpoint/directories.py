@@ -45,7 +45,7 @@ def state_dict(*, tied: bool = False) -> dict[str, torch.Tensor]:
 
 
 def start(directory: Path, *, tied: bool = False, **changes: object) -> dict[str, torch.Tensor]:
-    """Write config and tokenizer, and return the weights for somebody to write."""
+    """Write config and tokenizer, and return the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     transformers.Mamba2Config(**NEW_MODEL, tie_word_embeddings=tied).save_pretrained(directory)
     path = directory / "config.json"

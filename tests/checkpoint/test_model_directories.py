@@ -83,7 +83,7 @@ def test_a_bad_directory_is_refused_by_every_command_in_the_same_words(tmp_path,
     make(directory)
     for command in COMMANDS:
         code, said = run(command, directory, tmp_path / "out", capsys)
-        # What inspect finds it tells in its table, and goes on.
+        # inspect reports the problem in its result.
         assert code in ((1, 2) if command == "inspect" else (2,)), (command, said)
         assert words in said, (command, said)
         assert command == "inspect" or len(said.strip().splitlines()[-1]) <= 400 + len(str(directory)), said
@@ -132,10 +132,10 @@ def test_digests_can_be_switched_off_and_the_log_says_so(tmp_path, capsys, caplo
     spoilt(directory)
     words = COMMANDS["generate"](directory, tmp_path)
     assert main([str(word) for word in [*words, "--no-digests"]]) == 0
-    assert "not held to digests and checksums (switched off)" in capsys.readouterr().err
+    assert "not compared with digests and checksums (switched off)" in capsys.readouterr().err
     monkeypatch.setattr(logging.getLogger("statex_dist"), "propagate", True)
     build_model(run_config(directory, check_digests=False))
-    assert "not held to digests" in caplog.text
+    assert "not compared with digests" in caplog.text
 
 
 def test_a_training_checkpoint_keeps_its_masters_beside_gathered_weights(tmp_path, capsys):
