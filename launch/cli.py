@@ -27,7 +27,7 @@ COMMANDS = {
     "expand": "expand the recurrent state of a checkpoint",
     "reshard": "turn a checkpoint into another layout: safetensors, ZeRO-3, tensor-parallel shards, Megatron",
     "verify": "compare two checkpoints, or prove that one is the other's expansion",
-    "inspect": "say what a checkpoint is, what can be done with it, and whether names, shapes and sizes agree",
+    "inspect": "describe a checkpoint: what can be done with it, and whether names, shapes and sizes agree",
     "generate": "continue prompts, one recurrent step a token",
     "serve": "answer requests over HTTP, as OpenAI's completions API does",
     "eval": "measure what a model recalls, learns in context and predicts",

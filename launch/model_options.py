@@ -59,7 +59,7 @@ def add_digests_option(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-digests",
         action="store_true",
-        help="do not hold the weights to the digests of MANIFEST.json and the checksums of archives (sizes always are)",
+        help="do not compare weights with the digests of MANIFEST.json and archives' checksums (sizes always are)",
     )
 
 
@@ -207,7 +207,7 @@ def load_model(
         dtype: Of the weights, as in :func:`add_dtype_option`. What measures takes fp32: rounded states would be
             measured in place of the model.
         threads: CPU threads; None takes 1 for a model below 16M parameters.
-        digests: Whether contents are held to digests and checksums.
+        digests: Whether contents are compared with digests and checksums.
 
     Raises:
         ConfigError: There is no such device or dtype, or fewer than one thread.

@@ -30,8 +30,8 @@ class ModelSource:
     Attributes:
         path: Model directory, or a checkpoint of any layout (a run: its newest), to train on from there.
         config: Contents of a ``config.json`` (``model_type`` and so on), to start a new model.
-        check_digests: Whether the weights in ``path`` are held to the digests of its manifest and the checksums of
-            archives; sizes always are.
+        check_digests: Whether the weights in ``path`` are compared with the digests of its manifest and archives'
+            checksums; sizes always are.
     """
 
     path: str | None = None

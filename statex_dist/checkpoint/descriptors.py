@@ -10,16 +10,19 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
-_MOST = 1 << 16
+MOST_OPEN_FILES = 1 << 16
 
 
 def allow_open_files(wanted: int) -> int:
-    """Return how many files this process may have open, after raising its limit where ``wanted`` are more."""
+    """Return how many files this process may have open, at most :data:`MOST_OPEN_FILES`.
+
+    Where ``wanted`` are more, the soft limit is raised as far as the hard one allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return _MOST if soft == resource.RLIM_INFINITY else soft
+    return MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_OPEN_FILES)
 
 
 def open_files_of_reader() -> int:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
 from statex_dist.checkpoint.json_file import read_text
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME
+from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError, reason, shown
 from statex_dist.models.config_keys import check_other_keys
 from statex_dist.models.plan_keys import OUR_CODE_PREFIX, ours, own_keys, with_plan_entry, without_plan
@@ -333,20 +333,14 @@ def read_config_dict(model_dir: Path) -> dict[str, Any]:
         CheckpointError: The directory or the file is missing, or the file is not a JSON object.
     """
     if not model_dir.exists():
-        # A name such as owner/model may be meant as one of the Hub's.
-        on_hub = len(model_dir.parts) == 2 and not model_dir.is_absolute() and not model_dir.parent.exists()
-        hint = f" (nothing is downloaded: hf download {model_dir} --local-dir DIR)" if on_hub else ""
-        raise CheckpointError(f"model directory not found: {model_dir}{hint}")
+        raise CheckpointError(f"model directory not found: {model_dir}")
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir} is a file; give the directory that holds {CONFIG_NAME}")
     path = model_dir / CONFIG_NAME
     try:
         values = parse_config(read_text(path))
     except FileNotFoundError:
-        hint = "not a Hugging Face model directory"
-        if (model_dir / CHECKPOINTS_DIR).is_dir():
-            hint = f"it is a training run; make a model of it: statex reshard --source {model_dir} --target DIR --to hf"
-        raise CheckpointError(f"{model_dir} holds no {CONFIG_NAME}: {hint}") from None
+        raise CheckpointError(f"{model_dir} holds no {CONFIG_NAME}: not a Hugging Face model directory") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(values, dict):

@@ -63,7 +63,7 @@ def from_pretrained(
         directory: Whatever :func:`statex_dist.models.source.open_model` opens, with a ``config.json``.
         dtype: Of the parameters; None takes that of the stored embedding table.
         device: Where the model goes.
-        digests: Whether what is read is held to the digests of the manifest and the checksums of archives.
+        digests: Whether what is read is compared with the digests of the manifest and the checksums of archives.
 
     Raises:
         CheckpointError: The directory is incomplete, damaged or of another architecture.
@@ -101,5 +101,5 @@ def open_runnable(directory: Path, *, digests: bool) -> RunnableModel:
     if opened.config is None:
         raise CheckpointError(f"{opened.source.facts.path} has no {CONFIG_NAME}: what model it is is not known")
     if not digests:
-        logger.warning("%s: contents are not held to digests and checksums (switched off)", directory)
+        logger.warning("%s: contents are not compared with digests and checksums (switched off)", directory)
     return RunnableModel(source=opened.source, config=opened.config)

@@ -113,16 +113,16 @@ def load_tensor_parallel(
     """Load this rank's part of a model; every rank must call this.
 
     Args:
-        directory: What ``statex reshard --to tp`` made for so many ranks, of which each reads its own file; or any
+        directory: What ``statex reshard --to tp`` made for this number of ranks: each reads its own file; or any
             other checkpoint, which each rank reads whole.
         share: This rank.
         dtype: Of the parameters; None takes that of the stored embedding table.
         device: Where the part goes.
-        digests: Whether contents are held to digests and checksums.
+        digests: Whether contents are compared with digests and checksums.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or its files are of several models.
-        ConfigError: So many ranks cannot share the model, or it cannot be run here.
+        ConfigError: This number of ranks cannot share the model, or it cannot be run here.
         OtherRankError: Another rank could not load its part.
     """
     with share.together():

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_layout(directory: Path, share: TensorShare) -> TensorParallelLayout | None:
-    """Return what a directory says of its shards; None where it holds none for so many ranks, but another checkpoint.
+    """Return what a directory says of its shards; None where it holds none for this number of ranks.
 
     Raises:
         CheckpointError: What it says cannot be.
@@ -62,14 +62,14 @@ def read_part(
         share: This rank.
         dtype: Of the result; None takes that of the stored embedding table.
         device: Where the tensors go.
-        digests: Whether contents are held to digests and checksums.
+        digests: Whether contents are compared with digests and checksums.
 
     Returns:
         Tensors by name; those that come in blocks have the rows of each part together.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged or of another architecture.
-        ConfigError: So many ranks cannot share the model.
+        ConfigError: This number of ranks cannot share the model.
     """
     opened = open_runnable(directory, digests=digests)
     source, specs = opened.source, _tensors_of(opened.config)
@@ -103,7 +103,7 @@ def read_shard(
         share: This rank.
         dtype: Of the result; None takes that of the stored embedding table.
         device: Where the tensors go.
-        digests: Whether the files are held to the manifest's digests; sizes always are.
+        digests: Whether the files are compared with the manifest's digests; sizes always are.
 
     Returns:
         Tensors by name; those that come in blocks have the rows of each part together.

@@ -45,7 +45,7 @@ def state_dict(*, tied: bool = False) -> dict[str, torch.Tensor]:
 
 
 def start(directory: Path, *, tied: bool = False, **changes: object) -> dict[str, torch.Tensor]:
-    """Write config and tokenizer, and return the weights for somebody to write."""
+    """Write config and tokenizer, and return the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     transformers.Mamba2Config(**NEW_MODEL, tie_word_embeddings=tied).save_pretrained(directory)
     path = directory / "config.json"
@@ -148,8 +148,11 @@ def _iterations(directory: Path) -> None:
     (directory / "latest_checkpointed_iteration.txt").write_text("7")
 
 
-def _beside_zero(directory: Path) -> None:
+def beside_zero(directory: Path, *, scale: float = 1.0) -> None:
+    """Make a ZeRO-3 checkpoint with gathered weights beside it, which are those of the checkpoint times ``scale``."""
     reshard(saved(directory), directory.with_name("run"), to="zero3", world_size=2, dtype="fp32")
+    if scale != 1.0:
+        saved(directory, changed(HEAD, scale * state_dict()[HEAD]))
     shutil.copytree(directory.with_name("run"), directory, dirs_exist_ok=True)
 
 
@@ -220,7 +223,7 @@ BAD: dict[str, tuple[Make, str]] = {
     "several snapshots": (lambda d: _hub(d, main=False), "it holds snapshots/0a1b, snapshots/2c3d: give one"),
     "a download that was cut": (_cut_download, "its download is not complete"),
     "a wrong index": (_wrong_place, f"lacks tensor '{TABLE}' of model.safetensors.index.json"),
-    "gathered weights beside ZeRO": (_beside_zero, "holds gathered weights (model.safetensors) and also a training"),
+    "weights of another model beside ZeRO": (lambda d: beside_zero(d, scale=1.5), "which are not the same model"),
     "a pointer of Git LFS": (
         lambda d: saved(d) and (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         "is a pointer of Git LFS",

@@ -22,7 +22,17 @@ from statex_dist.parallel.tensor_share import TensorShare
 from statex_dist.run import build_model, train
 from statex_dist.run_config import DataSource, ModelSource, RunConfig
 from statex_dist.train.loop import TrainConfig
-from tests.checkpoint.directories import BAD, GOOD, saved, spoilt, start, state_dict, weights_of, with_manifest
+from tests.checkpoint.directories import (
+    BAD,
+    GOOD,
+    beside_zero,
+    saved,
+    spoilt,
+    start,
+    state_dict,
+    weights_of,
+    with_manifest,
+)
 from tests.runs import make_shards, write_run
 
 COMMANDS = {
@@ -83,7 +93,7 @@ def test_a_bad_directory_is_refused_by_every_command_in_the_same_words(tmp_path,
     make(directory)
     for command in COMMANDS:
         code, said = run(command, directory, tmp_path / "out", capsys)
-        # What inspect finds it tells in its table, and goes on.
+        # inspect reports the problem in its result.
         assert code in ((1, 2) if command == "inspect" else (2,)), (command, said)
         assert words in said, (command, said)
         assert command == "inspect" or len(said.strip().splitlines()[-1]) <= 400 + len(str(directory)), said
@@ -132,15 +142,15 @@ def test_digests_can_be_switched_off_and_the_log_says_so(tmp_path, capsys, caplo
     spoilt(directory)
     words = COMMANDS["generate"](directory, tmp_path)
     assert main([str(word) for word in [*words, "--no-digests"]]) == 0
-    assert "not held to digests and checksums (switched off)" in capsys.readouterr().err
+    assert "not compared with digests and checksums (switched off)" in capsys.readouterr().err
     monkeypatch.setattr(logging.getLogger("statex_dist"), "propagate", True)
     build_model(run_config(directory, check_digests=False))
-    assert "not held to digests" in caplog.text
+    assert "not compared with digests" in caplog.text
 
 
 def test_a_training_checkpoint_keeps_its_masters_beside_gathered_weights(tmp_path, capsys):
     directory = tmp_path / "model"
-    BAD["gathered weights beside ZeRO"][0](directory)
+    beside_zero(directory)
     words = ["reshard", "--source", str(directory), "--target", str(tmp_path / "out"), "--to", "zero3", "--json"]
     assert main([*words, "--world-size", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "zero3"

@@ -226,7 +226,7 @@ def check_loader(directory: Path, *, verified: bool, mutations: list[str]) -> st
     same = all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state_dict().items())
     same = same and model.config.to_dict() == _config(directory.parent / "whole").to_dict()
     if verified:
-        assert same or said, f"a difference that nobody mentions: {mutations}"
+        assert same or said, f"a difference without a message: {mutations}"
     return "same" if same else "other"
 
 

@@ -74,6 +74,7 @@ def test_plan_expand_inspect_from_the_command_line(model: Path, tmp_path: Path, 
 
 def test_wrong_plans(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     five = edited(model, tmp_path / "five", num_heads=5, hidden_size=40)
+    (five / "model.safetensors").unlink()
     assert "5 heads do not divide into groups of 2" in refused(capsys, "plan", five, "--layers", "0", "--factor", 2)
     assert "layer 9 is out of range; the model has layers 0..2" in refused(capsys, "plan", model, "--layers", "9")
     assert "--layers 'odd' is not a rule" in refused(capsys, "plan", model, "--layers", "odd")
@@ -91,7 +92,7 @@ def test_wrong_checkpoints(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
     assert "model.safetensors" in refused(capsys, "eval", "mqar", "--out", tmp_path / "e", "--model", cut)
     (tmp_path / "empty").mkdir()
-    assert "config.json" in refused(capsys, "plan", tmp_path / "empty")
+    assert "is not a checkpoint: looked for" in refused(capsys, "plan", tmp_path / "empty")
     assert "nowhere" in refused(capsys, "reshard", "--source", "nowhere", "--target", tmp_path / "r", "--to", "hf")
     assert "--to" in refused(capsys, "reshard", "--source", model, "--target", tmp_path / "r", "--to", "gguf")
 
@@ -106,7 +107,7 @@ def test_a_run_or_a_model_without_tokenizer_is_named_for_what_it_is(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "it is a training run; make a model of it: statex reshard" in refused(capsys, "plan", tmp_path / "run")
+    assert "is a training run without a complete checkpoint" in refused(capsys, "plan", tmp_path / "run")
     message = refused(capsys, "eval", "recall", "--model", model, "--out", tmp_path / "e")
     assert "comes without a tokenizer; give --tokenizer bytes" in message
 

@@ -23,7 +23,7 @@ def describe(monkeypatch):
 
 def test_the_models_own_files_go_along(describe, tmp_path):
     BytesTokenizer().save(tmp_path)
-    for name in ("chat_template.jinja", "generation_config.json"):
+    for name in ("config.json", "chat_template.jinja", "generation_config.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BytesTokenizer", "mine": 1}')
     files = describe(tmp_path)
@@ -33,6 +33,7 @@ def test_the_models_own_files_go_along(describe, tmp_path):
 
 @pytest.mark.parametrize("settings", [False, True])
 def test_a_model_without_a_tokenizer_gets_that_of_the_data(describe, tmp_path, settings):
+    (tmp_path / "config.json").write_text("{}")
     if settings:
         (tmp_path / "generation_config.json").write_text("{}")
     files = describe(tmp_path)

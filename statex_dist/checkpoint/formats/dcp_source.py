@@ -43,7 +43,7 @@ class DcpSource(TensorSource):
 
     Attributes:
         places: Where each tensor lies.
-        ignored: Names of entries that are left out: pickled objects, and what is no part of the model.
+        ignored: Names of entries that are left out: pickled objects, and tensors that are not of the model.
 
     Args:
         facts: What is known of the checkpoint.

@@ -75,7 +75,7 @@ def _difference(first: TensorSource, second: TensorSource) -> str | None:
 
 
 def same_values(first: TensorSource, first_name: str, second: TensorSource, second_name: str) -> bool:
-    """Return whether two tensors have the same shape, dtype and bytes; tied names do without being read."""
+    """Return whether two tensors have the same shape, dtype and bytes; tied names are not read."""
     if first is second and first.aliases.get(first_name, first_name) == second.aliases.get(second_name, second_name):
         return True
     a, b = first.info(first_name), second.info(second_name)

@@ -44,7 +44,7 @@ def open_files(
     Args:
         path: A Hugging Face directory, a run, its ``checkpoints`` directory, a DeepSpeed checkpoint directory (with
             ``latest``) or one tag of it. Of several tags the newest complete one is taken, else what ``latest`` names.
-        digests: Whether contents are held to the manifest's digests and to the checksums of archives; sizes always are.
+        digests: Whether contents are compared with the manifest's digests and archives' checksums; sizes always are.
         describe: Whether to open no more than tells what the checkpoint is: its tensors cannot be read then.
         training: Whether a training checkpoint is wanted where a directory holds gathered weights beside it.
 
@@ -55,7 +55,7 @@ def open_files(
     in_tag = kind in ("zero3", "plain")
     manifest = Manifest.read(directory) if (directory / MANIFEST_NAME).is_file() else None
     if manifest is None and in_tag and not describe:
-        logger.warning("%s holds no %s: what is read is held to the files' own checksums", directory, MANIFEST_NAME)
+        logger.warning("%s holds no %s: values are compared with the files' own checksums", directory, MANIFEST_NAME)
     if manifest is not None:
         check_files(directory, manifest, only_weights=not in_tag, digests=digests and not describe)
     facts = _facts(kind, directory, find_model_dir(kind, directory), manifest, digests=digests and not describe)
@@ -221,6 +221,8 @@ def _choose_tag(path: Path) -> Path:
     if tags := complete_tags(checkpoints):
         return checkpoints / tags[0]
     latest = checkpoints / LATEST_NAME
+    if not latest.is_file() and checkpoints != path:
+        raise CheckpointError(f"{path} is a training run without a complete checkpoint: {checkpoints} holds none yet")
     if not latest.is_file():
         looked = f"{SINGLE_NAME}, {BIN_NAME} (or their index), {LAYOUT_NAME}, {SIDE_FILES[0]}, {CHECKPOINTS_DIR}/, "
         raise CheckpointError(nothing_text(path, looked + f"{LATEST_NAME}, global_step*/, zero_pp_rank_*_states.pt"))

@@ -93,7 +93,7 @@ def _files_of(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
 
 
 def _state_dict(content: Any, key: str | None, path: Path) -> dict[str, TensorRef]:
-    """Return the tensors of what was saved in a file; what is no tensor is left out, with a message.
+    """Return the tensors that a file holds; other entries are left out, with a message.
 
     Raises:
         CheckpointError: There is no state dict, or several.

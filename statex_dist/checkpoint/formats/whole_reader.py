@@ -1,4 +1,4 @@
-"""Reading whole tensors block by block, held to the manifest's digests and to the checksums of archives."""
+"""Reading whole tensors block by block, compared with the manifest's digests and the checksums of archives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WholeReader:
 
     Args:
         source: The checkpoint; its facts hold the digests that count.
-        crcs: Whether archives are held to their CRC-32.
+        crcs: Whether archives are compared with their CRC-32.
     """
 
     def __init__(self, source: TensorSource, *, crcs: bool = True):

@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from statex_dist.checkpoint.descriptors import allow_open_files
 from statex_dist.checkpoint.manifest import sync
-from statex_dist.data.descriptors import allow_descriptors
 
 DONE_SUFFIX = ".done"
 _BUFFER_BYTES = 1 << 20
@@ -171,7 +171,7 @@ class Spill:
         self.has_masks = any(results[unit].has_masks for unit in np.unique(self._unit))
         self._maps: OrderedDict[str, np.memmap] = OrderedDict()
         wanted = min(2 * len(results), _MAX_MAPS)
-        self._max_maps = max(1, min(wanted, allow_descriptors(2 * wanted) // 2))
+        self._max_maps = max(1, min(wanted, allow_open_files(2 * wanted) // 2))
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the tokens ``[n]`` and the mask ``[n]`` (or ``None``) of document ``i``."""

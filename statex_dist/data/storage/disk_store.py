@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.data.descriptors import MOST_DESCRIPTORS, allow_descriptors
+from statex_dist.checkpoint.descriptors import MOST_OPEN_FILES, allow_open_files
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.storage.cache import CacheFullError
 from statex_dist.data.storage.files import DatasetFiles
@@ -147,7 +147,7 @@ def max_open_shards(wanted: int) -> int:
     is raised as far as the hard one allows.
     """
     stores = max(1, len(_STORES))
-    return min(allow_descriptors(2 * wanted * stores), _max_maps()) // 2 // stores
+    return min(allow_open_files(2 * wanted * stores), _max_maps()) // 2 // stores
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def _max_maps() -> int:
     try:
         return int(_MAX_MAPS.read_text())
     except (OSError, ValueError):  # another system than Linux
-        return MOST_DESCRIPTORS
+        return MOST_OPEN_FILES
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
