@@ -133,7 +133,7 @@ def _check_strangers(names: list[str], changed: dict[str, Surgery], config: Mode
         if name not in known and name.startswith(tuple(modules)) and not name.endswith(config.DERIVED)
     ]
     if strangers:
-        listed = ", ".join(repr(name) for name in strangers[:8])
+        listed = ", ".join(repr(name) for name in strangers[:4])
         raise CheckpointError(
             f"{source.facts.path}: {listed} in a layer that is to be expanded are unknown to {config.MODEL_TYPE}: how "
             "they should grow is not known"

@@ -4,7 +4,7 @@ Every message says what was given, what is allowed and what to do, in one line; 
 traceback. Anything else that escapes is a programming error and keeps its traceback.
 
 A message is bounded, whatever the input held: :class:`StateXError` cuts its text, and code that shows a value from
-somebody else's file bounds it first (:func:`shown`, :func:`reason`), so that no large text is built to be cut.
+another source bounds it first (:func:`shown`, :func:`reason`), so that no large text is built to be cut.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 LINE_LENGTH = 380
-"""Characters of a message; with what an entry point writes before it (``[rank 3] error: ``), a line has at most 400."""
+"""Characters of a message; with the prefix of an entry point (``[rank 3] error: ``) a line has at most 400."""
 
 SHOWN_LENGTH = 200
 """Characters of a foreign value in a message."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, one_line, shown
 
 _BUFFER_BYTES = 4 << 20
 
@@ -47,8 +47,10 @@ def check_crcs(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:  # a few bytes of such could stand for any number
+                    raise zipfile.BadZipFile(f"entry {shown(info.filename)} is compressed; torch.save compresses none")
                 with archive.open(info) as entry:
                     while entry.read(_BUFFER_BYTES):
                         pass  # the check is made when the end is read
     except DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None

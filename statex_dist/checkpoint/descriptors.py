@@ -67,7 +67,7 @@ class Descriptors:
             with self._lock:
                 self._borrowed[descriptor] -= 1
                 if not self._borrowed[descriptor] and self._open.get(path) != descriptor:
-                    os.close(descriptor)  # it was closed meanwhile
+                    os.close(descriptor)  # close() was called while it was borrowed
 
     def close(self, path: Path) -> None:
         """Close a file if it is open: now, or when those who borrowed it are done."""

@@ -1,4 +1,4 @@
-"""JSON files that somebody else may have written: bounded in size, and any damage is one kind of error."""
+"""Read JSON files from other sources: bounded in size and depth; any damage is a ValueError."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which links a model directory may hold beside its weights.
 
 A file that goes along with a model (tokenizer, code, generation settings) is copied by its contents. If it is a link to
-somewhere else, the copy would publish a file that nobody meant to publish. So links may lead to files of the same
+somewhere else, the copy would publish a private file. So links may lead to files of the same
 directory alone, or, in a snapshot of the Hugging Face hub's cache, to the blobs of the same repository::
 
     models--owner--name/

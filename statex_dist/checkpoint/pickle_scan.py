@@ -27,10 +27,10 @@ MAX_PARTS = 5_000_000
 _MAX_OPCODES = 20_000_000
 _MAX_ROOM = 1 << 23  # of containers, in units of about 64 bytes
 _MAX_ARGS = 64  # calls copy them
-_MAX_KEY_PARTS = 100  # hashing and comparing a key takes as many steps
+_MAX_KEY_PARTS = 100  # hashing and comparing a key takes one step each
 _MAX_TUPLE_KEYS = 10_000  # their hashes are not keyed, so that a file can make them collide
 _MAX_INT_BYTES = 1024  # Python prints no integer of more than 4,300 digits
-_PART_BYTES = 100  # a long text counts as one part for so many bytes
+_PART_BYTES = 100  # of a long text, which counts as one part for each
 
 ATOM, TEXT, INT, LARGE_INT, NAME, TUPLE, FROZENSET, OBJECT, LEAF, LIST, DICT, ORDERED, SET, BYTES = range(14)
 """Kinds of values. ATOM: None, booleans, floats, bytes; NAME: a class or function; LEAF: made by a call of bounded
@@ -320,7 +320,7 @@ class _Scan:
         """REDUCE and NEWOBJ: what comes of a call depends on the name alone."""
         args, function = self._stack.pop(), self._stack.pop()
         if function[0] != NAME or args[0] != TUPLE:
-            raise UnsafePickleError("a call of what is no name, or with what is no tuple")
+            raise UnsafePickleError("a call without a name, or whose arguments are no tuple")
         name = function[3]
         if args[3] > _MAX_ARGS:
             raise UnsafePickleError(f"a call of {name} with {args[3]} arguments; at most {_MAX_ARGS} are read")
@@ -328,7 +328,7 @@ class _Scan:
             if args[3]:
                 raise UnsafePickleError(f"a call of {name} with arguments")
             self._new([ORDERED, 0, 1, True], 8)
-        elif name == "torch.Size":  # a copy of at most as many numbers as a tensor has axes
+        elif name == "torch.Size":  # a copy; the call refuses more numbers than a tensor has axes
             self._new((TUPLE, 1, args[2], _MAX_ARGS), 1)
         elif name in self._results:
             self._new(self._results[name], 2)

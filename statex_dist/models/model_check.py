@@ -172,7 +172,7 @@ def _check_other_layers(others: list[str], config: ModelConfig, where: Path) -> 
         raise CheckpointError(f"{where} holds no tensor of layers {empty}")
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def _listed(names: list[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"tensor{'s' * (len(names) > 1)} {', '.join(repr(name) for name in names[:most])}{more}"
 

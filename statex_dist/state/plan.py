@@ -64,9 +64,11 @@ class LayerExpansion:
             raise ConfigError(
                 f"plan, layer {self.layer}: init {shown(self.init)} is not one of {', '.join(get_args(Init))}"
             )
-        if not 2 <= self.factor <= MAX_FACTOR:
+        if self.factor < 2:
+            raise ConfigError(f"plan, layer {self.layer}: factor must be 2 or more, not {self.factor}")
+        if self.factor > MAX_FACTOR:
             raise ConfigError(
-                f"plan, layer {shown(self.layer)}: factor must be 2 to {MAX_FACTOR}, not {shown(self.factor)}"
+                f"plan, layer {self.layer}: factor must be at most {MAX_FACTOR}, not {shown(self.factor)}"
             )
         if self.op == "merge_heads" and self.init == "lossless":
             raise ConfigError(

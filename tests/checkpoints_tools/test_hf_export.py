@@ -171,7 +171,7 @@ def test_bad_input_leaves_nothing(tmp_path):
         ("[]", "is not what `statex eval`"),
         ('{"version": 1}', r"mqar\.json has version 1, this release reads 2; evaluate again"),
         ('{"version": 2, "model": {"state_numbers": 5}}', "is of another model: its state has 5 numbers"),
-        ('{"version": 2, "model": {"state_numbers": 384}}', r"KeyError\('by_num_pairs'\)"),
+        ('{"version": 2, "model": {"state_numbers": 384}}', r"KeyError: 'by_num_pairs'"),
     ):
         result.write_text(content)
         refused(DataError, words)

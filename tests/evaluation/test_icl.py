@@ -174,7 +174,7 @@ def test_nan_is_named():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"text": "a"}], r'line 1: KeyError\(.label.\); each line must be {"text": ..., "label": ...}'),
+        ([{"text": "a"}], r'line 1: KeyError: .label.; each line must be {"text": ..., "label": ...}'),
         ([["a", "b"]], "line 1: TypeError"),
         ([{"text": "a", "label": "x"}, {"text": 3, "label": "x"}], "line 2: text must be a string"),
         ([{"text": "a", "label": " "}], "line 1: text must be a string, label a string or whole number"),

@@ -30,7 +30,7 @@ LOCATOR = struct.Struct("<IIQI")
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file begins that torch wrote before version 1.6, or was told to write so: its magic number, pickled."""
 
-_MAX_DIRECTORY_BYTES = 1 << 28
+_MAX_DIRECTORY_BYTES = 32 << 20
 UTF8 = 0x0800
 _KNOWN_FLAGS = UTF8 | 0x0008  # names in UTF-8; sizes and CRC stand behind the values too
 
@@ -151,6 +151,7 @@ def read_entries(file: BinaryIO, size: int) -> tuple[str, dict[str, Entry]]:
         ArchiveError: It is not as torch writes it. (Or any of
             :data:`statex_dist.checkpoint.archive.DAMAGE`: it is not an archive.)
     """
+    _check_directory_size(file, size)
     with zipfile.ZipFile(file) as archive:
         infos, start = archive.infolist(), archive.start_dir
     _check_end(file, start, len(infos))
@@ -216,6 +217,23 @@ def read_content(file: BinaryIO, entries: Mapping[str, Entry], *, most: int = MA
 def _read(file: BinaryIO, entry: Entry, most: int) -> bytes:
     file.seek(entry.offset)
     return file.read(min(entry.size, most))
+
+
+def _check_directory_size(file: BinaryIO, size: int) -> None:
+    """Raise if the directory of an archive is too large to make an object of each entry.
+
+    Raises:
+        zipfile.BadZipFile: It is, or no end record is where torch writes it.
+    """
+    file.seek(max(size - 98, 0))
+    tail = file.read(98)
+    if len(tail) < END.size or not tail.startswith(b"PK\5\6", len(tail) - END.size):
+        raise zipfile.BadZipFile("it does not end with the directory of an archive")
+    length = END.unpack_from(tail, len(tail) - END.size)[5]
+    if tail.startswith(b"PK\6\6") and tail.startswith(b"PK\6\7", 56):
+        length = struct.unpack_from("<Q", tail, 40)[0]
+    if length > _MAX_DIRECTORY_BYTES:
+        raise zipfile.BadZipFile(f"a directory of {length} bytes; at most {_MAX_DIRECTORY_BYTES} are read")
 
 
 def _check_end(file: BinaryIO, start: int, count: int) -> None:

@@ -335,3 +335,21 @@ def test_reading_imports_neither_torch_nor_deepspeed(tmp_path):
         "assert not {'torch', 'deepspeed', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+def test_an_archive_of_a_large_directory_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(520):
+            archive.writestr(f"x/{number:04d}" + "y" * 65_000, b"")
+    assert complaint(path) is not None
+    with pytest.raises(CheckpointError, match=r"a directory of \d+ bytes; at most"):
+        open_archive(path)
+
+
+def test_compressed_entries_are_not_unpacked_for_their_checksums(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(1000))
+    with pytest.raises(CheckpointError, match="compressed"):
+        check_crcs(path)

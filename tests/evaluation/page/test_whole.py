@@ -328,7 +328,7 @@ def test_directories_are_searched_to_a_depth_and_without_checkpoints(tmp_path, c
     [
         ({"version": 1}, "mqar.json has version 1, this release reads 2; evaluate again"),
         ({"model": None}, "does not say which model it is of"),
-        ({"by_num_pairs": {"4": {}}}, "does not hold what this release writes (KeyError('accuracy'))"),
+        ({"by_num_pairs": {"4": {}}}, "does not hold what this release writes (KeyError: 'accuracy')"),
         ({"by_num_pairs": {"many": {"accuracy": 1}}}, "does not hold what this release writes"),
     ],
 )
