@@ -19,10 +19,14 @@ def allow_open_files(wanted: int) -> int:
     Where ``wanted`` are more, the soft limit is raised as far as the hard one allows.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if _bounded(soft) < min(wanted, _bounded(hard)):
+        soft = _bounded(hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_OPEN_FILES)
+    return _bounded(soft)
+
+
+def _bounded(limit: int) -> int:
+    return MOST_OPEN_FILES if limit == resource.RLIM_INFINITY else min(limit, MOST_OPEN_FILES)
 
 
 def open_files_of_reader() -> int:

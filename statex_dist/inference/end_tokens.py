@@ -76,5 +76,5 @@ def _generation_ids(path: Path) -> list[int]:
 def _ids(value: Any, path: Path) -> list[int]:
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise CheckpointError(f"{path}: '{_KEY}' must be a token id, a list of them or null, not {shown(value)}")
+        raise CheckpointError(f"{path}: '{_KEY}' must be a token id, a list of them or null, not {shown(value, 60)}")
     return list(dict.fromkeys(ids))

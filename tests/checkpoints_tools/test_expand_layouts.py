@@ -113,7 +113,7 @@ class TestStateSpaces:
             ({"ssm_cfg": {}}, "ssm_cfg is of a Mamba1 model"),
             ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim=True is not supported"),
             ({"rms_norm": False}, "rms_norm=false is not supported"),
-            ({"n_layer": "3"}, "n_layer must be a whole number from 1, not '3'"),
+            ({"n_layer": "3"}, "n_layer must be a whole number from 1 to 10000, not '3'"),
         ],
     )
     def test_variants_that_we_do_not_know(self, tmp_path, changes, message):

@@ -264,7 +264,7 @@ def test_results_that_do_not_fit(tmp_path: Path):
         read_measurement(health_file(tmp_path, mitigation="forget-more:decay=0.0001,insert=0.75"), config)
     with pytest.raises(ConfigError, match=r"is of another model \(gla, 12,582,912 state numbers, expanded\)"):
         read_measurement(health_file(tmp_path, statex={"version": 1, "layers": []}), config)
-    with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`: ValueError\\('no prompt'\\)"):
+    with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`: ValueError: no prompt"):
         read_measurement(health_file(tmp_path, positions={}), config)
     (tmp_path / "collapse.json").write_text('{"suite": "recall"}')
     with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`"):

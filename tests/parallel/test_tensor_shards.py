@@ -154,7 +154,10 @@ def test_files_that_the_manifest_does_not_know_are_refused(shards):
 
 def test_a_config_of_another_plan_does_not_fit_the_shards(shards):
     (shards / MANIFEST_NAME).unlink()
-    edit(shards / CONFIG_NAME, lambda content: content.pop("statex"))
+    edit(
+        shards / CONFIG_NAME,
+        lambda content: (content.update(model_type="gla", hidden_act="swish"), content.pop("statex")),
+    )
     wanted = (
         rf"{LAYOUT_NAME}: rank 1 holds rows .* of model.layers.0.attn.\w+.weight \[.*; config.json asks for rows .*; "
         r"make the shards again: statex reshard --to tp --tp 2"

@@ -100,7 +100,7 @@ def _unread_tag(directory: Path) -> str | None:
 
 def _open_zero3(directory: Path, facts: SourceFacts, *, describe: bool) -> Zero3Source:
     """Open a tag, with the weights that lie beside it."""
-    beside = None if facts.verified else weights_beside(directory)
+    beside = weights_beside(directory)
     source = Zero3Source(directory, facts, only_first=describe, beside=beside)
     if beside is not None:
         note = f"further weights lie beside {directory.name}; they have not been compared with it"

@@ -262,7 +262,7 @@ class RemoteDirectory:
         for secret in (urlsplit(self._url).query, urlsplit(self._url).password):
             if secret:
                 text = text.replace(secret, "...")
-        return ("" if status is None else f"HTTP {status}, ") + f"{type(error).__name__}: {text[:300]}"
+        return ("" if status is None else f"HTTP {status}, ") + f"{type(error).__name__}: {text[:120]}"
 
 
 def _watched(work: Callable[[], None], directory: Path, seconds: float) -> None:
