@@ -22,6 +22,7 @@ from checkpoints_tools.hf_tokenizer import Kind
 from statex_dist import __version__
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, MODEL_DIR, TRAIN_LENGTH_KEY
+from statex_dist.checkpoint.links import check_link
 from statex_dist.models.config import ModelConfig
 
 CARD_NAME = "README.md"
@@ -79,7 +80,7 @@ def model_card(facts: CardFacts) -> str:
     """Return the text of ``README.md``.
 
     Raises:
-        CheckpointError: A file that the card tells of is damaged.
+        CheckpointError: A file that the card tells of is damaged, or the earlier card is a link out of its directory.
     """
     earlier = _earlier_card(facts.source.model_dir)
     run = run_of(facts.source.path)
@@ -107,6 +108,7 @@ def _earlier_card(model_dir: Path | None) -> _EarlierCard:
     path = None if model_dir is None else model_dir / CARD_NAME
     if path is None or not path.is_file():
         return _EarlierCard()
+    check_link(path, path.parent)
     text = path.read_text(encoding="utf-8", errors="replace")
     match = _HEADER.match(text)
     try:

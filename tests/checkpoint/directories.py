@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,12 @@ def _hub(directory: Path, *, blobs: bool = True, main: bool = True) -> None:
         (directory / "blobs" / "f00d").unlink()
 
 
+def _pipe(directory: Path, name: str) -> None:
+    saved(directory)
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+
+
 def _cut_download(directory: Path) -> None:
     indexed(directory)
     shard = sorted(directory.glob("*.safetensors"))[0]
@@ -220,6 +227,8 @@ BAD: dict[str, tuple[Make, str]] = {
         "is in torch's format from before version 1.6",
     ),
     "links to nothing": (lambda d: _hub(d, blobs=False), "model.safetensors is a link to ../../blobs/f00d"),
+    "a pipe for weights": (lambda d: _pipe(d, "model.safetensors"), "model.safetensors is not a regular file"),
+    "a pipe for a config": (lambda d: _pipe(d, "config.json"), "config.json is not a regular file"),
     "several snapshots": (lambda d: _hub(d, main=False), "it holds snapshots/0a1b, snapshots/2c3d: give one"),
     "a download that was cut": (_cut_download, "its download is not complete"),
     "a wrong index": (_wrong_place, f"lacks tensor '{TABLE}' of model.safetensors.index.json"),

@@ -115,7 +115,7 @@ def test_wrong_options_and_markers(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             reshard(tmp_path / "run", tmp_path / "out")
     latest.unlink()
-    with pytest.raises(CheckpointError, match="looked for"):
+    with pytest.raises(CheckpointError, match="is a training run without a complete checkpoint"):
         reshard(tmp_path / "run", tmp_path / "out")
 
 

@@ -162,6 +162,16 @@ def test_weights_beside_another_tag_are_not_compared(copy, tmp_path):
         reshard(checkpoint, tmp_path / "other")
 
 
+@pytest.mark.parametrize("latest", [None, "global_step9"])
+@pytest.mark.parametrize("to", ["hf", "zero3"])
+def test_a_tag_that_latest_does_not_name_is_not_dropped(copy, tmp_path, latest, to):
+    checkpoint = copy("gathered")
+    (checkpoint / "latest").unlink() if latest is None else (checkpoint / "latest").write_text(latest)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors and also the training checkpoint global_step2"):
+        reshard(checkpoint, tmp_path / "out", to=to, world_size=1 if to == "zero3" else None)
+    assert reshard(checkpoint / "global_step2", tmp_path / "out", to=to).kind == "zero3"
+
+
 def test_weights_without_their_tag(copy, tmp_path):
     checkpoint = copy("gathered")
     shutil.rmtree(checkpoint / "global_step2")
@@ -244,7 +254,6 @@ def test_without_frozen_parameters_to_other_ranks(copy, tmp_path):
 def test_a_latest_that_names_no_tag(copy, tmp_path, name):
     checkpoint = copy("gathered")
     (checkpoint / "latest").write_text(name)
-    assert reshard(checkpoint, tmp_path / "out").kind == "hf"
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="not a tag of this directory"):
         open_source(checkpoint)

@@ -28,7 +28,7 @@ def resolve(path: str | Path) -> Path:
     Megatron's iterations for the last one.
 
     Raises:
-        CheckpointError: There is no such directory, or a file of the model is a link to nothing.
+        CheckpointError: There is no such directory, or a file of the model is a link to nothing or no regular file.
     """
     path = Path(path)
     if "\0" in str(path) or not _exists(path):
@@ -81,13 +81,18 @@ def _read_line(path: Path) -> str:
 
 
 def check_links(directory: Path) -> None:
-    """Raise if a file of a model is a link to nothing.
+    """Raise if a file of a model is a link to nothing, or a pipe or device.
 
     Raises:
         CheckpointError: It is.
     """
     for entry in sorted(directory.iterdir()):
-        if entry.is_symlink() and not entry.exists() and entry.name.endswith(_MODEL_FILES):
+        if not entry.name.endswith(_MODEL_FILES) or entry.is_file() or entry.is_dir():
+            continue
+        if entry.exists():
+            # Opening a pipe waits for its writer, which may never come.
+            raise CheckpointError(f"{entry} is not a regular file; replace it by one, or remove it")
+        if entry.is_symlink():
             raise CheckpointError(
                 f"{entry} is a link to {str(entry.readlink())[:120]}, which does not exist (a cache of the Hub, copied "
                 "without its blobs?); copy with cp -rL, or download again"

@@ -19,9 +19,11 @@ from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     CONFIG_NAME,
+    DAMAGED_PREFIX,
     LATEST_NAME,
     MANIFEST_NAME,
     PLAIN_STATE_NAME,
+    TEMPORARY_PREFIX,
     complete_tags,
     is_tag_name,
 )
@@ -101,10 +103,10 @@ def _unread_tag(directory: Path) -> str | None:
 def _open_zero3(directory: Path, facts: SourceFacts, *, describe: bool) -> Zero3Source:
     """Open a tag, with the weights that lie beside it."""
     beside = weights_beside(directory)
-    source = Zero3Source(directory, facts, only_first=describe, beside=beside)
+    # Weights beside it are compared with those of all ranks: what can be done with the model depends on it.
+    source = Zero3Source(directory, facts, only_first=describe and beside is None, beside=beside)
     if beside is not None:
-        note = f"further weights lie beside {directory.name}; they have not been compared with it"
-        source.facts = source.facts.with_notes(note if describe else settle(source, beside))
+        source.facts = source.facts.with_notes(settle(source, beside))
     if source.filled:
         source.facts = source.facts.with_notes(
             f"saved with exclude_frozen_parameters: {len(source.owned()) - len(source.filled)} of "
@@ -171,11 +173,30 @@ def recognise(path: str | Path, *, training: bool = False) -> tuple[str, Path]:
             f"({tag.name}): which of them is meant is not known; {choice}move one of them away"
         )
     if weights and tag is None:
+        _refuse_unnamed_tag(path, weights)
         return weights, path
     assert tag is not None
     if not _is_tag(tag):
         raise CheckpointError(f"{tag} holds neither {PLAIN_STATE_NAME} nor zero_pp_rank_*_states.pt")
     return "plain" if (tag / PLAIN_STATE_NAME).is_file() else "zero3", tag
+
+
+def _refuse_unnamed_tag(path: Path, weights: str) -> None:
+    """Raise if a ZeRO-3 checkpoint lies beside weights and no ``latest`` names it.
+
+    Its fp32 weights, optimizer states and step would be dropped without a word.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    tags = sorted({file.parent for file in path.glob("*/zero_pp_rank_*_mp_rank_*_model_states.pt")})
+    tags = [tag for tag in tags if not tag.name.startswith((TEMPORARY_PREFIX, DAMAGED_PREFIX))]
+    if tags:
+        raise CheckpointError(
+            f"{path} holds {next(iter(ways_to_read(path)), weights)} and also the training checkpoint {tags[-1].name}, "
+            f"which no {LATEST_NAME} names: which of them is meant is not known; give {tags[-1]} for the training "
+            "checkpoint, or move one of them away"
+        )
 
 
 def has_weights(path: Path) -> bool:

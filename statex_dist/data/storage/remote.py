@@ -33,7 +33,7 @@ from statex_dist.data.storage.download_errors import (
     root_of,
 )
 from statex_dist.data.storage.mds import load_streaming
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, bounded_line
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ class RemoteDirectory:
         for secret in (urlsplit(self._url).query, urlsplit(self._url).password):
             if secret:
                 text = text.replace(secret, "...")
-        return ("" if status is None else f"HTTP {status}, ") + f"{type(error).__name__}: {text[:120]}"
+        return ("" if status is None else f"HTTP {status}, ") + f"{type(error).__name__}: {bounded_line(text, 150)}"
 
 
 def _watched(work: Callable[[], None], directory: Path, seconds: float) -> None:
