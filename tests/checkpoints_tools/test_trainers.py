@@ -162,6 +162,14 @@ def test_weights_beside_another_tag_are_not_compared(copy, tmp_path):
         reshard(checkpoint, tmp_path / "other")
 
 
+def test_a_pipe_in_a_tag_is_refused(copy):
+    path = copy("gathered") / "global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_mp_rank_00_model_states\.pt is not a regular file"):
+        open_source(path.parent.parent)
+
+
 @pytest.mark.parametrize("latest", [None, "global_step9"])
 @pytest.mark.parametrize("to", ["hf", "zero3"])
 def test_a_tag_that_latest_does_not_name_is_not_dropped(copy, tmp_path, latest, to):

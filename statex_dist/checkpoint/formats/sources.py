@@ -8,7 +8,7 @@ from pathlib import Path
 
 from statex_dist.checkpoint.formats.dcp_source import SIDE_FILES, DcpSource, looks_like_dcp
 from statex_dist.checkpoint.formats.gathered_weights import settle, tag_named_in, weights_beside
-from statex_dist.checkpoint.formats.places import nothing_text, resolve
+from statex_dist.checkpoint.formats.places import check_links, nothing_text, resolve
 from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME, SINGLE_NAME
 from statex_dist.checkpoint.formats.same import check_ways, ways_to_read
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
@@ -54,6 +54,7 @@ def open_files(
         CheckpointError: Not a checkpoint, incomplete, damaged, or of a layout that we do not read.
     """
     kind, directory = recognise(path, training=training)
+    check_links(directory)
     in_tag = kind in ("zero3", "plain")
     manifest = Manifest.read(directory) if (directory / MANIFEST_NAME).is_file() else None
     if manifest is None and in_tag and not describe:
