@@ -85,7 +85,7 @@ def model_entries(
         The names, and how many entries of which kind are left out.
 
     Raises:
-        ValueError: Two tensors would have the same name.
+        ValueError: Two tensors would have the same name, or all names of the model stand below another key too.
     """
     keys = {name: _keys(name, paths or {}) for name in (*tensors, *objects)}
     bare = _holds_bare_optimizer(keys.values())
@@ -103,7 +103,23 @@ def model_entries(
         if other := first.get(short):
             raise ValueError(f"'{other[:80]}' and '{name[:80]}' would both be tensor '{short[:80]}' of the model")
         first[short] = name
+    if key := _key_of_copies(first.keys()):
+        raise ValueError(
+            f"the tensors below '{key[:80]}' have the names of the others: which of them are the model's weights, and "
+            "which belong to an optimizer, is not known; save the model by itself"
+        )
     return ModelEntries(names=names, left_out=dict(sorted(left_out.items())))
+
+
+def _key_of_copies(names: Collection[str]) -> str | None:
+    """Return a first key below which several of the other names stand once more, or None."""
+    below: dict[str, set[str]] = {}
+    for name in names:
+        key, _, rest = name.partition(".")
+        if rest:
+            below.setdefault(key, set()).add(rest)
+    known = set(names)
+    return next((key for key, inner in below.items() if len(inner) > 1 and inner <= known), None)
 
 
 def _keys(name: str, paths: Mapping[str, Path]) -> Path:

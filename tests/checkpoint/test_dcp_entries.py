@@ -101,6 +101,18 @@ def test_nothing_is_left_out_of_a_model_alone():
     assert tuple(model_entries(doubled).names.values()) == NAMES
 
 
+def test_an_unknown_key_with_the_names_of_the_model_is_refused():
+    """An optimizer under a name that no rule knows must not be taken for weights."""
+    with pytest.raises(ValueError, match="below 'adam_m' have the names of the others"):
+        model_entries(*_names_and_paths({**below("model"), **below("adam_m")}))
+    one = {**below("model"), "tower.0": ("tower", "0")}
+    assert "tower.0" in model_entries(*_names_and_paths(one)).names
+
+
+def _names_and_paths(paths):
+    return tuple(paths), (), paths
+
+
 def test_two_models_are_refused():
     paths = {**below("model_0"), **below("model_1")}
     with pytest.raises(ValueError, match="would both be tensor"):
