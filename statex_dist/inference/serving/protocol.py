@@ -6,14 +6,13 @@ and reads. A field that would change the answer and is not supported is refused,
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 from pydantic_core import from_json
 
+from statex_dist import errors
 from statex_dist.errors import StateXError
 
 DEFAULT_MAX_TOKENS = 16
@@ -187,19 +186,9 @@ def _check_stop(stop: Any) -> None:
         raise RequestError(400, f"{text}, not {shown(stop)}", param="stop", code="invalid_value")
 
 
-class _Shortening(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxlong = self.maxother = _MAX_SHOWN
-
-    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)  # which would sort all keys
-
-
 def shown(value: Any) -> str:
-    """Return a value as messages show it: its beginning, however large it is."""
-    text = _Shortening().repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+    """Return a value as messages show it: of bounded length, however large it is."""
+    return errors.shown(value, _MAX_SHOWN)
 
 
 def _explain(error: ValidationError) -> RequestError:
