@@ -39,6 +39,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int | None, default=None, help="leave out documents longer than this")
     parser.add_argument("--max-documents", type=int | None, default=None, help="stop after this many documents")
     parser.add_argument("--skip-undecodable", action="store_true", help="leave out text files that are not UTF-8")
+    parser.add_argument("--skip-bad-records", action="store_true", help="leave out, count and list what is no document")
+    parser.add_argument("--rows", type=str, default="auto", help="auto, or what is read of rows: text or tokens")
+    parser.add_argument(
+        "--ignore-field",
+        action="append",
+        type=str,
+        default=[],
+        metavar="NAME",
+        help="leave out this field beside input_ids, whatever it holds; may be repeated",
+    )
+    parser.add_argument(
+        "--max-document-bytes", type=str, default="64MiB", help="size limit of a line, text file or row, up to 1GiB"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     parser.add_argument("--work", type=str | None, default=None, metavar="DIR", help="directory of the finished units")
     parser.add_argument("--part", type=str | None, default=None, metavar="I/N", help="tokenise only this share, as 3/8")
@@ -84,6 +97,10 @@ def _prepare(args: Any) -> Any:
         max_tokens=args.max_tokens,
         max_documents=args.max_documents,
         skip_undecodable=args.skip_undecodable,
+        skip_bad_records=args.skip_bad_records,
+        rows=args.rows,
+        ignore_fields=tuple(args.ignore_field),
+        max_document_bytes=parse_size(args.max_document_bytes, option="--max-document-bytes"),
         overwrite=args.overwrite,
         work=args.work,
         merge=args.merge,
@@ -102,6 +119,10 @@ def _prepare_part(args: Any) -> Any:
         min_tokens=args.min_tokens,
         max_tokens=args.max_tokens,
         skip_undecodable=args.skip_undecodable,
+        skip_bad_records=args.skip_bad_records,
+        rows=args.rows,
+        ignore_fields=tuple(args.ignore_field),
+        max_document_bytes=parse_size(args.max_document_bytes, option="--max-document-bytes"),
     )
     return prepare_part(
         args.inputs,
@@ -122,6 +143,7 @@ def _describe(summary: PrepareSummary) -> str:
         "long": summary.long_documents,
         "filtered": summary.filtered_documents,
         "undecodable": summary.undecodable_files,
+        "bad": summary.bad_records,
     }
     reasons = [f"{count} {reason}" for reason, count in counts.items() if count]
     left_out = f", {' and '.join(reasons)} ones left out" if reasons else ""
@@ -133,7 +155,8 @@ def _describe(summary: PrepareSummary) -> str:
 
 
 def _describe_part(summary: PartSummary) -> str:
+    bad = f", {summary.bad_records} bad records left out" if summary.bad_records else ""
     return (
         f"part {summary.part}: {summary.units} unit{'s' * (summary.units != 1)} ({summary.units_before} done before) "
-        f"with {summary.documents} documents, {summary.tokens} tokens, in {summary.work} ({summary.seconds:.1f} s)"
+        f"with {summary.documents} documents, {summary.tokens} tokens{bad}, in {summary.work} ({summary.seconds:.1f} s)"
     )

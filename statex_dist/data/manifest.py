@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import reprlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -45,7 +45,9 @@ class DatasetManifest:
         shard_tokens: Tokens of each shard.
         lengths_hash: :func:`hash_lengths` of ``lengths.npy``.
         length_histogram: Number of documents by length: entry ``k`` counts ``2**k <= n < 2**(k + 1)``.
-        left_out: Documents left out, by reason: ``"short"``, ``"filtered"``, ``"undecodable"``.
+        left_out: Documents left out, by reason: ``"short"``, ``"long"``, ``"filtered"``, ``"undecodable"``, ``"bad"``.
+        rows: By ``"text"`` and ``"tokens"``, what input files held: ``files`` (how many), ``names`` (the first 100) and
+            ``columns`` beside the ids that were honoured. Older manifests have none.
     """
 
     version: int = MANIFEST_VERSION
@@ -65,6 +67,7 @@ class DatasetManifest:
     lengths_hash: str
     length_histogram: list[int]
     left_out: dict[str, int]
+    rows: dict[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write the manifest into ``directory``; the caller makes the directory durable."""
@@ -90,7 +93,8 @@ def parse_manifest(content: bytes, origin: str) -> DatasetManifest:
         raise DataError(
             f"{origin}: version {version} is not the supported {MANIFEST_VERSION}; prepare the dataset again"
         )
-    if wrong := sorted(set(found) ^ {field.name for field in fields(DatasetManifest)}):
+    found.setdefault("rows", {})
+    if wrong := sorted(set(found) ^ {one.name for one in fields(DatasetManifest)}):
         raise DataError(f"{origin}: missing or unknown keys: {', '.join(wrong)}; prepare the dataset again")
     for name, kind in get_type_hints(DatasetManifest).items():
         if not _is_a(found[name], kind):
@@ -108,6 +112,8 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(type(item) is int for item in value)
     if kind == dict[str, int]:
         return isinstance(value, dict) and all(type(item) is int for item in value.values())
+    if kind == dict[str, Any]:
+        return isinstance(value, dict)
     return type(value) is kind
 
 

@@ -17,11 +17,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from statex_dist.data.corpus.documents import DEFAULT_SUFFIXES
-from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.records import LISTED
+from statex_dist.data.corpus.rules import MAX_DOCUMENT_BYTES, DocumentRules
 from statex_dist.data.corpus.source import Source
 from statex_dist.data.corpus.spill import Spill
 from statex_dist.data.corpus.staging import Staging
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from statex_dist.data.storage.tar import WdsShardWriter
 
 FORMATS = ("mds", "wds")
+BAD_RECORDS_NAME = "bad_records.txt"
 COMPRESSIONS = ("none", "zstd", "gz")
 
 
@@ -51,6 +54,8 @@ class PrepareSummary:
         long_documents: Documents left out because they had more than ``max_tokens`` tokens.
         filtered_documents: Records left out because they did not meet a condition.
         undecodable_files: Text files left out because they are not UTF-8 (with ``skip_undecodable``).
+        bad_records: Records left out because they are no documents (with ``skip_bad_records``).
+        bad_records_listed: Place and reason of the first 100 of them, in input order.
         tokens: Tokens written, EOS included.
         shards: Shards written.
         dtype: Type of the tokens.
@@ -64,6 +69,8 @@ class PrepareSummary:
     long_documents: int
     filtered_documents: int
     undecodable_files: int
+    bad_records: int
+    bad_records_listed: list[str]
     tokens: int
     shards: int
     dtype: str
@@ -90,6 +97,7 @@ class PartSummary:
         units_before: Those of them that were done before this run.
         documents: Documents in them.
         tokens: Tokens in them.
+        bad_records: Records left out of them because they are no documents.
         seconds: Wall time.
     """
 
@@ -99,6 +107,7 @@ class PartSummary:
     units_before: int
     documents: int
     tokens: int
+    bad_records: int
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,6 +133,10 @@ def prepare(
     max_documents: int | None = None,
     suffixes: Sequence[str] = DEFAULT_SUFFIXES,
     skip_undecodable: bool = False,
+    skip_bad_records: bool = False,
+    rows: str = "auto",
+    ignore_fields: Sequence[str] = (),
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
     overwrite: bool = False,
     work: str | Path | None = None,
     merge: bool = False,
@@ -152,6 +165,10 @@ def prepare(
         max_documents: Stop after so many documents, in input order.
         suffixes: Suffixes taken from directories, each also with ``.gz`` or ``.zst`` behind it.
         skip_undecodable: Leave out text files that are not UTF-8, with a warning each, instead of stopping.
+        skip_bad_records: Leave out, count and list records that are no documents, instead of stopping.
+        rows: ``"auto"``, ``"text"`` or ``"tokens"``, see :class:`DocumentRules`.
+        ignore_fields: Fields beside ``input_ids`` that are left out whatever they hold.
+        max_document_bytes: Bytes that a line, a text file or a row may have.
         overwrite: Replace an existing dataset.
         work: Work directory; default: ``.{name}.work`` beside ``out``. Removed when the dataset is complete.
         merge: Tokenise nothing; take what :func:`prepare_part` left in the work directory.
@@ -172,18 +189,26 @@ def prepare(
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         skip_undecodable=skip_undecodable,
+        skip_bad_records=skip_bad_records,
+        rows=rows,
+        ignore_fields=tuple(ignore_fields),
+        max_document_bytes=max_document_bytes,
     )
     source = Source(inputs, tokenizer, rules, suffixes, workers, max_documents)
+    if not merge:
+        source.check_first_records()
     with (
         Staging(Path(out), overwrite=overwrite, inputs=source.files) as staging,
         source.open_work(out, work, merge=merge) as directory,
     ):
-        results = (source.merge(directory) if merge else source.tokenize(directory.jobs)).taken()
+        found = source.merge(directory) if merge else source.tokenize(directory.jobs)
+        results = found.taken()
         left_out = {
             "short": sum(result.short for result in results),
             "long": sum(result.long for result in results),
-            "filtered": sum(result.filtered for result in results),
-            "undecodable": sum(len(result.undecodable) for result in results),
+            "filtered": sum(result.reading.filtered for result in results),
+            "undecodable": sum(len(result.reading.undecodable) for result in results),
+            "bad": sum(result.reading.bad for result in results),
         }
         spill = Spill(results, source.dtype, max_documents)
         if not len(spill.lengths):
@@ -207,9 +232,15 @@ def prepare(
         except BaseException:
             writer.abort()
             raise
+        listed = list(islice((line for result in results for line in result.reading.listed), LISTED))
+        if listed:
+            text = "".join(f"{line}\n" for line in listed)
+            (staging.directory / BAD_RECORDS_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
         lengths = spill.lengths[order]
         (staging.directory / LENGTHS_NAME).write_bytes(pack_lengths(lengths))
-        manifest = source.manifest(format, seed, lengths, spill.has_masks, writer.shard_documents, left_out)
+        manifest = source.manifest(
+            format, seed, lengths, spill.has_masks, writer.shard_documents, left_out, found.rows()
+        )
         staging.commit(manifest)
         directory.remove()
     return PrepareSummary(
@@ -220,6 +251,8 @@ def prepare(
         long_documents=left_out["long"],
         filtered_documents=left_out["filtered"],
         undecodable_files=left_out["undecodable"],
+        bad_records=left_out["bad"],
+        bad_records_listed=listed,
         tokens=manifest.tokens,
         shards=len(manifest.shard_tokens),
         dtype=manifest.dtype,
@@ -262,6 +295,7 @@ def prepare_part(
     """
     begin = time.monotonic()
     source = Source(inputs, tokenizer, rules, suffixes, workers, max_documents)
+    source.check_first_records()
     # Not entered: it only looks, so that a part does not work for hours for a merge that would be refused.
     Staging(Path(out), overwrite=overwrite, inputs=source.files)
     with source.open_work(out, work, part=part) as directory:
@@ -274,6 +308,7 @@ def prepare_part(
         units_before=found.before,
         documents=sum(len(result.lengths) for result in results),
         tokens=sum(int(result.lengths.sum()) for result in results),
+        bad_records=sum(result.reading.bad for result in results),
         seconds=time.monotonic() - begin,
     )
 
@@ -294,6 +329,8 @@ def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules) -> str:
         reasons.append(f"{left_out['filtered']} did not meet --where {' '.join(rules.where)}")
     if left_out["undecodable"]:
         reasons.append(f"{left_out['undecodable']} not UTF-8")
+    if left_out["bad"]:
+        reasons.append(f"{left_out['bad']} bad records")
     return (
         f"no documents in {files} input file{'s' * (files != 1)} ({', '.join(reasons)}); give files with text in them"
     )

@@ -124,7 +124,7 @@ def test_parquet_and_globs_and_text_field(tmp_path):
 
 
 def test_tokenised_records_and_masks(tmp_path):
-    records = [{"input_ids": [7, 8]}, {"input_ids": [9, EOS], "loss_mask": [1, 0]}, {"text": "ab"}]
+    records = [{"input_ids": [7, 8]}, {"input_ids": [9, EOS], "loss_mask": [1, 0]}, {"input_ids": [97, 98]}]
     records.append({"input_ids": [5], "loss_mask": [1]})
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
@@ -234,8 +234,11 @@ def test_wide_vocabulary_needs_uint32(tmp_path):
     vocab = {f"w{i}": i for i in range(70000)} | {"<eos>": 70000}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "tok")
-    path = put(tmp_path / "a.jsonl", b'{"text": "w69999"}\n{"input_ids": [69998, 70000]}')
-    summary = prepare([path], tmp_path / "out", tmp_path / "tok")
+    paths = [
+        put(tmp_path / "a.jsonl", b'{"text": "w69999"}'),
+        put(tmp_path / "b.jsonl", b'{"input_ids": [69998, 70000]}'),
+    ]
+    summary = prepare(paths, tmp_path / "out", tmp_path / "tok")
     assert summary.dtype == "uint32"
     found = sorted(piece.tokens.tolist() for piece in sequential_documents(open_store(tmp_path / "out")))
     assert found == [[69998, 70000], [69999, 70000]]

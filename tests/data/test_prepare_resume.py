@@ -15,6 +15,7 @@ import pytest
 
 from statex_dist.data.corpus.documents import split_units
 from statex_dist.data.corpus.lock import try_lock
+from statex_dist.data.corpus.records import ReadReport
 from statex_dist.data.corpus.spill import Spill, UnitWriter, load_result
 from statex_dist.data.corpus.tokenize_unit import UnitJob, UnitTokenizer
 from statex_dist.data.formats import open_store
@@ -63,7 +64,7 @@ def corpus(tmp_path: Path) -> Path:
     root.mkdir()
     for name in ("a", "b"):
         put(root / f"{name}.jsonl", json_lines(*({"text": f"{name} {i}" * (i % 7)} for i in range(100))))
-    put(root / "c.jsonl", json_lines({"input_ids": [1, 2], "loss_mask": [0, 1]}, {"text": "no mask"}))
+    put(root / "c.jsonl", json_lines({"input_ids": [1, 2], "loss_mask": [0, 1]}, {"input_ids": list(b"no mask")}))
     put(root / "d.txt", "Text ∑".encode())
     return root
 
@@ -215,6 +216,10 @@ def test_changed_new_and_lost_inputs_are_noticed(tmp_path, corpus, said, tokenis
         ({"min_tokens": 3}, "min_tokens was 2, now 3"),
         ({"max_tokens": 9}, "max_tokens was None, now 9"),
         ({"skip_undecodable": True}, "skip_undecodable was False, now True"),
+        ({"skip_bad_records": True}, "skip_bad_records was False, now True"),
+        ({"rows": "text"}, "rows was 'auto', now 'text'"),
+        ({"ignore_fields": ["weights"]}, "ignore_fields was [], now ['weights']"),
+        ({"max_document_bytes": 999}, "max_document_bytes was 67108864, now 999"),
     ],
 )
 def test_other_settings_begin_again(tmp_path, corpus, said, tokenised, options, difference):
@@ -315,12 +320,13 @@ def test_more_units_than_files_may_be_open(tmp_path):
         "import resource, sys\n"
         "import numpy as np\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from statex_dist.data.corpus.records import ReadReport\n"
         "from statex_dist.data.corpus.spill import Spill, UnitWriter\n"
         "results = []\n"
         "for i in range(200):\n"
         "    writer = UnitWriter(f'{sys.argv[1]}/{i}', 'uint16')\n"
         "    writer.write(np.full(3, i), None, 256)\n"
-        "    results.append(writer.finish(short=0, long=0, filtered=0, undecodable=[]))\n"
+        "    results.append(writer.finish(short=0, long=0, reading=ReadReport()))\n"
         "spill = Spill(results, 'uint16', None)\n"
         "for i in [*range(200), *range(200)]:\n"
         "    assert spill.read(i)[0].tolist() == [i, i, i, 256]\n"
@@ -336,10 +342,10 @@ def test_masks_may_begin_late_in_a_unit(tmp_path):
     writer.write(np.arange(2), np.array([0, 1], np.uint8), 9)
     writer.write(np.arange(2), np.array([1, 0], np.uint8), None)
     writer.write(np.arange(1), None, None)
-    result = writer.finish(short=1, long=2, filtered=3, undecodable=["x"])
+    result = writer.finish(short=1, long=2, reading=ReadReport(filtered=3, bad=1, listed=["x"]))
     found = load_result(str(tmp_path / "u"), "uint32")
     assert found is not None
-    assert (found.short, found.long, found.filtered, found.undecodable) == (1, 2, 3, ["x"])
+    assert (found.short, found.long, found.reading) == (1, 2, ReadReport(filtered=3, bad=1, listed=["x"]))
     for one in (result, found):
         spill = Spill([one], "uint32", None)
         masks = [spill.read(i)[1].tolist() for i in range(4)]

@@ -9,16 +9,18 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from statex_dist.data.corpus.compressed import DamagedStreamError, inner_name, is_compressed, open_stream
-from statex_dist.data.corpus.filters import Condition, all_hold
+from statex_dist.data.corpus.compressed import inner_name, is_compressed
 from statex_dist.data.corpus.json_lines import read_lines
-from statex_dist.data.corpus.parquet_rows import read_rows, row_group_sizes
-from statex_dist.data.corpus.records import Record, record_from
+from statex_dist.data.corpus.parquet_rows import Wanted, read_rows, row_group_sizes
+from statex_dist.data.corpus.records import ReadReport, Record
+from statex_dist.data.corpus.row_parser import RowParser
+from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.text_files import read_texts
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,16 @@ _UNIT_BYTES = 8 << 20
 # Every unit becomes a file or two: on a corpus of terabytes there should be thousands of them, not millions.
 _MANY_UNITS = 4096
 _UNIT_FILES = 512
+_SAMPLE_BYTES = 1 << 20
+_NAMED = 3
+_SPECIAL = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+}
+_RULES = DocumentRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +65,6 @@ class Unit:
     end: int = 0
 
 
-@dataclass(slots=True)
-class LeftOut:
-    """What :func:`read_unit` left out: counts records and collects a message for each file that is not UTF-8."""
-
-    filtered: int = 0
-    undecodable: list[str] = field(default_factory=list)
-
-
 def find_files(inputs: Sequence[str | Path], suffixes: Sequence[str] = DEFAULT_SUFFIXES) -> list[Path]:
     """Return the files that ``inputs`` name, in order and each once.
 
@@ -75,12 +79,12 @@ def find_files(inputs: Sequence[str | Path], suffixes: Sequence[str] = DEFAULT_S
     for given in inputs:
         path = Path(given)
         if path.exists():
-            if not path.is_dir() and not path.is_file():
-                raise DataError(f"input {path} is neither a file nor a directory")
-            found = _walk(path, suffixes) if path.is_dir() else [path]
+            found = _walk(path, suffixes) if path.is_dir() else [_regular(path)]
         elif glob.has_magic(str(given)):
             matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))  # noqa: PTH207 - absolute globs
-            found = [file for match in matches for file in (_walk(match, suffixes) if match.is_dir() else [match])]
+            found = [
+                file for match in matches for file in (_walk(match, suffixes) if match.is_dir() else [_regular(match)])
+            ]
             if not found:
                 raise DataError(f"input {str(given)!r} matches no file")
         else:
@@ -97,19 +101,41 @@ def find_files(inputs: Sequence[str | Path], suffixes: Sequence[str] = DEFAULT_S
 
 
 def _walk(directory: Path, suffixes: Sequence[str]) -> list[Path]:
-    found, skipped = [], 0
+    found: list[Path] = []
+    skipped, special, links = 0, [], []
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links += [f"{folder}/{name}" for name in folders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114 - many
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            if inner_name(name).lower().endswith(tuple(suffixes)):
-                found.append(Path(folder) / name)
-            else:
+            if not inner_name(name).lower().endswith(tuple(suffixes)):
                 skipped += 1
+            elif (what := _special(path := f"{folder}/{name}")) is not None:
+                special.append(f"{path} ({what})")
+            else:
+                found.append(Path(path))
     if skipped and found:
         log.info("%s: %d files taken, %d of other suffixes left out", directory, len(found), skipped)
+    for what, paths in (("not a regular file", special), ("links to directories", links)):
+        if paths:
+            log.warning("%s: %d left out, %s: %s", directory, len(paths), what, ", ".join(paths[:_NAMED]))
     return found
+
+
+def _regular(path: Path) -> Path:
+    if (what := _special(path)) is not None:
+        raise DataError(f"input {path} is {what}, not a regular file or a directory; write its content to a file")
+    return path
+
+
+def _special(path: str | Path) -> str | None:
+    """What else than a regular file is at ``path``: reading it could wait for ever, or never end."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - called for every file of the corpus
+    except OSError:
+        return None  # said when it is opened
+    return None if stat.S_ISREG(mode) else _SPECIAL.get(stat.S_IFMT(mode), "no file")
 
 
 def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[list[Unit], int]:
@@ -152,40 +178,35 @@ def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[l
 def read_unit(
     unit: Unit,
     vocab_size: int,
-    text_field: str = "text",
+    rules: DocumentRules = _RULES,
+    report: ReadReport | None = None,
     *,
-    conditions: Sequence[Condition] = (),
-    skip_undecodable: bool = False,
-    left_out: LeftOut | None = None,
+    sample: bool = False,
 ) -> Iterator[Record]:
     """Yield the documents of ``unit``.
 
     Args:
         unit: What to read.
         vocab_size: Bound of the ids in records that are tokenised already.
-        text_field: Field or column that holds the text.
-        conditions: Records that do not pass all of them are left out.
-        skip_undecodable: Leave out text files that are not UTF-8 instead of raising.
-        left_out: Counts what is left out.
+        rules: Which field is read, and what is left out.
+        report: Takes what is left out, and says what was read.
+        sample: Read only the records at its begin: about 1 MiB of lines, or a batch of rows.
 
     Raises:
         DataError: A file cannot be read or decoded, or a record is not a document; the message names file and place.
     """
-    out = LeftOut() if left_out is None else left_out
-
-    def parse(fields: dict[str, Any]) -> Record | None:
-        if all_hold(conditions, fields):
-            return record_from(fields, vocab_size, text_field)
-        out.filtered += 1
-        return None
-
+    report = ReadReport() if report is None else report
+    report.skip = rules.skip_bad_records
+    most = rules.max_document_bytes
     if unit.kind == "text":
-        return _read_texts(unit.paths, out.undecodable if skip_undecodable else None)
+        return read_texts(unit.paths, report, most, skip_undecodable=rules.skip_undecodable)
+    conditions = rules.conditions()
+    parse = RowParser(vocab_size, rules.text_field, rules.rows, rules.ignore_fields, conditions, report)
     if unit.kind == "jsonl":
-        return read_lines(unit.paths[0], unit.begin, unit.end, parse)
-    return read_rows(
-        unit.paths[0], unit.begin, unit.end, text_field, [condition.field for condition in conditions], parse
-    )
+        end = _SAMPLE_BYTES if sample else None if is_compressed(unit.paths[0]) else unit.end
+        return read_lines(unit.paths[0], unit.begin, end, parse, report, most)
+    wanted = Wanted(rules.text_field, rules.rows, [condition.field for condition in conditions], most)
+    return read_rows(unit.paths[0], unit.begin, unit.end, wanted, parse, report, sample=sample)
 
 
 def file_facts(path: str | Path) -> tuple[int, int]:
@@ -232,27 +253,6 @@ def _size(file: Path) -> int:
     if not size and is_compressed(file.name):
         raise DataError(f"{file} has no byte, which no {file.suffix} file has; make it again or leave it out")
     return size
-
-
-def _read_texts(paths: Sequence[str], undecodable: list[str] | None) -> Iterator[Record]:
-    for path in paths:
-        try:
-            yield Record(text=_read_text(path))
-        except UnicodeDecodeError as error:
-            message = f"{path} is not UTF-8 text: byte {error.start} ({error.reason})"
-            if undecodable is None:
-                raise DataError(f"{message}; convert it, leave it out or skip such files") from error
-            undecodable.append(message)
-
-
-def _read_text(path: str) -> str:
-    try:
-        with open_stream(path) as file:
-            return file.read().decode("utf-8")
-    except DamagedStreamError as error:
-        raise DataError(f"{path} is damaged or cut off: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _parquet_units(file: Path, unit_bytes: int) -> Iterator[Unit]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.data.corpus.records import BadRecordError
+from statex_dist.errors import ConfigError
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
@@ -43,41 +44,31 @@ class Condition:
         """Return whether ``record`` has the field and the comparison holds.
 
         Raises:
-            DataError: The field is of a type that cannot be compared with the value.
+            BadRecordError: The field is of a type that cannot be compared with the value.
         """
-        found = self._find(record)
+        found = find_field(record, self.field)[1]
         if found is None:
             return False
         if isinstance(found, str):
             return OPERATORS[self.operator](found, self.value)
         if not isinstance(found, (bool, int, float)):
-            raise DataError(
+            raise BadRecordError(
                 f"field {self.field!r} is {type(found).__name__}; --where compares strings, numbers and true/false "
                 "(a dot leads into an object: meta.lang)"
             )
         return OPERATORS[self.operator](found, self._number(found))
 
-    def _find(self, record: dict[str, Any]) -> Any:
-        if self.field in record:
-            return record[self.field]
-        found: Any = record
-        for name in self.field.split("."):
-            if not isinstance(found, dict) or name not in found:
-                return None
-            found = found[name]
-        return found
-
     def _number(self, found: bool | int | float) -> bool | int | float:
         if isinstance(found, bool):
             if self.value.lower() in _BOOLEANS:
                 return _BOOLEANS[self.value.lower()]
-            raise DataError(f"field {self.field!r} is true or false, --where compares it with {self.value!r}")
+            raise BadRecordError(f"field {self.field!r} is true or false, --where compares it with {self.value!r}")
         for kind in (int, float):
             try:
                 return kind(self.value)
             except ValueError:
                 continue
-        raise DataError(f"field {self.field!r} is a number, --where compares it with {self.value!r}")
+        raise BadRecordError(f"field {self.field!r} is a number, --where compares it with {self.value!r}")
 
 
 def parse_condition(text: str) -> Condition:
@@ -93,6 +84,21 @@ def parse_condition(text: str) -> Condition:
             "for example 'language=en', 'score>=0.5' or 'meta.lang!=de'"
         )
     return Condition(match[1], match[2], match[3])
+
+
+def find_field(record: dict[str, Any], name: str) -> tuple[bool, Any]:
+    """Return whether ``record`` has a field, and its value; ``None`` where it has not.
+
+    Dots in ``name`` lead into nested fields, unless a field has that very name.
+    """
+    if name in record or "." not in name:
+        return name in record, record.get(name)
+    found: Any = record
+    for part in name.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return False, None
+        found = found[part]
+    return True, found
 
 
 def all_hold(conditions: Sequence[Condition], record: dict[str, Any]) -> bool:

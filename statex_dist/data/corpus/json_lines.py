@@ -3,54 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from statex_dist.data.corpus.compressed import DamagedStreamError, is_compressed, open_stream
-from statex_dist.data.corpus.records import Parse, Record
+from statex_dist.checkpoint.json_file import parse_json
+from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
+from statex_dist.data.corpus.records import BadRecordError, Parse, ReadReport, Record
+from statex_dist.data.corpus.text_files import refuse_other_encodings
 from statex_dist.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
+_FEW_BRACKETS = 100
 
 
-def read_lines(path: str, begin: int, end: int, parse: Parse) -> Iterator[Record]:
-    """Yield ``parse(object)`` for every line that begins in ``begin <= byte < end`` and is not blank.
-
-    A compressed file has no ranges: all of its lines are read.
+def read_lines(path: str, begin: int, end: int | None, parse: Parse, report: ReadReport, most: int) -> Iterator[Record]:
+    """Yield the documents of every line that begins in ``begin <= byte < end`` and is not blank.
 
     Args:
         path: The file.
-        begin: First byte of the range.
-        end: One past the last.
-        parse: Makes a document of a line's object, or ``None`` of one to leave out.
+        begin: First byte of the range; 0 for a compressed file, which cannot be entered in its middle.
+        end: One past the last, counted without compression; ``None`` for the end of the file.
+        parse: Makes the documents of a line's object.
+        report: Takes bad lines, if they are to be skipped.
+        most: Bytes that a line may have.
 
     Raises:
         DataError: The file cannot be read, a line is not a JSON object, or ``parse`` refuses it; the message names
             file and line.
     """
     try:
-        if is_compressed(path):
-            yield from _read_compressed(path, parse)
-        else:
-            yield from _read_range(path, begin, end, parse)
+        with open_stream(path) as file:
+            at = _skip_to_line(file, begin, end) if begin and end is not None else 0
+            yield from _Lines(path, file, parse, report, most).read(at, end)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _read_range(path: str, begin: int, end: int, parse: Parse) -> Iterator[Record]:
-    with Path(path).open("rb") as file:
-        at = _skip_to_line(file, begin, end) if begin else 0
-        while at < end and (line := file.readline()):
-            try:
-                found = _parse_line(line, parse)
-            except DataError as error:
-                raise DataError(f"{path}:{_line_number(path, at)}: {error}") from error
-            at += len(line)
-            # A document may be a large part of memory: neither it nor its line is held here while it is consumed.
-            line = b""
-            if found:
-                yield found.pop()
 
 
 def _skip_to_line(file: BinaryIO, begin: int, end: int) -> int:
@@ -69,44 +56,96 @@ def _skip_to_line(file: BinaryIO, begin: int, end: int) -> int:
     return end
 
 
-def _read_compressed(path: str, parse: Parse) -> Iterator[Record]:
-    number = 0
-    with open_stream(path) as file:
-        while True:
+class _Lines:
+    """The lines of one stream, from its place on."""
+
+    def __init__(self, path: str, file: BinaryIO, parse: Parse, report: ReadReport, most: int):
+        self._path = path
+        self._file = file
+        self._parse = parse
+        self._report = report
+        self._most = most
+        self._number = 0
+        self._first = 0
+        self._before: int | None = None
+
+    def read(self, at: int, end: int | None) -> Iterator[Record]:
+        """Yield the documents of the lines from byte ``at``, the stream's place, up to ``end``."""
+        self._first = at
+        while (end is None or at < end) and (line := self._next()):
+            if not at:
+                self._refuse_other_encodings(line)
+            at += len(line)
+            found: list[Record] = []
             try:
-                line = file.readline()
-            except DamagedStreamError as error:
-                raise DataError(f"{path} is damaged or cut off behind line {number}: {error}") from error
-            if not line:
-                return
-            number += 1
-            try:
-                found = _parse_line(line, parse)
+                if len(line) > self._most:
+                    at += self._pass_over(line)
+                    raise BadRecordError(
+                        f"the line has more than {self._most} bytes; allow more with --max-document-bytes"
+                    )
+                if line.strip():
+                    found = self._parse(_object(line))
+            except BadRecordError as error:
+                self._report.leave_out(self._place, str(error))
             except DataError as error:
-                raise DataError(f"{path}:{number}: {error}") from error
+                raise DataError(f"{self._place()}: {error}") from error
+            # A document may be a large part of memory: neither it nor its line is held here while it is consumed.
             line = b""
-            if found:
+            found.reverse()
+            while found:
                 yield found.pop()
 
+    def _next(self) -> bytes:
+        line = self._guarded(lambda: self._file.readline(self._most + 1))
+        self._number += bool(line)
+        return line
 
-def _parse_line(line: bytes, parse: Parse) -> list[Record]:
-    """Return the line's document, or nothing for a blank line and one to leave out."""
-    if not line.strip():
-        return []
+    def _pass_over(self, piece: bytes) -> int:
+        """Read to the end of a line whose first bytes are ``piece``, and return how many bytes that were."""
+        passed = 0
+        while piece and not piece.endswith(b"\n"):
+            piece = self._guarded(lambda: self._file.readline(_CHUNK_BYTES))
+            passed += len(piece)
+        return passed
+
+    def _guarded(self, read: Callable[[], bytes]) -> bytes:
+        try:
+            return read()
+        except DamagedStreamError as error:
+            raise DataError(f"{self._path} is damaged or cut off behind line {self._number}: {error}") from error
+
+    def _place(self) -> str:
+        if self._before is None:
+            self._before = _lines_before(self._path, self._first) if self._first else 0
+        return f"{self._path}:{self._before + self._number}"
+
+    def _refuse_other_encodings(self, line: bytes) -> None:
+        try:
+            refuse_other_encodings(line)
+        except BadRecordError as error:
+            raise DataError(f"{self._path} {error}") from error
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """Return the line's object."""
     try:
-        record = json.loads(line)
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start} of the line)") from error
+        raise BadRecordError(f"not UTF-8 (byte {error.start} of the line)") from error
+    try:
+        text = text.removeprefix("\ufeff")
+        # What has few brackets cannot be nested deeply, and needs no walk through all of its values.
+        few = text.count("[") + text.count("{") <= _FEW_BRACKETS
+        record = json.loads(text) if few else parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON ({error})") from error
+        raise BadRecordError(f"not valid JSON ({error})") from error
     if not isinstance(record, dict):
-        raise DataError(f"a JSON object is needed, not {type(record).__name__}")
-    found = parse(record)
-    return [] if found is None else [found]
+        raise BadRecordError(f"a JSON object is needed, not {type(record).__name__}")
+    return record
 
 
-def _line_number(path: str, at: int) -> int:
-    number, left = 1, at
+def _lines_before(path: str, at: int) -> int:
+    number, left = 0, at
     with Path(path).open("rb") as file:
         while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
             number += chunk.count(b"\n")

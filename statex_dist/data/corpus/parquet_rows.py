@@ -1,14 +1,40 @@
-"""Rows of parquet files: row groups in a range, only the columns needed, a batch of rows in memory at a time."""
+"""Rows of parquet files: row groups in a range, only the columns needed, a bounded batch of rows at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from statex_dist.data.corpus.records import Parse, Record, first_line
+from statex_dist.data.columns import BESIDE_TEXT, TOKENS, ZEROS_ONLY
+from statex_dist.data.corpus.records import BadRecordError, Parse, ReadReport, Record, first_line
 from statex_dist.errors import DataError
 
 _BATCH_ROWS = 256
+_BATCH_BYTES = 64 << 20
+_BUFFER_BYTES = 1 << 20
+_VALUE_BYTES = 8
+# What a page may cost beside its values: their lengths and levels.
+_PAGE_BYTES = 1 << 16
+_THRIFT_I32 = 0x15
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is read of every row.
+
+    Attributes:
+        text_field: Column of the text, or a dotted path into a nested one.
+        rows: ``"auto"``, ``"text"`` or ``"tokens"``.
+        fields: Columns, or dotted paths, that conditions look at.
+        most: Bytes that a row may have.
+    """
+
+    text_field: str
+    rows: str
+    fields: Sequence[str]
+    most: int
 
 
 def row_group_sizes(path: str) -> list[int]:
@@ -22,51 +48,158 @@ def row_group_sizes(path: str) -> list[int]:
 
 
 def read_rows(
-    path: str, begin: int, end: int, text_field: str, more_fields: Sequence[str], parse: Parse
+    path: str, begin: int, end: int, wanted: Wanted, parse: Parse, report: ReadReport, *, sample: bool = False
 ) -> Iterator[Record]:
-    """Yield ``parse(row)`` for every row of the row groups ``begin <= i < end``.
+    """Yield the documents of every row of the row groups ``begin <= i < end``.
 
     Args:
         path: The file.
         begin: First row group.
         end: One past the last.
-        text_field: Column of the text; read, where they exist, beside ``input_ids`` and ``loss_mask``.
-        more_fields: Columns, or dotted paths into nested ones, that ``parse`` wants too.
-        parse: Makes a document of a row, or ``None`` of one to leave out.
+        wanted: Which columns.
+        parse: Makes the documents of a row.
+        report: Takes bad rows, if they are to be skipped.
+        sample: Read only the first batch of rows.
 
     Raises:
         DataError: The file cannot be read, has no column of documents, or ``parse`` refuses a row; the message names
             file and row.
     """
-    import pyarrow
-
     with _open(path) as parquet:
-        names = parquet.schema_arrow.names
-        columns = [name for name in (text_field, "input_ids", "loss_mask") if name in names]
-        if text_field not in columns and "input_ids" not in columns:
-            raise DataError(
-                f"{path}: no column {text_field!r} or 'input_ids' (there are: {', '.join(names) or 'none'})"
-            )
-        columns += [field for field in more_fields if field in names or field.split(".")[0] in names]
+        columns = _columns(path, parquet, wanted)
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(begin))
         for group in range(begin, end):
-            batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
-            while True:
-                try:
-                    batch = next(batches, None)
-                    rows = [] if batch is None else batch.to_pylist()
-                except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                    raise DataError(f"{path}: row group {group} cannot be read: {first_line(error)}") from error
-                if batch is None:
-                    break
-                for fields in rows:
+            for batch in _batches(path, parquet, group, columns, row, wanted.most):
+                for fields in _rows(batch, wanted.most):
+                    found: list[Record] = []
                     try:
-                        record = parse(fields)
+                        if isinstance(fields, BadRecordError):
+                            raise fields
+                        found = parse(fields)
+                    except BadRecordError as error:
+                        report.leave_out(lambda place=f"{path}: row {row}": place, str(error))  # type: ignore[misc]
                     except DataError as error:
                         raise DataError(f"{path}: row {row}: {error}") from error
                     row += 1
-                    if record is not None:
-                        yield record
+                    yield from found
+                if sample:
+                    return
+
+
+def _columns(path: str, parquet: Any, wanted: Wanted) -> list[str]:
+    """Return what is read: the text alone, or every column beside the ids that could change what is learned."""
+    names = parquet.schema_arrow.names
+    text = wanted.text_field
+    columns = [text] if wanted.rows != "tokens" and _holds(parquet.schema_arrow, text) else []
+    if wanted.rows != "text" and TOKENS in names:
+        columns += [field.name for field in parquet.schema_arrow if _matters(field)]
+    elif not columns:
+        allowed = {"tokens": repr(TOKENS), "text": repr(text)}.get(wanted.rows, f"{text!r} or {TOKENS!r}")
+        raise DataError(f"{path}: no column {allowed} (there are: {', '.join(names) or 'none'})")
+    columns += [field for field in wanted.fields if field in names or field.split(".")[0] in names]
+    return list(dict.fromkeys(columns))
+
+
+def _matters(field: Any) -> bool:
+    """Whether a column beside token ids could change what is learned: by its name, or as a list of values."""
+    import pyarrow.types as types
+
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return field.name in BESIDE_TEXT or field.name == ZEROS_ONLY or any(is_list(field.type) for is_list in lists)
+
+
+def _holds(schema: Any, name: str) -> bool:
+    """Whether a table has a column, or a nested one by its dotted path."""
+    import pyarrow
+
+    if name in schema.names:
+        return True
+    found: Any = schema
+    for part in name.split("."):
+        if not isinstance(found, pyarrow.Schema) and not pyarrow.types.is_struct(found):
+            return False
+        at = found.get_field_index(part)
+        if at < 0:
+            return False
+        found = found.field(at).type
+    return True
+
+
+def _batches(path: str, parquet: Any, group: int, columns: list[str], row: int, most: int) -> Iterator[Any]:
+    """Yield the rows of a row group in batches of bounded size, as far as its metadata tells sizes."""
+    import pyarrow
+
+    facts = parquet.metadata.row_group(group)
+    rows = max(facts.num_rows, 1)
+    size = most_of_one = 0
+    for chunk in map(facts.column, range(facts.num_columns)):
+        if {chunk.path_in_schema, chunk.path_in_schema.split(".")[0]} & {name.split(".")[0] for name in columns}:
+            # Repeated values cost next to nothing in the file.
+            size += max(chunk.total_uncompressed_size, _VALUE_BYTES * chunk.num_values)
+            most_of_one = max(most_of_one, dictionary_bytes(path, chunk))
+    if size > (most + _PAGE_BYTES) * rows:
+        raise BadRecordError(
+            f"{path}: row {row}: row group {group} has {facts.num_rows} rows with {size} bytes, more than {most} each; "
+            "allow more with --max-document-bytes"
+        )
+    count = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(size // rows, most_of_one, 1)))
+    batches = parquet.iter_batches(count, row_groups=[group], columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: row group {group} cannot be read: {first_line(error)}") from error
+        if batch is None:
+            return
+        yield batch
+
+
+def dictionary_bytes(path: str, chunk: Any) -> int:
+    """Return the bytes of a column chunk's dictionary, which is as large as the largest value in it, or larger.
+
+    They are in the header of its page, which pyarrow does not show: two i32 fields of Thrift's compact protocol.
+    """
+    if not chunk.has_dictionary_page:
+        return 0
+    with Path(path).open("rb") as file:
+        file.seek(chunk.dictionary_page_offset)
+        header = file.read(12)
+    values, value, shift = [], 0, 0
+    for byte in header:
+        if not shift and byte == _THRIFT_I32:
+            continue
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            values.append(value >> 1)  # zigzag, of a positive number
+            value = shift = 0
+    return values[1] if len(values) > 1 else 0
+
+
+def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | BadRecordError]:
+    """Yield the rows as mappings, or what is wrong with one."""
+    import pyarrow
+
+    dictionaries = [i for i, field in enumerate(batch.schema) if pyarrow.types.is_dictionary(field.type)]
+    if batch.nbytes <= most and not dictionaries:
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            pass  # in one of its rows
+        else:
+            yield from rows
+            return
+    for i in range(batch.num_rows):
+        one = batch.slice(i, 1)
+        for k in dictionaries:  # their size is that of all values
+            one = one.set_column(k, one.schema.names[k], one.column(k).dictionary_decode())
+        if one.nbytes > most:
+            yield BadRecordError(f"the row has more than {most} bytes; allow more with --max-document-bytes")
+            continue
+        try:
+            yield one.to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield BadRecordError(f"not UTF-8 (byte {error.start} of a string: {error.reason})")
 
 
 def _open(path: str) -> Any:
@@ -74,6 +207,7 @@ def _open(path: str) -> Any:
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(path)
+        # Buffered: else a whole column of a row group is read at once.
+        return ParquetFile(path, buffer_size=_BUFFER_BYTES)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error

@@ -1,14 +1,21 @@
-"""One document as an input holds it: text, or ids that are tokenised already. Checked here, named by the caller."""
+"""One document as an input holds it: text, or ids that are tokenised already; and what a reader reports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from statex_dist.errors import DataError
+
+LISTED = 100
+"""Bad records that are named; the others are counted."""
+
+
+class BadRecordError(DataError):
+    """One record is no document; those before and behind it may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,56 +30,51 @@ class Record:
     loss_mask: np.ndarray | None = None
 
 
-Parse = Callable[[dict[str, Any]], Record | None]
-"""Makes a document of a record's fields, or ``None`` of one to leave out."""
+Parse = Callable[[dict[str, Any]], list[Record]]
+"""Makes the documents of a record's fields: none of one to leave out, several of a packed one."""
 
 
-def record_from(record: dict[str, Any], vocab_size: int, text_field: str) -> Record:
-    """Make a :class:`Record` of a mapping with a text field or ``input_ids``.
+@dataclass(slots=True)
+class ReadReport:
+    """What the reading of a unit found beside its documents; of types that JSON has.
 
-    Raises:
-        DataError: It has neither, a value is of the wrong type, or an id is outside the vocabulary.
+    Attributes:
+        skip: Whether bad records are left out; otherwise the first one raises.
+        filtered: Records left out because they did not meet a condition.
+        undecodable: A message for each text file left out because it is not UTF-8.
+        bad: Bad records left out.
+        listed: Place and reason of the first :data:`LISTED` of them.
+        kind: ``"text"`` or ``"tokens"``, what the unit's rows hold; empty where it has none.
+        columns: Columns of token rows that were honoured.
+        unused: Columns that were not, and do not change what is learned.
     """
-    if record.get("input_ids") is not None:
-        return _tokenized_record(record, vocab_size)
-    text = record.get(text_field)
-    if text is None:
-        raise DataError(f"no field {text_field!r} or 'input_ids' (there are: {', '.join(map(str, record)) or 'none'})")
-    if not isinstance(text, str):
-        raise DataError(f"field {text_field!r} is {type(text).__name__}, a string is needed")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"field {text_field!r} has a lone surrogate at character {error.start}") from error
-    return Record(text=text)
+
+    skip: bool = False
+    filtered: int = 0
+    undecodable: list[str] = field(default_factory=list)
+    bad: int = 0
+    listed: list[str] = field(default_factory=list)
+    kind: str = ""
+    columns: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def leave_out(self, place: Callable[[], str], reason: str) -> None:
+        """Count a bad record, or raise it.
+
+        Raises:
+            BadRecordError: Bad records are not to be skipped.
+        """
+        if not self.skip:
+            raise BadRecordError(f"{place()}: {reason}")
+        self.bad += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(str(BadRecordError(f"{place()}: {reason}")))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, for use inside ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _tokenized_record(record: dict[str, Any], vocab_size: int) -> Record:
-    ids = _integers(record["input_ids"], "input_ids")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(outside):
-        raise DataError(f"input_ids has {outside[0]}, outside the tokenizer's vocabulary 0..{vocab_size - 1}")
-    if record.get("loss_mask") is None:
-        return Record(input_ids=ids)
-    mask = _integers(record["loss_mask"], "loss_mask")
-    if len(mask) != len(ids):
-        raise DataError(f"loss_mask has {len(mask)} entries, input_ids {len(ids)}")
-    if ((mask != 0) & (mask != 1)).any():
-        raise DataError("loss_mask has entries other than 0 and 1")
-    return Record(input_ids=ids, loss_mask=mask.astype(np.uint8))
-
-
-def _integers(values: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-        if isinstance(values, list) and array.ndim == 1 and (array.dtype.kind in "bi" or not len(array)):
-            return array.astype(np.int64)
-    except (ValueError, OverflowError):
-        pass
-    raise DataError(f"{name} must be a list of integers")

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from statex_dist.data.columns import TOKENS
 from statex_dist.data.corpus.filters import Condition, parse_condition
 from statex_dist.errors import ConfigError
 
+MAX_DOCUMENT_BYTES = 64 << 20
+MOST_DOCUMENT_BYTES = 1 << 30
+ROW_KINDS = ("auto", "text", "tokens")
 EOS_RULES = ("append", "none")
 
 
@@ -22,6 +26,10 @@ class DocumentRules:
         min_tokens: Shorter documents (EOS included) are left out; one below 2 tokens has no target.
         max_tokens: Longer documents are left out; ``None`` for no bound.
         skip_undecodable: Leave out text files that are not UTF-8 instead of stopping.
+        skip_bad_records: Leave out, count and list records that are no documents instead of stopping.
+        rows: ``"text"`` or ``"tokens"``: what is read of rows; ``"auto"``: what they hold, if that is clear.
+        ignore_fields: Fields beside ``input_ids`` that are left out whatever they hold.
+        max_document_bytes: Bytes that a line, a text file (unpacked) or a row may have.
 
     Raises:
         ConfigError: A rule is not one of those allowed.
@@ -33,6 +41,10 @@ class DocumentRules:
     min_tokens: int = 2
     max_tokens: int | None = None
     skip_undecodable: bool = False
+    skip_bad_records: bool = False
+    rows: str = "auto"
+    ignore_fields: tuple[str, ...] = ()
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def __post_init__(self) -> None:
         if self.eos not in EOS_RULES:
@@ -41,6 +53,16 @@ class DocumentRules:
             raise ConfigError(f"min_tokens is {self.min_tokens}; it must be at least 1")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least min_tokens ({self.min_tokens})")
+        if self.rows not in ROW_KINDS:
+            raise ConfigError(f"rows is {self.rows!r}; allowed: {', '.join(ROW_KINDS)}")
+        if self.text_field == TOKENS:
+            raise ConfigError(f"text_field is {TOKENS!r}, which holds token ids; allowed: a field of text")
+        if TOKENS in self.ignore_fields:
+            raise ConfigError(f"ignore_fields has {TOKENS!r}; take the text instead with --rows text")
+        if not 0 < self.max_document_bytes <= MOST_DOCUMENT_BYTES:
+            raise ConfigError(
+                f"max_document_bytes is {self.max_document_bytes}; it must be 1 to {MOST_DOCUMENT_BYTES} (1 GiB)"
+            )
         self.conditions()
 
     def conditions(self) -> tuple[Condition, ...]:
@@ -49,4 +71,4 @@ class DocumentRules:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rules in the types of JSON."""
-        return {**asdict(self), "where": list(self.where)}
+        return {**asdict(self), "where": list(self.where), "ignore_fields": list(self.ignore_fields)}

@@ -6,10 +6,13 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from statex_dist.data.corpus.documents import check_filterable, find_files, split_units
+from statex_dist.data.corpus.first_records import check_first_records
+from statex_dist.data.corpus.records import LISTED, ReadReport
 from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob
 from statex_dist.data.corpus.unit_results import UnitResults, finished_units
@@ -61,6 +64,7 @@ class Source:
         self._loaded: Tokenizer = load_tokenizer(tokenizer)
         self._rules = rules
         self._limit = max_documents
+        self._unused: set[str] = set()
         self.files = find_files(inputs, suffixes)
         self._units, total_bytes = split_units(self.files)
         if rules.where:
@@ -79,6 +83,16 @@ class Source:
         settings = {"tokenizer_hash": self._loaded.hash, "dtype": self.dtype, **self._rules.as_dict()}
         return WorkDirectory(path, settings, self._units, part=part, merge=merge)
 
+    def check_first_records(self) -> None:
+        """Look at the first records of the inputs, before anything is made.
+
+        Raises:
+            DataError: An input is unreadable or malformed.
+        """
+        # A bad input behind documents that are enough is none of this run.
+        units = self._units if self._limit is None else self._units[:1]
+        check_first_records(units, self._loaded.vocab_size, self._rules)
+
     def tokenize(self, jobs: Sequence[UnitJob]) -> UnitResults:
         """Do what is left to do of ``jobs``.
 
@@ -90,15 +104,27 @@ class Source:
             log.info("resuming: %d of %d units are done", results.before, len(jobs))
         if results.enough:
             return results
+        listed = 0
         with ProgressLine("tokenize", len(jobs), "units", done=results.before) as progress:
             for k, result in tokenize_units([jobs[i] for i in todo], self._task, self._workers):
-                for message in result.undecodable:
-                    log.warning("left out: %s", message)
+                listed = self._report(result.reading, listed)
                 results.add(todo[k], result)
                 progress.advance(1, int(result.lengths.sum()))
                 if results.enough:
                     break
         return results
+
+    def _report(self, reading: ReadReport, listed: int) -> int:
+        """Log what a unit left out, up to a bound, and which fields were not used; return how many were listed."""
+        for message in reading.undecodable:
+            log.warning("left out: %s", message)
+        for message in reading.listed[: LISTED - listed]:
+            log.warning("left out: %s", message)
+        if unused := [name for name in reading.unused if name not in self._unused]:
+            self._unused.update(unused)
+            level = logging.WARNING if reading.kind == "text" else logging.INFO
+            log.log(level, "fields that are not used, in rows of %s: %s", reading.kind, ", ".join(unused))
+        return listed + len(reading.listed)
 
     def merge(self, work: WorkDirectory) -> UnitResults:
         """Return what the parts have done.
@@ -126,6 +152,7 @@ class Source:
         loss_mask: bool,
         shard_documents: list[int],
         left_out: dict[str, int],
+        rows: dict[str, Any],
     ) -> DatasetManifest:
         """Return the manifest of documents with ``lengths``, in stored order."""
         powers = np.frexp(lengths.astype(np.float64))[1] - 1
@@ -147,4 +174,5 @@ class Source:
             lengths_hash=hash_lengths(lengths),
             length_histogram=np.bincount(powers).tolist(),
             left_out=left_out,
+            rows=rows,
         )

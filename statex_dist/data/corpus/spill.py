@@ -21,6 +21,7 @@ import numpy as np
 
 from statex_dist.checkpoint.descriptors import allow_open_files
 from statex_dist.checkpoint.manifest import sync
+from statex_dist.data.corpus.records import ReadReport
 
 DONE_SUFFIX = ".done"
 _BUFFER_BYTES = 1 << 20
@@ -37,8 +38,7 @@ class UnitResult:
         has_masks: Whether some document has a loss mask.
         short: Documents left out because they were too short.
         long: Documents left out because they were too long.
-        filtered: Records left out because they did not meet a condition.
-        undecodable: A message for each file left out because it is not UTF-8.
+        reading: What the reader left out, and what it read.
     """
 
     base: str
@@ -46,8 +46,7 @@ class UnitResult:
     has_masks: bool
     short: int
     long: int
-    filtered: int
-    undecodable: list[str]
+    reading: ReadReport
 
 
 class UnitWriter:
@@ -91,16 +90,16 @@ class UnitWriter:
         self._lengths.append(length)
         self._total += length
 
-    def finish(self, *, short: int, long: int, filtered: int, undecodable: list[str]) -> UnitResult:
+    def finish(self, *, short: int, long: int, reading: ReadReport) -> UnitResult:
         """Make the files durable under their names and return the unit's result."""
         lengths = np.array(self._lengths, np.int64)
-        result = UnitResult(self._base, lengths, self._masks is not None, short, long, filtered, undecodable)
+        result = UnitResult(self._base, lengths, self._masks is not None, short, long, reading)
         if self._masks is not None:
             self._place(self._masks, ".masks")
         self._place(self._tokens, ".tokens")
         done = self._open(DONE_SUFFIX)
-        facts = {"has_masks": result.has_masks, "short": short, "long": long, "filtered": filtered}
-        text = json.dumps({**facts, "undecodable": undecodable})
+        facts = {"has_masks": result.has_masks, "short": short, "long": long, "reading": reading.as_dict()}
+        text = json.dumps(facts)
         np.savez(done, lengths=lengths, facts=np.array(text))
         self._place(done, DONE_SUFFIX)
         return result
@@ -142,7 +141,8 @@ def load_result(base: str, dtype: str) -> UnitResult | None:
             return None
         if facts["has_masks"] and Path(base + ".masks").stat().st_size != total:
             return None
-        return UnitResult(base=base, lengths=lengths, **facts)
+        reading = ReadReport(**facts.pop("reading"))
+        return UnitResult(base=base, lengths=lengths, reading=reading, **facts)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 

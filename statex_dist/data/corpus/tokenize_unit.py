@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from statex_dist.data.corpus.documents import LeftOut, Unit, file_facts, read_unit
-from statex_dist.data.corpus.records import Record
+from statex_dist.data.corpus.documents import Unit, file_facts, read_unit
+from statex_dist.data.corpus.records import ReadReport, Record
 from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.spill import UnitResult, UnitWriter
 from statex_dist.data.tokenizer import load_tokenizer
@@ -54,7 +54,6 @@ class UnitTokenizer:
     def __init__(self, task: TokenizeTask):
         self._task = task
         self._tokenizer = load_tokenizer(task.tokenizer)
-        self._conditions = task.rules.conditions()
 
     def run(self, job: UnitJob) -> UnitResult:
         """Tokenise the unit of ``job``.
@@ -71,16 +70,9 @@ class UnitTokenizer:
 
     def _run(self, job: UnitJob, writer: UnitWriter) -> UnitResult:
         rules = self._task.rules
-        left_out = LeftOut()
+        reading = ReadReport()
         short = long = 0
-        records = read_unit(
-            job.unit,
-            self._tokenizer.vocab_size,
-            rules.text_field,
-            conditions=self._conditions,
-            skip_undecodable=rules.skip_undecodable,
-            left_out=left_out,
-        )
+        records = read_unit(job.unit, self._tokenizer.vocab_size, rules, reading)
         for batch in _batches(records):
             for ids, mask, end in self._encode(batch):
                 length = len(ids) + (end is not None)
@@ -93,7 +85,7 @@ class UnitTokenizer:
         for path, facts in zip(job.unit.paths, job.facts, strict=True):
             if file_facts(path) != facts:
                 raise DataError(f"{path} changed while it was being read; run the command again")
-        return writer.finish(short=short, long=long, filtered=left_out.filtered, undecodable=left_out.undecodable)
+        return writer.finish(short=short, long=long, reading=reading)
 
     def _encode(self, records: list[Record]) -> Iterator[tuple[np.ndarray, np.ndarray | None, int | None]]:
         """Yield ids, mask and the EOS that is to follow them, if it is."""

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from statex_dist.data.corpus.documents import Unit
+from statex_dist.data.corpus.records import LISTED
+from statex_dist.data.corpus.row_parser import mixed
 from statex_dist.data.corpus.spill import UnitResult, load_result
 from statex_dist.data.corpus.tokenize_unit import UnitJob
+from statex_dist.errors import DataError
 
 
 class UnitResults:
     """Results of units that finish in any order; knows when the first ones hold enough documents.
 
     Args:
-        units: How many there are.
+        units: What they read.
         limit: Documents that are enough; ``None`` for those of all units.
 
     Attributes:
         before: Units taken that an earlier run had done.
+        kinds: What the rows of each file hold that was read: ``"text"`` or ``"tokens"``.
     """
 
-    def __init__(self, units: int, limit: int | None):
+    def __init__(self, units: Sequence[Unit], limit: int | None):
         self.before = 0
-        self._found: list[UnitResult | None] = [None] * units
+        self.kinds: dict[str, str] = {}
+        self._found: list[UnitResult | None] = [None] * len(units)
+        self._units = units
         self._limit = limit
         self._next = self._documents = 0
 
     def add(self, i: int, result: UnitResult) -> None:
-        """Take the result of unit ``i``."""
+        """Take the result of unit ``i``.
+
+        Raises:
+            DataError: A file has rows of both kinds.
+        """
         self._found[i] = result
         while not self.enough and (following := self._found[self._next]) is not None:
             self._documents += len(following.lengths)
+            if kind := following.reading.kind:
+                for path in self._units[self._next].paths:
+                    if (before := self.kinds.setdefault(path, kind)) != kind:
+                        raise DataError(f"{path}: rows have {mixed(before, kind)}")
             self._next += 1
 
     @property
@@ -42,6 +58,20 @@ class UnitResults:
         """How many units are not there, and may be needed."""
         return 0 if self.enough else self._found[self._next :].count(None)
 
+    def rows(self) -> dict[str, Any]:
+        """Return, by kind of row, how many files have it, the names of the first, and the columns beside ids."""
+        found: dict[str, Any] = {}
+        for path, kind in self.kinds.items():
+            of_kind = found.setdefault(kind, {"files": 0, "names": [], "columns": []})
+            of_kind["files"] += 1
+            if len(of_kind["names"]) < LISTED:
+                of_kind["names"].append(path)
+        for result in self.taken():
+            if result.reading.kind and result.reading.columns:
+                columns = found[result.reading.kind]["columns"]
+                columns[:] = sorted({*columns, *result.reading.columns})
+        return found
+
     def taken(self) -> list[UnitResult]:
         """Return the results of the first units, up to enough documents."""
         return [result for result in self._found[: self._next] if result is not None]
@@ -49,7 +79,7 @@ class UnitResults:
 
 def finished_units(jobs: Sequence[UnitJob], dtype: str, limit: int | None) -> tuple[UnitResults, list[int]]:
     """Return the results that lie in the work directory, and which units have none."""
-    results = UnitResults(len(jobs), limit)
+    results = UnitResults([job.unit for job in jobs], limit)
     missing = []
     for i, job in enumerate(jobs):
         result = load_result(job.base, dtype)

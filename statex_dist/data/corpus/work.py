@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _SETTINGS_NAME = "settings.json"
 _LOCK_NAME = "lock"
 # Raised when units are read or stored in another way, so that those of an older version are not taken.
-_VERSION = 1
+_VERSION = 2
 _NAMED = 3
 
 

@@ -1,0 +1,100 @@
+"""Text files, one document each."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+
+from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
+from statex_dist.data.corpus.records import BadRecordError, ReadReport, Record
+from statex_dist.errors import DataError
+
+# Those of UTF-32 first: one of UTF-16 is the begin of one of them.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_undecodable: bool) -> Iterator[Record]:
+    """Yield the text of every file, without a byte order mark.
+
+    Args:
+        paths: The files.
+        report: Takes bad files, if they are to be skipped.
+        most: Bytes that a file may have, unpacked.
+        skip_undecodable: Leave out files that are not UTF-8, with a message for each.
+
+    Raises:
+        DataError: A file cannot be read, is not UTF-8, or is too large.
+    """
+    for path in paths:
+        report.kind = "text"
+        data = _read(path, most + 1)
+        if len(data) > most:
+            size = f"the file has more than {most} bytes"
+            report.leave_out(lambda name=path: name, f"{size}; allow more with --max-document-bytes")  # type: ignore[misc]
+            continue
+        try:
+            refuse_other_encodings(data)
+            text = _decoded(data)
+        except BadRecordError as error:
+            if skip_undecodable:
+                report.undecodable.append(f"{path} {error}")
+            elif report.skip:
+                report.leave_out(lambda name=path: name, str(error))  # type: ignore[misc]
+            else:
+                raise BadRecordError(
+                    f"{path} {error}; convert it, leave it out or skip such files with --skip-bad-records"
+                ) from error
+            continue
+        data = b""
+        yield Record(text=text)
+
+
+def refuse_other_encodings(data: bytes) -> None:
+    """Refuse text that begins with the mark of another encoding than UTF-8.
+
+    Raises:
+        BadRecordError: It does.
+    """
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            raise BadRecordError(f"is {name}, not UTF-8 (by its byte order mark; iconv -f {name} -t UTF-8 converts it)")
+
+
+def check_text(path: str, size: int) -> None:
+    """Look whether the first ``size`` bytes of a text file are UTF-8.
+
+    Raises:
+        BadRecordError: They are not.
+        DataError: The file cannot be read.
+    """
+    data = _read(path, size)
+    try:
+        refuse_other_encodings(data)
+        codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < size)
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{path} is not UTF-8 text: byte {error.start} ({error.reason})") from error
+    except BadRecordError as error:
+        raise BadRecordError(f"{path} {error}") from error
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"is not UTF-8 text: byte {error.start} ({error.reason})") from error
+
+
+def _read(path: str, size: int) -> bytes:
+    """Return the first ``size`` bytes, of all that there are."""
+    try:
+        with open_stream(path) as file:
+            return file.read(size)
+    except DamagedStreamError as error:
+        raise DataError(f"{path} is damaged or cut off: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
