@@ -57,5 +57,14 @@ def meaning(name: str) -> str | None:
 
 
 def refused_in_shards(name: str) -> bool:
-    """Return whether a column of a foreign shard could change what is learned; shards are read as they are."""
+    """Return whether a column of a foreign shard could change what is learned.
+
+    Shards are read as they lie, so nothing but a mask of their own (:data:`MASKS`, the first) is honoured.
+    """
     return name in _MEANING or name == ZEROS_ONLY or (name in HONOURED and name not in (TOKENS, MASKS[0]))
+
+
+SHARD_REMEDY: Final = (
+    "could change what is learned and is not read in shards; write it as loss_mask (uint8, 1 is learned), one document "
+    "a sample and without padding, or leave it out"
+)

@@ -73,11 +73,11 @@ class _Lines:
         """Yield the documents of the lines from byte ``at``, the stream's place, up to ``end``."""
         self._first = at
         while (end is None or at < end) and (line := self._next()):
-            if not at:
-                self._refuse_other_encodings(line)
-            at += len(line)
             found: list[Record] = []
             try:
+                if not at:
+                    refuse_other_encodings(line)
+                at += len(line)
                 if len(line) > self._most:
                     at += self._pass_over(line)
                     raise BadRecordError(
@@ -118,12 +118,6 @@ class _Lines:
         if self._before is None:
             self._before = _lines_before(self._path, self._first) if self._first else 0
         return f"{self._path}:{self._before + self._number}"
-
-    def _refuse_other_encodings(self, line: bytes) -> None:
-        try:
-            refuse_other_encodings(line)
-        except BadRecordError as error:
-            raise DataError(f"{self._path} {error}") from error
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class ReadReport:
             BadRecordError: Bad records are not to be skipped.
         """
         if not self.skip:
-            raise BadRecordError(f"{place()}: {reason}")
+            raise BadRecordError(f"{place()}: {reason}; --skip-bad-records leaves out what is bad")
         self.bad += 1
         if len(self.listed) < LISTED:
             self.listed.append(str(BadRecordError(f"{place()}: {reason}")))

@@ -13,6 +13,7 @@ Layout of a raw shard of ``n`` samples (read from files and checked against stre
 from __future__ import annotations
 
 import json
+import logging
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from statex_dist.data.columns import SHARD_REMEDY, refused_in_shards
+from statex_dist.data.columns import TOKENS as TOKEN_IDS
 from statex_dist.data.storage.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry, check_count
 from statex_dist.data.store import Piece
 from statex_dist.errors import DataError, reason
 
+log = logging.getLogger(__name__)
+
 INDEX_NAME = "index.json"
+_NUMBERS = (*TOKEN_DTYPES, "int8", "int16", "uint64", "float16", "float32", "float64")
 
 
 class MdsShard:
@@ -46,13 +52,13 @@ class MdsShard:
         self._dtype = np.dtype(_column_dtype(info, TOKENS))
         try:
             self._map = np.memmap(path, np.uint8, mode="r")
-            self._locate(info)
+            self._locate(path, info)
         except (IndexError, ValueError) as error:
             raise DataError(
                 f"{path} is not a readable MDS shard of tokens ({error}); prepare the dataset again"
             ) from error
 
-    def _locate(self, info: Mapping[str, Any]) -> None:
+    def _locate(self, path: Path, info: Mapping[str, Any]) -> None:
         samples = info["samples"]
         head = self._map[: 4 * (samples + 2)]
         count, *_ = head[:4].view("<u4").tolist()
@@ -64,6 +70,7 @@ class MdsShard:
         names, sizes = info["column_names"], info["column_sizes"]
         variable = [name for name, size in zip(names, sizes, strict=True) if not size]
         position = offsets[:-1] + 4 * len(variable)
+        others: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         begin: dict[str, np.ndarray] = {}
         length: dict[str, np.ndarray] = {}
         for name, size in zip(names, sizes, strict=True):
@@ -71,6 +78,8 @@ class MdsShard:
                 size = self._gather_u32(offsets[:-1] + 4 * variable.index(name))
             if name in (TOKENS, LOSS_MASK):
                 begin[name], length[name] = self._array_at(position, size, np.dtype(_column_dtype(info, name)))
+            elif _column_dtype(info, name) in _NUMBERS and isinstance(size, np.ndarray):
+                others[name] = position, size
             position = position + size
         if (position != offsets[1:]).any():
             raise ValueError("column sizes do not add up to the samples")
@@ -79,6 +88,16 @@ class MdsShard:
         self._mask_begin = begin.get(LOSS_MASK)
         if LOSS_MASK in length and (length[LOSS_MASK] != self.lengths).any():
             raise ValueError("a loss_mask is not as long as its tokens")
+        for name, (at, size) in others.items():
+            if self._is_per_token(at, size, np.dtype(_column_dtype(info, name))):
+                raise DataError(f"{path}: column {name!r} has a number for each token; it {SHARD_REMEDY}")
+
+    def _is_per_token(self, at: np.ndarray, size: np.ndarray, dtype: np.dtype) -> bool:
+        try:
+            counts = self._array_at(at, size, dtype)[1]
+        except ValueError:
+            return False
+        return bool((counts == self.lengths).all() and (counts > 1).any())
 
     def _gather_u32(self, at: np.ndarray) -> np.ndarray:
         return (self._map[at[:, None] + np.arange(4)] * (1 << np.arange(0, 32, 8))).sum(1)
@@ -125,7 +144,10 @@ def read_index(content: bytes, origin: str) -> list[ShardEntry]:
         raise DataError(
             f"{origin}: MDS version {reprlib.repr(version)} with {len(shards)} shards; prepare the data again"
         )
-    return [_entry(f"{origin}: shard {number}", shard) for number, shard in enumerate(shards)]
+    entries = [_entry(f"{origin}: shard {number}", shard) for number, shard in enumerate(shards)]
+    if unused := {name for entry in entries for name in entry.details["column_names"]} - {TOKENS, LOSS_MASK}:
+        log.info("%s: columns that are not used: %s", origin, ", ".join(sorted(unused)))
+    return entries
 
 
 def _entry(where: str, shard: Any) -> ShardEntry:
@@ -168,6 +190,9 @@ def _check_columns(shard: Mapping[str, Any]) -> None:
         raise DataError(f"two columns have one name: {', '.join(names)}")
     if TOKENS not in names:
         raise DataError(f"no column {TOKENS!r} (there are: {', '.join(names)})")
+    for name in names:
+        if name == TOKEN_IDS or refused_in_shards(name):
+            raise DataError(f"column {name!r} {SHARD_REMEDY}")
     for name, allowed in ((TOKENS, TOKEN_DTYPES), (LOSS_MASK, ("uint8",))):
         if name in names and _column_dtype(shard, name) not in allowed:
             raise DataError(

@@ -35,7 +35,8 @@ from statex_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+# Raised when tars are walked in another way, so that what an older version kept is not taken.
+_VERSION = 2
 _HASH = "xxh64"
 _REPORT_SECONDS = 10.0
 

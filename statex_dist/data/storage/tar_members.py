@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from statex_dist.data.columns import SHARD_REMEDY, refused_in_shards
 from statex_dist.data.storage.npy import MAX_HEADER, parse_header
 from statex_dist.data.storage.shards import TOKEN_DTYPES
 from statex_dist.errors import DataError
@@ -30,6 +31,8 @@ TOKENS_MEMBERS = ("tokens.npy", "input_ids.npy", "npy")
 """What holds a sample's tokens; the first that a sample has."""
 LENGTHS_MEMBER = "lengths.npy"
 LOSS_MASK_MEMBER = "loss_mask.npy"
+_READ = (LENGTHS_MEMBER, LOSS_MASK_MEMBER)
+_NAMED = 8
 
 _BLOCK = tarfile.BLOCKSIZE
 _SAMPLE_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
@@ -100,12 +103,14 @@ class _Scan:
         dtype: str | None = None
         others: dict[str, str] = {}
         num_others = 0
+        unused: set[str] = set()
         for key, members in self._samples():
             suffix = next((name for name in TOKENS_MEMBERS if name in members), None)
             if suffix is None:
                 num_others += 1
                 others |= dict.fromkeys(members, key)
                 continue
+            unused |= self._others(members, suffix)
             rows, found = self._documents(members, members[suffix])
             if dtype not in (None, found):
                 raise self._wrong(members[suffix], f"holds {found}, the tar's other tokens are {dtype}; use one type")
@@ -113,12 +118,15 @@ class _Scan:
             parts.append(rows)
         wanted = ", ".join(TOKENS_MEMBERS)
         if num_others and not parts:
+            named = ", ".join(sorted(others)[:_NAMED])
             raise DataError(
-                f"{self._path}: no sample has tokens (allowed: {wanted}; there are: {', '.join(sorted(others)[:8])}); "
+                f"{self._path}: no sample has tokens (allowed: {wanted}; there are: {named}); "
                 "store token ids as one of them"
             )
         if num_others:
             log.warning("%s: %d samples without any of %s are left out", self._path, num_others, wanted)
+        if unused:
+            log.info("%s: members that are not used: %s", self._path, ", ".join(sorted(unused)[:_NAMED]))
         return MemberIndex(np.concatenate([*parts, np.zeros((0, 3), np.int64)]), dtype or TOKEN_DTYPES[0])
 
     def _samples(self) -> Iterator[tuple[str, dict[str, _Member]]]:
@@ -208,6 +216,25 @@ class _Scan:
         if not re.fullmatch(r"[0-9]{1,18}", attributes.get("size", "0")):
             raise self._wrong(member, f"has a size of {attributes['size']!r} bytes; write the tar again")
         return attributes
+
+    def _others(self, members: dict[str, _Member], tokens: str) -> set[str]:
+        """The names of members that are not read; refused where they could change what is learned."""
+        others = {name: member for name, member in members.items() if name not in (tokens, *_READ)}
+        for name, member in others.items():
+            # A name of more parts is of one array of a sample, whatever stores it: labels.npy, labels.pyd.
+            if name in TOKENS_MEMBERS[:2] or refused_in_shards(name.split(".")[0]):
+                raise self._wrong(member, f"{SHARD_REMEDY}")
+            if name.endswith("npy") and self._is_per_token(member, members[tokens]):
+                raise self._wrong(member, f"has a number for each token; it {SHARD_REMEDY}")
+        return set(others)
+
+    def _is_per_token(self, member: _Member, tokens: _Member) -> bool:
+        count = self._array(tokens, TOKEN_DTYPES).count
+        try:
+            header = parse_header(self._content[member.begin : member.begin + min(member.size, MAX_HEADER)])
+        except ValueError:
+            return False
+        return count > 1 and header.shape[:1] == (count,)
 
     def _documents(self, members: dict[str, _Member], member: _Member) -> tuple[np.ndarray, str]:
         """Rows of the index for one sample, and the type of its tokens."""
