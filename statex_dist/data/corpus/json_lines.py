@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
@@ -56,6 +56,10 @@ def _skip_to_line(file: BinaryIO, begin: int, end: int) -> int:
     return end
 
 
+class _LongLineError(BadRecordError):
+    """A line of which not all was read."""
+
+
 class _Lines:
     """The lines of one stream, from its place on."""
 
@@ -79,14 +83,13 @@ class _Lines:
                     refuse_other_encodings(line)
                 at += len(line)
                 if len(line) > self._most:
-                    at += self._pass_over(line)
-                    raise BadRecordError(
-                        f"the line has more than {self._most} bytes; allow more with --max-document-bytes"
-                    )
+                    raise _LongLineError(f"the line has more than {self._most} bytes; {BadRecordError.LARGER}")
                 if line.strip():
                     found = self._parse(_object(line))
             except BadRecordError as error:
                 self._report.leave_out(self._place, str(error))
+                if isinstance(error, _LongLineError):
+                    at += self._pass_over(line)
             except DataError as error:
                 raise DataError(f"{self._place()}: {error}") from error
             # A document may be a large part of memory: neither it nor its line is held here while it is consumed.
@@ -128,14 +131,16 @@ def _object(line: bytes) -> dict[str, Any]:
         raise BadRecordError(f"not UTF-8 (byte {error.start} of the line)") from error
     try:
         text = text.removeprefix("\ufeff")
-        # What has few brackets cannot be nested deeply, and needs no walk through all of its values.
-        few = text.count("[") + text.count("{") <= _FEW_BRACKETS
-        record = json.loads(text) if few else parse_json(text)
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise BadRecordError(f"a JSON object is needed, not {type(record).__name__}")
+        kinds = set(map(type, record.values()))
+        # A walk through all values would double the time of long lists of ids: what has few brackets is not deep.
+        if (dict in kinds) if list not in kinds else (text.count("[") + text.count("{") > _FEW_BRACKETS):
+            parse_json(text, parse=lambda _: record)
     except (ValueError, RecursionError) as error:
         raise BadRecordError(f"not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise BadRecordError(f"a JSON object is needed, not {type(record).__name__}")
-    return record
+    return cast("dict[str, Any]", record)
 
 
 def _lines_before(path: str, at: int) -> int:

@@ -15,6 +15,7 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 _VALUE_BYTES = 8
+_MOST_TIMES = 16
 # What a page may cost beside its values: their lengths and levels.
 _PAGE_BYTES = 1 << 16
 _THRIFT_I32 = 0x15
@@ -69,7 +70,17 @@ def read_rows(
         columns = _columns(path, parquet, wanted)
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(begin))
         for group in range(begin, end):
-            for batch in _batches(path, parquet, group, columns, row, wanted.most):
+            rows = parquet.metadata.row_group(group).num_rows
+            size, largest = _group_bytes(path, parquet.metadata.row_group(group), columns)
+            # Rows that are larger than allowed are read one by one to find the others, within reason.
+            if size > (wanted.most + _PAGE_BYTES) * rows and not (report.skip and size <= _MOST_TIMES * wanted.most):
+                reason = f"row group {group} has {rows} rows with {size} bytes, more than {wanted.most} each"
+                place = f"{path}: row {row}"
+                report.leave_out(lambda place=place: place, f"{reason}; {BadRecordError.LARGER}", rows)  # type: ignore[misc]
+                row += rows
+                continue
+            count = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(size // max(rows, 1), largest, 1)))
+            for batch in _batches(path, parquet, group, columns, count):
                 for fields in _rows(batch, wanted.most):
                     found: list[Record] = []
                     try:
@@ -125,25 +136,23 @@ def _holds(schema: Any, name: str) -> bool:
     return True
 
 
-def _batches(path: str, parquet: Any, group: int, columns: list[str], row: int, most: int) -> Iterator[Any]:
-    """Yield the rows of a row group in batches of bounded size, as far as its metadata tells sizes."""
-    import pyarrow
-
-    facts = parquet.metadata.row_group(group)
-    rows = max(facts.num_rows, 1)
-    size = most_of_one = 0
+def _group_bytes(path: str, facts: Any, columns: Sequence[str]) -> tuple[int, int]:
+    """Return the bytes of a row group's columns, and of the largest dictionary among them."""
+    tops = {name.split(".")[0] for name in columns} | set(columns)
+    size = largest = 0
     for chunk in map(facts.column, range(facts.num_columns)):
-        if {chunk.path_in_schema, chunk.path_in_schema.split(".")[0]} & {name.split(".")[0] for name in columns}:
+        if tops & {chunk.path_in_schema, chunk.path_in_schema.split(".")[0]}:
             # Repeated values cost next to nothing in the file.
             size += max(chunk.total_uncompressed_size, _VALUE_BYTES * chunk.num_values)
-            most_of_one = max(most_of_one, dictionary_bytes(path, chunk))
-    if size > (most + _PAGE_BYTES) * rows:
-        raise BadRecordError(
-            f"{path}: row {row}: row group {group} has {facts.num_rows} rows with {size} bytes, more than {most} each; "
-            "allow more with --max-document-bytes"
-        )
-    count = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(size // rows, most_of_one, 1)))
-    batches = parquet.iter_batches(count, row_groups=[group], columns=columns)
+            largest = max(largest, dictionary_bytes(path, chunk))
+    return size, largest
+
+
+def _batches(path: str, parquet: Any, group: int, columns: list[str], rows: int) -> Iterator[Any]:
+    """Yield a row group in batches of so many rows."""
+    import pyarrow
+
+    batches = parquet.iter_batches(rows, row_groups=[group], columns=columns)
     while True:
         try:
             batch = next(batches, None)
@@ -194,7 +203,7 @@ def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | BadRecordError]:
         for k in dictionaries:  # their size is that of all values
             one = one.set_column(k, one.schema.names[k], one.column(k).dictionary_decode())
         if one.nbytes > most:
-            yield BadRecordError(f"the row has more than {most} bytes; allow more with --max-document-bytes")
+            yield BadRecordError(f"the row has more than {most} bytes; {BadRecordError.LARGER}")
             continue
         try:
             yield one.to_pylist()[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,6 +16,9 @@ LISTED = 100
 
 class BadRecordError(DataError):
     """One record is no document; those before and behind it may be."""
+
+    LARGER: ClassVar[str] = "allow more with --max-document-bytes"
+    """What helps where one is too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +61,15 @@ class ReadReport:
     columns: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
-    def leave_out(self, place: Callable[[], str], reason: str) -> None:
-        """Count a bad record, or raise it.
+    def leave_out(self, place: Callable[[], str], reason: str, count: int = 1) -> None:
+        """Count a bad record, or several with one reason, or raise it.
 
         Raises:
             BadRecordError: Bad records are not to be skipped.
         """
         if not self.skip:
             raise BadRecordError(f"{place()}: {reason}; --skip-bad-records leaves out what is bad")
-        self.bad += 1
+        self.bad += count
         if len(self.listed) < LISTED:
             self.listed.append(str(BadRecordError(f"{place()}: {reason}")))
 

@@ -52,47 +52,48 @@ class RowParser:
         if self._conditions and not all_hold(self._conditions, row):
             self._report.filtered += 1
             return []
-        kind = self._kind(row)
+        kind, text = self._kind(row)
         if self._report.kind != kind:
             if self._report.kind:
                 raise DataError(f"this row has {mixed(self._report.kind, kind)}")
             self._report.kind = kind
         if kind == "text":
-            self._note(self._report.unused, BESIDE_TEXT.intersection(row) - self._ignore)
-            return [Record(text=self._text(row))]
+            if not BESIDE_TEXT.isdisjoint(row):
+                self._note(self._report.unused, BESIDE_TEXT.intersection(row) - self._ignore)
+            return [Record(text=self._text(text))]
         documents = token_documents(row, self._vocab_size, self._ignore)
         names = row.keys() - self._ignore
         self._note(self._report.columns, names.intersection(HONOURED[1:]))
         self._note(self._report.unused, names.difference(HONOURED))
         return documents
 
-    def _kind(self, row: dict[str, Any]) -> str:
+    def _kind(self, row: dict[str, Any]) -> tuple[str, Any]:
+        """What is read of a row, and its text."""
         tokens = row.get(TOKENS) is not None
         if self._rows == "tokens":
             if not tokens:
                 raise BadRecordError(_absent(row, TOKENS, TOKENS in row))
-            return "tokens"
+            return "tokens", None
         found, text = find_field(row, self._text_field)
         if self._rows == "text":
             if text is None:
                 raise BadRecordError(_absent(row, self._text_field, found))
-            return "text"
+            return "text", text
         if tokens and text is not None:
             raise DataError(
                 f"a row has both {TOKENS!r} and {self._text_field!r}; choose what is read: --rows text or --rows tokens"
             )
         if tokens:
-            return "tokens"
+            return "tokens", None
         if text is None:
             if found or TOKENS in row:
                 raise BadRecordError(_absent(row, self._text_field if found else TOKENS, True))
             raise BadRecordError(
                 f"no field {self._text_field!r} or {TOKENS!r} (there are: {', '.join(map(str, row)) or 'none'})"
             )
-        return "text"
+        return "text", text
 
-    def _text(self, row: dict[str, Any]) -> str:
-        text = find_field(row, self._text_field)[1]
+    def _text(self, text: Any) -> str:
         if isinstance(text, bytes):
             try:
                 return text.decode("utf-8")

@@ -35,7 +35,7 @@ def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_unde
         data = _read(path, most + 1)
         if len(data) > most:
             size = f"the file has more than {most} bytes"
-            report.leave_out(lambda name=path: name, f"{size}; allow more with --max-document-bytes")  # type: ignore[misc]
+            report.leave_out(lambda name=path: name, f"{size}; {BadRecordError.LARGER}")  # type: ignore[misc]
             continue
         try:
             refuse_other_encodings(data)

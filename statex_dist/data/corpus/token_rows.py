@@ -202,10 +202,12 @@ def _per_token(row: Mapping[str, Any], name: str, length: int) -> np.ndarray:
 def _integers(values: Any, name: str) -> np.ndarray:
     try:
         array = np.asarray(values)
-        integers = isinstance(values, list) and array.ndim == 1 and (array.dtype.kind in "bi" or not len(array))
-        # numpy takes true among integers for 1.
-        if integers and (name not in (TOKENS, "labels") or bool not in set(map(type, values))):
-            return array.astype(np.int64)
+        if isinstance(values, list) and array.ndim == 1 and (array.dtype.kind in "bi" or not len(array)):
+            array = array.astype(np.int64)
+            # numpy takes true among integers for 1.
+            small = np.flatnonzero(array >> 1 == 0).tolist() if name in (TOKENS, "labels") else []
+            if not any(isinstance(values[i], bool) for i in small):
+                return array
     except (ValueError, OverflowError):
         pass
     raise BadRecordError(f"{name} must be a list of integers")
