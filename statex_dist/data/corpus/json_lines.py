@@ -138,7 +138,9 @@ def _object(line: bytes) -> dict[str, Any]:
         # A walk through all values would double the time of long lists of ids: what has few brackets is not deep.
         if (dict in kinds) if list not in kinds else (text.count("[") + text.count("{") > _FEW_BRACKETS):
             parse_json(text, parse=lambda _: record)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise BadRecordError("not valid JSON (it is nested too deeply)") from error
+    except ValueError as error:
         raise BadRecordError(f"not valid JSON ({error})") from error
     return cast("dict[str, Any]", record)
 

@@ -118,7 +118,7 @@ class Source:
         """Log what a unit left out, up to a bound, and which fields were not used; return how many were listed."""
         for message in reading.undecodable:
             log.warning("left out: %s", message)
-        for message in reading.listed[: LISTED - listed]:
+        for message in reading.listed[: max(0, LISTED - listed)]:
             log.warning("left out: %s", message)
         if unused := [name for name in reading.unused if name not in self._unused]:
             self._unused.update(unused)
