@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="leave out this field beside input_ids, whatever it holds; may be repeated",
     )
     parser.add_argument(
-        "--max-document-bytes", type=str, default="64MiB", help="size limit of a line, text file or row, up to 1GiB"
+        "--max-document-bytes", type=str, default="128MiB", help="size limit of a line, text file or row, up to 1GiB"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     parser.add_argument("--work", type=str | None, default=None, metavar="DIR", help="directory of the finished units")

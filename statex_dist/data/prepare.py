@@ -238,9 +238,7 @@ def prepare(
             (staging.directory / BAD_RECORDS_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
         lengths = spill.lengths[order]
         (staging.directory / LENGTHS_NAME).write_bytes(pack_lengths(lengths))
-        manifest = source.manifest(
-            format, seed, lengths, spill.has_masks, writer.shard_documents, left_out, found.rows()
-        )
+        manifest = source.manifest(format, seed, lengths, spill.has_masks, writer.shard_documents, left_out, found.rows)
         staging.commit(manifest)
         directory.remove()
     return PrepareSummary(

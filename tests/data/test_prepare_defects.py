@@ -245,7 +245,7 @@ def test_a_dictionary_of_few_large_values_is_not_unfolded_at_once(tmp_path):
 
 @pytest.fixture
 def special(tmp_path):
-    """A directory with one text file, and with what is none: a pipe, links to it and to a device, a socket."""
+    """A directory with one text file, a pipe, a link to it, a link to a device and a socket."""
     root = tmp_path / "special"
     root.mkdir()
     put(root / "a.txt", b"text")
@@ -258,7 +258,7 @@ def special(tmp_path):
 
 
 def test_only_regular_files_are_read(tmp_path, special, caplog):
-    done = threading.Timer(60, os._exit, (1,))  # reading one of them would wait for ever
+    done = threading.Timer(60, os._exit, (1,))  # reading a pipe would block
     done.start()
     try:
         assert prepare([special], tmp_path / "out").documents == 1
@@ -327,3 +327,28 @@ def test_json_at_the_limit_of_its_depth():
     with pytest.raises(BadRecordError, match="nested too deeply"):
         _object(b'{"a": ' + deepest + b"}")
     assert len(_object(json.dumps({"n": [[0]] * 300}).encode())["n"]) == 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_other_encodings_without_a_mark(tmp_path, encoding):
+    put(tmp_path / "a.txt", "plain English".encode(encoding))
+    put(tmp_path / "b.jsonl", '{"text": "plain English"}\n'.encode(encoding))
+    with pytest.raises(DataError, match=r"a\.txt is UTF-16, UTF-32 or no text: \d+ of its \d+ bytes are 0"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out")
+    with pytest.raises(DataError, match=r"b\.jsonl:1: not valid JSON"):
+        prepare([tmp_path / "b.jsonl"], tmp_path / "out")
+    put(tmp_path / "c.txt", b"one \0 in text")
+    assert prepare([tmp_path / "c.txt"], tmp_path / "out").documents == 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_json_named_on_the_command_line_is_of_lines(tmp_path, name):
+    def pack(content):
+        return gzip.compress(content) if name.endswith("gz") else content
+
+    path = put(tmp_path / name, pack(GOOD * 2))
+    prepare([path], tmp_path / "out")
+    assert texts_of(tmp_path / "out") == ["good", "good"]
+    put(path, pack(json.dumps([{"text": "x"}], indent=1).encode()))
+    with pytest.raises(DataError, match=r":1: not valid JSON"):
+        prepare([path], tmp_path / "x")

@@ -219,7 +219,7 @@ def test_changed_new_and_lost_inputs_are_noticed(tmp_path, corpus, said, tokenis
         ({"skip_bad_records": True}, "skip_bad_records was False, now True"),
         ({"rows": "text"}, "rows was 'auto', now 'text'"),
         ({"ignore_fields": ["weights"]}, "ignore_fields was [], now ['weights']"),
-        ({"max_document_bytes": 999}, "max_document_bytes was 67108864, now 999"),
+        ({"max_document_bytes": 999}, "max_document_bytes was 134217728, now 999"),
     ],
 )
 def test_other_settings_begin_again(tmp_path, corpus, said, tokenised, options, difference):

@@ -66,7 +66,7 @@ def test_what_datasets_writes(tmp_path, form):
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_with_text_and_ids_need_a_choice(tmp_path, name):
     path = write(tmp_path / name, [{"text": "ab", "input_ids": IDS, "labels": IDS}] * 2)
-    with pytest.raises(DataError, match=r"has both 'input_ids' and 'text'; choose .*: --rows text or --rows tokens"):
+    with pytest.raises(DataError, match=r"has both 'input_ids' and 'text'; choose .* --rows text or --rows tokens"):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     prepare([path], tmp_path / "text", rows="text")
     assert texts_of(tmp_path / "text") == ["ab", "ab"]

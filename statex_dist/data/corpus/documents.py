@@ -31,6 +31,8 @@ TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".pod", ".srt"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".sh", ".rb"),
 )
+# Lines too, in many corpora; not looked for in directories, where it is most often something else.
+_JSON_SUFFIX = ".json"
 DEFAULT_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
 _UNIT_BYTES = 8 << 20
 # Every unit becomes a file or two: on a corpus of terabytes there should be thousands of them, not millions.
@@ -130,7 +132,7 @@ def _regular(path: Path) -> Path:
 
 
 def _special(path: str | Path) -> str | None:
-    """What else than a regular file is at ``path``: reading it could wait for ever, or never end."""
+    """Return the kind of file at ``path``, or ``None`` for a regular file; reading any other could block."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - called for every file of the corpus
     except OSError:
@@ -188,8 +190,8 @@ def read_unit(
     Args:
         unit: What to read.
         vocab_size: Bound of the ids in records that are tokenised already.
-        rules: Which field is read, and what is left out.
-        report: Takes what is left out, and says what was read.
+        rules: The field that is read, and the rules for leaving records out.
+        report: Takes counts of records left out, and the kind of rows read.
         sample: Read only the records at its begin: about 1 MiB of lines, or a batch of rows.
 
     Raises:
@@ -235,7 +237,7 @@ def check_filterable(units: Sequence[Unit]) -> None:
 
 def _kind(file: Path) -> str:
     suffix = Path(inner_name(file.name)).suffix.lower()
-    if suffix in JSONL_SUFFIXES:
+    if suffix in (*JSONL_SUFFIXES, _JSON_SUFFIX):
         return "jsonl"
     if suffix not in PARQUET_SUFFIXES:
         return "text"

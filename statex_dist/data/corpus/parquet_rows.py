@@ -15,7 +15,7 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 _VALUE_BYTES = 8
-_MOST_TIMES = 16
+_MOST_TIMES = 8
 # What a page may cost beside its values: their lengths and levels.
 _PAGE_BYTES = 1 << 16
 _THRIFT_I32 = 0x15
@@ -149,7 +149,7 @@ def _group_bytes(path: str, facts: Any, columns: Sequence[str]) -> tuple[int, in
 
 
 def _batches(path: str, parquet: Any, group: int, columns: list[str], rows: int) -> Iterator[Any]:
-    """Yield a row group in batches of so many rows."""
+    """Yield a row group in batches of ``rows`` rows."""
     import pyarrow
 
     batches = parquet.iter_batches(rows, row_groups=[group], columns=columns)

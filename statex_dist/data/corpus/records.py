@@ -1,4 +1,4 @@
-"""One document as an input holds it: text, or ids that are tokenised already; and what a reader reports."""
+"""One document as an input holds it (text, or ids that are tokenised already), and the report of a reader."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class RowParser:
         rows: ``"text"``, ``"tokens"`` or ``"auto"``, which takes what the rows hold, and refuses what is not clear.
         ignore: Fields beside the ids that are left out whatever they hold.
         conditions: Rows that do not pass all of them are left out.
-        report: Counts what is left out, and says what was read.
+        report: Takes counts of rows left out, and the kind of rows read.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class RowParser:
             return "text", text
         if tokens and text is not None:
             raise DataError(
-                f"a row has both {TOKENS!r} and {self._text_field!r}; choose what is read: --rows text or --rows tokens"
+                f"the row has both {TOKENS!r} and {self._text_field!r}; choose what is read: `statex prepare` with "
+                "--rows text or --rows tokens"
             )
         if tokens:
             return "tokens", None

@@ -9,7 +9,7 @@ from statex_dist.data.columns import TOKENS
 from statex_dist.data.corpus.filters import Condition, parse_condition
 from statex_dist.errors import ConfigError
 
-MAX_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 128 << 20
 MOST_DOCUMENT_BYTES = 1 << 30
 ROW_KINDS = ("auto", "text", "tokens")
 EOS_RULES = ("append", "none")

@@ -64,6 +64,7 @@ class Source:
         self._loaded: Tokenizer = load_tokenizer(tokenizer)
         self._rules = rules
         self._limit = max_documents
+        self._honoured: set[str] = set()
         self._unused: set[str] = set()
         self.files = find_files(inputs, suffixes)
         self._units, total_bytes = split_units(self.files)
@@ -120,6 +121,9 @@ class Source:
             log.warning("left out: %s", message)
         for message in reading.listed[: max(0, LISTED - listed)]:
             log.warning("left out: %s", message)
+        if honoured := [name for name in reading.columns if name not in self._honoured]:
+            self._honoured.update(honoured)
+            log.info("fields beside input_ids that are honoured: %s", ", ".join(honoured))
         if unused := [name for name in reading.unused if name not in self._unused]:
             self._unused.update(unused)
             level = logging.WARNING if reading.kind == "text" else logging.INFO

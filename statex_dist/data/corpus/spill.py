@@ -38,7 +38,7 @@ class UnitResult:
         has_masks: Whether some document has a loss mask.
         short: Documents left out because they were too short.
         long: Documents left out because they were too long.
-        reading: What the reader left out, and what it read.
+        reading: The reader's report.
     """
 
     base: str

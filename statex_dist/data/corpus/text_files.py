@@ -40,6 +40,7 @@ def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_unde
         try:
             refuse_other_encodings(data)
             text = _decoded(data)
+            _refuse_zeros(data)
         except BadRecordError as error:
             if skip_undecodable:
                 report.undecodable.append(f"{path} {error}")
@@ -80,6 +81,15 @@ def check_text(path: str, size: int) -> None:
         raise BadRecordError(f"{path} is not UTF-8 text: byte {error.start} ({error.reason})") from error
     except BadRecordError as error:
         raise BadRecordError(f"{path} {error}") from error
+
+
+def _refuse_zeros(data: bytes) -> None:
+    """Refuse UTF-16 without a mark, in which plain English is UTF-8 too: every second byte is 0."""
+    if b"\0" in data and (zeros := data.count(0)) * 4 > len(data):
+        raise BadRecordError(
+            f"is UTF-16, UTF-32 or no text: {zeros} of its {len(data)} bytes are 0 "
+            "(iconv -f UTF-16LE -t UTF-8 converts it)"
+        )
 
 
 def _decoded(data: bytes) -> str:

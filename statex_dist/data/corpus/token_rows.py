@@ -165,7 +165,7 @@ def _agreed(borders: Mapping[str, np.ndarray]) -> np.ndarray | None:
 
 
 def _learned(ids: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """``[n]`` uint8, 1 where every column that says what is learned agrees; ``None`` where none does."""
+    """``[n]`` uint8, 1 where labels and all masks agree that a token is learned; ``None`` without any."""
     masks = []
     if (labels := given.get("labels")) is not None:
         learned = labels != IGNORED_LABEL

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from statex_dist.data.corpus.documents import Unit
-from statex_dist.data.corpus.records import LISTED
+from statex_dist.data.corpus.records import LISTED, ReadReport
 from statex_dist.data.corpus.row_parser import mixed
 from statex_dist.data.corpus.spill import UnitResult, load_result
 from statex_dist.data.corpus.tokenize_unit import UnitJob
@@ -22,12 +22,13 @@ class UnitResults:
 
     Attributes:
         before: Units taken that an earlier run had done.
-        kinds: What the rows of each file hold that was read: ``"text"`` or ``"tokens"``.
+        rows: By ``"text"`` and ``"tokens"``, which files held it: their number, the first names, the columns honoured.
     """
 
     def __init__(self, units: Sequence[Unit], limit: int | None):
         self.before = 0
-        self.kinds: dict[str, str] = {}
+        self.rows: dict[str, Any] = {}
+        self._last = ("", "")
         self._found: list[UnitResult | None] = [None] * len(units)
         self._units = units
         self._limit = limit
@@ -42,11 +43,21 @@ class UnitResults:
         self._found[i] = result
         while not self.enough and (following := self._found[self._next]) is not None:
             self._documents += len(following.lengths)
-            if kind := following.reading.kind:
-                for path in self._units[self._next].paths:
-                    if (before := self.kinds.setdefault(path, kind)) != kind:
-                        raise DataError(f"{path}: rows have {mixed(before, kind)}")
+            if following.reading.kind:
+                self._take_kind(self._units[self._next], following.reading)
             self._next += 1
+
+    def _take_kind(self, unit: Unit, reading: ReadReport) -> None:
+        """Note what the rows of a unit hold; units of one file follow each other."""
+        file, kind = unit.paths[0], reading.kind
+        if file == self._last[0] and kind != self._last[1]:
+            raise DataError(f"{file}: rows have {mixed(self._last[1], kind)}")
+        found = self.rows.setdefault(kind, {"files": 0, "names": [], "columns": []})
+        if file != self._last[0]:
+            found["files"] += len(unit.paths)
+            found["names"] += unit.paths[: max(0, LISTED - len(found["names"]))]
+        found["columns"] = sorted({*found["columns"], *reading.columns})
+        self._last = file, kind
 
     @property
     def enough(self) -> bool:
@@ -57,20 +68,6 @@ class UnitResults:
     def missing(self) -> int:
         """How many units are not there, and may be needed."""
         return 0 if self.enough else self._found[self._next :].count(None)
-
-    def rows(self) -> dict[str, Any]:
-        """Return, by kind of row, how many files have it, the names of the first, and the columns beside ids."""
-        found: dict[str, Any] = {}
-        for path, kind in self.kinds.items():
-            of_kind = found.setdefault(kind, {"files": 0, "names": [], "columns": []})
-            of_kind["files"] += 1
-            if len(of_kind["names"]) < LISTED:
-                of_kind["names"].append(path)
-        for result in self.taken():
-            if result.reading.kind and result.reading.columns:
-                columns = found[result.reading.kind]["columns"]
-                columns[:] = sorted({*columns, *result.reading.columns})
-        return found
 
     def taken(self) -> list[UnitResult]:
         """Return the results of the first units, up to enough documents."""
