@@ -140,8 +140,9 @@ def test_a_refused_column_is_named_and_can_be_ignored(tmp_path, name, caplog):
     assert documents(tmp_path / "out") == [([*IDS, EOS], None)]
 
 
-def test_fields_beside_text_are_named_once(tmp_path, caplog):
-    path = put(tmp_path / "a.jsonl", json_lines(*[{"text": "ab", "labels": [1], "id": 1}] * 300))
+@pytest.mark.parametrize("name", KINDS)
+def test_fields_beside_text_are_named_once(tmp_path, caplog, name):
+    path = write(tmp_path / name, [{"text": "ab", "labels": [1], "id": 1}] * 300)
     prepare([path], tmp_path / "out")
     assert [r.getMessage() for r in caplog.records if "not used" in r.getMessage()] == [
         "fields that are not used, in rows of text: labels"

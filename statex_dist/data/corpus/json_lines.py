@@ -88,7 +88,7 @@ class _Lines:
                     found = self._parse(_object(line))
             except BadRecordError as error:
                 self._report.leave_out(self._place, str(error))
-                if isinstance(error, _LongLineError):
+                if isinstance(error, _LongLineError) and (end is None or at < end):
                     at += self._pass_over(line)
             except DataError as error:
                 raise DataError(f"{self._place()}: {error}") from error

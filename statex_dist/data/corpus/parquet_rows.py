@@ -67,7 +67,7 @@ def read_rows(
             file and row.
     """
     with _open(path) as parquet:
-        columns = _columns(path, parquet, wanted)
+        columns = _columns(path, parquet, wanted, report)
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(begin))
         for group in range(begin, end):
             rows = parquet.metadata.row_group(group).num_rows
@@ -97,7 +97,7 @@ def read_rows(
                     return
 
 
-def _columns(path: str, parquet: Any, wanted: Wanted) -> list[str]:
+def _columns(path: str, parquet: Any, wanted: Wanted, report: ReadReport) -> list[str]:
     """Return what is read: the text alone, or every column beside the ids that could change what is learned."""
     names = parquet.schema_arrow.names
     text = wanted.text_field
@@ -107,16 +107,23 @@ def _columns(path: str, parquet: Any, wanted: Wanted) -> list[str]:
     elif not columns:
         allowed = {"tokens": repr(TOKENS), "text": repr(text)}.get(wanted.rows, f"{text!r} or {TOKENS!r}")
         raise DataError(f"{path}: no column {allowed} (there are: {', '.join(names) or 'none'})")
+    if TOKENS not in columns:
+        report.unused += sorted(BESIDE_TEXT.intersection(names))
     columns += [field for field in wanted.fields if field in names or field.split(".")[0] in names]
     return list(dict.fromkeys(columns))
 
 
 def _matters(field: Any) -> bool:
-    """Whether a column beside token ids could change what is learned: by its name, or as a list of values."""
+    """Whether a column beside token ids could change what is learned: by its name, or as a list of numbers."""
     import pyarrow.types as types
 
+    if field.name in BESIDE_TEXT or field.name == ZEROS_ONLY:
+        return True
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
-    return field.name in BESIDE_TEXT or field.name == ZEROS_ONLY or any(is_list(field.type) for is_list in lists)
+    kind = field.type
+    while any(is_list(kind) for is_list in lists):
+        kind = kind.value_type
+    return kind != field.type and (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
 
 def _holds(schema: Any, name: str) -> bool:
