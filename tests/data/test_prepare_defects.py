@@ -352,3 +352,41 @@ def test_json_named_on_the_command_line_is_of_lines(tmp_path, name):
     put(path, pack(json.dumps([{"text": "x"}], indent=1).encode()))
     with pytest.raises(DataError, match=r":1: not valid JSON"):
         prepare([path], tmp_path / "x")
+
+
+def test_a_corpus_with_every_defect_at_once(tmp_path, monkeypatch):
+    """Good documents of every form come out once each; every bad record is counted, for any workers and units."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    web = tmp_path / "web"
+    web.mkdir()
+    lines = [line for line, reason in BAD_LINES if "600" not in reason]
+    good = [f"good {i} ∑" for i in range(3 * len(lines))]
+    mixed = [json_lines({"text": text}) + line for text, line in zip(good, lines * 3, strict=True)]
+    third = len(lines)
+    put(web / "a.jsonl", codecs.BOM_UTF8 + b"".join(mixed[:third]))
+    put(web / "b.jsonl.gz", gzip.compress(b"\n\n".join(mixed[third : 2 * third])))
+    put(web / "c.ndjson", b"".join(mixed[2 * third :]).removesuffix(b"\n"))
+    put(web / "utf16.jsonl", '{"text": "x"}\n{"text": "y"}\n'.encode("utf-16"))
+    put(web / "latin.txt", b"caf\xe9")
+    put(web / "large.txt", b"x" * 300_000)
+    put(web / "mark.txt", codecs.BOM_UTF8 + b"good mark")
+    rows = pa.array([b"good row", b"\xff", None, b"y" * 300_000], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"text": rows, "label": [1, 2, 3, 4]}), web / "d.parquet")
+    put(
+        web / "ids.jsonl",
+        json_lines({"input_ids": list(b"good ids"), "labels": list(b"good ids")}, {"input_ids": [1.5]}),
+    )
+    os.mkfifo(web / "pipe.txt")
+    expected = sorted([*good, "good mark", "good row", "good ids"])
+    results = []
+    for workers, unit_bytes in ((1, 200), (2, 1 << 20)):
+        split_small(monkeypatch, unit_bytes)
+        out = tmp_path / f"out{workers}"
+        summary = prepare([web], out, workers=workers, skip_bad_records=True, max_document_bytes=250_000)
+        assert sorted(texts_of(out)) == expected
+        results.append((summary.bad_records, summary.bad_records_listed))
+    # Lines of UTF-16: two, and what stands behind the last line feed.
+    assert results[0] == results[1]
+    assert results[0][0] == 3 * third + 3 + 2 + 3 + 1

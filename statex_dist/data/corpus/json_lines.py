@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -76,13 +76,21 @@ class _Lines:
     def read(self, at: int, end: int | None) -> Iterator[Record]:
         """Yield the documents of the lines from byte ``at``, the stream's place, up to ``end``."""
         self._first = at
-        while (end is None or at < end) and (line := self._next()):
+        readline, most = self._file.readline, self._most + 1
+        while end is None or at < end:
+            try:
+                line = readline(most)
+            except DamagedStreamError as error:
+                raise self._damaged(error) from error
+            if not line:
+                return
+            self._number += 1
+            at += len(line)
             found: list[Record] = []
             try:
-                if not at:
+                if at == len(line):
                     refuse_other_encodings(line)
-                at += len(line)
-                if len(line) > self._most:
+                if len(line) == most:
                     raise _LongLineError(f"the line has more than {self._most} bytes; {BadRecordError.LARGER}")
                 if line.strip():
                     found = self._parse(_object(line))
@@ -94,28 +102,22 @@ class _Lines:
                 raise DataError(f"{self._place()}: {error}") from error
             # A document may be a large part of memory: neither it nor its line is held here while it is consumed.
             line = b""
-            found.reverse()
             while found:
-                yield found.pop()
-
-    def _next(self) -> bytes:
-        line = self._guarded(lambda: self._file.readline(self._most + 1))
-        self._number += bool(line)
-        return line
+                yield found.pop(0)
 
     def _pass_over(self, piece: bytes) -> int:
         """Read to the end of a line whose first bytes are ``piece``, and return how many bytes that were."""
         passed = 0
         while piece and not piece.endswith(b"\n"):
-            piece = self._guarded(lambda: self._file.readline(_CHUNK_BYTES))
+            try:
+                piece = self._file.readline(_CHUNK_BYTES)
+            except DamagedStreamError as error:
+                raise self._damaged(error) from error
             passed += len(piece)
         return passed
 
-    def _guarded(self, read: Callable[[], bytes]) -> bytes:
-        try:
-            return read()
-        except DamagedStreamError as error:
-            raise DataError(f"{self._path} is damaged or cut off behind line {self._number}: {error}") from error
+    def _damaged(self, error: DamagedStreamError) -> DataError:
+        return DataError(f"{self._path} is damaged or cut off behind line {self._number}: {error}")
 
     def _place(self) -> str:
         if self._before is None:
