@@ -9,8 +9,9 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,17 @@ class Unit:
 
 @dataclass(slots=True)
 class LeftOut:
-    """What :func:`read_unit` left out: counts records and collects a message for each file that is not UTF-8."""
+    """What :func:`read_unit` left out, and where it is.
+
+    Attributes:
+        filtered: Records that did not meet a condition.
+        undecodable: A message for each file that is not UTF-8.
+        here: Returns file and place of the record that was yielded last.
+    """
 
     filtered: int = 0
     undecodable: list[str] = field(default_factory=list)
+    here: Callable[[], str] = str
 
 
 def find_files(inputs: Sequence[str | Path], suffixes: Sequence[str] = DEFAULT_SUFFIXES) -> list[Path]:
@@ -180,11 +188,15 @@ def read_unit(
         return None
 
     if unit.kind == "text":
-        return _read_texts(unit.paths, out.undecodable if skip_undecodable else None)
+        return _read_texts(unit.paths, out, skip_undecodable=skip_undecodable)
+
+    def at(here: Callable[[], str]) -> None:
+        out.here = here
+
     if unit.kind == "jsonl":
-        return read_lines(unit.paths[0], unit.begin, unit.end, parse)
+        return read_lines(unit.paths[0], unit.begin, unit.end, parse, at)
     return read_rows(
-        unit.paths[0], unit.begin, unit.end, text_field, [condition.field for condition in conditions], parse
+        unit.paths[0], unit.begin, unit.end, text_field, [condition.field for condition in conditions], parse, at
     )
 
 
@@ -234,15 +246,16 @@ def _size(file: Path) -> int:
     return size
 
 
-def _read_texts(paths: Sequence[str], undecodable: list[str] | None) -> Iterator[Record]:
+def _read_texts(paths: Sequence[str], out: LeftOut, *, skip_undecodable: bool) -> Iterator[Record]:
     for path in paths:
+        out.here = partial(str, path)
         try:
             yield Record(text=_read_text(path))
         except UnicodeDecodeError as error:
             message = f"{path} is not UTF-8 text: byte {error.start} ({error.reason})"
-            if undecodable is None:
+            if not skip_undecodable:
                 raise DataError(f"{message}; convert it, leave it out or skip such files") from error
-            undecodable.append(message)
+            out.undecodable.append(message)
 
 
 def _read_text(path: str) -> str:

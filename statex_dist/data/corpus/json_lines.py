@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +15,9 @@ from statex_dist.errors import DataError
 _CHUNK_BYTES = 1 << 20
 
 
-def read_lines(path: str, begin: int, end: int, parse: Parse) -> Iterator[Record]:
+def read_lines(
+    path: str, begin: int, end: int, parse: Parse, at: Callable[[Callable[[], str]], None]
+) -> Iterator[Record]:
     """Yield ``parse(object)`` for every line that begins in ``begin <= byte < end`` and is not blank.
 
     A compressed file has no ranges: all of its lines are read.
@@ -24,6 +27,7 @@ def read_lines(path: str, begin: int, end: int, parse: Parse) -> Iterator[Record
         begin: First byte of the range.
         end: One past the last.
         parse: Makes a document of a line's object, or ``None`` of one to leave out.
+        at: Told before a record is yielded what returns its file and line.
 
     Raises:
         DataError: The file cannot be read, a line is not a JSON object, or ``parse`` refuses it; the message names
@@ -31,21 +35,24 @@ def read_lines(path: str, begin: int, end: int, parse: Parse) -> Iterator[Record
     """
     try:
         if is_compressed(path):
-            yield from _read_compressed(path, parse)
+            yield from _read_compressed(path, parse, at)
         else:
-            yield from _read_range(path, begin, end, parse)
+            yield from _read_range(path, begin, end, parse, at)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_range(path: str, begin: int, end: int, parse: Parse) -> Iterator[Record]:
+def _read_range(
+    path: str, begin: int, end: int, parse: Parse, tell: Callable[[Callable[[], str]], None]
+) -> Iterator[Record]:
     with Path(path).open("rb") as file:
         at = _skip_to_line(file, begin, end) if begin else 0
         while at < end and (line := file.readline()):
             try:
                 found = _parse_line(line, parse)
             except DataError as error:
-                raise DataError(f"{path}:{_line_number(path, at)}: {error}") from error
+                raise DataError(f"{_place(path, at)}: {error}") from error
+            tell(partial(_place, path, at))
             at += len(line)
             # A document may be a large part of memory: neither it nor its line is held here while it is consumed.
             line = b""
@@ -69,7 +76,7 @@ def _skip_to_line(file: BinaryIO, begin: int, end: int) -> int:
     return end
 
 
-def _read_compressed(path: str, parse: Parse) -> Iterator[Record]:
+def _read_compressed(path: str, parse: Parse, tell: Callable[[Callable[[], str]], None]) -> Iterator[Record]:
     number = 0
     with open_stream(path) as file:
         while True:
@@ -84,6 +91,7 @@ def _read_compressed(path: str, parse: Parse) -> Iterator[Record]:
                 found = _parse_line(line, parse)
             except DataError as error:
                 raise DataError(f"{path}:{number}: {error}") from error
+            tell(partial(str, f"{path}:{number}"))
             line = b""
             if found:
                 yield found.pop()
@@ -103,6 +111,10 @@ def _parse_line(line: bytes, parse: Parse) -> list[Record]:
         raise DataError(f"a JSON object is needed, not {type(record).__name__}")
     found = parse(record)
     return [] if found is None else [found]
+
+
+def _place(path: str, at: int) -> str:
+    return f"{path}:{_line_number(path, at)}"
 
 
 def _line_number(path: str, at: int) -> int:

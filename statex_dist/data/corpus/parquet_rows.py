@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from statex_dist.data.corpus.records import Parse, Record, first_line
@@ -22,7 +23,13 @@ def row_group_sizes(path: str) -> list[int]:
 
 
 def read_rows(
-    path: str, begin: int, end: int, text_field: str, more_fields: Sequence[str], parse: Parse
+    path: str,
+    begin: int,
+    end: int,
+    text_field: str,
+    more_fields: Sequence[str],
+    parse: Parse,
+    at: Callable[[Callable[[], str]], None],
 ) -> Iterator[Record]:
     """Yield ``parse(row)`` for every row of the row groups ``begin <= i < end``.
 
@@ -33,6 +40,7 @@ def read_rows(
         text_field: Column of the text; read, where they exist, beside ``input_ids`` and ``loss_mask``.
         more_fields: Columns, or dotted paths into nested ones, that ``parse`` wants too.
         parse: Makes a document of a row, or ``None`` of one to leave out.
+        at: Told before a record is yielded what returns its file and row.
 
     Raises:
         DataError: The file cannot be read, has no column of documents, or ``parse`` refuses a row; the message names
@@ -64,6 +72,7 @@ def read_rows(
                         record = parse(fields)
                     except DataError as error:
                         raise DataError(f"{path}: row {row}: {error}") from error
+                    at(partial(str, f"{path}: row {row}"))
                     row += 1
                     if record is not None:
                         yield record
