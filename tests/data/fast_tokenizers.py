@@ -58,7 +58,9 @@ def backend(kind: str) -> Tokenizer:
         made.train_from_iterator(TEXTS, trainers.WordLevelTrainer(vocab_size=300, **trainer))
     state = json.loads(made.to_str())
     # Training makes added tokens of all its special tokens, with plain flags.
-    state["added_tokens"] = [token | SPECIAL[token["content"]] for token in state["added_tokens"] if token["id"] < 7]
+    state["added_tokens"] = [
+        token | SPECIAL[token["content"]] for token in state["added_tokens"] if token["content"] in SPECIAL
+    ]
     made = Tokenizer.from_str(json.dumps(state))
     made.add_tokens([AddedToken("<tool>", normalized=False)])
     return made

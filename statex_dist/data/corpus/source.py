@@ -18,7 +18,7 @@ from statex_dist.data.corpus.work import Part, WorkDirectory
 from statex_dist.data.corpus.worker_pool import tokenize_units
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.progress import ProgressLine
-from statex_dist.data.tokenizer import Tokenizer, load_tokenizer
+from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _SERIAL_BYTES = 8 << 20
 _MARKER_FATES = {
     "split": "it is encoded as plain text (--special-tokens keep: as the control token)",
-    "keep": "it becomes that control token (--special-tokens split: plain text)",
+    "keep": "it is left to the tokenizer (--special-tokens split: plain text)",
     "refuse": "it is refused",
 }
 
@@ -185,9 +185,9 @@ def _check_added(tokenizer: Tokenizer, rules: DocumentRules) -> None:
             "its tokenizer_config.json"
         )
     if rules.bos == "prepend" and tokenizer.bos_token_id is None:
+        remedy = "" if isinstance(tokenizer, BytesTokenizer) else ", or set bos_token in its tokenizer_config.json"
         raise ConfigError(
-            f"tokenizer {tokenizer.spec} has no BOS token to begin documents with: give --bos none, or set bos_token "
-            "in its tokenizer_config.json"
+            f"tokenizer {tokenizer.spec} has no BOS token to begin documents with: give --bos none{remedy}"
         )
     start = tokenizer.template_start()
     if rules.bos == "none" and start:
