@@ -337,8 +337,11 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         raise ConfigError(f"tokenizer {str(spec)!r}: no tokenizer.json in it; give a tokenizer's directory or 'bytes'")
     try:
         loaded = _load_fast(directory)
-    except Exception as error:
-        # transformers raises nearly anything for a damaged directory; the user needs the directory and the first line.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # transformers raises nearly anything for a damaged directory, and the tokenizers library panics, which is no
+        # Exception; the user needs the directory and the first line.
         raise DataError(f"tokenizer {str(spec)!r} cannot be loaded: {reason(error)}") from error
     return HFTokenizer(loaded, str(spec))
 

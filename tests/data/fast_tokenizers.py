@@ -40,7 +40,7 @@ def backend(kind: str) -> Tokenizer:
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         trainer["special_tokens"] = NAMES + [f"<0x{byte:02X}>" for byte in range(256)]
-        made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=600, **trainer))
+        made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=370, **trainer))
     elif kind in ("unigram", "t5"):
         made = Tokenizer(models.Unigram())
         made.normalizer = normalizers.NFKC() if kind == "t5" else None
@@ -55,7 +55,7 @@ def backend(kind: str) -> Tokenizer:
     else:
         made = Tokenizer(models.WordLevel(unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        made.train_from_iterator(TEXTS, trainers.WordLevelTrainer(vocab_size=300, **trainer))
+        made.train_from_iterator(TEXTS[:2], trainers.WordLevelTrainer(vocab_size=300, **trainer))
     state = json.loads(made.to_str())
     # Training makes added tokens of all its special tokens, with plain flags.
     state["added_tokens"] = [
