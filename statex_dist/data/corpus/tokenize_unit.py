@@ -13,7 +13,7 @@ from statex_dist.data.corpus.records import Record
 from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.spill import UnitResult, UnitWriter
 from statex_dist.data.tokenizer import load_tokenizer
-from statex_dist.errors import DataError, shown
+from statex_dist.errors import DataError, shown, writing
 
 _BATCH_RECORDS = 256
 _BATCH_SIZE = 4 << 20
@@ -68,12 +68,13 @@ class UnitTokenizer:
         Raises:
             DataError: An input is unreadable or malformed, or changed since the run began.
         """
-        writer = UnitWriter(job.base, self._task.dtype)
-        try:
-            return self._run(job, writer)
-        except BaseException:
-            writer.abort()
-            raise
+        with writing(job.base):
+            writer = UnitWriter(job.base, self._task.dtype)
+            try:
+                return self._run(job, writer)
+            except BaseException:
+                writer.abort()
+                raise
 
     def _run(self, job: UnitJob, writer: UnitWriter) -> UnitResult:
         rules = self._task.rules

@@ -145,7 +145,9 @@ class WorkDirectory:
         return [self._settings, self._inputs]
 
     def finish(self) -> None:
-        """Remove the directory, if it is there, of a run that was killed while it removed it.
+        """Remove what is left of a run that was killed while it removed the directory.
+
+        A directory in which another command has begun since is left alone.
 
         Raises:
             ConfigError: It is in use, or is not a work directory.
@@ -154,7 +156,9 @@ class WorkDirectory:
         if self.path.is_dir():
             self._lock()
             try:
-                self.remove()
+                found = self._found()
+                if found is None or [found.get("settings"), found.get("inputs")] == self.identity():
+                    self.remove()
             finally:
                 self._unlock()
 
