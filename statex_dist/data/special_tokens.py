@@ -76,7 +76,7 @@ class ControlTokens:
 
     Args:
         backend: Its ``tokenizers.Tokenizer``, without truncation and padding.
-        special: Ids of the special tokens by what is written for them.
+        special: Ids of the special tokens by their markers.
 
     Attributes:
         ordinary: Those that are pieces of plain text as well: single characters, bytes, what stands for the unknown.

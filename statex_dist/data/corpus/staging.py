@@ -38,7 +38,7 @@ class Staging:
         out: The directory to make.
         overwrite: Replace ``out`` where it is a dataset.
         inputs: Files that are being read; ``out`` may not hold one of them.
-        command: Digest of what the dataset depends on; equal ones make the same dataset.
+        command: Digest of the settings and inputs that the dataset depends on; equal ones make the same dataset.
 
     Attributes:
         finished: Whether a killed run of the same command has put the dataset into place, and only left its work.
