@@ -41,7 +41,8 @@ class UnitResult:
         filtered: Records left out because they did not meet a condition.
         undecodable: A message for each file left out because it is not UTF-8.
         marked: ``[n]`` int64, ascending: which documents hold a marker of a special token in their text.
-        marker: The first record with such a marker, and the marker; empty if there is none.
+        marker: The first record with such a marker, and the marker; empty if there is none, or the process that made
+            the unit had named one before.
     """
 
     base: str

@@ -60,6 +60,8 @@ class UnitTokenizer:
         # Whether the records that were read and not written yet hold a marker of a special token.
         self._marked: deque[bool] = deque()
         self._marker = ""
+        # To name a line, a file is read from its start: this is done once in a process, not for every unit.
+        self._named = False
         self._left_out = LeftOut()
 
     def run(self, job: UnitJob) -> UnitResult:
@@ -120,7 +122,8 @@ class UnitTokenizer:
         for record in records:
             marker = None if record.text is None else self._text.marker_in(record.text)
             self._marked.append(marker is not None)
-            if marker is not None and not self._marker:
+            if marker is not None and not self._named:
+                self._named = True
                 self._marker = f"{self._left_out.here()}: the text holds {shown(marker, 60)}, a special token's marker"
                 if self._task.rules.special_tokens == "refuse":
                     raise DataError(
