@@ -32,6 +32,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="take records with FIELD OP VALUE only, e.g. 'score>=0.5', 'meta.lang=en'; may be repeated",
     )
     parser.add_argument("--eos", type=str, default="append", help="append, or none: documents as they are")
+    parser.add_argument("--bos", type=str, default="none", help="none, or prepend: documents begin with BOS")
+    parser.add_argument(
+        "--special-tokens",
+        type=str,
+        default="split",
+        help="markers of special tokens in text, as <|endoftext|>: split (plain text), keep (control tokens) or refuse",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the document shuffle")
     parser.add_argument("--shard-size", type=str, default="64MiB", help="size limit of a raw shard, e.g. 512KB, 64MiB")
     parser.add_argument("--compression", type=str, default="none", help="none, zstd or gz")
@@ -90,6 +97,8 @@ def _prepare(args: Any) -> Any:
         text_field=args.text_field,
         where=args.where,
         eos=args.eos,
+        bos=args.bos,
+        special_tokens=args.special_tokens,
         seed=args.seed,
         shard_bytes=parse_size(args.shard_size, option="--shard-size"),
         compression=args.compression,
@@ -116,6 +125,8 @@ def _prepare_part(args: Any) -> Any:
         text_field=args.text_field,
         where=tuple(args.where),
         eos=args.eos,
+        bos=args.bos,
+        special_tokens=args.special_tokens,
         min_tokens=args.min_tokens,
         max_tokens=args.max_tokens,
         skip_undecodable=args.skip_undecodable,
@@ -147,6 +158,13 @@ def _describe(summary: PrepareSummary) -> str:
     }
     reasons = [f"{count} {reason}" for reason, count in counts.items() if count]
     left_out = f", {' and '.join(reasons)} ones left out" if reasons else ""
+    marked = summary.special_token_documents
+    left_out += f", {marked} with markers of special tokens in their text" if marked else ""
+    if summary.finished_before:
+        return (
+            f"{summary.out}: complete: {summary.documents} documents{left_out}, {summary.tokens} {summary.dtype} "
+            "tokens; a killed run of this command had made it, and what that left was removed"
+        )
     return (
         f"{summary.out}: {summary.documents} documents{left_out}, {summary.tokens} {summary.dtype} tokens in "
         f"{summary.shards} shard{'s' * (summary.shards != 1)}, from {summary.files} file{'s' * (summary.files != 1)} "
@@ -156,7 +174,10 @@ def _describe(summary: PrepareSummary) -> str:
 
 def _describe_part(summary: PartSummary) -> str:
     bad = f", {summary.bad_records} bad records left out" if summary.bad_records else ""
+    marked = summary.special_token_documents
+    markers = f" ({marked} with markers of special tokens in their text)" if marked else ""
     return (
         f"part {summary.part}: {summary.units} unit{'s' * (summary.units != 1)} ({summary.units_before} done before) "
-        f"with {summary.documents} documents, {summary.tokens} tokens{bad}, in {summary.work} ({summary.seconds:.1f} s)"
+        f"with {summary.documents} documents{markers}, {summary.tokens} tokens{bad}, in {summary.work} "
+        f"({summary.seconds:.1f} s)"
     )

@@ -131,7 +131,7 @@ def _tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def _end_tokens(tokenizer: Tokenizer | None) -> dict[str, list[int]]:
     """Return the end tokens where a model's files name more than its tokenizer does."""
-    if tokenizer is None or set(tokenizer.end_tokens) == {tokenizer.eos_token_id}:
+    if tokenizer is None or set(tokenizer.end_tokens) <= {tokenizer.eos_token_id}:
         return {}
     return {"end_tokens": sorted(tokenizer.end_tokens)}
 

@@ -19,6 +19,7 @@ from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, parse_size, to_dict
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
+from statex_dist.data.same_tokenizer import check_same_tokenizer
 from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
 from statex_dist.engine.base import TrainEngine
@@ -243,23 +244,17 @@ def build_loader(config: RunConfig, stores: dict[str, ShardStore], model: ModelC
         DataError: The data was tokenized with another tokenizer or for a larger vocabulary than the model's.
     """
     source = find_model(config.model.path) if config.model.path is not None else None
-    wanted = load_tokenizer(str(source)).hash if source is not None and has_tokenizer(source) else None
-    first: str | None = None
-    for name, path in config.data.paths.items():
-        manifest = stores[name].manifest
-        if manifest is None:
-            continue
+    own = load_tokenizer(str(source)) if source is not None and has_tokenizer(source) else None
+    manifests = {
+        path: manifest for name, path in config.data.paths.items() if (manifest := stores[name].manifest) is not None
+    }
+    for path, manifest in manifests.items():
         if manifest.vocab_size > model.vocab_size:
             raise DataError(
                 f"{path} uses a vocabulary of {manifest.vocab_size} ({manifest.tokenizer}); "
                 f"the model's has {model.vocab_size}"
             )
-        if wanted is not None and wanted != manifest.tokenizer_hash:
-            raise DataError(
-                f"{path} was made with another tokenizer ({manifest.tokenizer}) than the one in {source or first}; "
-                f"prepare the text again with --tokenizer {source or first}"
-            )
-        wanted, first = manifest.tokenizer_hash, first or manifest.tokenizer
+    check_same_tokenizer(manifests, own)
     pad = model.pad_token_id if model.pad_token_id is not None else 0
     if not 0 <= pad < model.vocab_size:
         raise ConfigError(f"pad_token_id={pad} of the model is outside its vocabulary of {model.vocab_size}")

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 100_000_000
 _MAX_LEVELS = 100
+
+
+def read_bytes(path: Path, *, most: int = MAX_JSON_BYTES) -> bytes:
+    """Return the contents of a file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is larger than ``most`` bytes.
+    """
+    with path.open("rb") as file:
+        large = os.fstat(file.fileno()).st_size > most
+        # A file may grow, and special files have no size.
+        data = b"" if large else file.read(most + 1)
+    if large or len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return data
 
 
 def read_text(path: Path, *, most: int = MAX_JSON_BYTES) -> str:
@@ -18,11 +35,7 @@ def read_text(path: Path, *, most: int = MAX_JSON_BYTES) -> str:
         OSError: It cannot be read.
         ValueError: It is larger than ``most`` bytes, or not UTF-8.
     """
-    with path.open("rb") as file:
-        data = file.read(most + 1)  # a file may grow, and special files have no size
-    if len(data) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return data.decode("utf-8")
+    return read_bytes(path, most=most).decode("utf-8")
 
 
 def parse_json(text: str | bytes, *, parse: Callable[[str | bytes], Any] = json.loads) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from statex_dist.checkpoint.json_file import MAX_JSON_BYTES, read_bytes
 from statex_dist.data.manifest import (
     LENGTHS_NAME,
     MANIFEST_NAME,
@@ -30,9 +31,12 @@ from statex_dist.data.storage.tar_foreign import find_tars, index_tars
 from statex_dist.data.storage.tar_format import HAS_LOSS_MASK, TarShard
 from statex_dist.data.storage.tar_format import INDEX_NAME as TAR_INDEX_NAME
 from statex_dist.data.storage.tar_format import read_index as read_tar_index
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, reason
 
 OpenFunction = Callable[[Path, ShardEntry], OpenShard]
+
+# A few hundred bytes for each shard.
+_MAX_INDEX_BYTES = 10 * MAX_JSON_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +97,10 @@ def open_store(
 def _index(files: DatasetFiles, cache: Path) -> _Index:
     """The dataset's shards, whatever its format."""
     if found := files.small(MDS_INDEX_NAME):
-        entries = read_mds_index(found.read_bytes(), f"{files.origin}/{MDS_INDEX_NAME}")
+        entries = read_mds_index(*_content(files, found, MDS_INDEX_NAME, _MAX_INDEX_BYTES))
         return _Index(entries, MdsShard, any(LOSS_MASK in entry.details["column_names"] for entry in entries))
     if found := files.small(TAR_INDEX_NAME):
-        entries = read_tar_index(found.read_bytes(), f"{files.origin}/{TAR_INDEX_NAME}")
+        entries = read_tar_index(*_content(files, found, TAR_INDEX_NAME, _MAX_INDEX_BYTES))
         return _Index(entries, TarShard, any(entry.details[HAS_LOSS_MASK] for entry in entries))
     if isinstance(files, LocalFiles) and (tars := find_tars(files.directory)):
         entries, lengths = index_tars(tars, cache)
@@ -126,7 +130,16 @@ def _check_directory(directory: Path) -> None:
 def _manifest(files: DatasetFiles) -> DatasetManifest | None:
     """The manifest, or ``None`` where there is none: shards that ``prepare`` did not make."""
     found = files.small(MANIFEST_NAME)
-    return None if found is None else parse_manifest(found.read_bytes(), f"{files.origin}/{MANIFEST_NAME}")
+    return None if found is None else parse_manifest(*_content(files, found, MANIFEST_NAME, MAX_JSON_BYTES))
+
+
+def _content(files: DatasetFiles, found: Path, name: str, most: int) -> tuple[bytes, str]:
+    """The bytes of a file of the dataset, and how it is called in messages."""
+    origin = f"{files.origin}/{name}"
+    try:
+        return read_bytes(found, most=most), origin
+    except (OSError, ValueError) as error:
+        raise DataError(f"{origin} cannot be read: {reason(error)}; prepare the dataset again") from None
 
 
 def _lengths(

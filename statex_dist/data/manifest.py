@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import io
 import json
-import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.data.storage.npy import read_npy
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, one_line, shown
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
+_NAMED = 8
+# What version 2 does not say, as it was: the tokenizer made control tokens of markers in text.
+_VERSION_2 = {"bos": "none", "bos_token_id": None, "special_tokens": "keep", "special_token_documents": None}
 LENGTHS_NAME = "lengths.npy"
 
 
@@ -34,8 +38,12 @@ class DatasetManifest:
         tokenizer: What was given as tokenizer (``"bytes"`` or a directory; a hint, the hash decides).
         tokenizer_hash: :attr:`Tokenizer.hash`.
         vocab_size: One more than the largest id that may occur.
-        eos_token_id: Id that ends every document.
+        eos_token_id: Id of EOS; None if the tokenizer has none.
         eos: ``"append"`` (every document ends with EOS) or ``"none"`` (documents are as they were).
+        bos_token_id: Id of BOS; None if the tokenizer has none.
+        bos: ``"prepend"`` (every document begins with BOS) or ``"none"`` (documents are as they were).
+        special_tokens: What became of markers of special tokens in text: ``"split"``, ``"keep"`` or ``"refuse"``.
+        special_token_documents: Documents whose text holds such a marker; None where it was not counted.
         documents: Number of documents.
         tokens: Number of tokens, EOS included.
         dtype: ``"uint16"`` or ``"uint32"``.
@@ -55,8 +63,12 @@ class DatasetManifest:
     tokenizer: str
     tokenizer_hash: str
     vocab_size: int
-    eos_token_id: int
+    eos_token_id: int | None
     eos: str
+    bos_token_id: int | None = None
+    bos: str = "none"
+    special_tokens: str = "split"
+    special_token_documents: int | None = 0
     documents: int
     tokens: int
     dtype: str
@@ -85,29 +97,36 @@ def parse_manifest(content: bytes, origin: str) -> DatasetManifest:
         DataError: It is not a manifest that this version reads.
     """
     try:
-        found: Any = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin} is unreadable: {error}; prepare the dataset again") from error
-    version = found.get("version") if isinstance(found, dict) else type(found).__name__
-    if version != MANIFEST_VERSION:
+        found: Any = parse_json(content)
+    except ValueError as error:
+        raise DataError(f"{origin} is unreadable: {one_line(error)}; prepare the dataset again") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{origin} holds no JSON object ({type(found).__name__}); prepare the dataset again")
+    version = found.get("version")
+    if type(version) is not int or version not in (2, MANIFEST_VERSION):
         raise DataError(
-            f"{origin}: version {version} is not the supported {MANIFEST_VERSION}; prepare the dataset again"
+            f"{origin}: version {shown(version, 60)} is not supported (2 and {MANIFEST_VERSION} are); prepare the "
+            "dataset again"
         )
+    if version == 2:
+        found = found | _VERSION_2
     found.setdefault("rows", {})
     if wrong := sorted(set(found) ^ {one.name for one in fields(DatasetManifest)}):
-        raise DataError(f"{origin}: missing or unknown keys: {', '.join(wrong)}; prepare the dataset again")
+        raise DataError(f"{origin}: missing or unknown keys: {', '.join(wrong[:_NAMED])}; prepare the dataset again")
     for name, kind in get_type_hints(DatasetManifest).items():
         if not _is_a(found[name], kind):
-            shown = reprlib.repr(found[name])
-            wanted = kind.__name__ if isinstance(kind, type) else kind
+            wanted = kind.__name__ if get_origin(kind) is None and isinstance(kind, type) else kind
             raise DataError(
-                f"{origin}: {name} is {shown}, not of type {wanted}; restore it or prepare the dataset again"
+                f"{origin}: {name} is {shown(found[name], 60)}, not of type {wanted}; restore it or prepare the "
+                "dataset again"
             )
     return DatasetManifest(**found)
 
 
 def _is_a(value: Any, kind: Any) -> bool:
     """Whether ``value``, from JSON, has the type of a manifest's field; a bool is no int."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, part) for part in get_args(kind))
     if kind == list[int]:
         return isinstance(value, list) and all(type(item) is int for item in value)
     if kind == dict[str, int]:

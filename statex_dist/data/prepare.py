@@ -14,13 +14,16 @@ The result does not depend on the number of workers or parts, nor on how often t
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from statex_dist.checkpoint.json_file import read_bytes
 from statex_dist.data.corpus.documents import DEFAULT_SUFFIXES
 from statex_dist.data.corpus.records import LISTED
 from statex_dist.data.corpus.rules import MAX_DOCUMENT_BYTES, DocumentRules
@@ -28,11 +31,11 @@ from statex_dist.data.corpus.source import Source
 from statex_dist.data.corpus.spill import Spill
 from statex_dist.data.corpus.staging import Staging
 from statex_dist.data.corpus.work import Part
-from statex_dist.data.manifest import LENGTHS_NAME, pack_lengths
+from statex_dist.data.manifest import LENGTHS_NAME, MANIFEST_NAME, DatasetManifest, pack_lengths, parse_manifest
 from statex_dist.data.plan import permutation
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, writing
 
 if TYPE_CHECKING:
     from statex_dist.data.storage.tar import WdsShardWriter
@@ -56,10 +59,12 @@ class PrepareSummary:
         undecodable_files: Text files left out because they are not UTF-8 (with ``skip_undecodable``).
         bad_records: Records left out because they are no documents (with ``skip_bad_records``).
         bad_records_listed: Place and reason of the first 100 of them, in input order.
-        tokens: Tokens written, EOS included.
+        special_token_documents: Documents whose text holds a marker of a special token.
+        tokens: Tokens written, BOS and EOS included.
         shards: Shards written.
         dtype: Type of the tokens.
         seconds: Wall time.
+        finished_before: Whether a killed run had made the dataset, and this one only removed what was left.
     """
 
     out: str
@@ -71,10 +76,12 @@ class PrepareSummary:
     undecodable_files: int
     bad_records: int
     bad_records_listed: list[str]
+    special_token_documents: int
     tokens: int
     shards: int
     dtype: str
     seconds: float
+    finished_before: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,6 +103,7 @@ class PartSummary:
         units: Units of the part that are done, and needed.
         units_before: Those of them that were done before this run.
         documents: Documents in them.
+        special_token_documents: Those of them whose text holds a marker of a special token.
         tokens: Tokens in them.
         bad_records: Records left out of them because they are no documents.
         seconds: Wall time.
@@ -106,6 +114,7 @@ class PartSummary:
     units: int
     units_before: int
     documents: int
+    special_token_documents: int
     tokens: int
     bad_records: int
     seconds: float
@@ -125,6 +134,8 @@ def prepare(
     text_field: str = "text",
     where: Sequence[str] = (),
     eos: str = "append",
+    bos: str = "none",
+    special_tokens: str = "split",
     seed: int = 0,
     shard_bytes: int = 64 << 20,
     compression: str = "none",
@@ -157,6 +168,9 @@ def prepare(
         text_field: Field or column of the text.
         where: Conditions on fields, see :class:`DocumentRules`.
         eos: ``"append"``, or ``"none"`` to take documents as they are.
+        bos: ``"none"``, or ``"prepend"`` to begin every document with BOS.
+        special_tokens: What becomes of markers of special tokens in text: ``"split"`` (plain text), ``"keep"`` (what
+            the tokenizer makes of them) or ``"refuse"``.
         seed: Seed of the document shuffle.
         shard_bytes: Size limit of a raw shard.
         compression: ``"none"``, ``"zstd"`` or ``"gz"``.
@@ -186,6 +200,8 @@ def prepare(
         text_field=text_field,
         where=tuple(where),
         eos=eos,
+        bos=bos,
+        special_tokens=special_tokens,
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         skip_undecodable=skip_undecodable,
@@ -195,12 +211,17 @@ def prepare(
         max_document_bytes=max_document_bytes,
     )
     source = Source(inputs, tokenizer, rules, suffixes, workers, max_documents)
+    directory = source.open_work(out, work, merge=merge)
+    command = _digest([*directory.identity(), format, seed, shard_bytes, compression, max_documents])
+    staging = Staging(Path(out), overwrite=overwrite, inputs=source.files, command=command)
+    if staging.finished:
+        directory.finish()
+        manifest = parse_manifest(read_bytes(staging.out / MANIFEST_NAME), str(staging.out / MANIFEST_NAME))
+        staging.clean()
+        return _summary(str(out), len(source.files), manifest, time.monotonic() - begin, finished_before=True)
     if not merge:
         source.check_first_records()
-    with (
-        Staging(Path(out), overwrite=overwrite, inputs=source.files) as staging,
-        source.open_work(out, work, merge=merge) as directory,
-    ):
+    with staging, directory:
         found = source.merge(directory) if merge else source.tokenize(directory.jobs)
         results = found.taken()
         left_out = {
@@ -223,12 +244,13 @@ def prepare(
         )
         order = permutation(len(spill.lengths), seed, "prepare")
         try:
-            with ProgressLine("write", len(order), "documents") as progress:
+            with writing(staging.directory), ProgressLine("write", len(order), "documents") as progress:
                 for i in order.tolist():
                     tokens, mask = spill.read(i)
                     writer.write(tokens, mask)
                     progress.advance(1, len(tokens))
-            writer.finish()
+            with writing(staging.directory):
+                writer.finish()
         except BaseException:
             writer.abort()
             raise
@@ -237,25 +259,41 @@ def prepare(
             text = "".join(f"{line}\n" for line in listed)
             (staging.directory / BAD_RECORDS_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
         lengths = spill.lengths[order]
-        (staging.directory / LENGTHS_NAME).write_bytes(pack_lengths(lengths))
-        manifest = source.manifest(format, seed, lengths, spill.has_masks, writer.shard_documents, left_out, found.rows)
+        with writing(staging.directory):
+            (staging.directory / LENGTHS_NAME).write_bytes(pack_lengths(lengths))
+        manifest = source.manifest(
+            format, seed, lengths, spill.has_masks, spill.marked, writer.shard_documents, left_out, found.rows
+        )
         staging.commit(manifest)
         directory.remove()
+        staging.clean()
+    return _summary(str(out), len(source.files), manifest, time.monotonic() - begin)
+
+
+def _summary(
+    out: str, files: int, manifest: DatasetManifest, seconds: float, *, finished_before: bool = False
+) -> PrepareSummary:
     return PrepareSummary(
-        out=str(out),
-        files=len(source.files),
+        out=out,
+        files=files,
         documents=manifest.documents,
-        short_documents=left_out["short"],
-        long_documents=left_out["long"],
-        filtered_documents=left_out["filtered"],
-        undecodable_files=left_out["undecodable"],
-        bad_records=left_out["bad"],
-        bad_records_listed=listed,
+        short_documents=manifest.left_out["short"],
+        long_documents=manifest.left_out["long"],
+        filtered_documents=manifest.left_out["filtered"],
+        undecodable_files=manifest.left_out["undecodable"],
+        bad_records=manifest.left_out.get("bad", 0),
+        bad_records_listed=_listed(Path(out) / BAD_RECORDS_NAME),
+        special_token_documents=manifest.special_token_documents or 0,
         tokens=manifest.tokens,
         shards=len(manifest.shard_tokens),
         dtype=manifest.dtype,
-        seconds=time.monotonic() - begin,
+        seconds=seconds,
+        finished_before=finished_before,
     )
+
+
+def _digest(value: Any) -> str:
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def prepare_part(
@@ -305,6 +343,7 @@ def prepare_part(
         units=len(results),
         units_before=found.before,
         documents=sum(len(result.lengths) for result in results),
+        special_token_documents=sum(len(result.marked) for result in results),
         tokens=sum(int(result.lengths.sum()) for result in results),
         bad_records=sum(result.reading.bad for result in results),
         seconds=time.monotonic() - begin,
@@ -317,6 +356,11 @@ def _writer_class(format: str) -> type[MdsShardWriter] | type[WdsShardWriter]:
     from statex_dist.data.storage.tar import WdsShardWriter
 
     return WdsShardWriter
+
+
+def _listed(path: Path) -> list[str]:
+    """Return the bad records that a dataset lists."""
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,24 +17,30 @@ from typing import Any, Protocol
 import numpy as np
 
 from statex_dist.checkpoint.json_file import read_json
+from statex_dist.data.special_tokens import SPECIAL_TOKENS_RULES, ControlTokens, CorpusEncoder
 from statex_dist.data.token_runs import tokens_in_runs
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, reason
 
 log = logging.getLogger(__name__)
 
 _MARKER = "tokenizer_config.json"
 _BYTES_CLASS = "BytesTokenizer"
+# Hashes without it are of releases that took neither BOS nor ``split_special_tokens`` into account.
+_HASH_FORMAT = "2:"
 
 
 class Tokenizer(Protocol):
-    """What the data room needs of a tokenizer. ``encode`` adds no special tokens: EOS is the business of ``prepare``.
+    """What the data room needs of a tokenizer. ``encode`` adds no special tokens: BOS and EOS are added by ``prepare``.
 
     Attributes:
         spec: What :func:`load_tokenizer` was given to make it.
         vocab_size: One more than the largest id.
-        eos_token_id: Id that ends a document.
-        pad_token_id: Id that fills a pack.
-        hash: Hex digest of the mapping from text to ids; equal hashes mean interchangeable tokenizers.
+        bos_token_id: Id that may stand in front of a document; None if the tokenizer has none.
+        eos_token_id: Id that ends a document; None if the tokenizer has none.
+        pad_token_id: Id that fills a pack; None if the tokenizer has none.
+        hash: Digest of the mapping from text to ids and of the ids that are added; equal hashes mean interchangeable
+            tokenizers.
+        old_hash: What releases up to manifest version 2 had in its place.
         end_tokens: Ids that end a text that a model writes, each with what names it: the tokenizer, or a model's file.
     """
 
@@ -46,13 +53,19 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...  # noqa: D102
 
     @property
-    def eos_token_id(self) -> int: ...  # noqa: D102
+    def bos_token_id(self) -> int | None: ...  # noqa: D102
 
     @property
-    def pad_token_id(self) -> int: ...  # noqa: D102
+    def eos_token_id(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def pad_token_id(self) -> int | None: ...  # noqa: D102
 
     @property
     def hash(self) -> str: ...  # noqa: D102
+
+    @property
+    def old_hash(self) -> str: ...  # noqa: D102
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of ``text``, ``[n]``, unsigned."""
@@ -60,6 +73,19 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return :meth:`encode` of every text."""
+        ...
+
+    def for_corpus(self, special_tokens: str) -> CorpusEncoder:
+        """Return what encodes text of a corpus.
+
+        Args:
+            special_tokens: ``"split"``, ``"keep"`` or ``"refuse"``; see :mod:`statex_dist.data.special_tokens`. To
+                refuse is the business of the caller; texts are split.
+        """
+        ...
+
+    def template_start(self) -> list[int]:
+        """Return the ids that the tokenizer's own template puts in front of a text; :meth:`encode` does not."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -96,9 +122,10 @@ class BytesTokenizer:
 
     spec = "bytes"
     vocab_size = 258
+    bos_token_id = None
     eos_token_id = 256
     pad_token_id = 257
-    hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
+    hash = old_hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
     end_tokens: Mapping[int, Sequence[str]] = {eos_token_id: ("tokenizer",)}
 
     def encode(self, text: str) -> np.ndarray:
@@ -108,6 +135,17 @@ class BytesTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return :meth:`encode` of every text."""
         return [self.encode(text) for text in texts]
+
+    def for_corpus(self, special_tokens: str) -> CorpusEncoder:
+        """Return this tokenizer: no text becomes EOS or PAD."""
+        return self
+
+    def marker_in(self, text: str) -> None:
+        """Return None: no special token is written as text."""
+
+    def template_start(self) -> list[int]:
+        """Return nothing: there is no template."""
+        return []
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the byte ids; EOS and PAD are dropped, malformed UTF-8 becomes U+FFFD."""
@@ -148,7 +186,7 @@ class HFTokenizer:
         spec: The directory it came from.
 
     Raises:
-        DataError: It is a slow (pure Python) tokenizer, or it names no EOS token.
+        DataError: It is a slow (pure Python) tokenizer, or one that gives random ids.
     """
 
     def __init__(self, tokenizer: Any, spec: str):
@@ -157,21 +195,25 @@ class HFTokenizer:
                 f"tokenizer {spec}: a slow {type(tokenizer).__name__} without tokenizer.json; "
                 "a fast tokenizer is needed: convert it with transformers and save it again"
             )
-        if tokenizer.eos_token_id is None:
-            raise DataError(
-                f"tokenizer {spec}: no eos_token; set it in its tokenizer_config.json, documents end with it"
-            )
         self.spec = spec
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        if dropout := getattr(self._backend.model, "dropout", None):
+            raise DataError(
+                f"tokenizer {spec}: BPE dropout {dropout:g} gives other ids every time; set 'dropout' of the model in "
+                "its tokenizer.json to null"
+            )
         # A saved tokenizer may carry these from training; either would silently change documents.
         self._backend.no_truncation()
         self._backend.no_padding()
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eos_token_id = int(tokenizer.eos_token_id)
-        self.end_tokens: Mapping[int, Sequence[str]] = {self.eos_token_id: ("tokenizer",)}
-        self.pad_token_id = int(self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self.bos_token_id = _int_or_none(tokenizer.bos_token_id)
+        self.eos_token_id = _int_or_none(tokenizer.eos_token_id)
+        self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self.end_tokens: Mapping[int, Sequence[str]] = (
+            {} if self.eos_token_id is None else {self.eos_token_id: ("tokenizer",)}
+        )
         added = self._backend.get_added_tokens_decoder()
         # Those are what decoding leaves out; not all of them are in one of the named slots (eos_token and so on).
         self._special = {token.content: int(number) for number, token in added.items() if token.special}
@@ -180,9 +222,11 @@ class HFTokenizer:
         self._alone = frozenset(vocabulary.values()) - self._textless - tokens_in_runs(decoder, vocabulary)
         if tokenizer.clean_up_tokenization_spaces and type(self._backend.model).__name__ != "BPE":
             log.info("tokenizer %s: clean_up_tokenization_spaces is not applied; texts keep all their spaces", spec)
-        self.hash = blake2b(
-            f"{self.eos_token_id} {self._backend.to_str()}".encode("utf-8", "surrogatepass"), digest_size=16
-        ).hexdigest()
+        # Everything about the backend, added tokens with their flags included, but for one flag that it does not tell.
+        state = self._backend.to_str()
+        added_ids = f"bos {self.bos_token_id} eos {self.eos_token_id} split {self._backend.encode_special_tokens}"
+        self.hash = _HASH_FORMAT + _digest(f"{added_ids} {state}")
+        self.old_hash = _digest(f"{self.eos_token_id} {state}")
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of ``text``, ``[n]`` uint32, without special tokens."""
@@ -192,6 +236,29 @@ class HFTokenizer:
         """Return :meth:`encode` of every text; the Rust backend may use several threads."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def for_corpus(self, special_tokens: str) -> CorpusEncoder:
+        """Return what encodes text of a corpus, under a rule for markers of special tokens.
+
+        Raises:
+            ConfigError: There is no such rule.
+        """
+        if special_tokens not in SPECIAL_TOKENS_RULES:
+            raise ConfigError(f"special_tokens is {special_tokens!r}; allowed: {', '.join(SPECIAL_TOKENS_RULES)}")
+        control = ControlTokens(self._backend, self._special)
+        if control.ordinary:
+            names = ", ".join(sorted(control.ordinary)[:4])
+            log.info("tokenizer %s: special tokens that are ordinary pieces too stay in text: %s", self.spec, names)
+        if special_tokens == "keep" and self._backend.encode_special_tokens:
+            log.warning("tokenizer %s has split_special_tokens: true, so markers are split, not kept", self.spec)
+        return _CorpusText(control, self.encode_batch if special_tokens == "keep" else control.encode_split)
+
+    def template_start(self) -> list[int]:
+        """Return the ids that the tokenizer's own template puts in front of a text."""
+        plain = self.encode("a").tolist()
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[: next(starts, 0)] if plain else []
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids`` without special tokens, and with every space that the tokens have."""
@@ -220,6 +287,35 @@ class HFTokenizer:
         self._tokenizer.save_pretrained(str(directory))
 
 
+@dataclass(frozen=True, slots=True)
+class _CorpusText:
+    """A fast tokenizer under a rule for special tokens."""
+
+    control: ControlTokens
+    encode: Callable[[Sequence[str]], list[np.ndarray]]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of every text, ``[n]`` uint32."""
+        return self.encode(texts)
+
+    def marker_in(self, text: str) -> str | None:
+        """Return the first marker of a special token in ``text``, or None."""
+        return self.control.marker_in(text)
+
+
+def is_current_hash(found: str) -> bool:
+    """Return whether a hash of a Hugging Face tokenizer has the format of this release."""
+    return found.startswith(_HASH_FORMAT)
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _int_or_none(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Return the tokenizer that ``spec`` names. Nothing is downloaded.
 
@@ -241,10 +337,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         raise ConfigError(f"tokenizer {str(spec)!r}: no tokenizer.json in it; give a tokenizer's directory or 'bytes'")
     try:
         loaded = _load_fast(directory)
-    except Exception as error:
-        # transformers raises nearly anything for a damaged directory; the user needs the directory and the first line.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"tokenizer {str(spec)!r} cannot be loaded: {reason}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # transformers raises nearly anything for a damaged directory, and the tokenizers library panics, which is no
+        # Exception; the user needs the directory and the first line.
+        raise DataError(f"tokenizer {str(spec)!r} cannot be loaded: {reason(error)}") from error
     return HFTokenizer(loaded, str(spec))
 
 
@@ -262,10 +360,21 @@ def _load_fast(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(directory), **options)
     loaded = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     if loaded.eos_token_id is None:
-        default = AutoTokenizer.from_pretrained(str(directory), **options).eos_token
+        default = _class_default(directory, options)
         if default in loaded.get_vocab():
             loaded.eos_token = default
     return loaded
+
+
+def _class_default(directory: Path, options: Mapping[str, Any]) -> str | None:
+    """Return the end-of-text token of the class that a directory names; None if there is none, or no such class."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), **options).eos_token
+    except Exception as error:  # anything: the class may want files or settings that tokenizer.json makes needless
+        log.info("tokenizer %s: no end-of-text token, and its class names none: %s", directory, reason(error))
+        return None
 
 
 def has_tokenizer(directory: str | Path) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.formats import open_store
+from statex_dist.data.same_tokenizer import is_hash_of
 from statex_dist.data.store import Piece, sequential_documents
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import DataError
@@ -19,7 +20,8 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
 
     Args:
         path: A prepared dataset (a directory with ``index.json``), or text, JSON-lines or parquet files: a file, a
-            directory or a glob. Those are tokenised as they are read, with an EOS behind each document.
+            directory or a glob. Those are tokenised as they are read, as ``statex prepare`` does by default: markers of
+            special tokens become plain text, and an EOS stands behind each document if the tokenizer has one.
         tokenizer: The model's tokenizer.
 
     Raises:
@@ -27,7 +29,7 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
     """
     if path.is_dir() and (path / "index.json").is_file():
         store = open_store(path)
-        if store.manifest is not None and store.manifest.tokenizer_hash != tokenizer.hash:
+        if store.manifest is not None and not is_hash_of(tokenizer, store.manifest.tokenizer_hash):
             raise DataError(
                 f"dataset {path} was prepared with tokenizer {store.manifest.tokenizer!r}, the model has another "
                 f"({tokenizer.spec!r}); prepare it with the model's tokenizer"
@@ -38,12 +40,13 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
         raise DataError(f"data directory {path} is empty; give text files or what `statex prepare` wrote")
     units, _ = split_units(find_files([path]))
     eos = tokenizer.eos_token_id
+    text = tokenizer.for_corpus("split")
     for unit in units:
         for record in read_unit(unit, tokenizer.vocab_size):
             ids, mask = record.input_ids, record.loss_mask
             if ids is None:
-                ids = tokenizer.encode(record.text or "").astype(np.int64)
-            if not len(ids) or ids[-1] != eos:
+                ids = text.encode_batch([record.text or ""])[0].astype(np.int64)
+            if eos is not None and (not len(ids) or ids[-1] != eos):
                 ids = np.append(ids, eos)
                 mask = None if mask is None else np.append(mask, np.uint8(0))
             yield Piece(ids, mask)

@@ -83,7 +83,16 @@ class StateXLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Id of EOS."""
+        """Id of EOS.
+
+        Raises:
+            DataError: The tokenizer has none.
+        """
+        if self.text.eos_token_id is None:
+            raise DataError(
+                f"tokenizer {self.text.spec} has no EOS token, behind which the harness begins its texts; set "
+                "eos_token in its tokenizer_config.json"
+            )
         return self.text.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -91,7 +91,10 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
                 raise CheckpointError(
                     f"{path} has version {header.get('version')!r}; only {_WITHOUT_TOKENS} and {VERSION} can be read"
                 )
-            _check_facts(path, header, _facts(model, tokenizer))
+            facts = _facts(model, tokenizer)
+            if header.get("tokenizer") == tokenizer.old_hash:
+                header["tokenizer"] = facts["tokenizer"]
+            _check_facts(path, header, facts)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
     except FileNotFoundError:
         raise CheckpointError(f"no file of states at {path}; write one with --save-state") from None

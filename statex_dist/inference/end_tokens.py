@@ -33,7 +33,7 @@ def use_end_tokens(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -
         CheckpointError: ``generation_config.json`` is damaged.
     """
     named = {
-        "tokenizer": [tokenizer.eos_token_id],
+        "tokenizer": _ids(tokenizer.eos_token_id, directory),
         GENERATION_CONFIG_NAME: _generation_ids(directory / GENERATION_CONFIG_NAME),
         CONFIG_NAME: _ids(config.eos_token_id, directory / CONFIG_NAME),
     }
@@ -51,6 +51,13 @@ def log_end_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
         tokenizer: After :func:`use_end_tokens`.
         vocab_size: Of the model.
     """
+    if not tokenizer.end_tokens:
+        log.warning(
+            "no end token: tokenizer, %s and %s name none; texts end at their length",
+            GENERATION_CONFIG_NAME,
+            CONFIG_NAME,
+        )
+        return
     texts = {token: f"{token} {tokenizer.token_name(token)}" for token in tokenizer.end_tokens}
     named = {token: " and ".join(names) for token, names in tokenizer.end_tokens.items()}
     log.info("end tokens: %s", "; ".join(f"{texts[token]} ({named[token]})" for token in texts))

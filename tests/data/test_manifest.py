@@ -34,8 +34,11 @@ def test_round_trip(dataset):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 3, "version 3 is not the supported 2"),
-        ("version", [2], r"version \[2\] is not the supported 2"),
+        ("version", 4, r"version 4 is not supported \(2 and 3 are\)"),
+        ("version", 3.0, r"version 3\.0 is not supported"),
+        ("version", [2], r"version \[2\] is not supported"),
+        ("version", {"a": "x" * 10_000}, r"version \{'a': 'x+ \[\.\.\.\] x+'\} is not supported"),
+        ("eos_token_id", "2", r"eos_token_id is '2', not of type int \| None"),
         ("documents", "4", "documents is '4', not of type int"),
         ("documents", True, "documents is True, not of type int"),
         ("tokens", float("inf"), "tokens is inf, not of type int"),
@@ -48,7 +51,7 @@ def test_round_trip(dataset):
         ("length_histogram", [1.0], r"length_histogram is \[1\.0\], not of type list\[int\]"),
         ("left_out", [], r"left_out is \[\], not of type dict\[str, int\]"),
         ("left_out", {"short": None}, r"left_out is \{'short': None\}, not of type dict\[str, int\]"),
-        ("tokenizer_hash", ["x" * 10_000], r"tokenizer_hash is \['x+\.\.\.x+'\], not of type str"),
+        ("tokenizer_hash", ["x" * 10_000], r"tokenizer_hash is \['x+ \[\.\.\.\] x+'\], not of type str"),
         ("extra", 1, "missing or unknown keys: extra"),
     ],
 )
@@ -64,14 +67,39 @@ def test_a_manifest_of_other_types_is_refused(dataset, field, value, message):
     [
         (b"", "is unreadable: Expecting value"),
         (b"\xff\xfe\xfa", "is unreadable: "),
-        (b"[" * 200_000, "is unreadable: maximum recursion depth exceeded"),
-        (b"[]", "version list is not the supported 2"),
-        (b"null", "version NoneType is not the supported 2"),
+        (b"[" * 200_000, "is unreadable: it is nested too deeply"),
+        (b'{"version": ' + b"9" * 5000 + b"}", "is unreadable: Exceeds the limit"),
+        (b"[]", r"holds no JSON object \(list\)"),
+        (b"null", r"holds no JSON object \(NoneType\)"),
     ],
 )
 def test_what_is_no_manifest_is_refused(dataset, content, message):
     (dataset / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=rf"ds/manifest\.json:? {message}"):
+        open_store(dataset)
+
+
+def test_a_file_too_large_is_not_read(dataset):
+    for name in ("manifest.json", "index.json"):
+        kept = (dataset / name).read_bytes()
+        with (dataset / name).open("wb") as file:
+            file.truncate(1 << 40)  # sparse
+        with pytest.raises(DataError, match=rf"ds/{name} cannot be read: ValueError: it has more than \d+ bytes"):
+            open_store(dataset)
+        (dataset / name).write_bytes(kept)
+
+
+def test_a_manifest_of_the_version_before_is_read(dataset):
+    path = dataset / "manifest.json"
+    content = json.loads(path.read_text())
+    for name in ("bos", "bos_token_id", "special_tokens", "special_token_documents"):
+        del content[name]
+    path.write_text(json.dumps(content | {"version": 2}))
+    manifest = open_store(dataset).manifest
+    assert (manifest.version, manifest.bos, manifest.special_tokens) == (2, "none", "keep")
+    assert manifest.special_token_documents is None
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="missing or unknown keys: bos, bos_token_id, special_token_documents, spec"):
         open_store(dataset)
 
 

@@ -148,10 +148,10 @@ def test_killed_runs_are_gone_on_with(
         assert len(kept) >= 6
     committed = owner == "Staging"
     assert (tmp_path / "out").exists() == committed
-    prepare([corpus], tmp_path / "out", workers=1, overwrite=committed)
+    assert prepare([corpus], tmp_path / "out", workers=1).finished_before == committed
     assert set(tokenised).isdisjoint(kept)
     assert len(tokenised) == total - len(kept)
-    assert (f"resuming: {len(kept)} of {total} units are done" in said) == bool(kept)
+    assert (f"resuming: {len(kept)} of {total} units are done" in said) == (bool(kept) and not committed)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -304,9 +304,9 @@ def test_a_directory_of_something_else_is_not_taken_for_work(tmp_path, corpus):
 def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path, corpus, monkeypatch):
     real = UnitWriter.write
 
-    def write(self, *args):
+    def write(self, *args, **options):
         put(corpus / "d.txt", b"longer than it was before")
-        real(self, *args)
+        real(self, *args, **options)
 
     monkeypatch.setattr(UnitWriter, "write", write)
     with pytest.raises(DataError, match=r"d\.txt changed while it was being read; run the command again"):

@@ -76,6 +76,7 @@ class _Lines:
     def read(self, at: int, end: int | None) -> Iterator[Record]:
         """Yield the documents of the lines from byte ``at``, the stream's place, up to ``end``."""
         self._first = at
+        self._report.here = self._place
         readline, most = self._file.readline, self._most + 1
         while end is None or at < end:
             try:

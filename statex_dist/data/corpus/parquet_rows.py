@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def read_rows(
                         report.leave_out(lambda place=f"{path}: row {row}": place, str(error))  # type: ignore[misc]
                     except DataError as error:
                         raise DataError(f"{path}: row {row}: {error}") from error
+                    report.here = partial(str, f"{path}: row {row}")
                     row += 1
                     yield from found
                 if sample:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,6 +50,7 @@ class ReadReport:
         kind: ``"text"`` or ``"tokens"``, what the unit's rows hold; empty where it has none.
         columns: Columns of token rows that were honoured.
         unused: Columns that were not, and do not change what is learned.
+        here: Returns file and place of the record that was yielded last; of use while a unit is read.
     """
 
     skip: bool = False
@@ -60,6 +61,7 @@ class ReadReport:
     kind: str = ""
     columns: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    here: Callable[[], str] = field(default=str, compare=False)
 
     def leave_out(self, place: Callable[[], str], reason: str, count: int = 1) -> None:
         """Count a bad record, or several with one reason, or raise it.
@@ -75,7 +77,7 @@ class ReadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(replace(self, here=str)).items() if name != "here"}
 
 
 def first_line(error: BaseException) -> str:

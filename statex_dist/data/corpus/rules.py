@@ -7,12 +7,14 @@ from typing import Any
 
 from statex_dist.data.columns import TOKENS
 from statex_dist.data.corpus.filters import Condition, parse_condition
+from statex_dist.data.special_tokens import SPECIAL_TOKENS_RULES
 from statex_dist.errors import ConfigError
 
 MAX_DOCUMENT_BYTES = 128 << 20
 MOST_DOCUMENT_BYTES = 1 << 30
 ROW_KINDS = ("auto", "text", "tokens")
 EOS_RULES = ("append", "none")
+BOS_RULES = ("none", "prepend")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +25,10 @@ class DocumentRules:
         text_field: Field or column of the text.
         where: Conditions of the form ``FIELD OP VALUE``; a record that fails one is left out.
         eos: ``"append"``: a document ends with EOS; ``"none"``: documents are taken as they are.
-        min_tokens: Shorter documents (EOS included) are left out; one below 2 tokens has no target.
+        bos: ``"prepend"``: a document begins with BOS; ``"none"``: documents are taken as they are.
+        special_tokens: What becomes of markers of special tokens in text: ``"split"`` into plain pieces, ``"keep"`` as
+            control tokens, or ``"refuse"``.
+        min_tokens: Shorter documents (BOS and EOS included) are left out; one below 2 tokens has no target.
         max_tokens: Longer documents are left out; ``None`` for no bound.
         skip_undecodable: Leave out text files that are not UTF-8 instead of stopping.
         skip_bad_records: Leave out, count and list records that are no documents instead of stopping.
@@ -38,6 +43,8 @@ class DocumentRules:
     text_field: str = "text"
     where: tuple[str, ...] = ()
     eos: str = "append"
+    bos: str = "none"
+    special_tokens: str = "split"
     min_tokens: int = 2
     max_tokens: int | None = None
     skip_undecodable: bool = False
@@ -47,8 +54,9 @@ class DocumentRules:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def __post_init__(self) -> None:
-        if self.eos not in EOS_RULES:
-            raise ConfigError(f"eos is {self.eos!r}; allowed: {', '.join(EOS_RULES)}")
+        for name, allowed in (("eos", EOS_RULES), ("bos", BOS_RULES), ("special_tokens", SPECIAL_TOKENS_RULES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         if self.min_tokens < 1:
             raise ConfigError(f"min_tokens is {self.min_tokens}; it must be at least 1")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:

@@ -14,19 +14,25 @@ from statex_dist.data.corpus.documents import check_filterable, find_files, spli
 from statex_dist.data.corpus.first_records import check_first_records
 from statex_dist.data.corpus.records import LISTED, ReadReport
 from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.spill import UnitResult
 from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob
 from statex_dist.data.corpus.unit_results import UnitResults, finished_units
 from statex_dist.data.corpus.work import Part, WorkDirectory
 from statex_dist.data.corpus.worker_pool import tokenize_units
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.progress import ProgressLine
-from statex_dist.data.tokenizer import Tokenizer, load_tokenizer
+from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 # Below this, starting processes costs more than it saves.
 _SERIAL_BYTES = 8 << 20
+_MARKER_FATES = {
+    "split": "it is encoded as plain text (--special-tokens keep: as the control token)",
+    "keep": "it is left to the tokenizer (--special-tokens split: plain text)",
+    "refuse": "it is refused",
+}
 
 
 class Source:
@@ -63,6 +69,7 @@ class Source:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         self._loaded: Tokenizer = load_tokenizer(tokenizer)
         self._rules = rules
+        _check_added(self._loaded, rules)
         self._limit = max_documents
         self._honoured: set[str] = set()
         self._unused: set[str] = set()
@@ -71,6 +78,7 @@ class Source:
         if rules.where:
             check_filterable(self._units)
         self.dtype = "uint16" if self._loaded.vocab_size <= 65535 else "uint32"
+        self._warned = False
         self._task = TokenizeTask(str(tokenizer), self.dtype, rules)
         # A job of a scheduler may have fewer cores than the machine.
         self._workers = workers or (1 if total_bytes < _SERIAL_BYTES else len(os.sched_getaffinity(0)))
@@ -101,6 +109,7 @@ class Source:
             DataError: An input is unreadable or malformed.
         """
         results, todo = finished_units(jobs, self.dtype, self._limit)
+        self._warn(results.taken())
         if results.before:
             log.info("resuming: %d of %d units are done", results.before, len(jobs))
         if results.enough:
@@ -109,6 +118,7 @@ class Source:
         with ProgressLine("tokenize", len(jobs), "units", done=results.before) as progress:
             for k, result in tokenize_units([jobs[i] for i in todo], self._task, self._workers):
                 listed = self._report(result.reading, listed)
+                self._warn([result])
                 results.add(todo[k], result)
                 progress.advance(1, int(result.lengths.sum()))
                 if results.enough:
@@ -138,6 +148,7 @@ class Source:
         """
         results, missing = finished_units(work.jobs, self.dtype, self._limit)
         if results.enough:
+            self._warn(results.taken())
             return results
         if work.parts is None:
             raise DataError(f"{len(missing)} of {len(work.jobs)} units are to do; run without --merge to do them")
@@ -148,12 +159,20 @@ class Source:
                 lacking.append(f"part {index}/{work.parts} has {to_do} of {len(jobs)} units to do")
         raise DataError(f"{'; '.join(lacking)}; run {'it' if len(lacking) == 1 else 'them'} again, then --merge")
 
+    def _warn(self, results: Sequence[UnitResult]) -> None:
+        """Name the first record with a marker of a special token in its text, once."""
+        first = next((result.marker for result in results if result.marker), "")
+        if first and not self._warned:
+            self._warned = True
+            log.warning("%s; %s; all such documents are counted", first, _MARKER_FATES[self._rules.special_tokens])
+
     def manifest(
         self,
         format: str,
         seed: int,
         lengths: np.ndarray,
         loss_mask: bool,
+        marked: int,
         shard_documents: list[int],
         left_out: dict[str, int],
         rows: dict[str, Any],
@@ -168,6 +187,10 @@ class Source:
             vocab_size=self._loaded.vocab_size,
             eos_token_id=self._loaded.eos_token_id,
             eos=self._rules.eos,
+            bos_token_id=self._loaded.bos_token_id,
+            bos=self._rules.bos,
+            special_tokens=self._rules.special_tokens,
+            special_token_documents=marked,
             documents=len(lengths),
             tokens=int(lengths.sum()),
             dtype=self.dtype,
@@ -180,3 +203,26 @@ class Source:
             left_out=left_out,
             rows=rows,
         )
+
+
+def _check_added(tokenizer: Tokenizer, rules: DocumentRules) -> None:
+    """Refuse rules that want a token which the tokenizer lacks, and say what its template would add.
+
+    Raises:
+        ConfigError: There is no BOS or EOS to add.
+    """
+    if rules.eos == "append" and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"tokenizer {tokenizer.spec} has no EOS token to end documents with: give --eos none, or set eos_token in "
+            "its tokenizer_config.json"
+        )
+    if rules.bos == "prepend" and tokenizer.bos_token_id is None:
+        remedy = "" if isinstance(tokenizer, BytesTokenizer) else ", or set bos_token in its tokenizer_config.json"
+        raise ConfigError(
+            f"tokenizer {tokenizer.spec} has no BOS token to begin documents with: give --bos none{remedy}"
+        )
+    start = tokenizer.template_start()
+    if rules.bos == "none" and start:
+        names = ", ".join(f"{tokenizer.token_name(token)} (id {token})" for token in start)
+        advice = "; give --bos prepend to begin documents with it" if start == [tokenizer.bos_token_id] else ""
+        log.info("tokenizer %s puts %s in front of a text; --bos none does not%s", tokenizer.spec, names, advice)

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from statex_dist.checkpoint.descriptors import allow_open_files
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import sync
 from statex_dist.data.corpus.records import ReadReport
 
@@ -39,6 +40,9 @@ class UnitResult:
         short: Documents left out because they were too short.
         long: Documents left out because they were too long.
         reading: The reader's report.
+        marked: ``[n]`` int64, ascending: which documents hold a marker of a special token in their text.
+        marker: The first record with such a marker, and the marker; empty if there is none, or the process that made
+            the unit had named one before.
     """
 
     base: str
@@ -47,6 +51,8 @@ class UnitResult:
     short: int
     long: int
     reading: ReadReport
+    marked: np.ndarray
+    marker: str = ""
 
 
 class UnitWriter:
@@ -62,26 +68,43 @@ class UnitWriter:
         self._dtype = np.dtype(dtype)
         self._temporary = f".tmp-{socket.gethostname()}-{os.getpid()}"
         self._lengths = array.array("q")
+        self._marked = array.array("q")
         self._total = 0
         self._tokens = self._open(".tokens")
         self._masks: BinaryIO | None = None
 
-    def write(self, tokens: np.ndarray, mask: np.ndarray | None, end: int | None) -> None:
+    def write(
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray | None,
+        end: int | None,
+        *,
+        begin: int | None = None,
+        marked: bool = False,
+    ) -> None:
         """Append a document.
 
         Args:
             tokens: ``[n]`` ids.
             mask: ``[n]`` of 0 and 1, or ``None`` for ones.
-            end: One more id, with mask 0 where there is a mask; ``None`` for none.
+            end: One more id behind them, with mask 0 where there is a mask; ``None`` for none.
+            begin: The same in front of them.
+            marked: Whether the text holds a marker of a special token.
         """
-        length = len(tokens) + (end is not None)
+        length = len(tokens) + (begin is not None) + (end is not None)
+        if marked:
+            self._marked.append(len(self._lengths))
         if mask is not None and self._masks is None:
             self._masks = self._open(".masks")
             self._ones(self._total)
+        if begin is not None:
+            self._tokens.write(self._dtype.type(begin).tobytes())
         self._tokens.write(np.ascontiguousarray(tokens, self._dtype).data)
         if end is not None:
             self._tokens.write(self._dtype.type(end).tobytes())
         if mask is not None and self._masks is not None:
+            if begin is not None:
+                self._masks.write(b"\x00")
             self._masks.write(np.ascontiguousarray(mask, np.uint8).data)
             if end is not None:
                 self._masks.write(b"\x00")
@@ -90,17 +113,17 @@ class UnitWriter:
         self._lengths.append(length)
         self._total += length
 
-    def finish(self, *, short: int, long: int, reading: ReadReport) -> UnitResult:
+    def finish(self, *, short: int, long: int, reading: ReadReport, marker: str = "") -> UnitResult:
         """Make the files durable under their names and return the unit's result."""
-        lengths = np.array(self._lengths, np.int64)
-        result = UnitResult(self._base, lengths, self._masks is not None, short, long, reading)
+        lengths, marked = (np.array(values, np.int64) for values in (self._lengths, self._marked))
+        result = UnitResult(self._base, lengths, self._masks is not None, short, long, reading, marked, marker)
         if self._masks is not None:
             self._place(self._masks, ".masks")
         self._place(self._tokens, ".tokens")
         done = self._open(DONE_SUFFIX)
         facts = {"has_masks": result.has_masks, "short": short, "long": long, "reading": reading.as_dict()}
-        text = json.dumps(facts)
-        np.savez(done, lengths=lengths, facts=np.array(text))
+        text = json.dumps({**facts, "marker": marker})
+        np.savez(done, lengths=lengths, marked=marked, facts=np.array(text))
         self._place(done, DONE_SUFFIX)
         return result
 
@@ -135,14 +158,14 @@ def load_result(base: str, dtype: str) -> UnitResult | None:
     """Return the result of the unit at ``base``; ``None`` where it is not finished, or its files are not whole."""
     try:
         with np.load(base + DONE_SUFFIX, allow_pickle=False) as done:
-            lengths, facts = done["lengths"], json.loads(str(done["facts"]))
+            lengths, marked, facts = done["lengths"], done["marked"], parse_json(str(done["facts"]))
         total = int(lengths.sum())
         if Path(base + ".tokens").stat().st_size != total * np.dtype(dtype).itemsize:
             return None
         if facts["has_masks"] and Path(base + ".masks").stat().st_size != total:
             return None
         reading = ReadReport(**facts.pop("reading"))
-        return UnitResult(base=base, lengths=lengths, reading=reading, **facts)
+        return UnitResult(base=base, lengths=lengths, reading=reading, marked=marked, **facts)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -158,6 +181,7 @@ class Spill:
     Attributes:
         lengths: ``[documents]`` int64, tokens of each document.
         has_masks: Whether some document has a loss mask.
+        marked: How many documents hold a marker of a special token in their text.
     """
 
     def __init__(self, results: list[UnitResult], dtype: str, limit: int | None):
@@ -169,6 +193,10 @@ class Spill:
         # First token of each document in its unit, counted in tokens.
         self._begin = np.concatenate([*(np.cumsum(part) - part for part in lengths), np.zeros(0, np.int64)])[:limit]
         self.has_masks = any(results[unit].has_masks for unit in np.unique(self._unit))
+        before, self.marked = 0, 0
+        for result in results:
+            self.marked += int((result.marked + before < len(self.lengths)).sum())
+            before += len(result.lengths)
         self._maps: OrderedDict[str, np.memmap] = OrderedDict()
         wanted = min(2 * len(results), _MAX_MAPS)
         self._max_maps = max(1, min(wanted, allow_open_files(2 * wanted) // 2))

@@ -2,21 +2,27 @@
 
 Everything is written into a hidden sibling, flushed, and renamed into place. What a killed run leaves behind is found
 and removed by the next one.
+
+Before the renaming a second hidden sibling says which command makes which manifest. It is removed when the work
+directory is gone: while it is there and fits, the same command finds its dataset complete and has to clean up only.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import socket
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 
+from statex_dist.checkpoint.json_file import read_bytes, read_json
 from statex_dist.checkpoint.manifest import sync
 from statex_dist.data.manifest import MANIFEST_NAME, DatasetManifest
-from statex_dist.errors import ConfigError, refusal
+from statex_dist.errors import ConfigError, refusal, writing
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +38,27 @@ class Staging:
         out: The directory to make.
         overwrite: Replace ``out`` where it is a dataset.
         inputs: Files that are being read; ``out`` may not hold one of them.
+        command: Digest of the settings and inputs that the dataset depends on; equal ones make the same dataset.
+
+    Attributes:
+        finished: Whether a killed run of the same command has put the dataset into place, and only left its work.
 
     Raises:
         ConfigError: ``out`` may not be written or replaced.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, inputs: Sequence[Path]):
+    def __init__(self, out: Path, *, overwrite: bool, inputs: Sequence[Path], command: str = ""):
         self.out = out.resolve()
         self._overwrite = overwrite
         name = f"{socket.gethostname()}-{os.getpid()}"
         self.directory = self.out.parent / f".{self.out.name}.partial-{name}"
         self._old = self.out.parent / f".{self.out.name}.old-{name}"
+        self._command = command
+        self._committed = self.out.parent / f".{self.out.name}.committed"
         self._recover()
-        self._check(inputs)
+        self.finished = bool(command) and self._is_committed()
+        if not self.finished:
+            self._check(inputs)
 
     def __enter__(self) -> Staging:
         if self.out in _in_progress:
@@ -64,17 +78,35 @@ class Staging:
 
     def commit(self, manifest: DatasetManifest) -> None:
         """Write the manifest, flush all files and rename the directory into place."""
-        for file in self.directory.iterdir():
-            sync(file)
-        manifest.write(self.directory)
-        sync(self.directory / MANIFEST_NAME)
-        sync(self.directory)
+        with writing(self.directory):
+            for file in self.directory.iterdir():
+                sync(file)
+            manifest.write(self.directory)
+            sync(self.directory / MANIFEST_NAME)
+            sync(self.directory)
         self._refuse_existing()  # again: another run may have finished meanwhile
-        if self.out.exists() and any(self.out.iterdir()):
-            self.out.replace(self._old)
-        self.directory.replace(self.out)
-        sync(self.out.parent)
+        with writing(self.out):
+            self._committed.write_text(json.dumps(self._facts(self.directory)), encoding="utf-8")
+            sync(self._committed)
+            if self.out.exists() and any(self.out.iterdir()):
+                self.out.replace(self._old)
+            self.directory.replace(self.out)
+            sync(self.out.parent)
         shutil.rmtree(self._old, ignore_errors=True)
+
+    def clean(self) -> None:
+        """Note that nothing is left to clean up."""
+        self._committed.unlink(missing_ok=True)
+
+    def _facts(self, directory: Path) -> dict[str, str]:
+        content = read_bytes(directory / MANIFEST_NAME)
+        return {"command": self._command, "manifest": blake2b(content, digest_size=16).hexdigest()}
+
+    def _is_committed(self) -> bool:
+        try:
+            return bool(read_json(self._committed) == self._facts(self.out))
+        except (OSError, ValueError):
+            return False
 
     def _recover(self) -> None:
         """Undo what killed runs on this host left: put an old dataset back, remove partial ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
 from statex_dist.data.corpus.records import BadRecordError, ReadReport, Record
@@ -32,6 +33,7 @@ def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_unde
     """
     for path in paths:
         report.kind = "text"
+        report.here = partial(str, path)
         data = _read(path, most + 1)
         if len(data) > most:
             size = f"the file has more than {most} bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from statex_dist.data.corpus.records import ReadReport, Record
 from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.spill import UnitResult, UnitWriter
 from statex_dist.data.tokenizer import load_tokenizer
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, shown, writing
 
 _BATCH_RECORDS = 256
 _BATCH_SIZE = 4 << 20
@@ -54,6 +55,13 @@ class UnitTokenizer:
     def __init__(self, task: TokenizeTask):
         self._task = task
         self._tokenizer = load_tokenizer(task.tokenizer)
+        self._text = self._tokenizer.for_corpus(task.rules.special_tokens)
+        # Whether the records that were read and not written yet hold a marker of a special token.
+        self._marked: deque[bool] = deque()
+        self._marker = ""
+        # To name a line, a file is read from its start: this is done once in a process, not for every unit.
+        self._named = False
+        self._reading = ReadReport()
 
     def run(self, job: UnitJob) -> UnitResult:
         """Tokenise the unit of ``job``.
@@ -61,44 +69,74 @@ class UnitTokenizer:
         Raises:
             DataError: An input is unreadable or malformed, or changed since the run began.
         """
-        writer = UnitWriter(job.base, self._task.dtype)
-        try:
-            return self._run(job, writer)
-        except BaseException:
-            writer.abort()
-            raise
+        with writing(job.base):
+            writer = UnitWriter(job.base, self._task.dtype)
+            try:
+                return self._run(job, writer)
+            except BaseException:
+                writer.abort()
+                raise
 
     def _run(self, job: UnitJob, writer: UnitWriter) -> UnitResult:
         rules = self._task.rules
-        reading = ReadReport()
+        reading = self._reading = ReadReport()
+        self._marked.clear()
+        self._marker = ""
         short = long = 0
         records = read_unit(job.unit, self._tokenizer.vocab_size, rules, reading)
-        for batch in _batches(records):
-            for ids, mask, end in self._encode(batch):
-                length = len(ids) + (end is not None)
+        for batch in _batches(self._watched(records)):
+            for begin, ids, mask, end in self._encode(batch):
+                marked = self._marked.popleft()
+                length = len(ids) + (begin is not None) + (end is not None)
                 if length < rules.min_tokens:
                     short += 1
                 elif rules.max_tokens is not None and length > rules.max_tokens:
                     long += 1
                 else:
-                    writer.write(ids, mask, end)
+                    writer.write(ids, mask, end, begin=begin, marked=marked)
         for path, facts in zip(job.unit.paths, job.facts, strict=True):
             if file_facts(path) != facts:
                 raise DataError(f"{path} changed while it was being read; run the command again")
-        return writer.finish(short=short, long=long, reading=reading)
+        # Its place is that of the reader at work, which other processes cannot ask.
+        reading.here = str
+        return writer.finish(short=short, long=long, reading=reading, marker=self._marker)
 
-    def _encode(self, records: list[Record]) -> Iterator[tuple[np.ndarray, np.ndarray | None, int | None]]:
-        """Yield ids, mask and the EOS that is to follow them, if it is."""
+    def _watched(self, records: Iterator[Record]) -> Iterator[Record]:
+        """Pass records on, and note which of them hold a marker of a special token in their text.
+
+        Raises:
+            DataError: One does, and the rules refuse it.
+        """
+        for record in records:
+            marker = None if record.text is None else self._text.marker_in(record.text)
+            self._marked.append(marker is not None)
+            if marker is not None and not self._named:
+                self._named = True
+                self._marker = f"{self._reading.here()}: the text holds {shown(marker, 60)}, a special token's marker"
+                if self._task.rules.special_tokens == "refuse":
+                    raise DataError(
+                        f"{self._marker}; take it out, or give --special-tokens split (as plain text) or keep (as the "
+                        "control token)"
+                    )
+            yield record
+
+    def _encode(self, records: list[Record]) -> Iterator[tuple[int | None, np.ndarray, np.ndarray | None, int | None]]:
+        """Yield BOS, ids, mask and EOS, the first and the last where they are to be added."""
+        bos = self._tokenizer.bos_token_id if self._task.rules.bos == "prepend" else None
         eos = self._tokenizer.eos_token_id if self._task.rules.eos == "append" else None
-        encoded = self._tokenizer.encode_batch([record.text for record in records if record.text is not None])
+        try:
+            encoded = self._text.encode_batch([record.text for record in records if record.text is not None])
+        except DataError as error:
+            raise DataError(f"{self._reading.here()}, or at most {len(records) - 1} records before: {error}") from error
         # Taken from the end of a reversed list, so that a document is let go of once it is written.
         encoded.reverse()
         for record in records:
             if record.input_ids is None:
-                yield encoded.pop(), None, eos
+                yield bos, encoded.pop(), None, eos
             else:
-                ended = len(record.input_ids) > 0 and record.input_ids[-1] == eos
-                yield record.input_ids, record.loss_mask, None if ended else eos
+                ids = record.input_ids
+                begun, ended = (len(ids) > 0 and ids[i] == added for i, added in ((0, bos), (-1, eos)))
+                yield None if begun else bos, ids, record.loss_mask, None if ended else eos
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -22,11 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from statex_dist.checkpoint.json_file import MAX_JSON_BYTES, read_json
 from statex_dist.data.corpus.documents import Unit, file_facts
 from statex_dist.data.corpus.lock import holder, sign, try_lock
 from statex_dist.data.corpus.spill import DONE_SUFFIX
 from statex_dist.data.corpus.tokenize_unit import UnitJob
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, DataError, shown, writing
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ _LOCK_NAME = "lock"
 # Raised when units are read or stored in another way, so that those of an older version are not taken.
 _VERSION = 2
 _NAMED = 3
+# It lists the inputs, of which there may be millions.
+_MAX_SETTINGS_BYTES = 10 * MAX_JSON_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,11 @@ class WorkDirectory:
             raise DataError(f"work directory {self.path} does not exist: run the parts first, with --part I/N")
         self._lock()
         try:
-            self._agree()
-            self._units.mkdir(exist_ok=True)
-            if self._part is None:
-                self._tidy()
+            with writing(self.path):
+                self._agree()
+                self._units.mkdir(exist_ok=True)
+                if self._part is None:
+                    self._tidy()
         except BaseException:
             self._unlock()
             raise
@@ -135,6 +139,28 @@ class WorkDirectory:
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def identity(self) -> list[Any]:
+        """Return what the tokens depend on: settings and inputs, in JSON types."""
+        return [self._settings, self._inputs]
+
+    def finish(self) -> None:
+        """Remove what is left of a run that was killed while it removed the directory.
+
+        A directory in which another command has begun since is left alone.
+
+        Raises:
+            ConfigError: It is in use, or is not a work directory.
+        """
+        self._refuse_strange()
+        if self.path.is_dir():
+            self._lock()
+            try:
+                found = self._found()
+                if found is None or [found.get("settings"), found.get("inputs")] == self.identity():
+                    self.remove()
+            finally:
+                self._unlock()
 
     def _job(self, unit: Unit, facts: tuple[tuple[int, int], ...]) -> UnitJob:
         files = [[os.path.abspath(name), *found] for name, found in zip(unit.paths, facts, strict=True)]  # noqa: PTH100
@@ -185,11 +211,13 @@ class WorkDirectory:
             self._write_settings()
             # Another part may have begun at the same moment: what lies there now is what counts.
             found = self._found() or {}
-        old, new = found.get("settings", {}), self._settings
-        differ = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in new if old.get(key) != new[key]]
-        self.parts = found.get("parts")
+        old, new = _object(found.get("settings")), self._settings
+        differ = [
+            f"{key} was {shown(old.get(key), 60)}, now {shown(new[key], 60)}" for key in new if old.get(key) != new[key]
+        ]
+        self.parts = found.get("parts") if type(found.get("parts")) is int else None
         if self._part is not None and self.parts not in (None, self._part.count):
-            differ.append(f"the number of parts was {self.parts}, now {self._part.count}")
+            differ.append(f"the number of parts was {shown(self.parts, 60)}, now {self._part.count}")
         if differ and (self._merge or self._part is not None):
             raise ConfigError(
                 f"work directory {self.path} was begun with other settings ({'; '.join(differ)}); give the same, "
@@ -199,7 +227,7 @@ class WorkDirectory:
             log.warning("%s was begun with other settings (%s); beginning again", self.path, "; ".join(differ))
             shutil.rmtree(self._units, ignore_errors=True)
             self.parts = None
-        elif changes := self._changes(found.get("inputs", {})):
+        elif changes := self._changes(_object(found.get("inputs"))):
             log.warning("inputs are not those of the run before: %s; what is the same is not done again", changes)
         if self._part is not None:
             self.parts = self._part.count
@@ -208,7 +236,7 @@ class WorkDirectory:
 
     def _found(self) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.path / _SETTINGS_NAME).read_text(encoding="utf-8"))
+            found = read_json(self.path / _SETTINGS_NAME, most=_MAX_SETTINGS_BYTES)
         except FileNotFoundError:
             return None
         except ValueError:
@@ -252,3 +280,7 @@ class WorkDirectory:
                 file.unlink(missing_ok=True)
         for file in self.path.glob(f"{_SETTINGS_NAME}.*"):
             file.unlink(missing_ok=True)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

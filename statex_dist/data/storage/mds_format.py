@@ -12,7 +12,6 @@ Layout of a raw shard of ``n`` samples (read from files and checked against stre
 
 from __future__ import annotations
 
-import json
 import logging
 import reprlib
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.data.columns import SHARD_REMEDY, refused_in_shards
 from statex_dist.data.columns import TOKENS as TOKEN_IDS
 from statex_dist.data.storage.shards import LOSS_MASK, TOKEN_DTYPES, TOKENS, FileEntry, ShardEntry, check_count
@@ -134,11 +134,11 @@ def read_index(content: bytes, origin: str) -> list[ShardEntry]:
         DataError: It is damaged, empty or describes something other than MDS shards of tokens.
     """
     try:
-        index = json.loads(content)
+        index = parse_json(content)
         shards, version = index["shards"], index["version"]
         if not isinstance(shards, list):
             raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{origin} is not a readable MDS index ({reason(error)}); prepare the dataset again") from error
     if version != 2 or not shards:
         raise DataError(

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from statex_dist.checkpoint.json_file import read_json
 from statex_dist.data.storage.files import write_atomically
 from statex_dist.data.storage.remote import is_disk_error
 from statex_dist.data.storage.shards import FileEntry, ShardEntry, hash_file
@@ -105,14 +106,14 @@ def _index_tar(path: Path, kept: Path) -> tuple[ShardEntry, np.ndarray]:
             return _known_entry(path, members, summary)
         except FileNotFoundError:
             log.info("indexing %s", path)
-        except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (DataError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged (%s); indexing %s again", summary, error, path)
         _keep(path, members, summary)
         return _known_entry(path, members, summary)
 
 
 def _known_entry(path: Path, members: Path, summary: Path) -> tuple[ShardEntry, np.ndarray]:
-    known = json.loads(summary.read_bytes())
+    known = read_json(summary)
     rows = read_members(members, known["documents"])
     packed = FileEntry(path.name, path.stat().st_size) if path.suffix == ".gz" else None
     entry = ShardEntry(

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.data.storage.npy import read_npy
 from statex_dist.data.storage.shards import TOKEN_DTYPES, FileEntry, ShardEntry
 from statex_dist.data.store import Piece
@@ -114,11 +115,11 @@ def read_index(content: bytes, origin: str) -> list[ShardEntry]:
         DataError: It is damaged, empty or of another version.
     """
     try:
-        index = json.loads(content)
+        index = parse_json(content)
         shards, format, version = index["shards"], index["format"], index["version"]
         if not isinstance(shards, list):
             raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{origin} is not a readable tar index ({reason(error)}); prepare the data again") from error
     if format != FORMAT or version != INDEX_VERSION or not shards:
         raise DataError(

@@ -158,7 +158,7 @@ def test_open_store_messages(tmp_path, dataset):
         (json.dumps(index).replace('"tokens"', '"text"'), r"no column 'tokens' \(there are: text\)"),
         (json.dumps(index).replace("ndarray:uint16", "str"), "column 'tokens' must be one-dimensional ndarray"),
         (json.dumps(index).replace("ndarray:uint16", "ndarray:uint16:4"), "column 'tokens' must be"),
-        ("[" * 200_000, "is not a readable MDS index .RecursionError"),
+        ("[" * 200_000, "is not a readable MDS index .ValueError: it is nested too deeply"),
         ("[]", "is not a readable MDS index .TypeError"),
         (json.dumps(index | {"shards": "ab"}), "its shards are 'ab', not a list"),
         (json.dumps(index | {"shards": [None]}), r"index\.json: shard 0 is not a readable MDS entry"),
