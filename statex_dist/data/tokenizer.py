@@ -125,7 +125,7 @@ class BytesTokenizer:
     bos_token_id = None
     eos_token_id = 256
     pad_token_id = 257
-    hash = old_hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
+    hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
     end_tokens: Mapping[int, Sequence[str]] = {eos_token_id: ("tokenizer",)}
 
     def encode(self, text: str) -> np.ndarray:
@@ -139,6 +139,11 @@ class BytesTokenizer:
     def for_corpus(self, special_tokens: str) -> CorpusEncoder:
         """Return this tokenizer: no text becomes EOS or PAD."""
         return self
+
+    @property
+    def old_hash(self) -> str:
+        """The same: bytes have no settings."""
+        return self.hash
 
     def marker_in(self, text: str) -> None:
         """Return None: no special token is written as text."""
