@@ -257,7 +257,8 @@ def prepare(
         listed = list(islice((line for result in results for line in result.reading.listed), LISTED))
         if listed:
             text = "".join(f"{line}\n" for line in listed)
-            (staging.directory / BAD_RECORDS_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
+            with writing(staging.directory):
+                (staging.directory / BAD_RECORDS_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
         lengths = spill.lengths[order]
         with writing(staging.directory):
             (staging.directory / LENGTHS_NAME).write_bytes(pack_lengths(lengths))
