@@ -242,7 +242,7 @@ class Zero3Engine(TrainEngine):
                 )  # held to be harmless above
                 saved, ours = content["param_shapes"], self.engine._get_zero_param_shapes()
                 check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
-        with keep_hyperparameters(self.optimizer, self.schedule):
+        with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
             loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {directory}")

@@ -73,7 +73,7 @@ def test_resumed_in_the_middle_it_goes_on_as_if_nothing_had_been(config, stop):
     [
         (lambda: ScheduleConfig(warmup_steps=-1), "schedule.warmup_steps must be 0 or more, not -1"),
         (lambda: ScheduleConfig(name="wsd"), "schedule.decay_steps must be above 0 for the wsd schedule"),
-        (lambda: rates(ScheduleConfig(warmup_steps=9), 5), "exceed the run's 5 steps"),
+        (lambda: rates(ScheduleConfig(warmup_steps=9), 5), "exceed the schedule's 5 steps"),
     ],
 )
 def test_bad_values_are_named(make, message):

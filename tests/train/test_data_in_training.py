@@ -17,7 +17,7 @@ from statex_dist.config import parse_config
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
@@ -245,19 +245,10 @@ def test_signals_with_workers(tmp_path: Path, shards: Path, how: str):
     assert "Traceback" not in said
     if how == "a killed worker":
         assert process.returncode == 2
-        assert "error: a data worker ended by itself" in said
+        assert "a data worker ended by itself" in said
     else:
         assert process.returncode == 75
         assert "stopped at step" in said
-
-
-def test_a_batch_without_a_target_is_refused(tmp_path: Path):
-    data = make_data(tmp_path / "data", [100] * 5)
-    for shard in data.glob("*.mds"):
-        shard.unlink()
-    sections = {"model": {"config": GLA}, "data": {"path": str(data), "skip_corrupt": True}}
-    with pytest.raises(DataError, match="no token of this step's batch is to be learned"):
-        train(start(tmp_path / "run", **sections, engine={"name": "plain"}))
 
 
 def test_skip_corrupt_goes_on_and_says_what_was_lost(tmp_path: Path, caplog):
