@@ -12,7 +12,7 @@ import torch
 
 from statex_dist.data.store import Piece, ShardStore
 from statex_dist.data.types import IGNORE_INDEX, Origin, PackedBatch
-from statex_dist.errors import CorruptShardError, DataError
+from statex_dist.errors import CorruptShardError, DataError, ShardError, refusal
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,9 @@ class PackReader:
                 # The plan stays as it is, so every rank goes on with the same packs, whoever can read the shard.
                 log.warning("skipped a shard (%s): %s", where, error)
                 self._lost.add((source, shard))
+            except OSError as error:
+                name = self._stores[source].name(shard)
+                raise ShardError(f"source {source}, document {document}: {name}: {refusal(error)}") from error
         return Piece(np.full(stop - start, self._pad_id, np.uint32), np.zeros(stop - start, np.uint8))
 
     def _check_ids(self, ids: np.ndarray, source: str, pieces: list[PieceSpec]) -> None:
