@@ -180,7 +180,7 @@ FOREIGN = {
     "torchrun": "nproc_per_node nnodes standalone rdzv_backend rdzv_endpoint rdzv_id max_restarts",
     "docker": "gpus shm-size network user build-arg entrypoint rm volume name secret restart",
     "slurm": "array dependency wait wrap parsable job-name jobs nodes time signal requeue gpus-per-node cpus-per-task "
-    "export ntasks-per-node nodelist duplicates",
+    "export ntasks-per-node nodelist duplicates batch",
     "kubectl": "grace-period namespace previous",
     "pip and hf": "no-deps no-build-isolation force-reinstall local-dir upgrade index-url extra-index-url bootstrap",
     "Hugging Face's Trainer": "safe_serialization",
