@@ -40,7 +40,7 @@ from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
 from statex_dist.run_config import DataSource, RunConfig
 from statex_dist.train.claim import claim
-from statex_dist.train.guard import Guard
+from statex_dist.train.guard import BadStepsError, Guard, NoTargetsError
 from statex_dist.train.loop import Observers, Trainer
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.mfu import utilisation
@@ -139,7 +139,7 @@ def _train(
             log_schedule(config.schedule, num_steps=num_steps)
             limit = config.data.warn_epochs
             warn_of_repeats(loader.forecast(num_steps, above=limit), num_steps=num_steps, limit=limit)
-            # A checkpoint of step 0 was made of weights alone: it has no learning rate to go on with.
+            # A checkpoint of step 0 was made of weights alone: it has no learning rate to compare with.
             if client_state is not None and start_step > 0:
                 warn_of_changed_rates(
                     engine.optimizer.param_groups,
@@ -203,7 +203,7 @@ def _train(
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):  # the user would not wait for the save that the first one asked for
             error = StateXError(
-                f"interrupted again at step {trainer.step}, before it was saved; the same command goes on "
+                f"interrupted again at step {trainer.step}, before it was saved; the same command resumes "
                 "from the last checkpoint"
             )
         exit_code = error.exit_code if isinstance(error, StateXError) else 1
@@ -214,6 +214,7 @@ def _train(
             world_size=engine.world_size,
             step=trainer.step,
             epochs=trainer.epochs,
+            restart=not isinstance(error, BadStepsError | NoTargetsError),
         )
         raise error
     finally:

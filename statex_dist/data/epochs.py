@@ -31,7 +31,7 @@ class Repeats:
 def forecast(mixture: Mixture, place: Place, *, num_steps: int, packs_per_step: int, above: float) -> list[Repeats]:
     """Return the sources that will have been seen more than ``above`` times after ``num_steps`` steps.
 
-    What has been seen at ``place`` counts exactly; what comes is computed from the weights, with the padding of the
+    Passes before ``place`` are exact. Those after it are computed from the weights, with the padding of the
     first window of each source.
 
     Args:
@@ -39,7 +39,7 @@ def forecast(mixture: Mixture, place: Place, *, num_steps: int, packs_per_step: 
         place: Where the run begins.
         num_steps: Steps of the whole run.
         packs_per_step: Packs of a global step.
-        above: Passes that nobody needs to hear of.
+        above: Sources with fewer passes than this are left out.
     """
     tokens = {
         name: sum(map(plan.store.num_tokens, range(plan.store.num_shards))) for name, plan in mixture.plans.items()

@@ -168,7 +168,7 @@ class TrainEngine(ABC):
 
         Returns:
             Mean cross entropy per target token of the global batch, in nats; NaN where it has no target. Then the
-            gradient is zero, and the states that go on are computed all the same.
+            gradient is zero, and carried states are still computed.
         """
         targets = sum(batch.num_target_tokens for batch in batches) if self.counts else 0
         self.num_targets = round(self.sum([float(targets)])[0])
@@ -259,7 +259,7 @@ class TrainEngine(ABC):
     def load(self, directory: Path) -> dict[str, Any]:
         """Restore from the checkpoint ``directory`` and return the client state.
 
-        Learning rate, betas and weight decay stay those of this start; :attr:`saved_rates` says what the rates were.
+        Learning rate, betas and weight decay stay those of this start; :attr:`saved_rates` holds the old rates.
         """
 
 

@@ -47,7 +47,7 @@ class StepLines:
         end = f"/{self._num_steps}" if self._num_steps is not None else ""
         parts = [
             f"step {record['step']}{end}",
-            f"loss {_number(record['loss'], '.4f')}",
+            "no target" if record.get("targets") == 0 else f"loss {_number(record['loss'], '.4f')}",
             f"lr {record['lr']:.2e}",
             f"grad norm {_number(record['grad_norm'], '.3f')}",
             f"{sum(r['tokens'] for r in self._since) / seconds:,.0f} tokens/s",

@@ -1,4 +1,4 @@
-"""Steps that update nothing: counted, named with their data, and the end of the run if they go on.
+"""Steps that update nothing: counted, named with their data, and the end of the run if there are too many.
 
 Two kinds are told apart. A *bad* step has numbers that cannot be trusted; its batch is kept for a look, and a few in a
 row end the run. A step *without targets* has nothing to learn (a long masked stretch); many may follow one another, but
@@ -29,6 +29,14 @@ BAD_BATCHES_DIR = "bad_batches"
 NO_TARGETS = "no token of its batch is a target"
 _WINDOW = 64
 _ENOUGH = 8
+
+
+class BadStepsError(StateXError):
+    """Too many steps in a row had numbers that cannot be trusted; the run is saved, and a restart would skip on."""
+
+
+class NoTargetsError(DataError):
+    """The data has no target, or none for too long; the run is saved, and a restart would find none either."""
 
 
 @dataclass(kw_only=True)
@@ -115,7 +123,7 @@ class Guard:
         if self._empty_in_a_row == 0:
             self._empty_since = epochs
         self._empty_in_a_row = count = self._empty_in_a_row + 1
-        if count & (count - 1) == 0:  # the first of a stretch, and ever fewer of a long one
+        if self.rank == 0 and count & (count - 1) == 0:  # the first of a stretch, and ever fewer of a long one
             logger.warning("step %d updates nothing: %s (%d in a row); %s", step, NO_TARGETS, count, where)
         whole = bool(active) and all(epochs[name] - self._empty_since.get(name, 0.0) >= 1 for name in active)
         if count <= self.config.max_without_targets and not whole:
@@ -124,7 +132,7 @@ class Guard:
         limit = (
             "a whole pass over the data" if whole else f"guard.max_without_targets={self.config.max_without_targets}"
         )
-        return DataError(
+        return NoTargetsError(
             f"no step of the last {count}, to step {step}, had a target ({limit}): all tokens are masked, padding or "
             f"of damaged shards that were skipped; look at the data's loss masks: {where}"
         )
@@ -139,7 +147,7 @@ class Guard:
             where: What is most likely to blame, for the message.
 
         Returns:
-            Why the run ends here, or None. A start after that may skip as many again.
+            Why the run ends here, or None. The count of bad steps in a row then begins again at 0.
         """
         self.skipped += 1
         self.in_a_row += 1
@@ -167,7 +175,7 @@ class Guard:
         if self.in_a_row <= self.config.max_skipped:
             return None
         before, self.in_a_row = self.in_a_row - 1, 0
-        return StateXError(
+        return BadStepsError(
             f"{reason} at step {step}, and {before} step(s) before it were skipped ({where}); start again with a lower "
             f"optimizer.lr, or look at the batches in {self.directory}"
         )

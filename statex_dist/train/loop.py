@@ -194,7 +194,7 @@ class Trainer:
             agreed = self._agree(fetched)
             ends_badly = end is not None or agreed.no_batch
             last = done or agreed.stop or ends_badly
-            save_seconds = self._save_if_due(batch, last=last, written=agreed.written, bear=ends_badly)
+            save_seconds = self._save_if_due(batch, last=last, written=agreed.written, ends_badly=ends_badly)
             record["time"] |= {"data": fetched.seconds, "save": save_seconds}
             self._report(record, batch, time.perf_counter() - start)
             self._tell_profiler()
@@ -288,20 +288,20 @@ class Trainer:
         # The pack whose loss is not finite says more than the first one of rank 0.
         packs = self.engine.gather((bad is not None, batch[bad or 0].where))
         rank = next((rank for rank, (found, _) in enumerate(packs) if found), 0)
-        where = f"rank {rank}: {packs[rank][1]}" if len(packs) > 1 else packs[rank][1]
+        where = f"rank {rank} has {packs[rank][1]}" if len(packs) > 1 else packs[rank][1]
         if reason == NO_TARGETS:
             return self.guard.skip_empty(step, batch, where)
         self.engine.carried.forget()
         return self.guard.skip_bad(step, reason, batch, where)
 
-    def _save_if_due(self, batch: list[PackedBatch], *, last: bool, written: bool, bear: bool) -> float:
+    def _save_if_due(self, batch: list[PackedBatch], *, last: bool, written: bool, ends_badly: bool) -> float:
         """Save, or finish a save that has been written behind the loop; return the seconds that it took.
 
         Args:
             batch: The batch of the step that was made.
             last: Whether the run ends here.
             written: Whether all ranks have written a save that is pending.
-            bear: Whether a save that fails is only said, because the run ends for another reason.
+            ends_badly: Whether the run ends for another reason, so that a save that fails is only logged.
         """
         start = time.perf_counter()
         if last or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
@@ -311,7 +311,7 @@ class Trainer:
             try:
                 self.checkpoints.save(self.step, state, last=last)
             except CheckpointError as error:
-                if not bear:
+                if not ends_badly:
                     raise
                 logger.error("%s", error)
             if lost := self.engine.sum([float(self.lost_tokens)])[0]:

@@ -54,6 +54,7 @@ class RunStatus:
         time: When this was written (ISO 8601, UTC).
         attempt: Name of the start that wrote it; empty without a supervisor.
         epochs: Passes over each source of the data after these steps, by name; empty where they are not known.
+        restart: Whether another start may do better; not where the data or the settings have to change first.
     """
 
     state: State
@@ -64,6 +65,7 @@ class RunStatus:
     time: str = field(default_factory=_now)
     attempt: str = field(default_factory=this_attempt)
     epochs: Mapping[str, float] = field(default_factory=dict)
+    restart: bool = True
 
     def __post_init__(self) -> None:
         texts, numbers = (self.message, self.time, self.attempt), (self.world_size, self.step or 0, self.exit_code or 0)
@@ -71,6 +73,7 @@ class RunStatus:
             self.state not in get_args(State)
             or not all(type(text) is str for text in texts)
             or not all(type(number) is int for number in numbers)
+            or type(self.restart) is not bool
             or not isinstance(self.epochs, dict)
             or not all(isinstance(passes, int | float) for passes in self.epochs.values())
         ):
@@ -93,6 +96,7 @@ def write_failure(
     world_size: int,
     step: int | None = None,
     epochs: Mapping[str, float] | None = None,
+    restart: bool = True,
 ) -> None:
     """Record why a start failed, from any rank, on the way out.
 
@@ -106,6 +110,7 @@ def write_failure(
         world_size: Number of ranks.
         step: Optimizer steps done; None before the first batch.
         epochs: Passes over each source, where they are known.
+        restart: Whether another start may do better.
     """
     if not run_dir.is_dir():
         return
@@ -116,6 +121,7 @@ def write_failure(
         message=message,
         exit_code=exit_code,
         epochs=dict(epochs or {}),
+        restart=restart,
     )
     try:
         earlier = read_status(run_dir)

@@ -16,7 +16,7 @@ SIZES = {"big": 4000, "small": 150}
 
 
 def store(tokens: int, seed: int) -> MemoryStore:
-    """Shards of documents of uneven length, of so many tokens in all."""
+    """Shards with ``tokens`` tokens in documents of uneven length."""
     generator = np.random.default_rng(seed)
     documents = []
     while (left := tokens - sum(map(len, documents))) > 0:

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.distributed
 
 RANKS, STEPS, PACKS, SEQ_LEN = 2, 4, 4, 24
 LENGTHS = [23, 24, 17, 24, 11, 24, 20, 9, 24, 24, 15, 24, 22, 24, 13, 24]
-"""A pack each, and as many as the steps take."""
+"""Tokens of the documents: one a pack, for all packs of all steps."""
 
 LONG = [STEPS * SEQ_LEN] * PACKS
 """A lane each, from the first step to the last."""
@@ -44,7 +44,7 @@ LONG = [STEPS * SEQ_LEN] * PACKS
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"name": "cosine", "warmup_steps": 1, "min_ratio": 0.1},
     "cosine that ends early": {"name": "cosine", "num_steps": 3, "warmup_steps": 0, "min_ratio": 0.25},
-    "cosine that goes on": {"name": "cosine", "num_steps": 9, "warmup_steps": 2},
+    "cosine of nine steps": {"name": "cosine", "num_steps": 9, "warmup_steps": 2},
     "wsd": {"name": "wsd", "warmup_steps": 2, "decay_steps": 2, "min_ratio": 0.2},
     "constant": {"name": "constant", "warmup_steps": 1},
 }
@@ -277,7 +277,7 @@ def test_steps_equal_those_in_float64(directory: Path, found, case: str):
         assert ours["norm"] == pytest.approx(theirs["norm"], rel=2e-5), number
         if theirs["updated"]:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6), number
-            assert theirs["norm"] > CLIP or number > 1, "clipping is a part of what is compared"
+            assert theirs["norm"] > CLIP or number > 1, "clipping must be active"
         else:
             assert math.isnan(ours["loss"]), number
             assert ours["norm"] == 0, number

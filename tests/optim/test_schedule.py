@@ -1,4 +1,4 @@
-"""The schedules against their documented formula at every step, written again here; and what a resume says."""
+"""The schedules against their documented formula at every step, written again here; warnings of a resume."""
 
 import copy
 import itertools
@@ -148,7 +148,7 @@ def test_what_a_schedule_leaves_out_is_said(caplog, settings, level, said):
 
 
 def resumed(config: ScheduleConfig, *, before: ScheduleConfig, lr: float = 1.0, steps: tuple[int, int] = (10, 10)):
-    """Have a run of ``before`` go on with ``config`` after six steps."""
+    """Resume a run of ``before`` with ``config`` after six steps."""
     old, new = steps
     group = {"lr": lr * config.factor(6, length=config.length(new)), "name": "decay"}
     warn_of_changed_rates(

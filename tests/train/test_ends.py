@@ -1,4 +1,4 @@
-"""Every way in which a run ends, with what is on the disk afterwards.
+"""Every way in which a run ends, and the files that it leaves.
 
 Saved before the end: all steps done, a signal, no batch (data damaged, unreadable or at its end), too many bad steps or
 steps without targets (tests/train/test_targets.py). Not saved: a second Ctrl-C of a user who will not wait, a save that
@@ -64,7 +64,7 @@ def assert_saved(config: RunConfig, step: int, state: str, exit_code: int) -> No
 
 
 def batches_that(action: Callable[[], None], after: int) -> Callable[[PackedLoader], Iterator]:
-    """An iterator over a loader that acts once so many batches have been handed out in this process."""
+    """Return an iterator over a loader that calls ``action`` before batch number ``after``."""
     original = PackedLoader.__iter__
 
     def iterate(self: PackedLoader) -> Iterator:

@@ -1,4 +1,4 @@
-"""Steps without a target: nothing is updated, everything else goes on."""
+"""Steps without a target: nothing is updated, data and schedule continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEQ_LEN = 32
 
 
 def write_documents(directory: Path, documents: list[tuple[int, slice]]) -> Path:
-    """Write documents of so many tokens, of which a slice is masked, with streaming's own writer; one a shard."""
+    """Write documents, given by length and masked slice, with streaming's own writer; one a shard."""
     writer = load_streaming().MDSWriter
     generator = np.random.default_rng(0)
     columns = {"tokens": "ndarray:uint16", "loss_mask": "ndarray:uint8"}
@@ -93,7 +93,7 @@ def test_a_masked_stretch_updates_nothing_and_the_run_goes_on(tmp_path: Path, ma
         same = all(torch.equal(before["module"][name], tensor) for name, tensor in after["module"].items())
         assert same == nothing, number
         assert all(map(torch.equal, moments(before), moments(after))) == nothing, number
-        assert before["client_state"]["loader"] != after["client_state"]["loader"], "the data goes on"
+        assert before["client_state"]["loader"] != after["client_state"]["loader"], "the data advances"
     assert not (Path(config.run_dir) / "bad_batches").exists()
     said = [record.message for record in caplog.records if "updates nothing" in record.message]
     assert len(said) == 3, "at the first, second and fourth in a row"
@@ -145,13 +145,13 @@ def test_data_without_any_target_ends_the_run_after_one_pass_with_its_place(tmp_
     assert len(str(caught.value)) <= 400
     run = Path(config.run_dir)
     status = read_status(run)
-    assert (status.state, status.exit_code) == ("failed", 2)
+    assert (status.state, status.exit_code, status.restart) == ("failed", 2, False)
     assert 5 <= status.step <= 10
     assert complete_tags(run / "checkpoints") == [f"global_step{status.step}"], "saved before the end"
     assert len(read_metrics(run)) == status.step
     with pytest.raises(DataError, match="had a target"):
         train(config)
-    assert read_status(run).step > status.step, "a new start goes on, and ends as clearly"
+    assert read_status(run).step > status.step, "a new start ends with the same error"
 
 
 def test_the_number_of_steps_without_targets_is_bounded(tmp_path: Path, masked: Path):
