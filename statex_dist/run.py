@@ -195,9 +195,8 @@ def _train(
         with observers.looking():
             done = trainer.run()
         if engine.rank == 0:
-            _write_status(
-                run_dir, engine, "complete" if done else "preempted", trainer.step, trainer.epochs or loader.passes()
-            )
+            epochs = trainer.epochs or loader.passes()
+            _write_status(run_dir, engine, "complete" if done else "preempted", trainer.step, epochs)
         if engine.rank == 0 and guard.without_targets:
             logger.warning("%d of %d steps had no target and updated nothing", guard.without_targets, trainer.step)
     except (Exception, KeyboardInterrupt) as error:
@@ -213,7 +212,7 @@ def _train(
             exit_code=exit_code,
             world_size=engine.world_size,
             step=trainer.step,
-            epochs=trainer.epochs,
+            epochs=trainer.epochs or loader.passes(),
             restart=not isinstance(error, BadStepsError | NoTargetsError),
         )
         raise error

@@ -240,10 +240,13 @@ class Trainer:
 
     def _raise(self, fetched: _Fetched) -> NoReturn:
         """Stop on all ranks with the reason of the one that has no batch."""
-        reports = self.engine.gather(None if fetched.problem is None else str(fetched.problem))
-        reason = next(text for text in reports if text is not None)
-        kind = DataError if fetched.problem is None else type(fetched.problem)
-        raise kind(f"no batch for step {self.step + 1}: {reason if fetched.problem is None else fetched.problem}")
+        mine = fetched.problem
+        reports = self.engine.gather(None if mine is None else (str(mine), isinstance(mine, DataError)))
+        text, of_data = next(report for report in reports if report is not None)
+        kind: type[StateXError] = DataError if of_data else StateXError
+        if mine is not None:
+            text, kind = str(mine), type(mine)
+        raise kind(f"no batch for step {self.step + 1}: {text}")
 
     def _train_step(self, batch: list[PackedBatch]) -> tuple[dict[str, Any], StateXError | None]:
         """Run one optimizer step and return its record, and why the run ends with it, if it does."""
