@@ -124,7 +124,7 @@ def _train(
             loader.load_state_dict(client_state["loader"])
         if "guard" in client_state:
             guard.load_state_dict(client_state["guard"])
-    num_steps = config.train.num_steps
+    num_steps, epochs = config.train.num_steps, loader.passes()
     if start_step >= num_steps:
         logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, num_steps)
     facts = schedule_facts(config.schedule, lr=config.optimizer.lr, num_steps=num_steps)
@@ -134,7 +134,7 @@ def _train(
     )
     if engine.rank == 0:
         write_durably(run_dir / SETTINGS_NAME, dump_yaml(config))
-        _write_status(run_dir, engine, "running", start_step, loader.passes())
+        _write_status(run_dir, engine, "running", start_step, epochs)
         if start_step < num_steps:
             log_schedule(config.schedule, num_steps=num_steps)
             limit = config.data.warn_epochs
@@ -195,8 +195,8 @@ def _train(
         with observers.looking():
             done = trainer.run()
         if engine.rank == 0:
-            epochs = trainer.epochs or loader.passes()
-            _write_status(run_dir, engine, "complete" if done else "preempted", trainer.step, epochs)
+            state: State = "complete" if done else "preempted"
+            _write_status(run_dir, engine, state, trainer.step, trainer.epochs or epochs)
         if engine.rank == 0 and guard.without_targets:
             logger.warning("%d of %d steps had no target and updated nothing", guard.without_targets, trainer.step)
     except (Exception, KeyboardInterrupt) as error:
@@ -212,7 +212,7 @@ def _train(
             exit_code=exit_code,
             world_size=engine.world_size,
             step=trainer.step,
-            epochs=trainer.epochs or loader.passes(),
+            epochs=trainer.epochs or epochs,
             restart=not isinstance(error, BadStepsError | NoTargetsError),
         )
         raise error
