@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS
 from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import dump_yaml, parse_size, to_dict
+from statex_dist.data.epochs import warn_of_repeats
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.same_tokenizer import check_same_tokenizer
@@ -35,12 +36,12 @@ from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.roles import parameter_roles
 from statex_dist.models.source import find_model
 from statex_dist.optim.groups import build_optimizer, freeze_parameters
-from statex_dist.optim.schedule import build_schedule
+from statex_dist.optim.schedule import build_schedule, log_schedule, schedule_facts, warn_of_changed_rates
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
 from statex_dist.run_config import DataSource, RunConfig
 from statex_dist.train.claim import claim
-from statex_dist.train.guard import Guard
+from statex_dist.train.guard import BadStepsError, Guard, NoTargetsError
 from statex_dist.train.loop import Observers, Trainer
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.mfu import utilisation
@@ -124,21 +125,35 @@ def _train(
             loader.load_state_dict(client_state["loader"])
         if "guard" in client_state:
             guard.load_state_dict(client_state["guard"])
-    if start_step >= config.train.num_steps:
-        logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, config.train.num_steps)
+    num_steps, epochs = config.train.num_steps, loader.passes()
+    if start_step >= num_steps:
+        logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, num_steps)
+    facts = schedule_facts(config.schedule, lr=config.optimizer.lr, num_steps=num_steps)
     observers = Observers(
         profiler=Profiler(config.profile, run_dir, rank=engine.rank, world_size=engine.world_size),
         states_every=config.metrics.states_every,
     )
     if engine.rank == 0:
         write_durably(run_dir / SETTINGS_NAME, dump_yaml(config))
-        _write_status(run_dir, engine, "running", start_step)
+        _write_status(run_dir, engine, "running", start_step, epochs)
+        if start_step < num_steps:
+            log_schedule(config.schedule, num_steps=num_steps)
+            limit = config.data.warn_epochs
+            warn_of_repeats(loader.forecast(num_steps, above=limit), num_steps=num_steps, limit=limit)
+            # A checkpoint of step 0 was made of weights alone: it has no learning rate to compare with.
+            if client_state is not None and start_step > 0:
+                warn_of_changed_rates(
+                    engine.optimizer.param_groups,
+                    engine.saved_rates,
+                    saved_facts=client_state.get("schedule"),
+                    facts=facts,
+                )
         observers.metrics = Metrics(
             run_dir,
             config.metrics,
             start_step=start_step,
             settings=to_dict(config),
-            num_steps=config.train.num_steps,
+            num_steps=num_steps,
             utilisation=utilisation(
                 training_flops_per_token(model),
                 device=engine.device,
@@ -175,29 +190,49 @@ def _train(
         observers=observers,
         stop=stop,
         start_step=start_step,
+        facts=facts,
     )
     try:
         with observers.looking():
             done = trainer.run()
         if engine.rank == 0:
-            _write_status(run_dir, engine, "complete" if done else "preempted", trainer.step)
-    except Exception as error:
+            state: State = "complete" if done else "preempted"
+            _write_status(run_dir, engine, state, trainer.step, trainer.epochs or epochs)
+        if engine.rank == 0 and guard.without_targets:
+            logger.warning("%d of %d steps had no target and updated nothing", guard.without_targets, trainer.step)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):  # the user would not wait for the save that the first one asked for
+            error = StateXError(
+                f"interrupted again at step {trainer.step}, before it was saved; the same command resumes "
+                "from the last checkpoint"
+            )
         exit_code = error.exit_code if isinstance(error, StateXError) else 1
-        write_failure(run_dir, one_line(error), exit_code=exit_code, world_size=engine.world_size, step=trainer.step)
-        raise
+        write_failure(
+            run_dir,
+            one_line(error),
+            exit_code=exit_code,
+            world_size=engine.world_size,
+            step=trainer.step,
+            epochs=trainer.epochs or epochs,
+            restart=not isinstance(error, BadStepsError | NoTargetsError),
+        )
+        raise error
     finally:
         batches.close()
         if observers.metrics is not None:
             observers.metrics.close()
     if not done:
-        logger.info("stopped at step %d of %d; the same command goes on", trainer.step, config.train.num_steps)
+        logger.info("stopped at step %d of %d; the same command goes on", trainer.step, num_steps)
     return done
 
 
-def _write_status(run_dir: Path, engine: TrainEngine, state: State, step: int) -> None:
+def _write_status(run_dir: Path, engine: TrainEngine, state: State, step: int, epochs: Mapping[str, float]) -> None:
     exit_code = {"complete": 0, "preempted": EXIT_PREEMPTED}.get(state)
+    ranks = engine.world_size
     try:
-        write_status(run_dir, RunStatus(state=state, step=step, world_size=engine.world_size, exit_code=exit_code))
+        write_status(
+            run_dir, RunStatus(state=state, step=step, world_size=ranks, exit_code=exit_code, epochs=dict(epochs))
+        )
     except OSError as error:
         logger.warning("the status of %s is not written: %s", run_dir, error)
 
@@ -234,7 +269,16 @@ def open_stores(config: RunConfig) -> dict[str, ShardStore]:
     """Open every source of the data, by name."""
     data = config.data
     limit = None if data.cache_limit is None else parse_size(str(data.cache_limit), option="data.cache_limit")
-    return {name: open_store(path, cache_dir=data.cache_dir, cache_limit=limit) for name, path in data.paths.items()}
+    return {
+        name: open_store(
+            path,
+            cache_dir=data.cache_dir,
+            cache_limit=limit,
+            download_retries=data.download_retries,
+            download_timeout=data.download_timeout,
+        )
+        for name, path in data.paths.items()
+    }
 
 
 def build_loader(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig, env: ProcessEnv) -> PackedLoader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,6 +94,7 @@ class DataSource:
         cache_limit: Size that they may take there, for example ``500GB``.
         download_retries: Further attempts after a download that failed.
         download_timeout: Seconds without a new byte after which a download has failed.
+        warn_epochs: A source that the run will see more often than this is named in a warning at the start.
     """
 
     path: str | None = None
@@ -110,6 +112,7 @@ class DataSource:
     cache_limit: str | int | None = None
     download_retries: int = 4
     download_timeout: float = 60.0
+    warn_epochs: float = 4.0
 
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.sources):
@@ -117,8 +120,13 @@ class DataSource:
         for name in ("seq_len", "packs_per_step", "window_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be 1 or more, not {getattr(self, name)}")
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers must be 0 or more, not {self.num_workers}")
+        for name in ("num_workers", "download_retries"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 < self.download_timeout < math.inf:
+            raise ConfigError(f"data.download_timeout must be a number of seconds above 0, not {self.download_timeout}")
+        if not self.warn_epochs > 0:
+            raise ConfigError(f"data.warn_epochs must be above 0 (.inf for no warning), not {self.warn_epochs}")
         if self.cache_limit is not None:
             parse_size(str(self.cache_limit), option="data.cache_limit")
 

@@ -226,6 +226,8 @@ class Supervisor:
         reason = self._reason(status, code)
         if self.stop.received:
             return Verdict(f"told to stop, and not saved ({reason})", EXIT_PREEMPTED)
+        if status is not None and not status.restart:
+            return Verdict(f"{reason}; to start it again would not help", status.exit_code or 1)
         # A run that has got somewhere was not wrong: a disk or a network is away for a while.
         if status is not None and status.exit_code == _WRONG_USAGE and before <= 0 and not status.step:
             return Verdict(f"{reason}; to start it again would not help", _WRONG_USAGE)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from statex_dist.data.store import Piece, ShardStore
-from statex_dist.data.types import IGNORE_INDEX, PackedBatch
-from statex_dist.errors import CorruptShardError, DataError
+from statex_dist.data.types import IGNORE_INDEX, Origin, PackedBatch
+from statex_dist.errors import CorruptShardError, DataError, ShardError, refusal
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class PackSpec:
     Attributes:
         source: Name of the source.
         pieces: The pieces, in order.
+        origins: Where the first of them come from.
         seq_len: Tokens of the pack.
         carried: See :class:`~statex_dist.data.types.PackedBatch`.
         goes_on: See :class:`~statex_dist.data.types.PackedBatch`.
@@ -36,6 +37,7 @@ class PackSpec:
 
     source: str
     pieces: list[PieceSpec]
+    origins: tuple[Origin, ...]
     seq_len: int
     carried: bool
     goes_on: bool
@@ -107,11 +109,15 @@ class PackReader:
             try:
                 return self._stores[source].read(shard, document, start, stop)
             except CorruptShardError as error:
+                where = f"source {source}, document {document}"
                 if not self._skip_corrupt:
-                    raise
+                    raise CorruptShardError(f"{where}: {error}") from error
                 # The plan stays as it is, so every rank goes on with the same packs, whoever can read the shard.
-                log.warning("skipped a shard: %s", error)
+                log.warning("skipped a shard (%s): %s", where, error)
                 self._lost.add((source, shard))
+            except OSError as error:
+                name = self._stores[source].name(shard)
+                raise ShardError(f"source {source}, document {document}: {name}: {refusal(error)}") from error
         return Piece(np.full(stop - start, self._pad_id, np.uint32), np.zeros(stop - start, np.uint8))
 
     def _check_ids(self, ids: np.ndarray, source: str, pieces: list[PieceSpec]) -> None:
@@ -124,8 +130,9 @@ class PackReader:
         shard, document, _, stop, _ = pieces[int(np.searchsorted(ends, at, side="right"))]
         place = stop - int(ends[np.searchsorted(ends, at, side="right")]) + at
         raise DataError(
-            f"{self._stores[source].name(shard)}: document {document} has the id {ids[at]} at token {place}, "
-            f"outside the model's vocabulary of {self._vocab_size}; prepare the data with the model's tokenizer"
+            f"source {source}, shard {self._stores[source].name(shard)}: document {document} has the id {ids[at]} at "
+            f"token {place}, outside the model's vocabulary of {self._vocab_size}; prepare the data with the model's "
+            "tokenizer"
         )
 
 
@@ -183,6 +190,8 @@ def lay_out(specs: Sequence[PackSpec], parts: Sequence[PackParts], pad_id: int) 
                 carried=spec.carried,
                 goes_on=spec.goes_on,
                 lost_tokens=part.lost_tokens,
+                origins=spec.origins,
+                num_pieces=len(spec.pieces),
             )
         )
     return batches

@@ -23,11 +23,12 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from statex_dist.data.collate import PackParts, PackReader, PackSpec, PieceSpec, lay_out
+from statex_dist.data.epochs import Repeats, forecast
 from statex_dist.data.mixing import Mixture, Place, PlannedPack, Stage
 from statex_dist.data.plan import PackPlan, PackReport
 from statex_dist.data.prefetch import prefetch
 from statex_dist.data.store import ShardStore
-from statex_dist.data.types import PackedBatch
+from statex_dist.data.types import MAX_ORIGINS, Origin, PackedBatch
 from statex_dist.errors import ConfigError, DataError, StateXError
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,14 @@ class PackedLoader:
         plans = self.mixture.plans
         return {name: plan.report(seq_len, max_windows=max_windows) for name, plan in plans.items()}
 
+    def passes(self) -> dict[str, float]:
+        """Return how often each source has been seen, at the place of :meth:`state_dict`."""
+        return self.mixture.passes(self._place)
+
+    def forecast(self, num_steps: int, *, above: float) -> list[Repeats]:
+        """Return the sources that will have been seen more than ``above`` times after ``num_steps`` global steps."""
+        return forecast(self.mixture, self._place, num_steps=num_steps, packs_per_step=self._global_packs, above=above)
+
     def _planned(self) -> Iterator[tuple[Place, list[PackSpec]]]:
         """This rank's packs of every step, and the place after it."""
         place = self._place
@@ -197,9 +206,14 @@ class PackedLoader:
     def _spec(self, planned: PlannedPack, state: dict[str, Any]) -> PackSpec:
         window, pack = planned.window, planned.pack
         following = pack + self._global_packs
+        pieces, name = window.pieces(pack), self.stores[planned.source].name
         return PackSpec(
             source=planned.source,
-            pieces=window.pieces(pack),
+            pieces=pieces,
+            origins=tuple(
+                Origin(source=planned.source, shard=name(shard), document=document, start=start, stop=stop)
+                for shard, document, start, stop, _ in pieces[:MAX_ORIGINS]
+            ),
             seq_len=window.seq_len,
             carried=bool(window.carried[pack]),
             goes_on=following < len(window) and bool(window.carried[following]),

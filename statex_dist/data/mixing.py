@@ -103,7 +103,7 @@ class Mixture:
     def take(self, place: Place, count: int) -> tuple[list[PlannedPack], Place]:
         """Return the ``count`` packs of the step at ``place``, and the place of the next step."""
         stage = self.stage(place.step)
-        weights = self._weights(stage)
+        weights = self.weights(stage)
         tokens = dict(place.tokens)
         if place.step == stage.from_step:
             tokens = dict.fromkeys(self.plans, 0)
@@ -120,6 +120,10 @@ class Mixture:
             tokens[name] += sum(window.tokens(pack) for window, pack in packs)
         return taken, Place(place.step + 1, cursors, tokens)
 
+    def passes(self, place: Place) -> dict[str, float]:
+        """Return how often each source has been seen."""
+        return {name: plan.passes(place.cursors[name]) for name, plan in self.plans.items()}
+
     def state(self, place: Place) -> dict[str, Any]:
         """Return ``place`` as a JSON-able loader state that says which plans it belongs to."""
         sources = {}
@@ -129,10 +133,11 @@ class Mixture:
                 **cursor._asdict(),
                 "taken": [list(run) for run in cursor.taken],
                 "tokens": place.tokens[name],
+                "passes": plan.passes(cursor),  # for those who read it: a place does not need it
                 "plan_hash": plan.hash,
                 **plan.settings,
             }
-        weights = self._weights(self.stage(place.step))
+        weights = self.weights(self.stage(place.step))
         return {"version": PLAN_VERSION, "step": place.step, "weights": weights, "sources": sources}
 
     def place(self, state: dict[str, Any]) -> Place:
@@ -160,10 +165,11 @@ class Mixture:
             begin.cursors[name] = _cursor(self.plans[name], saved, name if len(self.plans) > 1 else "")
             begin.tokens[name] = _integer(saved, "tokens")
         # Other shares than before begin anew: nothing has to catch up with what the old ones gave.
-        same = state["weights"] == self._weights(self.stage(step))
+        same = state["weights"] == self.weights(self.stage(step))
         return Place(step, begin.cursors, begin.tokens if same else dict.fromkeys(self.plans, 0))
 
-    def _weights(self, stage: Stage) -> dict[str, float]:
+    def weights(self, stage: Stage) -> dict[str, float]:
+        """Return the share of the tokens of each source that does not rest in ``stage``."""
         weights = stage.weights or dict.fromkeys(self.plans, 1.0)
         total = sum(weights.values())
         return {name: weights[name] / total for name in self.plans if weights.get(name)}

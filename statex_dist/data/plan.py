@@ -98,6 +98,18 @@ class WindowPlan:
         part = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
         return int((self.stop[part] - self.start[part]).sum())
 
+    def tokens_before(self, pack: int) -> int:
+        """Return the tokens of all packs before ``pack``."""
+        part = slice(0, int(self.bounds[pack]))
+        return int((self.stop[part] - self.start[part]).sum())
+
+
+class _Epoch(NamedTuple):
+    """The windows of an epoch: the shards of each, in the order of the plan; the tokens before each, and all."""
+
+    windows: list[np.ndarray]
+    tokens_before: list[int]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackReport:
@@ -190,7 +202,7 @@ class PackPlan:
             "lanes": self._lanes,
         }
         self.hash = blake2b(repr((PLAN_VERSION, sorted(self.settings.items()))).encode(), digest_size=16).hexdigest()
-        self._epochs: OrderedDict[int, list[np.ndarray]] = OrderedDict()
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: OrderedDict[tuple[Any, ...], WindowPlan] = OrderedDict()
 
     def num_windows(self, epoch: int) -> int:
@@ -286,24 +298,41 @@ class PackPlan:
 
     def windows(self, epoch: int) -> list[np.ndarray]:
         """Return the shards of each window of ``epoch``, in the order of the plan."""
-        windows = self._epochs.get(epoch)
-        if windows is None:
+        return self._epoch(epoch).windows
+
+    def passes(self, cursor: Cursor) -> float:
+        """Return how often the data has been seen at a place, exact to the token: 2.5 is midway in the third epoch."""
+        if cursor == Cursor():
+            return 0.0  # a source that rests need not hold anything
+        epoch = self._epoch(cursor.epoch)
+        seen = epoch.tokens_before[cursor.window]
+        for number, (seq_len, packs) in enumerate(cursor.taken):
+            if packs:
+                earlier, offset = cursor.taken[:number], self._offset(cursor.taken[: number + 1])
+                plan = self.window(cursor.epoch, cursor.window, seq_len, earlier=earlier, offset=offset)
+                seen += plan.tokens_before(min(packs, len(plan)))
+        return cursor.epoch + seen / epoch.tokens_before[-1]
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        found = self._epochs.get(epoch)
+        if found is None:
             order = permutation(self.store.num_shards, self.seed, "shards", epoch)
             ends = np.cumsum([self.store.num_tokens(int(shard)) for shard in order])
             if not len(order) or ends[-1] == 0:
                 raise DataError("the dataset holds no tokens; prepare it from non-empty documents")
-            windows, begin = [], 0
+            windows, before, begin = [], [0], 0
             while begin < len(order):
                 done = int(ends[begin - 1]) if begin else 0
                 stop = min(int(np.searchsorted(ends, done + self.window_tokens)) + 1, len(order))
                 if ends[-1] == ends[stop - 1]:
                     stop = len(order)  # shards without tokens at the end are no window of their own
                 windows.append(order[begin:stop])
+                before.append(int(ends[stop - 1]))
                 begin = stop
-            self._epochs[epoch] = windows
+            found = self._epochs[epoch] = _Epoch(windows, before)
             if len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
-        return windows
+        return found
 
     def _plan(
         self, epoch: int, window: int, seq_len: int, earlier: tuple[tuple[int, int], ...], offset: int

@@ -12,6 +12,33 @@ IGNORE_INDEX = -100
 """Label of a position that carries no loss (``torch.nn.functional.cross_entropy``'s default)."""
 
 
+MAX_ORIGINS = 4
+"""Pieces of a pack of which it is remembered where they come from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a piece of a pack comes from, for messages.
+
+    Attributes:
+        source: Name of the source.
+        shard: What to call the shard.
+        document: Its document in the shard.
+        start: First token of the piece in the document.
+        stop: One past its last token.
+    """
+
+    source: str
+    shard: str
+    document: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        tokens = f"tokens {self.start} to {self.stop - 1}"
+        return f"source {self.source}, shard {self.shard}, document {self.document}, {tokens}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
     """One packed sequence of ``T`` tokens made of whole or cut documents.
@@ -29,6 +56,8 @@ class PackedBatch:
             the rank's list of batches), so that the state there is to be taken over.
         goes_on: Whether this lane's batch of the next step takes over the state at the end of this one.
         lost_tokens: Tokens of damaged shards that were skipped; padding stands in their place.
+        origins: Where its first pieces come from, at most :data:`MAX_ORIGINS`.
+        num_pieces: Pieces of documents in it.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +69,8 @@ class PackedBatch:
     carried: bool = False
     goes_on: bool = False
     lost_tokens: int = 0
+    origins: tuple[Origin, ...] = ()
+    num_pieces: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -50,6 +81,19 @@ class PackedBatch:
     def num_target_tokens(self) -> int:
         """Number of positions that carry loss."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Passes over each source after this batch's global step, by name."""
+        return {name: source["passes"] for name, source in self.loader_state.get("sources", {}).items()}
+
+    @property
+    def where(self) -> str:
+        """Where its first piece comes from, and how many follow; for messages."""
+        if not self.origins:
+            return "a pack of unknown origin"
+        more = f" and {self.num_pieces - 1} more piece(s)" if self.num_pieces > 1 else ""
+        return f"{self.origins[0]}{more}"
 
     def slice(self, start: int, stop: int) -> PackedBatch:
         """Return the tokens ``start .. stop`` of this batch; ``carried`` and ``goes_on`` say what the cuts cut."""

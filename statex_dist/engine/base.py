@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.timing import PhaseTimer
-from statex_dist.errors import CheckpointError, ConfigError, DataError
+from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.state.scan_memory import MAX_STATE_BYTES
 
@@ -106,6 +107,9 @@ class TrainEngine(ABC):
         data_parallel_rank: This process's group.
         timer: Measures ``forward`` and ``backward``.
         carried: States between packs.
+        num_targets: Target tokens of the last global batch.
+        saved_rates: Learning rate of each group that the next step of the loaded checkpoint would have had; empty
+            without one.
     """
 
     kind: str
@@ -117,6 +121,8 @@ class TrainEngine(ABC):
     schedule: torch.optim.lr_scheduler.LambdaLR
     carried: CarriedStates
     timer: PhaseTimer
+    num_targets: int
+    saved_rates: list[float]
 
     def __init__(
         self,
@@ -132,6 +138,9 @@ class TrainEngine(ABC):
         self.segment_tokens, self.context = segment_tokens, context
         self.carried = CarriedStates(context, passing)
         self.timer = PhaseTimer(device)
+        self.num_targets = 0
+        self.saved_rates = []
+        self._losses: list[tuple[int, torch.Tensor]] = []
 
     @property
     def data_parallel_size(self) -> int:
@@ -158,13 +167,12 @@ class TrainEngine(ABC):
             observe_states: Whether :meth:`state_norms` is to be asked for afterwards.
 
         Returns:
-            Mean cross entropy per target token of the global batch, in nats.
-
-        Raises:
-            DataError: There is no target token in the global batch.
+            Mean cross entropy per target token of the global batch, in nats; NaN where it has no target. Then the
+            gradient is zero, and carried states are still computed.
         """
         targets = sum(batch.num_target_tokens for batch in batches) if self.counts else 0
-        total = require_targets(self.sum([float(targets)])[0])
+        self.num_targets = round(self.sum([float(targets)])[0])
+        total = float(self.num_targets)
         pieces = [
             (self.data_parallel_rank * len(batches) + index, piece)
             for index, batch in enumerate(batches)
@@ -178,9 +186,18 @@ class TrainEngine(ABC):
                     self.model, piece, lane, self.device, observe=observe_states and last
                 )
             with self.timer.phase("backward"):
-                self._backward(loss_sum, total, last=last)
+                self._backward(loss_sum, total or 1.0, last=last)
             losses.append(loss_sum.detach())
-        return self.sum([float(torch.stack(losses).double().sum())])[0] / total
+        self._losses = [
+            (lane - self.data_parallel_rank * len(batches), loss)
+            for (lane, _), loss in zip(pieces, losses, strict=True)
+        ]
+        loss = self.sum([float(torch.stack(losses).double().sum())])[0]
+        return loss / total if total else math.nan
+
+    def bad_pack(self) -> int | None:
+        """Return the first of this rank's last packs whose loss is not finite, or None."""
+        return next((index for index, loss in self._losses if not math.isfinite(float(loss))), None)
 
     def state_norms(self) -> dict[str, float]:
         """Return the root mean square of each layer's state after the last document of this rank's last pack.
@@ -242,32 +259,24 @@ class TrainEngine(ABC):
     def load(self, directory: Path) -> dict[str, Any]:
         """Restore from the checkpoint ``directory`` and return the client state.
 
-        Learning rate, betas and weight decay stay those of this start.
+        Learning rate, betas and weight decay stay those of this start; :attr:`saved_rates` holds the old rates.
         """
-
-
-def require_targets(total: float) -> float:
-    """Return ``total``, the target tokens of a global batch, if there are any.
-
-    Raises:
-        DataError: There are none: a step would only decay the weights.
-    """
-    if not total:
-        raise DataError(
-            "no token of this step's batch is to be learned: all are padding, masked, or of damaged shards that were "
-            "skipped; look at the data"
-        )
-    return total
 
 
 @contextmanager
 def keep_hyperparameters(
     optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR
-) -> Iterator[None]:
-    """Restore states inside, but not the settings that come with them: those of the configuration stay in force."""
+) -> Iterator[list[float]]:
+    """Restore states inside, but not the settings that come with them: those of the configuration stay in force.
+
+    Yields:
+        A list that holds, afterwards, the learning rate that each group's next step would have had.
+    """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     base_lrs = list(schedule.base_lrs)
-    yield
+    saved_rates: list[float] = []
+    yield saved_rates
+    saved_rates += map(float, schedule.get_last_lr())
     schedule.base_lrs = base_lrs
     for group, kept, base_lr, factor in zip(
         optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True

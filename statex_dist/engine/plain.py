@@ -112,7 +112,7 @@ class PlainEngine(TrainEngine):
         saved, ours = state["optimizer"]["param_groups"], self.optimizer.param_groups
         check_groups([len(group["params"]) for group in saved], [len(group["params"]) for group in ours], directory)
         self.model.load_state_dict(state["module"])
-        with keep_hyperparameters(self.optimizer, self.schedule):
+        with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
         return state["client_state"]

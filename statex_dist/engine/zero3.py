@@ -53,6 +53,7 @@ _EXPECTED_GLOBALS = {
 }
 
 _MODEL_STATES = "_model_states.pt"
+_DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
 
 
 def init_process_group(env: ProcessEnv, config: EngineConfig) -> None:
@@ -60,7 +61,7 @@ def init_process_group(env: ProcessEnv, config: EngineConfig) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, str(value))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _DEEPSPEED_LOGGER.setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives that torch 2.13 renames; every call would warn.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if env.world_size == 1 and "MASTER_PORT" not in os.environ:
@@ -170,7 +171,11 @@ class Zero3Engine(TrainEngine):
         if skip:
             self._spoil_gradient()
         skipped = self.engine.skipped_steps
+        level = _DEEPSPEED_LOGGER.level
+        if skip:
+            _DEEPSPEED_LOGGER.setLevel(logging.ERROR)  # it would blame the gradient that was spoiled here
         self.engine.step()
+        _DEEPSPEED_LOGGER.setLevel(level)
         updated = self.engine.skipped_steps == skipped
         if not updated:
             self.schedule.step()  # DeepSpeed leaves it where it was; here it is a function of the step
@@ -242,7 +247,7 @@ class Zero3Engine(TrainEngine):
                 )  # held to be harmless above
                 saved, ours = content["param_shapes"], self.engine._get_zero_param_shapes()
                 check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
-        with keep_hyperparameters(self.optimizer, self.schedule):
+        with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
             loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {directory}")

@@ -9,6 +9,9 @@ from typing import Any
 RECENT_STEPS = 50
 """Steps whose times tell when the run will end."""
 
+NAMED_SOURCES = 3
+"""Sources of a mixture whose epochs a line names."""
+
 
 class StepLines:
     """Makes the lines of a run from its records.
@@ -44,7 +47,7 @@ class StepLines:
         end = f"/{self._num_steps}" if self._num_steps is not None else ""
         parts = [
             f"step {record['step']}{end}",
-            f"loss {_number(record['loss'], '.4f')}",
+            "no target" if record.get("targets") == 0 else f"loss {_number(record['loss'], '.4f')}",
             f"lr {record['lr']:.2e}",
             f"grad norm {_number(record['grad_norm'], '.3f')}",
             f"{sum(r['tokens'] for r in self._since) / seconds:,.0f} tokens/s",
@@ -60,10 +63,21 @@ class StepLines:
             parts.append(f"{record['memory_bytes'] / (1 << 30):.2f} GiB")
         if record.get("skipped"):
             parts.append(f"{record['skipped']} skipped")
+        if epochs := record.get("epochs"):
+            parts.append(_epochs_text(epochs))
         if self._num_steps is not None and self._recent and record["step"] < self._num_steps:
             left = (self._num_steps - record["step"]) * sum(self._recent) / len(self._recent)
             parts.append(f"ETA {duration(left)}")
         return "  ".join(parts)
+
+
+def _epochs_text(epochs: Mapping[str, float]) -> str:
+    """Return how often the data was seen: one source without its name, of many those that were seen most often."""
+    if len(epochs) == 1:
+        return f"epoch {next(iter(epochs.values())):.2f}"
+    most = sorted(epochs.items(), key=lambda source: -source[1])[:NAMED_SOURCES]
+    more = f" (+{len(epochs) - len(most)})" if len(epochs) > len(most) else ""
+    return "epochs " + " ".join(f"{name} {passes:.2f}" for name, passes in most) + more
 
 
 def _number(value: float | None, form: str) -> str:

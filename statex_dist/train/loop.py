@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -18,8 +18,8 @@ from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.retention import SavePolicy
-from statex_dist.errors import ConfigError, DataError, StateXError
-from statex_dist.train.guard import Guard
+from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError, os_error_text
+from statex_dist.train.guard import NO_TARGETS, Guard
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.profile import Profiler
 from statex_dist.train.signals import StopRequest
@@ -142,6 +142,7 @@ class Trainer:
         observers: Look on.
         stop: Whether this process was told to stop.
         start_step: Steps done before.
+        facts: What the learning rate follows from; every checkpoint keeps it.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class Trainer:
         observers: Observers,
         stop: StopRequest,
         start_step: int = 0,
+        facts: Mapping[str, Any] | None = None,
     ):
         self.engine = engine
         self.batches = batches
@@ -164,7 +166,9 @@ class Trainer:
         self.observers = observers
         self.stop = stop
         self.step = self.start_step = start_step
+        self.facts = facts or {}
         self.lost_tokens = 0
+        self.epochs: Mapping[str, float] = {}
 
     def run(self) -> bool:
         """Train.
@@ -173,7 +177,8 @@ class Trainer:
             Whether the run is complete (False: told to stop, and saved).
 
         Raises:
-            StateXError: Too many steps in a row were skipped, a batch cannot be had or a checkpoint not be saved.
+            StateXError: Too many steps in a row were skipped or had no target, a batch cannot be had (in each case the
+                steps up to there are saved), or a checkpoint cannot be saved.
         """
         if self.step >= self.config.num_steps:
             return True
@@ -183,15 +188,18 @@ class Trainer:
         self._tell_profiler()
         while True:
             start, batch = time.perf_counter(), fetched.batch
-            record = self._train_step(batch)
+            record, end = self._train_step(batch)
             done = self.step == self.config.num_steps
-            fetched = _Fetched() if done else self._fetch()
+            fetched = _Fetched() if done or end else self._fetch()
             agreed = self._agree(fetched)
-            last = done or agreed.stop or agreed.no_batch
-            save_seconds = self._save_if_due(batch, last=last, written=agreed.written)
+            ends_badly = end is not None or agreed.no_batch
+            last = done or agreed.stop or ends_badly
+            save_seconds = self._save_if_due(batch, last=last, written=agreed.written, ends_badly=ends_badly)
             record["time"] |= {"data": fetched.seconds, "save": save_seconds}
             self._report(record, batch, time.perf_counter() - start)
             self._tell_profiler()
+            if end is not None:
+                raise end
             if agreed.no_batch:
                 self._raise(fetched)
             if last:
@@ -210,8 +218,14 @@ class Trainer:
         start, fetched = time.perf_counter(), _Fetched()
         try:
             fetched.batch = next(self.batches)
+        except StopIteration:
+            fetched.problem = DataError(
+                f"the data has ended, of train.num_steps={self.config.num_steps} steps; give more data, or lower it"
+            )
         except StateXError as error:
             fetched.problem = error
+        except OSError as error:
+            fetched.problem = StateXError(f"the data cannot be read: {os_error_text(error)}")
         fetched.seconds = time.perf_counter() - start
         return fetched
 
@@ -226,12 +240,16 @@ class Trainer:
 
     def _raise(self, fetched: _Fetched) -> NoReturn:
         """Stop on all ranks with the reason of the one that has no batch."""
-        reports = self.engine.gather(None if fetched.problem is None else str(fetched.problem))
-        reason = next(text for text in reports if text is not None)
-        raise fetched.problem if fetched.problem is not None else DataError(reason)
+        mine = fetched.problem
+        reports = self.engine.gather(None if mine is None else (str(mine), isinstance(mine, DataError)))
+        text, of_data = next(report for report in reports if report is not None)
+        kind: type[StateXError] = DataError if of_data else StateXError
+        if mine is not None:
+            text, kind = str(mine), type(mine)
+        raise kind(f"no batch for step {self.step + 1}: {text}")
 
-    def _train_step(self, batch: list[PackedBatch]) -> dict[str, Any]:
-        """Run one optimizer step and return its record."""
+    def _train_step(self, batch: list[PackedBatch]) -> tuple[dict[str, Any], StateXError | None]:
+        """Run one optimizer step and return its record, and why the run ends with it, if it does."""
         if self.engine.counts:
             self.lost_tokens += sum(pack.lost_tokens for pack in batch)
         every = self.observers.states_every
@@ -240,47 +258,65 @@ class Trainer:
         loss = self.engine.forward_backward(batch, observe_states=observe)
         norms = self.engine.grad_norms()
         grad_norm = sum(norm**2 for norm in norms.values()) ** 0.5
-        reason = self.guard.judge(loss, grad_norm)
+        reason = self.guard.judge(loss, grad_norm, targets=self.engine.num_targets)
         self._beat("optimizer step")
         with self.engine.timer.phase("step"):
             result = self.engine.step(skip=reason is not None)
         if reason is None and not result.updated:
             reason = "DeepSpeed found a gradient that is not finite"
+        end = None
         if reason is None:
             self.guard.passed(grad_norm)
         else:
-            self._skip(batch, reason)
+            end = self._skip(batch, reason)
         self.step += 1
+        self.epochs = batch[-1].epochs
         return {
             "step": self.step,
             "loss": loss,
             "lr": result.lr,
             "grad_norm": grad_norm,
             "grad_norms": norms,
+            "targets": self.engine.num_targets,
             "skipped": self.guard.skipped,
+            "without_targets": self.guard.without_targets,
+            "epochs": dict(self.epochs),
             "time": self.engine.timer.take(),
             **({"state_norms": states} if observe and (states := self.engine.state_norms()) else {}),
-        }
+        }, end
 
-    def _skip(self, batch: list[PackedBatch], reason: str) -> None:
+    def _skip(self, batch: list[PackedBatch], reason: str) -> StateXError | None:
+        """Count a step that updated nothing; return why the run ends with it, if it does."""
+        step, bad = self.step + 1, self.engine.bad_pack()
+        # The pack whose loss is not finite says more than the first one of rank 0.
+        packs = self.engine.gather((bad is not None, batch[bad or 0].where))
+        rank = next((rank for rank, (found, _) in enumerate(packs) if found), 0)
+        where = f"rank {rank} has {packs[rank][1]}" if len(packs) > 1 else packs[rank][1]
+        if reason == NO_TARGETS:
+            return self.guard.skip_empty(step, batch, where)
         self.engine.carried.forget()
-        if not self.guard.skip(self.step + 1, reason, batch):
-            if self.checkpoints.pending:
-                self.checkpoints.finish(bear=True)
-            raise StateXError(
-                f"{reason} at step {self.step + 1}, and {self.guard.in_a_row - 1} step(s) before it were skipped; "
-                "start again from the last checkpoint with a lower optimizer.lr, or look at the batches in "
-                f"{self.guard.directory}"
-            )
+        return self.guard.skip_bad(step, reason, batch, where)
 
-    def _save_if_due(self, batch: list[PackedBatch], *, last: bool, written: bool) -> float:
-        """Save, or finish a save that has been written behind the loop; return the seconds that it took."""
+    def _save_if_due(self, batch: list[PackedBatch], *, last: bool, written: bool, ends_badly: bool) -> float:
+        """Save, or finish a save that has been written behind the loop; return the seconds that it took.
+
+        Args:
+            batch: The batch of the step that was made.
+            last: Whether the run ends here.
+            written: Whether all ranks have written a save that is pending.
+            ends_badly: Whether the run ends for another reason, so that a save that fails is only logged.
+        """
         start = time.perf_counter()
         if last or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
             self._beat("save")
             # The state travels with the batch: a loader that has already fetched ahead does not matter.
-            state = {"loader": batch[-1].loader_state, "guard": self.guard.state_dict()}
-            self.checkpoints.save(self.step, state, last=last)
+            state = {"loader": batch[-1].loader_state, "guard": self.guard.state_dict(), "schedule": dict(self.facts)}
+            try:
+                self.checkpoints.save(self.step, state, last=last)
+            except CheckpointError as error:
+                if not ends_badly:
+                    raise
+                logger.error("%s", error)
             if lost := self.engine.sum([float(self.lost_tokens)])[0]:
                 logger.warning(
                     "%d tokens of damaged shards were skipped since the start at step %d", lost, self.start_step

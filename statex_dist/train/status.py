@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +53,8 @@ class RunStatus:
         exit_code: With which the processes end, where that is known.
         time: When this was written (ISO 8601, UTC).
         attempt: Name of the start that wrote it; empty without a supervisor.
+        epochs: Passes over each source of the data after these steps, by name; empty where they are not known.
+        restart: Whether another start may do better; not where the data or the settings have to change first.
     """
 
     state: State
@@ -61,6 +64,8 @@ class RunStatus:
     exit_code: int | None = None
     time: str = field(default_factory=_now)
     attempt: str = field(default_factory=this_attempt)
+    epochs: Mapping[str, float] = field(default_factory=dict)
+    restart: bool = True
 
     def __post_init__(self) -> None:
         texts, numbers = (self.message, self.time, self.attempt), (self.world_size, self.step or 0, self.exit_code or 0)
@@ -68,6 +73,9 @@ class RunStatus:
             self.state not in get_args(State)
             or not all(type(text) is str for text in texts)
             or not all(type(number) is int for number in numbers)
+            or type(self.restart) is not bool
+            or not isinstance(self.epochs, dict)
+            or not all(isinstance(passes, int | float) for passes in self.epochs.values())
         ):
             raise ValueError(f"not a status: {self}")
 
@@ -80,7 +88,16 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
     sync(run_dir)
 
 
-def write_failure(run_dir: Path, message: str, *, exit_code: int, world_size: int, step: int | None = None) -> None:
+def write_failure(
+    run_dir: Path,
+    message: str,
+    *,
+    exit_code: int,
+    world_size: int,
+    step: int | None = None,
+    epochs: Mapping[str, float] | None = None,
+    restart: bool = True,
+) -> None:
     """Record why a start failed, from any rank, on the way out.
 
     The first to speak names the cause; what other ranks say after it are consequences, and a run that is complete or
@@ -92,10 +109,20 @@ def write_failure(run_dir: Path, message: str, *, exit_code: int, world_size: in
         exit_code: With which this process ends.
         world_size: Number of ranks.
         step: Optimizer steps done; None before the first batch.
+        epochs: Passes over each source, where they are known.
+        restart: Whether another start may do better.
     """
     if not run_dir.is_dir():
         return
-    status = RunStatus(state="failed", step=step, world_size=world_size, message=message, exit_code=exit_code)
+    status = RunStatus(
+        state="failed",
+        step=step,
+        world_size=world_size,
+        message=message,
+        exit_code=exit_code,
+        epochs=dict(epochs or {}),
+        restart=restart,
+    )
     try:
         earlier = read_status(run_dir)
         if earlier is None or earlier.state == "running" or not _of_this_start(earlier):

@@ -121,7 +121,7 @@ def test_other_shares_on_resume_hold_at_once(names, stages):
     after = mixture(stages, names)
     found, _ = steps(after, 100, after.place(before.state(place)))
     total = tokens_by_source(found)
-    wanted = after._weights(stages[-1])
+    wanted = after.weights(stages[-1])
     for name in names:
         assert abs(total[name] / sum(total.values()) - wanted[name]) * sum(total.values()) <= 16 * len(names)
 

@@ -274,6 +274,13 @@ def test_the_pause_doubles_and_ends_when_told_to_stop(tmp_path: Path, monkeypatc
             False,
             Verdict("no data (exit code 2; launcher exit code 1)"),
         ),
+        (
+            # Every such start would save a newer checkpoint, and so never use up its restarts.
+            {"state": "failed", "step": 9, "exit_code": 1, "message": "the loss is nan", "restart": False},
+            1,
+            False,
+            Verdict("the loss is nan (exit code 1; launcher exit code 1); to start it again would not help", 1),
+        ),
         (None, -40, False, Verdict("launcher ended by signal 40")),
     ],
 )

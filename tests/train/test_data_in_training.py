@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.cli import main
 from statex_dist.config import parse_config
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
+from statex_dist.train.metrics import read_metrics
+from statex_dist.train.status import read_status
 from tests.runs import GLA, MAMBA2, command, environment, expanded, losses, run_training, save_model, write_run
 
 
@@ -245,19 +248,10 @@ def test_signals_with_workers(tmp_path: Path, shards: Path, how: str):
     assert "Traceback" not in said
     if how == "a killed worker":
         assert process.returncode == 2
-        assert "error: a data worker ended by itself" in said
+        assert "a data worker ended by itself" in said
     else:
         assert process.returncode == 75
         assert "stopped at step" in said
-
-
-def test_a_batch_without_a_target_is_refused(tmp_path: Path):
-    data = make_data(tmp_path / "data", [100] * 5)
-    for shard in data.glob("*.mds"):
-        shard.unlink()
-    sections = {"model": {"config": GLA}, "data": {"path": str(data), "skip_corrupt": True}}
-    with pytest.raises(DataError, match="no token of this step's batch is to be learned"):
-        train(start(tmp_path / "run", **sections, engine={"name": "plain"}))
 
 
 def test_skip_corrupt_goes_on_and_says_what_was_lost(tmp_path: Path, caplog):
@@ -271,3 +265,35 @@ def test_skip_corrupt_goes_on_and_says_what_was_lost(tmp_path: Path, caplog):
     assert train(start(tmp_path / "run", "--train.num_steps", "40", **sections))
     assert any("tokens of damaged shards were skipped" in record.message for record in caplog.records)
     assert len(losses(tmp_path / "run")) == 40
+
+
+def test_a_source_seen_too_often_is_visible_everywhere(tmp_path: Path, caplog, capsys):
+    """In the warning at the start, every record, the log, the status and the report."""
+    sources = {
+        "big": {"path": str(make_data(tmp_path / "big", [300] * 12)), "weight": 1},
+        "small": {"path": str(make_data(tmp_path / "small", [5])), "weight": 1},
+    }
+    sections = {"model": {"config": GLA}, "engine": {"name": "plain"}, "train": {"num_steps": 45}}
+    caplog.set_level("INFO")
+    data = {"sources": sources, "seq_len": 64, "packs_per_step": 4, "packing": "concat"}
+    config = start(tmp_path / "run", **sections, data=data)
+    assert train(config)
+    (warned,) = [record.message for record in caplog.records if "data.warn_epochs" in record.message]
+    assert "source small (6 tokens) will be seen" in warned
+    records = read_metrics(tmp_path / "run")
+    epochs = records[-1]["epochs"]
+    assert epochs["small"] * 6 == pytest.approx(epochs["big"] * 12 * 301, rel=0.1), "half of the tokens each"
+    assert epochs["small"] > 150
+    forecast = float(warned.split("will be seen ")[1].split(" times")[0])
+    assert forecast == pytest.approx(epochs["small"], rel=0.1)
+    assert read_status(tmp_path / "run").epochs == epochs
+    assert any(f"epochs small {epochs['small']:.2f} big" in record.message for record in caplog.records)
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "epochs of small" in page
+    assert f"{epochs['small']:,.2f}" in page
+    caplog.clear()
+    more = ("--data.warn_epochs", ".inf", "--train.num_steps", "47")
+    assert train(start(tmp_path / "run", *more, **sections, data=data))
+    assert not any("data.warn_epochs" in record.message for record in caplog.records)
+    assert read_metrics(tmp_path / "run")[-1]["epochs"]["small"] > epochs["small"]

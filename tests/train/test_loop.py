@@ -243,8 +243,17 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path, shards: Path, m
         StateXError, match=r"the gradient norm is nan at step 6, and 2 step\(s\) before it were skipped"
     ):
         train(config)
-    assert complete_tags(Path(config.run_dir) / "checkpoints")[0] == "global_step5"
-    assert len(list((Path(config.run_dir) / "bad_batches").iterdir())) == 4
+    run = Path(config.run_dir)
+    assert not read_status(run).restart, "a supervisor would have it skip steps for ever"
+    assert complete_tags(run / "checkpoints")[0] == "global_step6", "with the weights of the last good step"
+    assert [record["skipped"] for record in read_metrics(run)] == [0, 1, 1, 2, 3, 4]
+    assert len(list((run / "bad_batches").iterdir())) == 4
+    before, after = (torch.load(run / f"checkpoints/global_step{n}/plain_state.pt")["module"] for n in (5, 6))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    monkeypatch.undo()
+    explode_in(monkeypatch, {1}, float("nan"))
+    assert train(config), "a new start counts from 0"
+    assert [record["skipped"] for record in read_metrics(run)] == [0, 1, 1, 2, 3, 4, 5, 5]
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_for_an_older_one(tmp_path: Path, shards: Path, caplog):
@@ -353,7 +362,7 @@ def test_the_state_of_a_run_can_be_read_while_and_after_it_runs(tmp_path: Path, 
     with pytest.raises(StateXError):
         train(load(tmp_path, shards, "--train.num_steps", "12"))
     failed = read_status(run)
-    assert (failed.state, failed.exit_code, failed.step) == ("failed", 1, 9)
+    assert (failed.state, failed.exit_code, failed.step) == ("failed", 1, 10)
     assert "the gradient norm is nan at step 10" in failed.message
 
 
@@ -418,7 +427,7 @@ def test_a_save_that_is_being_written_is_finished_when_the_run_ends_badly(tmp_pa
     explode_in(monkeypatch, {4}, float("nan"))
     with pytest.raises(StateXError, match="at step 4"):
         train(config)
-    assert complete_tags(Path(config.run_dir) / "checkpoints")[0] == "global_step3"
+    assert complete_tags(Path(config.run_dir) / "checkpoints") == ["global_step4", "global_step3"]
 
 
 def test_figures_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, shards: Path, monkeypatch, caplog):

@@ -40,6 +40,9 @@ from statex_dist.train.metrics import read_metrics
 
 _LAST_STEPS = 20
 
+NAMED_SOURCES = 20
+"""Sources of a run whose epochs the page names: those that were seen most often."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRun:
@@ -80,6 +83,8 @@ class RunSummary:
         time_shares: Share of the time by phase of a step.
         peak_memory_bytes: Most memory of rank 0.
         skipped_steps: Steps that updated nothing.
+        steps_without_targets: Those of them that had no target.
+        epochs: Passes over each source of the data, by name.
     """
 
     run: str
@@ -93,6 +98,8 @@ class RunSummary:
     time_shares: dict[str, float]
     peak_memory_bytes: int | None
     skipped_steps: int | None
+    steps_without_targets: int | None
+    epochs: dict[str, float]
 
     @property
     def data_wait_share(self) -> float | None:
@@ -203,6 +210,8 @@ def summarise(run: TrainingRun) -> RunSummary:
         time_shares={p: sum(r["time"].get(p, 0.0) for r in times) / seconds for p in phases} if seconds else {},
         peak_memory_bytes=int(max(memory)) if (memory := values("memory_bytes")) else None,
         skipped_steps=int(skipped[-1]) if (skipped := values("skipped")) else None,
+        steps_without_targets=int(empty[-1]) if (empty := values("without_targets")) else None,
+        epochs=dict(run.records[-1].get("epochs") or {}),
     )
 
 
@@ -224,7 +233,7 @@ def summary_rows(summary: RunSummary) -> dict[str, str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    memory = summary.peak_memory_bytes
+    memory, epochs = summary.peak_memory_bytes, sorted(summary.epochs.items(), key=lambda source: -source[1])
     rows = {
         "state": summary.state or "",
         "steps": f"{summary.steps:,}",
@@ -236,6 +245,9 @@ def summary_rows(summary: RunSummary) -> dict[str, str]:
         **{f"time: {phase}": f"{share:.1%}" for phase, share in summary.time_shares.items()},
         "peak memory, rank 0": "" if memory is None else f"{memory / (1 << 30):.2f} GiB",
         "skipped steps": number(summary.skipped_steps, ","),
+        "of these without targets": number(summary.steps_without_targets or None, ","),
+        **{f"epochs of {name}": f"{passes:,.2f}" for name, passes in epochs[:NAMED_SOURCES]},
+        "sources with fewer epochs": number(len(epochs[NAMED_SOURCES:]) or None, ","),
     }
     return {title: text for title, text in rows.items() if text}
 

@@ -124,6 +124,8 @@ def test_figures_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "data_wait_share": pytest.approx(0.05),
         "peak_memory_bytes": (1 << 30) + 5,
         "skipped_steps": 1,
+        "steps_without_targets": None,
+        "epochs": {},
     }
 
 
