@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from statex_dist.redact import redact
+
 LINE_LENGTH = 380
 """Characters of a message; with the prefix of an entry point (``[rank 3] error: ``) a line has at most 400."""
 
@@ -22,22 +24,25 @@ SHOWN_LENGTH = 200
 """Characters of a foreign value in a message."""
 
 _SHORTENED = " [...] "
+_LONGEST_SECRET = 4096
+"""Characters of a secret that is found where a text is cut."""
 
 
 def bounded_line(text: str, length: int = LINE_LENGTH) -> str:
     """Return a text as one line of at most ``length`` characters, cut in its middle, control characters escaped.
 
-    The end of a message says what to do, so it is kept.
+    The end of a message says what to do, so it is kept. Secrets are taken out before the text is cut.
     """
-    if len(text) > 4 * length:  # no pass over a text that is cut anyway
-        text = text[: 2 * length] + _SHORTENED + text[-2 * length :]
-    text = " ".join(text.split())
+    if len(text) > 4 * length + 2 * _LONGEST_SECRET:  # no pass over a text that is cut anyway
+        head, tail = redact(text[: 2 * length + _LONGEST_SECRET]), redact(text[-2 * length - _LONGEST_SECRET :])
+        text = head[: 2 * length] + _SHORTENED + tail[-2 * length :]
+    text = " ".join(redact(text).split())
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     if len(text) <= length:
         return text
-    tail = (length - len(_SHORTENED)) // 3
-    return text[: length - len(_SHORTENED) - tail] + _SHORTENED + text[-tail:]
+    end = (length - len(_SHORTENED)) // 3
+    return text[: length - len(_SHORTENED) - end] + _SHORTENED + text[-end:]
 
 
 def one_line(error: BaseException) -> str:

@@ -37,6 +37,7 @@ from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
+from statex_dist.redact import redact, redacted
 from statex_dist.run_config import DataSource, RunConfig
 from statex_dist.train.claim import claim
 from statex_dist.train.guard import Guard
@@ -136,7 +137,7 @@ def _train(
             run_dir,
             config.metrics,
             start_step=start_step,
-            settings=to_dict(config),
+            settings=redacted(to_dict(config)),
             num_steps=config.train.num_steps,
             utilisation=utilisation(
                 training_flops_per_token(model),
@@ -148,7 +149,7 @@ def _train(
         for name, report in loader.report(max_windows=1).items() if start_step == 0 else ():
             logger.info(
                 "%s: %.2f %% padding, %.1f %% of the documents cut, %.1f documents in a sequence of %d (first window)",
-                config.data.paths[name],
+                redact(config.data.paths[name]),
                 100 * report.waste,
                 100 * report.cut_documents / max(report.documents, 1),
                 report.documents_per_pack,
