@@ -104,6 +104,12 @@ _REMEDIES: Mapping[int, str] = {
     errno.EPERM: "make it accessible for this user, or choose another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit of open files (fs.file-max)",
+    errno.ESTALE: "the file server no longer knows it: mount the file system again",
+    errno.EIO: "the device or the file server fails: look at the system's log (dmesg)",
+    errno.ENOTCONN: "mount the file system again",
+    errno.ENOTDIR: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "correct the links",
 }
 
 
@@ -120,6 +126,23 @@ def os_error_text(error: OSError) -> str:
     if where is None:
         return refusal(error)
     return f"{where if isinstance(where, str) else shown(where)}: {refusal(error)}"
+
+
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def failure_text(error: BaseException, place: str | Path) -> str:
+    """Return in one line why a job failed.
+
+    Args:
+        error: What ended it.
+        place: Where the job writes; named where the system refused to write and does not say where.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return one_line(error)
+    if error.filename is None and error.errno in _OF_A_DISK:
+        return bounded_line(f"{place} cannot be written: {refusal(error)}")
+    return bounded_line(os_error_text(error))
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ FLOORS = {
     "statex_dist.optim*": 3,
     "statex_dist.parallel": 1,
     "statex_dist.parallel.env": 1,
+    "statex_dist.parallel.joining": 1,
     "statex_dist.parallel.context": 1,
     "statex_dist.parallel*": 4,
     "statex_dist.engine.base": 3,
