@@ -193,7 +193,7 @@ def _cut(path: Path, step: int) -> int:
 
     end, held, may_cut, begun = 0, 0, is_offline(path), False
     for record in read_records(path):
-        found = wandb_internal_pb2.Record.FromString(record.payload)
+        found = wandb_internal_pb2.Record.FromString(record.payload)  # type: ignore[attr-defined]
         begun = begun or found.WhichOneof("record_type") == "run"
         if found.WhichOneof("record_type") == "history":
             number = found.history.step.num
