@@ -93,10 +93,10 @@ def write_failure(run_dir: Path, message: str, *, exit_code: int, world_size: in
         world_size: Number of ranks.
         step: Optimizer steps done; None before the first batch.
     """
+    if not os.path.isdir(run_dir):  # noqa: PTH112 - False too where the system refuses the path itself
+        return
     status = RunStatus(state="failed", step=step, world_size=world_size, message=message, exit_code=exit_code)
     try:
-        if not run_dir.is_dir():
-            return
         earlier = read_status(run_dir)
         if earlier is None or earlier.state == "running" or not _of_this_start(earlier):
             write_status(run_dir, status)
