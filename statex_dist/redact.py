@@ -87,6 +87,11 @@ def holds_secret(text: str) -> bool:
     return any(_without_secrets(found) != found[0] for found in _URL.finditer(text))
 
 
+def holds_remembered(text: str) -> bool:
+    """Return whether a text has a secret that this process was given."""
+    return _pattern is not None and _pattern.search(text) is not None
+
+
 def remember(url: str) -> None:
     """Replace the secret parts of a URL from now on wherever they stand, in every encoding that libraries print."""
     authority, _, behind = _split(_parts(url)[1])

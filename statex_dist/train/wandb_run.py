@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import ssl
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.redact import redact
+from statex_dist.redact import holds_remembered, redact
 from statex_dist.train.wandb_files import is_offline, read_records, segments, synced_marker
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,9 @@ class WandbRun:
                     mode=mode,  # type: ignore[arg-type]
                     id=run_id,
                     resume="allow",
-                    settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
+                    settings=wandb.Settings(
+                        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, disable_git=_diff_holds_secret()
+                    ),
                 )
 
         self._failed = False
@@ -181,6 +185,22 @@ def _clean_arguments() -> Iterator[None]:
         yield
     finally:
         sys.argv = given
+
+
+def _diff_holds_secret() -> bool:
+    """Return whether the working tree's changes, which some releases of wandb upload, hold a secret of this run."""
+    try:
+        done = subprocess.run(
+            ["git", "diff", "HEAD"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git; or a tree whose changes nobody can look through
+        return shutil.which("git") is not None
+    return holds_remembered(done.stdout)
 
 
 def _cut(path: Path, step: int) -> int:

@@ -16,9 +16,10 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
+from statex_dist import redact
 from statex_dist.train.metrics import Metrics, MetricsConfig
 from statex_dist.train.wandb_files import read_records, segments, synced_marker
-from statex_dist.train.wandb_run import WandbRun
+from statex_dist.train.wandb_run import WandbRun, _diff_holds_secret
 from tests.runs import GLA, REPOSITORY, environment, make_shards, write_run
 
 
@@ -148,3 +149,18 @@ def _last(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_changes_of_the_working_tree_that_hold_a_secret_are_kept_from_wandb(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(redact, "_secrets", {})
+    monkeypatch.setattr(redact, "_pattern", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    redact.remember("http://user:pa55word@host/a")
+    file = tmp_path / "run.yaml"
+    file.write_text("path: /data\n")
+    for command in ("init -q", "add run.yaml", "-c user.email=a@b -c user.name=n commit -qm x"):
+        subprocess.run(["git", *command.split()], check=True)
+    assert not _diff_holds_secret()
+    file.write_text("path: http://user:pa55word@host/a\n")
+    assert _diff_holds_secret()
