@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -57,7 +59,8 @@ def join_processes(
         ConfigError: The launcher's variables are wrong, the port is in use, or the ranks' ``facts`` differ.
         LostRanksError: Ranks do not come or cannot be reached.
     """
-    store = _meet(env, join_limit, facts or {})
+    with _ended_by_signals():
+        store = _meet(env, join_limit, facts or {})
     store.set_timeout(wait_limit)
     check_interface()
     try:
@@ -67,6 +70,21 @@ def join_processes(
             f"the {env.world_size} ranks have met, but {backend} does not connect them ({reason(error, 120)}); set "
             f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the hosts (here: {_interfaces()})"
         ) from None
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the process, as nothing has begun that could be saved: launchers wait for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    terminated = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def check_interface() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -190,3 +192,29 @@ def test_the_training_script_says_one_line(tmp_path: Path):
     assert len(errors) == 1, done.stderr
     assert errors[0].startswith(f"error: MASTER_PORT {taken} is in use")
     assert f"MASTER_PORT {taken} is in use" in (tmp_path / "run" / "status.json").read_text()
+
+
+def test_a_signal_ends_a_rank_that_waits(port):
+    """Also one that was to be answered by a save: there is nothing to save yet, and launchers wait for the end."""
+    script = (
+        "import signal, torch; from datetime import timedelta; from statex_dist.parallel import joining, env;"
+        "signal.signal(signal.SIGTERM, lambda *a: None);"
+        "print('here', flush=True);"
+        "joining.join_processes(env.read_env(), 'gloo', join_limit=timedelta(60), wait_limit=timedelta(60))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**environment(), "RANK": "1", "WORLD_SIZE": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "here\n"
+        time.sleep(0.5)
+        for _ in range(100):  # the first may come before the wait begins
+            waiting.terminate()
+            time.sleep(0.1)
+            if waiting.poll() is not None:
+                break
+        assert waiting.poll() == -signal.SIGTERM
