@@ -24,7 +24,7 @@ from typing import Any, cast
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 MARK = "***"
-"""Stands for what was taken out."""
+"""Replaces a secret in a text."""
 
 _SHORTEST = 4
 """Characters of the shortest text that is replaced outside of its URL: shorter ones are parts of common words."""

@@ -96,6 +96,9 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
         config.data.packs_per_step * config.data.seq_len,
         env.world_size,
     )
+    if stop.received:
+        logger.info("told to stop before the first step: there is nothing to save")
+        return False
     # Only now, so that a start that is refused leaves no directory behind.
     with claim(Path(config.run_dir)) if env.rank == 0 else nullcontext():
         engine = build_engine(config, model, env, accumulation_steps)

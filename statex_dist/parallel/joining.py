@@ -1,7 +1,7 @@
 """How the processes of a job find each other: every way in which they do not is one line with what to do.
 
 Rank 0 (or torchrun's agent) holds a store at ``MASTER_ADDR:MASTER_PORT``. What can go wrong there is looked at before
-torch is asked: its own errors are dozens of lines, from C++ and Python, and name neither the missing rank nor a remedy.
+torch is asked: its own errors are dozens of lines, from C++ and Python, without the missing rank and without advice.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _meet(env: ProcessEnv, limit: timedelta, facts: Mapping[str, object]) -> dis
 
 
 def _open_store(address: str, port: int, holds: bool, limit: timedelta) -> dist.Store:
-    """Open the store, or be its client; torch itself would wait for ever for a program that is no store."""
+    """Open the store, or be its client; torch itself has no time limit for a program that is no store."""
     found: list[dist.Store | Exception] = []
 
     def open_it() -> None:
@@ -193,7 +193,7 @@ def _require_free(port: int) -> None:
 
 
 def _reach(env: ProcessEnv, address: str, port: int, deadline: float) -> None:
-    """Wait until somebody listens at the address."""
+    """Wait until the address accepts a connection."""
     began, told = time.monotonic(), False
     while True:
         unknown = False
@@ -225,7 +225,7 @@ def _compare(env: ProcessEnv, store: dist.Store, facts: Mapping[str, object], pl
         return
     _wait_for(store, ["rank0"], deadline)
     if not store.check(["rank0"]):
-        raise LostRanksError(f"rank 0 at {place} does not say what it runs; another program may be at this port")
+        raise LostRanksError(f"rank 0 at {place} has written no settings; another program may be at this port")
     theirs, mine = json.loads(store.get("rank0")), json.loads(json.dumps(mine, default=str))
     names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     if names:

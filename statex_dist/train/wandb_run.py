@@ -198,7 +198,7 @@ def _diff_holds_secret() -> bool:
             timeout=PROBE_SECONDS,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired):  # no git; or a tree whose changes nobody can look through
+    except (OSError, subprocess.TimeoutExpired):  # no git; or too many changes to search in time
         return shutil.which("git") is not None
     return holds_remembered(done.stdout)
 
@@ -206,7 +206,7 @@ def _diff_holds_secret() -> bool:
 def _cut(path: Path, step: int) -> int:
     """Cut off what a start logged offline after a step, and a torn end; return the last step that the file holds.
 
-    What is sent already, or was recorded online, is left as it is. A file that a kill has left without its beginning
+    A file that was sent already, or recorded online, is not changed. A file that a kill has left without its beginning
     holds no step, and ``wandb sync`` would fail on it and send none of the others: it is marked as sent.
     """
     from wandb.proto import wandb_internal_pb2

@@ -108,7 +108,7 @@ def test_a_run_writes_and_prints_no_secret(tmp_path: Path, server: FaultyServer,
     assert settings["data"]["path"] == f"http://***@{server.url.removeprefix('http://')}/shards?***"
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
-    # Another password and signature are the same dataset: the run goes on, and nothing is fetched again.
+    # Another password and signature are the same dataset: the run continues, and nothing is fetched again.
     before = server.requests["shard.00000.mds"]
     new = with_secrets(f"{server.url}/shards", "n3w-Pa55word", "n3w-5ignature")
     options = ["--config", str(file), "--metrics.wandb_project", "null", "--data.path"]

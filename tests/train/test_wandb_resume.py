@@ -1,4 +1,4 @@
-"""wandb's own files of runs that were killed and went on: every step is there once, with the values that count."""
+"""wandb's own files of runs that were killed and resumed: every step is there once, with the values that count."""
 
 from __future__ import annotations
 
