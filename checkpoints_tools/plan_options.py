@@ -172,7 +172,7 @@ def read_plan_file(path: Path) -> list[dict[str, Any]]:
         ConfigError: The file is missing, not YAML, or a row is not as above.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--plan {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

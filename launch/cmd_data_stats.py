@@ -62,9 +62,9 @@ def run(args: Any) -> int:
     store = open_store(args.dataset, cache_dir=args.cache_dir)
     lengths = length_stats(store)
     packings = packing_stats(store, seq_lens, windows=args.windows, window_tokens=args.window_tokens, seed=args.seed)
-    facts = _facts(args.dataset, store, lengths)
+    facts = _facts(store.files.origin, store, lengths)
     if args.plot is not None:
-        draw_stats(lengths, packings, Path(args.plot), title=f"{args.dataset}: {lengths.documents:,} documents")
+        draw_stats(lengths, packings, Path(args.plot), title=f"{store.files.origin}: {lengths.documents:,} documents")
     if args.json:
         sys.stdout.write(json.dumps({**facts, **_figures(lengths, packings)}) + "\n")
     else:

@@ -119,7 +119,8 @@ def open_tensor_parallel(tp: int | None, *, device: str = "auto") -> Iterator[Te
     import torch
     import torch.distributed as dist
 
-    from statex_dist.parallel.env import join_processes, read_env, share_cores
+    from statex_dist.parallel.env import read_env, share_cores
+    from statex_dist.parallel.joining import join_processes
     from statex_dist.parallel.tensor_share import TensorShare
     from statex_dist.parallel.together import OtherRankError
 

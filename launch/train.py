@@ -6,6 +6,7 @@ usage, 75 told to stop by a signal, saved, and to be started again.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from statex_dist.config import parse_config
-from statex_dist.errors import StateXError, one_line
+from statex_dist.errors import StateXError, failure_text, one_line
 from statex_dist.log import setup_logging
 
 if TYPE_CHECKING:
@@ -38,14 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_config(RunConfig, arguments, prog="train.py", description="Train a recurrent language model.")
         return 0 if train(config, fit_world_size) else EXIT_PREEMPTED
     except StateXError as error:
-        # Every rank speaks: what is wrong may be so on one node only.
-        rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"error: {one_line(error)}\n" if rank == "0" else f"[rank {rank}] error: {one_line(error)}\n")
+        _say(one_line(error))
         _record_failure(config, error, error.exit_code)
         return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
     except Exception as error:
         _record_failure(config, error, 1)
-        raise
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        logging.getLogger("launch").debug("the traceback:", exc_info=error)
+        _say(failure_text(error, "the output" if config is None else config.run_dir))
+        return 1
+
+
+def _say(text: str) -> None:
+    """Print an error. Every rank does: what is wrong may be so on one node only."""
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"error: {text}\n" if rank == "0" else f"[rank {rank[:20]}] error: {text}\n")
 
 
 def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) -> None:
@@ -53,8 +65,13 @@ def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) 
     from statex_dist.train.status import write_failure
 
     if config is not None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        write_failure(Path(config.run_dir), one_line(error), exit_code=exit_code, world_size=world_size)
+        size = os.environ.get("WORLD_SIZE", "1")
+        write_failure(
+            Path(config.run_dir),
+            failure_text(error, config.run_dir),
+            exit_code=exit_code,
+            world_size=int(size) if size.isdecimal() else 0,
+        )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ full path and the names that are allowed there, and every failure is a one-line 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ import jsonargparse
 import yaml
 
 from statex_dist.errors import ConfigError, one_line, reason, shown
+from statex_dist.redact import redact, redacted, remember_all
 
 T = TypeVar("T")
 
@@ -60,7 +64,7 @@ def check_keys(cls: type, values: Any, *, path: str = "", source: str = "config"
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -95,12 +99,18 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
     for file in files:
         if (values := _read_yaml(Path(file))) is None:
             raise ConfigError(f"config file {file} holds no keys")
+        remember_all(values)
         check_keys(cls, values, source=file)
+    remember_all(list(argv))
+    printed = io.StringIO()
     try:
-        namespace = parser.parse_args(list(argv))
+        with contextlib.redirect_stdout(printed):
+            namespace = parser.parse_args(list(argv))
         values = parser.instantiate(namespace).as_dict()
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{prog}: {one_line(error)}") from None
+    finally:
+        sys.stdout.write(redact(printed.getvalue()))  # of --print_config and --help
     values.pop("config", None)
     return cls(**values)
 
@@ -136,8 +146,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump_yaml(config: Any) -> str:
-    """Return a resolved configuration as YAML, in the order of its fields."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    """Return a resolved configuration as YAML, in the order of its fields, without secrets."""
+    return yaml.safe_dump(redacted(to_dict(config)), sort_keys=False)
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from statex_dist.redact import redact
+
 LINE_LENGTH = 380
 """Characters of a message; with the prefix of an entry point (``[rank 3] error: ``) a line has at most 400."""
 
@@ -22,22 +24,25 @@ SHOWN_LENGTH = 200
 """Characters of a foreign value in a message."""
 
 _SHORTENED = " [...] "
+_LONGEST_SECRET = 4096
+"""Characters of a secret that is found where a text is cut."""
 
 
 def bounded_line(text: str, length: int = LINE_LENGTH) -> str:
     """Return a text as one line of at most ``length`` characters, cut in its middle, control characters escaped.
 
-    The end of a message says what to do, so it is kept.
+    The end of a message says what to do, so it is kept. Secrets are taken out before the text is cut.
     """
-    if len(text) > 4 * length:  # no pass over a text that is cut anyway
-        text = text[: 2 * length] + _SHORTENED + text[-2 * length :]
-    text = " ".join(text.split())
+    if len(text) > 4 * length + 2 * _LONGEST_SECRET:  # no pass over a text that is cut anyway
+        head, tail = redact(text[: 2 * length + _LONGEST_SECRET]), redact(text[-2 * length - _LONGEST_SECRET :])
+        text = head[: 2 * length] + _SHORTENED + tail[-2 * length :]
+    text = " ".join(redact(text).split())
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     if len(text) <= length:
         return text
-    tail = (length - len(_SHORTENED)) // 3
-    return text[: length - len(_SHORTENED) - tail] + _SHORTENED + text[-tail:]
+    end = (length - len(_SHORTENED)) // 3
+    return text[: length - len(_SHORTENED) - end] + _SHORTENED + text[-end:]
 
 
 def one_line(error: BaseException) -> str:
@@ -99,6 +104,12 @@ _REMEDIES: Mapping[int, str] = {
     errno.EPERM: "make it accessible for this user, or choose another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit of open files (fs.file-max)",
+    errno.ESTALE: "the file server no longer knows it: mount the file system again",
+    errno.EIO: "the device or the file server fails: look at the system's log (dmesg)",
+    errno.ENOTCONN: "mount the file system again",
+    errno.ENOTDIR: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "correct the links",
 }
 
 
@@ -115,6 +126,23 @@ def os_error_text(error: OSError) -> str:
     if where is None:
         return refusal(error)
     return f"{where if isinstance(where, str) else shown(where)}: {refusal(error)}"
+
+
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def failure_text(error: BaseException, place: str | Path) -> str:
+    """Return in one line why a job failed.
+
+    Args:
+        error: What ended it.
+        place: Where the job writes; named where the system refused to write and does not say where.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return one_line(error)
+    if error.filename is None and error.errno in _OF_A_DISK:
+        return bounded_line(f"{place} cannot be written: {refusal(error)}")
+    return bounded_line(os_error_text(error))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import os
 from rich.console import Console
 from rich.logging import RichHandler
 
+from statex_dist.redact import keep_secrets
+
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -30,13 +32,14 @@ class RankFilter(logging.Filter):
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Configure the loggers of this project for a process.
+    """Configure the loggers of this project for a process, and keep secrets out of the records of all loggers.
 
     On a terminal the output is coloured; elsewhere (files, schedulers) each record is one plain line on stderr.
 
     Args:
         level: Threshold of the project's loggers.
     """
+    keep_secrets()
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
@@ -45,7 +48,8 @@ def setup_logging(level: int = logging.INFO) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
-    handler.addFilter(RankFilter(int(os.environ.get("RANK", "0"))))
+    rank = os.environ.get("RANK", "0")
+    handler.addFilter(RankFilter(int(rank) if rank.isdecimal() else 0))  # a wrong one is refused where it is used
     for name in ("statex_dist", "checkpoints_tools", "launch"):
         logger = logging.getLogger(name)
         logger.setLevel(level)

@@ -27,7 +27,7 @@ from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.plain import PlainEngine
-from statex_dist.errors import ConfigError, DataError, StateXError, one_line
+from statex_dist.errors import ConfigError, DataError, StateXError, failure_text
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained
@@ -38,7 +38,8 @@ from statex_dist.models.source import find_model
 from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule, log_schedule, schedule_facts, warn_of_changed_rates
 from statex_dist.parallel.context import ContextGroup
-from statex_dist.parallel.env import ProcessEnv, read_env, share_cores
+from statex_dist.parallel.env import ProcessEnv, read_env, require_device, share_cores
+from statex_dist.redact import redact, redacted
 from statex_dist.run_config import DataSource, RunConfig
 from statex_dist.train.claim import claim
 from statex_dist.train.guard import BadStepsError, Guard, NoTargetsError
@@ -77,6 +78,7 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
         StateXError: The configuration, the data or a checkpoint is wrong.
     """
     env = read_env()
+    require_device(env)
     share_cores(env)
     if config.engine.name == "plain" and env.world_size > 1:
         raise ConfigError(f"engine.name plain runs in one process, not {env.world_size}; use engine.name zero3")
@@ -96,6 +98,9 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
         config.data.packs_per_step * config.data.seq_len,
         env.world_size,
     )
+    if stop.received:
+        logger.info("told to stop before the first step: there is nothing to save")
+        return False
     # Only now, so that a start that is refused leaves no directory behind.
     with claim(Path(config.run_dir)) if env.rank == 0 else nullcontext():
         engine = build_engine(config, model, env, accumulation_steps)
@@ -152,7 +157,7 @@ def _train(
             run_dir,
             config.metrics,
             start_step=start_step,
-            settings=to_dict(config),
+            settings=redacted(to_dict(config)),
             num_steps=num_steps,
             utilisation=utilisation(
                 training_flops_per_token(model),
@@ -164,7 +169,7 @@ def _train(
         for name, report in loader.report(max_windows=1).items() if start_step == 0 else ():
             logger.info(
                 "%s: %.2f %% padding, %.1f %% of the documents cut, %.1f documents in a sequence of %d (first window)",
-                config.data.paths[name],
+                redact(config.data.paths[name]),
                 100 * report.waste,
                 100 * report.cut_documents / max(report.documents, 1),
                 report.documents_per_pack,
@@ -209,7 +214,7 @@ def _train(
         exit_code = error.exit_code if isinstance(error, StateXError) else 1
         write_failure(
             run_dir,
-            one_line(error),
+            failure_text(error, run_dir),
             exit_code=exit_code,
             world_size=engine.world_size,
             step=trainer.step,
@@ -328,7 +333,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
     if config.engine.name == "zero3":
         from statex_dist.engine.zero3 import Zero3Engine, init_process_group
 
-        init_process_group(env, config.engine)
+        init_process_group(env, config.engine, _shared_settings(config))
     optimizer = build_optimizer(
         model.named_parameters(), no_decay=no_decay, roles=parameter_roles(model.config), config=config.optimizer
     )
@@ -356,6 +361,21 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
         context=ContextGroup.join(config.parallel.context, timeout=timedelta(minutes=config.engine.timeout_minutes)),
         passing=passing,
     )
+
+
+def _shared_settings(config: RunConfig) -> dict[str, object]:
+    """Return the settings that all ranks must have alike, by dotted name, without secrets."""
+
+    def flat(section: dict[str, object], path: str) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in section.items():
+            found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        return found
+
+    # A cache is each host's own, and so may be the way to it.
+    return {
+        k: v for k, v in flat(redacted(to_dict(config)), "").items() if k not in ("data.cache_dir", "data.cache_limit")
+    }
 
 
 def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig) -> dict[str, str]:

@@ -121,7 +121,7 @@ class Attempt:
         """Write the variables that deepspeed takes to other hosts: those that it would take anyway, and our own."""
         given = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
         found = {path.resolve(): None for path in (Path.home() / given, Path(given)) if path.is_file()}
-        lines = [line for path in found for line in path.read_text(encoding="utf-8").splitlines() if "=" in line]
+        lines = [line for path in found for line in path.read_text(encoding="utf-8-sig").splitlines() if "=" in line]
         file = Path(self._files.name) / "environment"
         file.write_text("\n".join([*lines, f"{ATTEMPT_VARIABLE}={self.name}"]) + "\n", encoding="utf-8")
         return file

@@ -10,13 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, shown
 
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER_SECONDS}")
-_LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)", flags=re.ASCII)
+_LINE = re.compile(r"(\S+)[ \t]+slots=(\d+)", flags=re.ASCII)
+# No more than names: ssh takes what begins with "-" for an option, and pdsh reads commas and brackets as lists.
+_NAME = re.compile(r"(?:[\w.-]+@)?[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", flags=re.ASCII)
+_MAX_SLOTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +37,38 @@ def read_hostfile(path: Path) -> list[Host]:
         ConfigError: It cannot be read, is empty, or a line is wrong.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile {path} cannot be read: {error}") from None
+        raise ConfigError(f"--hostfile {path} cannot be read: {error}; save it as UTF-8") from None
     hosts: list[Host] = []
+    seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not (text := line.partition("#")[0].strip()):
             continue
-        if (match := _LINE.fullmatch(text)) is None:
-            raise ConfigError(f"--hostfile {path}, line {number}: {text!r} is not of the form 'name slots=N'")
-        if match[1] in {host.name for host in hosts}:
-            raise ConfigError(f"--hostfile {path}, line {number}: {match[1]} is there twice; give it all slots at once")
-        hosts.append(Host(match[1], int(match[2])))
+        try:
+            host = _host(text)
+            if (before := seen.setdefault(host.name.lower(), number)) != number:
+                raise ConfigError(f"{host.name} is in line {before} too; give it all slots at once")
+        except ConfigError as error:
+            raise ConfigError(f"--hostfile {path}, line {number}: {error}") from None
+        hosts.append(host)
     if not hosts:
-        raise ConfigError(f"--hostfile {path} names no host")
+        raise ConfigError(f"--hostfile {path} names no host; write a line 'name slots=N' for each")
     return hosts
+
+
+def _host(text: str) -> Host:
+    """Return the host of a line without comments."""
+    if (match := _LINE.fullmatch(text)) is None:
+        raise ConfigError(f"{shown(text)} is not of the form 'name slots=N'")
+    name, slots = match[1], match[2]
+    if name.count(":") > 1:
+        raise ConfigError(f"{name} is an IPv6 address, which pdsh cannot take; give a name, in /etc/hosts or DNS")
+    if _NAME.fullmatch(name) is None:
+        raise ConfigError(f"{shown(name)} is not a host name; allowed are letters, digits and . _ - (one host a line)")
+    if len(slots) > 4 or not 1 <= int(slots) <= _MAX_SLOTS:
+        raise ConfigError(f"slots={slots} of {name}: give the ranks that it can run, from 1 to {_MAX_SLOTS}")
+    return Host(name, int(slots))
 
 
 def run_on(host: str, command: str, *, seconds: float) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from statex_dist.engine.passing import StatePassing
 from statex_dist.errors import CheckpointError
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv
+from statex_dist.parallel.joining import join_processes
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,18 @@ _MODEL_STATES = "_model_states.pt"
 _DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
 
 
-def init_process_group(env: ProcessEnv, config: EngineConfig) -> None:
-    """Join the other ranks. A process without a launcher becomes a world of one."""
+def init_process_group(env: ProcessEnv, config: EngineConfig, facts: Mapping[str, object] | None = None) -> None:
+    """Join the other ranks. A process without a launcher becomes a world of one.
+
+    Args:
+        env: This process.
+        config: How long ranks wait for each other.
+        facts: Settings that must be equal on all ranks, by name.
+
+    Raises:
+        StateXError: The ranks do not find each other, or differ.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, str(value))
     _DEEPSPEED_LOGGER.setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives that torch 2.13 renames; every call would warn.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -70,9 +79,13 @@ def init_process_group(env: ProcessEnv, config: EngineConfig) -> None:
         dist.init_process_group(env.backend, store=store, rank=0, world_size=1)
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
-    deepspeed.init_distributed(
-        env.backend, timeout=timedelta(minutes=config.timeout_minutes), auto_mpi_discovery=False, verbose=False
-    )
+    limit = timedelta(minutes=config.timeout_minutes)
+    if env.world_size > 1 and not dist.is_initialized():
+        versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "python": sys.version.split()[0]}
+        join_processes(env, env.backend, join_limit=limit, wait_limit=limit, facts={**versions, **(facts or {})})
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, str(value))
+    deepspeed.init_distributed(env.backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
 
 
 class _Capture(TorchCheckpointEngine):

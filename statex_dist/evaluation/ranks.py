@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from statex_dist.errors import ConfigError, StateXError
-from statex_dist.parallel.env import join_processes, read_env
+from statex_dist.errors import StateXError
+from statex_dist.parallel.env import read_env
+from statex_dist.parallel.joining import join_processes
 from statex_dist.parallel.together import OtherRankError, all_or_none
 
 __all__ = ["OtherRankError", "Ranks", "open_ranks"]
@@ -71,8 +72,6 @@ def open_ranks() -> Iterator[Ranks]:
     if env.world_size == 1:
         yield Ranks()
         return
-    if not 0 <= env.rank < env.world_size:
-        raise ConfigError(f"RANK {env.rank} is not below WORLD_SIZE {env.world_size}; start it with torchrun")
     # gloo whatever the device: only words are exchanged, never tensors.
     join_processes(env, "gloo", join_limit=WAIT_LIMIT, wait_limit=WAIT_LIMIT)
     try:

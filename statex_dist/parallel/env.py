@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,15 +26,48 @@ class ProcessEnv:
 
 
 def read_env() -> ProcessEnv:
-    """Read RANK, LOCAL_RANK and WORLD_SIZE; a process without a launcher is rank 0 of 1."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    """Read RANK, LOCAL_RANK and WORLD_SIZE; a process without a launcher is rank 0 of 1.
+
+    Raises:
+        ConfigError: They are no numbers, contradict each other, or are not all set.
+    """
+    world_size, local_rank = _number("WORLD_SIZE", 1, lowest=1), _number("LOCAL_RANK", 0)
+    if world_size > 1 and not os.environ.get("RANK"):
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size}, but RANK is not set; start the ranks with torchrun or deepspeed, or unset "
+            "WORLD_SIZE for one process"
+        )
+    rank = _number("RANK", 0)
+    if rank >= world_size:
+        raise ConfigError(
+            f"RANK {rank} is not below WORLD_SIZE {world_size}; ranks count from 0: set both alike on every process, "
+            "or start them with torchrun or deepspeed"
+        )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return ProcessEnv(
-        rank=int(os.environ.get("RANK", "0")),
-        local_rank=local_rank,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        device=device,
-    )
+    return ProcessEnv(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
+
+
+def require_device(env: ProcessEnv) -> None:
+    """Raise if this process has no device of its own.
+
+    Raises:
+        ConfigError: It is on a machine with fewer GPUs than processes.
+    """
+    if env.device.type == "cuda" and env.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK {env.local_rank} has no GPU: {torch.cuda.device_count()} can be seen here "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); start fewer ranks on this host"
+        )
+
+
+def _number(name: str, default: int, *, lowest: int = 0) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isdecimal() and text.isascii() and len(text) < 10 and int(text) >= lowest):
+        raise ConfigError(
+            f"{name} {shown(text)} is not a number of {lowest} or more; start the ranks with torchrun or deepspeed, or "
+            "unset it for one process"
+        )
+    return int(text)
 
 
 def share_cores(env: ProcessEnv) -> None:
@@ -45,29 +76,6 @@ def share_cores(env: ProcessEnv) -> None:
     torchrun sets that variable and the deepspeed launcher does not: every rank would then use all cores, and several
     CPU ranks on one machine would spend their time waiting for each other.
     """
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    local_world_size = max(_number("LOCAL_WORLD_SIZE", 1), _number("LOCAL_SIZE", 1))
     if env.device.type == "cpu" and local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-
-
-def join_processes(env: ProcessEnv, backend: str, *, join_limit: timedelta, wait_limit: timedelta) -> None:
-    """Join the processes that a launcher started.
-
-    Args:
-        env: This process among them.
-        backend: Communication backends, in torch's form.
-        join_limit: Longest wait for the others to start.
-        wait_limit: Longest wait for one that runs.
-
-    Raises:
-        ConfigError: The launcher's variables lead nowhere.
-    """
-    try:
-        store, rank, size = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=join_limit))
-        store.set_timeout(wait_limit)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait_limit)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"WORLD_SIZE is {env.world_size}, but the ranks do not find each other ({' '.join(str(error).split())}); "
-            "start them with torchrun or deepspeed, or unset WORLD_SIZE"
-        ) from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, refusal
 
 LOCK_NAME = ".lock"
 
@@ -34,5 +34,5 @@ def claim(
     except Timeout:
         raise ConfigError(f"run_dir {run_dir}: {taken}, or give another run_dir") from None
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written: {error}") from None
+        raise ConfigError(f"run_dir {run_dir} cannot be written: {refusal(error)}") from None
     return lock

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,14 @@ class Metrics:
         self._incomplete = False
         self._wandb = None
         if config.wandb_project:
-            self._wandb = WandbRun(run_dir, project=config.wandb_project, name=config.wandb_name, settings=settings)
+            self._wandb = WandbRun(
+                run_dir,
+                project=config.wandb_project,
+                name=config.wandb_name,
+                settings=settings,
+                start_step=start_step,
+                earlier=_records(self.path),
+            )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one step's record; ``record['step']`` counts from 1. Numbers that are not finite become null."""
@@ -147,6 +154,12 @@ def _record(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file that holds nothing else."""
+    with path.open(encoding="utf-8") as file:
+        yield from filter(None, map(_record, file))
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def write_failure(
         epochs: Passes over each source, where they are known.
         restart: Whether another start may do better.
     """
-    if not run_dir.is_dir():
+    if not os.path.isdir(run_dir):  # noqa: PTH112 - False too where the system refuses the path itself
         return
     status = RunStatus(
         state="failed",

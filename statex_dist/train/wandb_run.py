@@ -2,21 +2,32 @@
 
 A server that does not answer costs a run at most half a minute at its start and a quarter at its end; what could not be
 sent lies in the run's directory and is sent by ``wandb sync`` later.
+
+**Each step once**: a run goes on under one id, and wandb adds up what its starts have logged, so a step that was
+trained twice (after a kill, from an older checkpoint) would be there twice. Offline the lost steps are cut off the file
+of the start that was killed; online they stay as they were first logged. Steps that a kill kept from wandb are logged
+from ``metrics.jsonl``: wandb writes a step when the next one begins, and not at once.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import ssl
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.redact import holds_remembered, redact
+from statex_dist.train.wandb_files import is_offline, read_records, segments, synced_marker
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +45,45 @@ class WandbRun:
         run_dir: The run's directory; wandb's files go to ``wandb`` in it.
         project: Project there.
         name: Name of the run there; None lets wandb choose.
-        settings: The run's configuration.
+        settings: The run's configuration, without secrets.
+        start_step: Steps done before.
+        earlier: Records of those steps, in order.
     """
 
-    def __init__(self, run_dir: Path, *, project: str, name: str | None, settings: dict[str, Any]):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        project: str,
+        name: str | None,
+        settings: dict[str, Any],
+        start_step: int = 0,
+        earlier: Iterable[Mapping[str, Any]] = (),
+    ):
         # Its own telemetry would hold the process for 20 seconds at its end where the server is gone.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        run_id = _wandb_id(run_dir)
+        files = segments(run_dir, run_id)
+
         def start(mode: str) -> Any:
-            return wandb.init(
-                project=project,
-                name=name,
-                dir=str(run_dir),
-                config=settings,
-                mode=mode,  # type: ignore[arg-type]
-                id=_wandb_id(run_dir),
-                resume="allow",
-                settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS),
-            )
+            with _clean_arguments():
+                return wandb.init(
+                    project=project,
+                    name=name,
+                    dir=str(run_dir),
+                    config=settings,
+                    mode=mode,  # type: ignore[arg-type]
+                    id=run_id,
+                    resume="allow",
+                    settings=wandb.Settings(
+                        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, disable_git=_diff_holds_secret()
+                    ),
+                )
 
         self._failed = False
+        self._held = 0
         logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
         logger.info("wandb project %s, %s", project, mode)
@@ -62,7 +91,6 @@ class WandbRun:
             try:
                 _require_answer(wandb.setup().settings.base_url)
                 self._run = start(mode)
-                return
             except Exception as error:
                 # Whatever it is (no network, a wrong key, a server of another age), the training can do without.
                 logger.warning(
@@ -72,10 +100,39 @@ class WandbRun:
                 )
                 wandb.teardown()  # its service would not begin a second run with the id of the first
                 mode = "offline"
-        self._run = start(mode)
+        if mode != "online":
+            self._run = start(mode)
+        self._guarded(lambda: self._go_on(files, mode, start_step, earlier))
+
+    def _go_on(self, files: list[Path], mode: str, start_step: int, earlier: Iterable[Mapping[str, Any]]) -> None:
+        """Find out which steps wandb has, cut off those that are trained again, and log those that it lacks."""
+        self._held = start_step  # where this fails, no step is logged twice
+        if mode == "offline":
+            held = max((_cut(path, start_step) for path in files), default=0)
+        else:
+            held = max(int(self._run.starting_step) - 1, 0)
+            for path in files:
+                if is_offline(path):
+                    logger.info("%s: its steps are sent from metrics.jsonl; wandb sync is to leave it out", path)
+                    synced_marker(path).touch()
+        self._held = held
+        if held > start_step:
+            logger.warning(
+                "wandb has the steps up to %d already: it keeps those after %d as they were first trained; "
+                "metrics.jsonl has them as they are trained now",
+                *(held, start_step),
+            )
+        count = 0
+        for record in earlier:
+            count += record["step"] > held
+            self.log(record)
+        if count:
+            logger.info("wandb lacked %d steps up to %d; they are logged from metrics.jsonl", count, start_step)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Send a step's record; nested figures get names such as ``time/data``."""
+        """Send a step's record, unless wandb has that step; nested figures get names such as ``time/data``."""
+        if int(record["step"]) <= self._held:
+            return
         self._guarded(lambda: self._run.log(flat(record), step=int(record["step"])))
 
     def finish(self) -> None:
@@ -119,9 +176,62 @@ def _require_answer(url: str) -> None:
             raise
 
 
+@contextmanager
+def _clean_arguments() -> Iterator[None]:
+    """Let wandb, which records the program's arguments, see none with a secret."""
+    given = sys.argv
+    sys.argv = [redact(argument) for argument in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
+def _diff_holds_secret() -> bool:
+    """Return whether the working tree's changes, which some releases of wandb upload, hold a secret of this run."""
+    try:
+        done = subprocess.run(
+            ["git", "diff", "HEAD"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git; or too many changes to search in time
+        return shutil.which("git") is not None
+    return holds_remembered(done.stdout)
+
+
+def _cut(path: Path, step: int) -> int:
+    """Cut off what a start logged offline after a step, and a torn end; return the last step that the file holds.
+
+    A file that was sent already, or recorded online, is not changed. A file that a kill has left without its beginning
+    holds no step, and ``wandb sync`` would fail on it and send none of the others: it is marked as sent.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    end, held, may_cut, begun = 0, 0, is_offline(path), False
+    for record in read_records(path):
+        found = wandb_internal_pb2.Record.FromString(record.payload)  # type: ignore[attr-defined]
+        begun = begun or found.WhichOneof("record_type") == "run"
+        if found.WhichOneof("record_type") == "history":
+            number = found.history.step.num
+            if number > step and may_cut:
+                end = record.begin
+                break
+            held = max(held, number)
+        end = record.end
+    if may_cut and not begun:
+        synced_marker(path).touch()
+    elif may_cut and end < path.stat().st_size:
+        os.truncate(path, end)
+    return held
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return redact(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -373,15 +373,36 @@ def test_a_hostfile_is_read(tmp_path: Path):
     file = tmp_path / "hosts"
     file.write_text("# ours\nnode-a slots=4\n\nnode-b   slots=2 # slow\n")
     assert read_hostfile(file) == [Host("node-a", 4), Host("node-b", 2)]
+    for text in ("\ufeffnode-a slots=4\r\n\r\n", "node-a\tslots=4", "  node-a  slots=4  #\n#x\n", "node-a slots=04\n"):
+        file.write_text(text, encoding="utf-8", newline="")
+        assert read_hostfile(file) == [Host("node-a", 4)]
+    file.write_text("user@10.0.0.1 slots=1\nnode_2.rack.example slots=1024\n")
+    assert read_hostfile(file) == [Host("user@10.0.0.1", 1), Host("node_2.rack.example", 1024)]
     for text, words in (
         ("", "names no host"),
+        ("# nobody\n", "names no host"),
         ("node-a\n", "line 1: 'node-a' is not of the form"),
-        ("a slots=1\nb slots=0\n", "line 2"),
-        ("a slots=1\na slots=1\n", "line 2: a is there twice"),
+        ("a slots=1\nb slots=0\n", "line 2: slots=0 of b: .*from 1 to 1024"),
+        ("a slots=1\nb slots=-1\n", "line 2: 'b slots=-1' is not of the form"),
+        ("a slots=2000\n", "line 1: slots=2000"),
+        (f"a slots={'9' * 5000}\n", "line 1: slots=999"),
+        ("a slots=2 max_slots=4\n", "line 1: .* is not of the form"),
+        ("a: slots=2\n", "line 1: 'a:' is not a host name"),
+        ("a slots=1\n\na slots=1\n", "line 3: a is in line 1 too"),
+        ("a slots=1\nA slots=1\n", "line 2: A is in line 1 too"),
+        ("\n[fe80::1] slots=2\n", "line 2: .*IPv6 address"),
+        ("::1 slots=2\n", "line 1: .*IPv6 address"),
+        ("node-[1-4] slots=2\n", "line 1: .*is not a host name"),
+        ("a,b slots=2\n", "line 1: .*is not a host name"),
+        ("-oProxyCommand=x slots=2\n", "line 1: .*is not a host name"),
+        ("a\ufeff slots=2\n", "line 1: .*is not a host name"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=words):
             read_hostfile(file)
+    file.write_bytes("a slots=2".encode("utf-16"))
+    with pytest.raises(ConfigError, match="save it as UTF-8"):
+        read_hostfile(file)
 
 
 def test_ranks_are_dealt_out_evenly():

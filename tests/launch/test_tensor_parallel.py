@@ -17,7 +17,9 @@ import torch.distributed as dist
 import launch.tensor_parallel
 from launch.tensor_parallel import open_tensor_parallel, start_ranks, wants_ranks
 from statex_dist.errors import ConfigError, StateXError
+from statex_dist.parallel import joining
 from statex_dist.parallel.together import OtherRankError
+from tests.launch.ports import free_port
 
 SCRIPT = """
 import os, signal, sys, time
@@ -148,7 +150,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     store = SimpleNamespace(set_timeout=lambda limit: None)
-    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([(store, 1, 2)]))
+    monkeypatch.setattr(joining, "_meet", lambda *args: store)
     for name in ("init_process_group", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *args, **options: None)
 
@@ -179,11 +181,17 @@ def test_a_rank_on_the_cpu_needs_no_gpu(monkeypatch):
 def test_ranks_that_do_not_come_are_not_waited_for_long(monkeypatch):
     for name, seconds in (("JOIN_LIMIT", 1), ("WAIT_LIMIT", 20)):
         monkeypatch.setattr(launch.tensor_parallel, name, timedelta(seconds=seconds))
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    place = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    wanted = r"the ranks do not find each other \(Timed out after [12] seconds .*1/2 clients joined.*start them with"
-    with pytest.raises(ConfigError, match=wanted), open_tensor_parallel(2):
+    wanted = r"of 2 ranks these did not come to 127.0.0.1:\d+ within 1 s: 1; .*start them"
+    with pytest.raises(joining.LostRanksError, match=wanted), open_tensor_parallel(2):
         pass
 
 

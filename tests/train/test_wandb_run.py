@@ -154,7 +154,7 @@ def test_errors_while_logging_are_told_once(caplog):
             raise ConnectionError("gone\nand more")
 
     run = object.__new__(WandbRun)
-    run._run, run._failed = Broken(), False
+    run._run, run._failed, run._held = Broken(), False, 0
     for step in (1, 2):
         run.log({"step": step})
     assert run._run.calls == 2

@@ -34,6 +34,7 @@ from statex_dist.data.storage.download_errors import (
 )
 from statex_dist.data.storage.mds import load_streaming
 from statex_dist.errors import ConfigError, DataError, bounded_line
+from statex_dist.redact import MARK, bare_url, holds_secret, remember
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,42 @@ def split_url(path: str | Path) -> tuple[str, str] | None:
     return scheme, f"{scheme}:{slashes}{rest}"
 
 
+_ELSEWHERE = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GCS_KEY and GCS_SECRET, or GOOGLE_APPLICATION_CREDENTIALS",
+    "azure": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
+    "azure-dl": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
+    "oci": "~/.oci/config",
+    "hf": "HF_TOKEN",
+    "dbfs": "DATABRICKS_HOST and DATABRICKS_TOKEN",
+}
+"""Where the SDK of each scheme looks for credentials."""
+
+
+def check_credentials(scheme: str, url: str) -> None:
+    """Raise if a URL holds credentials that are not used or cannot be read.
+
+    Raises:
+        ConfigError: It was redacted, its scheme takes no credentials, or its password is not percent-encoded.
+    """
+    if MARK in url:
+        raise ConfigError(f"{url} is without its credentials ({MARK}), as run directories show it; give the whole URL")
+    if scheme in _HTTP or scheme == "sftp":
+        parts = urlsplit(url)
+        try:
+            whole = parts.hostname is not None and (parts.port or True)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ConfigError(
+                f"{url}: host and port cannot be told from the rest; write / ? # and @ in a user name or password as "
+                "%2F %3F %23 and %40"
+            )
+    elif holds_secret(url):
+        where = f"set {_ELSEWHERE[scheme]}" if scheme in _ELSEWHERE else "use the configuration of its SDK"
+        raise ConfigError(f"{url}: URLs of {scheme} take no user, query or fragment; {where} instead")
+
+
 class RemoteDirectory:
     """A directory of objects behind a URL.
 
@@ -129,7 +166,9 @@ class RemoteDirectory:
             raise ConfigError(f"{url} is not a URL")
         self._scheme, self._url = split
         self._policy = policy
-        self.origin = _without_secrets(self._url).rstrip("/")
+        remember(self._url)
+        check_credentials(self._scheme, self._url)
+        self.origin = bare_url(self._url).rstrip("/")
         self._idle: list[Any] = []
         self._pid = os.getpid()
         if self._scheme not in _HTTP:
@@ -258,10 +297,7 @@ class RemoteDirectory:
         status = http_status(error)
         if isinstance(error, requests.HTTPError) and status is not None:
             return f"HTTP {status} {error.response.reason}"
-        text = " ".join(str(error).split()).replace(self._url, self.origin)
-        for secret in (urlsplit(self._url).query, urlsplit(self._url).password):
-            if secret:
-                text = text.replace(secret, "...")
+        text = str(error).replace(self._url, self.origin)
         return ("" if status is None else f"HTTP {status}, ") + f"{type(error).__name__}: {bounded_line(text, 150)}"
 
 
@@ -323,10 +359,3 @@ def _downloader(url: str) -> Any:
 
     downloader._create_s3_client = create_once
     return downloader
-
-
-def _without_secrets(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in (*_HTTP, "sftp"):
-        return url
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

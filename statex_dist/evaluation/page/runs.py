@@ -35,6 +35,7 @@ from statex_dist.evaluation.page.html import (
     table,
 )
 from statex_dist.evaluation.page.run_figures import draw_runs
+from statex_dist.redact import redact
 from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
 
@@ -144,7 +145,7 @@ def _read_run(directory: Path, name: str) -> TrainingRun:
     if not directory.is_dir():
         raise DataError(f"run directory not found: {directory}")
     records = read_metrics(directory)
-    config, status = _text(directory / SETTINGS_NAME), read_json(directory / STATUS_NAME)
+    config, status = redact(_text(directory / SETTINGS_NAME)), read_json(directory / STATUS_NAME)
     checkpoints = directory / CHECKPOINTS_DIR
     tags = complete_tags(checkpoints)
     model = read_json(checkpoints / tags[0] / MODEL_DIR / CONFIG_NAME) if tags else {}
