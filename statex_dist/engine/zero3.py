@@ -56,7 +56,9 @@ _MODEL_STATES = "_model_states.pt"
 
 
 def init_process_group(env: ProcessEnv, config: EngineConfig) -> None:
-    """Join the other ranks. A process without a launcher becomes a world of one."""
+    """Join the other ranks, unless that has been done. A process without a launcher becomes a world of one."""
+    if dist.is_initialized():
+        return
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, str(value))
@@ -84,6 +86,9 @@ class _Capture(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Remember one file."""
         self.files.append((Path(path), state_dict))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make nothing: the directory is there, or on a mount that is gone and must not be made elsewhere."""
 
 
 class Zero3Engine(TrainEngine):
