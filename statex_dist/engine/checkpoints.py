@@ -245,6 +245,7 @@ class Checkpoints:
         then that it is still at it: no collective waits for longer than a few seconds.
         """
         answers: list[tuple[str | None, str | None]] = []
+        ended: list[BaseException] = []
 
         def act() -> None:
             try:
@@ -253,13 +254,17 @@ class Checkpoints:
                 answers.append((None, str(error)))
             except Exception as error:  # whatever a damaged file makes of itself: the others wait for an answer
                 answers.append((None, f"{self.directory}: {reason(error)}"))
+            except BaseException as error:
+                ended.append(error)
 
-        worker = threading.Thread(target=act, name="resume", daemon=True) if self.engine.rank == 0 else None
+        worker = threading.Thread(target=act, name="rank 0", daemon=True) if self.engine.rank == 0 else None
         if worker is not None:
             worker.start()
         while True:
             if worker is not None:
                 worker.join(_ANSWER_SECONDS)
+            if ended:
+                raise ended[0]
             answer = self.engine.broadcast(answers[0] if answers else None)
             if answer is not None:
                 return answer
