@@ -230,7 +230,6 @@ class Checkpoints:
         logger.info("resuming from %s", self.directory / tag)
         client_state = self.engine.load(self.directory / tag)
         self.place.found(tag)
-        self.documents.resume(self.directory / tag, client_state["step"])
         if self.engine.rank == 0:
             prune(self.directory, self.policy)  # a kill may have come between a save and this
         self.engine.carried.load_state_dict(client_state.pop("carried", {}))
@@ -343,6 +342,7 @@ class Checkpoints:
             tag = fit(self.directory, tag, ranks)
         # A kill between rename and marker, or a damaged newest one, leaves a marker that names another.
         latest = self.directory / LATEST_NAME
-        if not latest.is_file() or latest.read_text(encoding="utf-8").strip() != tag:
+        if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != tag:
             write_durably(latest, tag)
+        self.documents.resume(self.directory / tag, step_of(tag) or 0)
         return tag

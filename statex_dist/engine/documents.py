@@ -46,7 +46,11 @@ class Documents:
         self._length = known_length(parse_config(self.model[CONFIG_NAME]))
 
     def resume(self, directory: Path, step: int) -> None:
-        """Go on from the checkpoint in ``directory``, of ``step`` steps."""
+        """Go on from the checkpoint in ``directory``, of ``step`` steps; only the rank that writes has to know.
+
+        Raises:
+            CheckpointError: The account of its steps is damaged.
+        """
         self.start_step, self.history = step, read_history(directory)
         saved = parse_config((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
         self._length = known_length(saved)

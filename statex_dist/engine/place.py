@@ -72,7 +72,7 @@ class Place:
         if self.mark is not None and not self.mark.exists():
             return f"{self.mark.parent} is not the directory in which this run began: a mount is gone"
         latest = self.directory / LATEST_NAME
-        named = latest.read_text(encoding="utf-8").strip() if latest.exists() else None
+        named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.exists() else None
         if named == self._latest:
             return None
         return (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.json_file import parse_json
-from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.checkpoint.manifest import sync, write_durably
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.train.console import StepLines
 from statex_dist.train.mfu import Utilisation
@@ -84,6 +84,7 @@ class Metrics:
         self._lines = StepLines(log_every=config.log_every, num_steps=num_steps)
         _drop_after(self.path, start_step)
         self.file = self.path.open("a", encoding="utf-8")
+        sync(run_dir)
         self._unwritten: list[str] = []
         self._full = False
         self._wandb = None
