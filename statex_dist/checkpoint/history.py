@@ -1,6 +1,6 @@
 """With which settings the steps of a checkpoint were trained: :data:`HISTORY_NAME` in its directory.
 
-A run may go on with other settings. Each checkpoint lists the settings of all its steps, so that it can be described
+A run may be resumed with other settings. Each checkpoint lists the settings of all its steps, so that it can be described
 without the run's directory, and whatever later starts of the run are given.
 """
 

@@ -16,7 +16,7 @@ class TrainedLength:
     Attributes:
         stages: The curriculum, in order.
         longest: Tokens of the longest document of each source.
-        carry: Whether a document that is cut goes on with its state, so that nothing is cut.
+        carry: Whether the state is kept where a document is cut, so that the whole document is one text.
     """
 
     stages: Sequence[Stage]

@@ -240,7 +240,7 @@ class Checkpoints:
     def _on_rank_0(self, action: Callable[[], str | None]) -> tuple[Any, str | None]:
         """Return what ``action`` returned on rank 0, and why it failed there.
 
-        It may take long (a checkpoint is cut anew, files of other hosts are waited for), so the others hear now and
+        It may take long (a checkpoint is resharded, files of other hosts are waited for), so the others hear now and
         then that it is still at it: no collective waits for longer than a few seconds.
         """
         answers: list[tuple[str | None, str | None]] = []

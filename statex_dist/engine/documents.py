@@ -1,4 +1,4 @@
-"""The small files of a checkpoint that say what it is: model, tokenizer, training length, settings of its steps."""
+"""The small files of a checkpoint: model configuration, tokenizer, training length, settings of its steps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Documents:
         self._length = known_length(parse_config(self.model[CONFIG_NAME]))
 
     def resume(self, directory: Path, step: int) -> None:
-        """Go on from the checkpoint in ``directory``, of ``step`` steps; only the rank that writes has to know.
+        """Continue from the checkpoint in ``directory``, of ``step`` steps; needed on the rank that writes.
 
         Raises:
             CheckpointError: The account of its steps is damaged.
@@ -64,7 +64,7 @@ class Documents:
         ahead = self.trained_length(self.start_step, num_steps)
         if 0 < ahead < self._length:
             logger.info(
-                "%s stays %d in the checkpoints: the weights were trained on texts of so many tokens; those of this "
+                "%s stays %d in the checkpoints: the weights were trained on texts of that many tokens; those of this "
                 "start have at most %d",
                 *(TRAIN_LENGTH_KEY, self._length, ahead),
             )

@@ -38,7 +38,7 @@ def require_shared(run_dir: Path, ranks: Ranks) -> None:
     with contextlib.ExitStack() as made:
         if problem := _problem(run_dir, ranks, made):
             made.close()
-            # No rank goes on, and perhaps writes why it failed, before what was made is gone.
+            # All ranks wait here: one that fails earlier could write its status into a directory that is being removed.
             ranks.broadcast(None)
             raise ConfigError(problem)
 
