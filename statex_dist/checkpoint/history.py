@@ -1,7 +1,7 @@
 """With which settings the steps of a checkpoint were trained: :data:`HISTORY_NAME` in its directory.
 
-A run may be resumed with other settings. Each checkpoint lists the settings of all its steps, so that it can be described
-without the run's directory, and whatever later starts of the run are given.
+A run may be resumed with other settings. Each checkpoint lists the settings of all its steps, so that it can be
+described without the run's directory, and whatever later starts of the run are given.
 """
 
 from __future__ import annotations
