@@ -111,7 +111,7 @@ def _join(probe: Path, rank: int, token: str, made: contextlib.ExitStack) -> str
     problem = wait_until_none(look)
     if problem is None and rank:
         try:
-            made.callback((probe / f"rank{rank}").unlink, missing_ok=True)
+            made.callback(_unlink, probe / f"rank{rank}")
             _write(probe, rank, token)
         except OSError as error:
             problem = refusal(error)
@@ -123,6 +123,12 @@ def _write(probe: Path, rank: int, token: str) -> None:
         file.write(token)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _unlink(path: Path) -> None:
+    """Remove a file if it is there; where it could not be written, it cannot be removed either."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _refusal(run_dir: Path, reports: list[tuple[str, str | None]]) -> str | None:

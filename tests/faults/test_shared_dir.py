@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,9 +36,9 @@ def config(tmp_path: Path) -> Path:
     )
 
 
-def start(config: Path, patience: float = 1.0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Start two ranks, each in its own directory."""
-    rank = f'cd {config.parent}/host$RANK && exec {sys.executable} {REPOSITORY}/launch/train.py --config "$0"'
+def start(config: Path, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Start two ranks, each in its own directory and below the command ``before``."""
+    rank = f'cd {config.parent}/host$RANK && exec {before} {sys.executable} {REPOSITORY}/launch/train.py --config "$0"'
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     return subprocess.run(
         [sys.executable, *launcher, "bash", "-c", rank, str(config)],
@@ -46,7 +47,7 @@ def start(config: Path, patience: float = 1.0, **variables: str) -> subprocess.C
             "PYTHONPATH": str(Path(__file__).parent / "injected"),
             "STATEX_FAULTS": "[]",
             "STATEX_FAULTS_DONE": str(config.parent),
-            "STATEX_PATIENCE": str(patience),
+            "STATEX_PATIENCE": "1",
             **variables,
         },
         capture_output=True,
@@ -67,6 +68,26 @@ def test_ranks_with_directories_of_their_own_are_refused(tmp_path: Path, config:
     assert result.stderr.count("exitcode  : 2 ") == 2
     assert 'Traceback (most recent call last):\n  File "' + str(REPOSITORY) not in result.stderr
     assert [list((tmp_path / f"host{rank}").iterdir()) for rank in (0, 1)] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_rank_that_cannot_write_there_is_named(tmp_path: Path, config: Path):
+    run = tmp_path / "shared"
+    run.mkdir()
+    for rank in (0, 1):
+        (tmp_path / f"host{rank}" / "run").symlink_to(run)
+    read_only = tmp_path / "read-only.sh"
+    mount = f"mount --bind {run} {run} && mount -o remount,ro,bind {run}"
+    read_only.write_text(f'[ "$RANK" = 0 ] && exec "$@"\n{mount} && exec "$@"\n')
+    result = start(config, f"unshare -m bash {read_only}")
+    if "unshare failed" in result.stderr or "mount: " in result.stderr:
+        pytest.skip("mounts of a process's own are not allowed here")
+    for prefix in ("error: ", "[rank 1] error: "):
+        words = rf"^{re.escape(prefix)}run_dir run cannot be used on .* .rank 1.: Read-only file system"
+        assert re.search(words, result.stderr, re.MULTILINE), result.stderr
+    assert result.stderr.count("exitcode  : 2 ") == 2
+    assert [path.name for path in run.iterdir()] == ["status.json"], "nothing but why it failed"
 
 
 def write_fault(config: Path, point: str, rank: int) -> dict[str, Any]:
