@@ -19,6 +19,7 @@ from statex_dist.data.prepare import prepare
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import EngineConfig
 from statex_dist.engine.checkpoints import Checkpoints
+from statex_dist.engine.documents import Documents
 from statex_dist.engine.zero3 import Zero3Engine
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.kinds import config_from_dict, make_plan
@@ -123,7 +124,9 @@ class _Bench:
         metrics = None
         if self.engine.rank == 0:
             metrics = Metrics(run_dir, self.config.metrics, start_step=first, settings={})
-        checkpoints = _OneSave(self.engine, run_dir / "checkpoints", {CONFIG_NAME: "{}"}, config.save_policy)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        documents = Documents(model={CONFIG_NAME: "{}"}, settings={})
+        checkpoints = _OneSave(self.engine, run_dir / "checkpoints", documents, config.save_policy)
         trainer = Trainer(
             self.engine,
             self.batches,

@@ -1,13 +1,14 @@
-"""The facts of a model card that lie in a training run's directory: its settings, and what its figures say."""
+"""The facts of a model card that lie in a checkpoint and its run: settings of its steps, and what its figures say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from statex_dist.checkpoint.history import Span, read_history
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME
 from statex_dist.errors import CheckpointError
@@ -57,31 +58,67 @@ def read_settings(run: Path) -> dict[str, Any]:
     return values
 
 
-def training_facts(run: Path, step: int | None) -> Iterator[tuple[str, str]]:
+def spans_of(checkpoint: Path, run: Path | None, step: int | None) -> list[Span]:
+    """Return the settings of a checkpoint's steps: its own account, or for want of one those of the run's last start.
+
+    Raises:
+        CheckpointError: A file is damaged.
+    """
+    if own := read_history(checkpoint):
+        return own
+    return [] if run is None else [Span(first_step=1, last_step=max(step or 1, 1), settings=read_settings(run))]
+
+
+def training_facts(checkpoint: Path, run: Path | None, step: int | None) -> Iterator[tuple[str, str]]:
     """Yield names and values of what is known of a training.
 
     Args:
-        run: The run's directory.
+        checkpoint: Directory of the checkpoint.
+        run: The run's directory; None of a checkpoint that was copied out of it.
         step: Optimizer step of the checkpoint; None where it is not known.
 
     Raises:
-        CheckpointError: A file of the run is damaged.
+        CheckpointError: A file of the run or of the checkpoint is damaged.
     """
-    settings = read_settings(run)
-    records = [r for r in _records(run / _METRICS_NAME) if step is None or r.get("step", 0) <= step]
+    spans = spans_of(checkpoint, run, step)
+    records = [] if run is None else [r for r in _records(run / _METRICS_NAME) if step is None or r["step"] <= step]
     tokens = [record["tokens"] for record in records if isinstance(record.get("tokens"), int)]
     if tokens and len(tokens) == (step or len(tokens)):
         yield "tokens, padding included", f"{sum(tokens):,}"
-    last = next((record for record in reversed(records) if record.get("step") == step), None)
+    last = next((record for record in reversed(records) if record["step"] == step), None)
     if last is not None and isinstance(last.get("loss"), int | float):
         yield "training loss of the last step (nats per token)", f"{last['loss']:.4f}"
     for key, name in _SETTINGS.items():
-        value: Any = settings
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            counts = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
-            yield name, f"{value:,}" if counts else str(value)
+        if told := _over_spans(spans, key):
+            yield name, told
+    if spans and not read_history(checkpoint):
+        yield "these settings", "of the run's last start: the checkpoint has no account of its own steps"
+    elif spans and spans[0].first_step > 1:
+        yield "settings are known", f"from step {spans[0].first_step:,} on"
+
+
+def _over_spans(spans: Sequence[Span], key: str) -> str:
+    """Return a setting's value, or its values with the steps of each; empty where it is in no span."""
+    parts: list[tuple[str, int, int]] = []
+    for span in spans:
+        told = _told(span.settings, key)
+        if parts and parts[-1][0] == told:
+            parts[-1] = (told, parts[-1][1], span.last_step)
+        else:
+            parts.append((told, span.first_step, span.last_step))
+    if len(parts) == 1:
+        return parts[0][0]
+    return ", ".join(f"{told or 'not set'} (steps {first:,} to {last:,})" for told, first, last in parts)
+
+
+def _told(settings: dict[str, Any], key: str) -> str:
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if value is None:
+        return ""
+    counts = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
+    return f"{value:,}" if counts else str(value)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -96,5 +133,5 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             if number == len(lines):
                 return
             raise CheckpointError(f"{path}, line {number} is damaged") from None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record

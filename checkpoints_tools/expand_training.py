@@ -19,6 +19,7 @@ from checkpoints_tools.training_states import Placeholder, TrainingStates, read_
 from checkpoints_tools.transfer import TensorJob
 from checkpoints_tools.zero3_writer import zero3_plan
 from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
+from statex_dist.checkpoint.history import read_history
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.kinds import family_of
 
@@ -58,7 +59,8 @@ def expanded_training_plan(
     jobs = list(expansion.jobs)
     held = {job.info.name for job in jobs}
     jobs += [TensorJob.copy(source.info(name)) for name in grown.buffers if name not in held]
-    return zero3_plan(grown, jobs, world_size or source.world_size, documents=documents, info=info)
+    history = read_history(source.facts.path)
+    return zero3_plan(grown, jobs, world_size or source.world_size, documents=documents, info=info, history=history)
 
 
 def _grown(training: TrainingStates, expansion: Expansion) -> TrainingStates:

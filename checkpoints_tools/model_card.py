@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 
 from checkpoints_tools.card_evaluation import Evaluated
-from checkpoints_tools.card_training import read_settings, run_of, training_facts
+from checkpoints_tools.card_training import run_of, spans_of, training_facts
 from checkpoints_tools.expansion_report import read_report
 from checkpoints_tools.hf_export import closed_note, export_notes, form_of
 from checkpoints_tools.hf_tokenizer import Kind
 from statex_dist import __version__
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts
+from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, MODEL_DIR, TRAIN_LENGTH_KEY
 from statex_dist.checkpoint.links import check_link
 from statex_dist.models.config import ModelConfig
@@ -139,8 +140,12 @@ def _base_model(facts: CardFacts, run: Path | None) -> str | None:
     if isinstance(named, str) and _HUB_NAME.fullmatch(named) and not Path(named).exists():
         return named
     account = read_report(facts.source.model_dir) if facts.source.model_dir is not None else None
-    if account is None and run is not None:
-        start = (read_settings(run).get("model") or {}).get("path")
+    # The first start has the model that the run began with; a later one may be given any of the same shape.
+    spans = [] if account is not None else spans_of(facts.source.path, run, None)
+    if spans and spans[0].first_step == 1:
+        model = spans[0].settings.get("model")
+        start = model.get("path") if isinstance(model, dict) else None
+        start = start if isinstance(start, str) else None
         account = read_report(Path(start)) if start and Path(start).is_dir() else None
         if account is None and start:
             return _place(start)
@@ -170,7 +175,8 @@ def _metadata(facts: CardFacts, header: dict[str, Any], base: str | None) -> dic
 def _introduction(facts: CardFacts) -> str:
     grown = " whose recurrent state was made larger" if facts.config.statex else ""
     step = facts.source.info.get("step")
-    at = f", step {step:,} of a training run" if isinstance(step, int) and run_of(facts.source.path) else ""
+    trained = run_of(facts.source.path) or read_history(facts.source.path)
+    at = f", step {step:,} of a training run" if isinstance(step, int) and trained else ""
     return (
         f"A recurrent language model of the family `{facts.config.MODEL_TYPE}`{grown}, exported by statex-dist "
         f"{__version__} from a checkpoint of layout `{facts.source.kind}`{at}."
@@ -209,10 +215,10 @@ def _numbers(facts: CardFacts) -> str:
 def _training(facts: CardFacts, run: Path | None) -> str:
     step, length = facts.source.info.get("step"), facts.values.get(TRAIN_LENGTH_KEY)
     rows: list[tuple[str, str]] = []
-    if run is not None:
+    if run is not None or read_history(facts.source.path):
         if isinstance(step, int):
             rows.append(("optimizer steps", f"{step:,}"))
-        rows += training_facts(run, step if isinstance(step, int) else None)
+        rows += training_facts(facts.source.path, run, step if isinstance(step, int) else None)
     if isinstance(length, int):
         rows.append(("longest text in training (tokens)", f"{length:,}"))
     return f"## Training\n\n{_table(('', ''), rows)}" if rows else ""

@@ -25,6 +25,7 @@ from statex_dist.checkpoint.formats.gathered_weights import tag_named_in
 from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource, natural_dtype, total_bytes
 from statex_dist.checkpoint.formats.zero3_layout import is_stage_1_or_2
 from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
+from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.trainer_dirs import trainer_states
 from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
@@ -294,7 +295,8 @@ def _training_plan(
         batch = batch_proposal(settings, source.world_size, ranks) if isinstance(settings, dict) else None
         documents = given.documents(None)
         info = {**info, "batch": batch, "source_world_size": source.world_size}
-        plan = zero3_plan(training, jobs, ranks, documents=lambda _: documents, info=info)
+        history = read_history(source.facts.path)
+        plan = zero3_plan(training, jobs, ranks, documents=lambda _: documents, info=info, history=history)
         return plan, notes, batch
     tag = tag_named_in(source.facts.path)
     if tag is not None and is_stage_1_or_2(tag):

@@ -25,7 +25,8 @@ from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
 from statex_dist.checkpoint.formats.zero3_layout import FlatLayout, partition_size, shares, sub_groups
 from statex_dist.checkpoint.formats.zero3_rank import WEIGHTS, Scalar
-from statex_dist.checkpoint.layout import LATEST_NAME, MODEL_DIR, tag_of
+from statex_dist.checkpoint.history import Span, history_text
+from statex_dist.checkpoint.layout import HISTORY_NAME, LATEST_NAME, MODEL_DIR, tag_of
 from statex_dist.checkpoint.torch_pickle import Size, TensorRef, mapped, new_tensor
 from statex_dist.errors import ConfigError
 
@@ -39,6 +40,7 @@ def zero3_plan(
     *,
     documents: Documents,
     info: dict[str, Any],
+    history: Sequence[Span] = (),
 ) -> TargetPlan:
     """Lay a training checkpoint out for ``world_size`` ranks.
 
@@ -48,6 +50,7 @@ def zero3_plan(
         world_size: Number of ranks.
         documents: Makes the small files of the model (``config.json``), by name.
         info: Facts for the manifest.
+        history: Settings of the steps of the training.
     """
     layout = _Layout(training, world_size)
     by_name = {job.info.name: job for job in jobs}
@@ -65,7 +68,8 @@ def zero3_plan(
     files = [layout.files(rank, folder) for rank in range(world_size)]
 
     def in_folder(written: Mapping[str, Any]) -> dict[str, Any]:
-        return {f"{folder}/{MODEL_DIR}/{name}": content for name, content in documents(written).items()}
+        found = {f"{folder}/{MODEL_DIR}/{name}": content for name, content in documents(written).items()}
+        return {**found, f"{folder}/{HISTORY_NAME}": history_text(history)} if history else found
 
     def places(job: TensorJob) -> Sequence[Piece]:
         return layout.places(job, folder)

@@ -6,25 +6,26 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from statex_dist.checkpoint.config_json import config_text
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, SETTINGS_NAME, STACKS_DIR, TRAIN_LENGTH_KEY
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, TRAIN_LENGTH_KEY
 from statex_dist.checkpoint.links import check_link
-from statex_dist.checkpoint.manifest import write_durably
-from statex_dist.config import dump_yaml, parse_size, to_dict
+from statex_dist.config import parse_size, to_dict
 from statex_dist.data.epochs import warn_of_repeats
 from statex_dist.data.formats import open_store
+from statex_dist.data.lengths import TrainedLength
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.same_tokenizer import check_same_tokenizer
 from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, Fit
+from statex_dist.engine.documents import Documents
 from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import ConfigError, DataError, StateXError, failure_text
@@ -39,14 +40,17 @@ from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule, log_schedule, schedule_facts, warn_of_changed_rates
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, require_device, share_cores
+from statex_dist.parallel.ranks import Ranks
 from statex_dist.redact import redact, redacted
-from statex_dist.run_config import DataSource, RunConfig
-from statex_dist.train.claim import claim
+from statex_dist.run_config import RunConfig
+from statex_dist.train.claim import LOCK_NAME
 from statex_dist.train.guard import BadStepsError, Guard, NoTargetsError
 from statex_dist.train.loop import Observers, Trainer
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.mfu import utilisation
 from statex_dist.train.profile import Profiler
+from statex_dist.train.settings import write_settings
+from statex_dist.train.shared_dir import claim_together, require_shared
 from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
 from statex_dist.train.status import RunStatus, State, write_failure, write_status
 from statex_dist.train.watchdog import Watchdog
@@ -87,9 +91,34 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     stop.install()
 
     stores = open_stores(config)
+    if config.engine.name == "zero3":
+        from statex_dist.engine.zero3 import init_process_group
+
+        init_process_group(env, config.engine, _shared_settings(config))
+    try:
+        # Before weights are read: no rank may find out at its first checkpoint that it has another directory.
+        require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
+        return _build_and_train(config, env, stores, accumulation_steps, stop, fit)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _build_and_train(
+    config: RunConfig,
+    env: ProcessEnv,
+    stores: dict[str, ShardStore],
+    accumulation_steps: int,
+    stop: StopRequest,
+    fit: Fit | None,
+) -> bool:
     model = build_model(config)
     loader = build_loader(config, stores, model.config, env)
-    model_files = describe_model(config, stores, model.config)
+    documents = Documents(
+        model=describe_model(config, stores, model.config),
+        settings=resolved(config),
+        trained_length=TrainedLength.of(config.data.stages(), stores, carry=config.data.long_documents == "carry"),
+    )
     logger.info(
         "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
         model.config.MODEL_TYPE,
@@ -102,10 +131,10 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
         logger.info("told to stop before the first step: there is nothing to save")
         return False
     # Only now, so that a start that is refused leaves no directory behind.
-    with claim(Path(config.run_dir)) if env.rank == 0 else nullcontext():
+    with claim_together(Path(config.run_dir), Ranks(env.rank, env.world_size)):
         engine = build_engine(config, model, env, accumulation_steps)
         try:
-            return _train(config, engine, model.config, loader, model_files, stop, fit)
+            return _train(config, engine, model.config, loader, documents, stop, fit)
         finally:
             engine.close()
 
@@ -115,12 +144,13 @@ def _train(
     engine: TrainEngine,
     model: ModelConfig,
     loader: PackedLoader,
-    model_files: dict[str, str],
+    documents: Documents,
     stop: StopRequest,
     fit: Fit | None,
 ) -> bool:
     run_dir = Path(config.run_dir)
-    checkpoints = Checkpoints(engine, run_dir / CHECKPOINTS_DIR, model_files, config.train.save_policy)
+    mark = run_dir / LOCK_NAME
+    checkpoints = Checkpoints(engine, run_dir / CHECKPOINTS_DIR, documents, config.train.save_policy, mark=mark)
     guard = Guard(config.guard, run_dir, rank=engine.rank)
     client_state = checkpoints.resume(fit)
     start_step = 0
@@ -139,7 +169,8 @@ def _train(
         states_every=config.metrics.states_every,
     )
     if engine.rank == 0:
-        write_durably(run_dir / SETTINGS_NAME, dump_yaml(config))
+        documents.tell_length(num_steps)
+        write_settings(run_dir, documents.settings, start_step)
         _write_status(run_dir, engine, "running", start_step, epochs)
         if start_step < num_steps:
             log_schedule(config.schedule, num_steps=num_steps)
@@ -157,7 +188,7 @@ def _train(
             run_dir,
             config.metrics,
             start_step=start_step,
-            settings=redacted(to_dict(config)),
+            settings=dict(documents.settings),
             num_steps=num_steps,
             utilisation=utilisation(
                 training_flops_per_token(model),
@@ -240,6 +271,11 @@ def _write_status(run_dir: Path, engine: TrainEngine, state: State, step: int, e
         )
     except OSError as error:
         logger.warning("the status of %s is not written: %s", run_dir, error)
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Return the run's configuration as it is written down: in ``config.yaml``, checkpoints and at wandb."""
+    return redacted(to_dict(config))
 
 
 def build_model(config: RunConfig) -> RecurrentLM:
@@ -373,15 +409,12 @@ def _shared_settings(config: RunConfig) -> dict[str, object]:
         return found
 
     # A cache is each host's own, and so may be the way to it.
-    return {
-        k: v for k, v in flat(redacted(to_dict(config)), "").items() if k not in ("data.cache_dir", "data.cache_limit")
-    }
+    return {k: v for k, v in flat(resolved(config), "").items() if k not in ("data.cache_dir", "data.cache_limit")}
 
 
 def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig) -> dict[str, str]:
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
-    values = {**model.to_dict(), TRAIN_LENGTH_KEY: longest_sequence(config.data, stores)}
-    files = {CONFIG_NAME: config_text(values)}
+    files = {CONFIG_NAME: config_text(model.to_dict())}
     source = find_model(config.model.path) if config.model.path is not None else None
     if source is not None:
         files |= _read_files(source, TOKENIZER_FILES)
@@ -395,17 +428,6 @@ def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: Mode
     else:
         logger.warning("no tokenizer found beside the model or the data: checkpoints will hold none")
     return files
-
-
-def longest_sequence(data: DataSource, stores: dict[str, ShardStore]) -> int:
-    """Return the most tokens that a state reads in training before it is emptied.
-
-    That is the longest document, cut at the length of a pack unless its state is carried on.
-    """
-    longest = max(
-        int(store.lengths(shard).max(initial=0)) for store in stores.values() for shard in range(store.num_shards)
-    )
-    return longest if data.long_documents == "carry" else min(longest, max(stage.seq_len for stage in data.stages()))
 
 
 def _read_files(directory: Path, names: Iterable[str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Every path and marker of a run's directory.
 
     RUN/
-      config.yaml                 the resolved configuration
+      config.yaml                 the resolved configuration of the last start
+      config-until-step40.yaml    that of an earlier one, where it was another
       metrics.jsonl               one line per logged step
       status.json                 how the last start of the run is doing, or how it ended
       stacks/rank0.txt            where each rank was when the watchdog ended the job
@@ -11,6 +12,7 @@
           zero_pp_rank_0_mp_rank_00_model_states.pt       DeepSpeed's files, one pair per rank
           bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt
           model/config.json                               the model's configuration and tokenizer marker
+          training.json                                   the settings of its steps
           MANIFEST.json
         global_step100-ranks2/    the same step, resharded for two ranks
         damaged-global_step80/    one that was found damaged, set aside
@@ -33,9 +35,10 @@ STATES_FORMAT = "statex-states"
 """What a file of states calls itself in its safetensors header."""
 
 TRAIN_LENGTH_KEY = "train_length"
-"""Key of ``config.json`` with the longest sequence of the model's last training, in tokens; no part of the model."""
+"""Key of ``config.json`` with the longest text that the weights were trained on, in tokens; no part of the model."""
 
 SETTINGS_NAME = "config.yaml"
+HISTORY_NAME = "training.json"
 PLAIN_STATE_NAME = "plain_state.pt"
 TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.checkpoint.config_json import differing_keys, parse_config
 from statex_dist.checkpoint.layout import (
     CONFIG_NAME,
@@ -29,16 +29,17 @@ from statex_dist.checkpoint.layout import (
     step_of,
     tag_of,
 )
+from statex_dist.checkpoint.leftovers import remove_leftovers
 from statex_dist.checkpoint.manifest import (
-    FileRecord,
     Manifest,
     commit_directory,
-    record_file,
     write_durably,
 )
 from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.documents import Documents
+from statex_dist.engine.place import Part, Place
 from statex_dist.engine.random_state import random_state, set_random_state
-from statex_dist.engine.retention import SavePolicy, prune, remove_leftovers, remove_tree
+from statex_dist.engine.retention import SavePolicy, prune
 from statex_dist.engine.snapshot import FileWriter, HostCopy
 from statex_dist.errors import CheckpointError, StateXError, reason
 
@@ -60,19 +61,29 @@ class Checkpoints:
 
     Args:
         engine: Whose state it is.
-        directory: Where they are.
-        model_files: Text files that describe the model (``config.json``, tokenizer), by name.
+        directory: Where they are; it is there.
+        documents: What a checkpoint says of itself.
         policy: How to write, what to keep.
+        mark: A file that is there as long as the run's directory is the one that this process began in.
     """
 
-    def __init__(self, engine: TrainEngine, directory: Path, model_files: Mapping[str, str], policy: SavePolicy):
+    def __init__(
+        self,
+        engine: TrainEngine,
+        directory: Path,
+        documents: Documents,
+        policy: SavePolicy,
+        *,
+        mark: Path | None = None,
+    ):
         self.engine = engine
         self.directory = directory
-        self.model_files = model_files
+        self.documents = documents
         self.policy = policy
+        self.place = Place(engine, directory, mark)
         self.failed = 0
         self._copy = HostCopy()
-        self._pending: tuple[int, FileWriter] | None = None
+        self._pending: tuple[int, FileWriter, float] | None = None
 
     def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False) -> None:
         """Save the state after ``step`` optimizer steps; one that is still being written is finished first.
@@ -87,16 +98,9 @@ class Checkpoints:
         """
         if self._pending is not None:
             self.finish(bear=last)  # with room again, the last save may well succeed
+        began = time.perf_counter()
         temporary = self._temporary(step)
-        problem = None
-        if self.engine.rank == 0:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-            except OSError as error:
-                problem = f"{temporary} cannot be made: {error}"
-        if problem := self.engine.broadcast(problem):
+        if problem := self.place.open(temporary):
             self._report_failure(step, problem, last=last)
             return
         carried = self.engine.carried.state_dict()
@@ -109,7 +113,7 @@ class Checkpoints:
             rank=self.engine.rank,
             retries=self.policy.retries,
         )
-        self._pending = (step, writer)
+        self._pending = (step, writer, began)
         if behind:
             writer.start()
         else:
@@ -136,32 +140,28 @@ class Checkpoints:
             CheckpointError: The last save failed, or too many in a row.
         """
         assert self._pending is not None
-        (step, writer), self._pending = self._pending, None
+        (step, writer, began), self._pending = self._pending, None
         writer.wait()
-        reports = self.engine.gather((writer.problem, writer.records))
-        problem = next((text for text, _ in reports if text), None)
-        if self.engine.rank == 0 and problem is None:
-            try:
-                self._commit(step, {n: FileRecord(**r) for _, part in reports for n, r in part.items()})
-            except WRITE_ERRORS as error:
-                problem = f"{self.directory / tag_of(step)} cannot be completed: {error}"
-        if problem := self.engine.broadcast(problem):
+        reports = self.engine.gather((writer.problem, writer.records, socket.gethostname()))
+        problem = next((text for text, _, _ in reports if text), None)
+        if problem is None:
+            _, problem = self._on_rank_0(lambda: self._commit(step, [(part, host) for _, part, host in reports]))
+        if problem:
             self._report_failure(step, problem, last=last, bear=bear)
             return
         self.failed = 0
-        logger.info("saved %s", self.directory / tag_of(step))
+        logger.info("saved %s (%.1f s)", self.directory / tag_of(step), time.perf_counter() - began)
         if self.engine.rank == 0:
             prune(self.directory, self.policy)
 
     def _report_failure(self, step: int, problem: str, *, last: bool, bear: bool = False) -> None:
         self.failed += 1
-        if self.engine.rank == 0:
-            remove_tree(self._temporary(step))
+        self.place.discard(self._temporary(step))
         if last or (self.failed >= MAX_FAILED_SAVES and not bear):
             newest = next(iter(complete_tags(self.directory)), None)
             whence = "the beginning: nothing has been saved" if newest is None else newest
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be saved: {problem}; see to the disk (is it full?) and start "
+                f"the checkpoint of step {step} cannot be saved: {problem}; see to the disk (full, or away?) and start "
                 f"again: the run goes on from {whence}"
             )
         logger.error(
@@ -172,12 +172,11 @@ class Checkpoints:
     def _temporary(self, step: int) -> Path:
         return self.directory / f"{TEMPORARY_PREFIX}{tag_of(step)}"
 
-    def _commit(self, step: int, files: dict[str, FileRecord]) -> None:
+    def _commit(self, step: int, parts: list[Part]) -> None:
+        """Make a checkpoint of the files that the ranks have written."""
         target, temporary = self.directory / tag_of(step), self._temporary(step)
-        (temporary / MODEL_DIR).mkdir()
-        for name, text in self.model_files.items():
-            write_durably(temporary / MODEL_DIR / name, text)
-            files[f"{MODEL_DIR}/{name}"] = record_file(temporary / MODEL_DIR / name)
+        files = self.place.require_seen(temporary, parts)
+        files |= self.documents.write(temporary, step)
         info = {"step": step, "world_size": self.engine.world_size}
         Manifest(kind=self.engine.kind, files=files, info=info).write(temporary)
         if target.exists():
@@ -187,7 +186,7 @@ class Checkpoints:
             shutil.rmtree(target)
         commit_directory(temporary, target)
         try:
-            write_durably(self.directory / LATEST_NAME, target.name)
+            self.place.name_latest(target.name)
         except OSError as error:
             # The checkpoint is there, and a resume finds it without the marker.
             logger.warning("%s cannot be written: %s", self.directory / LATEST_NAME, error)
@@ -214,6 +213,8 @@ class Checkpoints:
             if problem:
                 raise CheckpointError(problem)
             if tag is None:
+                if self.engine.rank == 0:
+                    remove_leftovers(self.directory)
                 return None
             reports = self.engine.gather(self._verify_part(tag))
             if unreadable := [text for _, text in reports if text]:
@@ -228,6 +229,9 @@ class Checkpoints:
             raise CheckpointError(problem)
         logger.info("resuming from %s", self.directory / tag)
         client_state = self.engine.load(self.directory / tag)
+        self.place.found(tag)
+        if self.engine.rank == 0:
+            prune(self.directory, self.policy)  # a kill may have come between a save and this
         self.engine.carried.load_state_dict(client_state.pop("carried", {}))
         if rng := client_state.pop("rng", None):
             set_random_state(rng)
@@ -236,10 +240,11 @@ class Checkpoints:
     def _on_rank_0(self, action: Callable[[], str | None]) -> tuple[Any, str | None]:
         """Return what ``action`` returned on rank 0, and why it failed there.
 
-        It may take long (a checkpoint is cut anew), so the others hear now and then that it is still at it: no
-        collective waits for longer than a few seconds.
+        It may take long (a checkpoint is resharded, files of other hosts are waited for), so the others hear now and
+        then that it is still at it: no collective waits for longer than a few seconds.
         """
         answers: list[tuple[str | None, str | None]] = []
+        ended: list[BaseException] = []
 
         def act() -> None:
             try:
@@ -248,13 +253,17 @@ class Checkpoints:
                 answers.append((None, str(error)))
             except Exception as error:  # whatever a damaged file makes of itself: the others wait for an answer
                 answers.append((None, f"{self.directory}: {reason(error)}"))
+            except BaseException as error:
+                ended.append(error)
 
-        worker = threading.Thread(target=act, name="resume", daemon=True) if self.engine.rank == 0 else None
+        worker = threading.Thread(target=act, name="rank 0", daemon=True) if self.engine.rank == 0 else None
         if worker is not None:
             worker.start()
         while True:
             if worker is not None:
                 worker.join(_ANSWER_SECONDS)
+            if ended:
+                raise ended[0]
             answer = self.engine.broadcast(answers[0] if answers else None)
             if answer is not None:
                 return answer
@@ -310,7 +319,7 @@ class Checkpoints:
                 f"give --engine.name {manifest.kind}, or another run_dir"
             )
         saved = parse_config((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
-        given = parse_config(self.model_files[CONFIG_NAME])
+        given = parse_config(self.documents.model[CONFIG_NAME])
         if other := [key for key in differing_keys(saved, given) if key != TRAIN_LENGTH_KEY]:
             raise CheckpointError(
                 f"{directory} is of another model (config.json differs in {', '.join(other)}); "
@@ -333,7 +342,7 @@ class Checkpoints:
             tag = fit(self.directory, tag, ranks)
         # A kill between rename and marker, or a damaged newest one, leaves a marker that names another.
         latest = self.directory / LATEST_NAME
-        if not latest.is_file() or latest.read_text(encoding="utf-8").strip() != tag:
+        if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != tag:
             write_durably(latest, tag)
-        remove_leftovers(self.directory)
+        self.documents.resume(self.directory / tag, step_of(tag) or 0)
         return tag

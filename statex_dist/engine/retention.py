@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from statex_dist.checkpoint.layout import TEMPORARY_PREFIX, complete_tags, step_of
-
-logger = logging.getLogger(__name__)
+from statex_dist.checkpoint.leftovers import remove_leftovers, remove_tree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,18 +48,3 @@ def withdraw(checkpoints: Path, tag: str) -> Path:
     if doomed.exists():
         shutil.rmtree(doomed)
     return (checkpoints / tag).replace(doomed)
-
-
-def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what killed saves and deletions left behind."""
-    for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
-        if leftover.is_dir():
-            remove_tree(leftover)
-
-
-def remove_tree(directory: Path) -> None:
-    """Delete a directory under a name that is never taken for a checkpoint; a failure is only said."""
-    try:
-        shutil.rmtree(directory)
-    except OSError as error:
-        logger.warning("%s cannot be removed: %s", directory, error)

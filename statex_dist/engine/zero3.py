@@ -59,7 +59,7 @@ _DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
 
 
 def init_process_group(env: ProcessEnv, config: EngineConfig, facts: Mapping[str, object] | None = None) -> None:
-    """Join the other ranks. A process without a launcher becomes a world of one.
+    """Join the other ranks, unless that has been done. A process without a launcher becomes a world of one.
 
     Args:
         env: This process.
@@ -69,6 +69,8 @@ def init_process_group(env: ProcessEnv, config: EngineConfig, facts: Mapping[str
     Raises:
         StateXError: The ranks do not find each other, or differ.
     """
+    if dist.is_initialized():
+        return
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _DEEPSPEED_LOGGER.setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives that torch 2.13 renames; every call would warn.
@@ -98,6 +100,9 @@ class _Capture(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Remember one file."""
         self.files.append((Path(path), state_dict))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make nothing: the directory is there, or on a mount that is gone and must not be made elsewhere."""
 
 
 class Zero3Engine(TrainEngine):

@@ -43,6 +43,8 @@ class TrainConfig:
         save_retries: Further attempts of a rank whose files could not be written.
         hang_minutes: A phase of a step that takes longer ends the job, with the stacks of every rank; 0 never, None
             after two thirds of ``engine.timeout_minutes``, when collectives have not given up yet.
+        shared_run_dir: Whether all ranks have the same ``run_dir``, which is tested at the start. ``false`` is for run
+            directories on each host's own disk, and is refused: it is not built yet.
         state_passing: Probability of a sequence to begin from the state at another's end instead of an empty one
             (arXiv 2507.02782), so that long texts do not meet the model with states it has never seen.
     """
@@ -54,6 +56,7 @@ class TrainConfig:
     save_async: bool = False
     save_retries: int = 2
     hang_minutes: float | None = None
+    shared_run_dir: bool = True
     state_passing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -64,6 +67,11 @@ class TrainConfig:
         for name in ("save_every", "keep_every", "save_retries", "hang_minutes"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
+        if not self.shared_run_dir:
+            raise ConfigError(
+                "train.shared_run_dir false (a run_dir on each host's own disk) is not built yet; leave it true, and "
+                "give a run_dir on a file system that all hosts share"
+            )
         if not 0 <= self.state_passing <= 1:
             raise ConfigError(f"train.state_passing is a probability, from 0 to 1, not {self.state_passing}")
         if self.save_retries > MAX_RETRIES:
@@ -186,17 +194,21 @@ class Trainer:
         if self._agree(fetched).no_batch:
             self._raise(fetched)
         self._tell_profiler()
+        start, save_seconds = time.perf_counter(), 0.0
         while True:
-            start, batch = time.perf_counter(), fetched.batch
+            batch = fetched.batch
             record, end = self._train_step(batch)
             done = self.step == self.config.num_steps
             fetched = _Fetched() if done or end else self._fetch()
             agreed = self._agree(fetched)
             ends_badly = end is not None or agreed.no_batch
             last = done or agreed.stop or ends_badly
-            save_seconds = self._save_if_due(batch, last=last, written=agreed.written, ends_badly=ends_badly)
             record["time"] |= {"data": fetched.seconds, "save": save_seconds}
-            self._report(record, batch, time.perf_counter() - start)
+            now = time.perf_counter()
+            # Before the save: a step that was saved has its record. What the save costs is in the next one.
+            self._report(record, batch, now - start)
+            start = now
+            save_seconds = self._save_if_due(batch, last=last, written=agreed.written, ends_badly=ends_badly)
             self._tell_profiler()
             if end is not None:
                 raise end
@@ -309,6 +321,8 @@ class Trainer:
         start = time.perf_counter()
         if last or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
             self._beat("save")
+            if self.observers.metrics is not None:
+                self.observers.metrics.flush()
             # The state travels with the batch: a loader that has already fetched ahead does not matter.
             state = {"loader": batch[-1].loader_state, "guard": self.guard.state_dict(), "schedule": dict(self.facts)}
             try:

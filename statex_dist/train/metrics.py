@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.json_file import parse_json
-from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.checkpoint.manifest import sync, write_durably
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.train.console import StepLines
 from statex_dist.train.mfu import Utilisation
@@ -22,6 +22,9 @@ from statex_dist.train.wandb_run import WandbRun
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+
+MAX_WAITING = 10_000
+"""Records that are kept while the disk is full."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +63,7 @@ class Metrics:
     Args:
         run_dir: The run's directory.
         config: What is reported.
-        start_step: Steps done before; records after it are of a life that was lost and are dropped.
+        start_step: Steps done before; records after it are of steps that were lost, and are dropped.
         settings: The run's configuration, for wandb.
         num_steps: Steps of the whole run, for the time left; None where its end is not known.
         utilisation: Computes the MFU; None where the device's peak is not known.
@@ -81,7 +84,9 @@ class Metrics:
         self._lines = StepLines(log_every=config.log_every, num_steps=num_steps)
         _drop_after(self.path, start_step)
         self.file = self.path.open("a", encoding="utf-8")
-        self._incomplete = False
+        sync(run_dir)
+        self._unwritten: list[str] = []
+        self._full = False
         self._wandb = None
         if config.wandb_project:
             self._wandb = WandbRun(
@@ -104,20 +109,40 @@ class Metrics:
         if line := self._lines.line(record):
             logger.info("%s", line)
 
-    def _append(self, line: str) -> None:
-        """Write a line at once, or leave it out: figures are not worth a run."""
+    def flush(self) -> None:
+        """Have all records so far on disk: the step of a checkpoint has its record, whenever the process is killed."""
+        self._write_waiting()
         try:
-            size, data = os.fstat(self.file.fileno()).st_size, line.encode()
-            if os.write(self.file.fileno(), data) < len(data):
-                os.ftruncate(self.file.fileno(), size)  # half a line would spoil the next one
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.file.fileno())
         except OSError as error:
-            if not self._incomplete:
-                logger.warning("%s has gaps from here on: %s", self.path, error)
-            self._incomplete = True
+            logger.warning("%s may lack its last records after a power cut: %s", self.path, error)
+
+    def _append(self, line: str) -> None:
+        """Write a line at once, or keep it for the next time: figures are not worth a run."""
+        self._unwritten.append(line)
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._unwritten:
+                size, data = os.fstat(self.file.fileno()).st_size, self._unwritten[0].encode()
+                if os.write(self.file.fileno(), data) < len(data):
+                    os.ftruncate(self.file.fileno(), size)  # half a line would spoil the next one
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                del self._unwritten[0]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                logger.warning("%s has gaps from here on, until it can be written again: %s", self.path, error)
+            self._full = True
+            if len(self._unwritten) > MAX_WAITING:
+                del self._unwritten[0]
 
     def close(self) -> None:
-        """Close."""
+        """Close; what could not be written is named."""
+        self._write_waiting()
+        if self._unwritten:
+            logger.warning("%s lacks the records of the last %d steps or more", self.path, len(self._unwritten))
         self.file.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -174,14 +199,18 @@ def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Remove records after ``step``, and lines that are none, such as a last one that a kill cut short."""
+    """Leave one record of each step up to ``step``, in order; name lines that are none, and steps without a record."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         record = _record(line)
-        if record is None:
+        if record is None and line:
             logger.warning("%s: dropping a line that is no record: %.80s", path, line)
-        elif record["step"] <= step:
-            kept.append(line)
-    write_durably(path, "".join(line + "\n" for line in kept))
+        elif record is not None and record["step"] <= step:
+            kept[record["step"]] = line  # of two, the later one is of the step that was saved
+    if missing := [number for number in range(1, step + 1) if number not in kept]:
+        logger.warning(
+            "%s has no record of %d of %d steps (the first of them: %d)", path, len(missing), step, missing[0]
+        )
+    write_durably(path, "".join(f"{kept[number]}\n" for number in sorted(kept)))

@@ -13,6 +13,7 @@ from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.checkpoint.manifest import FileRecord, Manifest
 from statex_dist.config import parse_config
 from statex_dist.data.formats import open_store
+from statex_dist.data.lengths import TrainedLength
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
@@ -20,7 +21,7 @@ from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
 from statex_dist.models.kinds import config_from_dict, read_config
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.run import longest_sequence, open_stores, train
+from statex_dist.run import open_stores, train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.claim import claim
 from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
@@ -305,12 +306,10 @@ def test_checkpoints_say_what_length_they_were_trained_at(tmp_path: Path, shards
         int(store.lengths(shard).max()) for store in [open_store(shards)] for shard in range(store.num_shards)
     )
     assert read_config(model).extra == {"train_length": min(256, longest)}
-    data = config.data
-    assert longest_sequence(data, open_stores(config)) == min(256, longest)
-    data.curriculum = []
-    assert longest_sequence(data, open_stores(config)) == 64, "cut at the pack's length"
-    data.long_documents = "carry"
-    assert longest_sequence(data, open_stores(config)) == longest
+    stages, stores = config.data.stages(), open_stores(config)
+    length = TrainedLength.of(stages, stores, carry=False)
+    assert [length(0, 2), length(0, 3), length(2, 3), length(3, 3)] == [64, min(256, longest), min(256, longest), 0]
+    assert TrainedLength.of(stages, stores, carry=True)(0, 1) == longest
 
 
 def test_two_processes_cannot_train_into_one_run(tmp_path: Path, shards: Path):

@@ -153,3 +153,28 @@ def test_durations_have_two_units(seconds, text):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         MetricsConfig(**settings)
+
+
+def test_each_step_has_one_record_in_order_and_gaps_are_named(tmp_path: Path, caplog):
+    lines = [record(step, loss=loss) for step, loss in ((1, 1.0), (3, 3.0), (2, 2.0), (3, 3.5), (5, 5.0), (6, 6.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in lines))
+    write(tmp_path, record(6, loss=7.0), start_step=5)
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3.5), (5, 5), (6, 7)]
+    assert "has no record of 1 of 5 steps (the first of them: 4)" in caplog.text
+
+
+def test_records_that_found_no_room_are_written_when_there_is_room(tmp_path: Path, monkeypatch, caplog):
+    metrics = Metrics(tmp_path, MetricsConfig(), start_step=0, settings={})
+    metrics.write(record(1))
+    with monkeypatch.context() as full:
+        full.setattr("statex_dist.train.metrics.os.write", lambda *_: 0)
+        metrics.write(record(2))
+        metrics.flush()
+        metrics.write(record(3))
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+    metrics.flush()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    metrics.write(record(4))
+    metrics.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert sum("has gaps from here on" in message for message in caplog.messages) == 1

@@ -10,8 +10,7 @@ from tests.models.tiny import gla_config
 
 
 @pytest.fixture
-def describe(monkeypatch):
-    monkeypatch.setattr(run, "longest_sequence", lambda data, stores: 64)
+def describe():
     stores = {"a": SimpleNamespace(manifest=SimpleNamespace(tokenizer="bytes"))}
 
     def files(path):

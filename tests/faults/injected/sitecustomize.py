@@ -2,7 +2,8 @@
 
 ``STATEX_FAULTS`` holds a JSON list of ``{"point", "rank", "call"}``. In each start of the job the first fault that has
 not happened yet is armed: at the ``call``-th passage of its point by its rank it happens, and leaves a file in
-``STATEX_FAULTS_DONE``. The library itself knows nothing of this.
+``STATEX_FAULTS_DONE``. ``STATEX_PATIENCE`` is how long a rank waits for files of others. The library itself knows
+nothing of this.
 """
 
 import functools
@@ -35,12 +36,21 @@ def _hang_here(marker):
         time.sleep(1)
 
 
+def _swap(link, to, marker):
+    """Have another directory under the name of one, as where a mount goes away."""
+    marker.touch()
+    Path(f"{link}.new").symlink_to(to)
+    Path(f"{link}.new").replace(link)
+
+
 def _apply():
     import torch
 
-    from statex_dist.engine import checkpoints, snapshot
+    from statex_dist.checkpoint import visible
+    from statex_dist.engine import place, snapshot
     from statex_dist.engine.carry import CarriedStates
 
+    visible.PATIENCE_SECONDS = float(os.environ.get("STATEX_PATIENCE", visible.PATIENCE_SECONDS))
     fault, marker = _armed()
     if fault is None or fault["rank"] != int(os.environ.get("RANK", "0")):
         return
@@ -79,8 +89,11 @@ def _apply():
     elif point == "before the manifest":
         snapshot.FileWriter.wait = at(snapshot.FileWriter.wait, die)
     elif point == "between rename and latest":
-        names_latest = lambda path, _: path.name == "latest"  # noqa: E731
-        checkpoints.write_durably = at(checkpoints.write_durably, die, only=names_latest)
+        place.Place.name_latest = at(place.Place.name_latest, die)
+    elif point == "mount away":
+        place.Place.open = at(place.Place.open, lambda *_: _swap(fault["link"], fault["to"], marker))
+    elif point == "mount away in a save":
+        snapshot.FileWriter.run = at(snapshot.FileWriter.run, lambda *_: _swap(fault["link"], fault["to"], marker))
     else:
         raise ValueError(point)
 

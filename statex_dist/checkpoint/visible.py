@@ -1,0 +1,50 @@
+"""What one host sees of another's files: at once on one machine, seconds later on a network file system."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 30.0
+"""How long a file of another host may take to appear; NFS clients ask for new entries after 30 s at the latest."""
+
+_PAUSE_SECONDS = 0.2
+
+
+def wait_until_none(look: Callable[[], T | None]) -> T | None:
+    """Return what ``look`` returns when it returns None, or at last when :data:`PATIENCE_SECONDS` are over."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while (found := look()) is not None and time.monotonic() < end:
+        time.sleep(_PAUSE_SECONDS)
+    return found
+
+
+def fresh_names(directory: Path) -> set[str]:
+    """Return the names in a directory, none if it is not there; listing makes a network file system look again."""
+    try:
+        return {path.name for path in directory.iterdir()}
+    except OSError:
+        return set()
+
+
+def unseen_files(directory: Path, sizes: Mapping[str, int]) -> list[str] | None:
+    """Return the files that are not in ``directory`` with their size, or None.
+
+    Args:
+        directory: Where they were written.
+        sizes: Bytes of each file, by its path relative to ``directory``.
+    """
+    for folder in {(directory / name).parent for name in sizes}:
+        fresh_names(folder)
+    return [name for name, size in sizes.items() if _size(directory / name) != size] or None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None

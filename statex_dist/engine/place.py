@@ -1,0 +1,106 @@
+"""The directory of a run's checkpoints: the same one for all ranks, at every save."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from statex_dist.checkpoint.layout import LATEST_NAME
+from statex_dist.checkpoint.leftovers import remove_tree
+from statex_dist.checkpoint.manifest import FileRecord, write_durably
+from statex_dist.checkpoint.visible import fresh_names, unseen_files, wait_until_none
+from statex_dist.engine.base import TrainEngine
+from statex_dist.errors import shown
+
+_NAMED = 3
+
+Part = tuple[dict[str, dict[str, Any]], str]
+"""Records of the files of a rank by name, and its host."""
+
+
+class Place:
+    """Where checkpoints are written, which a mount that goes away must not change.
+
+    Args:
+        engine: The ranks.
+        directory: The checkpoints' directory; it is there.
+        mark: A file that is there as long as the run's directory is the one that this process began in; or None.
+    """
+
+    def __init__(self, engine: TrainEngine, directory: Path, mark: Path | None):
+        self.engine, self.directory, self.mark = engine, directory, mark
+        self._latest: str | None = None
+
+    def found(self, tag: str) -> None:
+        """Take note of the tag that ``latest`` names."""
+        self._latest = tag
+
+    def name_latest(self, tag: str) -> None:
+        """Have ``latest`` name a tag."""
+        write_durably(self.directory / LATEST_NAME, tag)
+        self._latest = tag
+
+    def open(self, temporary: Path) -> str | None:
+        """Make the directory of a save; return what is wrong, the same on all ranks, where one does not see it.
+
+        Nothing is made above it: what is not there is a mount that is gone, and under its name lies another disk.
+        """
+        problem = None
+        if self.engine.rank == 0:
+            try:
+                problem = self._gone()
+                if problem is None:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir()
+            except OSError as error:
+                problem = f"{temporary} cannot be made: {error}"
+        if problem := self.engine.broadcast(problem):
+            return problem
+        host = socket.gethostname()
+        blind = wait_until_none(lambda: None if temporary.name in fresh_names(self.directory) else host)
+        hosts = [f"rank {rank} on {name}" for rank, name in enumerate(self.engine.gather(blind)) if name]
+        if not hosts:
+            return None
+        more = f" and {len(hosts) - _NAMED} more" if len(hosts) > _NAMED else ""
+        return f"{', '.join(hosts[:_NAMED])}{more} cannot see {temporary}, which rank 0 has made: a mount is gone"
+
+    def _gone(self) -> str | None:
+        """Return why this is not the directory in which this process began and saved, or None."""
+        if self.mark is not None and not self.mark.exists():
+            return f"{self.mark.parent} is not the directory in which this run began: a mount is gone"
+        latest = self.directory / LATEST_NAME
+        named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.exists() else None
+        if named == self._latest:
+            return None
+        return (
+            f"{latest} {'is not there' if named is None else f'names {shown(named)}'}; this run left "
+            f"{self._latest or 'none'}: a mount is gone, or another program changed it"
+        )
+
+    def require_seen(self, temporary: Path, parts: Sequence[Part]) -> dict[str, FileRecord]:
+        """Return the records of all files that the ranks have written, once this rank sees them with their sizes.
+
+        Raises:
+            OSError: It does not see them all: they lie on another disk.
+        """
+        writers = {name: rank for rank, (part, _) in enumerate(parts) for name in part}
+        files = {name: FileRecord(**record) for part, _ in parts for name, record in part.items()}
+        sizes = {name: record.size for name, record in files.items()}
+        if unseen := wait_until_none(lambda: unseen_files(temporary, sizes)):
+            names = [f"{name} (of rank {writers[name]} on {parts[writers[name]][1]})" for name in unseen[:2]]
+            raise OSError(
+                f"rank {self.engine.rank} on {parts[self.engine.rank][1]} does not see {len(unseen)} of {len(files)} "
+                f"files in {temporary}: {', '.join(names)}{' ...' if len(unseen) > 2 else ''}"
+            )
+        return files
+
+    def discard(self, temporary: Path) -> None:
+        """Remove what a save that failed has written, on all ranks together."""
+        if self.engine.rank == 0 and temporary.exists():
+            remove_tree(temporary)
+        self.engine.barrier()
+        # Where another directory has taken the place of the run's, this rank's files are still there.
+        shutil.rmtree(temporary, ignore_errors=True)
