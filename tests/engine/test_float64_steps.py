@@ -68,6 +68,7 @@ def configure(directory: Path, case: dict[str, Any], *arguments: str) -> RunConf
     optimizer = {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY, "gradient_clipping": CLIP}
     file = write_run(
         directory / f"run{os.getpid()}.yaml",
+        run_dir=str(directory / "run"),  # ranks that differ in a setting are refused
         model={"path": str(directory / "model")},
         data=data,
         train={"num_steps": STEPS},

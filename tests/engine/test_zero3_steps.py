@@ -77,6 +77,7 @@ def work(rank: int, directory: str, port: int) -> None:
 def configure(directory: Path, engine: dict[str, Any], *arguments: str) -> RunConfig:
     file = write_run(
         directory / f"run{os.getpid()}.yaml",
+        run_dir=str(directory / "run"),  # ranks that differ in a setting are refused
         model={"path": str(directory / "model")},
         data={"path": str(directory / "data" / "shards")},
         engine=engine,

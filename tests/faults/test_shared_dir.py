@@ -65,7 +65,7 @@ def test_ranks_with_directories_of_their_own_are_refused(tmp_path: Path, config:
         assert "(rank 1) and rank 0 on " in line
         assert "do not have the same directory at run_dir run" in line
         assert len(line) <= 400
-    assert result.stderr.count("exitcode  : 2 ") == 2
+    assert "exitcode  : 2 " in result.stderr  # torchrun may end the other rank, which has spoken by then
     assert 'Traceback (most recent call last):\n  File "' + str(REPOSITORY) not in result.stderr
     assert [list((tmp_path / f"host{rank}").iterdir()) for rank in (0, 1)] == [[], []]
 
