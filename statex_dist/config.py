@@ -23,7 +23,7 @@ import jsonargparse
 import yaml
 
 from statex_dist.errors import ConfigError, one_line, reason, shown
-from statex_dist.redact import redact, redacted, remember_all
+from statex_dist.redact import redact, redacted, remember_all, remember_found
 
 T = TypeVar("T")
 
@@ -64,7 +64,9 @@ def check_keys(cls: type, values: Any, *, path: str = "", source: str = "config"
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        remember_found(text)  # errors quote parts of a line
+        return yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.optim.groups import OptimizerConfig
 from statex_dist.optim.schedule import ScheduleConfig
 from statex_dist.parallel.context import ParallelConfig
+from statex_dist.redact import holds_secret
 from statex_dist.train.guard import GuardConfig
 from statex_dist.train.loop import TrainConfig
 from statex_dist.train.metrics import MetricsConfig
@@ -117,6 +118,8 @@ class DataSource:
     def __post_init__(self) -> None:
         if (self.path is None) == (not self.sources):
             raise ConfigError("data: give either data.path (one source) or data.sources (a mixture)")
+        if named := [name for name in self.sources or {} if holds_secret(name)]:
+            raise ConfigError(f"data.sources: the name {named[0]} holds credentials, and names are shown; give a word")
         for name in ("seq_len", "packs_per_step", "window_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be 1 or more, not {getattr(self, name)}")

@@ -15,7 +15,6 @@ from statex_dist.redact import bare_url, holds_secret, redact, redacted, remembe
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch):
     monkeypatch.setattr(module, "_secrets", {})
-    monkeypatch.setattr(module, "_pattern", None)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_keys_of_the_environment(monkeypatch):
 
 
 def test_nested_values_and_messages():
-    assert redacted({"a": [URL], "b": ("x", 1)}) == {"a": ["https://***@host/a?***"], "b": ("x", 1)}
+    assert redacted({"a": [URL], "b": ("x", 1)}) == {"a": ["https://***@host/a?***"], "b": ["x", 1]}
     remember_all({"a": [f"--data.path={URL}"]})
     assert str(ConfigError(f"{URL}: no")) == "https://***@host/a?***: no"
     for length in (10_000, 100_000):
@@ -119,6 +118,12 @@ from statex_dist.redact import remember
 setup_logging()
 logging.basicConfig(level=logging.DEBUG)
 remember({URL!r})
+import warnings
+class Ignored:
+    def __del__(self):
+        raise ValueError({URL!r})
+Ignored()
+warnings.warn({URL!r})
 logging.getLogger("urllib3").debug("GET %s", "/a?X-Amz-Signature=ab%2Fcd%2B12")
 logging.getLogger("statex_dist").warning("at %s", {URL!r})
 try:
@@ -137,11 +142,104 @@ raise KeyError("ab/cd+12")
 def test_third_party_records_and_tracebacks_of_a_process():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    for expected in ("urllib3", "OSError: https://***@host/a?***", "in thread", "KeyError: '***'", "at https://***@"):
+    for expected in (
+        "urllib3",
+        "OSError: https://***@host/a?***",
+        "in thread",
+        "KeyError: '***'",
+        "UserWarning: https://***@",
+        "Exception ignored in",
+        "at https://***@",
+    ):
         assert expected in done.stderr
+    assert "UserWarning: https://***@" in done.stderr
+    assert "Exception ignored in" in done.stderr
     source = [line for line in done.stderr.splitlines() if "File " not in line]
     for secret in ("ab%2Fcd", "ab/cd", "p%40s", PASSWORD):
         assert not [line for line in source if secret in line], secret
+
+
+SIGNED = (
+    "http://h/d?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA5%2F2026&X-Amz-Date=20260101T000000Z"
+    "&X-Amz-Expires=3600&X-Amz-SignedHeaders=host&X-Amz-Signature=deadbeef01"
+)
+
+
+def test_the_public_parts_of_a_signed_query_are_ordinary_text():
+    remember(SIGNED)
+    text = "localhost, step 3600 of 13600: AWS4-HMAC-SHA256"
+    assert redact(text) == text
+    assert redact("deadbeef01 AKIA5/2026") == "*** ***"
+
+
+@pytest.mark.parametrize("password", ["a", "pw", "abc"])
+def test_a_short_password_leaves_other_text(password: str):
+    remember(f"http://me:{password}@host/x")
+    assert redact(f"http://me:{password}@host/x") == "http://***@host/x"
+    for text in ("a step at a time, abc pw", f"name:{password}c"):
+        assert redact(text) == text
+
+
+def test_a_password_that_is_a_word_is_replaced_as_a_word():
+    remember("http://me:train@host/x")
+    assert redact("'train' training train_batch me%3Atrain") == "'***' training train_batch ***"
+    assert redacted({"run_dir": "/x/train", "path": "http://me:train@host/x"}) == {
+        "run_dir": "/x/train",
+        "path": "http://***@host/x",
+    }
+
+
+@pytest.mark.parametrize("password", ["a.*b+(c[", "pa ss'w\"d", "пароль-1", "pé$$word", "s3cret\\d"])
+def test_passwords_of_any_characters(password: str):
+    url = f"http://me:{password}@host/x"
+    for given in (url, f"--data.path={url}", f"http://me:{quote(password, safe='')}@host/x"):
+        remember_all([given])
+        assert password not in str(redacted([given]))
+        for form in (password, repr(password)[1:-1], ascii(password)[1:-1], quote(password, safe="")):
+            assert redact(f"no {form}.") == "no ***."
+        module._secrets.clear()
+
+
+def test_urls_one_behind_another():
+    remember_all("http://h/x,http://u:comma-pass@h/y")
+    assert redact("comma-pass http://a/x,http://u:p@h/y;s3://k:q@i/z?k=http://e:f@g/") == (
+        "*** http://a/x,http://***@h/y;s3://***@i/z?***"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://h" + ")" * 200_000 + "x", "http://h/," * 20_000, "a://" * 50_000, "http://h/" + "?token" * 40_000],
+    ids=["brackets", "urls", "schemes", "names"],
+)
+def test_the_cost_of_hostile_text_is_linear(text: str):
+    """Quadratic cost would be minutes or hours here."""
+    assert len(redact(text)) > 0
+    remember_all(text)
+
+
+def test_many_secrets_cost_no_more_than_their_number():
+    remember_all([f"http://user{i}:pAss%2Fw0rd{i * 7919}@host/a?X-Amz-Signature=ab{i}cd%2B12ff" for i in range(1000)])
+    assert redact("pAss/w0rd7919, ab999cd+12ff") == "***, ***"
+
+
+def test_paths_in_variables_named_like_keys(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSH_KEY", str(tmp_path))
+    monkeypatch.setenv("GCS_KEY", "GOOG1EXYZ")
+    monkeypatch.setenv("SOME_TOKEN", "true")
+    module.remember_environment()
+    assert redact(f"{tmp_path}/a is true: GOOG1EXYZ") == f"{tmp_path}/a is true: ***"
+
+
+def test_a_record_that_cannot_be_shown_does_not_fail_its_caller():
+    class Broken:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    for message, arguments in (("%s", (Broken(),)), ("%(x)s", ({},)), ("%s %s", ("a",))):
+        module._CleanRecord("x", logging.ERROR, "f", 1, message, arguments, None)
+    record = module._CleanRecord("x", logging.INFO, "f", 1, "%d of %s", (5, "a"), None)
+    assert record.args == (5, "a")
 
 
 def test_a_record_with_wrong_arguments_is_still_logging_s_to_report(caplog):

@@ -58,7 +58,6 @@ def search(directory: Path) -> int:
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redact, "_secrets", {})
-    monkeypatch.setattr(redact, "_pattern", None)
     # One more attempt, soon: its warning is a place for secrets too.
     monkeypatch.setattr(formats, "RetryPolicy", lambda **given: RetryPolicy(retries=1, first_wait=0.01))
 
@@ -146,6 +145,24 @@ def test_a_configuration_that_is_printed_or_used_again(tmp_path: Path, capsys):
     (tmp_path / "again.yaml").write_text(printed)
     assert train(["--config", str(tmp_path / "again.yaml")]) == 2
     assert "without its credentials (***)" in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_no_yaml(tmp_path: Path, capsys):
+    """The parser quotes a part of the line, in which the begin of the URL may be missing."""
+    for blanks in range(0, 60, 7):
+        url = with_secrets(f"http://{'h' * blanks}/shards")
+        (tmp_path / "run.yaml").write_text(f"data: {{path: {url}: x: y}}\n{url}: [\n")
+        assert train(["--config", str(tmp_path / "run.yaml")]) == 2
+    assert found_in(capsys.readouterr().err.encode()) == []
+
+
+def test_a_source_s_name_is_no_place_for_them(tmp_path: Path, capsys):
+    url = with_secrets("http://host/shards")
+    data = {"sources": {url: {"path": "/data"}}}
+    assert train(["--config", str(write_run(tmp_path / "run.yaml", model={"config": GLA}, data=data))]) == 2
+    said = capsys.readouterr().err
+    assert "names are shown" in said
+    assert found_in(said.encode()) == []
 
 
 def test_an_old_run_is_reported_without_them(tmp_path: Path):

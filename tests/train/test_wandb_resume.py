@@ -153,7 +153,6 @@ def _last(run_dir: Path) -> int:
 
 def test_changes_of_the_working_tree_that_hold_a_secret_are_kept_from_wandb(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(redact, "_secrets", {})
-    monkeypatch.setattr(redact, "_pattern", None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     redact.remember("http://user:pa55word@host/a")
