@@ -7,7 +7,6 @@ a failure that a restart would not mend, 75 told to stop and to be started again
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,7 @@ if __name__ == "__main__":
 
 from statex_dist.config import parse_config
 from statex_dist.errors import ConfigError, StateXError, one_line
-from statex_dist.log import setup_logging
-from statex_dist.redact import holds_secret
+from statex_dist.log import setup_logging, warn_of_arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,11 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from statex_dist.run_config import RunConfig
 
         config = parse_config(RunConfig, train, prog="train.py", description="Train a recurrent language model.")
-        if any(holds_secret(argument) for argument in train):
-            logging.getLogger("launch").warning(
-                "the command line has a URL with credentials: ps and the launcher's own output show it; give the URL "
-                "in the configuration file, which can be readable for you alone (chmod 600)"
-            )
+        warn_of_arguments(train)
         hosts = read_hostfile(options.hostfile) if options.hostfile is not None else []
         policy = Policy(
             min_ranks=options.min_ranks,

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from statex_dist.config import parse_config
 from statex_dist.errors import StateXError, failure_text, one_line
-from statex_dist.log import setup_logging
+from statex_dist.log import setup_logging, warn_of_arguments
 
 if TYPE_CHECKING:
     from statex_dist.run_config import RunConfig
@@ -35,8 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from statex_dist.run import train
         from statex_dist.run_config import RunConfig
         from statex_dist.train.signals import EXIT_PREEMPTED
+        from statex_dist.train.status import ATTEMPT_VARIABLE
 
         config = parse_config(RunConfig, arguments, prog="train.py", description="Train a recurrent language model.")
+        # The supervisor has said so already.
+        if os.environ.get("RANK", "0") == "0" and ATTEMPT_VARIABLE not in os.environ:
+            warn_of_arguments(arguments)
         return 0 if train(config, fit_world_size) else EXIT_PREEMPTED
     except StateXError as error:
         _say(one_line(error))

@@ -5,11 +5,12 @@ Library modules call ``logging.getLogger(__name__)``; entry points call :func:`s
 
 import logging
 import os
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from statex_dist.redact import keep_secrets
+from statex_dist.redact import holds_secret, keep_secrets
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -55,3 +56,12 @@ def setup_logging(level: int = logging.INFO) -> None:
         logger.setLevel(level)
         logger.handlers[:] = [handler]
         logger.propagate = False
+
+
+def warn_of_arguments(arguments: Sequence[str]) -> None:
+    """Warn of credentials on the command line."""
+    if any(holds_secret(argument) for argument in arguments):
+        logging.getLogger("statex_dist").warning(
+            "the command line has a URL with credentials: ps and the launcher's own output show it; give the URL "
+            "in the configuration file, which can be readable for you alone (chmod 600)"
+        )

@@ -39,7 +39,7 @@ from statex_dist.models.source import find_model
 from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule, log_schedule, schedule_facts, warn_of_changed_rates
 from statex_dist.parallel.context import ContextGroup
-from statex_dist.parallel.env import ProcessEnv, read_env, require_device, share_cores
+from statex_dist.parallel.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
 from statex_dist.parallel.ranks import Ranks
 from statex_dist.redact import redact, redacted
 from statex_dist.run_config import RunConfig
@@ -81,6 +81,7 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     Raises:
         StateXError: The configuration, the data or a checkpoint is wrong.
     """
+    require_launcher()
     env = read_env()
     require_device(env)
     share_cores(env)

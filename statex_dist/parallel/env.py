@@ -47,12 +47,44 @@ def read_env() -> ProcessEnv:
     return ProcessEnv(rank=rank, local_rank=local_rank, world_size=world_size, device=device)
 
 
+_OTHER_LAUNCHERS = {
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+}
+"""Variables of launchers that do not set ours: number of processes, number of this one, and on its host."""
+
+
+def require_launcher() -> None:
+    """Raise if another launcher started several processes, each of which would take itself for the only one.
+
+    Raises:
+        ConfigError: It did.
+    """
+    if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
+        return
+    for launcher, (size, rank, local_rank) in _OTHER_LAUNCHERS.items():
+        count = os.environ.get(size, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"{launcher} started {count[:9]} processes ({size}), but RANK and WORLD_SIZE are not set; start one "
+                f"torchrun a host, or set RANK=${rank}, WORLD_SIZE=${size}, LOCAL_RANK=${local_rank}, MASTER_ADDR and "
+                "MASTER_PORT in each"
+            )
+
+
 def require_device(env: ProcessEnv) -> None:
     """Raise if this process has no device of its own.
 
     Raises:
-        ConfigError: It is on a machine with fewer GPUs than processes.
+        ConfigError: It is on a machine with fewer GPUs than processes, or one of several is not told its GPU.
     """
+    count = torch.cuda.device_count() if env.device.type == "cuda" else 0
+    if count > 1 and env.world_size > 1 and not os.environ.get("LOCAL_RANK"):
+        raise ConfigError(
+            f"LOCAL_RANK is not set, and {count} GPUs can be seen here: all ranks of this host would take the "
+            "first; start them with torchrun or deepspeed, or set LOCAL_RANK to each one's number on its host"
+        )
     if env.device.type == "cuda" and env.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"LOCAL_RANK {env.local_rank} has no GPU: {torch.cuda.device_count()} can be seen here "

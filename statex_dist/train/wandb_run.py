@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -36,6 +37,9 @@ PROBE_SECONDS = 5.0
 INIT_SECONDS = 12.0
 # A run that is told to stop has some 30 seconds in all.
 FINISH_SECONDS = 15.0
+_MODES = {"run": "online", "dryrun": "offline"}
+"""wandb's other names of its modes."""
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class WandbRun:
@@ -60,12 +64,28 @@ class WandbRun:
         start_step: int = 0,
         earlier: Iterable[Mapping[str, Any]] = (),
     ):
+        self._failed = False
+        self._held = 0
+        self._run: Any = None
+        mode = os.environ.get("WANDB_MODE", "")
+        if mode == "disabled":
+            logger.info("WANDB_MODE=disabled: wandb project %s has no steps of this start yet", project)
+            return
+        try:
+            files = segments(run_dir, _wandb_id(run_dir))
+            mode = self._start(run_dir, project, name, settings, _MODES.get(mode, mode))
+        except Exception as error:  # not installed, a full disk, a variable that it refuses
+            logger.warning("wandb cannot be used (%s); metrics.jsonl has it all", _first_line(error))
+            return
+        self._guarded(lambda: self._go_on(files, mode, start_step, earlier))
+
+    def _start(self, run_dir: Path, project: str, name: str | None, settings: dict[str, Any], mode: str) -> str:
+        """Start wandb and return how it records: ``online`` or ``offline``."""
         # Its own telemetry would hold the process for 20 seconds at its end where the server is gone.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         run_id = _wandb_id(run_dir)
-        files = segments(run_dir, run_id)
 
         def start(mode: str) -> Any:
             with _clean_arguments():
@@ -82,10 +102,8 @@ class WandbRun:
                     ),
                 )
 
-        self._failed = False
-        self._held = 0
         logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+        mode = mode or ("online" if logged_in else "offline")
         logger.info("wandb project %s, %s", project, mode)
         if mode == "online":
             try:
@@ -102,7 +120,7 @@ class WandbRun:
                 mode = "offline"
         if mode != "online":
             self._run = start(mode)
-        self._guarded(lambda: self._go_on(files, mode, start_step, earlier))
+        return mode
 
     def _go_on(self, files: list[Path], mode: str, start_step: int, earlier: Iterable[Mapping[str, Any]]) -> None:
         """Find out which steps wandb has, cut off those that are trained again, and log those that it lacks."""
@@ -131,13 +149,14 @@ class WandbRun:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Send a step's record, unless wandb has that step; nested figures get names such as ``time/data``."""
-        if int(record["step"]) <= self._held:
+        if self._run is None or int(record["step"]) <= self._held:
             return
         self._guarded(lambda: self._run.log(flat(record), step=int(record["step"])))
 
     def finish(self) -> None:
         """Send what is left, within :data:`FINISH_SECONDS`."""
-        self._guarded(self._run.finish)
+        if self._run is not None:
+            self._guarded(self._run.finish)
 
     def _guarded(self, action: Any) -> None:
         try:
@@ -237,6 +256,10 @@ def _first_line(error: Exception) -> str:
 def _wandb_id(run_dir: Path) -> str:
     """Return the run's wandb id, drawn once: a resumed run goes on under it, another run has another."""
     path = run_dir / "wandb_id"
-    if not path.exists():
-        write_durably(path, uuid.uuid4().hex)
-    return path.read_text(encoding="utf-8")
+    found = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else None
+    if found is None or _ID.fullmatch(found) is None:
+        if found is not None:
+            logger.warning("%s holds no id of wandb; this run has a new one there, with all its steps", path)
+        found = uuid.uuid4().hex
+        write_durably(path, found)
+    return found

@@ -17,7 +17,7 @@ import torch
 
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.parallel import joining
-from statex_dist.parallel.env import ProcessEnv, read_env, require_device
+from statex_dist.parallel.env import ProcessEnv, read_env, require_device, require_launcher
 from statex_dist.parallel.joining import LostRanksError, check_interface
 from tests.launch.ports import free_port
 from tests.runs import GLA, REPOSITORY, environment, make_shards, write_run
@@ -68,6 +68,28 @@ def test_a_local_rank_beyond_the_devices(monkeypatch):
     require_device(ProcessEnv(rank=0, local_rank=0, world_size=2, device=torch.device("cuda", 0)))
     with pytest.raises(ConfigError, match="LOCAL_RANK 1 has no GPU: 1 can be seen here"):
         require_device(ProcessEnv(rank=1, local_rank=1, world_size=2, device=torch.device("cuda", 1)))
+
+
+def test_ranks_without_a_number_on_their_host(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ConfigError, match="LOCAL_RANK is not set, and 2 GPUs"):
+        require_device(ProcessEnv(rank=1, local_rank=0, world_size=2, device=torch.device("cuda", 0)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # a GPU for each, by CUDA_VISIBLE_DEVICES
+    require_device(ProcessEnv(rank=1, local_rank=0, world_size=2, device=torch.device("cuda", 0)))
+
+
+@pytest.mark.parametrize("size", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_of_another_launcher(monkeypatch, size: str):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(size, "1")
+    require_launcher()
+    monkeypatch.setenv(size, "4")
+    with pytest.raises(ConfigError, match=rf"started 4 processes \({size}\)"):
+        require_launcher()
+    monkeypatch.setenv("RANK", "0")  # a torchrun in each of them
+    require_launcher()
 
 
 @pytest.mark.parametrize("value", ["0", "65536", "-1", "http", "29500 ", "1" * 30])

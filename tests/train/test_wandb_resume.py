@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,41 @@ def test_a_run_that_takes_up_wandb_later_has_its_steps_from_the_start(tmp_path: 
     assert not (tmp_path / "wandb").exists()
     live(tmp_path, 3, 4, 0.0)
     assert history(tmp_path) == [(step, float(step)) for step in (1, 2, 3, 4)]
+
+
+def test_a_start_with_wandb_switched_off_changes_nothing_there(tmp_path: Path, monkeypatch):
+    live(tmp_path, 0, 3, 0.0)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    live(tmp_path, 3, 5, 0.0)
+    assert [step for step, _ in history(tmp_path)] == [1, 2, 3]
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    live(tmp_path, 4, 6, 0.0)
+    assert history(tmp_path) == [(step, float(step)) for step in range(1, 7)]
+
+
+def test_without_its_directory_or_id_it_has_every_step_again(tmp_path: Path):
+    live(tmp_path, 0, 3, 0.0)
+    shutil.rmtree(tmp_path / "wandb")
+    live(tmp_path, 3, 4, 0.0)
+    assert history(tmp_path) == [(step, float(step)) for step in (1, 2, 3, 4)]
+    for damaged in (b"", b"\xff\x00", b"../x"):
+        (tmp_path / "wandb_id").write_bytes(damaged)
+        live(tmp_path, 4, 4, 0.0)
+        assert history(tmp_path) == [(step, float(step)) for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("fault", ["package", "mode"])
+def test_a_training_goes_on_where_wandb_cannot_be_used(tmp_path: Path, monkeypatch, caplog, fault: str):
+    if fault == "package":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setenv("WANDB_MODE", "no such mode")
+    with caplog.at_level("WARNING"):
+        metrics = Metrics(tmp_path, MetricsConfig(wandb_project="p"), start_step=0, settings={})
+        figures = {"lr": 0.1, "grad_norm": 1.0, "tokens": 8, "seconds": 1.0, "tokens_per_s": 8.0, "time": {"data": 0.1}}
+        metrics.write({"step": 1, "loss": 1.0, **figures})
+        metrics.close()
+    assert [record.message for record in caplog.records if "wandb cannot be used" in record.message]
+    assert '"step": 1' in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_online_the_server_says_where_to_go_on(tmp_path: Path):

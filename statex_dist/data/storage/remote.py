@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
@@ -251,7 +251,13 @@ class RemoteDirectory:
 
     def _http_get(self, url: str, target: Path) -> None:
         headers = {"Accept-Encoding": "identity"}  # the index counts the bytes as they are stored
-        with requests.get(url, stream=True, timeout=self._policy.timeout, headers=headers) as response:
+        parts = urlsplit(url)
+        user, at, host = parts.netloc.rpartition("@")
+        name, _, password = user.partition(":")
+        # As bytes, since requests takes text for Latin-1.
+        auth: Any = (unquote_to_bytes(name), unquote_to_bytes(password)) if at else None
+        url = urlunsplit(parts._replace(netloc=host))
+        with requests.get(url, stream=True, timeout=self._policy.timeout, headers=headers, auth=auth) as response:
             response.raise_for_status()
             with target.open("wb") as file:
                 for block in response.iter_content(_BLOCK):

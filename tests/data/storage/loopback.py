@@ -46,6 +46,7 @@ class FaultyServer:
         self.always: dict[str, object] = {}
         self.requests: Counter[str] = Counter()
         self.queries: list[str] = []
+        self.logins: list[str] = []
         self.stalled = threading.Event()
         self._release = threading.Event()
         self._lock = threading.Lock()
@@ -86,6 +87,7 @@ class FaultyServer:
                 parts = urlsplit(self.path)
                 name = unquote(parts.path).rpartition("/")[2]
                 server.queries.append(parts.query)
+                server.logins.append(self.headers.get("Authorization", ""))
                 fault = server._next_fault(name, self.command)
                 if fault == "reset":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

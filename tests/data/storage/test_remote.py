@@ -1,5 +1,6 @@
 """Datasets behind URLs, read from servers on loopback that fail on request."""
 
+import base64
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -296,6 +298,15 @@ def test_lengths_come_with_the_manifest_or_from_every_shard(tmp_path, raw):
         assert [server.requests[name] for name in shards] == [1] * store.num_shards
         (kept,) = (tmp_path / "cache").glob("lengths-*.npy")
         assert kept.read_bytes() == pack_lengths(np.concatenate([store.lengths(s) for s in range(store.num_shards)]))
+
+
+@pytest.mark.parametrize("login", ["me:pé", "me:пароль:€", "token:", "me:a b"])
+def test_logins_are_sent_as_their_bytes(tmp_path, raw, login):
+    name, _, password = login.partition(":")
+    with serve(tmp_path) as server:
+        user = f"{name}:{quote(password, safe='')}".removesuffix(":")
+        open_store(server.url.replace("://", f"://{user}@") + "/ds", cache_dir=tmp_path / "cache")
+        assert set(server.logins) == {f"Basic {base64.b64encode(login.encode()).decode()}"}
 
 
 def test_secrets_of_a_url_are_used_and_not_shown(tmp_path, raw, caplog):
