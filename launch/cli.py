@@ -17,7 +17,7 @@ from typing import Any
 import jsonargparse
 
 from statex_dist import __version__
-from statex_dist.errors import StateXError, bounded_line, one_line, os_error_text, writing
+from statex_dist.errors import ConfigError, StateXError, bounded_line, one_line, os_error_text, writing
 from statex_dist.log import setup_logging
 
 COMMANDS = {
@@ -83,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         command = options[options.command]
         command.command_line = arguments  # for one that starts itself again, on several ranks
-        with writing(_output_of(command) or "standard output"):
+        output = _output_of(command)
+        if output is not None and re.match(r"[A-Za-z][\w+.-]*://", output):
+            raise ConfigError(f"{output} is a URL; results go to a path of this machine")
+        with writing(output or "standard output"):
             return _module(options.command).run(command)
     except argparse.ArgumentError as error:
         # The parser calls an option of a subcommand "command.option"; the user typed no such thing.

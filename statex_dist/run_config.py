@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -191,6 +192,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.run_dir:
             raise ConfigError("run_dir must not be empty")
+        if re.match(r"[A-Za-z][\w+.-]*://", self.run_dir):  # it would be a directory with the password in its name
+            raise ConfigError(f"run_dir {self.run_dir} is a URL; give a directory that all ranks share")
         if self.parallel.context > 1 and self.train.state_passing:
             raise ConfigError(
                 "train.state_passing needs parallel.context 1: the ranks of a context group know only the state at "

@@ -151,7 +151,12 @@ def _open_store(address: str, port: int, holds: bool, limit: timedelta) -> dist.
     store = found[0] if found else TimeoutError("no answer")
     if isinstance(store, Exception):
         if holds:
-            _require_free(port)
+            if found:  # else it listens, and only its connection to itself is not there
+                _require_free(port)
+            raise LostRanksError(
+                f"rank 0 on {socket.gethostname()} cannot reach itself at MASTER_ADDR {shown(address)}, MASTER_PORT "
+                f"{port} ({reason(store, 100)}); set MASTER_ADDR to a name or address of this host on all ranks"
+            )
         raise LostRanksError(
             f"what listens at MASTER_ADDR {shown(address)}, MASTER_PORT {port}, is not rank 0 ({reason(store, 100)}); "
             f"choose another port: {_HOW_TO_CHOOSE}"
@@ -171,7 +176,10 @@ def _master(env: ProcessEnv) -> tuple[str, int]:
         raise ConfigError(
             f"MASTER_PORT {shown(port)} is not a port; set a number from 1 to 65535, the same on all ranks"
         )
-    return os.environ["MASTER_ADDR"], int(port)
+    address = os.environ["MASTER_ADDR"]
+    if address.startswith("[") and address.endswith("]"):  # an IPv6 address as URLs have it
+        address = address[1:-1]
+    return address, int(port)
 
 
 def _require_free(port: int) -> None:

@@ -125,6 +125,21 @@ def test_an_address_without_a_name(monkeypatch, port):
         joining._meet(rank(1), timedelta(minutes=10), {})
 
 
+def test_rank_0_with_the_address_of_another_host(monkeypatch, port):
+    monkeypatch.setattr(joining, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(LostRanksError, match=r"cannot reach itself at MASTER_ADDR 'no-such-host.invalid'"):
+        joining._meet(rank(0), timedelta(minutes=10), {})
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]"])
+def test_ipv6_addresses(monkeypatch, port, address: str):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    monkeypatch.setenv("MASTER_ADDR", address)
+    assert not [store for store in meet_all((rank(0), {}), (rank(1), {})) if isinstance(store, Exception)]
+
+
 def test_another_program_at_the_port(monkeypatch, port):
     monkeypatch.setattr(joining, "_ANSWER_SECONDS", 1.0)
     with socket.create_server(("", port)), pytest.raises(LostRanksError, match="is not rank 0"):

@@ -165,6 +165,20 @@ def test_a_source_s_name_is_no_place_for_them(tmp_path: Path, capsys):
     assert found_in(said.encode()) == []
 
 
+def test_a_run_s_directory_is_no_url(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = run_file(tmp_path, "/data")
+    assert train(["--config", str(file), "--run_dir", with_secrets("http://host/run")]) == 2
+    said = capsys.readouterr().err
+    assert "is a URL; give a directory" in said
+    assert found_in(said.encode()) == []
+    assert statex(["report", str(tmp_path), "--out", with_secrets("http://host/page.html")]) == 2
+    said = capsys.readouterr().err
+    assert "results go to a path" in said
+    assert found_in(said.encode()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
 def test_an_old_run_is_reported_without_them(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(f"data:\n  path: {with_secrets('https://host/shards')}\n")
