@@ -66,7 +66,7 @@ def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) 
     from statex_dist.train.claim import not_held
     from statex_dist.train.status import write_failure
 
-    if config is None:
+    if config is None or getattr(error, "agreed", False):
         return
     size = os.environ.get("WORLD_SIZE", "1")
     with not_held(Path(config.run_dir)) as free:

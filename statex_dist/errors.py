@@ -118,6 +118,7 @@ _REMEDIES: Mapping[int, str] = {
     errno.EIO: "the device or the file server fails: look at the system's log (dmesg)",
     errno.ENOTCONN: "mount the file system again",
     errno.ENOTDIR: "choose another path",
+    errno.EEXIST: "a file, or a link to nothing, has this name: choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "correct the links",
 }

@@ -146,8 +146,9 @@ def _build_and_train(
                 engine.close()
         except Exception as error:
             # Here, where the directory is this job's: behind the claim another one may have it.
-            text, code = failure_text(error, run_dir), getattr(error, "exit_code", 1)
-            write_failure(run_dir, text, exit_code=code, world_size=env.world_size)
+            if not getattr(error, "agreed", False):
+                text, code = failure_text(error, run_dir), getattr(error, "exit_code", 1)
+                write_failure(run_dir, text, exit_code=code, world_size=env.world_size)
             raise
 
 
@@ -255,15 +256,16 @@ def _train(
                 "from the last checkpoint"
             )
         exit_code = error.exit_code if isinstance(error, StateXError) else 1
-        write_failure(
-            run_dir,
-            failure_text(error, run_dir),
-            exit_code=exit_code,
-            world_size=engine.world_size,
-            step=trainer.step,
-            epochs=trainer.epochs or epochs,
-            restart=not isinstance(error, BadStepsError | NoTargetsError),
-        )
+        if not getattr(error, "agreed", False):
+            write_failure(
+                run_dir,
+                failure_text(error, run_dir),
+                exit_code=exit_code,
+                world_size=engine.world_size,
+                step=trainer.step,
+                epochs=trainer.epochs or epochs,
+                restart=not isinstance(error, BadStepsError | NoTargetsError),
+            )
         raise error
     finally:
         batches.close()

@@ -41,7 +41,7 @@ from statex_dist.engine.place import Part, Place
 from statex_dist.engine.random_state import random_state, set_random_state
 from statex_dist.engine.retention import DOUBTFUL_KEY, SavePolicy, prune
 from statex_dist.engine.snapshot import FileWriter, HostCopy
-from statex_dist.errors import CheckpointError, StateXError, failure_text, reason
+from statex_dist.errors import CheckpointError, StateXError, failure_text, reason, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Checkpoints:
             step: Optimizer steps done.
             client_state: Plain values to get back from :meth:`resume`.
             last: Whether the process ends after this, so that it must be on disk when this returns.
-            doubtful: Whether the last steps were bad: older checkpoints may be better, and are kept beside it.
+            doubtful: Whether the last step was bad: older checkpoints may be better, and are kept beside this one.
 
         Raises:
             CheckpointError: The last save failed, or too many in a row.
@@ -193,7 +193,7 @@ class Checkpoints:
             self.place.name_latest(target.name)
         except OSError as error:
             # The checkpoint is there, and a resume finds it without the marker.
-            logger.warning("%s cannot be written: %s", self.directory / LATEST_NAME, error)
+            logger.warning("%s cannot be written: %s", self.directory / LATEST_NAME, refusal(error))
 
     def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint; learning rate, betas and weight decay stay those of this start.

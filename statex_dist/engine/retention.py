@@ -12,7 +12,7 @@ from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
 
 DOUBTFUL_KEY = "after_bad_steps"
-"""Says in a manifest that the run ended there by too many bad steps."""
+"""Says in a manifest that the step before the save was bad: its weights may be the cause."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

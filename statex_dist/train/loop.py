@@ -213,7 +213,7 @@ class Trainer:
                 last=last,
                 written=agreed.written,
                 ends_badly=ends_badly,
-                doubtful=isinstance(end, BadStepsError),
+                doubtful=isinstance(end, BadStepsError) or self.guard.in_a_row > 0,
             )
             self._tell_profiler()
             if end is not None:
@@ -329,7 +329,7 @@ class Trainer:
             last: Whether the run ends here.
             written: Whether all ranks have written a save that is pending.
             ends_badly: Whether the run ends for another reason, so that a save that fails is only logged.
-            doubtful: Whether it ends by bad steps, so that the save does not replace older ones.
+            doubtful: Whether the last step was bad, so that the save does not replace older ones.
         """
         start = time.perf_counter()
         if last or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
