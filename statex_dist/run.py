@@ -431,7 +431,7 @@ def describe_model(
 ) -> dict[str, str]:
     """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer.
 
-    Rank 0's are written, so that it alone says what is missing.
+    Only those of rank 0 are written, and only it warns that a tokenizer is missing.
     """
     files = {CONFIG_NAME: config_text(model.to_dict())}
     source = find_model(config.model.path) if config.model.path is not None else None

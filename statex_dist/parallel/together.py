@@ -51,7 +51,7 @@ def all_or_none(rank: int, gather: Callable[[int], list[int]], *, work: str) -> 
 def fail_together(rank: int, gather: Callable[[Any], list[Any]], *, place: str) -> Iterator[None]:
     """Wait at the end for all ranks; where some failed inside, all fail, and each text is reported once.
 
-    What is wrong may be so on one host only: ranks with different errors raise their own.
+    A fault may exist on one host only: ranks with different errors raise their own.
 
     Args:
         rank: Number of this process.

@@ -94,7 +94,7 @@ def _problem(run_dir: Path, ranks: Ranks, made: contextlib.ExitStack) -> str | N
         unheard = [int(name.removeprefix("rank")) for name in unseen or ()]
         problem = _refusal(run_dir, [(h, "" if r in unheard else None) for r, (h, _) in enumerate(reports)])
     if problem:
-        problem = _taken(run_dir, ranks) or problem  # a job that has begun meanwhile removes probes
+        problem = _taken(run_dir, ranks) or problem  # a job that began since then removes probes
     return ranks.broadcast(problem)
 
 
