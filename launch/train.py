@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_config(RunConfig, arguments, prog="train.py", description="Train a recurrent language model.")
         return 0 if train(config, fit_world_size) else EXIT_PREEMPTED
     except StateXError as error:
-        if not error.agreed and (config is not None or os.environ.get("LOCAL_RANK", "0") == "0"):
-            _say(one_line(error))  # all ranks of a host have the same command line and file
+        if not error.agreed:
+            _say(one_line(error))
         _record_failure(config, error, error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    """Print an error. Ranks that have one of their own do: what is wrong may be so on one node only."""
+    """Print an error, on every rank unless the ranks have agreed on it: a fault may exist on one host only.
+
+    Before the ranks have met, the first one that ends makes the launcher end the others, perhaps before they report.
+    """
     rank = os.environ.get("RANK", "0")
     sys.stderr.write(f"error: {text}\n" if rank == "0" else f"[rank {rank[:20]}] error: {text}\n")
 

@@ -85,12 +85,9 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     env = read_env()
     require_device(env)
     share_cores(env)
-    try:
-        if config.engine.name == "plain" and env.world_size > 1:
-            raise ConfigError(f"engine.name plain runs in one process, not {env.world_size}; use engine.name zero3")
-        accumulation_steps = config.accumulation_steps(env.world_size)
-    except ConfigError as error:
-        raise error.on_all_ranks(env.rank) from None
+    if config.engine.name == "plain" and env.world_size > 1:
+        raise ConfigError(f"engine.name plain runs in one process, not {env.world_size}; use engine.name zero3")
+    accumulation_steps = config.accumulation_steps(env.world_size)
     stop = StopRequest()
     stop.install()
 
