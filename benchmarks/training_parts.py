@@ -176,7 +176,7 @@ class _Bench:
 class _OneSave(Checkpoints):
     """Checkpoints that are taken where they are due, and not at the end of a block."""
 
-    def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False) -> None:
+    def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False, doubtful: bool = False) -> None:
         """Save where it is due; at the end only finish what is being written."""
         if not last:
             super().save(step, client_state)

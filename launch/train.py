@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             warn_of_arguments(arguments)
         return 0 if train(config, fit_world_size) else EXIT_PREEMPTED
     except StateXError as error:
-        _say(one_line(error))
+        if not error.agreed:
+            _say(one_line(error))
         _record_failure(config, error, error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
@@ -59,23 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    """Print an error. Every rank does: what is wrong may be so on one node only."""
+    """Print an error, on every rank unless the ranks have agreed on it: a fault may exist on one host only.
+
+    Before the ranks have met, the first one that ends makes the launcher end the others, perhaps before they report.
+    """
     rank = os.environ.get("RANK", "0")
     sys.stderr.write(f"error: {text}\n" if rank == "0" else f"[rank {rank[:20]}] error: {text}\n")
 
 
 def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) -> None:
-    """Leave word in the run's directory, where there is one."""
+    """Leave word in the run's directory, where there is one that no other job trains into."""
+    from statex_dist.train.claim import not_held
     from statex_dist.train.status import write_failure
 
-    if config is not None:
-        size = os.environ.get("WORLD_SIZE", "1")
-        write_failure(
-            Path(config.run_dir),
-            failure_text(error, config.run_dir),
-            exit_code=exit_code,
-            world_size=int(size) if size.isdecimal() else 0,
-        )
+    if config is None or getattr(error, "agreed", False):
+        return
+    size = os.environ.get("WORLD_SIZE", "1")
+    with not_held(Path(config.run_dir)) as free:
+        if free:
+            write_failure(
+                Path(config.run_dir),
+                failure_text(error, config.run_dir),
+                exit_code=exit_code,
+                world_size=int(size) if size.isdecimal() else 0,
+            )
 
 
 if __name__ == "__main__":

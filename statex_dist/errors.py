@@ -13,7 +13,7 @@ import itertools
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from statex_dist.redact import redact
 
@@ -87,12 +87,22 @@ def reason(error: BaseException, length: int = SHOWN_LENGTH) -> str:
 
 
 class StateXError(Exception):
-    """Base of every error that is reported to the user as one line; by itself: a job that began and failed."""
+    """Base of every error that is reported to the user as one line; by itself: a job that began and failed.
+
+    Attributes:
+        agreed: Whether another rank, of a lower number, reports the same text, so that this one need not.
+    """
 
     exit_code: ClassVar[int] = 1
+    agreed: bool = False
 
     def __init__(self, text: str = ""):
         super().__init__(bounded_line(text))
+
+    def on_all_ranks(self, rank: int) -> Self:
+        """Return this error, which all ranks raise with the same text: rank 0 reports it."""
+        self.agreed = rank > 0
+        return self
 
 
 _REMEDIES: Mapping[int, str] = {
@@ -108,6 +118,7 @@ _REMEDIES: Mapping[int, str] = {
     errno.EIO: "the device or the file server fails: look at the system's log (dmesg)",
     errno.ENOTCONN: "mount the file system again",
     errno.ENOTDIR: "choose another path",
+    errno.EEXIST: "a file, or a link to nothing, has this name: choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "correct the links",
 }

@@ -41,6 +41,7 @@ from statex_dist.optim.schedule import build_schedule, log_schedule, schedule_fa
 from statex_dist.parallel.context import ContextGroup
 from statex_dist.parallel.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
 from statex_dist.parallel.ranks import Ranks
+from statex_dist.parallel.together import fail_together
 from statex_dist.redact import redact, redacted
 from statex_dist.run_config import RunConfig
 from statex_dist.train.claim import LOCK_NAME
@@ -91,7 +92,6 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     stop = StopRequest()
     stop.install()
 
-    stores = open_stores(config)
     if config.engine.name == "zero3":
         from statex_dist.engine.zero3 import init_process_group
 
@@ -99,7 +99,7 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     try:
         # Before weights are read: no rank may find out at its first checkpoint that it has another directory.
         require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
-        return _build_and_train(config, env, stores, accumulation_steps, stop, fit)
+        return _build_and_train(config, env, accumulation_steps, stop, fit)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -108,18 +108,21 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
 def _build_and_train(
     config: RunConfig,
     env: ProcessEnv,
-    stores: dict[str, ShardStore],
     accumulation_steps: int,
     stop: StopRequest,
     fit: Fit | None,
 ) -> bool:
-    model = build_model(config)
-    loader = build_loader(config, stores, model.config, env)
-    documents = Documents(
-        model=describe_model(config, stores, model.config),
-        settings=resolved(config),
-        trained_length=TrainedLength.of(config.data.stages(), stores, carry=config.data.long_documents == "carry"),
-    )
+    ranks, run_dir = Ranks(env.rank, env.world_size), Path(config.run_dir)
+    # No rank claims the directory before all are ready: one that fails up to here knows that it is not its own.
+    with fail_together(ranks.rank, ranks.gather, place=config.run_dir):
+        stores = open_stores(config)
+        model = build_model(config)
+        loader = build_loader(config, stores, model.config, env)
+        documents = Documents(
+            model=describe_model(config, stores, model.config, rank=env.rank),
+            settings=resolved(config),
+            trained_length=TrainedLength.of(config.data.stages(), stores, carry=config.data.long_documents == "carry"),
+        )
     logger.info(
         "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
         model.config.MODEL_TYPE,
@@ -128,16 +131,23 @@ def _build_and_train(
         config.data.packs_per_step * config.data.seq_len,
         env.world_size,
     )
-    if stop.received:
+    if any(ranks.gather(stop.received)):
         logger.info("told to stop before the first step: there is nothing to save")
         return False
     # Only now, so that a start that is refused leaves no directory behind.
-    with claim_together(Path(config.run_dir), Ranks(env.rank, env.world_size)):
-        engine = build_engine(config, model, env, accumulation_steps)
+    with claim_together(run_dir, ranks):
         try:
-            return _train(config, engine, model.config, loader, documents, stop, fit)
-        finally:
-            engine.close()
+            engine = build_engine(config, model, env, accumulation_steps)
+            try:
+                return _train(config, engine, model.config, loader, documents, stop, fit)
+            finally:
+                engine.close()
+        except Exception as error:
+            # Here, where the directory is this job's: behind the claim another one may have it.
+            if not getattr(error, "agreed", False):
+                text, code = failure_text(error, run_dir), getattr(error, "exit_code", 1)
+                write_failure(run_dir, text, exit_code=code, world_size=env.world_size)
+            raise
 
 
 def _train(
@@ -244,15 +254,16 @@ def _train(
                 "from the last checkpoint"
             )
         exit_code = error.exit_code if isinstance(error, StateXError) else 1
-        write_failure(
-            run_dir,
-            failure_text(error, run_dir),
-            exit_code=exit_code,
-            world_size=engine.world_size,
-            step=trainer.step,
-            epochs=trainer.epochs or epochs,
-            restart=not isinstance(error, BadStepsError | NoTargetsError),
-        )
+        if not getattr(error, "agreed", False):
+            write_failure(
+                run_dir,
+                failure_text(error, run_dir),
+                exit_code=exit_code,
+                world_size=engine.world_size,
+                step=trainer.step,
+                epochs=trainer.epochs or epochs,
+                restart=not isinstance(error, BadStepsError | NoTargetsError),
+            )
         raise error
     finally:
         batches.close()
@@ -413,8 +424,13 @@ def _shared_settings(config: RunConfig) -> dict[str, object]:
     return {k: v for k, v in flat(resolved(config), "").items() if k not in ("data.cache_dir", "data.cache_limit")}
 
 
-def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig) -> dict[str, str]:
-    """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer."""
+def describe_model(
+    config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig, *, rank: int = 0
+) -> dict[str, str]:
+    """Return the files that make a checkpoint a model: ``config.json`` and those of the tokenizer.
+
+    Only those of rank 0 are written, and only it warns that a tokenizer is missing.
+    """
     files = {CONFIG_NAME: config_text(model.to_dict())}
     source = find_model(config.model.path) if config.model.path is not None else None
     if source is not None:
@@ -426,7 +442,7 @@ def describe_model(config: RunConfig, stores: dict[str, ShardStore], model: Mode
         with tempfile.TemporaryDirectory() as directory:
             load_tokenizer(manifest.tokenizer).save(directory)
             files |= _read_files(Path(directory), TOKENIZER_FILES)
-    else:
+    elif rank == 0:
         logger.warning("no tokenizer found beside the model or the data: checkpoints will hold none")
     return files
 

@@ -39,9 +39,9 @@ from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.documents import Documents
 from statex_dist.engine.place import Part, Place
 from statex_dist.engine.random_state import random_state, set_random_state
-from statex_dist.engine.retention import SavePolicy, prune
+from statex_dist.engine.retention import DOUBTFUL_KEY, SavePolicy, prune
 from statex_dist.engine.snapshot import FileWriter, HostCopy
-from statex_dist.errors import CheckpointError, StateXError, reason
+from statex_dist.errors import CheckpointError, StateXError, failure_text, reason, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,16 @@ class Checkpoints:
         self.failed = 0
         self._copy = HostCopy()
         self._pending: tuple[int, FileWriter, float] | None = None
+        self._doubtful = False
 
-    def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False) -> None:
+    def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False, doubtful: bool = False) -> None:
         """Save the state after ``step`` optimizer steps; one that is still being written is finished first.
 
         Args:
             step: Optimizer steps done.
             client_state: Plain values to get back from :meth:`resume`.
             last: Whether the process ends after this, so that it must be on disk when this returns.
+            doubtful: Whether the last step was bad: older checkpoints may be better, and are kept beside this one.
 
         Raises:
             CheckpointError: The last save failed, or too many in a row.
@@ -114,6 +116,7 @@ class Checkpoints:
             retries=self.policy.retries,
         )
         self._pending = (step, writer, began)
+        self._doubtful = doubtful
         if behind:
             writer.start()
         else:
@@ -163,11 +166,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint of step {step} cannot be saved: {problem}; see to the disk (full, or away?) and start "
                 f"again: the run goes on from {whence}"
+            ).on_all_ranks(self.engine.rank)
+        if self.engine.rank == 0:
+            logger.error(
+                "the checkpoint of step %d is NOT saved (%d of %d failures that are borne): %s",
+                *(step, self.failed, MAX_FAILED_SAVES - 1, problem),
             )
-        logger.error(
-            "the checkpoint of step %d is NOT saved (%d of %d failures that are borne): %s",
-            *(step, self.failed, MAX_FAILED_SAVES - 1, problem),
-        )
 
     def _temporary(self, step: int) -> Path:
         return self.directory / f"{TEMPORARY_PREFIX}{tag_of(step)}"
@@ -177,7 +181,7 @@ class Checkpoints:
         target, temporary = self.directory / tag_of(step), self._temporary(step)
         files = self.place.require_seen(temporary, parts)
         files |= self.documents.write(temporary, step)
-        info = {"step": step, "world_size": self.engine.world_size}
+        info = {"step": step, "world_size": self.engine.world_size, **({DOUBTFUL_KEY: True} if self._doubtful else {})}
         Manifest(kind=self.engine.kind, files=files, info=info).write(temporary)
         if target.exists():
             # Only a directory without a manifest is ever in the way: resuming starts after the newest complete one.
@@ -189,7 +193,7 @@ class Checkpoints:
             self.place.name_latest(target.name)
         except OSError as error:
             # The checkpoint is there, and a resume finds it without the marker.
-            logger.warning("%s cannot be written: %s", self.directory / LATEST_NAME, error)
+            logger.warning("%s cannot be written: %s", self.directory / LATEST_NAME, refusal(error))
 
     def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint; learning rate, betas and weight decay stay those of this start.
@@ -211,22 +215,25 @@ class Checkpoints:
         while True:
             tag, problem = self._on_rank_0(lambda: self._choose(damaged))
             if problem:
-                raise CheckpointError(problem)
+                raise CheckpointError(problem).on_all_ranks(self.engine.rank)
             if tag is None:
                 if self.engine.rank == 0:
                     remove_leftovers(self.directory)
                 return None
             reports = self.engine.gather(self._verify_part(tag))
             if unreadable := [text for _, text in reports if text]:
-                raise CheckpointError(f"{unreadable[0]}; that says nothing of what it holds: start again")
+                raise CheckpointError(f"{unreadable[0]}; that says nothing of what it holds: start again").on_all_ranks(
+                    self.engine.rank
+                )
             problems = [text for text, _ in reports if text]
             if not problems:
                 break
             damaged[tag] = problems[0]
-            logger.warning("%s: going back to an older checkpoint", problems[0])
+            if self.engine.rank == 0:
+                logger.warning("%s: going back to an older checkpoint", problems[0])
         tag, problem = self._on_rank_0(lambda: self._settle(tag, damaged, fit))
         if problem:
-            raise CheckpointError(problem)
+            raise CheckpointError(problem).on_all_ranks(self.engine.rank)
         logger.info("resuming from %s", self.directory / tag)
         client_state = self.engine.load(self.directory / tag)
         self.place.found(tag)
@@ -250,7 +257,7 @@ class Checkpoints:
             try:
                 answers.append((action(), None))
             except (StateXError, OSError) as error:
-                answers.append((None, str(error)))
+                answers.append((None, failure_text(error, self.directory)))
             except Exception as error:  # whatever a damaged file makes of itself: the others wait for an answer
                 answers.append((None, f"{self.directory}: {reason(error)}"))
             except BaseException as error:

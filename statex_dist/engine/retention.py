@@ -8,6 +8,11 @@ from pathlib import Path
 
 from statex_dist.checkpoint.layout import TEMPORARY_PREFIX, complete_tags, step_of
 from statex_dist.checkpoint.leftovers import remove_leftovers, remove_tree
+from statex_dist.checkpoint.manifest import Manifest
+from statex_dist.errors import CheckpointError
+
+DOUBTFUL_KEY = "after_bad_steps"
+"""Says in a manifest that the step before the save was bad: its weights may be the cause."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,14 +33,31 @@ class SavePolicy:
 
 
 def prune(checkpoints: Path, policy: SavePolicy) -> None:
-    """Delete complete checkpoints that the policy does not keep, and what killed saves left behind."""
+    """Delete complete checkpoints that the policy does not keep, and what killed saves left behind.
+
+    The newest is kept in any case. If it is doubtful, so are the newest that are not: the run may have to go back.
+    """
     remove_leftovers(checkpoints)
     tags = {tag: step_of(tag) or 0 for tag in complete_tags(checkpoints)}
-    kept = sorted(set(tags.values()), reverse=True)[: policy.keep_last]
+    kept, sound = set[int](), 0
+    for tag, step in tags.items():  # newest first
+        if step in kept or sound == policy.keep_last:
+            continue
+        doubtful = _is_doubtful(checkpoints / tag)
+        if not kept or not doubtful:
+            kept.add(step)
+        sound += not doubtful
     for tag, step in tags.items():
         if step in kept or (policy.keep_every and step % policy.keep_every == 0):
             continue
         remove_tree(withdraw(checkpoints, tag))
+
+
+def _is_doubtful(checkpoint: Path) -> bool:
+    try:
+        return bool(Manifest.read(checkpoint).info.get(DOUBTFUL_KEY))
+    except CheckpointError:
+        return False
 
 
 def withdraw(checkpoints: Path, tag: str) -> Path:

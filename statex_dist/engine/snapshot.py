@@ -16,13 +16,14 @@ import torch
 from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.checkpoint.manifest import record_file
-from statex_dist.errors import reason
+from statex_dist.errors import failure_text, reason
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 30.0
 _NICENESS = 10
+_PROBE_BYTES = 1 << 20
 
 
 class HostCopy:
@@ -99,7 +100,8 @@ class FileWriter:
                 self.problem = None
                 break
             except WRITE_ERRORS as error:
-                self.problem = f"checkpoint file of rank {self._rank} cannot be written: {error}"
+                text = failure_text(error, self._directory)
+                self.problem = f"checkpoint file of rank {self._rank} cannot be written: {text}"
                 if attempt < self._retries:
                     logger.warning("%s; trying again (%d of %d)", self.problem, attempt + 1, self._retries)
                     time.sleep(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS))
@@ -113,12 +115,28 @@ class FileWriter:
         for path, state in self._files:
             try:
                 torch.save(state, path)
-            except WRITE_ERRORS:
+            except WRITE_ERRORS as error:
+                refused = _refused(path, error)
                 path.unlink(missing_ok=True)  # a part of a file only takes up the disk that is full
-                raise
+                raise refused from None
         records = {}
         for path in sorted(self._directory.iterdir()):
             owner = rank_of(path.name)
-            if path.is_file() and (owner == self._rank or (self._rank == 0 and owner is None)):
+            # By name first: to look at the files of all ranks, on all ranks, costs a file server the square of them.
+            if (owner == self._rank or (self._rank == 0 and owner is None)) and path.is_file():
                 records[path.name] = asdict(record_file(path))
         return records
+
+
+def _refused(path: Path, error: Exception) -> Exception:
+    """Return the system's own refusal of a file, with its path, where torch does not tell it (a full disk)."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno), str(path))
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refusal:
+        return OSError(refusal.errno, os.strerror(refusal.errno or 0), str(path))
+    return RuntimeError(f"{path}: {reason(error)}")

@@ -1,11 +1,12 @@
-"""Ranks that do a step of their work together: where one fails, all do, and one of them says why."""
+"""Ranks that do a step of their work together: where one fails, all do, and say why, each text once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from statex_dist.errors import StateXError
+from statex_dist.errors import StateXError, failure_text
 
 
 class OtherRankError(StateXError):
@@ -44,3 +45,37 @@ def all_or_none(rank: int, gather: Callable[[int], list[int]], *, work: str) -> 
         raise OtherRankError(f"rank {first} of {work} failed", codes[first])
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def fail_together(rank: int, gather: Callable[[Any], list[Any]], *, place: str) -> Iterator[None]:
+    """Wait at the end for all ranks; where some failed inside, all fail, and each text is reported once.
+
+    A fault may exist on one host only: ranks with different errors raise their own.
+
+    Args:
+        rank: Number of this process.
+        gather: Returns every rank's value, by rank.
+        place: Where the job writes, for errors of the system that do not name it.
+
+    Raises:
+        OtherRankError: Other ranks failed, and this one did not.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    mine = None if failure is None else (failure_text(failure, place), getattr(failure, "exit_code", 1))
+    reports = gather(mine)
+    first = next((other for other, report in enumerate(reports) if report), None)
+    if first is None:
+        return
+    if failure is None:
+        text, code = reports[first]
+        raise OtherRankError(f"rank {first} failed: {text}", code).on_all_ranks(rank)
+    if isinstance(failure, OSError) and failure.errno is not None:
+        failure = StateXError(failure_text(failure, place))
+    if isinstance(failure, StateXError):
+        failure.agreed = reports.index(mine) < rank
+    raise failure

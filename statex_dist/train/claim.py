@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -10,12 +14,17 @@ from statex_dist.errors import ConfigError, refusal
 
 LOCK_NAME = ".lock"
 
+TAKEN = "another process is training into it; stop it first"
+
+_WAIT_SECONDS = 2.0
+"""How long a lock is waited for: another start, which is refused, may be looking at it."""
+
 
 def claim(
     run_dir: Path,
     *,
     lock_name: str = LOCK_NAME,
-    taken: str = "another process is training into it; stop it first",
+    taken: str = TAKEN,
 ) -> FileLock:
     """Make the run's directory and return a held lock on it, which the system releases when this process ends.
 
@@ -29,10 +38,34 @@ def claim(
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / lock_name, blocking=False)
-        lock.acquire()
+        lock = FileLock(run_dir / lock_name)
+        lock.acquire(timeout=_WAIT_SECONDS, poll_interval=0.1)
     except Timeout:
-        raise ConfigError(f"run_dir {run_dir}: {taken}, or give another run_dir") from None
+        raise ConfigError(taken_text(run_dir, taken)) from None
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {refusal(error)}") from None
     return lock
+
+
+def taken_text(run_dir: Path, taken: str = TAKEN) -> str:
+    """Return the refusal of a directory that another process holds."""
+    return f"run_dir {run_dir}: {taken}, or give another run_dir"
+
+
+@contextlib.contextmanager
+def not_held(run_dir: Path) -> Iterator[bool]:
+    """Yield whether no process trains into a directory; none begins to until the context ends.
+
+    Nothing is made. Several processes may look at once.
+    """
+    with contextlib.ExitStack() as stack:
+        free = True
+        try:
+            descriptor = os.open(run_dir / LOCK_NAME, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass  # no lock was ever made there, or the file system has none
+        yield free

@@ -19,7 +19,7 @@ from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.retention import SavePolicy
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError, os_error_text
-from statex_dist.train.guard import NO_TARGETS, Guard
+from statex_dist.train.guard import NO_TARGETS, BadStepsError, Guard
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.profile import Profiler
 from statex_dist.train.signals import StopRequest
@@ -208,10 +208,16 @@ class Trainer:
             # Before the save: a step that was saved has its record. What the save costs is in the next one.
             self._report(record, batch, now - start)
             start = now
-            save_seconds = self._save_if_due(batch, last=last, written=agreed.written, ends_badly=ends_badly)
+            save_seconds = self._save_if_due(
+                batch,
+                last=last,
+                written=agreed.written,
+                ends_badly=ends_badly,
+                doubtful=isinstance(end, BadStepsError) or self.guard.in_a_row > 0,
+            )
             self._tell_profiler()
             if end is not None:
-                raise end
+                raise end.on_all_ranks(self.engine.rank)
             if agreed.no_batch:
                 self._raise(fetched)
             if last:
@@ -254,11 +260,15 @@ class Trainer:
         """Stop on all ranks with the reason of the one that has no batch."""
         mine = fetched.problem
         reports = self.engine.gather(None if mine is None else (str(mine), isinstance(mine, DataError)))
-        text, of_data = next(report for report in reports if report is not None)
+        first = next(report for report in reports if report is not None)
+        text, of_data = first
         kind: type[StateXError] = DataError if of_data else StateXError
         if mine is not None:
             text, kind = str(mine), type(mine)
-        raise kind(f"no batch for step {self.step + 1}: {text}")
+        error = kind(f"no batch for step {self.step + 1}: {text}")
+        # Ranks that have another reason say theirs.
+        error.agreed = self.engine.rank > 0 and (mine is None or reports[self.engine.rank] == first)
+        raise error
 
     def _train_step(self, batch: list[PackedBatch]) -> tuple[dict[str, Any], StateXError | None]:
         """Run one optimizer step and return its record, and why the run ends with it, if it does."""
@@ -309,7 +319,9 @@ class Trainer:
         self.engine.carried.forget()
         return self.guard.skip_bad(step, reason, batch, where)
 
-    def _save_if_due(self, batch: list[PackedBatch], *, last: bool, written: bool, ends_badly: bool) -> float:
+    def _save_if_due(
+        self, batch: list[PackedBatch], *, last: bool, written: bool, ends_badly: bool, doubtful: bool
+    ) -> float:
         """Save, or finish a save that has been written behind the loop; return the seconds that it took.
 
         Args:
@@ -317,6 +329,7 @@ class Trainer:
             last: Whether the run ends here.
             written: Whether all ranks have written a save that is pending.
             ends_badly: Whether the run ends for another reason, so that a save that fails is only logged.
+            doubtful: Whether the last step was bad, so that the save does not replace older ones.
         """
         start = time.perf_counter()
         if last or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
@@ -326,12 +339,14 @@ class Trainer:
             # The state travels with the batch: a loader that has already fetched ahead does not matter.
             state = {"loader": batch[-1].loader_state, "guard": self.guard.state_dict(), "schedule": dict(self.facts)}
             try:
-                self.checkpoints.save(self.step, state, last=last)
+                self.checkpoints.save(self.step, state, last=last, doubtful=doubtful)
             except CheckpointError as error:
                 if not ends_badly:
                     raise
-                logger.error("%s", error)
-            if lost := self.engine.sum([float(self.lost_tokens)])[0]:
+                if self.engine.rank == 0:
+                    logger.error("%s", error)
+            lost = self.engine.sum([float(self.lost_tokens)])[0]
+            if lost and self.engine.rank == 0:
                 logger.warning(
                     "%d tokens of damaged shards were skipped since the start at step %d", lost, self.start_step
                 )

@@ -19,7 +19,7 @@ from statex_dist.checkpoint.leftovers import remove_leftovers, remove_tree
 from statex_dist.checkpoint.visible import fresh_names, wait_until_none
 from statex_dist.errors import ConfigError, refusal
 from statex_dist.parallel.ranks import Ranks
-from statex_dist.train.claim import claim
+from statex_dist.train.claim import claim, not_held, taken_text
 
 PROBE_PREFIX = ".probe-"
 """Begins the name of the directory that rank 0 makes, and removes again."""
@@ -33,14 +33,14 @@ def require_shared(run_dir: Path, ranks: Ranks) -> None:
     The directory is left as it was: one that is not there yet is made, and removed again.
 
     Raises:
-        ConfigError: A rank has another directory there, or cannot write into it.
+        ConfigError: A rank has another directory there, or cannot write into it, or another job trains there.
     """
     with contextlib.ExitStack() as made:
         if problem := _problem(run_dir, ranks, made):
             made.close()
             # All ranks wait here: one that fails earlier could write its status into a directory that is being removed.
             ranks.broadcast(None)
-            raise ConfigError(problem)
+            raise ConfigError(problem).on_all_ranks(ranks.rank)
 
 
 @contextlib.contextmanager
@@ -66,14 +66,14 @@ def claim_together(run_dir: Path, ranks: Ranks) -> Iterator[None]:
             except OSError as error:
                 problem = f"run_dir {run_dir} cannot be written: {refusal(error)}"
         if problem := ranks.broadcast(problem):
-            raise ConfigError(problem)
+            raise ConfigError(problem).on_all_ranks(ranks.rank)
         yield
 
 
 def _problem(run_dir: Path, ranks: Ranks, made: contextlib.ExitStack) -> str | None:
     """Return why the directory will not do, the same on all ranks; ``made`` removes what this rank has made."""
-    probe, problem, token = Path(), None, uuid.uuid4().hex
-    if ranks.rank == 0:
+    probe, problem, token = Path(), _taken(run_dir, ranks), uuid.uuid4().hex
+    if ranks.rank == 0 and problem is None:
         try:
             # Checkpoints may lie elsewhere, behind a link.
             place = run_dir / CHECKPOINTS_DIR if (run_dir / CHECKPOINTS_DIR).is_dir() else run_dir
@@ -93,7 +93,17 @@ def _problem(run_dir: Path, ranks: Ranks, made: contextlib.ExitStack) -> str | N
         unseen = wait_until_none(lambda: {f"rank{r}" for r in range(ranks.world_size)} - fresh_names(probe) or None)
         unheard = [int(name.removeprefix("rank")) for name in unseen or ()]
         problem = _refusal(run_dir, [(h, "" if r in unheard else None) for r, (h, _) in enumerate(reports)])
+    if problem:
+        problem = _taken(run_dir, ranks) or problem  # a job that began since then removes probes
     return ranks.broadcast(problem)
+
+
+def _taken(run_dir: Path, ranks: Ranks) -> str | None:
+    """Return on rank 0 that another job trains into the directory, if one does: no rank of this one has claimed it."""
+    if ranks.rank:
+        return None
+    with not_held(run_dir) as free:
+        return None if free else taken_text(run_dir)
 
 
 def _join(probe: Path, rank: int, token: str, made: contextlib.ExitStack) -> str | None:

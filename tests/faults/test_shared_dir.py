@@ -60,7 +60,7 @@ def start(config: Path, before: str = "", **variables: str) -> subprocess.Comple
 def test_ranks_with_directories_of_their_own_are_refused(tmp_path: Path, config: Path):
     result = start(config)
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
-    assert sorted(line.startswith("[rank 1] ") for line in errors) == [False, True], result.stderr
+    assert [line.startswith("error: ") for line in errors] == [True], result.stderr
     for line in errors:
         assert "(rank 1) and rank 0 on " in line
         assert "do not have the same directory at run_dir run" in line
@@ -83,10 +83,10 @@ def test_a_rank_that_cannot_write_there_is_named(tmp_path: Path, config: Path):
     result = start(config, f"unshare -m bash {read_only}")
     if "unshare failed" in result.stderr or "mount: " in result.stderr:
         pytest.skip("mounts of a process's own are not allowed here")
-    for prefix in ("error: ", "[rank 1] error: "):
-        words = rf"^{re.escape(prefix)}run_dir run cannot be used on .* .rank 1.: Read-only file system"
-        assert re.search(words, result.stderr, re.MULTILINE), result.stderr
-    assert result.stderr.count("exitcode  : 2 ") == 2
+    words = r"^error: run_dir run cannot be used on .* .rank 1.: Read-only file system"
+    assert re.search(words, result.stderr, re.MULTILINE), result.stderr
+    assert "[rank 1] error: " not in result.stderr
+    assert "exitcode  : 2 " in result.stderr  # torchrun may end rank 0, which has reported by then
     assert [path.name for path in run.iterdir()] == ["status.json"], "nothing but why it failed"
 
 

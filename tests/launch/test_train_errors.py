@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -11,9 +12,10 @@ import pytest
 
 import statex_dist.run
 from launch.train import main
+from statex_dist.train.claim import claim
 from statex_dist.train.status import read_status
 from tests.checkpoints_tools.test_expand_faults import mounted
-from tests.runs import GLA, make_shards, write_run
+from tests.runs import GLA, make_shards, run_training, write_run
 
 
 @pytest.fixture
@@ -82,3 +84,17 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path, config, capsys, pla
     assert line.startswith("error: ")
     assert str(run_dir)[:100] in line
     assert "[Errno" not in line
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("wrong", ["data", pytest.param("taken", marks=pytest.mark.slow)])
+def test_what_all_ranks_have_to_say_is_one_line_of_rank_0(tmp_path: Path, wrong: str):
+    data = tmp_path / "nowhere" if wrong == "data" else make_shards(tmp_path / "data")
+    file = write_run(tmp_path / "run.yaml", model={"config": GLA}, data={"path": str(data)})
+    with claim(tmp_path / "run") if wrong == "taken" else contextlib.nullcontext():
+        result = run_training(2, "--config", str(file))
+    lines = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert [line[:7] for line in lines] == ["error: "], result.stderr
+    assert {"data": str(data), "taken": "another process is training into it"}[wrong] in lines[0]
+    assert "Traceback" not in result.stderr.split(lines[0])[0]
+    assert not (tmp_path / "run" / "status.json").exists()

@@ -18,6 +18,7 @@ from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.data.types import PackedBatch
 from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.plain import PlainEngine
+from statex_dist.engine.snapshot import FileWriter
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
 from statex_dist.models.kinds import config_from_dict, read_config
 from statex_dist.models.lm import RecurrentLM
@@ -426,7 +427,8 @@ def test_a_save_that_is_being_written_is_finished_when_the_run_ends_badly(tmp_pa
     explode_in(monkeypatch, {4}, float("nan"))
     with pytest.raises(StateXError, match="at step 4"):
         train(config)
-    assert complete_tags(Path(config.run_dir) / "checkpoints") == ["global_step4", "global_step3"]
+    tags = complete_tags(Path(config.run_dir) / "checkpoints")
+    assert tags == ["global_step4", "global_step3", "global_step2"], "keep_last of 2, beside the one after a bad step"
 
 
 def test_figures_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, shards: Path, monkeypatch, caplog):
@@ -458,3 +460,56 @@ def test_the_observed_state_is_that_of_the_last_document_not_of_padding():
         carried.forward_loss(model, batch, 0, torch.device("cpu"), observe=True)
         found.append(torch.stack(carried.observed))
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_save_after_bad_steps_does_not_replace_the_last_sound_one(
+    tmp_path: Path, shards: Path, monkeypatch, asynchronous: str
+):
+    """The weights of the last good step may be what makes every later one bad."""
+    arguments = ["--guard.max_skipped", "1", "--train.save_async", asynchronous]
+    config = load(tmp_path, shards, *arguments, train={"save_every": 1, "keep_last": 1, "num_steps": 10})
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    with monkeypatch.context() as patch:
+        explode_in(patch, set(range(4, 10)), float("nan"))
+        for step in (5, 7, 9):  # the same command again and again, as a shell's loop would
+            with pytest.raises(StateXError, match=f"at step {step}"):
+                train(config)
+            assert complete_tags(checkpoints) == [f"global_step{step}", "global_step3"]
+            status = read_status(Path(config.run_dir))
+            assert status is not None
+            assert (status.state, status.step, status.restart) == ("failed", step, False)
+    assert train(config)
+    assert complete_tags(checkpoints) == ["global_step10"]
+    assert [record["step"] for record in read_metrics(Path(config.run_dir))] == list(range(1, 11))
+
+
+def test_a_write_that_fails_names_path_and_remedy(tmp_path: Path):
+    """torch says ``unexpected pos`` of a full disk."""
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    path.symlink_to("/dev/full")
+    writer = FileWriter([(path, {"x": torch.zeros(1 << 16)})], tmp_path, rank=0, retries=0)
+    writer.run()
+    assert writer.problem == (
+        f"checkpoint file of rank 0 cannot be written: {path}: No space left on device; free space there, or choose "
+        "another place"
+    )
+    assert Path("/dev/full").exists()
+    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_a_rank_looks_at_its_own_files_only_however_many_ranks_there_are(tmp_path: Path, monkeypatch, rank: int):
+    names = [
+        f"zero_pp_rank_{other}_mp_rank_00_{kind}_states.pt" for other in range(4096) for kind in ("model", "optim")
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    looked, is_file = [], Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda self: looked.append(self.name) or is_file(self))
+    mine = [(tmp_path / name, {"x": 1}) for name in names if f"rank_{rank}_mp" in name]
+    writer = FileWriter(mine, tmp_path, rank=rank, retries=0)
+    writer.run()
+    assert writer.problem is None
+    assert sorted(writer.records) == [path.name for path, _ in mine]
+    assert len(looked) <= 2 * len(mine)

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from statex_dist.checkpoint.history import Span, read_history
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
@@ -40,6 +41,7 @@ from statex_dist.state.plan import ExpansionPlan
 from statex_dist.train.metrics import read_metrics
 
 _LAST_STEPS = 20
+_SHOWN_SPANS = 8
 
 NAMED_SOURCES = 20
 """Sources of a run whose epochs the page names: those that were seen most often."""
@@ -57,6 +59,7 @@ class TrainingRun:
         settings: The same by dotted names.
         status: Contents of its ``status.json``; empty where there is none.
         expanded: Its expanded layers, as far as a checkpoint tells.
+        history: Settings of the steps of its newest checkpoint; empty of earlier releases' ones.
     """
 
     name: str
@@ -66,6 +69,7 @@ class TrainingRun:
     settings: Mapping[str, Any]
     status: Mapping[str, Any]
     expanded: tuple[int, ...]
+    history: Sequence[Span] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +166,7 @@ def _read_run(directory: Path, name: str) -> TrainingRun:
         settings=settings,
         status=status,
         expanded=tuple(expansion.layer for expansion in plan.layers),
+        history=read_history(checkpoints / tags[0]) if tags else (),
     )
 
 
@@ -225,6 +230,7 @@ def make_page(runs: Sequence[TrainingRun]) -> str:
 def runs_section(runs: Sequence[TrainingRun], *, title: str = "") -> Section:
     """Return what a page says of ``runs``: their figures, how they ended, where they differ, and their curves."""
     body = table(summary_lines(runs), caption="The runs in figures") + _difference_table(runs) + _messages(runs)
+    body += "".join(_change_table(run) for run in runs)
     return Section(title=title, body=body + figures(draw_runs(runs)) + _configs(runs))
 
 
@@ -270,6 +276,20 @@ def _difference_table(runs: Sequence[TrainingRun]) -> str:
     return heading("Settings that differ") + table([["", *(run.name for run in runs)], *lines])
 
 
+def _change_table(run: TrainingRun) -> str:
+    """Return the settings that changed in the course of a run, with the steps of each value."""
+    spans = list(run.history)[-_SHOWN_SPANS:]
+    parts = [(f"steps {span.first_step:,} to {span.last_step:,}", flat(span.settings)) for span in spans]
+    if spans and run.settings != parts[-1][1]:
+        parts.append((f"from step {spans[-1].last_step + 1:,} on", dict(run.settings)))
+    keys = dict.fromkeys(key for _, settings in parts for key in settings)
+    lines = [[key, *(redact(str(settings.get(key, ""))) for _, settings in parts)] for key in keys]
+    lines = [line for line in lines if len(set(line[1:])) > 1]
+    if not lines:
+        return ""
+    return heading(f"Settings that changed in {run.name}") + table([["", *(steps for steps, _ in parts)], *lines])
+
+
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names."""
     if not isinstance(values, dict) or not values:
@@ -285,4 +305,4 @@ def _messages(runs: Sequence[TrainingRun]) -> str:
 
 def _configs(runs: Sequence[TrainingRun]) -> str:
     named = [(run.name, run.config) for run in runs if run.config]
-    return "".join(details(f"Configuration of {name}", preformatted(text)) for name, text in named)
+    return "".join(details(f"Configuration of {name}, of its last start", preformatted(text)) for name, text in named)

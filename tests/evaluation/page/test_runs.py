@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from launch.cli import main
+from statex_dist.checkpoint.history import Span, history_text
 from statex_dist.evaluation.page.run_figures import MAX_POINTS, draw_runs
-from statex_dist.evaluation.page.runs import read_runs, summarise
+from statex_dist.evaluation.page.runs import make_page, read_runs, summarise
 
 NOT_DRAWN = {
     **dict.fromkeys(("lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")),
@@ -197,3 +198,19 @@ def test_what_is_no_run_is_refused_in_a_line(tmp_path: Path, capsys, arguments, 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_settings_that_changed_are_told_with_their_steps(tmp_path: Path):
+    run = make_run(tmp_path / "run", config="optimizer: {lr: 0.3}\nseed: 0\n")
+    spans = [
+        Span(first_step=first, last_step=last, settings={"optimizer": {"lr": lr}, "seed": 0})
+        for first, last, lr in [(1, 2, 0.1), (3, 5, 0.2)]
+    ]
+    (run / "checkpoints" / "global_step5" / "training.json").write_text(history_text(spans))
+    text = Page(make_page(read_runs([run]))).text
+    told = text.split("Settings that changed in run")[1].split("Configuration of")[0]
+    for part in ("steps 1 to 2", "steps 3 to 5", "from step 6 on", "optimizer.lr", "0.1", "0.2", "0.3"):
+        assert part in told
+    assert "seed" not in told
+    (run / "checkpoints" / "global_step5" / "training.json").unlink()
+    assert "Settings that changed" not in Page(make_page(read_runs([run]))).text
