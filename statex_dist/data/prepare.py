@@ -169,8 +169,8 @@ def prepare(
         where: Conditions on fields, see :class:`DocumentRules`.
         eos: ``"append"``, or ``"none"`` to take documents as they are.
         bos: ``"none"``, or ``"prepend"`` to begin every document with BOS.
-        special_tokens: What becomes of markers of special tokens in text: ``"split"`` (plain text), ``"keep"`` (what
-            the tokenizer makes of them) or ``"refuse"``.
+        special_tokens: How markers of special tokens in text are encoded: ``"split"`` (as plain text), ``"keep"`` (by
+            the tokenizer) or ``"refuse"``.
         seed: Seed of the document shuffle.
         shard_bytes: Size limit of a raw shard.
         compression: ``"none"``, ``"zstd"`` or ``"gz"``.

@@ -162,7 +162,7 @@ def test_a_tokenizer_without_the_token_is_refused_with_both_remedies(tmp_path, c
     ):
         prepare([corpus], tmp_path / "out", directory, eos="none", bos="prepend")
     with pytest.raises(
-        ConfigError, match=r"tokenizer bytes has no BOS token to begin documents with: give --bos none$"
+        ConfigError, match=r"tokenizer bytes has no BOS token to begin documents with; give --bos none$"
     ):
         prepare([corpus], tmp_path / "out", "bytes", bos="prepend")
     prepare([corpus], tmp_path / "out", directory, eos="none")

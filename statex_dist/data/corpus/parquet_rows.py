@@ -17,14 +17,14 @@ _BATCH_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 _VALUE_BYTES = 8
 _MOST_TIMES = 8
-# What a page may cost beside its values: their lengths and levels.
+# Bytes of a page beside its values: their lengths and levels.
 _PAGE_BYTES = 1 << 16
 _THRIFT_I32 = 0x15
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is read of every row.
+    """The columns and limits for reading rows.
 
     Attributes:
         text_field: Column of the text, or a dotted path into a nested one.
@@ -195,7 +195,7 @@ def dictionary_bytes(path: str, chunk: Any) -> int:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | BadRecordError]:
-    """Yield the rows as mappings, or what is wrong with one."""
+    """Yield each row as a mapping, or as an error that says what is wrong with it."""
     import pyarrow
 
     dictionaries = [i for i, field in enumerate(batch.schema) if pyarrow.types.is_dictionary(field.type)]
@@ -203,7 +203,7 @@ def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | BadRecordError]:
         try:
             rows = batch.to_pylist()
         except UnicodeDecodeError:
-            pass  # in one of its rows
+            pass  # the fault is in one of its rows
         else:
             yield from rows
             return
@@ -225,7 +225,7 @@ def _open(path: str) -> Any:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Buffered: else a whole column of a row group is read at once.
+        # Buffered: otherwise a whole column of a row group is read at once.
         return ParquetFile(path, buffer_size=_BUFFER_BYTES)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error

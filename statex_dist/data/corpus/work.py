@@ -126,7 +126,7 @@ class WorkDirectory:
         if error is not None and not self._merge and self._units.is_dir():
             done = sum(1 for file in self._units.iterdir() if file.suffix == DONE_SUFFIX)
             if done:
-                log.info("%d finished units are kept in %s; the same command goes on from there", done, self.path)
+                log.info("%d finished units are kept in %s; the same command continues from there", done, self.path)
             elif self._part is None:
                 self.remove()
         self._unlock()
@@ -141,7 +141,7 @@ class WorkDirectory:
             self.path.rmdir()
 
     def identity(self) -> list[Any]:
-        """Return what the tokens depend on: settings and inputs, in JSON types."""
+        """Return the settings and inputs on which the tokens depend, in JSON types."""
         return [self._settings, self._inputs]
 
     def finish(self) -> None:
