@@ -61,10 +61,11 @@ def _say(text: str) -> None:
 
 
 def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) -> None:
-    """Leave word in the run's directory, where there is one."""
+    """Write the failure into the status of the run, unless another process is training into its directory."""
+    from statex_dist.train.claim import TakenError
     from statex_dist.train.status import write_failure
 
-    if config is not None:
+    if config is not None and not isinstance(error, TakenError):
         size = os.environ.get("WORLD_SIZE", "1")
         write_failure(
             Path(config.run_dir),

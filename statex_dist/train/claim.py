@@ -11,6 +11,10 @@ from statex_dist.errors import ConfigError, refusal
 LOCK_NAME = ".lock"
 
 
+class TakenError(ConfigError):
+    """Another process holds the run's directory, so that its files are not this process's to write."""
+
+
 def claim(
     run_dir: Path,
     *,
@@ -25,14 +29,15 @@ def claim(
         taken: What it means that another process holds it, and what to do about that.
 
     Raises:
-        ConfigError: The directory cannot be made, or another process holds the lock.
+        TakenError: Another process holds the lock.
+        ConfigError: The directory cannot be made.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run_dir / lock_name, blocking=False)
         lock.acquire()
     except Timeout:
-        raise ConfigError(f"run_dir {run_dir}: {taken}, or give another run_dir") from None
+        raise TakenError(f"run_dir {run_dir}: {taken}, or give another run_dir") from None
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {refusal(error)}") from None
     return lock

@@ -50,9 +50,10 @@ def claim_together(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     Single files that a killed start was writing there are removed.
 
     Raises:
-        ConfigError: The directory cannot be made, or another process holds the lock.
+        TakenError: Another process holds the lock.
+        ConfigError: The directory cannot be made.
     """
-    problem = None
+    problem: ConfigError | None = None
     with contextlib.ExitStack() as held:
         if ranks.rank == 0:
             try:
@@ -62,11 +63,11 @@ def claim_together(run_dir: Path, ranks: Ranks) -> Iterator[None]:
                     remove_tree(probe)
                 remove_leftovers(run_dir)
             except ConfigError as error:
-                problem = str(error)
+                problem = error
             except OSError as error:
-                problem = f"run_dir {run_dir} cannot be written: {refusal(error)}"
-        if problem := ranks.broadcast(problem):
-            raise ConfigError(problem)
+                problem = ConfigError(f"run_dir {run_dir} cannot be written: {refusal(error)}")
+        if (problem := ranks.broadcast(problem)) is not None:
+            raise problem
         yield
 
 
