@@ -1,4 +1,4 @@
-"""The facts of a model card that lie in a checkpoint and its run: settings of its steps, and what its figures say."""
+"""The facts of a model card from a checkpoint and its run: the settings of its steps, and its figures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def spans_of(checkpoint: Path, run: Path | None, step: int | None) -> list[Span]:
-    """Return the settings of a checkpoint's steps: its own account, or for want of one those of the run's last start.
+    """Return the settings of a checkpoint's steps: its own history, or if it has none those of the run's last start.
 
     Raises:
         CheckpointError: A file is damaged.
@@ -92,7 +92,7 @@ def training_facts(checkpoint: Path, run: Path | None, step: int | None) -> Iter
         if told := _over_spans(spans, key):
             yield name, told
     if spans and not read_history(checkpoint):
-        yield "these settings", "of the run's last start: the checkpoint has no account of its own steps"
+        yield "these settings", "of the run's last start: the checkpoint has no history of its own"
     elif spans and spans[0].first_step > 1:
         yield "settings are known", f"from step {spans[0].first_step:,} on"
 

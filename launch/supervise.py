@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(holds_secret(argument) for argument in train):
             logging.getLogger("launch").warning(
                 "the command line has a URL with credentials: ps and the launcher's own output show it; give the URL "
-                "in the configuration file, which can be readable for you alone (chmod 600)"
+                "in the configuration file, and make that readable for you alone (chmod 600)"
             )
         hosts = read_hostfile(options.hostfile) if options.hostfile is not None else []
         policy = Policy(

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    """Print an error. Every rank does: what is wrong may be so on one node only."""
+    """Print an error, on every rank: a fault may be on one node only."""
     rank = os.environ.get("RANK", "0")
     sys.stderr.write(f"error: {text}\n" if rank == "0" else f"[rank {rank[:20]}] error: {text}\n")
 

@@ -161,7 +161,7 @@ class Checkpoints:
             newest = next(iter(complete_tags(self.directory)), None)
             whence = "the beginning: nothing has been saved" if newest is None else newest
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be saved: {problem}; see to the disk (full, or away?) and start "
+                f"the checkpoint of step {step} cannot be saved: {problem}; check the disk (full, or unmounted?) and start "
                 f"again: the run goes on from {whence}"
             )
         logger.error(
