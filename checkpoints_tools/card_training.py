@@ -17,6 +17,7 @@ _METRICS_NAME = "metrics.jsonl"
 
 _SETTINGS = {
     "data.seq_len": "tokens of a packed sequence",
+    "data.curriculum": "curriculum",
     "data.packs_per_step": "packed sequences per step",
     "data.packing": "packing",
     "data.long_documents": "documents longer than a sequence",
@@ -115,10 +116,20 @@ def _told(settings: dict[str, Any], key: str) -> str:
     value: Any = settings
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if value is None:
+    if value is None or value == []:
         return ""
+    if key == "data.curriculum" and isinstance(value, list):
+        return "; ".join(_stage(stage) for stage in value)
     counts = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
     return f"{value:,}" if counts else str(value)
+
+
+def _stage(stage: Any) -> str:
+    """Return a stage of a curriculum in words: the step after which it begins, and what it sets."""
+    if not isinstance(stage, dict):
+        return str(stage)
+    changes = [f"{key} {value}" for key, value in stage.items() if key != "from_step" and value is not None]
+    return f"after step {stage.get('from_step')}: {', '.join(changes)}"
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -161,8 +161,8 @@ class Checkpoints:
             newest = next(iter(complete_tags(self.directory)), None)
             whence = "the beginning: nothing has been saved" if newest is None else newest
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be saved: {problem}; check the disk (full, or unmounted?) and start "
-                f"again: the run goes on from {whence}"
+                f"the checkpoint of step {step} cannot be saved: {problem}; check the disk (full? unmounted?), start "
+                f"again: the run continues from {whence}"
             )
         logger.error(
             "the checkpoint of step %d is NOT saved (%d of %d failures that are borne): %s",
