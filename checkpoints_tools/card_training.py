@@ -125,7 +125,7 @@ def _told(settings: dict[str, Any], key: str) -> str:
 
 
 def _stage(stage: Any) -> str:
-    """Return a stage of a curriculum in words: the step after which it begins, and what it sets."""
+    """Return a stage of a curriculum in words: the step after which it begins, and its settings."""
     if not isinstance(stage, dict):
         return str(stage)
     changes = [f"{key} {value}" for key, value in stage.items() if key != "from_step" and value is not None]

@@ -375,5 +375,5 @@ def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules, bad: st
         reasons.append(f"{left_out['undecodable']} not UTF-8")
     if left_out["bad"]:
         reasons.append(f"{left_out['bad']} bad records: {bounded_line(bad, 200)}")
-    remedy = "check --text-field and --rows" if bad else "give files with text in them"
-    return f"no documents in {files} input file{'s' * (files != 1)} ({', '.join(reasons)}); {remedy}"
+    advice = "check --text-field and --rows" if bad else "give files with text in them"
+    return f"no documents in {files} input file{'s' * (files != 1)} ({', '.join(reasons)}); {advice}"

@@ -1,4 +1,4 @@
-"""How the processes of a job find each other; each failure is one line with the remedy.
+"""How the processes of a job find each other; each failure is one line with advice.
 
 Rank 0 (or torchrun's agent) holds a store at ``MASTER_ADDR:MASTER_PORT``. Faults there are checked for before
 torch is called: its own errors are dozens of lines, from C++ and Python, without the missing rank and without advice.

@@ -46,7 +46,7 @@ def test_a_refusal_of_the_system_is_one_line(tmp_path: Path, config, monkeypatch
     assert line.startswith("error: ")
     assert os.strerror(code) in line
     assert ("/mnt/a/file" in line) == named
-    assert "; " in line or number == "ENOENT", "a remedy"
+    assert "; " in line or number == "ENOENT", "no advice"
     if not named and number in ("ENOSPC", "EROFS", "EDQUOT"):
         assert str(run_dir) in line
     status = read_status(run_dir)

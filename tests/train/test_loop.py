@@ -245,7 +245,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path, shards: Path, m
     ):
         train(config)
     run = Path(config.run_dir)
-    assert not read_status(run).restart, "a supervisor would have it skip steps for ever"
+    assert not read_status(run).restart, "a supervisor would restart it without end"
     assert complete_tags(run / "checkpoints")[0] == "global_step6", "with the weights of the last good step"
     assert [record["skipped"] for record in read_metrics(run)] == [0, 1, 1, 2, 3, 4]
     assert len(list((run / "bad_batches").iterdir())) == 4

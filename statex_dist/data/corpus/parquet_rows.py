@@ -195,7 +195,7 @@ def dictionary_bytes(path: str, chunk: Any) -> int:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | BadRecordError]:
-    """Yield each row as a mapping, or as an error that says what is wrong with it."""
+    """Yield each row as a mapping, or as the error that describes its fault."""
     import pyarrow
 
     dictionaries = [i for i, field in enumerate(batch.schema) if pyarrow.types.is_dictionary(field.type)]

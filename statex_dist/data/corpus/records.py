@@ -18,7 +18,7 @@ class BadRecordError(DataError):
     """One record is not a document; the records before and after it may be."""
 
     LARGER: ClassVar[str] = "allow more with --max-document-bytes"
-    """The remedy for a record that is too large."""
+    """Advice for a record that is too large."""
 
 
 @dataclass(frozen=True, slots=True)
