@@ -163,8 +163,8 @@ def _parts(url: str) -> tuple[str, str]:
 def _split(rest: str, *, doubtful: bool = True) -> tuple[str, str, str]:
     """Split what follows ``scheme://`` into authority, path and the rest from ``?`` or ``#`` on.
 
-    An unencoded ``/``, ``?`` or ``#`` in a password ends the authority too early. It is recognised by what stands
-    behind the colon, which is no port; where it could be one (``host:80/a@b``), ``doubtful`` takes it for a password.
+    An unencoded ``/``, ``?`` or ``#`` in a password ends the authority too early. It is recognised by the text after
+    the colon, which is not a port; if it could be one (``host:80/a@b``), ``doubtful`` treats it as a password.
     """
     end = re.search(r"[/?#]", rest)
     authority = rest[: end.start()] if end else rest

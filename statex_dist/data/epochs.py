@@ -72,7 +72,7 @@ def warn_of_repeats(repeats: list[Repeats], *, num_steps: int, limit: float) -> 
 
 
 def _stages_to_come(mixture: Mixture, place: Place, num_steps: int) -> list[tuple[Stage, int, int]]:
-    """The rest of the curriculum: stage, first step, one past its last."""
+    """Return the stages that remain of the curriculum, each with its first step and the step after its last."""
     ends = [stage.from_step for stage in mixture.stages[1:]] + [num_steps]
     spans = [
         (stage, max(stage.from_step, place.step), min(end, num_steps))

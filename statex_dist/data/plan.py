@@ -105,7 +105,7 @@ class WindowPlan:
 
 
 class _Epoch(NamedTuple):
-    """The windows of an epoch: the shards of each, in the order of the plan; the tokens before each, and all."""
+    """The windows of an epoch: the shards of each, in the order of the plan; the tokens before each, and in all."""
 
     windows: list[np.ndarray]
     tokens_before: list[int]

@@ -142,7 +142,7 @@ class BytesTokenizer:
 
     @property
     def old_hash(self) -> str:
-        """The same: bytes have no settings."""
+        """Same as ``hash``: bytes have no settings."""
         return self.hash
 
     def marker_in(self, text: str) -> None:

@@ -44,7 +44,7 @@ class Place:
         self._latest = tag
 
     def open(self, temporary: Path) -> str | None:
-        """Make the directory of a save; return what is wrong, the same on all ranks, where one does not see it.
+        """Make the directory of a save; return the error, the same on all ranks, if one of them does not see it.
 
         Nothing is made above it: what is not there is a mount that is gone, and under its name lies another disk.
         """
@@ -98,7 +98,7 @@ class Place:
         return files
 
     def discard(self, temporary: Path) -> None:
-        """Remove what a save that failed has written, on all ranks together."""
+        """Remove the files of a failed save, on all ranks together."""
         if self.engine.rank == 0 and temporary.exists():
             remove_tree(temporary)
         self.engine.barrier()

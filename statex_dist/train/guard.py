@@ -88,7 +88,7 @@ class Guard:
         self._norms: deque[float] = deque(maxlen=_WINDOW)
 
     def judge(self, loss: float, grad_norm: float, *, targets: int) -> str | None:
-        """Return why a step is to be skipped (:data:`NO_TARGETS`, or what is bad), or None for a good one."""
+        """Return why a step must be skipped (:data:`NO_TARGETS`, or its bad value), or None for a good one."""
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}" if targets == 0 or math.isfinite(loss) else f"the loss is {loss}"
         if targets == 0:
@@ -133,8 +133,8 @@ class Guard:
             "a whole pass over the data" if whole else f"guard.max_without_targets={self.config.max_without_targets}"
         )
         return NoTargetsError(
-            f"no step of the last {count}, to step {step}, had a target ({limit}): all tokens are masked, padding or "
-            f"of damaged shards that were skipped; check the data's loss masks: {where}"
+            f"none of the last {count} steps, to step {step}, had a target ({limit}): all tokens are masked, padding "
+            f"or of damaged shards that were skipped; check the data's loss masks: {where}"
         )
 
     def skip_bad(self, step: int, reason: str, batches: Sequence[PackedBatch], where: str) -> StateXError | None:

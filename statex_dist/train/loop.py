@@ -310,7 +310,7 @@ class Trainer:
         return self.guard.skip_bad(step, reason, batch, where)
 
     def _save_if_due(self, batch: list[PackedBatch], *, last: bool, written: bool, ends_badly: bool) -> float:
-        """Save, or finish a save that has been written behind the loop; return the seconds that it took.
+        """Save, or finish a save that a thread has written; return the seconds that it took.
 
         Args:
             batch: The batch of the step that was made.

@@ -78,5 +78,5 @@ def is_offline(path: Path) -> bool:
 
 
 def synced_marker(path: Path) -> Path:
-    """Return the file beside a ``.wandb`` file with which ``wandb sync`` marks what it has sent."""
+    """Return the file beside a ``.wandb`` file that ``wandb sync`` writes after it has sent it."""
     return path.with_name(f"{path.name}.synced")

@@ -100,7 +100,7 @@ def read_rows(
 
 
 def _columns(path: str, parquet: Any, wanted: Wanted, report: ReadReport) -> list[str]:
-    """Return what is read: the text alone, or every column beside the ids that could change what is learned."""
+    """Return the columns to read: the text alone, or the ids and every column that could change the training."""
     names = parquet.schema_arrow.names
     text = wanted.text_field
     columns = [text] if wanted.rows != "tokens" and _holds(parquet.schema_arrow, text) else []
@@ -116,7 +116,7 @@ def _columns(path: str, parquet: Any, wanted: Wanted, report: ReadReport) -> lis
 
 
 def _matters(field: Any) -> bool:
-    """Whether a column beside token ids could change what is learned: by its name, or as a list of numbers."""
+    """Return whether a column beside token ids could change the training: by its name, or as a list of numbers."""
     import pyarrow.types as types
 
     if field.name in BESIDE_TEXT or field.name == ZEROS_ONLY:
@@ -129,7 +129,7 @@ def _matters(field: Any) -> bool:
 
 
 def _holds(schema: Any, name: str) -> bool:
-    """Whether a table has a column, or a nested one by its dotted path."""
+    """Return whether a table has a column, or a nested one by its dotted path."""
     import pyarrow
 
     if name in schema.names:

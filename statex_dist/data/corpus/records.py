@@ -39,7 +39,7 @@ Parse = Callable[[dict[str, Any]], list[Record]]
 
 @dataclass(slots=True)
 class ReadReport:
-    """What the reading of a unit found beside its documents; of types that JSON has.
+    """The findings of a unit's reader beside the documents, in types that JSON has.
 
     Attributes:
         skip: Whether bad records are left out; otherwise the first one raises.

@@ -126,7 +126,7 @@ class Source:
         return results
 
     def _report(self, reading: ReadReport, listed: int) -> int:
-        """Log what a unit left out, up to a bound, and which fields were not used; return how many were listed."""
+        """Log the records that a unit left out, up to a bound, and its unused fields; return how many were listed."""
         for message in reading.undecodable:
             log.warning("left out: %s", message)
         for message in reading.listed[: max(0, LISTED - listed)]:
@@ -206,7 +206,7 @@ class Source:
 
 
 def _check_added(tokenizer: Tokenizer, rules: DocumentRules) -> None:
-    """Refuse rules that want a token which the tokenizer lacks, and say what its template would add.
+    """Refuse rules that need a token which the tokenizer lacks; log the tokens that its template would add.
 
     Raises:
         ConfigError: There is no BOS or EOS to add.

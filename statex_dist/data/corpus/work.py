@@ -36,7 +36,7 @@ _LOCK_NAME = "lock"
 # Raised when units are read or stored in another way, so that those of an older version are not taken.
 _VERSION = 2
 _NAMED = 3
-# It lists the inputs, of which there may be millions.
+# It lists the inputs; there may be millions.
 _MAX_SETTINGS_BYTES = 10 * MAX_JSON_BYTES
 
 
@@ -145,7 +145,7 @@ class WorkDirectory:
         return [self._settings, self._inputs]
 
     def finish(self) -> None:
-        """Remove what is left of a run that was killed while it removed the directory.
+        """Remove the rest of a directory whose run was killed while it removed it.
 
         A directory in which another command has begun since is left alone.
 
