@@ -138,7 +138,7 @@ def test_another_sequence_length_on_resume_goes_on_with_what_is_left(tmp_path: P
     other = load(tmp_path, shards, "--data.seq_len", "64", "--train.num_steps", "8")
     with caplog.at_level("INFO"):
         assert train(other)
-    assert any("the sequence length goes from 128 to 64" in record.message for record in caplog.records)
+    assert any("the sequence length changes from 128 to 64" in record.message for record in caplog.records)
     assert len(losses(Path(other.run_dir))) == 8
 
 
