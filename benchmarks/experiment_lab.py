@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.experiment_stats import machine
 from launch.cli import main as statex
-from launch.demo_data import library_pieces, recall_documents
+from launch.demo_data import library_pieces, recall_documents, write_sources
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.models.mitigation import parse_mitigation
@@ -276,11 +276,10 @@ class Lab:
             return target
         (self.out / "data").mkdir(parents=True, exist_ok=True)
         corpus = self.experiment.corpora[name]
-        records = recall_documents(tuple(corpus.num_pairs), corpus.recall_tokens) if corpus.num_pairs else []
-        records += [{"text": piece} for piece in self._pieces(name)]
-        source = self.out / "data" / f"{name}.jsonl"
-        source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        self._statex("prepare", source, "--out", target, "--overwrite")
+        recall = recall_documents(tuple(corpus.num_pairs), corpus.recall_tokens) if corpus.num_pairs else []
+        text = [{"text": piece} for piece in self._pieces(name)]
+        sources = write_sources(self.out / "data", name, recall=recall, text=text)
+        self._statex("prepare", *sources, "--out", target, "--overwrite")
         _say_made(target / "index.json", self.experiment.data_recipe(name))
         return target
 

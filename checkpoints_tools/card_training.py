@@ -1,4 +1,4 @@
-"""The facts of a model card that lie in a checkpoint and its run: settings of its steps, and what its figures say."""
+"""The facts of a model card from a checkpoint and its run: the settings of its steps, and its figures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _METRICS_NAME = "metrics.jsonl"
 
 _SETTINGS = {
     "data.seq_len": "tokens of a packed sequence",
+    "data.curriculum": "curriculum",
     "data.packs_per_step": "packed sequences per step",
     "data.packing": "packing",
     "data.long_documents": "documents longer than a sequence",
@@ -59,7 +60,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def spans_of(checkpoint: Path, run: Path | None, step: int | None) -> list[Span]:
-    """Return the settings of a checkpoint's steps: its own account, or for want of one those of the run's last start.
+    """Return the settings of a checkpoint's steps: its own history, or if it has none those of the run's last start.
 
     Raises:
         CheckpointError: A file is damaged.
@@ -92,7 +93,7 @@ def training_facts(checkpoint: Path, run: Path | None, step: int | None) -> Iter
         if told := _over_spans(spans, key):
             yield name, told
     if spans and not read_history(checkpoint):
-        yield "these settings", "of the run's last start: the checkpoint has no account of its own steps"
+        yield "these settings", "of the run's last start: the checkpoint has no history of its own"
     elif spans and spans[0].first_step > 1:
         yield "settings are known", f"from step {spans[0].first_step:,} on"
 
@@ -115,10 +116,20 @@ def _told(settings: dict[str, Any], key: str) -> str:
     value: Any = settings
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if value is None:
+    if value is None or value == []:
         return ""
+    if key == "data.curriculum" and isinstance(value, list):
+        return "; ".join(_stage(stage) for stage in value)
     counts = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
     return f"{value:,}" if counts else str(value)
+
+
+def _stage(stage: Any) -> str:
+    """Return a stage of a curriculum in words: the step after which it begins, and its settings."""
+    if not isinstance(stage, dict):
+        return str(stage)
+    changes = [f"{key} {value}" for key, value in stage.items() if key != "from_step" and value is not None]
+    return f"after step {stage.get('from_step')}: {', '.join(changes)}"
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -156,9 +156,9 @@ def _client_notes(client: Callable[[int], Mapping[str, Any]], old: int, new: int
     listed = ", ".join(own)
     if new < old:
         return [
-            f"client state of the ranks' own ({listed}): that of ranks 0..{new - 1} is kept, the others' is left out"
+            f"each rank has its own client state ({listed}): that of ranks 0..{new - 1} is kept, the rest is left out"
         ]
-    return [f"client state of the ranks' own ({listed}): ranks {old}..{new - 1} get that of ranks 0.. again"]
+    return [f"each rank has its own client state ({listed}): ranks {old}..{new - 1} get copies of those of ranks 0.."]
 
 
 def _held(value: Any, archive: TorchArchive) -> Any:

@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--special-tokens",
         type=str,
         default="split",
-        help="markers of special tokens in text, as <|endoftext|>: split (plain text), keep (control tokens) or refuse",
+        help="how <|endoftext|> and the like in text are encoded: split (plain text), keep (control tokens) or refuse",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the document shuffle")
     parser.add_argument("--shard-size", type=str, default="64MiB", help="size limit of a raw shard, e.g. 512KB, 64MiB")
@@ -46,15 +46,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int | None, default=None, help="leave out documents longer than this")
     parser.add_argument("--max-documents", type=int | None, default=None, help="stop after this many documents")
     parser.add_argument("--skip-undecodable", action="store_true", help="leave out text files that are not UTF-8")
-    parser.add_argument("--skip-bad-records", action="store_true", help="leave out, count and list what is no document")
-    parser.add_argument("--rows", type=str, default="auto", help="auto, or what is read of rows: text or tokens")
+    parser.add_argument("--skip-bad-records", action="store_true", help="leave out, count and list bad records")
+    parser.add_argument("--rows", type=str, default="auto", help="kind of the rows: auto, text or tokens")
     parser.add_argument(
         "--ignore-field",
         action="append",
         type=str,
         default=[],
         metavar="NAME",
-        help="leave out this field beside input_ids, whatever it holds; may be repeated",
+        help="ignore this field beside input_ids; may be repeated",
     )
     parser.add_argument(
         "--max-document-bytes", type=str, default="128MiB", help="size limit of a line, text file or row, up to 1GiB"
@@ -163,7 +163,7 @@ def _describe(summary: PrepareSummary) -> str:
     if summary.finished_before:
         return (
             f"{summary.out}: complete: {summary.documents} documents{left_out}, {summary.tokens} {summary.dtype} "
-            "tokens; a killed run of this command had made it, and what that left was removed"
+            "tokens; a run of this command was killed after it had made this; its leftovers were removed"
         )
     return (
         f"{summary.out}: {summary.documents} documents{left_out}, {summary.tokens} {summary.dtype} tokens in "

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from launch.demo_data import library_pieces, recall_documents
+from launch.demo_data import library_pieces, recall_documents, write_sources
 from launch.demo_report import ARMS, NUM_PAIRS, draw_plot, make_table
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.errors import ConfigError, StateXError
@@ -147,11 +147,10 @@ class Demo:
         data.mkdir()
         pieces = library_pieces(sum(corpus.text_pieces for corpus in CORPORA.values()))
         for name, corpus in CORPORA.items():
-            records = recall_documents(corpus.num_pairs, int(corpus.recall_tokens * self.scale))
-            records += [{"text": pieces.pop()} for _ in range(corpus.text_pieces)]
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            (data / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-            self.statex("prepare", data / f"{name}.jsonl", "--out", data / name)
+            recall = recall_documents(corpus.num_pairs, int(corpus.recall_tokens * self.scale))
+            text = [{"text": pieces.pop()} for _ in range(corpus.text_pieces)]
+            sources = write_sources(data, name, recall=recall, text=text)
+            self.statex("prepare", *sources, "--out", data / name)
 
     def train_and_measure(self, seed: int) -> dict[str, tuple[Path, dict[str, Any]]]:
         """Run all arms of one seed; return each arm's model directory and record."""

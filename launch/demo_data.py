@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,20 @@ def recall_documents(pairs: tuple[int, ...], num_tokens: int) -> list[dict[str, 
             for row, answers in zip(tokens, mask, strict=True)
         ]
     return documents
+
+
+def write_sources(folder: Path, name: str, **rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write JSON lines, a file for each kind of rows that has any, since ``prepare`` takes one kind per file.
+
+    Args:
+        folder: An existing directory.
+        name: Start of the files' names.
+        rows: The rows by kind, which ends the file's name.
+
+    Returns:
+        The files, in the order of ``rows``.
+    """
+    paths = {folder / f"{name}-{kind}.jsonl": records for kind, records in rows.items() if records}
+    for path, records in paths.items():
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return list(paths)

@@ -134,5 +134,5 @@ def _cut(checkpoints: Path, tag: str, new_tag: str, world_size: int) -> str:
     commit_directory(written, target)
     shutil.rmtree(temporary)
     seconds, ranks = time.monotonic() - began, original.info.get("world_size")
-    logger.info("%s, written by %s ranks, is cut for %d: %s (%.1f s)", source, ranks, world_size, new_tag, seconds)
+    logger.info("%s, written by %s ranks, is copied for %d: %s (%.1f s)", source, ranks, world_size, new_tag, seconds)
     return new_tag

@@ -110,7 +110,8 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
             namespace = parser.parse_args(list(argv))
         values = parser.instantiate(namespace).as_dict()
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{prog}: {one_line(error)}") from None
+        advice = "; --print_config shows every setting" if "unrecognized arguments" in str(error) else ""
+        raise ConfigError(f"{prog}: {one_line(error)}{advice}") from None
     finally:
         sys.stdout.write(redact(printed.getvalue()))  # of --print_config and --help
     values.pop("config", None)

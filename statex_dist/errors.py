@@ -25,7 +25,7 @@ SHOWN_LENGTH = 200
 
 _SHORTENED = " [...] "
 _LONGEST_SECRET = 4096
-"""Characters of a secret that is found where a text is cut."""
+"""Length up to which a secret is found at the place where a text is cut."""
 
 
 def bounded_line(text: str, length: int = LINE_LENGTH) -> str:

@@ -1,9 +1,9 @@
-"""Secrets kept out of everything that is shown or written: the one place that knows what a secret looks like.
+"""Remove secrets from everything that is shown or written; no other module decides what a secret is.
 
 Three rules are applied to every text, in this order:
 
 1. **Remembered secrets**: parts of the URLs that this process was given (:func:`remember`) and keys in its environment
-   are replaced wherever they stand, percent-encoded or not. Libraries print parts of a URL, not only whole ones.
+   are replaced wherever they occur, percent-encoded or not. Libraries print parts of a URL, not only whole ones.
 2. **URLs**: user info, query and fragment of any scheme.
 3. **Headers and parameters** that carry credentials by their name.
 """
@@ -29,7 +29,7 @@ MARK = "***"
 """Replaces a secret in a text."""
 
 _SHORTEST = 4
-"""Characters of the shortest text that is replaced outside of its URL: shorter ones are parts of common words."""
+"""Length of the shortest secret that is replaced outside of its URL: shorter ones are parts of common words."""
 
 _BEGIN = (
     # A Path folds the slashes of a URL; with one slash only known schemes count, since "name:/path" is no URL.
@@ -81,7 +81,7 @@ def redacted(value: Any) -> Any:
 
 
 def bare_url(url: str) -> str:
-    """Return a URL without user info, query and fragment, with no mark in their place: its identity."""
+    """Return a URL without user info, query and fragment, with no mark in their place: the identity of a dataset."""
     scheme, rest = _parts(url)
     authority, place, _ = _split(rest, doubtful=False)
     return scheme + authority.rpartition("@")[2] + place
@@ -98,7 +98,7 @@ def holds_remembered(text: str) -> bool:
 
 
 def remember(url: str) -> None:
-    """Replace the secret parts of a URL from now on wherever they stand, in every encoding that libraries print."""
+    """Replace the secret parts of a URL in all later texts, in every encoding that libraries print."""
     authority, _, behind = _split(_parts(url)[1])
     user, has_user, _ = authority.rpartition("@")
     query, _, fragment = behind.removeprefix("?").partition("#")
@@ -219,8 +219,8 @@ def _parts(url: str) -> tuple[str, str]:
 def _split(rest: str, *, doubtful: bool = True) -> tuple[str, str, str]:
     """Split what follows ``scheme://`` into authority, path and the rest from ``?`` or ``#`` on.
 
-    An unencoded ``/``, ``?`` or ``#`` in a password ends the authority too early. It is recognised by what stands
-    behind the colon, which is no port; where it could be one (``host:80/a@b``), ``doubtful`` takes it for a password.
+    An unencoded ``/``, ``?`` or ``#`` in a password ends the authority too early. It is recognised by the text after
+    the colon, which is not a port; if it could be one (``host:80/a@b``), ``doubtful`` treats it as a password.
     """
     end = re.search(r"[/?#]", rest)
     authority = rest[: end.start()] if end else rest

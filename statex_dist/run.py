@@ -97,7 +97,7 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
 
         init_process_group(env, config.engine, _shared_settings(config))
     try:
-        # Before weights are read: no rank may find out at its first checkpoint that it has another directory.
+        # Before weights are read: a rank with another directory must not find that out at its first checkpoint.
         require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
         return _build_and_train(config, env, accumulation_steps, stop, fit)
     finally:
@@ -132,7 +132,7 @@ def _build_and_train(
         env.world_size,
     )
     if any(ranks.gather(stop.received)):
-        logger.info("told to stop before the first step: there is nothing to save")
+        logger.info("stopped by a signal before the first step; there is nothing to save")
         return False
     # Only now, so that a start that is refused leaves no directory behind.
     with claim_together(run_dir, ranks):
@@ -173,7 +173,7 @@ def _train(
             guard.load_state_dict(client_state["guard"])
     num_steps, epochs = config.train.num_steps, loader.passes()
     if start_step >= num_steps:
-        logger.info("%s has %d steps already, of %d asked for", run_dir, start_step, num_steps)
+        logger.info("%s has %d steps already, train.num_steps is %d", run_dir, start_step, num_steps)
     facts = schedule_facts(config.schedule, lr=config.optimizer.lr, num_steps=num_steps)
     observers = Observers(
         profiler=Profiler(config.profile, run_dir, rank=engine.rank, world_size=engine.world_size),
@@ -187,7 +187,7 @@ def _train(
             log_schedule(config.schedule, num_steps=num_steps)
             limit = config.data.warn_epochs
             warn_of_repeats(loader.forecast(num_steps, above=limit), num_steps=num_steps, limit=limit)
-            # A checkpoint of step 0 was made of weights alone: it has no learning rate to compare with.
+            # A checkpoint of step 0 was made from weights alone: it has no learning rate to compare with.
             if client_state is not None and start_step > 0:
                 warn_of_changed_rates(
                     engine.optimizer.param_groups,
@@ -248,7 +248,7 @@ def _train(
         if engine.rank == 0 and guard.without_targets:
             logger.warning("%d of %d steps had no target and updated nothing", guard.without_targets, trainer.step)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):  # the user would not wait for the save that the first one asked for
+        if isinstance(error, KeyboardInterrupt):  # the second one: the user does not want to wait for the save
             error = StateXError(
                 f"interrupted again at step {trainer.step}, before it was saved; the same command resumes "
                 "from the last checkpoint"
@@ -270,7 +270,7 @@ def _train(
         if observers.metrics is not None:
             observers.metrics.close()
     if not done:
-        logger.info("stopped at step %d of %d; the same command goes on", trainer.step, num_steps)
+        logger.info("stopped at step %d of %d; the same command continues", trainer.step, num_steps)
     return done
 
 
@@ -286,7 +286,7 @@ def _write_status(run_dir: Path, engine: TrainEngine, state: State, step: int, e
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """Return the run's configuration as it is written down: in ``config.yaml``, checkpoints and at wandb."""
+    """Return the run's configuration as ``config.yaml``, checkpoints and wandb have it."""
     return redacted(to_dict(config))
 
 
@@ -412,7 +412,7 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
 
 
 def _shared_settings(config: RunConfig) -> dict[str, object]:
-    """Return the settings that all ranks must have alike, by dotted name, without secrets."""
+    """Return the settings that must be equal on all ranks, by dotted name, without secrets."""
 
     def flat(section: dict[str, object], path: str) -> dict[str, object]:
         found: dict[str, object] = {}
@@ -420,7 +420,7 @@ def _shared_settings(config: RunConfig) -> dict[str, object]:
             found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
         return found
 
-    # A cache is each host's own, and so may be the way to it.
+    # Each host has a cache of its own, perhaps under another path.
     return {k: v for k, v in flat(resolved(config), "").items() if k not in ("data.cache_dir", "data.cache_limit")}
 
 

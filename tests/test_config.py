@@ -100,6 +100,11 @@ def test_an_unknown_key_is_named_by_its_full_path(write, form, text, key, allowe
     assert refused(*form.format(path).split(" ")) == f"{path}: unknown key {key}; allowed here: {allowed}"
 
 
+def test_an_unknown_option_is_named_with_advice():
+    said = refused("--out", "x", "--optim.lrr", "3")
+    assert said == "train: unrecognized arguments: --optim.lrr 3; --print_config shows every setting"
+
+
 @pytest.mark.parametrize("text", ["optim: 3\n", "optim:\n  schedule: [1]\n", "[1, 2]\n", "just words\n"])
 def test_a_section_must_be_a_mapping(write, text):
     assert "must be a mapping of keys to values" in refused("--out", "x", "--config", write(text))

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 ANSWER_SECONDS = 5
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER_SECONDS}")
 _LINE = re.compile(r"(\S+)[ \t]+slots=(\d+)", flags=re.ASCII)
-# No more than names: ssh takes what begins with "-" for an option, and pdsh reads commas and brackets as lists.
+# Names alone: ssh reads a leading "-" as an option, and pdsh reads commas and brackets as lists.
 _NAME = re.compile(r"(?:[\w.-]+@)?[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", flags=re.ASCII)
 _MAX_SLOTS = 1024
 

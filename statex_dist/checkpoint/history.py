@@ -1,7 +1,7 @@
-"""With which settings the steps of a checkpoint were trained: :data:`HISTORY_NAME` in its directory.
+"""The settings with which the steps of a checkpoint were trained: :data:`HISTORY_NAME` in its directory.
 
-A run may be resumed with other settings. Each checkpoint lists the settings of all its steps, so that it can be
-described without the run's directory, and whatever later starts of the run are given.
+A run may be resumed with other settings. Each checkpoint lists the settings of all its steps, so that a
+card can describe it without the run's directory, and whatever settings later starts have.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Span:
 
 
 def extended(history: Sequence[Span], settings: Mapping[str, Any], *, after: int, step: int) -> list[Span]:
-    """Return a history with the steps of this start added; equal settings lengthen the last span.
+    """Return a history with the steps of this start added; equal settings extend the last span.
 
     Args:
         history: Of the steps before.

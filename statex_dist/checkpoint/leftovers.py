@@ -1,4 +1,4 @@
-"""Removing what killed processes left behind."""
+"""Remove the leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what killed saves, deletions and writes of single files left behind in a directory."""
+    """Delete the leftovers of killed saves, deletions and writes of single files in a directory."""
     for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
         if leftover.is_dir() and not leftover.is_symlink():
             remove_tree(leftover)
@@ -24,7 +24,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Delete a directory under a name that is never taken for a checkpoint; a failure is only said."""
+    """Rename a directory so that it is no checkpoint, then delete it; a failure is only logged."""
     try:
         shutil.rmtree(directory)
     except OSError as error:

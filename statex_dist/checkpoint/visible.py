@@ -1,4 +1,4 @@
-"""What one host sees of another's files: at once on one machine, seconds later on a network file system."""
+"""Wait for the files of other hosts, which appear seconds later on a network file system."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PAUSE_SECONDS = 0.2
 
 
 def wait_until_none(look: Callable[[], T | None]) -> T | None:
-    """Return what ``look`` returns when it returns None, or at last when :data:`PATIENCE_SECONDS` are over."""
+    """Call ``look`` until it returns None or :data:`PATIENCE_SECONDS` are over; return its last value."""
     end = time.monotonic() + PATIENCE_SECONDS
     while (found := look()) is not None and time.monotonic() < end:
         time.sleep(_PAUSE_SECONDS)
@@ -24,7 +24,7 @@ def wait_until_none(look: Callable[[], T | None]) -> T | None:
 
 
 def fresh_names(directory: Path) -> set[str]:
-    """Return the names in a directory, none if it is not there; listing makes a network file system look again."""
+    """Return the names in a directory, none if it is missing; listing makes a network file system refresh them."""
     try:
         return {path.name for path in directory.iterdir()}
     except OSError:

@@ -1,6 +1,6 @@
-"""Columns that stand beside token ids in rows and shards of other tools: which are honoured, refused or harmless.
+"""Columns beside token ids in rows and shards of other tools: which are used, refused or ignored.
 
-A column that could change what is learned is never left out without a word. The names are those that Hugging Face
+A column that could change what is learned is never left out without a message. The names are those that Hugging Face
 datasets, TRL, axolotl, llm-foundry and Megatron write.
 """
 
@@ -12,16 +12,16 @@ TOKENS: Final = "input_ids"
 MASKS: Final = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")
 """One value of 0 or 1 for each token: 1 is learned."""
 HONOURED: Final = (TOKENS, "labels", "attention_mask", *MASKS, "position_ids", "seq_lengths")
-"""What is read of a row of token ids."""
+"""The columns that are read of a row of token ids."""
 ZEROS_ONLY: Final = "token_type_ids"
-"""Says nothing where it is 0 throughout, and is refused where it is not."""
+"""Ignored if all its values are 0, refused otherwise."""
 HARMLESS: Final = frozenset(
     (
         *("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "word_ids", "tokens", "text"),
         *("length", "lengths", "num_tokens", "n_tokens", "token_count", "id", "idx", "index", "__index_level_0__"),
     )
 )
-"""About the tokens, without an effect on what a causal language model learns."""
+"""Columns that do not affect the training of a causal language model."""
 _REFUSED: Final = {
     "numbers that weigh the loss": (
         *("weights", "weight", "loss_weights", "loss_weight", "token_weights", "sample_weight", "sample_weights"),
@@ -48,23 +48,23 @@ _REFUSED: Final = {
 }
 _MEANING: Final = {name: meaning for meaning, names in _REFUSED.items() for name in names}
 BESIDE_TEXT: Final = frozenset((TOKENS, "labels", "attention_mask", *MASKS, "position_ids", "seq_lengths", *_MEANING))
-"""What a row of text may hold that its reader does not use, and says so."""
+"""Columns of a row of text that its reader does not use, and names in a warning."""
 
 
 def meaning(name: str) -> str | None:
-    """Return what a column of this name holds that cannot be honoured beside token ids; ``None`` for no such name."""
+    """Return what a refused column holds, by its name; ``None`` for any other name."""
     return _MEANING.get(name)
 
 
 def refused_in_shards(name: str) -> bool:
     """Return whether a column of a foreign shard could change what is learned.
 
-    Shards are read as they lie, so nothing but a mask of their own (:data:`MASKS`, the first) is honoured.
+    Shards are read as they are, so only a loss mask (the first of :data:`MASKS`) is used.
     """
     return name in _MEANING or name == ZEROS_ONLY or (name in HONOURED and name not in (TOKENS, MASKS[0]))
 
 
 SHARD_REMEDY: Final = (
     "could change what is learned and is not read in shards; write it as loss_mask (uint8, 1 is learned), one document "
-    "a sample and without padding, or leave it out"
+    "per sample and without padding, or leave it out"
 )

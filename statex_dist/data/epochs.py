@@ -1,4 +1,4 @@
-"""How often a run will see each source: known before it begins, from the plan and the curriculum."""
+"""Forecast how often a run will see each source, from the plan and the curriculum."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def forecast(mixture: Mixture, place: Place, *, num_steps: int, packs_per_step: 
         name: sum(map(plan.store.num_tokens, range(plan.store.num_shards))) for name, plan in mixture.plans.items()
     }
     stages = _stages_to_come(mixture, place, num_steps)
-    # Without padding the figures are an upper bound. Only what is above the limit is worth the planning of windows.
+    # Without padding the figures are an upper bound. Windows are planned only for sources that it puts above the limit.
     before = mixture.passes(place)
     bound = {
         name: before[name] + sum(s[2] for s in _passes(mixture, stages, name, tokens, packs_per_step, padded=False))
@@ -72,7 +72,7 @@ def warn_of_repeats(repeats: list[Repeats], *, num_steps: int, limit: float) -> 
 
 
 def _stages_to_come(mixture: Mixture, place: Place, num_steps: int) -> list[tuple[Stage, int, int]]:
-    """The rest of the curriculum: stage, first step, one past its last."""
+    """Return the stages that remain of the curriculum, each with its first step and the step after its last."""
     ends = [stage.from_step for stage in mixture.stages[1:]] + [num_steps]
     spans = [
         (stage, max(stage.from_step, place.step), min(end, num_steps))
@@ -90,7 +90,7 @@ def _passes(
     *,
     padded: bool,
 ) -> list[tuple[int, int, float]]:
-    """Passes over a source in each stage in which it does not rest."""
+    """Return the passes over a source in each stage that uses it."""
     found = []
     for stage, first, end in stages:
         weights = mixture.weights(stage)

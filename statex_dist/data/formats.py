@@ -134,7 +134,7 @@ def _manifest(files: DatasetFiles) -> DatasetManifest | None:
 
 
 def _content(files: DatasetFiles, found: Path, name: str, most: int) -> tuple[bytes, str]:
-    """The bytes of a file of the dataset, and how it is called in messages."""
+    """Return the bytes of a file of the dataset, and its name in messages."""
     origin = f"{files.origin}/{name}"
     try:
         return read_bytes(found, most=most), origin

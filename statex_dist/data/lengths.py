@@ -1,4 +1,4 @@
-"""How long the texts are that a model reads in training before its state is emptied."""
+"""The length of the longest text that a model reads in training without its state being emptied."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class PackedLoader:
         lengths = {cursor.taken[-1][0] for cursor in self._place.cursors.values() if cursor.taken} - {stage.seq_len}
         if lengths:
             log.info(
-                "the sequence length goes from %s to %d: what is left of the window is packed anew",
+                "the sequence length changes from %s to %d: the rest of the window is packed again",
                 " and ".join(map(str, sorted(lengths))),
                 stage.seq_len,
             )

@@ -23,7 +23,7 @@ from statex_dist.errors import DataError, one_line, shown
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 3
 _NAMED = 8
-# What version 2 does not say, as it was: the tokenizer made control tokens of markers in text.
+# Values of the keys that version 2 lacks: there the tokenizer turned markers in text into control tokens.
 _VERSION_2 = {"bos": "none", "bos_token_id": None, "special_tokens": "keep", "special_token_documents": None}
 LENGTHS_NAME = "lengths.npy"
 
@@ -42,7 +42,7 @@ class DatasetManifest:
         eos: ``"append"`` (every document ends with EOS) or ``"none"`` (documents are as they were).
         bos_token_id: Id of BOS; None if the tokenizer has none.
         bos: ``"prepend"`` (every document begins with BOS) or ``"none"`` (documents are as they were).
-        special_tokens: What became of markers of special tokens in text: ``"split"``, ``"keep"`` or ``"refuse"``.
+        special_tokens: How markers of special tokens in text were encoded: ``"split"``, ``"keep"`` or ``"refuse"``.
         special_token_documents: Documents whose text holds such a marker; None where it was not counted.
         documents: Number of documents.
         tokens: Number of tokens, EOS included.

@@ -133,7 +133,7 @@ class Mixture:
                 **cursor._asdict(),
                 "taken": [list(run) for run in cursor.taken],
                 "tokens": place.tokens[name],
-                "passes": plan.passes(cursor),  # for those who read it: a place does not need it
+                "passes": plan.passes(cursor),  # for records and logs only
                 "plan_hash": plan.hash,
                 **plan.settings,
             }

@@ -105,7 +105,7 @@ class WindowPlan:
 
 
 class _Epoch(NamedTuple):
-    """The windows of an epoch: the shards of each, in the order of the plan; the tokens before each, and all."""
+    """The windows of an epoch: the shards of each, in the order of the plan; the tokens before each, and in all."""
 
     windows: list[np.ndarray]
     tokens_before: list[int]
@@ -301,9 +301,9 @@ class PackPlan:
         return self._epoch(epoch).windows
 
     def passes(self, cursor: Cursor) -> float:
-        """Return how often the data has been seen at a place, exact to the token: 2.5 is midway in the third epoch."""
+        """Return how often the data has been seen at a place, exact to the token (2.5: half of the third epoch)."""
         if cursor == Cursor():
-            return 0.0  # a source that rests need not hold anything
+            return 0.0  # an unused source may be empty
         epoch = self._epoch(cursor.epoch)
         seen = epoch.tokens_before[cursor.window]
         for number, (seq_len, packs) in enumerate(cursor.taken):

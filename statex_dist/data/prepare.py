@@ -35,7 +35,7 @@ from statex_dist.data.manifest import LENGTHS_NAME, MANIFEST_NAME, DatasetManife
 from statex_dist.data.plan import permutation
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
-from statex_dist.errors import ConfigError, DataError, writing
+from statex_dist.errors import ConfigError, DataError, bounded_line, writing
 
 if TYPE_CHECKING:
     from statex_dist.data.storage.tar import WdsShardWriter
@@ -169,8 +169,8 @@ def prepare(
         where: Conditions on fields, see :class:`DocumentRules`.
         eos: ``"append"``, or ``"none"`` to take documents as they are.
         bos: ``"none"``, or ``"prepend"`` to begin every document with BOS.
-        special_tokens: What becomes of markers of special tokens in text: ``"split"`` (plain text), ``"keep"`` (what
-            the tokenizer makes of them) or ``"refuse"``.
+        special_tokens: How markers of special tokens in text are encoded: ``"split"`` (as plain text), ``"keep"`` (by
+            the tokenizer) or ``"refuse"``.
         seed: Seed of the document shuffle.
         shard_bytes: Size limit of a raw shard.
         compression: ``"none"``, ``"zstd"`` or ``"gz"``.
@@ -234,7 +234,8 @@ def prepare(
         spill = Spill(results, source.dtype, max_documents)
         if not len(spill.lengths):
             directory.remove()
-            raise DataError(_nothing(len(source.files), left_out, rules))
+            bad = next((line for result in results for line in result.reading.listed), "")
+            raise DataError(_nothing(len(source.files), left_out, rules, bad))
         writer = _writer_class(format)(
             staging.directory,
             dtype=source.dtype,
@@ -364,7 +365,7 @@ def _listed(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules) -> str:
+def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules, bad: str) -> str:
     reasons = [f"{left_out['short']} shorter than {rules.min_tokens} tokens"]
     if left_out["long"]:
         reasons.append(f"{left_out['long']} longer than {rules.max_tokens} tokens")
@@ -373,7 +374,6 @@ def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules) -> str:
     if left_out["undecodable"]:
         reasons.append(f"{left_out['undecodable']} not UTF-8")
     if left_out["bad"]:
-        reasons.append(f"{left_out['bad']} bad records")
-    return (
-        f"no documents in {files} input file{'s' * (files != 1)} ({', '.join(reasons)}); give files with text in them"
-    )
+        reasons.append(f"{left_out['bad']} bad records: {bounded_line(bad, 200)}")
+    advice = "check --text-field and --rows" if bad else "give files with text in them"
+    return f"no documents in {files} input file{'s' * (files != 1)} ({', '.join(reasons)}); {advice}"

@@ -1,4 +1,4 @@
-"""Whether datasets, and a model, belong to one tokenizer."""
+"""Check that datasets, and a model, belong to one tokenizer."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _same(one: tuple[str, DatasetManifest], other: tuple[str, DatasetManifest]) 
         return False
     facts = [(manifest.vocab_size, manifest.eos_token_id) for _, manifest in (one, other)]
     log.warning(
-        "%s and %s were prepared by different releases: whether with the same tokenizer is not known; prepare the "
-        "older one again",
+        "%s and %s were prepared by different releases, so their tokenizers cannot be compared; prepare the older one "
+        "again",
         one[0],
         other[0],
     )

@@ -1,12 +1,12 @@
 """Marker strings of special tokens in corpus text, such as ``<|endoftext|>`` or ``<s>``.
 
-A document about language models is full of them, and a fast tokenizer makes control tokens of them wherever they stand.
-``split`` encodes them as the plain text they are, ``keep`` leaves them to the tokenizer, ``refuse`` allows none.
+Documents about language models contain many, and a fast tokenizer turns them into control tokens wherever they stand.
+``split`` encodes them as plain text, ``keep`` leaves them to the tokenizer, ``refuse`` allows none.
 
-The tokenizers library can pass over markers (``encode_special_tokens``), but that holds for its own search only: a
-Unigram model has ``<s>`` as a piece with the best score of all, a WordPiece or WordLevel model as a word, and some BPE
-models as a whole word or as the product of a merge. For such a model a copy is made whose control pieces have names
-that do not occur in text, with the same ids. What was encoded is compared with the control ids in any case.
+The tokenizers library can ignore markers (``encode_special_tokens``), but only in its own search. A Unigram model has
+``<s>`` as the piece with the best score, a WordPiece or WordLevel model as a word, and some BPE models as a whole word
+or as the product of a merge. For such a model a copy is made in which control pieces have names that do not occur in
+text, with the same ids. The ids of every text are compared with the control ids in any case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from statex_dist.errors import DataError, shown
 
 SPECIAL_TOKENS_RULES = ("split", "keep", "refuse")
 
-# A character that Unicode reserves: not in text that is meant to be exchanged.
+# A character that Unicode reserves: it does not occur in exchanged text.
 _HIDDEN = "\U0010ffff"
 _TRIE_LEVELS = 6
 
@@ -155,5 +155,5 @@ def _without_pieces(backend: Any, state: dict[str, Any], names: Mapping[str, str
     for token in state["added_tokens"]:
         if token["content"] in present:
             token["content"] = names[token["content"]]
-    state["post_processor"] = None  # it names special tokens, and they are not wanted
+    state["post_processor"] = None  # it would add special tokens
     return type(backend).from_str(json.dumps(state))

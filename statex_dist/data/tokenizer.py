@@ -30,7 +30,7 @@ _HASH_FORMAT = "2:"
 
 
 class Tokenizer(Protocol):
-    """What the data room needs of a tokenizer. ``encode`` adds no special tokens: BOS and EOS are added by ``prepare``.
+    """What data preparation needs of a tokenizer. ``encode`` adds no special tokens; ``prepare`` adds BOS and EOS.
 
     Attributes:
         spec: What :func:`load_tokenizer` was given to make it.
@@ -76,7 +76,7 @@ class Tokenizer(Protocol):
         ...
 
     def for_corpus(self, special_tokens: str) -> CorpusEncoder:
-        """Return what encodes text of a corpus.
+        """Return an encoder for text of a corpus.
 
         Args:
             special_tokens: ``"split"``, ``"keep"`` or ``"refuse"``; see :mod:`statex_dist.data.special_tokens`. To
@@ -142,7 +142,7 @@ class BytesTokenizer:
 
     @property
     def old_hash(self) -> str:
-        """The same: bytes have no settings."""
+        """Same as ``hash``: bytes have no settings."""
         return self.hash
 
     def marker_in(self, text: str) -> None:
@@ -227,7 +227,7 @@ class HFTokenizer:
         self._alone = frozenset(vocabulary.values()) - self._textless - tokens_in_runs(decoder, vocabulary)
         if tokenizer.clean_up_tokenization_spaces and type(self._backend.model).__name__ != "BPE":
             log.info("tokenizer %s: clean_up_tokenization_spaces is not applied; texts keep all their spaces", spec)
-        # Everything about the backend, added tokens with their flags included, but for one flag that it does not tell.
+        # The whole backend, added tokens and their flags included, but for one flag that it does not report.
         state = self._backend.to_str()
         added_ids = f"bos {self.bos_token_id} eos {self.eos_token_id} split {self._backend.encode_special_tokens}"
         self.hash = _HASH_FORMAT + _digest(f"{added_ids} {state}")
@@ -243,7 +243,7 @@ class HFTokenizer:
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def for_corpus(self, special_tokens: str) -> CorpusEncoder:
-        """Return what encodes text of a corpus, under a rule for markers of special tokens.
+        """Return an encoder for text of a corpus, under a rule for markers of special tokens.
 
         Raises:
             ConfigError: There is no such rule.
@@ -345,7 +345,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        # transformers raises nearly anything for a damaged directory, and the tokenizers library panics, which is no
+        # transformers raises nearly any error for a damaged directory, and the tokenizers library panics, which is no
         # Exception; the user needs the directory and the first line.
         raise DataError(f"tokenizer {str(spec)!r} cannot be loaded: {reason(error)}") from error
     return HFTokenizer(loaded, str(spec))
@@ -377,7 +377,7 @@ def _class_default(directory: Path, options: Mapping[str, Any]) -> str | None:
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), **options).eos_token
-    except Exception as error:  # anything: the class may want files or settings that tokenizer.json makes needless
+    except Exception as error:  # any: the class may need files or settings that tokenizer.json replaces
         log.info("tokenizer %s: no end-of-text token, and its class names none: %s", directory, reason(error))
         return None
 

@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 
 
 MAX_ORIGINS = 4
-"""Pieces of a pack of which it is remembered where they come from."""
+"""Number of pieces of a pack whose origin is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ class PackedBatch:
 
     @property
     def where(self) -> str:
-        """Where its first piece comes from, and how many follow; for messages."""
+        """The origin of its first piece, and the number of further pieces; for messages."""
         if not self.origins:
             return "a pack of unknown origin"
         more = f" and {self.num_pieces - 1} more piece(s)" if self.num_pieces > 1 else ""

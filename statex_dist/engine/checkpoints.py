@@ -164,8 +164,8 @@ class Checkpoints:
             newest = next(iter(complete_tags(self.directory)), None)
             whence = "the beginning: nothing has been saved" if newest is None else newest
             raise CheckpointError(
-                f"the checkpoint of step {step} cannot be saved: {problem}; see to the disk (full, or away?) and start "
-                f"again: the run goes on from {whence}"
+                f"the checkpoint of step {step} cannot be saved: {problem}; check the disk (full? unmounted?), start "
+                f"again: the run continues from {whence}"
             ).on_all_ranks(self.engine.rank)
         if self.engine.rank == 0:
             logger.error(

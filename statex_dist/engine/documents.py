@@ -24,7 +24,7 @@ def no_length(after: int, step: int) -> int:
 
 @dataclass(kw_only=True, slots=True)
 class Documents:
-    """What a run's checkpoints say of themselves, by the step at which they are saved.
+    """The small files of a run's checkpoints, which depend on the step of the save.
 
     Attributes:
         model: Text files of the model by name: ``config.json`` and those of the tokenizer. ``config.json`` says the
@@ -60,7 +60,7 @@ class Documents:
         return max(self._length, self.trained_length(self.start_step, step))
 
     def tell_length(self, num_steps: int) -> None:
-        """Say so where the sequences of this start are shorter than those that the weights were trained on."""
+        """Log it if the sequences of this start are shorter than those that the weights were trained on."""
         ahead = self.trained_length(self.start_step, num_steps)
         if 0 < ahead < self._length:
             logger.info(
@@ -86,7 +86,7 @@ class Documents:
 
 
 def known_length(config: Mapping[str, Any]) -> int:
-    """Return the training length that a ``config.json`` says, or 0; what is no length is named in a warning."""
+    """Return the training length that a ``config.json`` says, or 0; warn of any other value."""
     value = config.get(TRAIN_LENGTH_KEY)
     if value is None:
         return 0

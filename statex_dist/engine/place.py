@@ -1,4 +1,4 @@
-"""The directory of a run's checkpoints: the same one for all ranks, at every save."""
+"""Check at every save that all ranks see the same directory of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Part = tuple[dict[str, dict[str, Any]], str]
 
 
 class Place:
-    """Where checkpoints are written, which a mount that goes away must not change.
+    """The directory in which checkpoints are written; a mount that goes away must not replace it.
 
     Args:
         engine: The ranks.
-        directory: The checkpoints' directory; it is there.
-        mark: A file that is there as long as the run's directory is the one that this process began in; or None.
+        directory: The checkpoints' directory, which exists.
+        mark: A file that exists as long as the run's directory is the one in which this process began; or None.
     """
 
     def __init__(self, engine: TrainEngine, directory: Path, mark: Path | None):
@@ -35,16 +35,16 @@ class Place:
         self._latest: str | None = None
 
     def found(self, tag: str) -> None:
-        """Take note of the tag that ``latest`` names."""
+        """Remember the tag that ``latest`` names."""
         self._latest = tag
 
     def name_latest(self, tag: str) -> None:
-        """Have ``latest`` name a tag."""
+        """Write a tag into ``latest``."""
         write_durably(self.directory / LATEST_NAME, tag)
         self._latest = tag
 
     def open(self, temporary: Path) -> str | None:
-        """Make the directory of a save; return what is wrong, the same on all ranks, where one does not see it.
+        """Make the directory of a save; return the error, the same on all ranks, if one of them does not see it.
 
         Nothing is made above it: what is not there is a mount that is gone, and under its name lies another disk.
         """
@@ -98,7 +98,7 @@ class Place:
         return files
 
     def discard(self, temporary: Path) -> None:
-        """Remove what a save that failed has written, on all ranks together."""
+        """Remove the files of a failed save, on all ranks together."""
         if self.engine.rank == 0 and temporary.exists():
             remove_tree(temporary)
         self.engine.barrier()

@@ -33,7 +33,7 @@ TOLERANCE = 0.01
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    """How the learning rate goes; the module's docstring has the formula.
+    """The schedule of the learning rate; the module's docstring has the formula.
 
     Attributes:
         name: ``cosine`` (to ``min_ratio``), ``wsd`` (warm-up, stable, linear decay over the last steps) or
@@ -102,7 +102,7 @@ def build_schedule(
         ConfigError: Warm-up and decay together are longer than the schedule.
     """
     length = config.length(num_steps)
-    # A step that is skipped advances the schedule alone, which torch takes for a mistake at the first one.
+    # A skipped step advances the schedule alone; torch warns of that as a mistake if it is the first step.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
     # A function, not an object: torch saves the attributes of an object, and a resume would bring back the old ones.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: config.factor(done, length=length))
@@ -135,7 +135,7 @@ def log_schedule(config: ScheduleConfig, *, num_steps: int) -> None:
 
 
 def schedule_facts(config: ScheduleConfig, *, lr: float, num_steps: int) -> dict[str, Any]:
-    """Return what the learning rate follows from, by setting: a checkpoint keeps it to explain a change."""
+    """Return the settings that decide the learning rate; a checkpoint keeps them to explain a change."""
     facts = {f"schedule.{name}": value for name, value in asdict(config).items()}
     return {"optimizer.lr": lr, **facts, "schedule.num_steps": config.length(num_steps)}
 
@@ -147,25 +147,26 @@ def warn_of_changed_rates(
     saved_facts: Mapping[str, Any] | None,
     facts: Mapping[str, Any],
 ) -> None:
-    """Warn if a resumed run's next learning rate is another than its checkpoint's would have been.
+    """Warn if a resumed run's next learning rate differs from the one that its checkpoint would have used.
 
     Args:
         groups: The optimizer's parameter groups.
         saved: Learning rate of each that the checkpoint's next step would have had.
-        saved_facts: :func:`schedule_facts` of the checkpoint; None where it is older than they are.
+        saved_facts: :func:`schedule_facts` of the checkpoint; None if an earlier release wrote it.
         facts: Those of this start.
     """
     before, group = max(zip(saved, groups, strict=True), key=lambda pair: _change(pair[0], pair[1]["lr"]))
     if _change(before, group["lr"]) <= TOLERANCE:
         return
     if saved_facts is None:
-        cause = "the checkpoint does not say from which settings its own follows"
+        cause = "the checkpoint does not have the settings of its own schedule"
     else:
         differing = [f"{k} was {saved_facts.get(k)}, now {v}" for k, v in facts.items() if saved_facts.get(k) != v]
         cause = "; ".join(differing) or "optimizer.lr_factors differ"
     logger.warning(
         "the next step has the learning rate %.6g, and would have had %.6g before this start (parameter group %s): %s. "
-        "To keep it restore the settings; schedule.num_steps sets the schedule's length apart from train.num_steps",
+        "To keep the old rate, restore these settings; schedule.num_steps sets the schedule's length apart from "
+        "train.num_steps",
         *(group["lr"], before, group.get("name", "?"), cause),
     )
 

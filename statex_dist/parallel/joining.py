@@ -1,7 +1,7 @@
-"""How the processes of a job find each other: every way in which they do not is one line with what to do.
+"""How the processes of a job find each other; each failure is one line with advice.
 
-Rank 0 (or torchrun's agent) holds a store at ``MASTER_ADDR:MASTER_PORT``. What can go wrong there is looked at before
-torch is asked: its own errors are dozens of lines, from C++ and Python, without the missing rank and without advice.
+Rank 0 (or torchrun's agent) holds a store at ``MASTER_ADDR:MASTER_PORT``. Faults there are checked for before
+torch is called: its own errors are dozens of lines, from C++ and Python, without the missing rank and without advice.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from statex_dist.parallel.env import ProcessEnv
 logger = logging.getLogger(__name__)
 
 _NAME_SECONDS = 60.0
-"""How long an address may have no name: that of a container appears with it."""
+"""How long the name of an address may be unknown: a container's name appears when it starts."""
 _ANSWER_SECONDS = 30.0
-"""How long a store that listens may take for its answer."""
+"""How long a listening store may take to answer."""
 _TELL_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _LISTED = 8
@@ -74,7 +74,7 @@ def join_processes(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the process, as nothing has begun that could be saved: launchers wait for that."""
+    """Let SIGTERM and Ctrl-C end the process: there is nothing to save yet, and launchers wait for the end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -117,7 +117,7 @@ def _meet(env: ProcessEnv, limit: timedelta, facts: Mapping[str, object]) -> dis
     else:
         _reach(env, address, port, deadline)
     store = _open_store(address, port, holds, limit)
-    # A store of torchrun's outlives a restart of the ranks.
+    # torchrun's store is kept when it restarts the ranks.
     mine = dist.PrefixStore(f"statex/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         _compare(env, mine, facts, f"{address}:{port}", deadline)
@@ -129,14 +129,14 @@ def _meet(env: ProcessEnv, limit: timedelta, facts: Mapping[str, object]) -> dis
         _wait_for_all(env, mine, f"{address}:{port}", deadline, limit)
     except RuntimeError as error:
         raise LostRanksError(
-            f"rank 0 at {address}:{port} has gone before all {env.world_size} ranks were there "
-            f"({reason(error, 120)}); look at what it says"
+            f"rank 0 at {address}:{port} ended before all {env.world_size} ranks had joined "
+            f"({reason(error, 120)}); see its output"
         ) from None
     return store
 
 
 def _open_store(address: str, port: int, holds: bool, limit: timedelta) -> dist.Store:
-    """Open the store, or be its client; torch itself has no time limit for a program that is no store."""
+    """Open the store, or be its client; torch has no time limit for another program at the port."""
     found: list[dist.Store | Exception] = []
 
     def open_it() -> None:
@@ -158,7 +158,7 @@ def _open_store(address: str, port: int, holds: bool, limit: timedelta) -> dist.
                 f"{port} ({reason(store, 100)}); set MASTER_ADDR to a name or address of this host on all ranks"
             )
         raise LostRanksError(
-            f"what listens at MASTER_ADDR {shown(address)}, MASTER_PORT {port}, is not rank 0 ({reason(store, 100)}); "
+            f"the program at MASTER_ADDR {shown(address)}, MASTER_PORT {port}, is not rank 0 ({reason(store, 100)}); "
             f"choose another port: {_HOW_TO_CHOOSE}"
         )
     return store
@@ -191,7 +191,7 @@ def _require_free(port: int) -> None:
             socket.create_server(("", port)).close()
     except PermissionError:
         raise ConfigError(
-            f"MASTER_PORT {port} may not be used by this user; choose one above 1023: {_HOW_TO_CHOOSE}"
+            f"MASTER_PORT {port} needs the rights of root; choose a port above 1023: {_HOW_TO_CHOOSE}"
         ) from None
     except OSError as error:
         raise ConfigError(
@@ -247,7 +247,7 @@ def _compare(env: ProcessEnv, store: dist.Store, facts: Mapping[str, object], pl
 
 
 def _wait_for(store: dist.Store, keys: Sequence[str], deadline: float) -> None:
-    """Wait for keys until the deadline; whether they have come, ``check`` says."""
+    """Wait for keys until the deadline; the caller checks whether they have come."""
     while not store.check(list(keys)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
@@ -261,9 +261,9 @@ def _wait_for_all(env: ProcessEnv, store: dist.Store, place: str, deadline: floa
     if not store.check(keys):
         raise LostRanksError(
             f"of {env.world_size} ranks these did not come to {place} within {limit.total_seconds():.0f} s: "
-            f"{_missing(store, env.world_size)}; look at what they say, start them, or correct WORLD_SIZE"
+            f"{_missing(store, env.world_size)}; see their output, start them, or correct WORLD_SIZE"
         )
-    # Rank 0 holds the store: it stays until all have seen that everybody is here.
+    # Rank 0 holds the store: it stays until all ranks have seen that the others are here.
     store.add("seen", 1)
     while env.rank == 0 and store.add("seen", 0) < env.world_size and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS / 10)

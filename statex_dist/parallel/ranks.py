@@ -1,4 +1,4 @@
-"""What ranks tell each other before there is an engine."""
+"""Exchange values between ranks before there is an engine."""
 
 from __future__ import annotations
 

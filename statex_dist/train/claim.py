@@ -34,7 +34,8 @@ def claim(
         taken: What it means that another process holds it, and what to do about that.
 
     Raises:
-        ConfigError: The directory cannot be made, or another process holds the lock.
+        TakenError: Another process holds the lock.
+        ConfigError: The directory cannot be made.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ RECENT_STEPS = 50
 """Steps whose times tell when the run will end."""
 
 NAMED_SOURCES = 3
-"""Sources of a mixture whose epochs a line names."""
+"""Number of sources of a mixture whose epochs a line names."""
 
 
 class StepLines:
@@ -72,7 +72,7 @@ class StepLines:
 
 
 def _epochs_text(epochs: Mapping[str, float]) -> str:
-    """Return how often the data was seen: one source without its name, of many those that were seen most often."""
+    """Return how often the data was seen: one source without its name; of several, the most often seen ones."""
     if len(epochs) == 1:
         return f"epoch {next(iter(epochs.values())):.2f}"
     most = sorted(epochs.items(), key=lambda source: -source[1])[:NAMED_SOURCES]

@@ -1,8 +1,8 @@
-"""Steps that update nothing: counted, named with their data, and the end of the run if there are too many.
+"""Steps that update nothing: they are counted and named with their data; too many end the run.
 
-Two kinds are told apart. A *bad* step has numbers that cannot be trusted; its batch is kept for a look, and a few in a
-row end the run. A step *without targets* has nothing to learn (a long masked stretch); many may follow one another, but
-not a whole pass over the data.
+There are two kinds. A *bad* step has a loss or gradient norm that is not finite or too large; its batch is kept, and a
+few in a row end the run. A step *without targets* has nothing to learn (a long masked stretch); many may follow one
+another, but not a whole pass over the data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENOUGH = 8
 
 
 class BadStepsError(StateXError):
-    """Too many steps in a row had numbers that cannot be trusted; the run is saved, and a restart would skip on."""
+    """Too many bad steps in a row; the run is saved, and a restart would only skip more steps."""
 
 
 class NoTargetsError(DataError):
@@ -88,7 +88,7 @@ class Guard:
         self._norms: deque[float] = deque(maxlen=_WINDOW)
 
     def judge(self, loss: float, grad_norm: float, *, targets: int) -> str | None:
-        """Return why a step is to be skipped (:data:`NO_TARGETS`, or what is bad), or None for a good one."""
+        """Return why a step must be skipped (:data:`NO_TARGETS`, or its bad value), or None for a good one."""
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}" if targets == 0 or math.isfinite(loss) else f"the loss is {loss}"
         if targets == 0:
@@ -123,7 +123,7 @@ class Guard:
         if self._empty_in_a_row == 0:
             self._empty_since = epochs
         self._empty_in_a_row = count = self._empty_in_a_row + 1
-        if self.rank == 0 and count & (count - 1) == 0:  # the first of a stretch, and ever fewer of a long one
+        if self.rank == 0 and count & (count - 1) == 0:  # at 1, 2, 4, 8 ... in a row
             logger.warning("step %d updates nothing: %s (%d in a row); %s", step, NO_TARGETS, count, where)
         whole = bool(active) and all(epochs[name] - self._empty_since.get(name, 0.0) >= 1 for name in active)
         if count <= self.config.max_without_targets and not whole:
@@ -133,8 +133,8 @@ class Guard:
             "a whole pass over the data" if whole else f"guard.max_without_targets={self.config.max_without_targets}"
         )
         return NoTargetsError(
-            f"no step of the last {count}, to step {step}, had a target ({limit}): all tokens are masked, padding or "
-            f"of damaged shards that were skipped; look at the data's loss masks: {where}"
+            f"none of the last {count} steps, to step {step}, had a target ({limit}): all tokens are masked, padding "
+            f"or of damaged shards that were skipped; check the data's loss masks: {where}"
         )
 
     def skip_bad(self, step: int, reason: str, batches: Sequence[PackedBatch], where: str) -> StateXError | None:
@@ -177,7 +177,7 @@ class Guard:
         before, self.in_a_row = self.in_a_row - 1, 0
         return BadStepsError(
             f"{reason} at step {step}, and {before} step(s) before it were skipped ({where}); start again with a lower "
-            f"optimizer.lr, or look at the batches in {self.directory}"
+            f"optimizer.lr, or inspect the batches in {self.directory}"
         )
 
     def state_dict(self) -> dict[str, Any]:

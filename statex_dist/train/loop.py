@@ -69,7 +69,7 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
         if not self.shared_run_dir:
             raise ConfigError(
-                "train.shared_run_dir false (a run_dir on each host's own disk) is not built yet; leave it true, and "
+                "train.shared_run_dir false (a run_dir on each host's own disk) is not implemented; leave it true, and "
                 "give a run_dir on a file system that all hosts share"
             )
         if not 0 <= self.state_passing <= 1:
@@ -205,7 +205,7 @@ class Trainer:
             last = done or agreed.stop or ends_badly
             record["time"] |= {"data": fetched.seconds, "save": save_seconds}
             now = time.perf_counter()
-            # Before the save: a step that was saved has its record. What the save costs is in the next one.
+            # Before the save, so that a saved step has its record. The next record has the time of the save.
             self._report(record, batch, now - start)
             start = now
             save_seconds = self._save_if_due(
@@ -238,7 +238,7 @@ class Trainer:
             fetched.batch = next(self.batches)
         except StopIteration:
             fetched.problem = DataError(
-                f"the data has ended, of train.num_steps={self.config.num_steps} steps; give more data, or lower it"
+                f"the data has ended before train.num_steps={self.config.num_steps}; give more data, or lower it"
             )
         except StateXError as error:
             fetched.problem = error
@@ -322,7 +322,7 @@ class Trainer:
     def _save_if_due(
         self, batch: list[PackedBatch], *, last: bool, written: bool, ends_badly: bool, doubtful: bool
     ) -> float:
-        """Save, or finish a save that has been written behind the loop; return the seconds that it took.
+        """Save, or finish a save that a thread has written; return the seconds that it took.
 
         Args:
             batch: The batch of the step that was made.

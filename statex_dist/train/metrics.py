@@ -110,7 +110,7 @@ class Metrics:
             logger.info("%s", line)
 
     def flush(self) -> None:
-        """Have all records so far on disk: the step of a checkpoint has its record, whenever the process is killed."""
+        """Sync all records so far to disk: the step of a checkpoint has its record even if the process is killed."""
         self._write_waiting()
         try:
             os.fsync(self.file.fileno())
@@ -118,7 +118,7 @@ class Metrics:
             logger.warning("%s may lack its last records after a power cut: %s", self.path, error)
 
     def _append(self, line: str) -> None:
-        """Write a line at once, or keep it for the next time: figures are not worth a run."""
+        """Write a line at once, or keep it for the next call: a full disk must not end the run."""
         self._unwritten.append(line)
         self._write_waiting()
 
@@ -139,7 +139,7 @@ class Metrics:
                 del self._unwritten[0]
 
     def close(self) -> None:
-        """Close; what could not be written is named."""
+        """Close the file; name the records that could not be written."""
         self._write_waiting()
         if self._unwritten:
             logger.warning("%s lacks the records of the last %d steps or more", self.path, len(self._unwritten))
@@ -199,16 +199,16 @@ def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Leave one record of each step up to ``step``, in order; name lines that are none, and steps without a record."""
+    """Keep one record of each step up to ``step``, in order; warn of other lines and of steps without a record."""
     if not path.exists():
         return
     kept: dict[int, str] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         record = _record(line)
         if record is None and line:
-            logger.warning("%s: dropping a line that is no record: %.80s", path, line)
+            logger.warning("%s: dropping a line that is not a record: %.80s", path, line)
         elif record is not None and record["step"] <= step:
-            kept[record["step"]] = line  # of two, the later one is of the step that was saved
+            kept[record["step"]] = line  # of two, the later one belongs to the step that was saved
     if missing := [number for number in range(1, step + 1) if number not in kept]:
         logger.warning(
             "%s has no record of %d of %d steps (the first of them: %d)", path, len(missing), step, missing[0]

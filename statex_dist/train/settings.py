@@ -19,7 +19,7 @@ _SHOWN_CHANGES = 8
 
 
 def write_settings(run_dir: Path, settings: Mapping[str, Any], start_step: int) -> None:
-    """Write the settings of this start; those of the steps before, where they differ, are kept and named in the log.
+    """Write the settings of this start; keep and log those of the steps before, where they differ.
 
     Args:
         run_dir: The run's directory.
@@ -31,7 +31,7 @@ def write_settings(run_dir: Path, settings: Mapping[str, Any], start_step: int) 
     if path.is_file() and start_step:
         earlier = path.read_text(encoding="utf-8", errors="replace")
         kept = path.with_name(f"{path.stem}-until-step{start_step}{path.suffix}")
-        # A start that saved nothing trained no step that is left: what is kept already is of those steps.
+        # A start that saved nothing trained none of these steps: their settings are kept already.
         if earlier != text and not kept.exists():
             write_durably(kept, earlier)
         if earlier != text:

@@ -1,7 +1,7 @@
-"""Whether all ranks have the same run directory: each of them reads there, and writes, before anything is trained.
+"""Test that all ranks have the same run directory: each of them reads and writes there before the training.
 
 Rank 0 makes a directory of a name that was never used and a file in it. Every rank reads this file and adds its own.
-Rank 0 lists them. That is one read and one new file of a rank, and nothing of it stays.
+Rank 0 lists them. Each rank reads one file and writes one; all are removed again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SHOWN_HOSTS = 4
 def require_shared(run_dir: Path, ranks: Ranks) -> None:
     """Raise, on all ranks, unless every rank reads and writes in the same run directory.
 
-    The directory is left as it was: one that is not there yet is made, and removed again.
+    The directory is left as it was: a missing one is made, and removed again.
 
     Raises:
         ConfigError: A rank has another directory there, or cannot write into it, or another job trains there.
@@ -45,14 +45,14 @@ def require_shared(run_dir: Path, ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def claim_together(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the run's directory for all ranks: rank 0 makes it and locks it, and where it cannot, all are refused.
+    """Hold the run's directory for all ranks: rank 0 makes it and locks it; if it cannot, all ranks raise.
 
     Single files that a killed start was writing there are removed.
 
     Raises:
         ConfigError: The directory cannot be made, or another process holds the lock.
     """
-    problem = None
+    problem: str | None = None
     with contextlib.ExitStack() as held:
         if ranks.rank == 0:
             try:
@@ -75,7 +75,7 @@ def _problem(run_dir: Path, ranks: Ranks, made: contextlib.ExitStack) -> str | N
     probe, problem, token = Path(), _taken(run_dir, ranks), uuid.uuid4().hex
     if ranks.rank == 0 and problem is None:
         try:
-            # Checkpoints may lie elsewhere, behind a link.
+            # The checkpoints' directory may be a link to another file system.
             place = run_dir / CHECKPOINTS_DIR if (run_dir / CHECKPOINTS_DIR).is_dir() else run_dir
             made.enter_context(_made(place))
             probe = place / f"{PROBE_PREFIX}{token}"
@@ -107,7 +107,7 @@ def _taken(run_dir: Path, ranks: Ranks) -> str | None:
 
 
 def _join(probe: Path, rank: int, token: str, made: contextlib.ExitStack) -> str | None:
-    """Read rank 0's file and write this rank's; return why not, empty where there is no such file, or None."""
+    """Read rank 0's file and write this rank's; return None, or the error (empty if there is no such file)."""
 
     def look() -> str | None:
         fresh_names(probe.parent)
@@ -136,13 +136,13 @@ def _write(probe: Path, rank: int, token: str) -> None:
 
 
 def _unlink(path: Path) -> None:
-    """Remove a file if it is there; where it could not be written, it cannot be removed either."""
+    """Remove a file if it exists; errors are ignored, since a file that could not be written cannot be removed."""
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def _refusal(run_dir: Path, reports: list[tuple[str, str | None]]) -> str | None:
-    """Say in one line which hosts do not share the directory, or None where all do."""
+    """Return in one line which hosts do not share the directory, or None if all do."""
     failing: dict[str, int] = {}
     for rank, (host, problem) in enumerate(reports):
         if problem is not None:

@@ -1,4 +1,4 @@
-"""What a run says of itself in ``status.json``: for whoever started it, and who may have to start it again.
+"""The state of a run in ``status.json``, for users and for the supervisor, which may have to start it again.
 
 A start under a supervisor has a name (:data:`ATTEMPT_VARIABLE`), so that what an earlier start wrote, or a rank of it
 that is still alive somewhere, is not taken for the news of this one.
@@ -54,7 +54,7 @@ class RunStatus:
         time: When this was written (ISO 8601, UTC).
         attempt: Name of the start that wrote it; empty without a supervisor.
         epochs: Passes over each source of the data after these steps, by name; empty where they are not known.
-        restart: Whether another start may do better; not where the data or the settings have to change first.
+        restart: Whether another start may succeed; false if the data or the settings must change first.
     """
 
     state: State
@@ -110,7 +110,7 @@ def write_failure(
         world_size: Number of ranks.
         step: Optimizer steps done; None before the first batch.
         epochs: Passes over each source, where they are known.
-        restart: Whether another start may do better.
+        restart: Whether another start may succeed.
     """
     if not os.path.isdir(run_dir):  # noqa: PTH112 - False too where the system refuses the path itself
         return

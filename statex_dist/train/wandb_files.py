@@ -1,8 +1,8 @@
-"""wandb's own files of a run, read as they lie on disk: which steps they hold, and where each stands.
+"""Read wandb's own files of a run: which steps they hold, and at which bytes.
 
 A ``.wandb`` file is a log of records in LevelDB's format with a header of its own (wandb's ``core/pkg/leveldb``):
 blocks of 32 KiB, in them chunks of a CRC-32, a length and a type; a record is one chunk or several. After a kill its
-end is torn, or nothing of it has reached the disk.
+end may be torn, or the file may be empty.
 """
 
 from __future__ import annotations
@@ -78,5 +78,5 @@ def is_offline(path: Path) -> bool:
 
 
 def synced_marker(path: Path) -> Path:
-    """Return the file beside a ``.wandb`` file with which ``wandb sync`` marks what it has sent."""
+    """Return the file beside a ``.wandb`` file that ``wandb sync`` writes after it has sent it."""
     return path.with_name(f"{path.name}.synced")

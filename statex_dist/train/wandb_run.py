@@ -123,15 +123,15 @@ class WandbRun:
         return mode
 
     def _go_on(self, files: list[Path], mode: str, start_step: int, earlier: Iterable[Mapping[str, Any]]) -> None:
-        """Find out which steps wandb has, cut off those that are trained again, and log those that it lacks."""
-        self._held = start_step  # where this fails, no step is logged twice
+        """Find out which steps wandb has, remove those that are trained again, and log those that it lacks."""
+        self._held = start_step  # if this fails, no step is logged twice
         if mode == "offline":
             held = max((_cut(path, start_step) for path in files), default=0)
         else:
             held = max(int(self._run.starting_step) - 1, 0)
             for path in files:
                 if is_offline(path):
-                    logger.info("%s: its steps are sent from metrics.jsonl; wandb sync is to leave it out", path)
+                    logger.info("%s: its steps are logged again from metrics.jsonl, so wandb sync leaves it out", path)
                     synced_marker(path).touch()
         self._held = held
         if held > start_step:
@@ -197,7 +197,7 @@ def _require_answer(url: str) -> None:
 
 @contextmanager
 def _clean_arguments() -> Iterator[None]:
-    """Let wandb, which records the program's arguments, see none with a secret."""
+    """Hide arguments with secrets from wandb, which records the program's arguments."""
     given = sys.argv
     sys.argv = [redact(argument) for argument in given]
     try:
@@ -223,7 +223,7 @@ def _diff_holds_secret() -> bool:
 
 
 def _cut(path: Path, step: int) -> int:
-    """Cut off what a start logged offline after a step, and a torn end; return the last step that the file holds.
+    """Remove the records after a step, and a torn end, from an offline file; return the last step that it holds.
 
     A file that was sent already, or recorded online, is not changed. A file that a kill has left without its beginning
     holds no step, and ``wandb sync`` would fail on it and send none of the others: it is marked as sent.

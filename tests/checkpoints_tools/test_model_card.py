@@ -8,6 +8,8 @@ import yaml
 
 from checkpoints_tools.card_training import training_facts
 from checkpoints_tools.reshard import reshard
+from statex_dist.checkpoint.history import Span, history_text
+from statex_dist.checkpoint.layout import HISTORY_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
@@ -149,6 +151,20 @@ def test_missing_steps_give_no_count_of_tokens(tmp_path):
     told = dict(training_facts(tmp_path, tmp_path, 2))
     assert told["tokens, padding included"] == "50"
     assert told["training loss of the last step (nats per token)"] == "1.0000"
+
+
+def test_a_curriculum_is_told_with_its_stages(tmp_path):
+    stages = [{"from_step": 20, "seq_len": 256, "weights": None}, {"from_step": 30, "weights": {"a": 3.0}}]
+    first = Span(first_step=1, last_step=9, settings={"data": {"seq_len": 128, "curriculum": []}})
+    (tmp_path / HISTORY_NAME).write_text(history_text([first]))
+    assert dict(training_facts(tmp_path, None, 9)) == {"tokens of a packed sequence": "128"}
+    then = Span(first_step=10, last_step=40, settings={"data": {"seq_len": 128, "curriculum": stages}})
+    (tmp_path / HISTORY_NAME).write_text(history_text([first, then]))
+    assert dict(training_facts(tmp_path, None, 40)) == {
+        "tokens of a packed sequence": "128",
+        "curriculum": "not set (steps 1 to 9), after step 20: seq_len 256; after step 30: weights {'a': 3.0} "
+        "(steps 10 to 40)",
+    }
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):

@@ -235,7 +235,7 @@ class TestDeepSpeedGoesOn:
             manifest = Manifest.read(root / loads / f"global_step{open_source(root / loads).facts.info['step']}")
             assert manifest.info["batch"]["kept"]
         summary = reshard(root / "at4", root / "again", to="zero3", world_size=2)
-        assert "client state of the ranks' own (mine, rng): that of ranks 0..1 is kept" in summary.notes[0]
+        assert "each rank has its own client state (mine, rng): that of ranks 0..1 is kept" in summary.notes[0]
         assert "states between packs are left out" in summary.notes[1]
 
     def test_deepspeeds_own_converter_reads_it(self, chain, tmp_path):

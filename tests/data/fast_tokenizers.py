@@ -78,6 +78,6 @@ def save(made: Tokenizer, directory: Path, **config) -> Path:
 
 
 def with_bos_template(made: Tokenizer) -> Tokenizer:
-    """Have a tokenizer put ``<s>`` in front of what it encodes, as those of Llama and Mistral do."""
+    """Have a tokenizer put ``<s>`` in front of every text, as those of Llama and Mistral do."""
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return made

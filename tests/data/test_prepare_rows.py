@@ -85,7 +85,7 @@ def test_rows_with_text_and_ids_need_a_choice(tmp_path, name):
 )
 def test_a_file_with_rows_of_both_kinds_is_refused(tmp_path, name, rows):
     path = write(tmp_path / name, rows)
-    with pytest.raises(DataError, match=r"(:2|row 1): this row has .* one file is of one kind: separate them"):
+    with pytest.raises(DataError, match=r"(:2|row 1): this row has .* a file must hold one kind: separate them"):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     assert prepare([path], tmp_path / "out", rows="text", skip_bad_records=True).bad_records == 1
     assert texts_of(tmp_path / "out") == ["ab"]
@@ -98,7 +98,7 @@ def test_kinds_are_compared_across_the_units_of_a_file(tmp_path, monkeypatch, wo
     split_small(monkeypatch, 60)
     rows = [{"text": "x" * 40}] * 30 + [{"input_ids": IDS}]
     path = put(tmp_path / "a.jsonl", json_lines(*rows))
-    with pytest.raises(DataError, match=r"a\.jsonl: rows have input_ids, where rows before have text"):
+    with pytest.raises(DataError, match=r"a\.jsonl: rows have input_ids, but rows before have text"):
         prepare([path], tmp_path / "out", workers=workers)
     other = put(tmp_path / "b.jsonl", json_lines(*rows[:-1]))
     third = put(tmp_path / "c.jsonl", json_lines(rows[-1]))

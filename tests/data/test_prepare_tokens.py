@@ -141,7 +141,7 @@ def test_what_the_template_adds_is_said(tmp_path, corpus, caplog):
     lines = [record.getMessage() for record in caplog.records if "in front of a text" in record.getMessage()]
     assert len(lines) == 1
     assert "(id 1)" in lines[0]
-    assert lines[0].endswith("--bos none does not; give --bos prepend to begin documents with it")
+    assert lines[0].endswith("--bos none leaves it out; --bos prepend begins documents with it")
     caplog.clear()
     prepare([corpus], tmp_path / "prepend", with_template, bos="prepend")
     theirs = AutoTokenizer.from_pretrained(str(with_template), split_special_tokens=True)
@@ -154,15 +154,15 @@ def test_what_the_template_adds_is_said(tmp_path, corpus, caplog):
 def test_a_tokenizer_without_the_token_is_refused_with_both_remedies(tmp_path, corpus):
     directory = save(backend("gpt2"), tmp_path / "tokenizer", eos_token=None, bos_token=None)
     with pytest.raises(
-        ConfigError, match=r"no EOS token .*: give --eos none, or set eos_token in its tokenizer_config"
+        ConfigError, match=r"no EOS token .*; give --eos none, or set eos_token in its tokenizer_config"
     ):
         prepare([corpus], tmp_path / "out", directory)
     with pytest.raises(
-        ConfigError, match=r"no BOS token .*: give --bos none, or set bos_token in its tokenizer_config"
+        ConfigError, match=r"no BOS token .*; give --bos none, or set bos_token in its tokenizer_config"
     ):
         prepare([corpus], tmp_path / "out", directory, eos="none", bos="prepend")
     with pytest.raises(
-        ConfigError, match=r"tokenizer bytes has no BOS token to begin documents with: give --bos none$"
+        ConfigError, match=r"tokenizer bytes has no BOS token to begin documents with; give --bos none$"
     ):
         prepare([corpus], tmp_path / "out", "bytes", bos="prepend")
     prepare([corpus], tmp_path / "out", directory, eos="none")

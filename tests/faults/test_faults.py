@@ -156,7 +156,7 @@ def test_a_full_disk_is_said_retried_and_leaves_the_last_checkpoint(
     assert "trying again (1 of 1)" in result.stderr
     assert "the checkpoint of step 4 is NOT saved (1 of 2 failures that are borne)" in result.stderr
     assert "cannot be saved" in result.stderr
-    assert "start again: the run goes on from global_step2" in result.stderr
+    assert "start again: the run continues from global_step2" in result.stderr
     assert "CheckpointError" not in result.stderr, "a traceback, not a message"
     assert len(read_metrics(tmp_path / "run")) > 4, "training goes on meanwhile"
     assert complete_tags(small_disk) == ["global_step2"]

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from launch.demo import CORPORA, Demo
+from statex_dist.data.formats import open_store
 from tests.runs import REPOSITORY, environment
 
-pytestmark = pytest.mark.distributed
+
+def test_the_data_of_the_demo_can_be_prepared(tmp_path: Path):
+    Demo(str(tmp_path / "demo"), family="gla", scale=1e-4).make_data()
+    rows = {name: open_store(str(tmp_path / "demo" / "data" / name)).manifest.rows for name in CORPORA}
+    assert {name: {kind: found["files"] for kind, found in kinds.items()} for name, kinds in rows.items()} == {
+        name: ({"tokens": 1} if corpus.num_pairs else {}) | ({"text": 1} if corpus.text_pieces else {})
+        for name, corpus in CORPORA.items()
+    }
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_the_whole_road(tmp_path: Path):
     out = tmp_path / "demo"
     result = subprocess.run(

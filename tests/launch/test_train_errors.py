@@ -13,7 +13,7 @@ import pytest
 import statex_dist.run
 from launch.train import main
 from statex_dist.train.claim import claim
-from statex_dist.train.status import read_status
+from statex_dist.train.status import RunStatus, read_status, write_status
 from tests.checkpoints_tools.test_expand_faults import mounted
 from tests.runs import GLA, make_shards, run_training, write_run
 
@@ -47,13 +47,23 @@ def test_a_refusal_of_the_system_is_one_line(tmp_path: Path, config, monkeypatch
     assert line.startswith("error: ")
     assert os.strerror(code) in line
     assert ("/mnt/a/file" in line) == named
-    assert "; " in line or number == "ENOENT", "a remedy"
+    assert "; " in line or number == "ENOENT", "no advice"
     if not named and number in ("ENOSPC", "EROFS", "EDQUOT"):
         assert str(run_dir) in line
     status = read_status(run_dir)
     assert status is not None
     assert (status.state, status.exit_code) == ("failed", 1)
     assert f"error: {status.message}" == line
+
+
+def test_a_refused_second_start_leaves_the_status_of_the_living_run(tmp_path: Path, config, capsys):
+    run_dir = tmp_path / "run"
+    with claim(run_dir):
+        write_status(run_dir, RunStatus(state="running", step=3, world_size=1))
+        before = read_status(run_dir)
+        assert main([config, "--run_dir", str(run_dir)]) == 2
+        assert "another process is training into it" in capsys.readouterr().err
+        assert read_status(run_dir) == before
 
 
 def test_an_error_that_is_ours_keeps_its_traceback(tmp_path: Path, config, monkeypatch):

@@ -233,4 +233,4 @@ def test_a_run_resumed_with_more_steps_warns_and_schedule_num_steps_keeps_the_ra
 
 def test_a_checkpoint_without_the_settings_is_compared_by_its_rates(caplog):
     warn_of_changed_rates([{"lr": 0.5, "name": "decay"}], [0.4], saved_facts=None, facts={"optimizer.lr": 0.5})
-    assert "the checkpoint does not say from which settings" in caplog.records[0].message
+    assert "the checkpoint does not have the settings of its own schedule" in caplog.records[0].message

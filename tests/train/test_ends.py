@@ -143,7 +143,7 @@ def test_the_end_of_the_data(tmp_path: Path, shards: Path, monkeypatch):
 
     config = configure(tmp_path, shards)
     monkeypatch.setattr(PackedLoader, "__iter__", short)
-    with pytest.raises(DataError, match=r"no batch for step 6: the data has ended, of train\.num_steps=8 steps"):
+    with pytest.raises(DataError, match=r"no batch for step 6: the data has ended before train\.num_steps=8"):
         train(config)
     assert_saved(config, 5, "failed", 2)
 

@@ -139,7 +139,7 @@ def test_another_sequence_length_on_resume_goes_on_with_what_is_left(tmp_path: P
     other = load(tmp_path, shards, "--data.seq_len", "64", "--train.num_steps", "8")
     with caplog.at_level("INFO"):
         assert train(other)
-    assert any("the sequence length goes from 128 to 64" in record.message for record in caplog.records)
+    assert any("the sequence length changes from 128 to 64" in record.message for record in caplog.records)
     assert len(losses(Path(other.run_dir))) == 8
 
 
@@ -246,7 +246,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path, shards: Path, m
     ):
         train(config)
     run = Path(config.run_dir)
-    assert not read_status(run).restart, "a supervisor would have it skip steps for ever"
+    assert not read_status(run).restart, "a supervisor would restart it without end"
     assert complete_tags(run / "checkpoints")[0] == "global_step6", "with the weights of the last good step"
     assert [record["skipped"] for record in read_metrics(run)] == [0, 1, 1, 2, 3, 4]
     assert len(list((run / "bad_batches").iterdir())) == 4

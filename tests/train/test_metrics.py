@@ -47,7 +47,7 @@ def test_a_resumed_run_goes_on_behind_what_was_saved(tmp_path: Path, caplog):
         file.write(b'{"step": 4, "lo\xff\xfe')
     write(tmp_path, record(3, loss=9.0), start_step=2)
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 2.5), (2, 2.5), (3, 9.0)]
-    assert "dropping a line that is no record" in caplog.text
+    assert "dropping a line that is not a record" in caplog.text
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path):

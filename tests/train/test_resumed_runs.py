@@ -281,7 +281,7 @@ def test_another_directory_under_the_runs_name_is_not_saved_into(tmp_path: Path,
 
 
 def test_run_directories_on_each_hosts_own_disk_are_not_built_yet(tmp_path: Path, shards: Path):
-    with pytest.raises(ConfigError, match=r"train\.shared_run_dir false .* is not built yet"):
+    with pytest.raises(ConfigError, match=r"train\.shared_run_dir false .* is not implemented"):
         load(tmp_path, shards, "--train.shared_run_dir", "false")
 
 

@@ -157,7 +157,7 @@ def test_data_without_any_target_ends_the_run_after_one_pass_with_its_place(tmp_
 def test_the_number_of_steps_without_targets_is_bounded(tmp_path: Path, masked: Path):
     arguments = ("--data.long_documents", "carry", "--guard.max_without_targets", "1")
     config = configure(tmp_path, masked, *arguments, train={"num_steps": 8})
-    with pytest.raises(DataError, match=r"no step of the last 2, .* \(guard\.max_without_targets=1\)"):
+    with pytest.raises(DataError, match=r"none of the last 2 steps, .* \(guard\.max_without_targets=1\)"):
         train(config)
 
 

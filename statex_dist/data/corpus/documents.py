@@ -31,7 +31,7 @@ TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".pod", ".srt"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".sh", ".rb"),
 )
-# Lines too, in many corpora; not looked for in directories, where it is most often something else.
+# JSON lines in many corpora; not looked for in directories, where such a file is most often something else.
 _JSON_SUFFIX = ".json"
 DEFAULT_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
 _UNIT_BYTES = 8 << 20
@@ -137,7 +137,7 @@ def _special(path: str | Path) -> str | None:
         mode = os.stat(path).st_mode  # noqa: PTH116 - called for every file of the corpus
     except OSError:
         return None  # said when it is opened
-    return None if stat.S_ISREG(mode) else _SPECIAL.get(stat.S_IFMT(mode), "no file")
+    return None if stat.S_ISREG(mode) else _SPECIAL.get(stat.S_IFMT(mode), "not a file")
 
 
 def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[list[Unit], int]:
@@ -232,7 +232,10 @@ def check_filterable(units: Sequence[Unit]) -> None:
     """
     for unit in units:
         if unit.kind == "text":
-            raise ConfigError(f"--where looks at fields of .jsonl and .parquet; {unit.paths[0]} is a text file")
+            raise ConfigError(
+                f"--where looks at fields of .jsonl and .parquet; {unit.paths[0]} is a text file; leave it out of the "
+                "inputs (for example by a glob: 'DIR/*.jsonl')"
+            )
 
 
 def _kind(file: Path) -> str:

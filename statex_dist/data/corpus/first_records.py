@@ -1,4 +1,4 @@
-"""The first records of some input files, looked at before any work begins: what is wrong with all is said at once."""
+"""Check the first records of some input files before any work begins, so that a fault of all is an error at once."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def check_first_records(units: Sequence[Unit], vocab_size: int, rules: DocumentR
         good += report.filtered
         bad += report.listed
     if bad and not good:
-        log.warning("none of the records looked at first is good: %s", bad[0])
+        log.warning("all of the first records are bad: %s", bad[0])
 
 
 def _check_text(path: str, rules: DocumentRules) -> bool:
-    """Return whether the begin of a text file is good; raise if bad ones are not skipped."""
+    """Return whether the start of a text file is good; raise if bad ones are not skipped."""
     try:
         check_text(path, _BYTES)
     except BadRecordError:

@@ -57,7 +57,7 @@ def _skip_to_line(file: BinaryIO, begin: int, end: int) -> int:
 
 
 class _LongLineError(BadRecordError):
-    """A line of which not all was read."""
+    """A line that was not read to its end."""
 
 
 class _Lines:
@@ -138,7 +138,7 @@ def _object(line: bytes) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise BadRecordError(f"a JSON object is needed, not {type(record).__name__}")
         kinds = set(map(type, record.values()))
-        # A walk through all values would double the time of long lists of ids: what has few brackets is not deep.
+        # A walk through all values would double the time of long lists of ids. A text with few brackets is not deep.
         if (dict in kinds) if list not in kinds else (text.count("[") + text.count("{") > _FEW_BRACKETS):
             parse_json(text, parse=lambda _: record)
     except RecursionError as error:

@@ -17,14 +17,14 @@ _BATCH_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 _VALUE_BYTES = 8
 _MOST_TIMES = 8
-# What a page may cost beside its values: their lengths and levels.
+# Bytes of a page beside its values: their lengths and levels.
 _PAGE_BYTES = 1 << 16
 _THRIFT_I32 = 0x15
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is read of every row.
+    """The columns and limits for reading rows.
 
     Attributes:
         text_field: Column of the text, or a dotted path into a nested one.
@@ -100,7 +100,7 @@ def read_rows(
 
 
 def _columns(path: str, parquet: Any, wanted: Wanted, report: ReadReport) -> list[str]:
-    """Return what is read: the text alone, or every column beside the ids that could change what is learned."""
+    """Return the columns to read: the text alone, or the ids and every column that could change the training."""
     names = parquet.schema_arrow.names
     text = wanted.text_field
     columns = [text] if wanted.rows != "tokens" and _holds(parquet.schema_arrow, text) else []
@@ -116,7 +116,7 @@ def _columns(path: str, parquet: Any, wanted: Wanted, report: ReadReport) -> lis
 
 
 def _matters(field: Any) -> bool:
-    """Whether a column beside token ids could change what is learned: by its name, or as a list of numbers."""
+    """Return whether a column beside token ids could change the training: by its name, or as a list of numbers."""
     import pyarrow.types as types
 
     if field.name in BESIDE_TEXT or field.name == ZEROS_ONLY:
@@ -129,7 +129,7 @@ def _matters(field: Any) -> bool:
 
 
 def _holds(schema: Any, name: str) -> bool:
-    """Whether a table has a column, or a nested one by its dotted path."""
+    """Return whether a table has a column, or a nested one by its dotted path."""
     import pyarrow
 
     if name in schema.names:
@@ -195,7 +195,7 @@ def dictionary_bytes(path: str, chunk: Any) -> int:
 
 
 def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | BadRecordError]:
-    """Yield the rows as mappings, or what is wrong with one."""
+    """Yield each row as a mapping, or as the error that describes its fault."""
     import pyarrow
 
     dictionaries = [i for i, field in enumerate(batch.schema) if pyarrow.types.is_dictionary(field.type)]
@@ -203,7 +203,7 @@ def _rows(batch: Any, most: int) -> Iterator[dict[str, Any] | BadRecordError]:
         try:
             rows = batch.to_pylist()
         except UnicodeDecodeError:
-            pass  # in one of its rows
+            pass  # the fault is in one of its rows
         else:
             yield from rows
             return
@@ -225,7 +225,7 @@ def _open(path: str) -> Any:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Buffered: else a whole column of a row group is read at once.
+        # Buffered: otherwise a whole column of a row group is read at once.
         return ParquetFile(path, buffer_size=_BUFFER_BYTES)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {first_line(error)}") from error

@@ -11,14 +11,14 @@ import numpy as np
 from statex_dist.errors import DataError
 
 LISTED = 100
-"""Bad records that are named; the others are counted."""
+"""Number of bad records that are named; the others are counted only."""
 
 
 class BadRecordError(DataError):
-    """One record is no document; those before and behind it may be."""
+    """One record is not a document; the records before and after it may be."""
 
     LARGER: ClassVar[str] = "allow more with --max-document-bytes"
-    """What helps where one is too large."""
+    """Advice for a record that is too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Record:
 
 
 Parse = Callable[[dict[str, Any]], list[Record]]
-"""Makes the documents of a record's fields: none of one to leave out, several of a packed one."""
+"""Makes documents from a record's fields: none if it is left out, several if it is packed."""
 
 
 @dataclass(slots=True)
 class ReadReport:
-    """What the reading of a unit found beside its documents; of types that JSON has.
+    """The findings of a unit's reader beside the documents, in types that JSON has.
 
     Attributes:
         skip: Whether bad records are left out; otherwise the first one raises.
@@ -70,7 +70,7 @@ class ReadReport:
             BadRecordError: Bad records are not to be skipped.
         """
         if not self.skip:
-            raise BadRecordError(f"{place()}: {reason}; --skip-bad-records leaves out what is bad")
+            raise BadRecordError(f"{place()}: {reason}; --skip-bad-records leaves out bad records")
         self.bad += count
         if len(self.listed) < LISTED:
             self.listed.append(str(BadRecordError(f"{place()}: {reason}")))

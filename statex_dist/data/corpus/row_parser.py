@@ -1,4 +1,4 @@
-"""Fields of a row to documents: which field is read, by one rule for all rows of a file."""
+"""Turn the fields of a row into documents, by one rule for all rows of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RowParser:
     Args:
         vocab_size: Bound of the ids in rows that are tokenised already.
         text_field: Name of the text's field; dots lead into nested ones unless a field has that very name.
-        rows: ``"text"``, ``"tokens"`` or ``"auto"``, which takes what the rows hold, and refuses what is not clear.
+        rows: ``"text"``, ``"tokens"`` or ``"auto"``: the kind that the rows hold; rows with both are refused.
         ignore: Fields beside the ids that are left out whatever they hold.
         conditions: Rows that do not pass all of them are left out.
         report: Takes counts of rows left out, and the kind of rows read.
@@ -68,7 +68,7 @@ class RowParser:
         return documents
 
     def _kind(self, row: dict[str, Any]) -> tuple[str, Any]:
-        """What is read of a row, and its text."""
+        """Return the kind of a row, and its text."""
         tokens = row.get(TOKENS) is not None
         if self._rows == "tokens":
             if not tokens:
@@ -81,7 +81,7 @@ class RowParser:
             return "text", text
         if tokens and text is not None:
             raise DataError(
-                f"the row has both {TOKENS!r} and {self._text_field!r}; choose what is read: `statex prepare` with "
+                f"the row has both {TOKENS!r} and {self._text_field!r}; choose one: `statex prepare` with "
                 "--rows text or --rows tokens"
             )
         if tokens:
@@ -120,10 +120,10 @@ class RowParser:
 
 
 def mixed(before: str, now: str) -> str:
-    """Say how rows of a file differ from those before."""
+    """Say how a row differs in kind from the rows before it."""
     names = {"text": "text", "tokens": TOKENS}
     return (
-        f"{names[now]}, where rows before have {names[before]}; one file is of one kind: separate them, or "
+        f"{names[now]}, but rows before have {names[before]}; a file must hold one kind: separate them, or "
         "take one kind with --rows text or --rows tokens (and --skip-bad-records)"
     )
 

@@ -25,14 +25,14 @@ class DocumentRules:
         text_field: Field or column of the text.
         where: Conditions of the form ``FIELD OP VALUE``; a record that fails one is left out.
         eos: ``"append"``: a document ends with EOS; ``"none"``: documents are taken as they are.
-        bos: ``"prepend"``: a document begins with BOS; ``"none"``: documents are taken as they are.
-        special_tokens: What becomes of markers of special tokens in text: ``"split"`` into plain pieces, ``"keep"`` as
+        bos: ``"prepend"``: a document begins with BOS; ``"none"``: no BOS is added.
+        special_tokens: How markers of special tokens in text are encoded: ``"split"`` into plain pieces, ``"keep"`` as
             control tokens, or ``"refuse"``.
         min_tokens: Shorter documents (BOS and EOS included) are left out; one below 2 tokens has no target.
         max_tokens: Longer documents are left out; ``None`` for no bound.
         skip_undecodable: Leave out text files that are not UTF-8 instead of stopping.
-        skip_bad_records: Leave out, count and list records that are no documents instead of stopping.
-        rows: ``"text"`` or ``"tokens"``: what is read of rows; ``"auto"``: what they hold, if that is clear.
+        skip_bad_records: Leave out, count and list bad records instead of stopping.
+        rows: ``"text"`` or ``"tokens"``: the kind that is read; ``"auto"``: the kind that the rows hold.
         ignore_fields: Fields beside ``input_ids`` that are left out whatever they hold.
         max_document_bytes: Bytes that a line, a text file (unpacked) or a row may have.
 

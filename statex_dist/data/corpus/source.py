@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _SERIAL_BYTES = 8 << 20
 _MARKER_FATES = {
     "split": "it is encoded as plain text (--special-tokens keep: as the control token)",
-    "keep": "it is left to the tokenizer (--special-tokens split: plain text)",
+    "keep": "the tokenizer encodes it, most often as a control token (--special-tokens split: as plain text)",
     "refuse": "it is refused",
 }
 
@@ -93,12 +93,12 @@ class Source:
         return WorkDirectory(path, settings, self._units, part=part, merge=merge)
 
     def check_first_records(self) -> None:
-        """Look at the first records of the inputs, before anything is made.
+        """Check the first records of the inputs before any work begins.
 
         Raises:
             DataError: An input is unreadable or malformed.
         """
-        # A bad input behind documents that are enough is none of this run.
+        # With enough documents in the first unit, later inputs are not read: they must not fail the run.
         units = self._units if self._limit is None else self._units[:1]
         check_first_records(units, self._loaded.vocab_size, self._rules)
 
@@ -126,14 +126,14 @@ class Source:
         return results
 
     def _report(self, reading: ReadReport, listed: int) -> int:
-        """Log what a unit left out, up to a bound, and which fields were not used; return how many were listed."""
+        """Log the records that a unit left out, up to a bound, and its unused fields; return how many were listed."""
         for message in reading.undecodable:
             log.warning("left out: %s", message)
         for message in reading.listed[: max(0, LISTED - listed)]:
             log.warning("left out: %s", message)
         if honoured := [name for name in reading.columns if name not in self._honoured]:
             self._honoured.update(honoured)
-            log.info("fields beside input_ids that are honoured: %s", ", ".join(honoured))
+            log.info("fields read beside input_ids: %s", ", ".join(honoured))
         if unused := [name for name in reading.unused if name not in self._unused]:
             self._unused.update(unused)
             level = logging.WARNING if reading.kind == "text" else logging.INFO
@@ -206,23 +206,23 @@ class Source:
 
 
 def _check_added(tokenizer: Tokenizer, rules: DocumentRules) -> None:
-    """Refuse rules that want a token which the tokenizer lacks, and say what its template would add.
+    """Refuse rules that need a token which the tokenizer lacks; log the tokens that its template would add.
 
     Raises:
         ConfigError: There is no BOS or EOS to add.
     """
     if rules.eos == "append" and tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"tokenizer {tokenizer.spec} has no EOS token to end documents with: give --eos none, or set eos_token in "
+            f"tokenizer {tokenizer.spec} has no EOS token to end documents with; give --eos none, or set eos_token in "
             "its tokenizer_config.json"
         )
     if rules.bos == "prepend" and tokenizer.bos_token_id is None:
-        remedy = "" if isinstance(tokenizer, BytesTokenizer) else ", or set bos_token in its tokenizer_config.json"
+        or_set = "" if isinstance(tokenizer, BytesTokenizer) else ", or set bos_token in its tokenizer_config.json"
         raise ConfigError(
-            f"tokenizer {tokenizer.spec} has no BOS token to begin documents with: give --bos none{remedy}"
+            f"tokenizer {tokenizer.spec} has no BOS token to begin documents with; give --bos none{or_set}"
         )
     start = tokenizer.template_start()
     if rules.bos == "none" and start:
         names = ", ".join(f"{tokenizer.token_name(token)} (id {token})" for token in start)
-        advice = "; give --bos prepend to begin documents with it" if start == [tokenizer.bos_token_id] else ""
-        log.info("tokenizer %s puts %s in front of a text; --bos none does not%s", tokenizer.spec, names, advice)
+        advice = "; --bos prepend begins documents with it" if start == [tokenizer.bos_token_id] else ""
+        log.info("tokenizer %s puts %s in front of a text; --bos none leaves it out%s", tokenizer.spec, names, advice)

@@ -95,7 +95,7 @@ class Staging:
         shutil.rmtree(self._old, ignore_errors=True)
 
     def clean(self) -> None:
-        """Note that nothing is left to clean up."""
+        """Record that nothing is left to remove."""
         self._committed.unlink(missing_ok=True)
 
     def _facts(self, directory: Path) -> dict[str, str]:

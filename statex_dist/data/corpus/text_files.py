@@ -10,7 +10,7 @@ from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
 from statex_dist.data.corpus.records import BadRecordError, ReadReport, Record
 from statex_dist.errors import DataError
 
-# Those of UTF-32 first: one of UTF-16 is the begin of one of them.
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -50,7 +50,7 @@ def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_unde
                 report.leave_out(lambda name=path: name, str(error))  # type: ignore[misc]
             else:
                 raise BadRecordError(
-                    f"{path} {error}; convert it, leave it out or skip such files with --skip-bad-records"
+                    f"{path} {error}; convert it, leave it out, or skip such files with --skip-bad-records"
                 ) from error
             continue
         data = b""
@@ -69,7 +69,7 @@ def refuse_other_encodings(data: bytes) -> None:
 
 
 def check_text(path: str, size: int) -> None:
-    """Look whether the first ``size`` bytes of a text file are UTF-8.
+    """Check that the first ``size`` bytes of a text file are UTF-8.
 
     Raises:
         BadRecordError: They are not.
@@ -102,7 +102,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _read(path: str, size: int) -> bytes:
-    """Return the first ``size`` bytes, of all that there are."""
+    """Return the first ``size`` bytes, or all if there are fewer."""
     try:
         with open_stream(path) as file:
             return file.read(size)

@@ -1,8 +1,9 @@
-"""Rows that are tokenised already: ids and the columns beside them, to documents of ids and masks.
+"""Turn tokenised rows (ids and the columns beside them) into documents of ids and masks.
 
-1. ``attention_mask`` 0 is cut, at either end or between documents. Values above 1 number the documents of a packed row.
+1. Tokens with ``attention_mask`` 0 are removed, at either end or between documents. Values above 1 number the documents
+   of a packed row.
 2. ``position_ids`` and ``seq_lengths`` give borders too. Where several columns give borders, they must be the same.
-3. A token is learned where ``labels`` (not shifted, -100 elsewhere) and every mask of 0 and 1 say so.
+3. A token is learned where ``labels`` (not shifted, -100: not learned) and every mask of 0 and 1 allow it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ IGNORED_LABEL = -100
 
 
 def token_documents(row: Mapping[str, Any], vocab_size: int, ignore: Collection[str] = ()) -> list[Record]:
-    """Return the documents of a row with ``input_ids``: several where it is packed.
+    """Return the documents of a row with ``input_ids``: several if it is packed.
 
     Args:
         row: Its columns.
@@ -77,13 +78,13 @@ def _check_others(row: Mapping[str, Any], length: int, ignore: Collection[str]) 
             what = "a value for each token" if isinstance(value[0], (int, float, list)) else None
         if what is not None:
             raise DataError(
-                f"column {name!r} holds {what}, which is not read beside input_ids and could change what is learned; "
+                f"column {name!r} holds {what}, which is not read beside input_ids but could change what is learned; "
                 f"leave it out with --ignore-field {name}, or give loss_mask, labels or position_ids"
             )
 
 
 def _attended(attention: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which tokens are kept, and where among them documents begin if their numbers say so."""
+    """Return which tokens are kept, and where documents begin among them if the mask numbers documents."""
     kept = attention != 0
     numbers = attention[kept]
     if not len(numbers):
@@ -94,19 +95,19 @@ def _attended(attention: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
             f"attention_mask has the values {shown(numbers[first].tolist())} in this order; allowed: 0 and 1, or the "
             "documents of a packed row numbered 1, 2, 3 and so on"
         )
-    # Where a run of kept tokens ends inside a document, something was taken out of its middle.
+    # If a run of kept tokens ends inside a document, tokens were removed from its middle.
     places = np.flatnonzero(kept)
     holes = np.flatnonzero((np.diff(places) > 1) & (np.diff(numbers) == 0))
     if len(holes):
         raise BadRecordError(
-            f"attention_mask has 0 inside a document (at token {places[holes[0]] + 1}); allowed: padding at the begin "
+            f"attention_mask has 0 inside a document (at token {places[holes[0]] + 1}); allowed: padding at the start "
             "or the end, and between documents that are numbered 1, 2, 3"
         )
     return kept, first if len(first) > 1 else None
 
 
 def _without_padding(positions: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which tokens are kept of a row whose position ids may end in zeros for padding."""
+    """Return which tokens are kept of a row whose position ids may end in zeros for padding."""
     others = np.flatnonzero(positions)
     end = int(others[-1]) + 1 if len(others) else 0
     kept = np.ones(len(positions), bool)
@@ -124,7 +125,7 @@ def _without_padding(positions: np.ndarray, given: Mapping[str, np.ndarray]) -> 
 
 
 def _resets(positions: np.ndarray) -> np.ndarray:
-    """Where documents begin by position ids, each of which counts from 0."""
+    """Return where documents begin by position ids, which count from 0 in each document."""
     begins = np.flatnonzero(positions == 0)
     if len(positions):
         last = np.zeros(len(positions), np.int64)
@@ -140,7 +141,7 @@ def _resets(positions: np.ndarray) -> np.ndarray:
 
 
 def _begins(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Where documents begin among the kept tokens, by the lengths of those in the whole row."""
+    """Return where documents begin among the kept tokens, by the documents' lengths in the whole row."""
     if (lengths <= 0).any() or lengths.sum() != len(kept):
         raise BadRecordError(
             f"seq_lengths adds up to {lengths.sum()} with entries from {lengths.min(initial=0)}; "
@@ -149,11 +150,11 @@ def _begins(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
     ends = np.cumsum(lengths)
     before = np.concatenate([[0], np.cumsum(kept)])
     begins = before[ends - lengths]
-    return begins[before[ends] > begins]  # one of padding only has no token
+    return begins[before[ends] > begins]  # a document of padding alone has no token
 
 
 def _agreed(borders: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """The begins of the documents, on which all columns that give them agree."""
+    """Return the first tokens of the documents, on which all columns with borders must agree."""
     found = list(borders.items())
     for name, begins in found[1:]:
         if not np.array_equal(begins, found[0][1]):
@@ -165,7 +166,7 @@ def _agreed(borders: Mapping[str, np.ndarray]) -> np.ndarray | None:
 
 
 def _learned(ids: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """``[n]`` uint8, 1 where labels and all masks agree that a token is learned; ``None`` without any."""
+    """Return ``[n]`` uint8, 1 where labels and all masks say that a token is learned; ``None`` without any."""
     masks = []
     if (labels := given.get("labels")) is not None:
         learned = labels != IGNORED_LABEL
@@ -204,7 +205,7 @@ def _integers(values: Any, name: str) -> np.ndarray:
         array = np.asarray(values)
         if isinstance(values, list) and array.ndim == 1 and (array.dtype.kind in "bi" or not len(array)):
             array = array.astype(np.int64)
-            # numpy takes true among integers for 1.
+            # Among integers numpy turns true into 1.
             small = np.flatnonzero(array >> 1 == 0).tolist() if name in (TOKENS, "labels") else []
             if not any(isinstance(values[i], bool) for i in small):
                 return array

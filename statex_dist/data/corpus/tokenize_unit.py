@@ -56,7 +56,7 @@ class UnitTokenizer:
         self._task = task
         self._tokenizer = load_tokenizer(task.tokenizer)
         self._text = self._tokenizer.for_corpus(task.rules.special_tokens)
-        # Whether the records that were read and not written yet hold a marker of a special token.
+        # Whether records that were read, but not yet written, hold a marker of a special token.
         self._marked: deque[bool] = deque()
         self._marker = ""
         # To name a line, a file is read from its start: this is done once in a process, not for every unit.
@@ -97,7 +97,7 @@ class UnitTokenizer:
         for path, facts in zip(job.unit.paths, job.facts, strict=True):
             if file_facts(path) != facts:
                 raise DataError(f"{path} changed while it was being read; run the command again")
-        # Its place is that of the reader at work, which other processes cannot ask.
+        # The place is known to the reader at work only; other processes cannot ask it.
         reading.here = str
         return writer.finish(short=short, long=long, reading=reading, marker=self._marker)
 
@@ -121,7 +121,7 @@ class UnitTokenizer:
             yield record
 
     def _encode(self, records: list[Record]) -> Iterator[tuple[int | None, np.ndarray, np.ndarray | None, int | None]]:
-        """Yield BOS, ids, mask and EOS, the first and the last where they are to be added."""
+        """Yield BOS, ids, mask and EOS; BOS and EOS only if they must be added."""
         bos = self._tokenizer.bos_token_id if self._task.rules.bos == "prepend" else None
         eos = self._tokenizer.eos_token_id if self._task.rules.eos == "append" else None
         try:

@@ -22,7 +22,7 @@ class UnitResults:
 
     Attributes:
         before: Units taken that an earlier run had done.
-        rows: By ``"text"`` and ``"tokens"``, which files held it: their number, the first names, the columns honoured.
+        rows: For ``"text"`` and ``"tokens"``: the number of files, the names of the first, the columns that were read.
     """
 
     def __init__(self, units: Sequence[Unit], limit: int | None):
@@ -48,7 +48,7 @@ class UnitResults:
             self._next += 1
 
     def _take_kind(self, unit: Unit, reading: ReadReport) -> None:
-        """Note what the rows of a unit hold; units of one file follow each other."""
+        """Record the kind of a unit's rows; units of one file follow each other."""
         file, kind = unit.paths[0], reading.kind
         if file == self._last[0] and kind != self._last[1]:
             raise DataError(f"{file}: rows have {mixed(self._last[1], kind)}")

@@ -36,7 +36,7 @@ _LOCK_NAME = "lock"
 # Raised when units are read or stored in another way, so that those of an older version are not taken.
 _VERSION = 2
 _NAMED = 3
-# It lists the inputs, of which there may be millions.
+# It lists the inputs; there may be millions.
 _MAX_SETTINGS_BYTES = 10 * MAX_JSON_BYTES
 
 
@@ -126,7 +126,7 @@ class WorkDirectory:
         if error is not None and not self._merge and self._units.is_dir():
             done = sum(1 for file in self._units.iterdir() if file.suffix == DONE_SUFFIX)
             if done:
-                log.info("%d finished units are kept in %s; the same command goes on from there", done, self.path)
+                log.info("%d finished units are kept in %s; the same command continues from there", done, self.path)
             elif self._part is None:
                 self.remove()
         self._unlock()
@@ -141,11 +141,11 @@ class WorkDirectory:
             self.path.rmdir()
 
     def identity(self) -> list[Any]:
-        """Return what the tokens depend on: settings and inputs, in JSON types."""
+        """Return the settings and inputs on which the tokens depend, in JSON types."""
         return [self._settings, self._inputs]
 
     def finish(self) -> None:
-        """Remove what is left of a run that was killed while it removed the directory.
+        """Remove the rest of a directory whose run was killed while it removed it.
 
         A directory in which another command has begun since is left alone.
 

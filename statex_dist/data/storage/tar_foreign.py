@@ -36,7 +36,7 @@ from statex_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Raised when tars are walked in another way, so that what an older version kept is not taken.
+# Increased when tars are walked in another way, so that the caches of older versions are not used.
 _VERSION = 2
 _HASH = "xxh64"
 _REPORT_SECONDS = 10.0

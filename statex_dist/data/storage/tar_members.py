@@ -218,10 +218,10 @@ class _Scan:
         return attributes
 
     def _others(self, members: dict[str, _Member], tokens: str) -> set[str]:
-        """The names of members that are not read; refused where they could change what is learned."""
+        """Return the names of members that are not read; refuse those that could change the training."""
         others = {name: member for name, member in members.items() if name not in (tokens, *_READ)}
         for name, member in others.items():
-            # A name of more parts is of one array of a sample, whatever stores it: labels.npy, labels.pyd.
+            # A name with several parts names an array of a sample in any format: labels.npy, labels.pyd.
             if name in TOKENS_MEMBERS[:2] or refused_in_shards(name.split(".")[0]):
                 raise self._wrong(member, f"{SHARD_REMEDY}")
             if name.endswith("npy") and self._is_per_token(member, members[tokens]):
