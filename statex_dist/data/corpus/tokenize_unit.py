@@ -88,7 +88,8 @@ class UnitTokenizer:
             for begin, ids, mask, end in self._encode(batch):
                 marked = self._marked.popleft()
                 length = len(ids) + (begin is not None) + (end is not None)
-                if length < rules.min_tokens:
+                # BOS and EOS alone are no document, though there is a target among them.
+                if length < rules.min_tokens or (begin is not None and not len(ids)):
                     short += 1
                 elif rules.max_tokens is not None and length > rules.max_tokens:
                     long += 1

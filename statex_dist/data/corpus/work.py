@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 _SETTINGS_NAME = "settings.json"
 _LOCK_NAME = "lock"
 # Raised when units are read or stored in another way, so that those of an older version are not taken.
-_VERSION = 2
+_VERSION = 3
 _NAMED = 3
 # It lists the inputs, of which there may be millions.
 _MAX_SETTINGS_BYTES = 10 * MAX_JSON_BYTES
