@@ -293,3 +293,26 @@ def test_report_of_a_reader_survives_its_form_on_disk(tmp_path):
         == report.listed
         == [(str(path), n, "field 'text' is null") for n in (1, 3, 5)]
     )
+
+
+def test_lines_added_between_the_split_and_the_work_are_not_lost(tmp_path, monkeypatch):
+    path = put(tmp_path / "a.jsonl", json_lines({"text": "first"}))
+
+    def split(files):
+        units = split_units(files)
+        with path.open("ab") as file:
+            file.write(json_lines({"text": "second"}))
+        return units
+
+    with monkeypatch.context() as patch:
+        patch.setattr("statex_dist.data.corpus.source.split_units", split)
+        with pytest.raises(DataError, match="changed while its size was being read; run the command again"):
+            prepare([path], tmp_path / "out")
+    assert prepare([path], tmp_path / "out").documents == 2
+
+
+def test_a_frame_with_a_window_that_is_too_large_is_told_from_damage(tmp_path):
+    """A frame header that asks for 2 GiB, as ``zstd --long=31`` writes it for large inputs."""
+    path = put(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"\x00" + b"\xa8" + b"\x01\x00\x00")
+    with pytest.raises(DataError, match="a window above 128 MiB; compress it again with zstd --long=27"):
+        prepare([path], tmp_path / "out")
