@@ -6,6 +6,7 @@ datasets, TRL, axolotl, llm-foundry and Megatron write.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 TOKENS: Final = "input_ids"
@@ -54,6 +55,23 @@ BESIDE_TEXT: Final = frozenset((TOKENS, "labels", "attention_mask", *MASKS, "pos
 def meaning(name: str) -> str | None:
     """Return what a refused column holds, by its name; ``None`` for any other name."""
     return _MEANING.get(name)
+
+
+_CONVERSATION: Final = frozenset(
+    ("messages", "conversations", "conversation", "prompt", "completion", "response", "instruction", "output", "dialog")
+)
+_OTHER_IDS: Final = ("token_ids", "tokens", "ids", "input_tokens", "tokenized", "toks")
+
+
+def advice(names: Collection[str]) -> str:
+    """Return what helps where rows have columns of these names, but neither text nor token ids; may be empty."""
+    if not _CONVERSATION.isdisjoint(names):
+        return (
+            "; conversations are not rendered here: apply the chat template first, and give text, or input_ids with "
+            "labels"
+        )
+    other = next((name for name in _OTHER_IDS if name in names), None)
+    return f"; if {other} holds token ids, rename it to {TOKENS}" if other else ""
 
 
 def refused_in_shards(name: str) -> bool:

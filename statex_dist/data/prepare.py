@@ -19,13 +19,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from statex_dist.checkpoint.json_file import read_bytes
 from statex_dist.data.corpus.documents import DEFAULT_SUFFIXES
-from statex_dist.data.corpus.records import LISTED
 from statex_dist.data.corpus.rules import MAX_DOCUMENT_BYTES, DocumentRules
 from statex_dist.data.corpus.source import Source
 from statex_dist.data.corpus.spill import Spill
@@ -234,7 +232,7 @@ def prepare(
         spill = Spill(results, source.dtype, max_documents)
         if not len(spill.lengths):
             directory.remove()
-            bad = next((line for result in results for line in result.reading.listed), "")
+            bad = next(iter(found.bad_records()), "")
             raise DataError(_nothing(len(source.files), left_out, rules, bad))
         writer = _writer_class(format)(
             staging.directory,
@@ -255,8 +253,7 @@ def prepare(
         except BaseException:
             writer.abort()
             raise
-        listed = list(islice((line for result in results for line in result.reading.listed), LISTED))
-        if listed:
+        if listed := found.bad_records():
             text = "".join(f"{line}\n" for line in listed)
             with writing(staging.directory):
                 (staging.directory / BAD_RECORDS_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -38,6 +38,10 @@ class CorpusEncoder(Protocol):
         """Return the first marker of a special token in ``text``, or None."""
         ...
 
+    def has_control(self, ids: np.ndarray) -> bool:
+        """Return whether a control token is among the ids ``[n]`` of a text."""
+        ...
+
 
 class MarkerSearch:
     """Finds the first of many strings in a text, in one pass.
@@ -102,6 +106,10 @@ class ControlTokens:
     def marker_in(self, text: str) -> str | None:
         """Return the first marker in ``text``, or None; single characters are none."""
         return self._markers.find(text)
+
+    def has_control(self, ids: np.ndarray) -> bool:
+        """Return whether a control token is among ``ids``."""
+        return bool(self._control[ids].any())
 
     def encode_split(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of every text, ``[n]`` uint32, markers as plain pieces.

@@ -148,6 +148,10 @@ class BytesTokenizer:
     def marker_in(self, text: str) -> None:
         """Return None: no special token is written as text."""
 
+    def has_control(self, ids: np.ndarray) -> bool:
+        """Return False: no text becomes EOS or PAD."""
+        return False
+
     def template_start(self) -> list[int]:
         """Return nothing: there is no template."""
         return []
@@ -306,6 +310,10 @@ class _CorpusText:
     def marker_in(self, text: str) -> str | None:
         """Return the first marker of a special token in ``text``, or None."""
         return self.control.marker_in(text)
+
+    def has_control(self, ids: np.ndarray) -> bool:
+        """Return whether a control token is among the ids ``[n]`` of a text."""
+        return self.control.has_control(ids)
 
 
 def is_current_hash(found: str) -> bool:

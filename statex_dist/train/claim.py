@@ -34,8 +34,7 @@ def claim(
         taken: What it means that another process holds it, and what to do about that.
 
     Raises:
-        TakenError: Another process holds the lock.
-        ConfigError: The directory cannot be made.
+        ConfigError: The directory cannot be made, or another process holds the lock.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -169,3 +169,30 @@ def test_a_tokenizer_without_the_token_is_refused_with_both_remedies(tmp_path, c
     manifest = open_store(tmp_path / "out").manifest
     assert (manifest.eos_token_id, manifest.bos_token_id, manifest.eos) == (None, None, "none")
     assert not any({BOS, EOS} & set(ids) for ids, _ in documents_of(tmp_path / "out"))
+
+
+def test_control_tokens_that_a_normalizer_makes_are_counted(tmp_path, caplog):
+    """NFKC makes ``<|endoftext|>`` of full-width letters; ``keep`` leaves the control token in the text."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.normalizer = normalizers.NFKC()
+    end = AddedToken("<|endoftext|>", special=True, normalized=True)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end).save_pretrained(tmp_path / "tokenizer")
+    lines = ['{"text": "plain"}', '{"text": "\uff1c|endoftext|\uff1e here"}', '{"text": "plain too"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    counts = {}
+    for rule in ("split", "keep"):
+        summary = prepare([tmp_path / "a.jsonl"], tmp_path / rule, tmp_path / "tokenizer", special_tokens=rule)
+        counts[rule] = summary.special_token_documents
+    assert counts == {"split": 0, "keep": 1}
+    assert "the normalizer makes a special token's marker of the text" in caplog.text
+    ends = {
+        rule: [int((p.tokens == 256).sum()) for p in sequential_documents(open_store(tmp_path / rule))]
+        for rule in counts
+    }
+    assert sorted(ends["split"]) == [1, 1, 1]
+    assert sorted(ends["keep"]) == [1, 1, 2]

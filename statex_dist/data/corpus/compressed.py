@@ -54,7 +54,10 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._source.read(len(target))
         except (EOFError, zlib.error, OSError) as error:
-            raise DamagedStreamError(first_line(error)) from error
+            text = first_line(error)
+            if "too much memory" in text:
+                text = "it was written with a window above 128 MiB; compress it again with zstd --long=27 or less"
+            raise DamagedStreamError(text) from error
         target[: len(data)] = data
         return len(data)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from statex_dist.data.corpus.compressed import inner_name, is_compressed
+from statex_dist.data.corpus.foreign_files import by_name
 from statex_dist.data.corpus.json_lines import read_lines
 from statex_dist.data.corpus.parquet_rows import Wanted, read_rows, row_group_sizes
 from statex_dist.data.corpus.records import ReadReport, Record
@@ -243,6 +244,8 @@ def _kind(file: Path) -> str:
     if suffix in (*JSONL_SUFFIXES, _JSON_SUFFIX):
         return "jsonl"
     if suffix not in PARQUET_SUFFIXES:
+        if (remedy := by_name(file.name)) is not None:
+            raise DataError(f"{file} is no file of text by its suffix; {remedy}, or name it .txt if it is text")
         return "text"
     if is_compressed(file.name):
         raise DataError(f"{file} is parquet inside {file.suffix}; parquet is compressed by itself: unpack the file")

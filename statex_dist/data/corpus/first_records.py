@@ -10,6 +10,7 @@ from statex_dist.data.corpus.documents import Unit, read_unit
 from statex_dist.data.corpus.records import BadRecordError, ReadReport
 from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.text_files import check_text
+from statex_dist.data.corpus.unit_results import BadRecordNames
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def check_first_records(units: Sequence[Unit], vocab_size: int, rules: DocumentR
         for _ in islice(read_unit(unit, vocab_size, rules, report, sample=True), _RECORDS):
             good += 1
         good += report.filtered
-        bad += report.listed
+        bad += BadRecordNames().of(unit, report)
     if bad and not good:
         log.warning("all of the first records are bad: %s", bad[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,13 @@ from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
 from statex_dist.data.corpus.records import BadRecordError, Parse, ReadReport, Record
 from statex_dist.data.corpus.text_files import refuse_other_encodings
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, shown
 
 _CHUNK_BYTES = 1 << 20
 _FEW_BRACKETS = 100
+# The second: what stands between files with byte order marks that were put one behind the other.
+_BLANK = (b"", codecs.BOM_UTF8)
+_ONE_A_LINE = "one object a line is needed: jq -c '.[]' IN > OUT makes lines of an array, jq -c . of other JSON"
 
 
 def read_lines(path: str, begin: int, end: int | None, parse: Parse, report: ReadReport, most: int) -> Iterator[Record]:
@@ -86,6 +90,7 @@ class _Lines:
             if not line:
                 return
             self._number += 1
+            self._report.lines += 1
             at += len(line)
             found: list[Record] = []
             try:
@@ -93,10 +98,10 @@ class _Lines:
                     refuse_other_encodings(line)
                 if len(line) == most:
                     raise _LongLineError(f"the line has more than {self._most} bytes; {BadRecordError.LARGER}")
-                if line.strip():
+                if line.strip() not in _BLANK:
                     found = self._parse(_object(line))
             except BadRecordError as error:
-                self._report.leave_out(self._place, str(error))
+                self._report.leave_out(self._path, str(error), line=self._number)
                 if isinstance(error, _LongLineError) and (end is None or at < end):
                     at += self._pass_over(line)
             except DataError as error:
@@ -126,6 +131,25 @@ class _Lines:
         return f"{self._path}:{self._before + self._number}"
 
 
+class _CountingDecoder:
+    """Decodes JSON as ``json.loads`` does, and counts the pairs of the outermost object.
+
+    Attributes:
+        pairs: Their number in the text decoded last; more than its keys where a key is repeated.
+    """
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.decode = json.JSONDecoder(object_pairs_hook=self._note).decode
+
+    def _note(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self.pairs = len(pairs)  # the outermost object comes last
+        return dict(pairs)
+
+
+_decoder = _CountingDecoder()
+
+
 def _object(line: bytes) -> dict[str, Any]:
     """Return the line's object."""
     try:
@@ -134,9 +158,13 @@ def _object(line: bytes) -> dict[str, Any]:
         raise BadRecordError(f"not UTF-8 (byte {error.start} of the line)") from error
     try:
         text = text.removeprefix("\ufeff")
-        record = json.loads(text)
+        record = _decoder.decode(text)
         if not isinstance(record, dict):
-            raise BadRecordError(f"a JSON object is needed, not {type(record).__name__}")
+            hint = f"; {_ONE_A_LINE}" if isinstance(record, list) else ""
+            raise BadRecordError(f"a JSON object is needed, not {type(record).__name__}{hint}")
+        if len(record) != _decoder.pairs:
+            # Python takes the last of them, other readers the first.
+            raise BadRecordError(f"field {shown(_repeated(text), 60)} stands in it more than once")
         kinds = set(map(type, record.values()))
         # A walk through all values would double the time of long lists of ids. A text with few brackets is not deep.
         if (dict in kinds) if list not in kinds else (text.count("[") + text.count("{") > _FEW_BRACKETS):
@@ -144,8 +172,16 @@ def _object(line: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise BadRecordError("not valid JSON (it is nested too deeply)") from error
     except ValueError as error:
-        raise BadRecordError(f"not valid JSON ({error})") from error
+        hint = f"; {_ONE_A_LINE}" if text.strip() in ("[", "{") else ""
+        raise BadRecordError(f"not valid JSON ({error}){hint}") from error
     return cast("dict[str, Any]", record)
+
+
+def _repeated(text: str) -> str:
+    """Return the first key that stands more than once in the object of ``text``."""
+    pairs = json.loads(text, object_pairs_hook=lambda found: found)
+    names = [name for name, _ in pairs]
+    return next(name for name in names if names.count(name) > 1)
 
 
 def _lines_before(path: str, at: int) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from statex_dist.data.columns import BESIDE_TEXT, TOKENS, ZEROS_ONLY
+from statex_dist.data.columns import BESIDE_TEXT, TOKENS, ZEROS_ONLY, advice
 from statex_dist.data.corpus.records import BadRecordError, Parse, ReadReport, Record, first_line
 from statex_dist.errors import DataError
 
@@ -74,10 +74,13 @@ def read_rows(
             rows = parquet.metadata.row_group(group).num_rows
             size, largest = _group_bytes(path, parquet.metadata.row_group(group), columns)
             # Rows that are larger than allowed are read one by one to find the others, within reason.
-            if size > (wanted.most + _PAGE_BYTES) * rows and not (report.skip and size <= _MOST_TIMES * wanted.most):
+            if (
+                rows
+                and size > (wanted.most + _PAGE_BYTES) * rows
+                and not (report.skip and size <= _MOST_TIMES * wanted.most)
+            ):
                 reason = f"row group {group} has {rows} rows with {size} bytes, more than {wanted.most} each"
-                place = f"{path}: row {row}"
-                report.leave_out(lambda place=place: place, f"{reason}; {BadRecordError.LARGER}", rows)  # type: ignore[misc]
+                report.leave_out(f"{path}: row {row}", f"{reason}; {BadRecordError.LARGER}", rows)
                 row += rows
                 continue
             count = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(size // max(rows, 1), largest, 1)))
@@ -89,7 +92,7 @@ def read_rows(
                             raise fields
                         found = parse(fields)
                     except BadRecordError as error:
-                        report.leave_out(lambda place=f"{path}: row {row}": place, str(error))  # type: ignore[misc]
+                        report.leave_out(f"{path}: row {row}", str(error))
                     except DataError as error:
                         raise DataError(f"{path}: row {row}: {error}") from error
                     report.here = partial(str, f"{path}: row {row}")
@@ -108,15 +111,21 @@ def _columns(path: str, parquet: Any, wanted: Wanted, report: ReadReport) -> lis
         columns += [field.name for field in parquet.schema_arrow if _matters(field)]
     elif not columns:
         allowed = {"tokens": repr(TOKENS), "text": repr(text)}.get(wanted.rows, f"{text!r} or {TOKENS!r}")
-        raise DataError(f"{path}: no column {allowed} (there are: {', '.join(names) or 'none'})")
+        raise DataError(f"{path}: no column {allowed} (there are: {', '.join(names) or 'none'}){advice(names)}")
     if TOKENS not in columns:
         report.unused += sorted(BESIDE_TEXT.intersection(names))
+    else:
+        report.unused += sorted(set(names).difference(columns))
     columns += [field for field in wanted.fields if field in names or field.split(".")[0] in names]
-    return list(dict.fromkeys(columns))
+    columns = list(dict.fromkeys(columns))
+    for name in columns:
+        if (count := names.count(name.split(".")[0]) if name not in names else names.count(name)) > 1:
+            raise DataError(f"{path} has {count} columns {name!r}; which one is meant is not known: take one out")
+    return columns
 
 
 def _matters(field: Any) -> bool:
-    """Return whether a column beside token ids could change the training: by its name, or as a list of numbers."""
+    """Return whether a column beside token ids could change the training: by its name, or as a list, not of strings."""
     import pyarrow.types as types
 
     if field.name in BESIDE_TEXT or field.name == ZEROS_ONLY:
@@ -125,7 +134,8 @@ def _matters(field: Any) -> bool:
     kind = field.type
     while any(is_list(kind) for is_list in lists):
         kind = kind.value_type
-    return kind != field.type and (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return kind != field.type and not any(is_text(kind) for is_text in texts)
 
 
 def _holds(schema: Any, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from statex_dist.errors import DataError
+from statex_dist.errors import DataError, bounded_line
 
 LISTED = 100
 """Number of bad records that are named; the others are counted only."""
@@ -46,7 +46,9 @@ class ReadReport:
         filtered: Records left out because they did not meet a condition.
         undecodable: A message for each text file left out because it is not UTF-8.
         bad: Bad records left out.
-        listed: Place and reason of the first :data:`LISTED` of them.
+        listed: The first :data:`LISTED` of them: place, line counted from the first one read here (0 where the place
+            says all), reason. To count the lines before it, a unit would read its file from the begin.
+        lines: Lines read.
         kind: ``"text"`` or ``"tokens"``, what the unit's rows hold; empty where it has none.
         columns: Columns of token rows that were honoured.
         unused: Columns that were not, and do not change what is learned.
@@ -57,23 +59,31 @@ class ReadReport:
     filtered: int = 0
     undecodable: list[str] = field(default_factory=list)
     bad: int = 0
-    listed: list[str] = field(default_factory=list)
+    listed: list[tuple[str, int, str]] = field(default_factory=list)
+    lines: int = 0
     kind: str = ""
     columns: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     here: Callable[[], str] = field(default=str, compare=False)
 
-    def leave_out(self, place: Callable[[], str], reason: str, count: int = 1) -> None:
+    def leave_out(self, place: str, reason: str, count: int = 1, *, line: int = 0) -> None:
         """Count a bad record, or several with one reason, or raise it.
+
+        Args:
+            place: File, or file and row.
+            reason: What is wrong.
+            count: How many records.
+            line: Which of the lines read here; 0 where ``place`` says all.
 
         Raises:
             BadRecordError: Bad records are not to be skipped.
         """
         if not self.skip:
-            raise BadRecordError(f"{place()}: {reason}; --skip-bad-records leaves out bad records")
+            where = self.here() if line else place
+            raise BadRecordError(f"{where}: {reason}; --skip-bad-records leaves out bad records")
         self.bad += count
         if len(self.listed) < LISTED:
-            self.listed.append(str(BadRecordError(f"{place()}: {reason}")))
+            self.listed.append((place, line, bounded_line(reason)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""

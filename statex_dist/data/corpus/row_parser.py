@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from statex_dist.data.columns import BESIDE_TEXT, HONOURED, TOKENS
+from statex_dist.data.columns import BESIDE_TEXT, HONOURED, TOKENS, advice
 from statex_dist.data.corpus.filters import Condition, all_hold, find_field
 from statex_dist.data.corpus.records import BadRecordError, ReadReport, Record
 from statex_dist.data.corpus.token_rows import token_documents
@@ -91,6 +91,7 @@ class RowParser:
                 raise BadRecordError(_absent(row, self._text_field if found else TOKENS, True))
             raise BadRecordError(
                 f"no field {self._text_field!r} or {TOKENS!r} (there are: {', '.join(map(str, row)) or 'none'})"
+                f"{advice(row)}"
             )
         return "text", text
 
@@ -131,4 +132,4 @@ def mixed(before: str, now: str) -> str:
 def _absent(row: dict[str, Any], name: str, null: bool) -> str:
     if null:
         return f"field {name!r} is null"
-    return f"no field {name!r} (there are: {', '.join(map(str, row)) or 'none'})"
+    return f"no field {name!r} (there are: {', '.join(map(str, row)) or 'none'}){advice(row)}"

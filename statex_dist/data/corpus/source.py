@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from statex_dist.data.corpus.documents import check_filterable, find_files, split_units
+from statex_dist.data.corpus.documents import Unit, check_filterable, find_files, split_units
 from statex_dist.data.corpus.first_records import check_first_records
 from statex_dist.data.corpus.records import LISTED, ReadReport
 from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.spill import UnitResult
 from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob
-from statex_dist.data.corpus.unit_results import UnitResults, finished_units
+from statex_dist.data.corpus.unit_results import BadRecordNames, UnitResults, finished_units
 from statex_dist.data.corpus.work import Part, WorkDirectory
 from statex_dist.data.corpus.worker_pool import tokenize_units
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
@@ -114,22 +114,21 @@ class Source:
             log.info("resuming: %d of %d units are done", results.before, len(jobs))
         if results.enough:
             return results
-        listed = 0
+        log_bad = _BadRecordLog([job.unit for job in jobs], set(todo))
         with ProgressLine("tokenize", len(jobs), "units", done=results.before) as progress:
             for k, result in tokenize_units([jobs[i] for i in todo], self._task, self._workers):
-                listed = self._report(result.reading, listed)
+                self._report(result.reading)
                 self._warn([result])
                 results.add(todo[k], result)
+                log_bad.follow(results)
                 progress.advance(1, int(result.lengths.sum()))
                 if results.enough:
                     break
         return results
 
-    def _report(self, reading: ReadReport, listed: int) -> int:
-        """Log the records that a unit left out, up to a bound, and its unused fields; return how many were listed."""
+    def _report(self, reading: ReadReport) -> None:
+        """Log which files a unit could not decode, and which fields were honoured or not used."""
         for message in reading.undecodable:
-            log.warning("left out: %s", message)
-        for message in reading.listed[: max(0, LISTED - listed)]:
             log.warning("left out: %s", message)
         if honoured := [name for name in reading.columns if name not in self._honoured]:
             self._honoured.update(honoured)
@@ -138,7 +137,6 @@ class Source:
             self._unused.update(unused)
             level = logging.WARNING if reading.kind == "text" else logging.INFO
             log.log(level, "fields that are not used, in rows of %s: %s", reading.kind, ", ".join(unused))
-        return listed + len(reading.listed)
 
     def merge(self, work: WorkDirectory) -> UnitResults:
         """Return what the parts have done.
@@ -203,6 +201,30 @@ class Source:
             left_out=left_out,
             rows=rows,
         )
+
+
+class _BadRecordLog:
+    """Logs the bad records of units in input order, up to a bound.
+
+    Args:
+        units: All units.
+        new: Those that are done now; the others' bad records were logged before.
+    """
+
+    def __init__(self, units: Sequence[Unit], new: Collection[int]):
+        self._units = units
+        self._new = new
+        self._names = BadRecordNames()
+        self._next = self._logged = 0
+
+    def follow(self, results: UnitResults) -> None:
+        """Log those of the units taken, as far as they are not logged yet."""
+        for result in results.taken(self._next):
+            for name in self._names.of(self._units[self._next], result.reading):
+                if self._next in self._new and self._logged < LISTED:
+                    self._logged += 1
+                    log.warning("left out: %s", name)
+            self._next += 1
 
 
 def _check_added(tokenizer: Tokenizer, rules: DocumentRules) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
+from statex_dist.data.corpus.foreign_files import by_begin
 from statex_dist.data.corpus.records import BadRecordError, ReadReport, Record
 from statex_dist.errors import DataError
 
@@ -37,7 +38,7 @@ def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_unde
         data = _read(path, most + 1)
         if len(data) > most:
             size = f"the file has more than {most} bytes"
-            report.leave_out(lambda name=path: name, f"{size}; {BadRecordError.LARGER}")  # type: ignore[misc]
+            report.leave_out(path, f"{size}; {BadRecordError.LARGER}")
             continue
         try:
             refuse_other_encodings(data)
@@ -47,7 +48,7 @@ def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_unde
             if skip_undecodable:
                 report.undecodable.append(f"{path} {error}")
             elif report.skip:
-                report.leave_out(lambda name=path: name, str(error))  # type: ignore[misc]
+                report.leave_out(path, str(error))
             else:
                 raise BadRecordError(
                     f"{path} {error}; convert it, leave it out, or skip such files with --skip-bad-records"
@@ -58,7 +59,7 @@ def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_unde
 
 
 def refuse_other_encodings(data: bytes) -> None:
-    """Refuse text that begins with the mark of another encoding than UTF-8.
+    """Refuse data that begins with the mark of another encoding than UTF-8, or of another format than text.
 
     Raises:
         BadRecordError: It does.
@@ -66,6 +67,8 @@ def refuse_other_encodings(data: bytes) -> None:
     for mark, name in _MARKS:
         if data.startswith(mark):
             raise BadRecordError(f"is {name}, not UTF-8 (by its byte order mark; iconv -f {name} -t UTF-8 converts it)")
+    if (found := by_begin(data)) is not None:
+        raise BadRecordError(f"is {found[0]}, not text; {found[1]}")
 
 
 def check_text(path: str, size: int) -> None:

@@ -75,7 +75,8 @@ def _check_others(row: Mapping[str, Any], length: int, ignore: Collection[str]) 
                 continue
             what = "numbers other than 0"
         if what is None and name not in HARMLESS and isinstance(value, list) and len(value) == length > 1:
-            what = "a value for each token" if isinstance(value[0], (int, float, list)) else None
+            first = next((each for each in value if each is not None), "")
+            what = None if isinstance(first, str) else "a value for each token"
         if what is not None:
             raise DataError(
                 f"column {name!r} holds {what}, which is not read beside input_ids but could change what is learned; "
@@ -111,11 +112,11 @@ def _without_padding(positions: np.ndarray, given: Mapping[str, np.ndarray]) -> 
     others = np.flatnonzero(positions)
     end = int(others[-1]) + 1 if len(others) else 0
     kept = np.ones(len(positions), bool)
-    if len(positions) - end < 2:
-        return kept
     masks = [given["labels"] != IGNORED_LABEL] if "labels" in given else []
     masks += [given[name] != 0 for name in MASKS if name in given]
     if not masks or np.logical_and.reduce(masks)[end:].any():
+        if len(positions) - end < 2:
+            return kept  # at most a document of one token
         raise BadRecordError(
             f"position_ids ends in {len(positions) - end} zeros, which may be padding; mark padding by 0 in "
             "attention_mask, or by -100 in labels"

@@ -88,7 +88,8 @@ class UnitTokenizer:
             for begin, ids, mask, end in self._encode(batch):
                 marked = self._marked.popleft()
                 length = len(ids) + (begin is not None) + (end is not None)
-                if length < rules.min_tokens:
+                # BOS and EOS alone are no document, though there is a target among them.
+                if length < rules.min_tokens or (begin is not None and not len(ids)):
                     short += 1
                 elif rules.max_tokens is not None and length > rules.max_tokens:
                     long += 1
@@ -132,7 +133,15 @@ class UnitTokenizer:
         encoded.reverse()
         for record in records:
             if record.input_ids is None:
-                yield bos, encoded.pop(), None, eos
+                ids = encoded.pop()
+                # A normalizer makes markers of other text: of full-width or capital letters.
+                if self._task.rules.special_tokens == "keep" and not self._marked[0] and self._text.has_control(ids):
+                    self._marked[0] = True
+                    if not self._named:
+                        self._named = True
+                        place = f"{self._reading.here()}, or at most {len(records) - 1} records before"
+                        self._marker = f"{place}: the normalizer makes a special token's marker of the text"
+                yield bos, ids, None, eos
             else:
                 ids = record.input_ids
                 begun, ended = (len(ids) > 0 and ids[i] == added for i, added in ((0, bos), (-1, eos)))

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from statex_dist.data.corpus.documents import Unit
-from statex_dist.data.corpus.records import LISTED, ReadReport
+from statex_dist.data.corpus.records import LISTED, BadRecordError, ReadReport
 from statex_dist.data.corpus.row_parser import mixed
 from statex_dist.data.corpus.spill import UnitResult, load_result
 from statex_dist.data.corpus.tokenize_unit import UnitJob
 from statex_dist.errors import DataError
+
+
+class BadRecordNames:
+    """Names the bad records of units, which are given in input order, by file and line or row."""
+
+    def __init__(self) -> None:
+        self._file, self._end, self._lines = "", 0, 0
+
+    def of(self, unit: Unit, reading: ReadReport) -> list[str]:
+        """Return a line for each bad record that ``reading`` lists.
+
+        A unit of lines that does not follow the one before, as in a part, has its lines counted from where it begins.
+        """
+        follows = not unit.begin or (unit.paths[0] == self._file and unit.begin == self._end)
+        before = self._lines if follows and unit.begin else 0
+        behind = "" if follows else f" behind byte {unit.begin}"
+        # A break in the row stays one up to the file's end.
+        self._file, self._end = (unit.paths[0] if follows else ""), unit.end
+        self._lines = before + reading.lines
+        return [
+            str(BadRecordError(f"{place}{f':{before + line}{behind}' * (line > 0)}: {reason}"))
+            for place, line, reason in reading.listed
+        ]
 
 
 class UnitResults:
@@ -69,9 +93,19 @@ class UnitResults:
         """How many units are not there, and may be needed."""
         return 0 if self.enough else self._found[self._next :].count(None)
 
-    def taken(self) -> list[UnitResult]:
-        """Return the results of the first units, up to enough documents."""
-        return [result for result in self._found[: self._next] if result is not None]
+    def bad_records(self) -> list[str]:
+        """Return the first :data:`LISTED` bad records of the units taken, named."""
+        names = BadRecordNames()
+        found = (
+            name
+            for unit, result in zip(self._units, self.taken(), strict=False)
+            for name in names.of(unit, result.reading)
+        )
+        return list(islice(found, LISTED))
+
+    def taken(self, begin: int = 0) -> list[UnitResult]:
+        """Return the results of the first units, up to enough documents, from unit ``begin`` on."""
+        return [result for result in self._found[begin : self._next] if result is not None]
 
 
 def finished_units(jobs: Sequence[UnitJob], dtype: str, limit: int | None) -> tuple[UnitResults, list[int]]:

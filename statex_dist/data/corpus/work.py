@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 _SETTINGS_NAME = "settings.json"
 _LOCK_NAME = "lock"
 # Raised when units are read or stored in another way, so that those of an older version are not taken.
-_VERSION = 2
+_VERSION = 3
 _NAMED = 3
 # It lists the inputs; there may be millions.
 _MAX_SETTINGS_BYTES = 10 * MAX_JSON_BYTES
@@ -102,6 +102,10 @@ class WorkDirectory:
         self._locks: list[TextIO] = []
         facts = {name: file_facts(name) for unit in units for name in unit.paths}
         self._inputs = {os.path.abspath(name): list(found) for name, found in facts.items()}  # noqa: PTH100 - many files
+        # Lines that another process has added since the files were split are in no unit.
+        ends = {unit.paths[0]: unit.end for unit in units if unit.kind == "jsonl"}
+        if changed := [name for name, end in ends.items() if facts[name][0] != end]:
+            raise DataError(f"{changed[0]} changed while its size was being read; run the command again")
         self.jobs = [self._job(unit, tuple(facts[name] for name in unit.paths)) for unit in units]
 
     def __enter__(self) -> WorkDirectory:
