@@ -97,7 +97,7 @@ TOOLS_MAY_READ = (
     "checkpoints_tools*",
 )
 
-EXPORTED = "checkpoints_tools.remote_code"
+EXPORTED = "checkpoints_tools.export.remote_code"
 """Modules that exports take along, as text; they know torch, transformers and each other."""
 
 ENGINES = {
@@ -107,7 +107,7 @@ ENGINES = {
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
     "causal_conv1d": ("statex_dist.ops.conv_api",),
-    "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor", "statex_dist.parallel.tensor_share"),
+    "megatron": ("statex_dist.parallel.tensor", "statex_dist.parallel.tensor_share"),
     "wandb": ("statex_dist.train.wandb_run",),
     "lm_eval": ("statex_dist.evaluation.lm_eval_api",),
 }
@@ -250,8 +250,8 @@ def test_the_walk_sees_the_code():
         ("statex_dist/models/lm.py", "from statex_dist.data.loader import x", "do not know each other"),
         (
             "statex_dist/models/hf.py",
-            "import checkpoints_tools.expand",
-            "statex_dist.models.hf imports checkpoints_tools.expand",
+            "import checkpoints_tools.expand.expand",
+            "statex_dist.models.hf imports checkpoints_tools.expand.expand",
         ),
         ("statex_dist/run.py", "import launch", "statex_dist.run imports launch"),
         ("statex_dist/models/hf.py", "from statex_dist.run import x", "(floor 3) imports statex_dist.run (floor 7)"),

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from statex_dist.checkpoint.formats.dcp_chunks import Places, Strided
-from statex_dist.checkpoint.formats.dcp_source import DcpSource
+from statex_dist.checkpoint.formats.dcp.chunks import Places, Strided
+from statex_dist.checkpoint.formats.dcp.reader import DcpSource
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError

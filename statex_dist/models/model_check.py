@@ -9,7 +9,7 @@ from typing import Any
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.formats.same import same_values
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
-from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
+from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of

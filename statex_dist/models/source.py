@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.formats.dcp_source import DcpSource
-from statex_dist.checkpoint.formats.sources import check_records, find_model_dir, has_weights, open_files, recognise
+from statex_dist.checkpoint.formats.dcp.reader import DcpSource
+from statex_dist.checkpoint.formats.detect import check_records, find_model_dir, has_weights, open_files, recognise
 from statex_dist.checkpoint.formats.tensor_io import TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
@@ -47,7 +47,7 @@ def open_model(path: str | Path, *, digests: bool = True, describe: bool = False
     """Open a checkpoint; of a model of one of our families every name, shape and dtype is checked, and a tied head.
 
     Args:
-        path: As for :func:`statex_dist.checkpoint.formats.sources.open_files`, like the other arguments.
+        path: As for :func:`statex_dist.checkpoint.formats.detect.open_files`, like the other arguments.
         digests: See there.
         describe: See there.
         training: See there.
@@ -63,7 +63,7 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     """Return open files as a model, checked.
 
     Args:
-        source: What :func:`statex_dist.checkpoint.formats.sources.open_files` opened.
+        source: What :func:`statex_dist.checkpoint.formats.detect.open_files` opened.
         describe: Whether it was opened to be described.
         training: Whether a training checkpoint is wanted: it may lack frozen parameters that were not saved.
         check: Whether the tensors must be those of the model; what compares two checkpoints tells the differences.

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from checkpoints_tools.inspect import inspect
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.verify import verify_expansion
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.inspect import inspect
+from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.errors import CheckpointError
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import load_all, run_expand

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
 from tests.runs import REPOSITORY

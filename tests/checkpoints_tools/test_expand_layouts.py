@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.expansion import prepare_expansion
-from checkpoints_tools.inspect import inspect
-from checkpoints_tools.verify import verify_expansion
+from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.verify.inspect import inspect
+from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.kinds import read_config

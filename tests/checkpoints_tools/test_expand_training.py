@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.synthetic_zero3 import write_zero3
-from checkpoints_tools.expand import expand
-from checkpoints_tools.expansion import prepare_expansion
-from checkpoints_tools.plan_options import PlanOptions
-from checkpoints_tools.verify import verify_expansion
+from checkpoints_tools.expand.expand import expand
+from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.plan.options import PlanOptions
+from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.checkpoint.formats.piece_io import read_tensor
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import read_config_dict

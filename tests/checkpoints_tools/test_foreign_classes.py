@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import ConfigError
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.kinds import make_plan, read_config

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from checkpoints_tools.hf_export import CODE_NAME, export_notes, form_of
-from checkpoints_tools.hf_tokenizer import bytes_tokenizer_documents
-from checkpoints_tools.integrity import verify_alone
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.verify import verify_same
+from checkpoints_tools.export.hf_export import CODE_NAME, export_notes, form_of
+from checkpoints_tools.export.hf_tokenizer import bytes_tokenizer_documents
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.integrity import verify_alone
+from checkpoints_tools.verify.verify import verify_same
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError

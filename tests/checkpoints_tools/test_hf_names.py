@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_tools.hf_writer import with_dtype
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.verify import verify_expansion, verify_same
+from checkpoints_tools.io.config_dtype import with_dtype
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.verify import verify_expansion, verify_same
 from launch.cli import main
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import read_config_dict

@@ -12,8 +12,8 @@ import transformers.dynamic_module_utils
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from checkpoints_tools.hf_remote_code import FAMILY_MODULES, remote_code
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.export.modeling_code import FAMILY_MODULES, remote_code
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.models.hf import from_pretrained
 from tests.checkpoints_tools.exports import MODELS, PLAIN, export
 from tests.models.tiny import tokens

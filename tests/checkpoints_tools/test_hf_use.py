@@ -9,8 +9,8 @@ import transformers.dynamic_module_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedTokenizerFast
 
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.verify import verify_expansion
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.verify import verify_expansion
 from launch.cli import main
 from statex_dist.config import parse_config
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from benchmarks.synthetic_zero3 import write_zero3
-from checkpoints_tools.inspect import inspect
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.inspect import inspect
 from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, random_tensors, run_expand, write_model

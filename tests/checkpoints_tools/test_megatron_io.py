@@ -21,15 +21,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints_tools.dcp_writer import lay_out, metadata_bytes
-from checkpoints_tools.hf_writer import hf_plan
-from checkpoints_tools.megatron_io import megatron_plan
-from checkpoints_tools.target import write_target
-from checkpoints_tools.target_writer import WriteOptions
-from checkpoints_tools.transfer import TensorJob
-from statex_dist.checkpoint.formats.dcp_format import read_metadata
-from statex_dist.checkpoint.formats.dcp_source import CHECKPOINT_CONFIG, looks_like_dcp
-from statex_dist.checkpoint.formats.safetensors_io import SafetensorsSource
+from checkpoints_tools.formats.dcp import lay_out, metadata_bytes
+from checkpoints_tools.formats.megatron import megatron_plan
+from checkpoints_tools.formats.safetensors import hf_plan
+from checkpoints_tools.io.target import write_target
+from checkpoints_tools.io.target_writer import WriteOptions
+from checkpoints_tools.io.tensor_stream import TensorJob
+from statex_dist.checkpoint.formats.dcp.format import read_metadata
+from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, looks_like_dcp
+from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME

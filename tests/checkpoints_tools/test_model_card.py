@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from checkpoints_tools.card_training import training_facts
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.export.card_training import training_facts
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints_tools import smaller_plans
-from checkpoints_tools.plan_forgetting import (
+from checkpoints_tools.plan.forgetting import (
     Evidence,
     Measurement,
     gather_evidence,
     judge_forgetting,
     read_measurement,
 )
-from checkpoints_tools.plan_options import PlanOptions, plan_model
+from checkpoints_tools.plan.options import PlanOptions, plan_model
 from launch.cli import main
 from statex_dist.errors import ConfigError
 from statex_dist.models.kinds import config_from_dict

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from checkpoints_tools.plan_options import RECIPES, PlanOptions, plan_model
+from checkpoints_tools.plan.options import RECIPES, PlanOptions, plan_model
 from statex_dist.errors import ConfigError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2

@@ -1,8 +1,8 @@
 import pytest
 
-from checkpoints_tools.plan_memory import TrainingSettings, training_memory
-from checkpoints_tools.plan_options import PlanOptions, plan_model
-from checkpoints_tools.plan_report import report_plan
+from checkpoints_tools.plan.memory import TrainingSettings, training_memory
+from checkpoints_tools.plan.options import PlanOptions, plan_model
+from checkpoints_tools.plan.report import report_plan
 from statex_dist.errors import ConfigError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2

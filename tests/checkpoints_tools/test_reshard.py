@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.synthetic_zero3 import write_zero3
-from checkpoints_tools.integrity import verify_alone
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.target_writer import WriteOptions
-from checkpoints_tools.verify import verify_same
-from statex_dist.checkpoint.formats.zero3_layout import FlatLayout, partition_size
+from checkpoints_tools.io.target_writer import WriteOptions
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.integrity import verify_alone
+from checkpoints_tools.verify.verify import verify_same
+from statex_dist.checkpoint.formats.zero3.layout import FlatLayout, partition_size
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.source import open_source
@@ -152,10 +152,10 @@ def test_cut_then_join_is_the_identity(shapes, world_size, cuts):
 _MEASURED = """
 import sys
 from pathlib import Path
-from checkpoints_tools.expand import expand
-from checkpoints_tools.expansion import prepare_expansion
-from checkpoints_tools.plan_options import PlanOptions
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.expand.expand import expand
+from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.plan.options import PlanOptions
+from checkpoints_tools.reshard.reshard import reshard
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()

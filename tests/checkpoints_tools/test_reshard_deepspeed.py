@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints_tools.inspect import inspect
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.io.target_writer import WriteOptions
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.inspect import inspect
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError
 from statex_dist.models.source import open_source

@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools import target_writer
-from checkpoints_tools.integrity import verify_alone
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.io.target_writer import WriteOptions
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.integrity import verify_alone
 from statex_dist.errors import CheckpointError
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, random_tensors, write_model
@@ -30,8 +30,8 @@ TARGETS = {
 KILLED = """
 import json, os, signal, sys
 from checkpoints_tools import target_writer
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.io.target_writer import WriteOptions
 
 target_writer.SYNC_BYTES = 20_000  # the models of tests are small
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools.integrity import verify_alone
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.verify import verify_same
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.integrity import verify_alone
+from checkpoints_tools.verify.verify import verify_same
 from statex_dist.checkpoint.tp_layout import file_name
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.kinds import config_from_dict, family_of

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Mamba2ForCausalLM
 
-from checkpoints_tools.inspect import inspect
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.inspect import inspect
 from statex_dist.errors import CheckpointError
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import load_all, read_tensor

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.verify import verify_expansion, verify_same
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.verify import verify_expansion, verify_same
 from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import CONFIGS, GLA, MAMBA2, load_all, run_expand, write_model
 

@@ -18,7 +18,7 @@ from statex_dist.checkpoint.descriptors import open_files_of_reader
 from statex_dist.checkpoint.formats.crc import CrcLedger
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
-from statex_dist.checkpoint.formats.torch_zip import Entry, TorchArchive
+from statex_dist.checkpoint.formats.torch_archive.zip import Entry, TorchArchive
 from statex_dist.errors import CheckpointError
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from statex_dist.checkpoint.formats.piece_io import PieceReader
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
-from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource, read_index
+from statex_dist.checkpoint.formats.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsSource, read_index
 from statex_dist.checkpoint.formats.tensor_io import Piece, SourceFacts, TensorSource
-from statex_dist.checkpoint.formats.torch_reader import BIN_INDEX_NAME, BIN_NAME, StateDictSource
+from statex_dist.checkpoint.formats.torch_archive.reader import BIN_INDEX_NAME, BIN_NAME, StateDictSource
 from statex_dist.errors import CheckpointError
 
 Open = Callable[[SourceFacts | None], TensorSource]

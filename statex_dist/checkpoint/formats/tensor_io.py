@@ -16,7 +16,7 @@ from typing import Any
 
 from statex_dist.checkpoint.dtypes import FLOATS, ITEM_BYTES
 from statex_dist.checkpoint.formats.raw_io import FileState, ReadAhead
-from statex_dist.checkpoint.formats.torch_zip import TorchArchive
+from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive
 from statex_dist.checkpoint.layout import CONFIG_NAME
 
 Progress = Callable[[int, int], None]

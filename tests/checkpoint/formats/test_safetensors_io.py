@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from checkpoints_tools.safetensors_layout import index_of, lay_out
+from checkpoints_tools.formats.safetensors import index_of, lay_out
 from statex_dist.checkpoint.formats.piece_io import PieceReader
-from statex_dist.checkpoint.formats.safetensors_io import SafetensorsSource
+from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import GLA, info_of, load_all, read_tensor, write_model

@@ -18,14 +18,13 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from checkpoints_tools.torch_pickle_writer import dumps
-from checkpoints_tools.torch_zip_writer import ArchiveLayout, archive_bytes
+from checkpoints_tools.formats.torch_archive import ArchiveLayout, archive_bytes, dumps
 from statex_dist.checkpoint.archive import check_crcs
 from statex_dist.checkpoint.formats.piece_io import read_tensor
 from statex_dist.checkpoint.formats.raw_io import read_bytes
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts
-from statex_dist.checkpoint.formats.torch_reader import StateDictSource
-from statex_dist.checkpoint.formats.torch_zip import open_archive
+from statex_dist.checkpoint.formats.torch_archive.reader import StateDictSource
+from statex_dist.checkpoint.formats.torch_archive.zip import open_archive
 from statex_dist.checkpoint.torch_pickle import ENUMS, MAX_PICKLE_BYTES, UnsafePickleError, loads, named, new_tensor
 from statex_dist.errors import CheckpointError
 
