@@ -9,17 +9,15 @@ from typing import Any
 
 from checkpoints_tools.expand.expansion import Expansion
 from checkpoints_tools.expand.report import Checksums, ExpansionReport
-from checkpoints_tools.expand.training_state import expanded_training_plan
 from checkpoints_tools.export.hf_export import CODE_NAME, brings_code, code_of_expansion
+from checkpoints_tools.formats.registry import check_options, find_target
 from checkpoints_tools.formats.safetensors import hf_plan
-from checkpoints_tools.formats.zero3.writer import check_world_size
 from checkpoints_tools.io.expansion_report import REPORT_NAME
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import TargetPlan, write_target
 from checkpoints_tools.io.target_writer import WriteOptions
 from statex_dist.checkpoint.formats.tensor_io import Progress, total_bytes
 from statex_dist.checkpoint.manifest import refuse_target
-from statex_dist.errors import ConfigError
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.model_check import check_apart
 
@@ -77,9 +75,7 @@ def target_plan(
     expansion: Expansion, options: WriteOptions, *, to: str = "hf", world_size: int | None = None
 ) -> TargetPlan:
     """Lay out what :func:`expand` writes; the same arguments."""
-    if to not in TARGETS:
-        raise ConfigError(f"--to {to!r} is not available; allowed: {', '.join(TARGETS)}")
-    check_world_size(world_size, to)
+    check_options(find_target(to, TARGETS), world_size=world_size)
     config, facts = expansion.config_values(), expansion.source.facts
     code = expansion_code(expansion)
 
@@ -95,6 +91,8 @@ def target_plan(
         "weight_bytes": total_bytes(job.info for job in expansion.jobs),
     }
     if to == "zero3":
+        from checkpoints_tools.expand.training_state import expanded_training_plan  # only for a run in training
+
         return expanded_training_plan(expansion, world_size, documents=documents, info=info)
     size = options.max_shard_size
     return hf_plan(expansion.source, expansion.jobs, max_shard_size=size, documents=documents, info=info)

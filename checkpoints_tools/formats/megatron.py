@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.formats.dcp import lay_out, metadata_bytes
+from checkpoints_tools.formats.registry import PlannedTarget, TargetRequest
 from checkpoints_tools.formats.torch_archive import archive_bytes
+from checkpoints_tools.io.config_dtype import main_dtype
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import Documents, TargetPlan
 from checkpoints_tools.io.tensor_stream import TensorJob
@@ -21,7 +23,7 @@ from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, COMMON_
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.megatron_names import Part, has_megatron_names, megatron_name, name_map, whole
+from statex_dist.models.megatron_names import Part, has_megatron_names, megatron_name, megatron_notes, name_map, whole
 from statex_dist.models.megatron_source import of_part
 
 _CHECKPOINT_VERSION = 3.0  # of older ones Megatron-LM reorders queries and keys
@@ -91,3 +93,22 @@ def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[s
     if missing := [name for name in table if name not in found]:
         raise CheckpointError(f"tensor '{missing[0]}' is missing: --to megatron needs every tensor")
     return found
+
+
+class Megatron:
+    """The layout of Megatron (``torch_dist``), written."""
+
+    @staticmethod
+    def plan_target(request: TargetRequest) -> PlannedTarget:
+        """Lay a model out; one of no known family keeps its names."""
+        jobs = request.jobs()
+        documents = request.documents(main_dtype(job.info for job in jobs))
+        plan = megatron_plan(
+            request.source,
+            jobs,
+            config=request.config,
+            max_shard_size=request.write.max_shard_size,
+            documents=lambda _: documents,
+            info=request.info,
+        )
+        return PlannedTarget(plan=plan, notes=megatron_notes(request.config))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.formats.registry import PlannedTarget, TargetRequest
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import Documents, TargetPlan
 from checkpoints_tools.io.target_writer import TargetFile
@@ -140,3 +141,21 @@ def hf_plan(
         documents=with_index,
         info=info,
     )
+
+
+class Safetensors:
+    """The layout of Hugging Face directories with safetensors, written."""
+
+    @staticmethod
+    def plan_target(request: TargetRequest) -> PlannedTarget:
+        """Lay a directory out that transformers opens, where that is possible."""
+        jobs = request.jobs()
+        documents, notes = request.export(jobs)
+        plan = hf_plan(
+            request.source,
+            jobs,
+            max_shard_size=request.write.max_shard_size,
+            documents=lambda _: documents,
+            info=request.info,
+        )
+        return PlannedTarget(plan=plan, notes=notes)

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.formats.registry import PlannedTarget, TargetRequest
 from checkpoints_tools.formats.safetensors import lay_out_file
+from checkpoints_tools.io.config_dtype import main_dtype
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import Documents, TargetPlan
 from checkpoints_tools.io.target_writer import TargetFile
@@ -114,3 +116,16 @@ def check_tp(tp: int | None) -> int:
     if tp is None or tp < 1:
         raise ConfigError(f"--to tp needs --tp, a whole number from 1; not {tp}")
     return tp
+
+
+class TensorParallel:
+    """The layout of tensor-parallel shards, written."""
+
+    @staticmethod
+    def plan_target(request: TargetRequest) -> PlannedTarget:
+        """Lay a model of a known family out."""
+        jobs = request.jobs()
+        documents = request.documents(main_dtype(job.info for job in jobs))
+        config = request.family_config("tp")
+        plan = tp_plan(jobs, config, check_tp(request.tp), documents=lambda _: documents, info=request.info)
+        return PlannedTarget(plan=plan)

@@ -12,7 +12,6 @@ from checkpoints_tools.verify.compare import read_all
 from checkpoints_tools.verify.verify import Verdict
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs
 from statex_dist.checkpoint.formats.tensor_io import Progress
-from statex_dist.checkpoint.formats.torch_archive.zip import check_small_entries
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
@@ -52,8 +51,11 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
     crcs = SourceCrcs(archives)
     with _noted(verdict):
         read_all(jobs, source, crcs, workers=workers, progress=progress)
-    for path in source.files:
-        if path.suffix in (".pt", ".bin"):
+    saved = [path for path in source.files if path.suffix in (".pt", ".bin")]
+    if saved:
+        from statex_dist.checkpoint.formats.torch_archive.zip import check_small_entries  # only where there are some
+
+        for path in saved:
             with _noted(verdict):
                 check_small_entries(path)
     if archives:

@@ -12,7 +12,7 @@ import pytest
 import statex_dist.run
 from launch.train import main
 from statex_dist.train.status import read_status
-from tests.checkpoints_tools.test_expand_faults import mounted
+from tests.checkpoints_tools.expand.test_expand_faults import mounted
 from tests.runs import GLA, make_shards, write_run
 
 

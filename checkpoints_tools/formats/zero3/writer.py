@@ -28,7 +28,6 @@ from statex_dist.checkpoint.formats.zero3.rank import WEIGHTS, Scalar
 from statex_dist.checkpoint.history import Span, history_text
 from statex_dist.checkpoint.layout import HISTORY_NAME, LATEST_NAME, MODEL_DIR, tag_of
 from statex_dist.checkpoint.torch_pickle import Size, TensorRef, mapped, new_tensor
-from statex_dist.errors import ConfigError
 
 _KINDS = ("model", "optim")
 
@@ -91,18 +90,6 @@ def zero3_plan(
         model_folder=f"{folder}/{MODEL_DIR}" if documents({}) else folder,
         markers={LATEST_NAME: folder},
     )
-
-
-def check_world_size(world_size: int | None, to: str) -> None:
-    """Raise unless ``--world-size`` goes with the layout and is a number of ranks.
-
-    Raises:
-        ConfigError: It does not, or is not.
-    """
-    if world_size is not None and to != "zero3":
-        raise ConfigError(f"--world-size {world_size} is for --to zero3, not {to}")
-    if world_size is not None and world_size < 1:
-        raise ConfigError(f"--world-size must be a whole number from 1, not {world_size}")
 
 
 @dataclass(frozen=True, slots=True)

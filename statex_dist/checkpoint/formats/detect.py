@@ -6,36 +6,26 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from statex_dist.checkpoint.formats.dcp.reader import SIDE_FILES, DcpSource, looks_like_dcp
 from statex_dist.checkpoint.formats.places import check_links, nothing_text, resolve
-from statex_dist.checkpoint.formats.safetensors import INDEX_NAME, SINGLE_NAME
+from statex_dist.checkpoint.formats.registry import find_layout, layouts
 from statex_dist.checkpoint.formats.same import check_ways, ways_to_read
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
-from statex_dist.checkpoint.formats.tensor_parallel import TensorParallelSource
-from statex_dist.checkpoint.formats.torch_archive.reader import BIN_INDEX_NAME, BIN_NAME, StateDictSource
-from statex_dist.checkpoint.formats.zero3.gathered_weights import settle, tag_named_in, weights_beside
-from statex_dist.checkpoint.formats.zero3.layout import is_stage_1_or_2, looks_like_stage_3, looks_like_zero
-from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     CONFIG_NAME,
     DAMAGED_PREFIX,
     LATEST_NAME,
     MANIFEST_NAME,
-    PLAIN_STATE_NAME,
     TEMPORARY_PREFIX,
     complete_tags,
     is_tag_name,
+    tag_named_in,
 )
 from statex_dist.checkpoint.manifest import FileRecord, Manifest, TensorRecord, digest_file
-from statex_dist.checkpoint.tp_layout import LAYOUT_NAME
 from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of, step_of_directory
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-
-_WEIGHT_FILES = (".safetensors", ".bin", ".distcp", INDEX_NAME, BIN_INDEX_NAME, LAYOUT_NAME, *SIDE_FILES)
-"""Endings of the files of a model directory without which its tensors cannot be read."""
 
 
 def open_files(
@@ -55,15 +45,16 @@ def open_files(
     """
     kind, directory = recognise(path, training=training)
     check_links(directory)
-    in_tag = kind in ("zero3", "plain")
+    layout = find_layout(kind)
+    in_tag = layout.is_tag
     manifest = Manifest.read(directory) if (directory / MANIFEST_NAME).is_file() else None
     if manifest is None and in_tag and not describe:
         logger.warning("%s holds no %s: values are compared with the files' own checksums", directory, MANIFEST_NAME)
     if manifest is not None:
         check_files(directory, manifest, only_weights=not in_tag, digests=digests and not describe)
     facts = _facts(kind, directory, find_model_dir(kind, directory), manifest, digests=digests and not describe)
-    source = _open(kind, directory, facts, describe=describe)
-    if kind in ("hf", "torch"):
+    source = layout.read(directory, facts, describe=describe)
+    if layout.is_twin:
         check_ways(source, directory)
         source.facts = source.facts.with_notes(_unread_tag(directory))
     return source
@@ -74,51 +65,20 @@ def find_model_dir(kind: str, directory: Path) -> Path | None:
 
     Of a training checkpoint it lies in the tag, or, as other trainers have it, beside ``latest``.
     """
-    if kind in ("zero3", "plain", "megatron"):
+    if find_layout(kind).of_run:
         return model_dir_of(directory)
     return directory if (directory / CONFIG_NAME).is_file() else None
-
-
-def _open(kind: str, directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
-    """Open a directory whose layout is known."""
-    if kind in ("hf", "torch"):
-        return next(iter(ways_to_read(directory).values()))[1](facts)
-    if kind == "plain":
-        return StateDictSource([directory / PLAIN_STATE_NAME], key="module", facts=facts)
-    if kind == "zero3":
-        return _open_zero3(directory, facts, describe=describe)
-    return DcpSource.open(directory, facts) if kind == "megatron" else TensorParallelSource(directory, facts)
 
 
 def _unread_tag(directory: Path) -> str | None:
     """Return what has to be said of a tag beside weights that is not read itself."""
     tag = tag_named_in(directory)
-    if tag is None or not is_stage_1_or_2(tag):
+    if tag is None or not _is_stage_1_or_2(tag):
         return None
     return (
         f"the weights beside {tag.name} are read: it is of ZeRO stage 1 or 2, and its fp32 weights and optimizer "
         "states are left out (zero_to_fp32.py makes fp32 safetensors of it)"
     )
-
-
-def _open_zero3(directory: Path, facts: SourceFacts, *, describe: bool) -> Zero3Source:
-    """Open a tag, with the weights that lie beside it."""
-    beside = weights_beside(directory)
-    # Weights beside it are compared with those of all ranks: what can be done with the model depends on it.
-    source = Zero3Source(directory, facts, only_first=describe and beside is None, beside=beside)
-    if beside is not None:
-        source.facts = source.facts.with_notes(settle(source, beside))
-    if source.filled:
-        source.facts = source.facts.with_notes(
-            f"saved with exclude_frozen_parameters: {len(source.owned()) - len(source.filled)} of "
-            f"{len(source.owned())} tensors are in {directory.name}, the others are read from the weights beside it"
-        )
-    if source.frozen_excluded:
-        source.facts = source.facts.with_notes(
-            f"saved with exclude_frozen_parameters: the {len(source.owned())} tensors that are there are not the whole "
-            "model if any of its parameters were frozen"
-        )
-    return source
 
 
 def _facts(
@@ -163,9 +123,9 @@ def recognise(path: str | Path, *, training: bool = False) -> tuple[str, Path]:
         logger.info("%s: reading %s", path, inside)
         return recognise(inside, training=training)
     tag = path if _is_tag(path) else _tag_beside(path) if weights else _choose_tag(path)
-    if weights and tag is not None and is_stage_1_or_2(tag):
+    if weights and tag is not None and _is_stage_1_or_2(tag):
         return weights, path
-    if weights and tag is not None and tag != path and looks_like_stage_3(tag):
+    if weights and tag is not None and tag != path and _is_stage_3(tag):
         return "zero3", tag  # what a trainer gathered beside its tag is less than the tag; open_files compares them
     if weights and tag is not None and not training:
         choice = f"give {tag} for the training checkpoint, or " if tag != path else ""
@@ -177,9 +137,10 @@ def recognise(path: str | Path, *, training: bool = False) -> tuple[str, Path]:
         _refuse_unnamed_tag(path, weights)
         return weights, path
     assert tag is not None
-    if not _is_tag(tag):
-        raise CheckpointError(f"{tag} holds neither {PLAIN_STATE_NAME} nor zero_pp_rank_*_states.pt")
-    return "plain" if (tag / PLAIN_STATE_NAME).is_file() else "zero3", tag
+    kind = _tag_kind(tag)
+    if kind is None:
+        raise CheckpointError(f"{tag} holds neither {' nor '.join(row.marks[0] for row in layouts() if row.is_tag)}")
+    return kind, tag
 
 
 def _refuse_unnamed_tag(path: Path, weights: str) -> None:
@@ -207,19 +168,36 @@ def has_weights(path: Path) -> bool:
 
 def _weights_kind(path: Path) -> str | None:
     """Return the layout of the model that lies in a directory itself, or None."""
-    if ways := ways_to_read(path):
-        kind, name = next(iter(ways.values()))[0], next(iter(ways))
-        if (path / LAYOUT_NAME).is_file() or looks_like_dcp(path):
-            other = LAYOUT_NAME if (path / LAYOUT_NAME).is_file() else SIDE_FILES[0]
-            raise CheckpointError(f"{path} holds both {name} and {other}: keep the one that is the model")
-        return kind
-    if (path / LAYOUT_NAME).is_file():
-        return "tp"
-    return "megatron" if looks_like_dcp(path) else None
+    ways = ways_to_read(path)
+    others = [layout for layout in layouts() if not (layout.is_tag or layout.is_twin) and layout.detect(path)]
+    if not ways:
+        return others[0].name if others else None
+    if others:
+        raise CheckpointError(
+            f"{path} holds both {next(iter(ways))} and {others[0].marks[0]}: keep the one that is the model"
+        )
+    return next(iter(ways.values()))[0]
+
+
+def _tag_kind(directory: Path) -> str | None:
+    """Return the layout of a training checkpoint, or None of another directory."""
+    return next((layout.name for layout in layouts() if layout.is_tag and layout.detect(directory)), None)
 
 
 def _is_tag(directory: Path) -> bool:
-    return (directory / PLAIN_STATE_NAME).is_file() or looks_like_zero(directory)
+    return _tag_kind(directory) is not None
+
+
+def _is_stage_1_or_2(tag: Path) -> bool:
+    from statex_dist.checkpoint.formats.zero3.layout import is_stage_1_or_2  # only where there is a tag
+
+    return is_stage_1_or_2(tag)
+
+
+def _is_stage_3(tag: Path) -> bool:
+    from statex_dist.checkpoint.formats.zero3.layout import looks_like_stage_3
+
+    return looks_like_stage_3(tag)
 
 
 def _tag_beside(path: Path) -> Path | None:
@@ -246,8 +224,10 @@ def _choose_tag(path: Path) -> Path:
     if not latest.is_file() and checkpoints != path:
         raise CheckpointError(f"{path} is a training run without a complete checkpoint: {checkpoints} holds none yet")
     if not latest.is_file():
-        looked = f"{SINGLE_NAME}, {BIN_NAME} (or their index), {LAYOUT_NAME}, {SIDE_FILES[0]}, {CHECKPOINTS_DIR}/, "
-        raise CheckpointError(nothing_text(path, looked + f"{LATEST_NAME}, global_step*/, zero_pp_rank_*_states.pt"))
+        twins = ", ".join(layout.marks[0] for layout in layouts() if layout.is_twin)
+        others = ", ".join(layout.marks[0] for layout in layouts() if not (layout.is_tag or layout.is_twin))
+        looked = f"{twins} (or their index), {others}, {CHECKPOINTS_DIR}/, {LATEST_NAME}, global_step*/, "
+        raise CheckpointError(nothing_text(path, looked + "zero_pp_rank_*_states.pt"))
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not is_tag_name(tag):
         raise CheckpointError(f"{latest} names {tag[:80]!r}, which is not a tag of this directory")
@@ -298,7 +278,8 @@ def check_files(directory: Path, manifest: Manifest, *, only_weights: bool, dige
     Raises:
         CheckpointError: A file is missing or another one.
     """
-    files = {n: r for n, r in manifest.files.items() if not only_weights or n.endswith(_WEIGHT_FILES)}
+    endings = tuple(ending for layout in layouts() for ending in layout.weights)
+    files = {n: r for n, r in manifest.files.items() if not only_weights or n.endswith(endings)}
     Manifest(kind=manifest.kind, files=files).verify_sizes(directory)
     for name, record in files.items() if digests else ():
         covered = record.directory_xxh3_128 is not None if name.endswith(".pt") else bool(manifest.tensors)

@@ -8,13 +8,14 @@ used: a checkpoint is often somebody else's file.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.places import missing_text, pointer_text
+from statex_dist.checkpoint.formats.registry import Open
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.checkpoint.json_file import parse_json, read_json
 from statex_dist.errors import CheckpointError, reason, shown
@@ -132,6 +133,24 @@ def check_map(weight_map: Mapping[str, str], found: Container[str], index: Path)
         raise CheckpointError(f"{index.parent / weight_map[missing[0]]} lacks tensor '{missing[0]}' of {index.name}")
 
 
+def ways_of(directory: Path, index: str, single: str, opener: Callable[..., TensorSource]) -> dict[str, Open]:
+    """Return the files by which a directory can be read: its index, and a single file that the index does not list.
+
+    Args:
+        directory: The directory.
+        index: Name of the index.
+        single: Name of the one file of a model without an index.
+        opener: Opens the directory; called with ``single``, which says by which of the two.
+    """
+    found: dict[str, Open] = {}
+    has_index = (directory / index).exists()
+    if has_index:
+        found[index] = partial(opener, directory, single=False)
+    if (directory / single).exists() and not (has_index and single in read_index(directory / index).values()):
+        found[single] = partial(opener, directory, single=True)
+    return found
+
+
 class SafetensorsSource(TensorSource):
     """A Hugging Face directory: shards and their index, or ``model.safetensors``.
 
@@ -177,3 +196,22 @@ class SafetensorsSource(TensorSource):
     def stored_pieces(self, name: str) -> Pieces:
         """Return where a tensor lies: one run of one file."""
         return (self._places[name][1],)
+
+
+class Safetensors:
+    """The layout of Hugging Face directories with safetensors."""
+
+    @staticmethod
+    def ways(directory: Path) -> dict[str, Open]:
+        """Return the files by which a directory can be read, the one that is taken first."""
+        return ways_of(directory, INDEX_NAME, SINGLE_NAME, SafetensorsSource)
+
+    @staticmethod
+    def detect(directory: Path) -> bool:
+        """Return whether a directory holds an index or a single file."""
+        return bool(Safetensors.ways(directory))
+
+    @staticmethod
+    def read(directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
+        """Open a directory."""
+        return next(iter(Safetensors.ways(directory).values()))(facts)

@@ -150,3 +150,17 @@ def _tiled(held: Sequence[Piece], info: TensorInfo, where: Path) -> tuple[list[P
     if position != total:
         raise CheckpointError(f"{where}: the ranks together do not hold all of tensor '{info.name}'")
     return tiles, replicas
+
+
+class TensorParallel:
+    """The layout of tensor-parallel shards with ``tp_layout.json``."""
+
+    @staticmethod
+    def detect(directory: Path) -> bool:
+        """Return whether a directory holds the table of the shards."""
+        return (directory / LAYOUT_NAME).is_file()
+
+    @staticmethod
+    def read(directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
+        """Open a directory."""
+        return TensorParallelSource(directory, facts)

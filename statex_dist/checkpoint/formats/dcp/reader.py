@@ -104,3 +104,17 @@ def _check_backend(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     if backend != CHECKPOINT_CONFIG["sharded_backend"]:
         raise CheckpointError(f"{path} names the format {shown(backend)}; only torch_dist is read")
+
+
+class Dcp:
+    """The layout of torch distributed checkpoints."""
+
+    @staticmethod
+    def detect(directory: Path) -> bool:
+        """Return whether a directory holds ``.metadata``."""
+        return looks_like_dcp(directory)
+
+    @staticmethod
+    def read(directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
+        """Open a directory."""
+        return DcpSource.open(directory, facts)

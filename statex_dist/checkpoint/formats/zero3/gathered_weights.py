@@ -19,16 +19,8 @@ from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
 from statex_dist.checkpoint.formats.same import check_ways, ways_to_read
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
 from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
-from statex_dist.checkpoint.layout import LATEST_NAME, is_tag_name
+from statex_dist.checkpoint.layout import tag_named_in
 from statex_dist.errors import CheckpointError
-
-
-def tag_named_in(directory: Path) -> Path | None:
-    """Return the tag that ``latest`` in a directory names, or None where there is none."""
-    latest = directory / LATEST_NAME
-    name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
-    tag = directory / name
-    return tag if is_tag_name(name) and tag.is_dir() else None
 
 
 def weights_beside(tag: Path) -> TensorSource | None:

@@ -20,7 +20,7 @@ from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import info_of, write_model
-from tests.checkpoints_tools.test_megatron_io import GROUPED, convert, to_megatron
+from tests.checkpoints_tools.formats.test_megatron import GROUPED, convert, to_megatron
 
 
 @pytest.fixture

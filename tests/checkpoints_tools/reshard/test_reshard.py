@@ -22,7 +22,7 @@ from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
-from tests.checkpoints_tools.test_integrity import damage
+from tests.checkpoints_tools.verify.test_integrity import damage
 
 
 def write_run(run: Path, values, step: int, *, world_size: int = 3, manifest: bool = True, tensors=None):

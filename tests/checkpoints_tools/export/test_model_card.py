@@ -12,7 +12,7 @@ from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
 from tests.checkpoints_tools.exports import export
-from tests.checkpoints_tools.test_reshard import write_run
+from tests.checkpoints_tools.reshard.test_reshard import write_run
 
 
 def card(directory):

@@ -25,7 +25,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.checkpoints_tools.builders import run_expand
-from tests.checkpoints_tools.test_expand_faults import OPTIONS
+from tests.checkpoints_tools.expand.test_expand_faults import OPTIONS
 
 def progress(done, total):
     if done >= float(sys.argv[3]) * total:

@@ -14,7 +14,7 @@ from checkpoints_tools.verify.inspect import inspect
 from statex_dist.errors import CheckpointError
 from statex_dist.models.kinds import config_from_dict
 from tests.checkpoints_tools.builders import GLA, random_tensors, run_expand, write_model
-from tests.checkpoints_tools.test_integrity import LAYOUTS
+from tests.checkpoints_tools.verify.test_integrity import LAYOUTS
 
 
 @pytest.fixture(scope="module")
