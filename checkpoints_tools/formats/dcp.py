@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.formats.torch_archive import ArchiveLayout, dumps
-from checkpoints_tools.io.target_writer import TargetFile
+from checkpoints_tools.io.target_file import TargetFile
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
 from statex_dist.checkpoint.formats.dcp.format import (
     CHUNK,

@@ -13,7 +13,7 @@ from typing import Any
 from checkpoints_tools.formats.registry import PlannedTarget, TargetRequest
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import Documents, TargetPlan
-from checkpoints_tools.io.target_writer import TargetFile
+from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSource

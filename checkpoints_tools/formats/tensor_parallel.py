@@ -18,7 +18,7 @@ from checkpoints_tools.formats.safetensors import lay_out_file
 from checkpoints_tools.io.config_dtype import main_dtype
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import Documents, TargetPlan
-from checkpoints_tools.io.target_writer import TargetFile
+from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import Piece
 from statex_dist.checkpoint.formats.tensor_parallel import local_info, local_pieces

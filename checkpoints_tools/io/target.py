@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.io.journal import JOURNAL_NAME, PARTIAL_SUFFIX, Journal, WrittenTensor, fingerprint
-from checkpoints_tools.io.target_writer import Places, TargetFile, WriteOptions, files_of_tensors, write_files
+from checkpoints_tools.io.target_file import TargetFile
+from checkpoints_tools.io.target_writer import Places, WriteOptions, files_of_tensors, write_files
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs

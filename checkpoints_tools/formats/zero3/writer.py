@@ -19,7 +19,7 @@ from typing import Any
 from checkpoints_tools.formats.torch_archive import ArchiveLayout
 from checkpoints_tools.formats.zero3.optimizer_states import HeldTensor, Placeholder, TrainingStates
 from checkpoints_tools.io.target import Documents, TargetPlan
-from checkpoints_tools.io.target_writer import TargetFile
+from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from checkpoints_tools.formats.registry import PlannedTarget, TargetLayout, TargetRequest, register
 from checkpoints_tools.io.target import TargetPlan
-from checkpoints_tools.io.target_writer import TargetFile
+from checkpoints_tools.io.target_file import TargetFile
 from statex_dist.checkpoint.formats.registry import Layout
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 
