@@ -18,12 +18,12 @@ from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.model_check import tied_names
 
 Export = Callable[[Sequence[TensorJob]], tuple[dict[str, Any], list[str]]]
-"""Returns the documents of a directory that other software opens, and what has to be said of them."""
+"""Returns the documents of a directory that other software opens, and notes for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetRequest:
-    """What is to be written: a source with what is known of its model, and the options.
+    """A source, its model and the options of a target.
 
     Attributes:
         source: The checkpoint.
@@ -177,7 +177,7 @@ def check_options(
 
 
 def _check_option(target: TargetLayout, option: str, given: str | None) -> None:
-    """Raise if an option is given (``given`` is how the message goes on) that the layout does not take."""
+    """Raise if an option is given that the layout does not take; ``given`` continues the message after the option."""
     if given is not None and option not in target.options:
         takers = " or ".join(row.name for row in _TARGETS.values() if option in row.options)
         raise ConfigError(f"{option}{given} --to {takers}, not {target.name}")

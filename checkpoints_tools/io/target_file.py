@@ -115,7 +115,7 @@ class OpenFile:
             yield descriptor
 
     def _count_written(self, descriptor: int) -> None:
-        """Note the checksums of what an earlier run wrote, by reading it again."""
+        """Read again what an earlier run wrote, and note its checksums."""
         if not self._storages:
             return
         block = bytearray(BLOCK_BYTES)
@@ -131,7 +131,7 @@ class OpenFile:
         self._ledgers[start].note(offset - start, data)
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write values at a place that belongs to nobody else."""
+        """Write values at a place that no other tensor has."""
         with self._opened() as descriptor:
             write_from(data, descriptor, offset)
         if self._storages:
@@ -175,7 +175,7 @@ class OpenFile:
         return record
 
     def _crc(self, start: int, size: int) -> int:
-        """Return the CRC of a storage; what nobody wrote is padding, which the file system has as zeros."""
+        """Return the CRC of a storage; bytes that were not written are padding, which the file system has as zeros."""
         ledger = self._ledgers[start]
         gaps = ledger.gaps(size)
         padding = sum(stop - begin for begin, stop in gaps)

@@ -21,7 +21,7 @@ from statex_dist.models.config import CONFIG_NAME, ModelConfig
 def make_documents(
     request: TargetRequest, jobs: Sequence[TensorJob], evaluations: Sequence[str], tokenizer: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return documents by name, and what has to be said of the export.
+    """Return documents by name, and notes for the user.
 
     Args:
         request: The model.

@@ -139,7 +139,7 @@ def reshard(
 
 
 def _open(path: str | Path, *, training: bool) -> OpenModel:
-    """Open a source, and say what is not checked."""
+    """Open a source; warn about what is not checked."""
     opened = open_model(path, training=training)
     facts, values = opened.source.facts, opened.values
     if values is None:

@@ -1,4 +1,4 @@
-"""A ZeRO-3 checkpoint of a training run that goes on, or of a model that begins one."""
+"""ZeRO-3 targets: a training checkpoint for another number of ranks, or the start of a run from weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Zero3:
 
 
 def _continued(request: TargetRequest, source: Zero3Source) -> PlannedTarget:
-    """Lay out a run that goes on, perhaps on another number of ranks."""
+    """Lay out a run that continues, on the same or another number of ranks."""
     if source.prefix:
         raise ConfigError(
             f"--to zero3 keeps a run's names; in {source.facts.path} they begin with '{source.prefix}'; use --to hf"

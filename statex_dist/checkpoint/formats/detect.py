@@ -54,7 +54,7 @@ def open_files(
         check_files(directory, manifest, only_weights=not in_tag, digests=digests and not describe)
     facts = _facts(kind, directory, find_model_dir(kind, directory), manifest, digests=digests and not describe)
     source = layout.read(directory, facts, describe=describe)
-    if layout.is_twin:
+    if layout.is_hub:
         check_ways(source, directory)
         source.facts = source.facts.with_notes(_unread_tag(directory))
     return source
@@ -169,7 +169,7 @@ def has_weights(path: Path) -> bool:
 def _weights_kind(path: Path) -> str | None:
     """Return the layout of the model that lies in a directory itself, or None."""
     ways = ways_to_read(path)
-    others = [layout for layout in layouts() if not (layout.is_tag or layout.is_twin) and layout.detect(path)]
+    others = [layout for layout in layouts() if not (layout.is_tag or layout.is_hub) and layout.detect(path)]
     if not ways:
         return others[0].name if others else None
     if others:
@@ -224,9 +224,9 @@ def _choose_tag(path: Path) -> Path:
     if not latest.is_file() and checkpoints != path:
         raise CheckpointError(f"{path} is a training run without a complete checkpoint: {checkpoints} holds none yet")
     if not latest.is_file():
-        twins = ", ".join(layout.marks[0] for layout in layouts() if layout.is_twin)
-        others = ", ".join(layout.marks[0] for layout in layouts() if not (layout.is_tag or layout.is_twin))
-        looked = f"{twins} (or their index), {others}, {CHECKPOINTS_DIR}/, {LATEST_NAME}, global_step*/, "
+        on_hub = ", ".join(layout.marks[0] for layout in layouts() if layout.is_hub)
+        others = ", ".join(layout.marks[0] for layout in layouts() if not (layout.is_tag or layout.is_hub))
+        looked = f"{on_hub} (or their index), {others}, {CHECKPOINTS_DIR}/, {LATEST_NAME}, global_step*/, "
         raise CheckpointError(nothing_text(path, looked + "zero_pp_rank_*_states.pt"))
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not is_tag_name(tag):

@@ -21,7 +21,7 @@ class Layout:
     """A layout of checkpoints.
 
     Its class has ``detect(directory) -> bool`` and ``read(directory, facts, *, describe) -> TensorSource``; that of a
-    twin also ``ways(directory)``: an :data:`Open` by the file that each begins with, the first choice first.
+    hub layout also ``ways(directory)``: an :data:`Open` by the name of its first file, the preferred one first.
 
     Attributes:
         name: As manifests and messages call it.
@@ -30,7 +30,8 @@ class Layout:
         weights: Endings of the files without which tensors cannot be read.
         is_tag: Whether it is that of a training checkpoint: a tag in the directory of a run.
         of_run: Whether ``config.json`` may lie where a trainer puts it, beside the checkpoint or above.
-        is_twin: Whether it may lie beside another twin in one directory, if both hold the same weights.
+        is_hub: Whether it is one of the Hugging Face hub. Several of these may lie in one directory if their weights
+            are the same.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Layout:
     weights: tuple[str, ...]
     is_tag: bool = False
     of_run: bool = False
-    is_twin: bool = False
+    is_hub: bool = False
 
     def load(self) -> Any:
         """Import the layout's class."""
@@ -71,7 +72,7 @@ class Layout:
         return self.load().read(directory, facts, describe=describe)
 
     def ways(self, directory: Path) -> dict[str, Open]:
-        """Return the files by which a directory of a twin can be read, with what opens them."""
+        """Return the files by which a directory of a hub layout can be read, each with its :data:`Open`."""
         return self.load().ways(directory) if self.is_marked(directory) else {}
 
 
@@ -88,14 +89,14 @@ _ROWS = (
         where=f"{_HERE}.safetensors:Safetensors",
         marks=("model.safetensors", "model.safetensors.index.json"),
         weights=(".safetensors", "model.safetensors.index.json"),
-        is_twin=True,
+        is_hub=True,
     ),
     Layout(
         name="torch",
         where=f"{_HERE}.torch_archive.reader:Binary",
         marks=("pytorch_model.bin", "pytorch_model.bin.index.json"),
         weights=(".bin", "pytorch_model.bin.index.json"),
-        is_twin=True,
+        is_hub=True,
     ),
     Layout(
         name="tp",

@@ -18,8 +18,8 @@ def ways_to_read(directory: Path) -> dict[str, tuple[str, Open]]:
 
     An index comes before a single file, safetensors before ``.bin``. A file that its index lists is no other way.
     """
-    twins = [layout for layout in layouts() if layout.is_twin]
-    return {name: (twin.name, opener) for twin in twins for name, opener in twin.ways(directory).items()}
+    on_hub = [layout for layout in layouts() if layout.is_hub]
+    return {name: (layout.name, opener) for layout in on_hub for name, opener in layout.ways(directory).items()}
 
 
 def check_ways(first: TensorSource, directory: Path) -> None:

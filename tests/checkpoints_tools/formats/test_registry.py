@@ -59,7 +59,7 @@ def test_every_row_names_a_class_that_does_what_it_says(layout):
     kind = layout.load() if isinstance(layout, sources.Layout) else sources.load(layout.where)
     needed = ("plan_target",) if isinstance(layout, targets.TargetLayout) else ("detect", "read")
     assert all(callable(getattr(kind, name)) for name in needed)
-    assert callable(getattr(kind, "ways", None)) or not getattr(layout, "is_twin", False)
+    assert callable(getattr(kind, "ways", None)) or not getattr(layout, "is_hub", False)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints_tools import smaller_plans
+from checkpoints_tools.plan import smaller_plans
 from checkpoints_tools.plan.forgetting import (
     Evidence,
     Measurement,

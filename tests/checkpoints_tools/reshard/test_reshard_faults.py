@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic_zero3 import write_zero3
-from checkpoints_tools import target_writer
+from checkpoints_tools.io import target_writer
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.integrity import verify_alone
@@ -29,7 +29,7 @@ TARGETS = {
 
 KILLED = """
 import json, os, signal, sys
-from checkpoints_tools import target_writer
+from checkpoints_tools.io import target_writer
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.io.target_writer import WriteOptions
 
