@@ -109,7 +109,7 @@ def plan_expansion(
     """
     names = check_names(source, before)
     changed = surgeries(before, after)
-    _check_strangers(names, changed, before, source)
+    _check_unknown_tensors(names, changed, before, source)
     embeddings = family_of(before.MODEL_TYPE).names.embeddings
     own = source.info(embeddings if embeddings in names else names[0]).dtype
     jobs = [_job(source.info(name), natural_dtype(source, name), changed.get(name), dtype) for name in names]
@@ -121,19 +121,21 @@ def plan_expansion(
     return Expansion(source=source, values=values, before=before, after=after, jobs=jobs, dtype=dtype)
 
 
-def _check_strangers(names: list[str], changed: dict[str, Surgery], config: ModelConfig, source: TensorSource) -> None:
+def _check_unknown_tensors(
+    names: list[str], changed: dict[str, Surgery], config: ModelConfig, source: TensorSource
+) -> None:
     """Raise if a module that is to be expanded holds tensors that the family does not know: they would not fit."""
     family = family_of(config.MODEL_TYPE)
     known = family.tensors(config)
     prefixes = {name: family.names.layer(surgery.layer) for name, surgery in changed.items()}
     modules = {prefix + name.removeprefix(prefix).split(".")[0] + "." for name, prefix in prefixes.items()}
-    strangers = [
+    unknown = [
         name
         for name in names
         if name not in known and name.startswith(tuple(modules)) and not name.endswith(config.DERIVED)
     ]
-    if strangers:
-        listed = ", ".join(repr(name) for name in strangers[:4])
+    if unknown:
+        listed = ", ".join(repr(name) for name in unknown[:4])
         raise CheckpointError(
             f"{source.facts.path}: {listed} in a layer that is to be expanded are unknown to {config.MODEL_TYPE}: how "
             "they should grow is not known"

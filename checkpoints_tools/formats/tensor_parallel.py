@@ -52,8 +52,8 @@ def tp_plan(
         ConfigError: So many ranks cannot share the model.
     """
     specs = family_of(config.MODEL_TYPE).tensors(config)
-    if strangers := [job.info.name for job in jobs if job.info.name not in specs]:
-        logger.warning("%d tensors that %s does not know are held by every rank", len(strangers), config.MODEL_TYPE)
+    if unknown := [job.info.name for job in jobs if job.info.name not in specs]:
+        logger.warning("%d tensors that %s does not know are held by every rank", len(unknown), config.MODEL_TYPE)
     cuts: dict[str, tuple[int, list[Ranges]]] = {}
     for job in jobs:
         spec, whole = specs.get(job.info.name), [(0, job.info.shape[0])] if job.info.shape else []
