@@ -182,7 +182,7 @@ class TestDeepSpeedGoesOn:
 
     def run(self, world_size: int, out: Path, first: int, last: int, load: Path | None = None):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-        script = [str(Path(__file__).with_name("continue_zero3.py")), str(out), str(first), str(last)]
+        script = [str(Path(__file__).parents[1] / "continue_zero3.py"), str(out), str(first), str(last)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [*command, *script, *([str(load)] if load else [])],
