@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_tools.safetensors_layout import index_of, lay_out
-from statex_dist.checkpoint.formats.safetensors_io import SINGLE_NAME
+from checkpoints_tools.formats.safetensors import index_of, lay_out
+from statex_dist.checkpoint.formats.safetensors import SINGLE_NAME
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.models.kinds import config_from_dict, family_of
 
@@ -63,7 +63,7 @@ PLANS = {
 IN_MEMORY = """
 import sys, torch
 from pathlib import Path
-from checkpoints_tools.plan_options import PlanOptions, plan_model
+from checkpoints_tools.plan.options import PlanOptions, plan_model
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from statex_dist.models.kinds import read_config

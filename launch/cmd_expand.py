@@ -40,9 +40,9 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.expand import check_target, expand, target_plan
-    from checkpoints_tools.expansion import prepare_expansion
-    from checkpoints_tools.target_writer import WriteOptions
+    from checkpoints_tools.expand.expand import check_target, expand, target_plan
+    from checkpoints_tools.expand.expansion import prepare_expansion
+    from checkpoints_tools.io.target_writer import WriteOptions
     from statex_dist.config import parse_size
 
     options = WriteOptions(

@@ -26,8 +26,7 @@ def run(args: Any) -> int:
     """
     from pathlib import Path
 
-    from checkpoints_tools.inspect import inspect
-    from checkpoints_tools.states import read_states_header
+    from checkpoints_tools.verify.inspect import inspect, read_states_header
 
     if Path(args.directory).is_file():
         header = read_states_header(Path(args.directory))

@@ -16,9 +16,9 @@ from statex_dist.state.plan import Op
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from checkpoints_tools.plan_forgetting import Forgetting
-    from checkpoints_tools.plan_memory import TrainingMemory, TrainingSettings
-    from checkpoints_tools.plan_options import PlanOptions
+    from checkpoints_tools.plan.forgetting import Forgetting
+    from checkpoints_tools.plan.memory import TrainingMemory, TrainingSettings
+    from checkpoints_tools.plan.options import PlanOptions
     from statex_dist.models.config import ModelConfig
 
 
@@ -55,7 +55,7 @@ def plan_options(args: Any) -> PlanOptions:
     Raises:
         ConfigError: An option is not one of the allowed words, or two of them clash.
     """
-    from checkpoints_tools.plan_options import PlanOptions
+    from checkpoints_tools.plan.options import PlanOptions
 
     names = ("layers", "factor", "init", "op", "target_state", "plan", "recipe", "reset_dynamics", "seed")
     return PlanOptions(**{name: getattr(args, name) for name in names})
@@ -100,9 +100,9 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options are wrong or do not fit the model.
     """
-    from checkpoints_tools.plan_forgetting import gather_evidence
-    from checkpoints_tools.plan_options import PlanOptions, plan_model
-    from checkpoints_tools.plan_report import report_plan
+    from checkpoints_tools.plan.forgetting import gather_evidence
+    from checkpoints_tools.plan.options import PlanOptions, plan_model
+    from checkpoints_tools.plan.report import report_plan
     from statex_dist.models.source import read_checked_config
 
     options = plan_options(args)
@@ -124,7 +124,7 @@ def run(args: Any) -> int:
 
 def _training(args: Any) -> tuple[TrainingSettings, str, bool]:
     """Return the run to plan for, the model's directory, and whether states are passed between sequences."""
-    from checkpoints_tools.plan_memory import TrainingSettings
+    from checkpoints_tools.plan.memory import TrainingSettings
 
     values: dict[str, Any] = {}
     model_dir, passing = args.model_dir, False

@@ -95,8 +95,8 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.reshard import reshard
-    from checkpoints_tools.target_writer import WriteOptions
+    from checkpoints_tools.io.target_writer import WriteOptions
+    from checkpoints_tools.reshard.reshard import reshard
     from launch.cmd_plan import size
     from statex_dist.config import parse_size
 

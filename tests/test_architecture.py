@@ -49,6 +49,17 @@ FLOORS = {
     "statex_dist.run": 7,
 }
 
+TOOL_FLOORS = {
+    "checkpoints_tools.io": 0,
+    "checkpoints_tools.plan": 0,
+    "checkpoints_tools.formats": 1,
+    "checkpoints_tools.export": 1,
+    "checkpoints_tools.expand": 2,
+    "checkpoints_tools.verify": 3,
+    "checkpoints_tools.reshard": 3,
+}
+"""The packages of the offline tools: each imports lower ones alone."""
+
 APART = ("data", "models", "optim", "engine")
 """Folders that do not know each other,"""
 SHARED = {"statex_dist.models.lm": ("statex_dist.data.types",), "statex_dist.engine.*": ("statex_dist.data.types",)}
@@ -97,7 +108,7 @@ TOOLS_MAY_READ = (
     "checkpoints_tools*",
 )
 
-EXPORTED = "checkpoints_tools.remote_code"
+EXPORTED = "checkpoints_tools.export.remote_code"
 """Modules that exports take along, as text; they know torch, transformers and each other."""
 
 ENGINES = {
@@ -107,7 +118,7 @@ ENGINES = {
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
     "causal_conv1d": ("statex_dist.ops.conv_api",),
-    "megatron": ("checkpoints_tools.megatron_io", "statex_dist.parallel.tensor", "statex_dist.parallel.tensor_share"),
+    "megatron": ("statex_dist.parallel.tensor", "statex_dist.parallel.tensor_share"),
     "wandb": ("statex_dist.train.wandb_run",),
     "lm_eval": ("statex_dist.evaluation.lm_eval_api",),
 }
@@ -186,6 +197,10 @@ def breaches(root: Path) -> list[str]:
                 continue
             if name.startswith("checkpoints_tools") and not fits(target, TOOLS_MAY_READ):
                 lines.append(f"{name} imports {target}, which offline tools do not read")
+            if folder(target) in TOOL_FLOORS and folder(name) in TOOL_FLOORS and folder(name) != folder(target):
+                levels = TOOL_FLOORS[folder(name)], TOOL_FLOORS[folder(target)]
+                if levels[1] >= levels[0]:
+                    lines.append(f"{name} (floor {levels[0]}) imports {target} (floor {levels[1]})")
             if not inside or folder(name) == folder(target):
                 continue
             if floor(target) is None or floor(target) >= floor(name):
@@ -250,8 +265,8 @@ def test_the_walk_sees_the_code():
         ("statex_dist/models/lm.py", "from statex_dist.data.loader import x", "do not know each other"),
         (
             "statex_dist/models/hf.py",
-            "import checkpoints_tools.expand",
-            "statex_dist.models.hf imports checkpoints_tools.expand",
+            "import checkpoints_tools.expand.expand",
+            "statex_dist.models.hf imports checkpoints_tools.expand.expand",
         ),
         ("statex_dist/run.py", "import launch", "statex_dist.run imports launch"),
         ("statex_dist/models/hf.py", "from statex_dist.run import x", "(floor 3) imports statex_dist.run (floor 7)"),
@@ -266,6 +281,16 @@ def test_the_walk_sees_the_code():
         ("checkpoints_tools/a.py", "from statex_dist.models.lm import x", "which offline tools do not read"),
         ("checkpoints_tools/a.py", "from statex_dist.models.gla import mixer", "which offline tools do not read"),
         ("checkpoints_tools/a.py", "from statex_dist.checkpoint import writer", "which offline tools do not read"),
+        (
+            "checkpoints_tools/formats/a.py",
+            "from checkpoints_tools.expand import expand",
+            "(floor 1) imports checkpoints_tools.expand (floor 2)",
+        ),
+        (
+            "checkpoints_tools/io/a.py",
+            "import checkpoints_tools.plan",
+            "(floor 0) imports checkpoints_tools.plan (floor 0)",
+        ),
         ("statex_dist/garage/a.py", "", "statex_dist.garage.a has no floor"),
     ],
 )
@@ -288,6 +313,11 @@ def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     path.write_text(source)
     lines = breaches(tmp_path)
     assert any(words in line for line in lines), lines
+
+
+def test_every_folder_of_the_tools_has_a_floor():
+    packages = {folder(name) for name in modules(ROOT) if name.startswith("checkpoints_tools.")}
+    assert packages == set(TOOL_FLOORS)
 
 
 def test_a_cycle_is_found():

@@ -71,6 +71,14 @@ def is_tag_name(name: str) -> bool:
     return 0 < len(name.encode()) <= 255 and Path(name).name == name and name not in (".", "..") and "\0" not in name
 
 
+def tag_named_in(directory: Path) -> Path | None:
+    """Return the tag that ``latest`` in a directory names, or None where there is none."""
+    latest = directory / LATEST_NAME
+    name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    tag = directory / name
+    return tag if is_tag_name(name) and tag.is_dir() else None
+
+
 def rank_of(file_name: str) -> int | None:
     """Return the rank that wrote a ZeRO file, or None for any other file."""
     match = _RANK_FILE.match(file_name)

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from statex_dist.checkpoint.formats.sources import open_files
+from statex_dist.checkpoint.formats.detect import open_files
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
 from statex_dist.checkpoint.json_file import parse_json, read_json
 from statex_dist.checkpoint.layout import CONFIG_NAME

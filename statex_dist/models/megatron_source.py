@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from statex_dist.checkpoint.formats.dcp_chunks import Places, Strided
-from statex_dist.checkpoint.formats.dcp_source import DcpSource
-from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
+from statex_dist.checkpoint.formats.dcp.chunks import Places, Strided
+from statex_dist.checkpoint.formats.dcp.reader import DcpSource
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
@@ -20,12 +20,13 @@ from statex_dist.models.megatron_names import EMBEDDINGS, HEAD, OTHER_STATE, Par
 logger = logging.getLogger(__name__)
 
 
-def join_parts(source: DcpSource, config: ModelConfig) -> DcpSource:
+def join_parts(source: TensorSource, config: ModelConfig) -> DcpSource:
     """Return a torch distributed checkpoint as the tensors of a model.
 
     Raises:
         CheckpointError: Parts are missing, left over, or do not fit together.
     """
+    assert isinstance(source, DcpSource)
     infos = {name: source.info(name) for name in source.keys()}  # noqa: SIM118 - not a mapping
     made, places, left_out = _joined(infos, source.places, config, source.facts.path)
     if left_out:

@@ -9,7 +9,6 @@ from typing import Any
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.formats.same import same_values
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
-from statex_dist.checkpoint.formats.zero3_reader import Zero3Source
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.kinds import family_of
@@ -64,7 +63,7 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     tied = config.tie_word_embeddings and head in source
     if missing := [name for name in specs if name not in known]:
         share = f" (it holds {len(specs) - len(missing)} of {len(specs)}: saved with exclude_frozen_parameters)"
-        why = share if is_without_frozen(source) else ""
+        why = share if source.frozen_excluded else ""
         raise CheckpointError(
             f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json{why}"
         )
@@ -84,18 +83,13 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     return [*specs, *others]
 
 
-def is_without_frozen(source: TensorSource) -> bool:
-    """Return whether a source is a ZeRO-3 checkpoint that was saved without its frozen parameters."""
-    return isinstance(source, Zero3Source) and source.frozen_excluded
-
-
 def check_whole(source: TensorSource) -> None:
     """Raise if a source without a configuration of ours may lack parameters.
 
     Raises:
         CheckpointError: It was saved without its frozen parameters, and nothing says which those are.
     """
-    if is_without_frozen(source):
+    if source.frozen_excluded:
         raise CheckpointError(
             f"{source.facts.path} was saved with exclude_frozen_parameters: it holds {len(source.owned())} tensors, "
             "and nothing says which are missing. Put the model's safetensors beside latest, or save it without that "

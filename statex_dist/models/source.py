@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.formats.dcp_source import DcpSource
-from statex_dist.checkpoint.formats.sources import check_records, find_model_dir, has_weights, open_files, recognise
+from statex_dist.checkpoint.formats.detect import check_records, find_model_dir, has_weights, open_files, recognise
 from statex_dist.checkpoint.formats.tensor_io import TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.kinds import config_from_dict, find_family, read_config
-from statex_dist.models.megatron_source import join_parts
 from statex_dist.models.model_check import (
     check_not_quantised,
     check_tensors,
     check_whole,
     find_prefix,
-    is_without_frozen,
 )
 from statex_dist.models.run_configs import with_config_of_run
 
@@ -47,7 +44,7 @@ def open_model(path: str | Path, *, digests: bool = True, describe: bool = False
     """Open a checkpoint; of a model of one of our families every name, shape and dtype is checked, and a tied head.
 
     Args:
-        path: As for :func:`statex_dist.checkpoint.formats.sources.open_files`, like the other arguments.
+        path: As for :func:`statex_dist.checkpoint.formats.detect.open_files`, like the other arguments.
         digests: See there.
         describe: See there.
         training: See there.
@@ -63,7 +60,7 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     """Return open files as a model, checked.
 
     Args:
-        source: What :func:`statex_dist.checkpoint.formats.sources.open_files` opened.
+        source: What :func:`statex_dist.checkpoint.formats.detect.open_files` opened.
         describe: Whether it was opened to be described.
         training: Whether a training checkpoint is wanted: it may lack frozen parameters that were not saved.
         check: Whether the tensors must be those of the model; what compares two checkpoints tells the differences.
@@ -71,7 +68,8 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     Raises:
         CheckpointError: ``config.json`` is wrong, or the tensors are not those of its model.
     """
-    if isinstance(source, DcpSource) and source.facts.model_dir is None:
+    in_parts = source.facts.kind == "megatron"
+    if in_parts and source.facts.model_dir is None:
         source.facts = with_config_of_run(source)
     if not describe:
         for note in source.facts.notes:
@@ -79,10 +77,12 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     model_dir, found = source.facts.model_dir, source.facts.config
     values = read_config_dict(model_dir) if model_dir is not None else dict(found) if found is not None else None
     config = config_from_dict(values) if values is not None and find_family(values) else None
-    if config is not None and isinstance(source, DcpSource):
+    if config is not None and in_parts:
+        from statex_dist.models.megatron_source import join_parts  # only where there are parts to join
+
         source = join_parts(source, config)
     check_records(source)
-    if training and is_without_frozen(source):
+    if training and source.frozen_excluded:
         return OpenModel(source=source, values=values, config=None, names=source.keys())
     if config is None or values is None:
         check_whole(source)

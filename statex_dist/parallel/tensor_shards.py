@@ -15,7 +15,7 @@ import xxhash
 
 from statex_dist.checkpoint.config_json import differing_keys
 from statex_dist.checkpoint.formats.places import missing_text
-from statex_dist.checkpoint.formats.tp_source import RankSource
+from statex_dist.checkpoint.formats.tensor_parallel import RankSource
 from statex_dist.checkpoint.formats.whole_reader import WholeReader
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest, digest_file

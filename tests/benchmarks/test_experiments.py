@@ -10,7 +10,7 @@ import yaml
 from benchmarks import collapse_experiment, recall_experiment
 from benchmarks.experiment_lab import Experiment, Lab
 from benchmarks.experiment_stats import interval
-from checkpoints_tools.plan_options import PlanOptions, plan_model
+from checkpoints_tools.plan.options import PlanOptions, plan_model
 from statex_dist.config import parse_config
 from statex_dist.errors import ConfigError
 from statex_dist.models.kinds import config_from_dict

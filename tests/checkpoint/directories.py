@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.data.tokenizer import BytesTokenizer
 
 Make = Callable[[Path], object]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Mamba2Config, PretrainedConfig
 
-from checkpoints_tools.reshard import reshard
-from checkpoints_tools.verify import verify_expansion
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.checkpoint.config_json import BareFloat, config_text, differing_keys, parse_config
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.kinds import config_from_dict, read_config

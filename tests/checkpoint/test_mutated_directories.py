@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from launch.cli import main
-from statex_dist.checkpoint.formats.sources import recognise
+from statex_dist.checkpoint.formats.detect import recognise
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import StateXError
 from statex_dist.models.hf import from_pretrained
@@ -33,7 +33,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
     for name in BASES:
         GOOD[name](root / name)
-    from checkpoints_tools.target_writer import WriteOptions
+    from checkpoints_tools.io.target_writer import WriteOptions
 
     with_manifest(root / "a manifest of shards", options=WriteOptions(max_shard_size=8_000))
     return {path.name: path for path in sorted(root.iterdir()) if not path.name.endswith("-source")}

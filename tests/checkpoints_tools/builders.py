@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.expand import expand
-from checkpoints_tools.expansion import prepare_expansion
-from checkpoints_tools.expansion_report import ExpansionReport
-from checkpoints_tools.plan_options import PlanOptions
-from checkpoints_tools.target_writer import WriteOptions
+from checkpoints_tools.expand.expand import expand
+from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.report import ExpansionReport
+from checkpoints_tools.io.target_writer import WriteOptions
+from checkpoints_tools.plan.options import PlanOptions
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
 from statex_dist.checkpoint.formats.piece_io import read_tensor as read_bytes_of
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource

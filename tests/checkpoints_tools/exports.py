@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_tools.reshard import ReshardSummary, reshard
+from checkpoints_tools.reshard.reshard import ReshardSummary, reshard
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.lm import RecurrentLM

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints_tools.plan_memory import TrainingSettings, training_memory
+from checkpoints_tools.plan.memory import TrainingSettings, training_memory
 from launch.cmd_plan import count_activations
 from statex_dist.data.prepare import prepare
 from statex_dist.data.types import PackedBatch

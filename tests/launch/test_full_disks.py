@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.checkpoints_tools.builders import GLA, run_expand, write_model
-from tests.checkpoints_tools.test_expand_faults import mounted
+from tests.checkpoints_tools.expand.test_expand_faults import mounted
 from tests.launch.limited import run_limited
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.inference.generate import generate_continuations

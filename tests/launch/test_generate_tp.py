@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.models.config import CONFIG_NAME

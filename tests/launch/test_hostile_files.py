@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from tests.checkpoint.hostile_pickles import hostile_pickles
 from tests.checkpoints_tools.builders import GLA, run_expand, write_model
 from tests.launch.limited import run_limited

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints_tools.expand import expand
-from checkpoints_tools.expansion import prepare_expansion
-from checkpoints_tools.plan_options import PlanOptions
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.expand.expand import expand
+from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.plan.options import PlanOptions
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import CheckpointError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from tests.models import tiny

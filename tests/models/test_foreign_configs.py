@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from checkpoints_tools.hf_export import export_notes
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.export.hf_export import export_notes
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import CheckpointError
 from statex_dist.models import config_keys
 from statex_dist.models.config import ModelConfig

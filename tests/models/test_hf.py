@@ -9,8 +9,8 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME
-from statex_dist.checkpoint.formats.safetensors_io import SINGLE_NAME as WEIGHTS_NAME
+from statex_dist.checkpoint.formats.safetensors import INDEX_NAME
+from statex_dist.checkpoint.formats.safetensors import SINGLE_NAME as WEIGHTS_NAME
 from statex_dist.errors import StateXError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.models.kinds import read_config

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from checkpoints_tools.plan_options import PlanOptions, plan_model
+from checkpoints_tools.plan.options import PlanOptions, plan_model
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.surgery import expand_state_dict
 from tests.models.tiny import build, gla_config, mamba2_config

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.config import parse_config
 from statex_dist.models.kinds import read_config
 from statex_dist.models.roles import parameter_roles

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, file_name
 from statex_dist.errors import ConfigError, StateXError

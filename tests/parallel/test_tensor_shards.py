@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, file_name
 from statex_dist.errors import CheckpointError, ConfigError

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from checkpoints_tools.reshard import reshard
+from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.checkpoint.manifest import Manifest

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from statex_dist.checkpoint.descriptors import open_files_of_reader
 from statex_dist.checkpoint.formats.crc import CrcLedger
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
-from statex_dist.checkpoint.formats.torch_zip import Entry, TorchArchive
 from statex_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from statex_dist.checkpoint.formats.torch_archive.zip import Entry, TorchArchive
 
 
 class SourceCrcs:

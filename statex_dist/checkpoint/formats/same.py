@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from statex_dist.checkpoint.formats.piece_io import PieceReader
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
-from statex_dist.checkpoint.formats.safetensors_io import INDEX_NAME, SINGLE_NAME, SafetensorsSource, read_index
-from statex_dist.checkpoint.formats.tensor_io import Piece, SourceFacts, TensorSource
-from statex_dist.checkpoint.formats.torch_reader import BIN_INDEX_NAME, BIN_NAME, StateDictSource
+from statex_dist.checkpoint.formats.registry import Open, layouts
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
 from statex_dist.errors import CheckpointError
-
-Open = Callable[[SourceFacts | None], TensorSource]
 
 
 def ways_to_read(directory: Path) -> dict[str, tuple[str, Open]]:
-    """Return the files by which a model directory can be read, the one that is taken first, with kind and opener.
+    """Return the files by which a model directory can be read, the one that is taken first, with layout and opener.
 
     An index comes before a single file, safetensors before ``.bin``. A file that its index lists is no other way.
     """
-    found: dict[str, tuple[str, Open]] = {}
-    openers: tuple[tuple[str, str, str, Callable[..., TensorSource]], ...] = (
-        (INDEX_NAME, SINGLE_NAME, "hf", SafetensorsSource),
-        (BIN_INDEX_NAME, BIN_NAME, "torch", StateDictSource.open),
-    )
-    for index, single, kind, opener in openers:
-        has_index = (directory / index).exists()
-        if has_index:
-            found[index] = kind, partial(opener, directory, single=False)
-        if (directory / single).exists() and not (has_index and single in read_index(directory / index).values()):
-            found[single] = kind, partial(opener, directory, single=True)
-    return found
+    on_hub = [layout for layout in layouts() if layout.is_hub]
+    return {name: (layout.name, opener) for layout in on_hub for name, opener in layout.ways(directory).items()}
 
 
 def check_ways(first: TensorSource, directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 A source knows shape, dtype and pieces of every tensor before it reads any, a target knows the same of every tensor that
 it will get; whatever the two layouts are, the copy is one and the same, and memory is bounded by buffers, never by a
-tensor or the model. Formats are further files of this folder, which ``sources`` recognises.
+tensor or the model. Layouts are the rows of ``registry``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statex_dist.checkpoint.dtypes import FLOATS, ITEM_BYTES
 from statex_dist.checkpoint.formats.raw_io import FileState, ReadAhead
-from statex_dist.checkpoint.formats.torch_zip import TorchArchive
 from statex_dist.checkpoint.layout import CONFIG_NAME
+
+if TYPE_CHECKING:
+    from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and in all."""
@@ -138,7 +140,10 @@ class TensorSource(ABC):
         aliases: Tied names, each with the name that owns the values; both are among :meth:`keys`.
         buffers: Names of tensors that are no parameters, as far as the layout knows.
         prefix: What was stripped of the stored names.
+        frozen_excluded: Whether it was saved without its frozen parameters, and nothing fills them in.
     """
+
+    frozen_excluded = False
 
     def __init__(
         self,

@@ -1,0 +1,1 @@
+"""Expansion of a checkpoint on disk."""

@@ -1,0 +1,160 @@
+"""What an expansion does to every tensor of a checkpoint, checked before a byte is written.
+
+What becomes of a tensor is decided in ``statex_dist/models/<family>/expand.py`` and nowhere else; this file pairs the
+recipes with a source's tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.expand.report import Checksums, ExpansionReport, make_report
+from checkpoints_tools.io.config_dtype import with_dtype, with_one_dtype
+from checkpoints_tools.io.tensor_stream import TensorJob
+from checkpoints_tools.plan.options import PlanOptions, plan_model
+from statex_dist.checkpoint.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stored_dtype
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource, natural_dtype
+from statex_dist.errors import CheckpointError
+from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.model_check import check_names
+from statex_dist.models.source import open_model
+from statex_dist.models.surgery import Surgery, surgeries
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expansion:
+    """A checked expansion: everything that is known before a byte is written.
+
+    Attributes:
+        source: The original checkpoint.
+        values: Contents of its ``config.json``.
+        before: Its config.
+        after: The config of the target.
+        jobs: Every tensor of the target.
+        dtype: In which floating-point tensors are stored; None keeps each tensor's own.
+    """
+
+    source: TensorSource
+    values: dict[str, Any]
+    before: ModelConfig
+    after: ModelConfig
+    jobs: list[TensorJob]
+    dtype: str | None = None
+
+    def config_values(self) -> dict[str, Any]:
+        """Return the contents of the target's ``config.json``: the source's, with the plan."""
+        values = with_one_dtype(self.after.with_plan(self.values), self.source)
+        return values if self.dtype is None else with_dtype(values, self.dtype)
+
+    def report(self, checksums: Checksums | None = None) -> ExpansionReport:
+        """Return the account, with the checksums of what has been written."""
+        infos = [self.source.info(name) for name in self.source.owned()]
+        return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, checksums or Checksums())
+
+
+def read_model(source: str | Path, *, training: bool = False) -> tuple[TensorSource, dict[str, Any], ModelConfig]:
+    """Open a checkpoint of one of our families and return it with the contents of its ``config.json``, raw and typed.
+
+    Args:
+        source: Whatever :func:`statex_dist.models.source.open_model` opens.
+        training: Whether a training checkpoint is wanted, as there.
+
+    Raises:
+        CheckpointError: It is damaged, has no ``config.json``, or is of another architecture.
+    """
+    opened = open_model(source, training=training)
+    if opened.values is None:
+        raise CheckpointError(f"{opened.source.facts.path} has no {CONFIG_NAME}: what to expand is not known")
+    return opened.source, opened.values, opened.config or config_from_dict(opened.values)
+
+
+def prepare_expansion(
+    source: str | Path, plan: PlanOptions | None = None, *, dtype: str | None = None, training: bool = False
+) -> Expansion:
+    """Open a checkpoint and pair its tensors with what a plan does to them; nothing is written yet.
+
+    Args:
+        source: Whatever :func:`statex_dist.models.source.open_model` opens, with a ``config.json``.
+        plan: What to do; None for the family's defaults.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New rows of a tensor are made in its dtype
+            and then converted, as its old ones are.
+        training: Whether a training checkpoint is wanted where gathered weights lie beside it.
+
+    Raises:
+        ConfigError: A wrong option, or a plan that does not fit the model.
+        CheckpointError: The source is damaged, incomplete or of another architecture.
+    """
+    wanted = parse_dtype(dtype)
+    opened, values, before = read_model(source, training=training)
+    return plan_expansion(opened, values, before, plan_model(before, plan), dtype=wanted)
+
+
+def plan_expansion(
+    source: TensorSource, values: dict[str, Any], before: ModelConfig, after: ModelConfig, *, dtype: str | None = None
+) -> Expansion:
+    """Pair the tensors of a source with what becomes of them.
+
+    Args:
+        source: The original checkpoint.
+        values: Contents of its ``config.json``.
+        before: Its config.
+        after: The same with a plan.
+        dtype: In which floating-point tensors are stored; None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: Tensors are missing, unknown or of another shape, or new rows cannot be drawn in their dtype.
+    """
+    names = check_names(source, before)
+    changed = surgeries(before, after)
+    _check_unknown_tensors(names, changed, before, source)
+    embeddings = family_of(before.MODEL_TYPE).names.embeddings
+    own = source.info(embeddings if embeddings in names else names[0]).dtype
+    jobs = [_job(source.info(name), natural_dtype(source, name), changed.get(name), dtype) for name in names]
+    for name, surgery in changed.items():
+        if surgery.recipe.source_rows is None:
+            _check_drawable(name, own)
+            info = TensorInfo(name=name, shape=surgery.recipe.shape, dtype=stored_dtype(own, dtype))
+            jobs.append(TensorJob(info=info, source=None, surgery=surgery))
+    return Expansion(source=source, values=values, before=before, after=after, jobs=jobs, dtype=dtype)
+
+
+def _check_unknown_tensors(
+    names: list[str], changed: dict[str, Surgery], config: ModelConfig, source: TensorSource
+) -> None:
+    """Raise if a module that is to be expanded holds tensors that the family does not know: they would not fit."""
+    family = family_of(config.MODEL_TYPE)
+    known = family.tensors(config)
+    prefixes = {name: family.names.layer(surgery.layer) for name, surgery in changed.items()}
+    modules = {prefix + name.removeprefix(prefix).split(".")[0] + "." for name, prefix in prefixes.items()}
+    unknown = [
+        name
+        for name in names
+        if name not in known and name.startswith(tuple(modules)) and not name.endswith(config.DERIVED)
+    ]
+    if unknown:
+        listed = ", ".join(repr(name) for name in unknown[:4])
+        raise CheckpointError(
+            f"{source.facts.path}: {listed} in a layer that is to be expanded are unknown to {config.MODEL_TYPE}: how "
+            "they should grow is not known"
+        )
+
+
+def _job(info: TensorInfo, natural: str, surgery: Surgery | None, dtype: str | None) -> TensorJob:
+    """Return the job of one tensor of the source; ``natural`` is its dtype where none is asked for."""
+    if surgery is None:
+        return TensorJob.copy(info, dtype=stored_dtype(natural, dtype))
+    _check_drawable(info.name, info.dtype)
+    stored = TensorInfo(name=info.name, shape=surgery.recipe.shape, dtype=stored_dtype(info.dtype, dtype))
+    return TensorJob(info=stored, source=info, surgery=surgery)
+
+
+def _check_drawable(name: str, dtype: str) -> None:
+    if dtype not in CONVERTIBLE:
+        reason = "float8 has no room for new values" if dtype in FLOATS else "it is not a floating-point dtype"
+        raise CheckpointError(
+            f"tensor '{name}' is to get new rows but has dtype {dtype} ({reason}); convert the checkpoint to one of "
+            f"{', '.join(CONVERTIBLE)} first"
+        )

@@ -1,0 +1,196 @@
+"""The account of an expansion: what became of each tensor, with checksums (``expansion_report.json``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_tools.io.expansion_report import read_report
+from checkpoints_tools.io.journal import WrittenTensor
+from checkpoints_tools.io.tensor_stream import TensorJob
+from statex_dist.checkpoint.formats.tensor_io import TensorInfo
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import family_of, new_expansions
+from statex_dist.models.recipe import Change
+from statex_dist.state.plan import LayerExpansion
+
+REPORT_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorChange:
+    """What happened to one tensor.
+
+    Attributes:
+        change: ``kept`` (every value), ``grown`` (old rows kept, new ones added), ``reinitialised`` (no value kept) or
+            ``new``.
+        shape_before: Original shape; None for a new tensor.
+        shape_after: Shape in the target.
+        dtype: In which it is stored (a name of the safetensors format).
+        rows: Of a tensor that changed, its blocks of rows in order: how many, and ``from`` which rows of the original
+            or from which distribution.
+        seed: Of the new rows.
+        xxh3_128: Digest of the stored bytes.
+        source_xxh3_128: Digest of the original's bytes, of a kept tensor.
+    """
+
+    change: Change
+    shape_before: tuple[int, ...] | None
+    shape_after: tuple[int, ...]
+    dtype: str
+    rows: list[dict[str, Any]] | None = None
+    seed: int | None = None
+    xxh3_128: str | None = None
+    source_xxh3_128: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checksums:
+    """xxh3-128 digests by tensor name: of the stored bytes, and of the source's where all of them were kept."""
+
+    stored: dict[str, str] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, written: Mapping[str, WrittenTensor]) -> Checksums:
+        """Return the digests of written tensors."""
+        return cls(
+            stored={name: tensor.xxh3_128 for name, tensor in written.items()},
+            source={name: t.source_xxh3_128 for name, t in written.items() if t.source_xxh3_128 is not None},
+        )
+
+    @classmethod
+    def read(cls, directory: Path) -> Checksums:
+        """Return the digests of a directory's report.
+
+        Raises:
+            CheckpointError: It is unreadable.
+        """
+        tensors = (read_report(directory) or {"tensors": {}})["tensors"]
+        return cls(
+            stored={name: row["xxh3_128"] for name, row in tensors.items() if "xxh3_128" in row},
+            source={name: row["source_xxh3_128"] for name, row in tensors.items() if "source_xxh3_128" in row},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerAccount:
+    """What happened to one expanded layer."""
+
+    expansion: LayerExpansion
+    state_before: int
+    state_after: int
+    changes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpansionReport:
+    """What an expansion does (or did).
+
+    Attributes:
+        source: Directory that was read.
+        model_type: Family of the model.
+        numpy: Version of numpy, whose generators drew the new rows.
+        state_before: State numbers of all recurrent layers together.
+        state_after: The same of the target.
+        parameters_before: Elements of all tensors of the source.
+        parameters_after: The same of the target.
+        layers: The expanded layers.
+        tensors: Every tensor of the target, by name.
+    """
+
+    source: str
+    model_type: str
+    numpy: str
+    state_before: int
+    state_after: int
+    parameters_before: int
+    parameters_after: int
+    layers: list[LayerAccount]
+    tensors: dict[str, TensorChange]
+
+    @property
+    def kept_outside(self) -> int:
+        """Tensors outside the expanded layers, all of them kept."""
+        return len(self.tensors) - sum(sum(layer.changes.values()) for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers for JSON."""
+        values = {"version": REPORT_VERSION, **asdict(self)}
+        values["layers"] = [
+            {
+                **layer.expansion.to_dict(),
+                "state_before": layer.state_before,
+                "state_after": layer.state_after,
+                "changes": layer.changes,
+            }
+            for layer in self.layers
+        ]
+        values["tensors"] = {
+            name: {key: value for key, value in asdict(change).items() if value is not None}
+            for name, change in self.tensors.items()
+        }
+        return values
+
+
+def make_report(
+    source: Path,
+    before: ModelConfig,
+    after: ModelConfig,
+    jobs: Sequence[TensorJob],
+    source_infos: Sequence[TensorInfo],
+    checksums: Checksums,
+) -> ExpansionReport:
+    """Return the account of an expansion.
+
+    Args:
+        source: Directory that was read.
+        before: Config of the original model.
+        after: Config of the expanded model.
+        jobs: Every tensor of the target.
+        source_infos: Every tensor of the source.
+        checksums: Of the written tensors; empty for a rehearsal.
+    """
+    tensors = {job.info.name: _change(job, checksums) for job in jobs}
+    layers = []
+    for expansion in new_expansions(before, after).layers:
+        prefix = family_of(before.MODEL_TYPE).names.layer(expansion.layer)
+        inside = [change for name, change in tensors.items() if name.startswith(prefix)]
+        layers.append(
+            LayerAccount(
+                expansion=expansion,
+                state_before=before.layer_geometry(expansion.layer).numbers,
+                state_after=after.layer_geometry(expansion.layer).numbers,
+                changes=dict(Counter(change.change for change in inside)),
+            )
+        )
+    return ExpansionReport(
+        source=str(source),
+        model_type=before.MODEL_TYPE,
+        numpy=np.__version__,
+        state_before=before.state_numbers,
+        state_after=after.state_numbers,
+        parameters_before=sum(info.numel for info in source_infos),
+        parameters_after=sum(job.info.numel for job in jobs),
+        layers=layers,
+        tensors=tensors,
+    )
+
+
+def _change(job: TensorJob, checksums: Checksums) -> TensorChange:
+    recipe = job.surgery.recipe if job.surgery else None
+    return TensorChange(
+        change=recipe.change if recipe else "kept",
+        shape_before=job.source.shape if job.source else None,
+        shape_after=job.info.shape,
+        dtype=job.info.dtype,
+        rows=recipe.to_list() if recipe else None,
+        seed=job.surgery.seed if job.surgery else None,
+        xxh3_128=checksums.stored.get(job.info.name),
+        source_xxh3_128=checksums.source.get(job.info.name),
+    )

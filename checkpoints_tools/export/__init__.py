@@ -1,0 +1,1 @@
+"""What transformers needs of an exported model besides weights."""

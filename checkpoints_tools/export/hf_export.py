@@ -1,0 +1,151 @@
+"""What transformers needs of an exported model besides weights: configuration, code, tokenizer, generation settings.
+
+Where ``config.json`` alone says what the model is, transformers' own class opens it: an un-expanded model of a family
+that transformers has, or a Mamba2 model of which every layer grew alike. Any other model of ours takes its code along
+(:mod:`checkpoints_tools.export.modeling_code`). Models with layers that other software runs (softmax attention) have
+none; with a plan they open nowhere else, which :mod:`statex_dist.models.plan_keys` sees to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoints_tools.export.hf_tokenizer import (
+    BYTES_CLASS,
+    GivenTokenizer,
+    bytes_tokenizer_documents,
+    read_tokenizer_config,
+)
+from checkpoints_tools.export.modeling_code import FAMILY_MODULES, remote_code, with_our_type
+from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.plan_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
+
+Form = Literal["plain", "remote_code", "none"]
+"""How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
+
+_RESCALES = "rescale_prenorm_residual"
+CODE_NAME = f"{MODULE_NAME}.py"
+GENERATION_NAME = "generation_config.json"
+
+_TRANSFORMERS_CLASSES = {
+    "mamba2": "Mamba2ForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
+    "bamba": "BambaForCausalLM",
+}
+
+
+def form_of(config: ModelConfig) -> Form:
+    """Return how transformers opens a model."""
+    expressed = config.statex is None or bool(config.plain_keys())
+    if expressed and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
+        return "plain"
+    return "none" if config.is_mixed or config.MODEL_TYPE not in FAMILY_MODULES else "remote_code"
+
+
+def export_notes(config: ModelConfig) -> list[str]:
+    """Return what has to be said of how transformers opens an export."""
+    form = form_of(config)
+    notes = []
+    if form == "plain" and getattr(config, _RESCALES, False):
+        notes = [
+            f"{_RESCALES} is written as false: it is of first values alone, but transformers 5 (seen in 5.24) also "
+            "divides the weights that it loads where it is true"
+        ]
+    if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
+        return [
+            *notes,
+            "n_groups is above 1: open it with transformers 5.23 or newer, which normalises each group by itself, as "
+            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits",
+        ]
+    if config.MODEL_TYPE == "minimax" and form == "plain":
+        return [
+            "transformers' MiniMax does not move the cache with the beams (seen in 5.17 and 5.24): generate with "
+            "num_beams above 1 needs use_cache=False"
+        ]
+    return notes if form != "none" else [closed_note(config)]
+
+
+def closed_note(config: ModelConfig) -> str:
+    """Return why transformers opens no export of a model, and what does."""
+    why = config.obstacle or f"there is no code for {config.MODEL_TYPE}"
+    if config.statex is not None:
+        return (
+            "no library opens this expanded model, as none knows its plan, and we write no code for mixed models: "
+            f"{why}; it can be expanded further, resharded and verified"
+        )
+    if config.ours_alone:
+        return f"no library opens this {config.MODEL_TYPE} model, and we write no code for mixed models: {why}"
+    return (
+        f"transformers has no class for this {config.MODEL_TYPE} model, and we write no code for mixed models: {why}; "
+        "the software that it came from opens it"
+    )
+
+
+def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Return the contents of ``config.json`` of an export.
+
+    Args:
+        values: The source's.
+        config: The same, typed.
+    """
+    form, values = form_of(config), config.with_plan(values)
+    if config.ours_alone and "model_type" in values:  # mamba_ssm's files have none
+        values = {**values, "model_type": OUR_CODE_PREFIX + config.MODEL_TYPE, "architectures": [ARCHITECTURE]}
+    if form == "remote_code":
+        # The exported code has no defaults: whatever the source left to a family's defaults is written out.
+        defaults = {key: value for key, value in config.to_dict().items() if key not in values}
+        return {**values, **defaults, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
+    values = {key: value for key, value in values.items() if not (key == "auto_map" and value == AUTO_MAP)}
+    if form == "plain":
+        if isinstance(config, Mamba2Config):
+            values = config.with_all_names(values)
+        if _RESCALES in values:
+            # transformers 5 divides the output projections that it loads by the root of the number of layers.
+            values = {**values, _RESCALES: False}
+        if values.get("architectures") in (None, [], [ARCHITECTURE]):
+            values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
+    return values
+
+
+def brings_code(values: dict[str, Any], model_dir: Path | None) -> bool:
+    """Return whether a source is an export with code, which goes along wherever its weights go."""
+    return values.get("auto_map") == AUTO_MAP and model_dir is not None and (model_dir / CODE_NAME).is_file()
+
+
+def code_of_expansion(model_dir: Path) -> str:
+    """Return the code that a base brings, for the expanded model: its ``model_type`` has our prefix."""
+    return with_our_type((model_dir / CODE_NAME).read_text(encoding="utf-8"))
+
+
+def export_documents(
+    values: dict[str, Any], config: ModelConfig, model_dir: Path | None, tokenizer: GivenTokenizer | None = None
+) -> dict[str, Any]:
+    """Return the small files of an export, by name; what the source already has is carried along and not among them.
+
+    Args:
+        values: Contents of the source's ``config.json``, with the dtype of the weights.
+        config: The same, typed.
+        model_dir: Where the source's tokenizer and generation files are.
+        tokenizer: One that a source without any is given.
+
+    Raises:
+        CheckpointError: ``tokenizer_config.json`` is damaged.
+    """
+    documents: dict[str, Any] = {CONFIG_NAME: export_config(values, config)}
+    if form_of(config) == "remote_code":
+        documents[CODE_NAME] = remote_code(config.MODEL_TYPE, ours_alone=config.ours_alone)
+    marker = tokenizer.config if tokenizer is not None else read_tokenizer_config(model_dir)
+    is_bytes = marker.get("tokenizer_class") == BYTES_CLASS
+    if is_bytes:
+        # Also where the source has some of them: a training run, for one, keeps no class of a tokenizer.
+        documents |= bytes_tokenizer_documents(marker)
+    elif tokenizer is not None:
+        documents |= tokenizer.files
+    if model_dir is None or not (model_dir / GENERATION_NAME).is_file():
+        ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        known = {key: marker.get(key) if is_bytes and value in (None, []) else value for key, value in ids.items()}
+        if settings := {key: value for key, value in known.items() if value not in (None, [])}:
+            documents[GENERATION_NAME] = settings
+    return documents

@@ -1,0 +1,1 @@
+"""Layouts that are written, one module or folder each."""

@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO stage 3 checkpoints, written."""

@@ -1,0 +1,107 @@
+"""ZeRO-3 targets: a training checkpoint for another number of ranks, or the start of a run from weights."""
+
+from __future__ import annotations
+
+from checkpoints_tools.formats.registry import PlannedTarget, TargetRequest
+from checkpoints_tools.formats.zero3.optimizer_states import (
+    batch_proposal,
+    fresh_training_states,
+    read_training_states,
+)
+from checkpoints_tools.formats.zero3.writer import zero3_plan
+from checkpoints_tools.io.config_dtype import main_dtype
+from checkpoints_tools.io.target import TargetPlan
+from checkpoints_tools.io.tensor_stream import TensorJob
+from statex_dist.checkpoint.dtypes import TORCH_NAMES
+from statex_dist.checkpoint.formats.zero3.layout import is_stage_1_or_2
+from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
+from statex_dist.checkpoint.history import read_history
+from statex_dist.checkpoint.layout import tag_named_in
+from statex_dist.checkpoint.trainer_dirs import trainer_states
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.kinds import family_of
+
+_ADAMW = {
+    **{"lr": 3e-4, "initial_lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "amsgrad": False, "maximize": False},
+    **{"foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True},
+}
+"""Settings of a group that has not been trained; a run's own configuration replaces them."""
+
+
+class Zero3:
+    """The layout of DeepSpeed ZeRO stage 3, written."""
+
+    @staticmethod
+    def plan_target(request: TargetRequest) -> PlannedTarget:
+        """Lay a checkpoint out: optimizer states and settings go along from a training checkpoint."""
+        source = request.source
+        return _continued(request, source) if isinstance(source, Zero3Source) else _begun(request)
+
+
+def _continued(request: TargetRequest, source: Zero3Source) -> PlannedTarget:
+    """Lay out a run that continues, on the same or another number of ranks."""
+    if source.prefix:
+        raise ConfigError(
+            f"--to zero3 keeps a run's names; in {source.facts.path} they begin with '{source.prefix}'; use --to hf"
+        )
+    if request.dtype is not None:
+        raise ConfigError("--dtype does not go with a training checkpoint: its master weights are fp32 and stay so")
+    ranks = request.world_size or source.world_size
+    training, notes = read_training_states(source, ranks)
+    if behind := trainer_states(source.facts.path.parent):
+        notes.append(
+            f"the trainer's own {', '.join(behind[:4])} are not copied: copy them beside latest to resume with it"
+        )
+    jobs = [TensorJob.copy(source.info(name)) for name in source.owned()]
+    settings = source.model.get("ds_config") or {}
+    batch = batch_proposal(settings, source.world_size, ranks) if isinstance(settings, dict) else None
+    documents = request.documents(None)
+    info = {**request.info, "batch": batch, "source_world_size": source.world_size}
+    history = read_history(source.facts.path)
+    plan = zero3_plan(training, jobs, ranks, documents=lambda _: documents, info=info, history=history)
+    return PlannedTarget(plan=plan, notes=notes, batch=batch)
+
+
+def _begun(request: TargetRequest) -> PlannedTarget:
+    """Lay out a run that begins from weights."""
+    source = request.source
+    tag = tag_named_in(source.facts.path)
+    if tag is not None and is_stage_1_or_2(tag):
+        raise CheckpointError(
+            f"{tag} is of ZeRO stage 1 or 2, which is not read: --to zero3 would leave out its optimizer states. To "
+            "start without them, give a directory with the weights alone"
+        )
+    if request.world_size is None:
+        raise ConfigError(f"--to zero3 from {source.facts.kind} needs --world-size, the number of ranks")
+    notes = ["no optimizer states: training starts anew from here"]
+    if behind := trainer_states(source.facts.path):
+        notes.append(f"{', '.join(behind[:4])} beside the weights are left out")
+    return PlannedTarget(plan=_fresh_plan(request, request.world_size), notes=notes)
+
+
+def _fresh_plan(request: TargetRequest, world_size: int) -> TargetPlan:
+    """Lay out a training checkpoint of a model that comes without optimizer states."""
+    # Flat groups know no names: without the order of the model's parameters they could not be filled.
+    source, config = request.source, request.family_config("zero3")
+    family = family_of(config.MODEL_TYPE)
+    if config.is_mixed:
+        raise CheckpointError(f"{source.facts.path}: --to zero3 is not possible for mixed models: we do not train them")
+    specs = family.tensors(config)
+    precision = request.dtype or main_dtype([source.info(name) for name in specs])
+    if precision not in ("F32", "BF16"):
+        raise ConfigError(
+            f"--to zero3: a run in {TORCH_NAMES[precision or 'F16']} is not possible; give --dtype bf16 or fp32"
+        )
+    groups = [{n: s.shape for n, s in specs.items() if s.decay is decay} for decay in (True, False)]
+    settings = [{**_ADAMW, "weight_decay": decay} for decay in (0.1, 0.0)]
+    tied = {family.names.head: family.names.embeddings} if config.tie_word_embeddings else {}
+    training = fresh_training_states(
+        [group for group in groups if group],
+        [setting for setting, group in zip(settings, groups, strict=True) if group],
+        module=[*specs, *tied],
+        shared=tied,
+        bf16=precision == "BF16",
+    )
+    jobs = [TensorJob.copy(source.info(name), dtype="F32") for name in specs]
+    documents = request.documents(None)
+    return zero3_plan(training, jobs, world_size, documents=lambda _: documents, info=request.info)

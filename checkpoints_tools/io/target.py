@@ -1,0 +1,277 @@
+"""Making a target directory, whatever its layout: crash-safe, resumable, and with a manifest of all that it holds.
+
+Everything goes to a temporary sibling: the weight files (:mod:`checkpoints_tools.io.target_writer`), then documents and
+carried files, the manifest after them, markers such as ``latest`` last; then the directory gets its name. Killed at any
+moment, the old target is untouched, and with ``resume`` the next run redoes only what had not reached the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_tools.io.journal import JOURNAL_NAME, PARTIAL_SUFFIX, Journal, WrittenTensor, fingerprint
+from checkpoints_tools.io.target_file import TargetFile
+from checkpoints_tools.io.target_writer import Places, WriteOptions, files_of_tensors, write_files
+from checkpoints_tools.io.tensor_stream import TensorJob
+from statex_dist.checkpoint.config_json import config_text
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs
+from statex_dist.checkpoint.formats.raw_io import FileState
+from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource
+from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.links import check_link
+from statex_dist.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    finish_target,
+    record_file,
+    refuse_target,
+    remove_set_aside,
+    temporary_for,
+)
+from statex_dist.checkpoint.trainer_dirs import trainer_files
+from statex_dist.errors import CheckpointError, refusal
+from statex_dist.models.config import CONFIG_NAME
+
+logger = logging.getLogger(__name__)
+
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.py",
+    "LICENSE*",
+)
+"""Files of a model directory that go along with its weights."""
+
+Documents = Callable[[Mapping[str, WrittenTensor]], Mapping[str, Any]]
+"""Returns documents by path, given what has been written: texts and bytes as they are, anything else as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetPlan:
+    """Everything about a target that is known before a byte is written.
+
+    Attributes:
+        kind: Its layout.
+        files: The weight files.
+        jobs: Every tensor.
+        places: Where each of them goes in the files.
+        documents: Makes the small files when the weights are written (first called with nothing, to tell runs apart).
+        info: Facts for the manifest; with the source's files and the options they tell one run from another.
+        folder: Where the manifest lies, relative to the target.
+        model_folder: Where ``config.json`` and carried files lie, relative to the target.
+        markers: Texts that are written after the manifest, by path.
+    """
+
+    kind: str
+    files: Sequence[TargetFile]
+    jobs: Sequence[TensorJob]
+    places: Places
+    documents: Documents
+    info: dict[str, Any]
+    folder: str = "."
+    model_folder: str = "."
+    markers: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_target(
+    target: Path,
+    source: TensorSource,
+    plan: TargetPlan,
+    options: WriteOptions,
+    *,
+    progress: Progress | None = None,
+) -> bool:
+    """Write a target; nothing half-written is ever there.
+
+    Args:
+        target: The directory to make.
+        source: Where kept values, tokenizer and generation files come from.
+        plan: What to write.
+        options: How to write.
+        progress: Told of the bytes written.
+
+    Returns:
+        False where ``options.resume`` found the target complete already, so that nothing was written.
+
+    Raises:
+        CheckpointError: The target is not empty or not writable, the disk is full, or the source fails. The target is
+            then as it was; what is finished is kept for a later run with ``resume`` if this one had it.
+    """
+    target = target.resolve()
+    run = fingerprint(_identity(source, plan, options))
+    if options.resume and _is_complete(target / plan.folder, run):
+        logger.info("%s is complete already", target)
+        remove_set_aside(target)
+        return False
+    before = {**source.opened, **_carried_states(source)}
+    crcs = SourceCrcs(source.archives())
+    journal = None
+    try:
+        refuse_target(target, overwrite=options.overwrite)
+        journal = Journal(temporary_for(target), run=run, resume=options.resume)
+        refuse_target(target, overwrite=options.overwrite)  # again: another process may just have finished it
+        files_of = files_of_tensors(plan.jobs, plan.places)
+        journal.settle({file.name: file.size for file in plan.files}, files_of)
+        _check_space(journal, plan.files)
+        (journal.directory / plan.folder).mkdir(parents=True, exist_ok=True)
+        (journal.directory / plan.model_folder).mkdir(parents=True, exist_ok=True)
+        for job in plan.jobs:
+            if job.key in journal.tensors and job.source is not None:
+                crcs.expect(source.of_state(job.state).pieces(job.source.name))
+        write_files(
+            *(journal, source, plan.files, plan.jobs, plan.places, options),
+            files_of=files_of,
+            crcs=crcs,
+            progress=progress,
+        )
+        checked = crcs.finish()
+        files = _write_documents(journal, source, plan)
+        _check_unchanged(source, before)
+        _write_manifest(journal, plan, files, {"run": run, "source_crcs_checked": checked})
+        for name, text in plan.markers.items():
+            (journal.directory / name).write_text(text, encoding="utf-8")
+            record_file(journal.directory / name)
+        finish_target(journal.directory, target, overwrite=options.overwrite)
+        (target / JOURNAL_NAME).unlink()  # last: until the rename it says what a next run need not do again
+    except BaseException as error:
+        keep = journal is not None and options.resume and (journal.files or journal.tensors)
+        if journal is not None and not keep:
+            shutil.rmtree(journal.directory, ignore_errors=True)
+        elif keep:
+            logger.info("what is finished is kept in %s: the same command goes on from it", temporary_for(target))
+        if isinstance(error, OSError):
+            raise CheckpointError(f"target {target} cannot be written: {refusal(error)}") from None
+        raise
+    finally:
+        if journal is not None:
+            journal.close()
+    return True
+
+
+def _identity(source: TensorSource, plan: TargetPlan, options: WriteOptions) -> dict[str, Any]:
+    """Return what decides the bytes of a target: sources, tensors and their recipes, documents and options."""
+    carried = carried_files(source.facts.model_dir)
+    tensors = [
+        (j.key, j.info.dtype, j.info.shape, j.surgery and [j.surgery.seed, j.surgery.recipe.to_list()])
+        for j in plan.jobs
+    ]
+    return {
+        "kind": plan.kind,
+        "info": plan.info,
+        "files": [(str(path), asdict(FileState.of(path.stat()))) for path in (*source.files, *carried)],
+        "tensors": tensors,
+        "targets": [(file.name, file.size) for file in plan.files],
+        "documents": {name: _encoded(name, content).decode("latin1") for name, content in plan.documents({}).items()},
+        "options": (options.max_shard_size, options.allow_nonfinite),
+        "numpy": np.__version__,
+    }
+
+
+def _is_complete(directory: Path, run: str) -> bool:
+    """Return whether an earlier run of the same command finished the target, and it is still whole.
+
+    Raises:
+        CheckpointError: It was finished but has been damaged since.
+    """
+    if not (directory / MANIFEST_NAME).is_file():
+        return False
+    manifest = Manifest.read(directory)
+    if manifest.info.get("run") != run:
+        return False
+    manifest.verify(directory)
+    return True
+
+
+def _carried_states(source: TensorSource) -> dict[Path, FileState]:
+    return {path: FileState.of(path.stat()) for path in carried_files(source.facts.model_dir)}
+
+
+def _check_unchanged(source: TensorSource, before: dict[Path, FileState]) -> None:
+    """Raise if a file of the source is no longer what it was when the work began."""
+    now = {path: FileState.of(path.stat()) for path in source.files} | _carried_states(source)
+    for path, state in now.items():
+        if before.get(path) != state:
+            raise CheckpointError(f"{path} changed while it was being read; run again when nothing writes to it")
+
+
+def _check_space(journal: Journal, files: Sequence[TargetFile]) -> None:
+    """Raise unless the unfinished files fit on the disk."""
+    begun = sum(path.stat().st_blocks * 512 for path in journal.directory.rglob("*" + PARTIAL_SUFFIX))
+    needed = sum(file.size for file in files if file.name not in journal.files) - begun
+    free = shutil.disk_usage(journal.directory).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"No space left on device: {needed} bytes are needed, {free} are free")
+
+
+def _write_documents(journal: Journal, source: TensorSource, plan: TargetPlan) -> dict[str, FileRecord]:
+    """Write documents and carried files; return the record of every file, by its path relative to the target."""
+    files = dict(journal.files)
+    for name, content in plan.documents(journal.tensors).items():
+        path = journal.directory / name
+        path.write_bytes(_encoded(name, content))
+        files[name] = record_file(path)
+    for path in carried_files(source.facts.model_dir):
+        copy = journal.directory / plan.model_folder / path.name
+        name = str(copy.relative_to(journal.directory))
+        if name not in files:
+            shutil.copyfile(path, copy)
+            files[name] = record_file(copy)
+    return files
+
+
+def _encoded(name: str, content: Any) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        return content.encode()
+    text = config_text(content) if Path(name).name == CONFIG_NAME else json.dumps(content, indent=2) + "\n"
+    return text.encode()
+
+
+def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, FileRecord], facts: dict[str, Any]) -> None:
+    folder = journal.directory / plan.folder
+    records = {str((journal.directory / name).relative_to(folder)): record for name, record in files.items()}
+    tensors: dict[str, TensorRecord] = {}
+    states: dict[str, dict[str, TensorRecord]] = {}
+    for job in plan.jobs:
+        digest = journal.tensors[job.key].xxh3_128
+        record = TensorRecord(dtype=job.info.dtype, shape=job.info.shape, xxh3_128=digest)
+        (tensors if job.state is None else states.setdefault(job.state, {}))[job.info.name] = record
+    info = {**plan.info, **facts}
+    Manifest(kind=plan.kind, files=records, info=info, tensors=tensors, states=states).write(folder)
+
+
+def carried_files(directory: Path | None) -> list[Path]:
+    """Return the files of a model directory that are carried along, each once.
+
+    Raises:
+        CheckpointError: One of them is a link to a file elsewhere.
+    """
+    if directory is None:
+        return []
+    found = {path for pattern in CARRIED for path in directory.glob(pattern)}
+    others = {CONFIG_NAME} | trainer_files(directory)
+    carried = sorted(path for path in found if path.is_file() and path.name not in others)
+    for path in carried:
+        check_link(path, directory)
+    return carried

@@ -1,0 +1,216 @@
+"""Writing the files of a target: several tensors at a time, in any layout, journaled as they reach the disk.
+
+Workers take tensors in order; a tensor may go to one file (safetensors) or in parts to all of them (ZeRO, tensor
+parallelism). Every gigabyte what has been written is flushed and entered in the journal; whoever finishes a file's last
+tensor closes it: checksums are filled in, it is flushed and digested, gets its final name and is entered too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from checkpoints_tools.io.journal import Journal, WrittenTensor
+from checkpoints_tools.io.target_file import OpenFile, TargetFile
+from checkpoints_tools.io.tensor_stream import TensorJob, TensorStream
+from checkpoints_tools.io.workers import Counter, in_threads
+from statex_dist.checkpoint.descriptors import Descriptors, open_files_of_writer
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs, window_of
+from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
+from statex_dist.errors import ConfigError
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+DEFAULT_WORKERS = 4
+"""Threads: more than the cores of a small machine, because each of them also waits for the disk."""
+
+SYNC_BYTES = 1 << 30
+"""Bytes of tensors that a killed run has to write again, at most (per worker the one that it was at besides)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteOptions:
+    """How a directory is written.
+
+    Attributes:
+        max_shard_size: Bytes of values per safetensors file.
+        overwrite: Whether a target that is not empty is replaced.
+        workers: Tensors read, made and written at a time; each needs a few buffers.
+        resume: Whether to go on with what a killed process left.
+        allow_nonfinite: Whether NaN and Inf are copied.
+    """
+
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+    overwrite: bool = False
+    workers: int = DEFAULT_WORKERS
+    resume: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value in (("--workers", self.workers), ("--max-shard-size", self.max_shard_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{option} must be a whole number from 1, not {value!r}")
+
+
+Places = Callable[[TensorJob], Sequence[Piece]]
+"""Returns where a tensor goes: pieces with paths relative to the target, repeated where files hold the same values."""
+
+
+def write_files(
+    journal: Journal,
+    source: TensorSource,
+    files: Sequence[TargetFile],
+    jobs: Sequence[TensorJob],
+    places: Places,
+    options: WriteOptions,
+    *,
+    files_of: Mapping[str, frozenset[str]],
+    crcs: SourceCrcs,
+    progress: Progress | None,
+) -> None:
+    """Write every file that the journal does not have; the first failure stops all workers.
+
+    Args:
+        journal: Where finished tensors and files are entered; its directory receives the files.
+        source: Where kept values come from.
+        files: The files.
+        jobs: Every tensor.
+        places: Where each of them goes.
+        options: How to write.
+        files_of: The names of the files of every tensor (:func:`files_of_tensors`).
+        crcs: The checksums of the source's files.
+        progress: Told of the bytes written.
+
+    Raises:
+        CheckpointError: The source fails.
+        OSError: The disk refuses.
+    """
+    writer = _Writer(journal, files, jobs, places, files_of, progress)
+    try:
+        writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
+        in_threads(
+            [job for job in jobs if job.key not in journal.tensors],
+            lambda: TensorStream(source, allow_nonfinite=options.allow_nonfinite, crcs=crcs),
+            writer.write,
+            workers=options.workers,
+            stop=writer.counter.stop,
+        )
+    finally:
+        writer.close()
+
+
+def files_of_tensors(jobs: Iterable[TensorJob], places: Places) -> dict[str, frozenset[str]]:
+    """Return the names of the files of every tensor, by its key; equal sets are one object."""
+    sets: dict[frozenset[str], frozenset[str]] = {}
+    result = {}
+    for job in jobs:
+        names = frozenset(str(place.path) for place in places(job))
+        result[job.key] = sets.setdefault(names, names)
+    return result
+
+
+class _Writer:
+    """The files of a target while tensors are written into them, by any number of workers."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        files: Sequence[TargetFile],
+        jobs: Sequence[TensorJob],
+        places: Places,
+        files_of: Mapping[str, frozenset[str]],
+        progress: Progress | None,
+    ):
+        self._journal, self._places = journal, places
+        self._lock = threading.Lock()
+        self._pending: dict[str, WrittenTensor] = {}
+        self._pending_bytes = 0
+        done = total_bytes(job.info for job in jobs if job.key in journal.tensors)
+        self.counter = Counter(total_bytes(job.info for job in jobs), progress, done=done)
+        descriptors = Descriptors(open_files_of_writer(len(files)))
+        unfinished = [file for file in files if file.name not in journal.files]
+        self._open = {file.name: OpenFile(file, journal, descriptors) for file in unfinished}
+        self._files_of = files_of
+        for job in jobs:
+            for place in places(job):
+                if (file := self._open.get(str(place.path))) is not None:
+                    file.expect(job, place)
+            for name in self._files_of[job.key]:
+                if name in self._open and job.key not in journal.tensors:
+                    self._open[name].await_tensor()
+
+    def write(self, job: TensorJob, stream: TensorStream) -> None:
+        """Write one tensor to all its places, and complete the files of which it was the last."""
+        # Of what is copied as it is, the stream knows the digest already.
+        copied = job.surgery is None and job.source is not None and job.source.dtype == job.info.dtype
+        digest = None if copied else xxhash.xxh3_128()
+        item, position = job.info.item_bytes, 0
+        places = self._places(job)
+        width = max((place.width for place in places), default=1)
+        for block in stream.blocks(job, width=width):
+            self._write_block(places, item, position, block)
+            if digest is not None:
+                digest.update(block.data)
+            position += len(block) // item
+            self.counter.advance(len(block))
+        assert position == job.info.numel, f"{job.info}: {position} elements"
+        source = stream.source_digest() if job.surgery is None else None
+        stored = digest.hexdigest() if digest is not None else stream.source_digest()
+        with self._lock:
+            self._pending[job.key] = WrittenTensor(xxh3_128=stored, source_xxh3_128=source)
+            self._pending_bytes += job.info.nbytes
+            due = self._pending_bytes >= SYNC_BYTES
+            if due:
+                self._pending_bytes = 0
+        if due:
+            self._sync()
+        for name in self._files_of[job.key]:
+            if self._open[name].done_with_tensor():
+                self._finish(self._open[name])
+
+    def _write_block(self, places: Sequence[Piece], item: int, start: int, block: np.ndarray) -> None:
+        """Write elements ``start`` and on of a tensor, each of ``item`` bytes, to wherever they belong."""
+        stop = start + len(block) // item
+        for place in places:
+            if place.start * place.width < stop and start < place.stop * place.width:
+                part, offset = window_of(place, start, block, item)
+                self._open[str(place.path)].write(offset, np.ascontiguousarray(part).reshape(-1).data)
+
+    def finish_resumed(self) -> None:
+        """Complete the files of which no tensor is missing: an earlier run was stopped there, or they hold none."""
+        for file in [*self._open.values()]:
+            if not file.lacks_tensors:
+                self._finish(file)
+
+    def _finish(self, file: OpenFile) -> None:
+        name = file.layout.name
+        with self._lock:
+            mine = {key: tensor for key, tensor in self._pending.items() if name in self._files_of[key]}
+            alone = all(self._files_of[key] == {name} for key in mine)
+        if mine and not alone:
+            # They lie in other files too: those must be on disk before this one counts as finished.
+            self._sync()
+            mine = {}
+        record = file.finish()
+        self._journal.add(mine, name, record)
+        with self._lock:
+            self._pending = {key: tensor for key, tensor in self._pending.items() if key not in mine}
+
+    def _sync(self) -> None:
+        """Bring what has been written to disk, and enter it in the journal."""
+        with self._lock:
+            pending = dict(self._pending)
+        for file in [*self._open.values()]:
+            file.sync()
+        self._journal.add(pending)
+        with self._lock:
+            self._pending = {key: tensor for key, tensor in self._pending.items() if key not in pending}
+
+    def close(self) -> None:
+        """Close all files, finished or not."""
+        for file in self._open.values():
+            file.close()

@@ -1,0 +1,183 @@
+"""The values of one output tensor as a stream of blocks: bytes copied from a source, new rows drawn, dtypes converted.
+
+Both the writer and the verifier consume this stream, so what is proved of a checkpoint is what was meant to be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from statex_dist.checkpoint.formats.dtype_cast import cast, encode, has_nonfinite
+from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, TensorInfo, TensorSource
+from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.errors import CheckpointError
+from statex_dist.models.recipe import Keep
+from statex_dist.models.surgery import Surgery
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorJob:
+    """One tensor of a target.
+
+    Attributes:
+        info: As it is to be stored.
+        source: As the source holds it; None for a tensor that the source has not.
+        surgery: What becomes of its rows; None where all values are kept.
+        state: Of which optimizer state it is; None for the weights themselves.
+    """
+
+    info: TensorInfo
+    source: TensorInfo | None
+    surgery: Surgery | None = None
+    state: str | None = None
+
+    @classmethod
+    def copy(cls, info: TensorInfo, *, dtype: str | None = None, state: str | None = None) -> TensorJob:
+        """Return the job of a tensor of which all values are kept, in another dtype where one is given."""
+        return cls(info=info if dtype is None else replace(info, dtype=dtype), source=info, state=state)
+
+    @property
+    def key(self) -> str:
+        """What tells the tensor from all others of the target."""
+        return self.info.name if self.state is None else f"{self.state}\0{self.info.name}"
+
+
+class TensorStream:
+    """Produces the bytes of jobs, one after the other, in buffers of its own (one stream per thread).
+
+    Args:
+        source: Where kept values come from.
+        allow_nonfinite: Whether NaN and Inf may be copied; else they are an error.
+        crcs: Where bytes of ``torch.save`` files are noted.
+    """
+
+    def __init__(self, source: TensorSource, *, allow_nonfinite: bool, crcs: SourceCrcs | None = None):
+        self._source, self._allow_nonfinite = source, allow_nonfinite
+        self._reader = PieceReader(source.opened, crcs, source.ahead)
+        self._buffer = np.empty(BLOCK_BYTES, dtype=np.uint8)
+        self._scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
+        self._digest, self._width = xxhash.xxh3_128(), 1
+
+    def blocks(self, job: TensorJob, *, width: int = 1) -> Iterator[np.ndarray]:
+        """Yield a tensor's bytes in the stored dtype, in order; a block is valid until the next one is asked for.
+
+        Args:
+            job: The tensor.
+            width: Blocks are whole rows of so many elements.
+
+        Raises:
+            CheckpointError: The source cannot be read or has changed, its replicas differ, it is not what its manifest
+                says, a value is not finite, or a dtype cannot be converted.
+        """
+        self._digest, self._width = xxhash.xxh3_128(), width
+        if job.surgery is None:
+            assert job.source is not None
+            yield from self._copied(job, 0, job.source.numel)
+            self._check_digest(job, self._digest.hexdigest())
+            return
+        recipe = job.surgery.recipe
+        for index, block in enumerate(recipe.blocks):
+            if isinstance(block, Keep):
+                assert job.source is not None
+                yield from self._copied(job, block.start * recipe.row_numel, block.stop * recipe.row_numel)
+            elif job.state is not None:
+                # What the optimizer remembers of a new row is nothing.
+                yield from self._zeros(block.rows * recipe.row_numel * job.info.item_bytes)
+            else:
+                # New values are rounded to the source's dtype first, so that --dtype rounds what it would have kept.
+                dtype = job.source.dtype if job.source is not None else job.info.dtype
+                for values in job.surgery.draw(index, size=BLOCK_BYTES // 4):
+                    made = cast(encode(values, dtype), dtype, job.info.dtype)
+                    self._check(made, job.info.dtype, job, "among its new rows")
+                    yield made
+        if job.source is not None and self._expected(job) is not None:
+            # Rows were left out or repeated above: the manifest's digest is of all of them, once.
+            digest = xxhash.xxh3_128()
+            for window in self._windows(job, 0, job.source.numel):
+                digest.update(window.data)
+            self._check_digest(job, digest.hexdigest())
+
+    def _zeros(self, count: int) -> Iterator[np.ndarray]:
+        self._scratch[: min(count, BLOCK_BYTES)] = 0
+        for position in range(0, count, BLOCK_BYTES):
+            yield self._scratch[: min(BLOCK_BYTES, count - position)]
+
+    def source_digest(self) -> str:
+        """Return the xxh3-128 digest of the source bytes of the last job, where all of them were copied in order."""
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the source's files."""
+        self._reader.close()
+
+    def _windows(self, job: TensorJob, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield elements ``start .. stop`` of a source tensor as bytes."""
+        info = job.source
+        assert info is not None
+        source = self._source.of_state(job.state)
+        pieces, replicas = source.pieces(info.name), source.replicas(info.name)
+        step = _window_numel(job, pieces, self._width)
+        for position in range(start, stop, step):
+            window = self._buffer[: (min(position + step, stop) - position) * info.item_bytes]
+            self._reader.read(pieces, info, position, window)
+            for replica in replicas:
+                if self._reader.differing(replica, info, position, window):
+                    raise CheckpointError(
+                        f"tensor '{info.name}': the copy of it in {replica.path} differs from the other ranks' copies"
+                    )
+            yield window
+
+    def _copied(self, job: TensorJob, start: int, stop: int) -> Iterator[np.ndarray]:
+        assert job.source is not None
+        for block in self._windows(job, start, stop):
+            self._digest.update(block.data)
+            self._check(block, job.source.dtype, job, "in the source")
+            if job.info.dtype != job.source.dtype:
+                try:
+                    block = cast(block, job.source.dtype, job.info.dtype)
+                except CheckpointError as error:
+                    raise CheckpointError(f"tensor '{job.info.name}': {error}") from None
+                self._check(block, job.info.dtype, job, f"once it is stored as {job.info.dtype}")
+            yield block
+
+    def _expected(self, job: TensorJob) -> str | None:
+        assert job.source is not None
+        return self._source.of_state(job.state).facts.digests.get(job.source.name)
+
+    def _check_digest(self, job: TensorJob, found: str) -> None:
+        """Raise unless the source's bytes are those of which the manifest has the digest, if it has one."""
+        expected = self._expected(job)
+        if expected is not None and expected != found:
+            assert job.source is not None
+            raise CheckpointError(
+                f"{self._source.facts.path} is damaged: the values of tensor '{job.source.name}' are not those of its "
+                f"{MANIFEST_NAME}"
+            )
+
+    def _check(self, block: np.ndarray, dtype: str, job: TensorJob, where: str) -> None:
+        if not self._allow_nonfinite and has_nonfinite(block, dtype, self._scratch):
+            raise CheckpointError(
+                f"tensor '{job.info.name}' holds NaN or Inf {where} ({self._source.facts.path}); "
+                "pass --allow-nonfinite to copy it all the same"
+            )
+
+
+def _window_numel(job: TensorJob, pieces: Pieces, width: int) -> int:
+    """Return the elements that are copied at once: as many rows as fit where a piece or a place has some columns only.
+
+    Raises:
+        CheckpointError: A row of such a tensor is larger than a buffer.
+    """
+    assert job.source is not None
+    width = max(width, *(piece.width for piece in pieces if isinstance(piece, Piece)), 1)
+    # The target's dtype may be the wider one.
+    rows = BLOCK_BYTES // (width * max(job.source.item_bytes, job.info.item_bytes))
+    if rows == 0:
+        raise CheckpointError(f"tensor '{job.info.name}' has rows of {width} elements: too long to be cut by columns")
+    return rows * width

@@ -1,0 +1,1 @@
+"""Plans of an expansion: options, search for a size, memory, forgetting."""

@@ -1,0 +1,202 @@
+"""What ``statex plan`` and ``statex expand`` can be told about an expansion, and their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from checkpoints_tools.plan.size_search import find_plan
+from statex_dist.errors import ConfigError, reason, shown
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.kinds import default_op, make_plan
+from statex_dist.state.plan import Init, Op
+
+DEFAULT_EVERY = 6
+DEFAULT_GROWTH = 4
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "statex-paper-gla": {"layers": "every:6", "op": "merge_heads", "factor": "full", "init": "reinit"},
+    "statex-paper-merge": {"layers": "every:6", "op": "merge_heads", "factor": "full", "init": "inherit"},
+    "statex-paper-mamba4": {"layers": "all", "op": "grow_state", "factor": "4", "init": "reinit"},
+    "statex-paper-merge-copy": {"layers": "all", "op": "grow_state", "factor": "4", "init": "copy"},
+}
+"""The modes of the StateX authors' scripts (``drop_mode`` gla, merge, mamba4, merge_copy); all reset the dynamics."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """An expansion as a user asks for it.
+
+    Attributes:
+        layers: A rule of :func:`statex_dist.state.plan.select_layers`; None is ``every:6`` (the paper's choice for GLA;
+            the first recurrent layer alone on a model of fewer layers).
+        factor: A number or ``full`` (all heads of a layer); None is ``full`` for operations on heads and 4 for
+            ``grow_state`` (Mamba2: 128 -> 512, as in the paper).
+        init: How the new state starts; None is ``reinit``.
+        op: The operation; None takes the family's own.
+        seed: Seed of the random values.
+        reset_dynamics: Whether decays, steps and norms start anew, as in the authors' scripts.
+        recipe: A name of :data:`RECIPES`, in place of op, factor, init and reset_dynamics.
+        target_state: Size that all states together are to reach (``1.5x`` or ``18.7M``), in place of what is not given
+            of layers and factor.
+        plan: A YAML file with a plan per layer (:func:`read_plan_file`), in place of all others but the seed.
+    """
+
+    layers: str | None = None
+    factor: str | int | None = None
+    init: Init | None = None
+    op: Op | None = None
+    seed: int = 0
+    reset_dynamics: bool = False
+    recipe: str | None = None
+    target_state: str | None = None
+    plan: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "target_state", "plan"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str | Path) and str(value).strip()):
+                raise ConfigError(f"--{name.replace('_', '-')} must be a text that is not empty, not {value!r}")
+        for name, allowed in (("init", get_args(Init)), ("op", get_args(Op)), ("recipe", tuple(RECIPES))):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ConfigError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
+        groups = {
+            "recipe": ("factor", "init", "op", "reset_dynamics", "target_state", "plan"),
+            "plan": ("layers", "factor", "init", "op", "reset_dynamics", "target_state"),
+        }
+        for name, others in groups.items():
+            if getattr(self, name) is not None and (clash := [o for o in others if getattr(self, o)]):
+                options = ", ".join(f"--{other.replace('_', '-')}" for other in clash)
+                raise ConfigError(f"--{name} decides by itself what {options} would say; leave them out")
+
+
+def plan_model(config: ModelConfig, options: PlanOptions | None = None) -> ModelConfig:
+    """Return ``config`` with the expansion that the options ask for.
+
+    Raises:
+        ConfigError: The options are wrong or do not fit the model.
+    """
+    options = options or PlanOptions()
+    if not config.recurrent_layers:
+        raise ConfigError(f"this {config.MODEL_TYPE} model has no recurrent layer: there is no state to expand")
+    if options.plan is not None:
+        return _planned(config, read_plan_file(Path(options.plan)), options.seed)
+    if options.recipe is not None:
+        row = {**RECIPES[options.recipe], "reset_dynamics": True}
+        family = "mamba2" if row["op"] == "grow_state" else "gla"
+        if config.MODEL_TYPE not in (family, f"{family}_state_spaces"):
+            raise ConfigError(
+                f"--recipe {options.recipe} is the authors' for {family}; this is a {config.MODEL_TYPE} model"
+            )
+        if options.layers is not None:
+            row["layers"] = options.layers
+        return _add(config, row, options.seed)
+    row = {
+        "layers": options.layers,
+        "factor": options.factor,
+        "init": options.init,
+        "op": options.op,
+        "reset_dynamics": options.reset_dynamics,
+    }
+    if options.target_state is not None:
+        init = options.init or "reinit"
+        op = options.op or default_op(config, init)
+        factor = _factor(config, options.factor, op) if options.factor is not None else None
+        if options.factor == "full":
+            factor = _full(config, op)
+        found = find_plan(config, options.target_state, layers=options.layers, factor=factor, op=op, init=init)
+        row |= {"layers": ",".join(map(str, found.layers)), "factor": found.factor, "op": op}
+    return _add(config, row, options.seed)
+
+
+def _add(config: ModelConfig, row: Mapping[str, Any], seed: int) -> ModelConfig:
+    """Return ``config`` with one row of a plan added, defaults filled in."""
+    init: Init = row.get("init") or "reinit"
+    op: Op = row.get("op") or default_op(config, init)
+    return make_plan(
+        config,
+        layers=row.get("layers") or f"every:{DEFAULT_EVERY}",
+        factor=_factor(config, row.get("factor"), op),
+        init=init,
+        op=op,
+        seed=row.get("seed", seed),
+        reset_dynamics=row.get("reset_dynamics") or False,
+    )
+
+
+def _factor(config: ModelConfig, factor: str | int | None, op: Op) -> int | None:
+    """Return the number that a factor stands for; None is ``full``."""
+    if factor is None:
+        return DEFAULT_GROWTH if op == "grow_state" else None
+    if factor == "full":
+        return None
+    if isinstance(factor, int) and not isinstance(factor, bool):
+        return factor
+    try:
+        return int(factor if isinstance(factor, str) else "")
+    except ValueError:
+        raise ConfigError(f"--factor {factor!r} is neither a whole number from 2 nor 'full'") from None
+
+
+def _full(config: ModelConfig, op: Op) -> int:
+    """Return the number of heads of a layer, which ``full`` stands for.
+
+    Raises:
+        ConfigError: The operation is not one on heads.
+    """
+    if op == "grow_state":
+        raise ConfigError(f"--factor full is for models with heads to merge or mix; give a number for op {op}")
+    return config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).num_heads
+
+
+_ROW_KEYS = ("layer", "layers", "op", "factor", "init", "seed", "reset_dynamics")
+
+
+def read_plan_file(path: Path) -> list[dict[str, Any]]:
+    """Read a plan per layer.
+
+    The file is a list of rows, or a mapping with such a list under ``layers`` (the form that ``config.json`` holds):
+
+        - layers: every:6          # a rule, or `layer: 3`
+          op: merge_heads          # op, factor, init and seed as the options of the same names
+          factor: 4
+          init: inherit
+        - {layer: 3, op: mix_heads, factor: 2, init: lossless}
+
+    Raises:
+        ConfigError: The file is missing, not YAML, or a row is not as above.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"--plan {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"--plan {path} is not YAML: {reason(error)}") from None
+    rows = content.get("layers") if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError(f"--plan {path} must hold a list of rows, each with 'layers' (or 'layer') and what is done")
+    for number, row in enumerate(rows, start=1):
+        where = f"--plan {path}, row {number}"
+        if not isinstance(row, dict) or ("layer" in row) == ("layers" in row):
+            raise ConfigError(f"{where}: needs one of 'layer' and 'layers', not {shown(row)}")
+        if unknown := [key for key in row if key not in _ROW_KEYS]:
+            raise ConfigError(f"{where}: unknown keys {unknown}; allowed: {', '.join(_ROW_KEYS)}")
+        layers = row.get("layers", row.get("layer"))
+        if layers is None or layers in ("", []):
+            raise ConfigError(f"{where}: names no layer")
+        PlanOptions(op=row.get("op"), init=row.get("init"))
+    return rows
+
+
+def _planned(config: ModelConfig, rows: list[dict[str, Any]], seed: int) -> ModelConfig:
+    for row in rows:
+        layers = row["layer"] if "layer" in row else row["layers"]
+        if isinstance(layers, list):
+            layers = ",".join(map(str, layers))
+        config = _add(config, {**row, "layers": str(layers)}, seed)
+    return config

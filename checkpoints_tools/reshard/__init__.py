@@ -1,0 +1,1 @@
+"""One checkpoint into another layout."""

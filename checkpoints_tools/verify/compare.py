@@ -1,0 +1,171 @@
+"""Comparing tensors of a checkpoint with what they should be, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from checkpoints_tools.io.tensor_stream import TensorJob, TensorStream
+from checkpoints_tools.io.workers import Counter, in_threads
+from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES
+from statex_dist.checkpoint.formats.dtype_cast import cast
+from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
+from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorInfo, TensorSource, natural_dtype
+from statex_dist.checkpoint.layout import MANIFEST_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor as it should be, and the name under which the other checkpoint has it (in its ``job.state``)."""
+
+    job: TensorJob
+    found: str
+
+    @property
+    def kind(self) -> str:
+        """What was to become of the tensor."""
+        return self.job.surgery.recipe.change if self.job.surgery else "kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a comparison found: the difference in words, if any, and the digest of the other's stored bytes."""
+
+    pair: Pair
+    problem: str | None
+    digest: str | None
+
+
+def compare(
+    pairs: Sequence[Pair],
+    source: TensorSource,
+    other: TensorSource,
+    *,
+    workers: int,
+    rtol: float | None = None,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Compare tensors of ``other`` with what the pairs' jobs make of ``source``.
+
+    Args:
+        pairs: What to compare.
+        source: Where the jobs take their values from.
+        other: What is held to them.
+        workers: Tensors compared at a time.
+        rtol: Largest relative difference of a value, dtypes aside; None asks for the same dtype and the same bytes.
+        progress: Told of the bytes compared.
+
+    Raises:
+        CheckpointError: One of the two is damaged: a checksum, a digest or a replica disagrees.
+    """
+    counter = Counter(sum(_info(other, pair).nbytes for pair in pairs), progress)
+    first, second = _Side(source), _Side(other)
+
+    def run(pair: Pair, comparer: _Comparer) -> Outcome:
+        outcome = comparer.compare(pair)
+        counter.advance(_info(other, pair).nbytes)
+        return outcome
+
+    outcomes = in_threads(pairs, lambda: _Comparer(first, second, rtol), run, workers=workers, stop=counter.stop)
+    for side in (first, second):
+        side.crcs.finish()
+    return outcomes
+
+
+def _info(source: TensorSource, pair: Pair) -> TensorInfo:
+    """Return a tensor of the other checkpoint as it would be exported."""
+    of_state = source.of_state(pair.job.state)
+    return replace(of_state.info(pair.found), dtype=natural_dtype(of_state, pair.found))
+
+
+class _Side:
+    """One of the two checkpoints, with the checksums of its files."""
+
+    def __init__(self, source: TensorSource):
+        self.source = source
+        self.crcs = SourceCrcs(source.archives())
+
+
+class _Comparer:
+    """Compares one pair after the other, in buffers of its own."""
+
+    def __init__(self, first: _Side, second: _Side, rtol: float | None):
+        self._stream = TensorStream(first.source, allow_nonfinite=True, crcs=first.crcs)
+        self._other = TensorStream(second.source, allow_nonfinite=True, crcs=second.crcs)
+        self._reader = PieceReader(second.source.opened, second.crcs, second.source.ahead)
+        self._second, self._rtol = second.source, rtol
+
+    def compare(self, pair: Pair) -> Outcome:
+        """Return what differs in one tensor, if anything."""
+        expected, found = pair.job.info, _info(self._second, pair)
+        if found.shape != expected.shape:
+            return Outcome(pair, f"has shape {found.shape}, not {expected.shape}", None)
+        mixed = found.dtype != expected.dtype
+        if mixed and (self._rtol is None or not {found.dtype, expected.dtype} <= set(CONVERTIBLE)):
+            return Outcome(pair, f"has dtype {TORCH_NAMES[found.dtype]}, not {TORCH_NAMES[expected.dtype]}", None)
+        of_state = self._second.of_state(pair.job.state)
+        stored, pieces = of_state.info(pair.found), of_state.pieces(pair.found)
+        # Both sides in windows of one size, whichever has the wider elements or the longer rows.
+        width = max((p.width for p in pieces if isinstance(p, Piece)), default=1)
+        digest, problem = xxhash.xxh3_128(), None
+        row = max(found.numel // found.shape[0], 1) if found.shape and found.shape[0] else 1
+        element = 0
+        for block in self._stream.blocks(pair.job, width=width):
+            count = len(block) // expected.item_bytes
+            actual = np.empty(count * stored.item_bytes, dtype=np.uint8)
+            self._reader.read(pieces, stored, element, actual)
+            digest.update(actual.data)
+            if problem is None:
+                wrong = _differing(block, cast(actual, stored.dtype, found.dtype), expected, found, self._rtol)
+                if wrong.any():
+                    problem = f"differs from row {(element + int(wrong.argmax())) // row} on"
+            element += count
+        if of_state.replicas(pair.found):
+            for _ in self._other.blocks(TensorJob.copy(stored, state=pair.job.state)):
+                pass  # reading compares the copies
+        recorded = of_state.facts.digests.get(pair.found)
+        if problem is None and recorded is not None and recorded != digest.hexdigest():
+            problem = f"is not the one whose digest is in {of_state.facts.path / MANIFEST_NAME}"
+        return Outcome(pair, problem, digest.hexdigest())
+
+    def close(self) -> None:
+        """Close all files."""
+        self._stream.close()
+        self._other.close()
+        self._reader.close()
+
+
+def _differing(
+    block: np.ndarray, actual: np.ndarray, expected: TensorInfo, found: TensorInfo, rtol: float | None
+) -> np.ndarray:
+    """Return, per element of two blocks, whether it differs."""
+    if rtol is None or expected.dtype not in CONVERTIBLE:
+        return (block.reshape(-1, expected.item_bytes) != actual.reshape(-1, found.item_bytes)).any(axis=1)
+    a, b = (cast(x, info.dtype, "F64").view("<f8") for x, info in ((block, expected), (actual, found)))
+    return ~np.isclose(a, b, rtol=rtol, atol=0, equal_nan=True)
+
+
+def read_all(
+    jobs: Sequence[TensorJob], source: TensorSource, crcs: SourceCrcs, *, workers: int, progress: Progress | None
+) -> None:
+    """Read tensors, with every check that reading makes.
+
+    Raises:
+        CheckpointError: A replica, a digest of the manifest or a file is not what it should be.
+    """
+    counter = Counter(sum(job.info.nbytes for job in jobs), progress)
+
+    def run(job: TensorJob, stream: TensorStream) -> None:
+        for block in stream.blocks(job):
+            counter.advance(len(block))
+
+    in_threads(
+        jobs,
+        lambda: TensorStream(source, allow_nonfinite=True, crcs=crcs),
+        run,
+        workers=workers,
+        stop=counter.stop,
+    )

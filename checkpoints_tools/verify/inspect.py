@@ -1,0 +1,202 @@
+"""What a checkpoint directory holds, told from names, sizes and headers: no value is read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from statex_dist.checkpoint.formats.detect import find_model_dir, open_files, recognise
+from statex_dist.checkpoint.formats.safetensors import read_header
+from statex_dist.checkpoint.formats.tensor_io import TensorSource
+from statex_dist.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, STATES_FORMAT
+from statex_dist.checkpoint.manifest import Manifest
+from statex_dist.errors import CheckpointError
+from statex_dist.models.config import ModelConfig, read_config_dict
+from statex_dist.models.kinds import config_from_dict, find_family
+from statex_dist.models.model_check import tied_names
+from statex_dist.models.source import OpenModel, interpret
+
+USES = ("plan", "expand", "train", "run")
+"""What is done with a model here."""
+
+_SHOWN_FILES = 16
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointFacts:
+    """What ``statex inspect`` prints; None where something is not known.
+
+    Attributes:
+        path: Directory of the files (of a run: its newest tag).
+        kind: Layout: ``hf``, ``torch``, ``zero3``, ``plain``, ``tp`` or ``megatron``.
+        model_type: From ``config.json``.
+        plan: The expansion plan, if any.
+        step: Optimizer step.
+        world_size: Ranks that wrote it, or that it is cut for.
+        tensors: Number of tensors, tied names not counted.
+        parameters: Elements of the floating-point tensors that are no buffers.
+        dtypes: Tensors by dtype.
+        tied: Tied names and their owners.
+        states: Names of the optimizer's states.
+        state_numbers: Size of the recurrent state of all layers, of a family of ours.
+        files: Number of files below the directory.
+        bytes: Bytes of all of them.
+        largest: The largest files and their bytes.
+        manifest: ``sizes agree`` or that there is none.
+        complete: Whether nothing is missing; None where that is not known.
+        problem: What is missing or wrong.
+        notes: What has to be known of it besides.
+        able: Whether the model can be planned for, expanded, trained and run here.
+        unable: Why not, by the same names.
+        checks: What was compared with what.
+        unchecked: What was not, and what compares it.
+    """
+
+    path: str
+    kind: str
+    model_type: str | None = None
+    plan: dict[str, Any] | None = None
+    step: int | None = None
+    world_size: int | None = None
+    tensors: int | None = None
+    parameters: int | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    states: list[str] = field(default_factory=list)
+    state_numbers: int | None = None
+    files: int = 0
+    bytes: int = 0
+    largest: dict[str, int] = field(default_factory=dict)
+    manifest: str = f"no {MANIFEST_NAME}"
+    complete: bool | None = None
+    problem: str | None = None
+    notes: list[str] = field(default_factory=list)
+    able: dict[str, bool] = field(default_factory=dict)
+    unable: dict[str, str] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers for JSON."""
+        return asdict(self)
+
+
+def inspect(directory: str | Path) -> CheckpointFacts:
+    """Describe a checkpoint; one that is incomplete or damaged is described as far as it can be.
+
+    Raises:
+        CheckpointError: Not a checkpoint.
+    """
+    kind, path = recognise(directory)
+    sizes = {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:_SHOWN_FILES]
+    facts = CheckpointFacts(
+        path=str(path),
+        kind=kind,
+        files=len(sizes),
+        bytes=sum(sizes.values()),
+        largest={name: sizes[name] for name in largest},
+    )
+    config: ModelConfig | None = None
+    values: dict[str, Any] | None = None
+    try:
+        values, config = _config(kind, path)
+        opened = _describe(facts, path)
+        values, config = opened.values, opened.config  # a run may have its config under another name
+    except CheckpointError as error:
+        facts.complete, facts.problem = False, str(error)
+    facts.unable = _reasons(facts, values, config)
+    facts.able = {use: use not in facts.unable for use in USES}
+    return facts
+
+
+def _config(kind: str, path: Path) -> tuple[dict[str, Any] | None, ModelConfig | None]:
+    """Return a checkpoint's ``config.json``, and the same typed where it is of one of our families."""
+    model_dir = find_model_dir(kind, path)
+    values = None if model_dir is None else read_config_dict(model_dir)
+    return values, config_from_dict(values) if values is not None and find_family(values) else None
+
+
+def _reasons(facts: CheckpointFacts, values: dict[str, Any] | None, config: ModelConfig | None) -> dict[str, str]:
+    """Return why a model cannot be planned for, expanded, trained or run; nothing for what can be done."""
+    if config is None:
+        text = f"not supported: expand cannot read model_type {values.get('model_type')!r}" if values else ""
+        if facts.problem is not None and (not values or find_family(values)):
+            text = facts.problem
+        return dict.fromkeys(USES, text or f"not known: there is no {CONFIG_NAME}")
+    reasons = {} if facts.problem is None else dict.fromkeys(USES, facts.problem)
+    if config.obstacle:
+        reasons |= dict.fromkeys(("train", "run"), config.obstacle)
+    if any(name.startswith("float8") for name in facts.dtypes):
+        reasons.setdefault("expand", "float8 has no room for new values: convert the model first")
+    return reasons
+
+
+def _describe(facts: CheckpointFacts, path: Path) -> OpenModel:
+    """Add what the headers say, and return the model.
+
+    Raises:
+        CheckpointError: Files are missing, damaged, or not those of the manifest, or tensors not those of the model.
+    """
+    archived = facts.kind in ("zero3", "plain", "torch", "megatron")
+    if (path / MANIFEST_NAME).is_file():
+        manifest = Manifest.read(path)
+        facts.step, facts.world_size = manifest.info.get("step"), manifest.info.get("world_size")
+        manifest.verify_sizes(path)
+        facts.manifest, facts.complete = "sizes agree", True
+        facts.checks.append(f"sizes of {len(manifest.files)} files: those of {MANIFEST_NAME}")
+        facts.unchecked.append(f"values: statex verify {facts.path} reads them and compares digests")
+    elif archived:
+        facts.unchecked.append(f"values: statex verify {facts.path} reads them and compares the files' checksums")
+    else:
+        facts.unchecked.append(f"values: there is no {MANIFEST_NAME} and no checksum, so that damage cannot be noticed")
+    source = open_files(path, describe=True)
+    facts.checks.append("headers of the weight files: consistent, and as long as the files")
+    if facts.kind in ("zero3", "tp", "megatron"):
+        facts.complete = True  # these layouts say which files and tensors there are
+    try:
+        opened = interpret(source, describe=True)
+        source = opened.source
+    finally:
+        _describe_tensors(facts, source)
+    facts.model_type = opened.values.get("model_type") if opened.values else None
+    if opened.config is None:
+        return opened
+    facts.model_type, facts.state_numbers = opened.config.MODEL_TYPE, opened.config.state_numbers
+    facts.plan = opened.config.statex.to_dict() if opened.config.statex else None
+    stored = [source.info(name) for name in tied_names(opened.config) if name in source and name not in source.aliases]
+    facts.parameters = (facts.parameters or 0) - sum(info.numel for info in stored)
+    facts.checks.append(f"names, shapes and dtypes of {len(opened.names)} tensors: those of {CONFIG_NAME}")
+    facts.complete = True
+    return opened
+
+
+def _describe_tensors(facts: CheckpointFacts, source: TensorSource) -> None:
+    infos = [source.info(name) for name in source.owned()]
+    for info in infos:
+        facts.dtypes[TORCH_NAMES[info.dtype]] = facts.dtypes.get(TORCH_NAMES[info.dtype], 0) + 1
+    facts.tensors = len(infos)
+    facts.notes = list(source.facts.notes)
+    facts.parameters = sum(i.numel for i in infos if i.dtype in FLOATS and i.name not in source.buffers)
+    facts.tied, facts.states = dict(source.aliases), list(source.states())
+    told = source.facts.info
+    facts.step = told.get("step", facts.step)
+    facts.world_size = told.get("world_size", told.get("tp", facts.world_size))
+
+
+def read_states_header(path: Path) -> dict[str, str]:
+    """Return whose states a file holds and how many tokens were read, from its header alone.
+
+    Raises:
+        CheckpointError: It is another file, or damaged.
+    """
+    try:
+        tensors, header = read_header(path)
+    except CheckpointError:
+        header = {}
+    if header.get("format") != STATES_FORMAT:
+        raise CheckpointError(f"{path} is a file, and no file of states; give the directory that holds the checkpoint")
+    size = sum(info.nbytes for info, _ in tensors.values())
+    return {**{key: value for key, value in header.items() if key != "digest"}, "bytes": str(size)}

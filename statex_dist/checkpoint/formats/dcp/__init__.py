@@ -1,0 +1,1 @@
+"""Torch distributed checkpoints (DCP, Megatron's torch_dist), read without torch."""

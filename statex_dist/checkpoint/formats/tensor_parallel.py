@@ -1,0 +1,166 @@
+"""Tensor-parallel shards read as one model again: ``tp_layout.json`` says what each rank's file holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from statex_dist.checkpoint.formats.places import missing_text
+from statex_dist.checkpoint.formats.safetensors import read_header
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, Ranges, TensorParallelLayout, check_place
+from statex_dist.errors import CheckpointError
+
+
+def local_info(info: TensorInfo, axis: int, ranges: Ranges) -> TensorInfo:
+    """Return a tensor as one rank holds it."""
+    if not info.shape:
+        return info
+    shape = list(info.shape)
+    shape[axis] = sum(stop - start for start, stop in ranges)
+    return TensorInfo(name=info.name, shape=tuple(shape), dtype=info.dtype)
+
+
+def local_pieces(info: TensorInfo, axis: int, ranges: Ranges, path: Path, offset: int) -> list[Piece]:
+    """Return where the parts of a tensor that one rank holds lie in its file."""
+    if not info.shape:
+        return [Piece(path, offset, 0, 1)]
+    if axis == 1:
+        (first, last), rows, width = ranges[0], info.shape[0], math.prod(info.shape[1:])
+        scale = width // info.shape[1]
+        return [Piece(path, offset, 0, rows, width, first * scale, last * scale)]
+    row, found = math.prod(info.shape[1:]), []
+    for start, stop in ranges:
+        found.append(Piece(path, offset, start * row, stop * row))
+        offset += (stop - start) * row * info.item_bytes
+    return found
+
+
+class TensorParallelSource(TensorSource):
+    """Tensor-parallel shards, as one model again; values that several ranks hold are compared while they are read.
+
+    Args:
+        directory: The directory with ``tp_layout.json``.
+        facts: What is known of it besides; None for what the directory itself tells.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the ranks together do not hold every tensor.
+    """
+
+    def __init__(self, directory: Path, facts: SourceFacts | None = None):
+        path = directory / LAYOUT_NAME
+        layout = TensorParallelLayout.read(path)
+        tp, files, tensors = layout.tp, layout.files, layout.tensors
+        headers = []
+        for rank, file in enumerate(files):
+            if not (directory / file).is_file():
+                raise CheckpointError(missing_text(directory / file, LAYOUT_NAME))
+            header, metadata = read_header(directory / file)
+            check_place(directory / file, metadata, rank=rank, tp=tp)
+            headers.append(header)
+        self._pieces: dict[str, list[Piece]] = {}
+        self._replicas: dict[str, list[Piece]] = {}
+        infos = {}
+        for name, cut in tensors.items():
+            dtypes = {header[name][0].dtype for header in headers if name in header}
+            if len(dtypes) != 1 or not all(name in header for header in headers):
+                raise CheckpointError(f"{directory}: tensor '{name}' is missing on a rank, or of several dtypes")
+            axis, ranges = cut.axis, cut.ranges
+            infos[name] = TensorInfo(name=name, shape=cut.shape, dtype=dtypes.pop())
+            held = []
+            for rank, header in enumerate(headers):
+                local, offset = header[name]
+                if (wanted := local_info(infos[name], axis, ranges[rank])).shape != local.shape:
+                    raise CheckpointError(
+                        f"{directory / files[rank]}: tensor '{name}' has shape {local.shape}; {LAYOUT_NAME} says "
+                        f"{wanted.shape}"
+                    )
+                held += local_pieces(infos[name], axis, ranges[rank], directory / files[rank], offset)
+            self._pieces[name], self._replicas[name] = _tiled(held, infos[name], directory)
+        for file, header in zip(files, headers, strict=True):
+            if unknown := [name for name in header if name not in tensors]:
+                raise CheckpointError(
+                    f"{directory / file} holds tensor '{unknown[0]}', which {LAYOUT_NAME} does not list"
+                )
+        facts = facts or SourceFacts.of_directory("tp", directory)
+        facts = replace(facts, info={**facts.info, "tp": tp})
+        super().__init__(facts, infos, [directory / file for file in files])
+
+    def stored_pieces(self, name: str) -> Pieces:
+        """Return where a tensor lies, in the files of all ranks."""
+        return self._pieces[name]
+
+    def stored_replicas(self, name: str) -> Sequence[Piece]:
+        """Return where other ranks hold the same values."""
+        return self._replicas[name]
+
+
+class RankSource(TensorSource):
+    """One rank's file alone: the rows or columns that it holds, each as a tensor.
+
+    Args:
+        path: The file.
+        rank: Whose it must be.
+        tp: Number of ranks.
+
+    Raises:
+        CheckpointError: It is missing, damaged or another rank's.
+    """
+
+    def __init__(self, path: Path, *, rank: int, tp: int):
+        self._header, metadata = read_header(path)
+        check_place(path, metadata, rank=rank, tp=tp)
+        infos = {name: info for name, (info, _) in self._header.items()}
+        super().__init__(SourceFacts.of_directory("tp", path.parent), infos, [path])
+
+    def stored_pieces(self, name: str) -> Pieces:
+        """Return where a tensor lies: one run of the file."""
+        info, offset = self._header[name]
+        return (Piece(self.files[0], offset, 0, info.numel),)
+
+
+def _tiled(held: Sequence[Piece], info: TensorInfo, where: Path) -> tuple[list[Piece], list[Piece]]:
+    """Return pieces that hold every element once, and those that hold some again.
+
+    Raises:
+        CheckpointError: Elements are held by nobody.
+    """
+    by_columns = any(piece.width > 1 for piece in held)
+    order = sorted(held, key=lambda p: (p.first, p.last) if by_columns else (p.start, p.stop))
+    total = order[0].width if by_columns and order else info.numel
+    tiles, replicas, position = [], [], 0
+    for piece in order:
+        start, stop = (piece.first, piece.last) if by_columns else (piece.start, piece.stop)
+        if start > position:
+            break
+        if stop <= position:
+            if stop > start:
+                replicas.append(piece)
+            continue
+        if start < position:
+            if by_columns:
+                raise CheckpointError(f"{where}: the columns of tensor '{info.name}' that the ranks hold overlap")
+            skipped = (position - start) * info.item_bytes
+            replicas.append(Piece(piece.path, piece.offset, start, position))
+            piece = Piece(piece.path, piece.offset + skipped, position, stop)
+        tiles.append(piece)
+        position = stop
+    if position != total:
+        raise CheckpointError(f"{where}: the ranks together do not hold all of tensor '{info.name}'")
+    return tiles, replicas
+
+
+class TensorParallel:
+    """The layout of tensor-parallel shards with ``tp_layout.json``."""
+
+    @staticmethod
+    def detect(directory: Path) -> bool:
+        """Return whether a directory holds the table of the shards."""
+        return (directory / LAYOUT_NAME).is_file()
+
+    @staticmethod
+    def read(directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
+        """Open a directory."""
+        return TensorParallelSource(directory, facts)

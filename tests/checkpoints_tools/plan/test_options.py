@@ -1,0 +1,165 @@
+"""What a user can ask for: plans in YAML, total sizes, the authors' recipes."""
+
+import json
+
+import pytest
+
+from checkpoints_tools.plan.options import RECIPES, PlanOptions, plan_model
+from statex_dist.errors import ConfigError
+from statex_dist.models.kinds import config_from_dict
+from tests.checkpoints_tools.builders import GLA, MAMBA2
+
+GLA_1B3 = {
+    **{"model_type": "gla", "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4},
+    **{"expand_k": 0.5, "expand_v": 1.0},
+}
+MAMBA2_1B3 = {
+    **{"model_type": "mamba2", "vocab_size": 50288, "hidden_size": 2048, "num_hidden_layers": 48},
+    **{"num_heads": 64, "head_dim": 64, "state_size": 128, "n_groups": 1},
+}
+
+
+def planned(values, **options):
+    return plan_model(config_from_dict(values), PlanOptions(**options)).statex.layers
+
+
+class TestPlanFile:
+    def write(self, tmp_path, text: str):
+        path = tmp_path / "plan.yaml"
+        path.write_text(text)
+        return path
+
+    def test_rows_by_rule_by_list_and_by_layer(self, tmp_path):
+        text = """
+        - layers: every:2
+          op: merge_heads
+          factor: full
+          init: inherit
+        - {layer: 1, op: grow_state, factor: 3, init: lossless, seed: 9}
+        """
+        rows = planned(GLA, plan=self.write(tmp_path, text), seed=4)
+        assert [(e.layer, e.op, e.factor, e.init, e.seed) for e in rows] == [
+            (0, "merge_heads", 4, "inherit", 4),
+            (1, "grow_state", 3, "lossless", 9),
+            (2, "merge_heads", 4, "inherit", 4),
+        ]
+        rows = planned(GLA, plan=self.write(tmp_path, "- layers: [0, 2]\n- layers: '1'\n  init: lossless"))
+        assert [(e.layer, e.op) for e in rows] == [(0, "merge_heads"), (1, "mix_heads"), (2, "merge_heads")]
+
+    def test_the_form_of_config_json_is_a_plan_file(self, tmp_path):
+        config = plan_model(config_from_dict(MAMBA2), PlanOptions(layers="0,2", factor=3, seed=2, init="inherit"))
+        path = self.write(tmp_path, json.dumps(config.statex.to_dict()))
+        assert planned(MAMBA2, plan=path) == config.statex.layers
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "must hold a list of rows"),
+            ("layers: 3", "must hold a list of rows"),
+            ("[", "is not YAML"),
+            ("- 3", "row 1: needs one of 'layer' and 'layers', not 3"),
+            ("- op: mix_heads", "row 1: needs one of 'layer' and 'layers'"),
+            ("- {layer: 0, layers: all}", "row 1: needs one of"),
+            ("- {layer: 0}\n- {layer: 1, heads: 2}", r"row 2: unknown keys \['heads'\]; allowed: layer, layers, op"),
+            ("- {layer: 0, init: zero}", "--init 'zero' is not one of"),
+            ("- {layer: 0}\n- {layer: 0}", r"layers \[0\] are already expanded"),
+            ("- {layer: 7}", "layer 7 is out of range"),
+            ("- {layer: 0, factor: most}", "--factor 'most' is neither"),
+            ("- {layer: -1}", "--layers '-1' is not a rule"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, text, message):
+        with pytest.raises(ConfigError, match=message):
+            planned(GLA, plan=self.write(tmp_path, text))
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"--plan .*nowhere\.yaml cannot be read: No such file"):
+            planned(GLA, plan=tmp_path / "nowhere.yaml")
+
+
+class TestTargetState:
+    def test_the_papers_size_gives_the_papers_plan(self):
+        rows = planned(GLA_1B3, target_state="1.5x")
+        assert [(e.layer, e.op, e.factor) for e in rows] == [(i, "merge_heads", 4) for i in (0, 6, 12, 18)]
+        rows = planned(GLA_1B3, target_state="18.9M")
+        assert [e.layer for e in rows] == [0, 6, 12, 18]
+
+    def test_free_factor_and_layers(self):
+        config = config_from_dict(GLA_1B3)
+        for target, options in (("2x", {}), ("1.25x", {"init": "lossless"}), ("3x", {"op": "grow_state"})):
+            after = plan_model(config, PlanOptions(target_state=target, **options))
+            assert after.state_numbers == pytest.approx(float(target[:-1]) * config.state_numbers, rel=0.05)
+
+    def test_what_is_given_stays(self):
+        rows = planned(MAMBA2_1B3, target_state="2x", factor=4)
+        assert {e.factor for e in rows} == {4}
+        assert len(rows) == 16
+        rows = planned(MAMBA2_1B3, target_state="2x", layers="every:3")
+        assert {e.factor for e in rows} == {4}
+        assert [e.layer for e in rows] == list(range(0, 48, 3))
+
+    def test_on_top_of_an_earlier_plan(self):
+        config = plan_model(config_from_dict(GLA_1B3), PlanOptions(layers="0", factor=2))
+        after = plan_model(config, PlanOptions(target_state="1.4x", op="mix_heads"))
+        assert after.state_numbers == pytest.approx(1.4 * config.state_numbers, rel=0.05)
+        assert after.statex.get(0) == config.statex.get(0)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"target_state": "much"}, "--target-state 'much' is not a size; give a multiple such as 1.5x"),
+            ({"target_state": "1x"}, "the model has 12,582,912 state numbers already; ask for more"),
+            (
+                {"target_state": "9x"},
+                r"no plan of op merge_heads comes within 5 %; the closest is 4 .*\(4\.00x\)",
+            ),
+            ({"target_state": "2x", "layers": "0"}, r"the closest is 4 times in layers \[0\] \(1\.12x\)"),
+            ({"target_state": "1.5x", "factor": 3}, "4 heads do not divide into groups of 3"),
+        ],
+    )
+    def test_out_of_reach(self, options, message):
+        with pytest.raises(ConfigError, match=message):
+            planned(GLA_1B3, **options)
+
+    def test_nothing_left_to_expand(self):
+        config = plan_model(config_from_dict(GLA), PlanOptions(layers="all", factor=2))
+        with pytest.raises(ConfigError, match="every recurrent layer is expanded already"):
+            plan_model(config, PlanOptions(target_state="4x"))
+
+
+class TestRecipes:
+    def test_each_is_the_authors_plan(self):
+        assert [(e.layer, e.op, e.factor, e.init) for e in planned(GLA_1B3, recipe="statex-paper-gla")] == [
+            (i, "merge_heads", 4, "reinit") for i in (0, 6, 12, 18)
+        ]
+        assert {e.init for e in planned(GLA_1B3, recipe="statex-paper-merge")} == {"inherit"}
+        mamba4 = planned(MAMBA2_1B3, recipe="statex-paper-mamba4")
+        assert [(e.layer, e.factor, e.init) for e in mamba4] == [(i, 4, "reinit") for i in range(48)]
+        assert {e.init for e in planned(MAMBA2_1B3, recipe="statex-paper-merge-copy", layers="0,5")} == {"copy"}
+        for name in RECIPES:
+            values = MAMBA2_1B3 if "grow" in RECIPES[name]["op"] else GLA_1B3
+            assert all(e.reset_dynamics for e in planned(values, recipe=name))
+
+    def test_a_recipe_of_the_other_family(self):
+        with pytest.raises(
+            ConfigError, match="--recipe statex-paper-gla is the authors' for gla; this is a mamba2 model"
+        ):
+            planned(MAMBA2_1B3, recipe="statex-paper-gla")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "mine"}, "--recipe 'mine' is not one of statex-paper-gla, statex-paper-merge"),
+        (
+            {"recipe": "statex-paper-gla", "factor": 2, "init": "inherit"},
+            "--recipe decides by itself what --factor, --init would say; leave them out",
+        ),
+        ({"plan": "x.yaml", "layers": "all"}, "--plan decides by itself what --layers would say"),
+        ({"plan": "x.yaml", "reset_dynamics": True}, "what --reset-dynamics would say"),
+        ({"op": "merge"}, "--op 'merge' is not one of merge_heads, mix_heads, grow_state"),
+    ],
+)
+def test_options_that_clash(options, message):
+    with pytest.raises(ConfigError, match=message):
+        PlanOptions(**options)
