@@ -160,13 +160,14 @@ def _describe(summary: PrepareSummary) -> str:
     left_out = f", {' and '.join(reasons)} ones left out" if reasons else ""
     marked = summary.special_token_documents
     left_out += f", {marked} with markers of special tokens in their text" if marked else ""
+    documents = f"{summary.documents} document{'s' * (summary.documents != 1)}"
     if summary.finished_before:
         return (
-            f"{summary.out}: complete: {summary.documents} documents{left_out}, {summary.tokens} {summary.dtype} "
+            f"{summary.out}: complete: {documents}{left_out}, {summary.tokens} {summary.dtype} "
             "tokens; a run of this command was killed after it had made this; its leftovers were removed"
         )
     return (
-        f"{summary.out}: {summary.documents} documents{left_out}, {summary.tokens} {summary.dtype} tokens in "
+        f"{summary.out}: {documents}{left_out}, {summary.tokens} {summary.dtype} tokens in "
         f"{summary.shards} shard{'s' * (summary.shards != 1)}, from {summary.files} file{'s' * (summary.files != 1)} "
         f"in {summary.seconds:.1f} s ({summary.tokens_per_second / 1e6:.2f}M tokens/s)"
     )
@@ -176,8 +177,9 @@ def _describe_part(summary: PartSummary) -> str:
     bad = f", {summary.bad_records} bad records left out" if summary.bad_records else ""
     marked = summary.special_token_documents
     markers = f" ({marked} with markers of special tokens in their text)" if marked else ""
+    documents = f"{summary.documents} document{'s' * (summary.documents != 1)}"
     return (
         f"part {summary.part}: {summary.units} unit{'s' * (summary.units != 1)} ({summary.units_before} done before) "
-        f"with {summary.documents} documents{markers}, {summary.tokens} tokens{bad}, in {summary.work} "
+        f"with {documents}{markers}, {summary.tokens} tokens{bad}, in {summary.work} "
         f"({summary.seconds:.1f} s)"
     )

@@ -242,6 +242,10 @@ def _train(
     try:
         with observers.looking():
             done = trainer.run()
+        if done and guard.without_targets == trainer.step:
+            raise NoTargetsError(
+                f"none of the {trainer.step} steps had a target: the model is as it was; look at the data's loss masks"
+            ).on_all_ranks(engine.rank)
         if engine.rank == 0:
             state: State = "complete" if done else "preempted"
             _write_status(run_dir, engine, state, trainer.step, trainer.epochs or epochs)

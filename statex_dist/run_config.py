@@ -16,7 +16,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.optim.groups import OptimizerConfig
 from statex_dist.optim.schedule import ScheduleConfig
 from statex_dist.parallel.context import ParallelConfig
-from statex_dist.redact import holds_secret
+from statex_dist.redact import bare_url, holds_secret
 from statex_dist.train.guard import GuardConfig
 from statex_dist.train.loop import TrainConfig
 from statex_dist.train.metrics import MetricsConfig
@@ -131,8 +131,20 @@ class DataSource:
             raise ConfigError(f"data.download_timeout must be a number of seconds above 0, not {self.download_timeout}")
         if not self.warn_epochs > 0:
             raise ConfigError(f"data.warn_epochs must be above 0 (.inf for no warning), not {self.warn_epochs}")
+        self._tell_urls_apart()
         if self.cache_limit is not None:
             parse_size(str(self.cache_limit), option="data.cache_limit")
+
+    def _tell_urls_apart(self) -> None:
+        """Refuse two URLs that differ in what is taken for a secret alone: one dataset's files would serve both."""
+        known: dict[str, tuple[str, str]] = {}
+        for name, path in self.paths.items():
+            other, url = known.setdefault(bare_url(path) if "://" in path else path, (name, path))
+            if url != path:
+                raise ConfigError(
+                    f"data.sources.{other} and data.sources.{name} differ in the user, password, query or fragment of "
+                    "their URL alone, which do not name a dataset; give them different paths"
+                )
 
     @property
     def paths(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ The result does not depend on the number of workers or parts, nor on how often t
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from statex_dist.checkpoint.json_file import read_bytes
 from statex_dist.data.corpus.documents import DEFAULT_SUFFIXES
 from statex_dist.data.corpus.rules import MAX_DOCUMENT_BYTES, DocumentRules
 from statex_dist.data.corpus.source import Source
-from statex_dist.data.corpus.spill import Spill
+from statex_dist.data.corpus.spill import Spill, UnitResult
 from statex_dist.data.corpus.staging import Staging
 from statex_dist.data.corpus.work import Part
 from statex_dist.data.manifest import LENGTHS_NAME, MANIFEST_NAME, DatasetManifest, pack_lengths, parse_manifest
@@ -37,6 +38,8 @@ from statex_dist.errors import ConfigError, DataError, bounded_line, writing
 
 if TYPE_CHECKING:
     from statex_dist.data.storage.tar import WdsShardWriter
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("mds", "wds")
 BAD_RECORDS_NAME = "bad_records.txt"
@@ -222,6 +225,7 @@ def prepare(
     with staging, directory:
         found = source.merge(directory) if merge else source.tokenize(directory.jobs)
         results = found.taken()
+        _warn_of_joined(results)
         left_out = {
             "short": sum(result.short for result in results),
             "long": sum(result.long for result in results),
@@ -336,6 +340,7 @@ def prepare_part(
     with source.open_work(out, work, part=part) as directory:
         found = source.tokenize(directory.jobs[part.index - 1 :: part.count])
         results = found.taken()
+    _warn_of_joined(results)
     return PartSummary(
         work=str(directory.path),
         part=str(part),
@@ -360,6 +365,16 @@ def _writer_class(format: str) -> type[MdsShardWriter] | type[WdsShardWriter]:
 def _listed(path: Path) -> list[str]:
     """Return the bad records that a dataset lists."""
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _warn_of_joined(results: Sequence[UnitResult]) -> None:
+    """Log how many rows of token ids hold several documents whose borders are not given."""
+    if rows := sum(result.reading.joined for result in results):
+        log.warning(
+            "%d row%s of token ids with EOS before the end: each row is one document, whose state is not reset at EOS; "
+            "give position_ids, seq_lengths or a numbered attention_mask to separate its documents",
+            *(rows, "s" * (rows != 1)),
+        )
 
 
 def _nothing(files: int, left_out: dict[str, int], rules: DocumentRules, bad: str) -> str:

@@ -53,6 +53,19 @@ def test_masks_and_borders_are_honoured(tmp_path, name):
     assert rows == {"tokens": {"files": 1, "names": [str(tmp_path / name)], "columns": columns}}
 
 
+def test_rows_of_several_documents_without_borders_are_reported(tmp_path, caplog):
+    joined = {"input_ids": [1, 2, EOS, 3, 4, EOS]}
+    alone = {"input_ids": [EOS, 1, 2, EOS]}  # some tokenizers have one token for BOS and EOS
+    borders = {**joined, "position_ids": [0, 1, 2, 0, 1, 2]}
+    path = write(tmp_path / "a.jsonl", [joined, alone, borders, joined])
+    prepare([path], tmp_path / "out")
+    assert "2 rows of token ids with EOS before the end" in caplog.text
+    assert sorted(len(tokens) for tokens, _ in documents(tmp_path / "out")) == [3, 3, 4, 6, 6]
+    caplog.clear()
+    prepare([write(tmp_path / "b.jsonl", [alone, borders])], tmp_path / "other")
+    assert "before the end" not in caplog.text
+
+
 @pytest.mark.parametrize("form", ["parquet", "json"])
 def test_what_datasets_writes(tmp_path, form):
     datasets = pytest.importorskip("datasets")

@@ -165,6 +165,15 @@ def test_a_source_s_name_is_no_place_for_them(tmp_path: Path, capsys):
     assert found_in(said.encode()) == []
 
 
+def test_urls_that_differ_in_secrets_alone_are_no_two_sources(tmp_path: Path, capsys):
+    urls = [with_secrets("http://host/shards"), "http://host/shards?version=2"]
+    data = {"sources": {f"source{number}": {"path": url} for number, url in enumerate(urls)}}
+    assert train(["--config", str(write_run(tmp_path / "run.yaml", model={"config": GLA}, data=data))]) == 2
+    said = capsys.readouterr().err
+    assert "data.sources.source0 and data.sources.source1 differ in" in said
+    assert found_in(said.encode()) == []
+
+
 def test_a_run_s_directory_is_no_url(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = run_file(tmp_path, "/data")

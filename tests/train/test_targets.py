@@ -154,6 +154,16 @@ def test_data_without_any_target_ends_the_run_after_one_pass_with_its_place(tmp_
     assert read_status(run).step > status.step, "a new start ends with the same error"
 
 
+def test_a_run_that_ends_before_a_step_had_a_target_is_not_complete(tmp_path: Path):
+    data = write_documents(tmp_path / "shards", [(400, slice(None))])
+    config = configure(tmp_path, data, train={"num_steps": 2})
+    for _ in range(2):  # a new start finds all steps done
+        with pytest.raises(DataError, match="none of the 2 steps had a target"):
+            train(config)
+        status = read_status(Path(config.run_dir))
+        assert (status.state, status.exit_code, status.restart) == ("failed", 2, False)
+
+
 def test_the_number_of_steps_without_targets_is_bounded(tmp_path: Path, masked: Path):
     arguments = ("--data.long_documents", "carry", "--guard.max_without_targets", "1")
     config = configure(tmp_path, masked, *arguments, train={"num_steps": 8})

@@ -52,6 +52,7 @@ class ReadReport:
         kind: ``"text"`` or ``"tokens"``, what the unit's rows hold; empty where it has none.
         columns: Columns of token rows that were honoured.
         unused: Columns that were not, and do not change what is learned.
+        joined: Rows of token ids with EOS before their end, each of which is one document all the same.
         here: Returns file and place of the record that was yielded last; of use while a unit is read.
     """
 
@@ -64,6 +65,7 @@ class ReadReport:
     kind: str = ""
     columns: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    joined: int = 0
     here: Callable[[], str] = field(default=str, compare=False)
 
     def leave_out(self, place: str, reason: str, count: int = 1, *, line: int = 0) -> None:

@@ -144,6 +144,8 @@ class UnitTokenizer:
                 yield bos, ids, None, eos
             else:
                 ids = record.input_ids
+                ending = self._tokenizer.eos_token_id
+                self._reading.joined += ending is not None and bool((ids[1:-1] == ending).any())
                 begun, ended = (len(ids) > 0 and ids[i] == added for i, added in ((0, bos), (-1, eos)))
                 yield None if begun else bos, ids, record.loss_mask, None if ended else eos
 
