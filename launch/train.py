@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from statex_dist.train.status import ATTEMPT_VARIABLE
 
         config = parse_config(RunConfig, arguments, prog="train.py", description="Train a recurrent language model.")
-        # The supervisor has said so already.
+        # The supervisor has warned already.
         if os.environ.get("RANK", "0") == "0" and ATTEMPT_VARIABLE not in os.environ:
             warn_of_arguments(arguments)
         return 0 if train(config, fit_world_size) else EXIT_PREEMPTED
@@ -69,7 +69,7 @@ def _say(text: str) -> None:
 
 
 def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) -> None:
-    """Leave word in the run's directory, where there is one that no other job trains into."""
+    """Write the failure into the run's directory, unless there is none or another job trains into it."""
     from statex_dist.train.claim import not_held
     from statex_dist.train.status import write_failure
 

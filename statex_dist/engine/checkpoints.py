@@ -169,7 +169,7 @@ class Checkpoints:
             ).on_all_ranks(self.engine.rank)
         if self.engine.rank == 0:
             logger.error(
-                "the checkpoint of step %d is NOT saved (%d of %d failures that are borne): %s",
+                "the checkpoint of step %d is not saved (failure %d in a row; one more than %d ends the run): %s",
                 *(step, self.failed, MAX_FAILED_SAVES - 1, problem),
             )
 

@@ -154,7 +154,7 @@ def test_a_full_disk_is_said_retried_and_leaves_the_last_checkpoint(
     result = run_training(2, "--config", str(file))
     assert result.returncode != 0
     assert "trying again (1 of 1)" in result.stderr
-    assert "the checkpoint of step 4 is NOT saved (1 of 2 failures that are borne)" in result.stderr
+    assert "the checkpoint of step 4 is not saved (failure 1 in a row; one more than 2 ends the run)" in result.stderr
     assert "cannot be saved" in result.stderr
     assert "start again: the run continues from global_step2" in result.stderr
     assert "CheckpointError" not in result.stderr, "a traceback, not a message"

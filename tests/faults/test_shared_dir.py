@@ -110,7 +110,7 @@ def write_fault(config: Path, point: str, rank: int) -> dict[str, Any]:
         ("mount away in a save", 1, "rank 0 on .* does not see 2 of 4 files in .*zero_pp_rank_1_.* .of rank 1 on "),
         pytest.param("mount away", 1, "rank 1 on .* cannot see .*, which rank 0 has made", marks=pytest.mark.slow),
         pytest.param("mount away", 0, "is not the directory in which this run began", marks=pytest.mark.slow),
-        pytest.param("mount away in a save", 0, "is NOT saved", marks=pytest.mark.slow),
+        pytest.param("mount away in a save", 0, "is not saved", marks=pytest.mark.slow),
     ],
 )
 def test_a_mount_that_goes_away_between_saves_costs_no_checkpoint(

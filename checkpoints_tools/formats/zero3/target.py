@@ -73,7 +73,7 @@ def _begun(request: TargetRequest) -> PlannedTarget:
         )
     if request.world_size is None:
         raise ConfigError(f"--to zero3 from {source.facts.kind} needs --world-size, the number of ranks")
-    notes = ["no optimizer states: training starts anew from here"]
+    notes = ["no optimizer states: training begins at step 0"]
     if behind := trainer_states(source.facts.path):
         notes.append(f"{', '.join(behind[:4])} beside the weights are left out")
     return PlannedTarget(plan=_fresh_plan(request, request.world_size), notes=notes)

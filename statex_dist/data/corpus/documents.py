@@ -244,8 +244,8 @@ def _kind(file: Path) -> str:
     if suffix in (*JSONL_SUFFIXES, _JSON_SUFFIX):
         return "jsonl"
     if suffix not in PARQUET_SUFFIXES:
-        if (remedy := by_name(file.name)) is not None:
-            raise DataError(f"{file} is no file of text by its suffix; {remedy}, or name it .txt if it is text")
+        if (advice := by_name(file.name)) is not None:
+            raise DataError(f"{file} is no file of text by its suffix; {advice}, or name it .txt if it is text")
         return "text"
     if is_compressed(file.name):
         raise DataError(f"{file} is parquet inside {file.suffix}; parquet is compressed by itself: unpack the file")

@@ -38,11 +38,11 @@ _TAR_AT: Final = 257
 def by_name(name: str) -> str | None:
     """Return what to do with a file whose name says that it is of another format; ``None`` for any other name."""
     inner = inner_name(name).lower()
-    return next((remedy for suffix, remedy in _BY_SUFFIX.items() if inner.endswith(suffix)), None)
+    return next((advice for suffix, advice in _BY_SUFFIX.items() if inner.endswith(suffix)), None)
 
 
 def by_begin(data: bytes) -> tuple[str, str] | None:
     """Return of which other format data is by its begin, and what to do; ``None`` if it may be text."""
     if data[_TAR_AT : _TAR_AT + 5] == b"ustar" and data[_TAR_AT + 5 : _TAR_AT + 6] in (b"\0", b" "):
         return "a tar file", _UNPACK
-    return next(((what, remedy) for begin, what, remedy in _BY_BEGIN if data.startswith(begin)), None)
+    return next(((what, advice) for begin, what, advice in _BY_BEGIN if data.startswith(begin)), None)

@@ -103,7 +103,7 @@ def test_settings_that_do_not_say_the_batch():
 def test_a_model_becomes_a_checkpoint_to_train_from(tmp_path):
     tensors = write_model(tmp_path / "hf", {**GLA, "tie_word_embeddings": True})
     summary = reshard(tmp_path / "hf", tmp_path / "zero", to="zero3", world_size=3, dtype="bf16")
-    assert summary.notes == ["no optimizer states: training starts anew from here"]
+    assert summary.notes == ["no optimizer states: training begins at step 0"]
     assert len(list((tmp_path / "zero/global_step0").glob("bf16_zero_pp_rank_*_optim_states.pt"))) == 3
     reshard(tmp_path / "zero", tmp_path / "back")
     written = load_all(tmp_path / "back")
