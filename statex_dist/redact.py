@@ -110,10 +110,11 @@ def remember(url: str) -> None:
                 _remember(base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode(encoding)).decode())
         if not password and len(name) >= 2 * _SHORTEST:
             _remember(name)  # a token in the place of the name
-    _remember(query)
+    if "=" in query or _is_random(query):
+        _remember(query)
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
-        if not _PUBLIC_NAME.fullmatch(name) and (_SECRET_NAME.search(name) or _is_random(value or name)):
+        if not _PUBLIC_NAME.fullmatch(name) and ((value and _SECRET_NAME.search(name)) or _is_random(value or name)):
             _remember(pair, value)
     if _is_random(fragment):
         _remember(fragment)

@@ -1,5 +1,6 @@
 """One thread per process: tiny tensors gain nothing from more, and OpenMP spinning on a busy machine costs tenfold."""
 
+import copy
 import logging
 import os
 import sys
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import pytest
+
+from statex_dist import redact
 
 # Where flash-linear-attention is installed, any `import fla` registers its models with transformers' auto classes, in
 # place of transformers' own Mamba2 too, and they need a GPU. In this process fla is what fla-core alone is.
@@ -24,3 +27,12 @@ def _loggers_as_they_were() -> Iterator[None]:
         logger.setLevel(level)
         logger.handlers[:] = handlers
         logger.propagate = propagate
+
+
+@pytest.fixture(autouse=True)
+def _secrets_as_they_were() -> Iterator[None]:
+    """A process remembers the secrets of its URLs; those of a test would be redacted in the messages of the next."""
+    before = copy.deepcopy(redact._secrets)
+    yield
+    redact._secrets.clear()
+    redact._secrets.update(before)

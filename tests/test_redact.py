@@ -249,3 +249,10 @@ def test_a_record_with_wrong_arguments_is_still_logging_s_to_report(caplog):
     with pytest.raises(TypeError):
         record.getMessage()
     assert isinstance(StateXError("x"), Exception)
+
+
+def test_a_parameter_without_a_value_is_no_secret():
+    remember("http://host/shards?token&key&download")
+    assert redact("a token, a key and a download") == "a token, a key and a download"
+    remember("http://host/shards?5ig-Without-Name1")
+    assert redact("5ig-Without-Name1") == "***"

@@ -222,7 +222,7 @@ def explode_in(monkeypatch, steps: set[int], value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e6])
 def test_a_bad_step_is_skipped_and_its_batch_kept(tmp_path: Path, shards: Path, monkeypatch, value: float):
-    steps = {"num_steps": 12, "save_every": 1, "keep_last": 12}
+    steps = {"num_steps": 12, "save_every": 1, "keep_every": 1}
     config = load(tmp_path, shards, "--guard.spike_factor", "50", train=steps)
     explode_in(monkeypatch, {10}, value)
     assert train(config)
@@ -239,7 +239,8 @@ def test_a_bad_step_is_skipped_and_its_batch_kept(tmp_path: Path, shards: Path, 
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path, shards: Path, monkeypatch):
-    config = load(tmp_path, shards, "--guard.max_skipped", "2", train={"num_steps": 8, "save_every": 1})
+    steps = {"num_steps": 8, "save_every": 1, "keep_every": 1}
+    config = load(tmp_path, shards, "--guard.max_skipped", "2", train=steps)
     explode_in(monkeypatch, {2, 4, 5, 6}, float("nan"))
     with pytest.raises(
         StateXError, match=r"the gradient norm is nan at step 6, and 2 step\(s\) before it were skipped"
