@@ -154,8 +154,9 @@ class ShardCache:
                     whole = partial / "whole"
                     whole.mkdir()
                     make(whole)
-                    whole.rename(place)
-                    self._verified[place / shard.raw.name] = (place / shard.raw.name).stat().st_ino
+                    inode = (whole / shard.raw.name).stat().st_ino
+                    whole.rename(place)  # from here on another process may remove it, to make room
+                    self._verified[place / shard.raw.name] = inode
                 return
             except OSError as error:
                 if not is_disk_full(error):

@@ -259,6 +259,24 @@ def test_a_shard_removed_before_it_is_mapped_is_fetched_again(tmp_path, raw, cac
         assert server.requests["shard.00000.mds"] == 2
 
 
+def test_a_shard_removed_as_soon_as_it_is_in_place_is_fetched_again(tmp_path, raw, cache, monkeypatch):
+    rename, gone = Path.rename, []
+
+    def removed_by_another(self, target):
+        moved = rename(self, target)
+        if self.name == "whole" and not gone:
+            gone.append(target)
+            shutil.rmtree(target)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", removed_by_another)
+    with serve(tmp_path) as server:
+        store = open_store(f"{server.url}/ds", cache_dir=cache)
+        np.testing.assert_array_equal(store.read(0, 0, 0, 1900).tokens, DOCUMENTS[0])
+        assert gone
+        assert server.requests["shard.00000.mds"] == 2
+
+
 def test_a_limit_too_small(tmp_path, dataset, cache):
     with serve(tmp_path) as server:
         with pytest.raises(ConfigError, match=r"cache_limit 9000 bytes does not hold the two largest shards") as caught:
