@@ -148,6 +148,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    if not isinstance(values, dict) or not values:
+        return {prefix.removesuffix("."): values} if prefix else {}
+    return {name: item for key, value in values.items() for name, item in flat(value, f"{prefix}{key}.").items()}
+
+
 def dump_yaml(config: Any) -> str:
     """Return a resolved configuration as YAML, in the order of its fields, without secrets."""
     return yaml.safe_dump(redacted(to_dict(config)), sort_keys=False)

@@ -15,7 +15,7 @@ import torch
 from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, TRAIN_LENGTH_KEY
 from statex_dist.checkpoint.links import check_link
-from statex_dist.config import parse_size, to_dict
+from statex_dist.config import flat, parse_size, to_dict
 from statex_dist.data.epochs import warn_of_repeats
 from statex_dist.data.formats import open_store
 from statex_dist.data.lengths import TrainedLength
@@ -417,15 +417,8 @@ def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv, accumul
 
 def _shared_settings(config: RunConfig) -> dict[str, object]:
     """Return the settings that must be equal on all ranks, by dotted name, without secrets."""
-
-    def flat(section: dict[str, object], path: str) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in section.items():
-            found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-        return found
-
     # Each host has a cache of its own, perhaps under another path.
-    return {k: v for k, v in flat(resolved(config), "").items() if k not in ("data.cache_dir", "data.cache_limit")}
+    return {k: v for k, v in flat(resolved(config)).items() if k not in ("data.cache_dir", "data.cache_limit")}
 
 
 def describe_model(

@@ -34,7 +34,7 @@ class ReshardSummary:
         tensors: Number of tensors, optimizer states not counted.
         parameters: Elements of the floating-point tensors.
         weight_bytes: Bytes of the values, optimizer states included.
-        verified: Whether the source was held to a manifest.
+        verified: Whether the source was compared with a manifest.
         states: Names of the optimizer's states that went along.
         batch: How the global batch is kept on the new number of ranks (of ``zero3``, where the settings say).
         notes: What has to be known about the result.

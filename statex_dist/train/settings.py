@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from statex_dist.checkpoint.layout import SETTINGS_NAME
 from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.config import flat
 from statex_dist.errors import bounded_line, shown
 
 logger = logging.getLogger(__name__)
@@ -48,20 +49,12 @@ def write_settings(run_dir: Path, settings: Mapping[str, Any], start_step: int) 
 
 def _changes(earlier: str, settings: Mapping[str, Any]) -> list[str]:
     try:
-        before = dict(_flat(yaml.safe_load(earlier)))
+        before = flat(yaml.safe_load(earlier))
     except (ValueError, RecursionError, yaml.YAMLError):
         return ["the earlier file cannot be read"]
-    now = dict(_flat(settings))
+    now = flat(dict(settings))
     return [
         f"{key} {shown(before.get(key), 40)} -> {shown(now.get(key), 40)}"
         for key in {**before, **now}
         if before.get(key) != now.get(key)
     ]
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping) and values:
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values

@@ -24,6 +24,7 @@ from statex_dist.checkpoint.layout import (
     STATUS_NAME,
     complete_tags,
 )
+from statex_dist.config import flat
 from statex_dist.errors import DataError
 from statex_dist.evaluation.page.html import (
     Section,
@@ -288,13 +289,6 @@ def _change_table(run: TrainingRun) -> str:
     if not lines:
         return ""
     return heading(f"Settings that changed in {run.name}") + table([["", *(steps for steps, _ in parts)], *lines])
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    if not isinstance(values, dict) or not values:
-        return {prefix.removesuffix("."): values} if prefix else {}
-    return {name: item for key, value in values.items() for name, item in flat(value, f"{prefix}{key}.").items()}
 
 
 def _messages(runs: Sequence[TrainingRun]) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
+from statex_dist.config import flat
 from statex_dist.evaluation.page.figures import Figure, short_number
 from statex_dist.evaluation.page.health_figures import capacity_figures, collapse_figures, law_figures
 from statex_dist.evaluation.page.html import Section, details, figures, heading, paragraph, table
 from statex_dist.evaluation.page.inputs import SUITES, Result, reading
 from statex_dist.evaluation.page.measures import Measured, estimate_of, measured, number, position_of
-from statex_dist.evaluation.page.runs import flat
 from statex_dist.evaluation.page.suite_figures import (
     MQAR_LEVELS,
     icl_figures,
