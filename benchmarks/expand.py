@@ -31,7 +31,7 @@ import numpy as np
 from checkpoints_tools.formats.safetensors import index_of, lay_out
 from statex_dist.checkpoint.formats.safetensors import SINGLE_NAME
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
-from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.registry import config_from_dict, family_of
 
 MODELS = {
     "gla": {
@@ -66,7 +66,7 @@ from pathlib import Path
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from statex_dist.models.kinds import read_config
+from statex_dist.models.registry import read_config
 from statex_dist.models.surgery import expand_state_dict
 source, target, plan = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 before = read_config(source)

@@ -29,8 +29,8 @@ from statex_dist.inference.decoding import DecodingLoop, Row
 from statex_dist.inference.generate import stream_continuations
 from statex_dist.inference.prefill import evaluating, prefill
 from statex_dist.inference.sampling import Sampling
-from statex_dist.models.kinds import config_from_dict, make_plan
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import config_from_dict, make_plan
 
 GOAL = 3.0
 BATCHES = (1, 8, 32)

@@ -34,7 +34,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.expand import drop_cache
-from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.registry import config_from_dict, family_of
 
 SIZES = {
     "0.1b": {"hidden_size": 768, "num_hidden_layers": 8},

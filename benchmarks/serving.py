@@ -31,8 +31,8 @@ from statex_dist.inference.decoding import DecodingLoop, Row
 from statex_dist.inference.prefill import evaluating, read_contexts
 from statex_dist.inference.sampling import Sampling
 from statex_dist.models.hf import from_pretrained, save_pretrained
-from statex_dist.models.kinds import config_from_dict
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import config_from_dict
 
 CLIENTS = (1, 4, 16)
 PROMPT = "The river rose in the night, and they"

@@ -15,17 +15,17 @@ import numpy as np
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
+from statex_dist.batch import PackedBatch
 from statex_dist.data.prepare import prepare
-from statex_dist.data.types import PackedBatch
+from statex_dist.distributed.context_group import ContextGroup, ParallelConfig
+from statex_dist.distributed.env import read_env
 from statex_dist.engine.base import EngineConfig
 from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.documents import Documents
 from statex_dist.engine.zero3 import Zero3Engine
 from statex_dist.models.config import CONFIG_NAME
-from statex_dist.models.kinds import config_from_dict, make_plan
+from statex_dist.models.registry import config_from_dict, make_plan
 from statex_dist.optim.schedule import ScheduleConfig
-from statex_dist.parallel.context import ContextGroup, ParallelConfig
-from statex_dist.parallel.env import read_env
 from statex_dist.run import build_engine, build_loader, build_model, open_stores
 from statex_dist.run_config import DataSource, ModelSource, RunConfig
 from statex_dist.train.guard import Guard

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from statex_dist.inference.generate import Prefix
     from statex_dist.inference.sampling import Sampling
     from statex_dist.models.lm import RecurrentLM
-    from statex_dist.parallel.tensor_share import TensorShare
+    from statex_dist.models.tensor_parallel.share import TensorShare
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def run(args: Any) -> int:
         StateXError: The options, the model, the prompts or the file of states are wrong.
     """
     from launch.tensor_parallel import open_tensor_parallel, start_ranks, wants_ranks
-    from statex_dist.parallel.tensor_share import TensorShare
-    from statex_dist.parallel.together import OtherRankError
+    from statex_dist.distributed.error_sync import OtherRankError
+    from statex_dist.models.tensor_parallel.share import TensorShare
 
     if wants_ranks(args.tp):
         _read_options(args, args.tp)
@@ -86,8 +86,8 @@ def run(args: Any) -> int:
 
 def _generate(args: Any, share: TensorShare) -> None:
     """Do what this rank has to; all ranks produce the same tokens, and the first one prints them."""
+    from statex_dist.distributed.error_sync import OtherRankError
     from statex_dist.inference.text import stop_with_special_token
-    from statex_dist.parallel.together import OtherRankError
 
     with share.together():
         sampling = _read_options(args, share.size)

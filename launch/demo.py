@@ -30,7 +30,7 @@ from launch.demo_data import library_pieces, recall_documents, write_sources
 from launch.demo_report import ARMS, NUM_PAIRS, draw_plot, make_table
 from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.errors import ConfigError, StateXError
-from statex_dist.models.kinds import family_of, read_config
+from statex_dist.models.registry import family_of, read_config
 from statex_dist.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -80,7 +80,7 @@ def training_length(args: Any) -> tuple[int, str]:
     Raises:
         ConfigError: Neither says it.
     """
-    from statex_dist.models.kinds import read_config
+    from statex_dist.models.registry import read_config
     from statex_dist.models.source import find_model
 
     if args.train_length is not None:

@@ -21,7 +21,7 @@ from statex_dist.checkpoint.layout import (
 )
 from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import Manifest, commit_directory, record_file, write_durably
-from statex_dist.engine.retention import withdraw
+from statex_dist.engine.checkpoint_retention import withdraw
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from statex_dist.data.tokenizer import Tokenizer
     from statex_dist.models.lm import RecurrentLM
     from statex_dist.models.mitigation import Mitigation
-    from statex_dist.parallel.tensor_share import TensorShare
+    from statex_dist.models.tensor_parallel.share import TensorShare
 
 _SMALL_MODEL = 1 << 24
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -99,7 +99,7 @@ def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
     Raises:
         StateXError: As there, or another rank failed.
     """
-    from statex_dist.parallel.tensor import load_tensor_parallel
+    from statex_dist.models.tensor_parallel.model import load_tensor_parallel
 
     with share.together():
         mitigation = read_mitigation(args)
@@ -229,7 +229,7 @@ def parse_device(device: str) -> torch.device:
     """
     import torch
 
-    from statex_dist.parallel.env import read_env
+    from statex_dist.distributed.env import read_env
 
     if device == "auto":
         device = (
@@ -271,7 +271,7 @@ def set_threads(threads: int | None, num_parameters: int) -> None:
     """
     import torch
 
-    from statex_dist.parallel.env import read_env, share_cores
+    from statex_dist.distributed.env import read_env, share_cores
 
     cores = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from statex_dist.errors import ConfigError, StateXError
 
 if TYPE_CHECKING:
-    from statex_dist.parallel.tensor_share import TensorShare
+    from statex_dist.models.tensor_parallel.share import TensorShare
 
 JOIN_LIMIT = timedelta(minutes=2)
 """Longest wait for the other ranks to start."""
@@ -44,7 +44,7 @@ def wants_ranks(tp: int | None) -> bool:
     if tp is not None and tp < 1:
         raise ConfigError(f"--tp must be 1 or more, not {tp}")
     if tp is not None:
-        from statex_dist.parallel.tensor_share import require_megatron
+        from statex_dist.models.tensor_parallel.share import require_megatron
 
         require_megatron()
     return tp is not None and tp > 1 and "WORLD_SIZE" not in os.environ
@@ -119,10 +119,10 @@ def open_tensor_parallel(tp: int | None, *, device: str = "auto") -> Iterator[Te
     import torch
     import torch.distributed as dist
 
-    from statex_dist.parallel.env import read_env, share_cores
-    from statex_dist.parallel.joining import join_processes
-    from statex_dist.parallel.tensor_share import TensorShare
-    from statex_dist.parallel.together import OtherRankError
+    from statex_dist.distributed.env import read_env, share_cores
+    from statex_dist.distributed.error_sync import OtherRankError
+    from statex_dist.distributed.joining import join_processes
+    from statex_dist.models.tensor_parallel.share import TensorShare
 
     env = read_env()
     if env.world_size == 1:

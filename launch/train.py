@@ -70,7 +70,7 @@ def _say(text: str) -> None:
 
 def _record_failure(config: RunConfig | None, error: Exception, exit_code: int) -> None:
     """Write the failure into the run's directory, unless there is none or another job trains into it."""
-    from statex_dist.train.claim import not_held
+    from statex_dist.train.run_lock import not_held
     from statex_dist.train.status import write_failure
 
     if config is None or getattr(error, "agreed", False):

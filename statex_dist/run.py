@@ -23,33 +23,33 @@ from statex_dist.data.loader import PackedLoader
 from statex_dist.data.same_tokenizer import check_same_tokenizer
 from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
+from statex_dist.distributed.context_group import ContextGroup
+from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
+from statex_dist.distributed.error_sync import fail_together
+from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.documents import Documents
-from statex_dist.engine.passing import StatePassing
 from statex_dist.engine.plain import PlainEngine
+from statex_dist.engine.state_passing import StatePassing
 from statex_dist.errors import ConfigError, DataError, StateXError, failure_text
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained
-from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import config_from_dict, family_of
 from statex_dist.models.roles import parameter_roles
 from statex_dist.models.source import find_model
 from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule, log_schedule, schedule_facts, warn_of_changed_rates
-from statex_dist.parallel.context import ContextGroup
-from statex_dist.parallel.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
-from statex_dist.parallel.ranks import Ranks
-from statex_dist.parallel.together import fail_together
 from statex_dist.redact import redact, redacted
 from statex_dist.run_config import RunConfig
-from statex_dist.train.claim import LOCK_NAME
 from statex_dist.train.guard import BadStepsError, Guard, NoTargetsError
 from statex_dist.train.loop import Observers, Trainer
 from statex_dist.train.metrics import Metrics
 from statex_dist.train.mfu import utilisation
 from statex_dist.train.profile import Profiler
+from statex_dist.train.run_lock import LOCK_NAME
 from statex_dist.train.settings import write_settings
 from statex_dist.train.shared_dir import claim_together, require_shared
 from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest

@@ -7,15 +7,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from statex_dist.batch import num_segments
 from statex_dist.config import parse_size
 from statex_dist.data.loader import ONLY_SOURCE
-from statex_dist.data.mixing import Stage
-from statex_dist.data.types import num_segments
+from statex_dist.data.mixture import Stage
+from statex_dist.distributed.context_group import ParallelConfig
 from statex_dist.engine.base import EngineConfig
 from statex_dist.errors import ConfigError
 from statex_dist.optim.groups import OptimizerConfig
 from statex_dist.optim.schedule import ScheduleConfig
-from statex_dist.parallel.context import ParallelConfig
 from statex_dist.redact import bare_url, holds_secret
 from statex_dist.train.guard import GuardConfig
 from statex_dist.train.loop import TrainConfig

@@ -15,8 +15,8 @@ import yaml
 from statex_dist.data.prepare import prepare
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.hf import save_pretrained
-from statex_dist.models.kinds import config_from_dict, make_plan
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import config_from_dict, make_plan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

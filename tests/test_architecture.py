@@ -29,16 +29,11 @@ FLOORS = {
     "statex_dist.state*": 1,
     "statex_dist.checkpoint*": 2,
     "statex_dist.ops*": 2,
-    "statex_dist.data.types": 1,
+    "statex_dist.batch": 1,
+    "statex_dist.distributed*": 1,
     "statex_dist.data*": 3,
     "statex_dist.models*": 3,
     "statex_dist.optim*": 3,
-    "statex_dist.parallel": 1,
-    "statex_dist.parallel.env": 1,
-    "statex_dist.parallel.joining": 1,
-    "statex_dist.parallel.ranks": 1,
-    "statex_dist.parallel.context": 1,
-    "statex_dist.parallel*": 4,
     "statex_dist.engine.base": 3,
     "statex_dist.engine*": 4,
     "statex_dist.train.loop": 5,
@@ -62,7 +57,7 @@ TOOL_FLOORS = {
 
 APART = ("data", "models", "optim", "engine")
 """Folders that do not know each other,"""
-SHARED = {"statex_dist.models.lm": ("statex_dist.data.types",), "statex_dist.engine.*": ("statex_dist.data.types",)}
+SHARED = {"statex_dist.models.lm": ("statex_dist.batch",), "statex_dist.engine.*": ("statex_dist.batch",)}
 """but for these."""
 
 TOOLS_MAY_READ = (
@@ -92,7 +87,7 @@ TOOLS_MAY_READ = (
     "statex_dist.models.config",
     "statex_dist.models.layout",
     "statex_dist.models.plan_keys",
-    "statex_dist.models.kinds",
+    "statex_dist.models.registry",
     "statex_dist.models.distributions",
     "statex_dist.models.flops",
     "statex_dist.models.megatron_names",
@@ -118,7 +113,7 @@ ENGINES = {
     "fla": ("statex_dist.ops.fla_api",),
     "mamba_ssm": ("statex_dist.ops.mamba_api",),
     "causal_conv1d": ("statex_dist.ops.conv_api",),
-    "megatron": ("statex_dist.parallel.tensor", "statex_dist.parallel.tensor_share"),
+    "megatron": ("statex_dist.models.tensor_parallel.model", "statex_dist.models.tensor_parallel.share"),
     "wandb": ("statex_dist.train.wandb_run",),
     "lm_eval": ("statex_dist.evaluation.lm_eval_api",),
 }
@@ -247,7 +242,7 @@ def test_the_walk_sees_the_code():
     assert "mamba_ssm" in edges["statex_dist.ops.mamba_api"] or any(
         target.startswith("mamba_ssm") for target in edges["statex_dist.ops.mamba_api"]
     )
-    assert "statex_dist.data.types" in edges["statex_dist.models.lm"]
+    assert "statex_dist.batch" in edges["statex_dist.models.lm"]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +256,7 @@ def test_the_walk_sees_the_code():
         ("statex_dist/errors.py", "import statex_dist.config", "(floor 0) imports statex_dist.config (floor 1)"),
         ("statex_dist/data/a.py", "def f():\n    from statex_dist.models import lm", "do not know each other"),
         ("statex_dist/engine/a.py", "from statex_dist.data import loader", "do not know each other"),
-        ("statex_dist/engine/a.py", "from statex_dist.data.types import x\nfrom ..optim import groups", "do not know"),
+        ("statex_dist/engine/a.py", "from statex_dist.batch import x\nfrom ..optim import groups", "do not know"),
         ("statex_dist/models/lm.py", "from statex_dist.data.loader import x", "do not know each other"),
         (
             "statex_dist/models/hf.py",
@@ -336,7 +331,7 @@ def test_offline_tools_load_no_engine_and_no_kernel():
     assert EXPORTED in tools
     script = (
         "import importlib, sys\n"
-        f"for name in {[*tools, 'statex_dist.models.kinds', 'statex_dist.checkpoint.layout']!r}:\n"
+        f"for name in {[*tools, 'statex_dist.models.registry', 'statex_dist.checkpoint.layout']!r}:\n"
         "    importlib.import_module(name)\n"
         f"print(sorted(set({[*ENGINES, 'triton', 'torch', 'safetensors']!r}) & set(sys.modules)))\n"
         "print([m for m in sys.modules if m.startswith('statex_dist.ops')])\n"

@@ -18,7 +18,7 @@ from statex_dist.config import _dataclass_of, parse_config
 from statex_dist.engine.base import EngineConfig
 from statex_dist.engine.ds_config import deepspeed_config
 from statex_dist.errors import DataError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.loop import TrainConfig

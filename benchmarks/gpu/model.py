@@ -25,10 +25,10 @@ import torch
 
 from benchmarks.gpu.shapes import MODELS, TINY_MODELS, UNEXPANDED, expanded_config, expansions, random_model
 from benchmarks.measure import GIB, Record, Timing, figure, heading, machine, markdown, run_limited
-from statex_dist.data.types import IGNORE_INDEX, PackedBatch
+from statex_dist.batch import IGNORE_INDEX, PackedBatch
+from statex_dist.distributed.env import read_env
 from statex_dist.engine.base import EngineConfig
 from statex_dist.models.flops import training_flops_per_token
-from statex_dist.parallel.env import read_env
 from statex_dist.run import build_engine, prepare_model
 from statex_dist.run_config import DataSource, ModelSource, RunConfig
 from statex_dist.train.loop import TrainConfig

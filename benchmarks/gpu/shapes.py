@@ -13,8 +13,8 @@ import torch
 
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.distributions import generator_for
-from statex_dist.models.kinds import config_from_dict, make_plan
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import config_from_dict, make_plan
 
 
 def _gla(hidden: int, layers: int, vocab: int = 32000) -> dict[str, Any]:

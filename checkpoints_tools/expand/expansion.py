@@ -18,8 +18,8 @@ from statex_dist.checkpoint.dtypes import CONVERTIBLE, FLOATS, parse_dtype, stor
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource, natural_dtype
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
-from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.model_check import check_names
+from statex_dist.models.registry import config_from_dict, family_of
 from statex_dist.models.source import open_model
 from statex_dist.models.surgery import Surgery, surgeries
 

@@ -15,8 +15,8 @@ from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of, new_expansions
 from statex_dist.models.recipe import Change
+from statex_dist.models.registry import family_of, new_expansions
 from statex_dist.state.plan import LayerExpansion
 
 REPORT_VERSION = 2

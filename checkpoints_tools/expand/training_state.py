@@ -21,7 +21,7 @@ from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
 from statex_dist.checkpoint.history import read_history
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.kinds import family_of
+from statex_dist.models.registry import family_of
 
 
 def expanded_training_plan(

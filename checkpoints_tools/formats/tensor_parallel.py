@@ -30,8 +30,8 @@ from statex_dist.checkpoint.tp_layout import (
 )
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of
 from statex_dist.models.layout import shard_ranges
+from statex_dist.models.registry import family_of
 
 logger = logging.getLogger(__name__)
 

@@ -46,8 +46,8 @@ from typing import Any, Literal, get_args
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of
 from statex_dist.models.layout import TensorSpec
+from statex_dist.models.registry import family_of
 from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
 
 Place = Literal["none", "cpu", "nvme"]

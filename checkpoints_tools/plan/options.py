@@ -12,7 +12,7 @@ import yaml
 from checkpoints_tools.plan.size_search import find_plan
 from statex_dist.errors import ConfigError, reason, shown
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import default_op, make_plan
+from statex_dist.models.registry import default_op, make_plan
 from statex_dist.state.plan import Init, Op
 
 DEFAULT_EVERY = 6

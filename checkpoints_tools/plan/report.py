@@ -14,7 +14,7 @@ from checkpoints_tools.plan.forgetting import Evidence, Forgetting, judge_forget
 from checkpoints_tools.plan.memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.flops import forward_flops_per_token
-from statex_dist.models.kinds import family_of
+from statex_dist.models.registry import family_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import make_plan
+from statex_dist.models.registry import make_plan
 from statex_dist.state.plan import Init, Op, select_layers
 
 TOLERANCE = 0.05

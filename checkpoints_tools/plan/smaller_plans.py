@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import make_plan, new_expansions
+from statex_dist.models.registry import make_plan, new_expansions
 from statex_dist.state.plan import LayerExpansion
 
 

@@ -14,8 +14,8 @@ from statex_dist.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, STATES_FOR
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, read_config_dict
-from statex_dist.models.kinds import config_from_dict, find_family
 from statex_dist.models.model_check import tied_names
+from statex_dist.models.registry import config_from_dict, find_family
 from statex_dist.models.source import OpenModel, interpret
 
 USES = ("plan", "expand", "train", "run")

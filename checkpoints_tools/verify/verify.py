@@ -24,7 +24,7 @@ from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource, nat
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from statex_dist.models.source import open_source
 
 

@@ -19,7 +19,7 @@ from launch.supervisor.hosts import Host, answering, spread
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, complete_tags, step_of
 from statex_dist.errors import CheckpointError, ConfigError, StateXError
 from statex_dist.run_config import RunConfig
-from statex_dist.train.claim import claim
+from statex_dist.train.run_lock import claim
 from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
 from statex_dist.train.status import RunStatus, read_status
 

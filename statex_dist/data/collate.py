@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from statex_dist.batch import IGNORE_INDEX, Origin, PackedBatch
 from statex_dist.data.store import Piece, ShardStore
-from statex_dist.data.types import IGNORE_INDEX, Origin, PackedBatch
 from statex_dist.errors import CorruptShardError, DataError, ShardError, refusal
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class PackSpec:
         pieces: The pieces, in order.
         origins: Where the first of them come from.
         seq_len: Tokens of the pack.
-        carried: See :class:`~statex_dist.data.types.PackedBatch`.
-        goes_on: See :class:`~statex_dist.data.types.PackedBatch`.
+        carried: See :class:`~statex_dist.batch.PackedBatch`.
+        continues: See :class:`~statex_dist.batch.PackedBatch`.
         state: The loader's state after this pack's global step.
     """
 
@@ -40,7 +40,7 @@ class PackSpec:
     origins: tuple[Origin, ...]
     seq_len: int
     carried: bool
-    goes_on: bool
+    continues: bool
     state: dict[str, Any]
 
 
@@ -188,7 +188,7 @@ def lay_out(specs: Sequence[PackSpec], parts: Sequence[PackParts], pad_id: int) 
                 seq_idx=torch.from_numpy(seq_idx[here])[None],
                 loader_state=spec.state,
                 carried=spec.carried,
-                goes_on=spec.goes_on,
+                continues=spec.continues,
                 lost_tokens=part.lost_tokens,
                 origins=spec.origins,
                 num_pieces=len(spec.pieces),

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 
-from statex_dist.data.mixing import Mixture, Place, Stage
+from statex_dist.data.mixture import Mixture, Place, Stage
 
 logger = logging.getLogger(__name__)
 

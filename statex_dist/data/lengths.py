@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from statex_dist.data.mixing import Stage
+from statex_dist.data.mixture import Stage
 from statex_dist.data.store import ShardStore
 
 

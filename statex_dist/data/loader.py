@@ -22,13 +22,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from statex_dist.batch import MAX_ORIGINS, Origin, PackedBatch
 from statex_dist.data.collate import PackParts, PackReader, PackSpec, PieceSpec, lay_out
 from statex_dist.data.epochs import Repeats, forecast
-from statex_dist.data.mixing import Mixture, Place, PlannedPack, Stage
+from statex_dist.data.mixture import Mixture, Place, PlannedPack, Stage
 from statex_dist.data.plan import PackPlan, PackReport
 from statex_dist.data.prefetch import prefetch
 from statex_dist.data.store import ShardStore
-from statex_dist.data.types import MAX_ORIGINS, Origin, PackedBatch
 from statex_dist.errors import ConfigError, DataError, StateXError
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class PackedLoader:
             ),
             seq_len=window.seq_len,
             carried=bool(window.carried[pack]),
-            goes_on=following < len(window) and bool(window.carried[following]),
+            continues=following < len(window) and bool(window.carried[following]),
             state=state,
         )
 

@@ -27,8 +27,8 @@ from statex_dist.checkpoint.json_file import read_bytes
 from statex_dist.data.corpus.documents import DEFAULT_SUFFIXES
 from statex_dist.data.corpus.rules import MAX_DOCUMENT_BYTES, DocumentRules
 from statex_dist.data.corpus.source import Source
-from statex_dist.data.corpus.spill import Spill, UnitResult
 from statex_dist.data.corpus.staging import Staging
+from statex_dist.data.corpus.unit_files import Spill, UnitResult
 from statex_dist.data.corpus.work import Part
 from statex_dist.data.manifest import LENGTHS_NAME, MANIFEST_NAME, DatasetManifest, pack_lengths, parse_manifest
 from statex_dist.data.plan import permutation

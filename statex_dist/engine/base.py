@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from statex_dist.batch import PackedBatch
 from statex_dist.config import check_finite
-from statex_dist.data.types import PackedBatch
-from statex_dist.engine.carry import CarriedStates
-from statex_dist.engine.passing import StatePassing
+from statex_dist.distributed.context_group import ContextGroup
+from statex_dist.engine.segment_states import CarriedStates
+from statex_dist.engine.state_passing import StatePassing
 from statex_dist.engine.timing import PhaseTimer
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.parallel.context import ContextGroup
 from statex_dist.state.scan_memory import MAX_STATE_BYTES
 
 Place = Literal["none", "cpu", "nvme"]

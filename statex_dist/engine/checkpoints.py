@@ -36,10 +36,10 @@ from statex_dist.checkpoint.manifest import (
     write_durably,
 )
 from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.checkpoint_retention import DOUBTFUL_KEY, SavePolicy, prune
 from statex_dist.engine.documents import Documents
 from statex_dist.engine.place import Part, Place
 from statex_dist.engine.random_state import random_state, set_random_state
-from statex_dist.engine.retention import DOUBTFUL_KEY, SavePolicy, prune
 from statex_dist.engine.snapshot import FileWriter, HostCopy
 from statex_dist.errors import CheckpointError, StateXError, failure_text, reason, refusal
 
@@ -99,7 +99,7 @@ class Checkpoints:
             CheckpointError: The last save failed, or too many in a row.
         """
         if self._pending is not None:
-            self.finish(bear=last)  # with room again, the last save may well succeed
+            self.finish(log_only=last)  # with room again, the last save may well succeed
         began = time.perf_counter()
         temporary = self._temporary(step)
         if problem := self.place.open(temporary):
@@ -132,12 +132,12 @@ class Checkpoints:
         """Whether a save waits for :meth:`finish`; the same on all ranks."""
         return self._pending is not None
 
-    def finish(self, *, last: bool = False, bear: bool = False) -> None:
+    def finish(self, *, last: bool = False, log_only: bool = False) -> None:
         """Wait until all ranks have written the pending save, and make it a checkpoint.
 
         Args:
             last: Whether there is to be no other.
-            bear: Whether a failure is only said, however many there were.
+            log_only: Whether a failure is only said, however many there were.
 
         Raises:
             CheckpointError: The last save failed, or too many in a row.
@@ -150,17 +150,17 @@ class Checkpoints:
         if problem is None:
             _, problem = self._on_rank_0(lambda: self._commit(step, [(part, host) for _, part, host in reports]))
         if problem:
-            self._report_failure(step, problem, last=last, bear=bear)
+            self._report_failure(step, problem, last=last, log_only=log_only)
             return
         self.failed = 0
         logger.info("saved %s (%.1f s)", self.directory / tag_of(step), time.perf_counter() - began)
         if self.engine.rank == 0:
             prune(self.directory, self.policy)
 
-    def _report_failure(self, step: int, problem: str, *, last: bool, bear: bool = False) -> None:
+    def _report_failure(self, step: int, problem: str, *, last: bool, log_only: bool = False) -> None:
         self.failed += 1
         self.place.discard(self._temporary(step))
-        if last or (self.failed >= MAX_FAILED_SAVES and not bear):
+        if last or (self.failed >= MAX_FAILED_SAVES and not log_only):
             newest = next(iter(complete_tags(self.directory)), None)
             whence = "the beginning: nothing has been saved" if newest is None else newest
             raise CheckpointError(

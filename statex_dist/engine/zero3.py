@@ -29,6 +29,9 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.checkpoint.torch_pickle import GETATTR, UnsafePickleError, loads
+from statex_dist.distributed.context_group import ContextGroup
+from statex_dist.distributed.env import ProcessEnv
+from statex_dist.distributed.joining import join_processes
 from statex_dist.engine.base import (
     EngineConfig,
     StepResult,
@@ -39,11 +42,8 @@ from statex_dist.engine.base import (
     keep_hyperparameters,
 )
 from statex_dist.engine.ds_config import deepspeed_config
-from statex_dist.engine.passing import StatePassing
+from statex_dist.engine.state_passing import StatePassing
 from statex_dist.errors import CheckpointError
-from statex_dist.parallel.context import ContextGroup
-from statex_dist.parallel.env import ProcessEnv
-from statex_dist.parallel.joining import join_processes
 
 logger = logging.getLogger(__name__)
 

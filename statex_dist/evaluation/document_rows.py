@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from statex_dist.batch import IGNORE_INDEX
 from statex_dist.data.store import Piece
-from statex_dist.data.types import IGNORE_INDEX
 from statex_dist.evaluation.journal import Record
 from statex_dist.inference.not_finite import explain_row
 from statex_dist.inference.prefill import device_of, evaluating, rows_that_fit

@@ -10,10 +10,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from statex_dist.distributed.env import read_env
+from statex_dist.distributed.error_sync import OtherRankError, all_or_none
+from statex_dist.distributed.joining import join_processes
 from statex_dist.errors import StateXError
-from statex_dist.parallel.env import read_env
-from statex_dist.parallel.joining import join_processes
-from statex_dist.parallel.together import OtherRankError, all_or_none
 
 __all__ = ["OtherRankError", "Ranks", "open_ranks"]
 

@@ -10,7 +10,7 @@ from statex_dist.models.delta_rule import DeltaRuleConfig
 from statex_dist.models.fla_block import add_convolutions, add_mix, convolve
 from statex_dist.models.layout import HeldHeads
 from statex_dist.models.mitigated import mitigated_delta
-from statex_dist.models.partners import PartnerHeads
+from statex_dist.models.mixed_head_tp import PartnerHeads
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.dispatch import delta_decode, delta_rule
 from statex_dist.ops.precision import wide_dtype

@@ -10,8 +10,8 @@ from torch import nn
 
 from statex_dist.models.layout import HeldHeads
 from statex_dist.models.mitigated import mitigated_gla
+from statex_dist.models.mixed_head_tp import PartnerHeads
 from statex_dist.models.norm import RMSNorm
-from statex_dist.models.partners import PartnerHeads
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import convolve_sequences
 from statex_dist.ops.dispatch import gla, gla_decode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of
+from statex_dist.models.registry import family_of
 
 
 def forward_flops_per_token(config: ModelConfig) -> int:

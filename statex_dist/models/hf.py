@@ -17,8 +17,8 @@ from statex_dist.checkpoint.formats.whole_reader import WholeReader
 from statex_dist.checkpoint.manifest import finish_target, prepare_target, sync
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
-from statex_dist.models.kinds import read_config
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import read_config
 from statex_dist.models.source import find_model, open_model
 from statex_dist.models.weights import read_into, torch_dtype
 

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from statex_dist.data.types import IGNORE_INDEX
+from statex_dist.batch import IGNORE_INDEX
+from statex_dist.distributed.context_group import ContextShare
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.distributions import Constant, Distribution, Normal, generator_for
-from statex_dist.models.kinds import Family, family_of
 from statex_dist.models.mitigation import Mitigation
 from statex_dist.models.norm import RMSNorm
+from statex_dist.models.registry import Family, family_of
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
-from statex_dist.parallel.context import ContextShare
 
 Recompute = Literal["none", "block", "expanded"]
 """Layers that keep only their input for the backward pass and compute the rest again: none, each, or the expanded."""

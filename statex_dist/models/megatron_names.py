@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of
 from statex_dist.models.layout import TensorSpec
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.registry import family_of
 
 MEGATRON_FAMILIES = ("mamba2", "mamba2_state_spaces")
 """``model_type`` of the families of which megatron-core has a module."""

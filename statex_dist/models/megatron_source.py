@@ -14,8 +14,8 @@ from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSo
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of
 from statex_dist.models.megatron_names import EMBEDDINGS, HEAD, OTHER_STATE, Part, has_megatron_names, name_map, whole
+from statex_dist.models.registry import family_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from statex_dist.checkpoint.formats.same import same_values
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import family_of
+from statex_dist.models.registry import family_of
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.fla import MIX_NAME
-from statex_dist.models.kinds import family_of
+from statex_dist.models.registry import family_of
 from statex_dist.models.surgery import surgeries
 
 Role = Literal["base", "expanded", "new", "mix"]

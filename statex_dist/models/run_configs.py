@@ -16,7 +16,7 @@ from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.checkpoint.trainer_dirs import run_dirs_of
 from statex_dist.errors import CheckpointError, StateXError
-from statex_dist.models.kinds import config_from_dict, family_of, find_family
+from statex_dist.models.registry import config_from_dict, family_of, find_family
 
 _FOLDERS = ("", "configs", "config")
 _MOST_FILES = 256

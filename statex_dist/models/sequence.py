@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
 from statex_dist.models.mitigation import Mitigation, SlidingWindow
-from statex_dist.parallel.context import ContextShare
 
 LayerState = tuple[torch.Tensor, ...]
 """State of one layer after its last token, ``[S, ...]`` each: the recurrent matrix ``[S, H, ., .]``; what the family

@@ -11,13 +11,13 @@ from statex_dist.checkpoint.formats.detect import check_records, find_model_dir,
 from statex_dist.checkpoint.formats.tensor_io import TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
-from statex_dist.models.kinds import config_from_dict, find_family, read_config
 from statex_dist.models.model_check import (
     check_not_quantised,
     check_tensors,
     check_whole,
     find_prefix,
 )
+from statex_dist.models.registry import config_from_dict, find_family, read_config
 from statex_dist.models.run_configs import with_config_of_run
 
 logger = logging.getLogger(__name__)

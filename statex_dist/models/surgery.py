@@ -10,8 +10,8 @@ import numpy as np
 
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.distributions import generator_for
-from statex_dist.models.kinds import family_of, new_expansions
 from statex_dist.models.recipe import Fresh, Keep, Recipe
+from statex_dist.models.registry import family_of, new_expansions
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def surgeries(before: ModelConfig, after: ModelConfig) -> dict[str, Surgery]:
 
     Args:
         before: Config of the original model.
-        after: The same with a plan (:func:`statex_dist.models.kinds.make_plan`).
+        after: The same with a plan (:func:`statex_dist.models.registry.make_plan`).
     """
     family = family_of(before.MODEL_TYPE)
     result = {}

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.borders import sequence_lengths
 from statex_dist.ops.chunk_layout import CHUNK_SIZES, chunk_layout, pick_chunk_size
+from statex_dist.ops.cu_seqlens import sequence_lengths
 from statex_dist.ops.precision import wide_dtype
 
 _BLOCK = 4

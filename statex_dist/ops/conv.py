@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
-from statex_dist.ops.borders import borders_of, read_borders, sequence_index
 from statex_dist.ops.conv_api import cuda_causal_conv, fits_causal_conv1d, has_causal_conv1d
+from statex_dist.ops.cu_seqlens import borders_of, read_borders, sequence_index
 from statex_dist.ops.fla_api import fla_causal_conv, has_fla
-from statex_dist.parallel.context import ContextShare
 
 
 def convolve_sequences(

@@ -20,9 +20,9 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.borders import sequence_lengths
 from statex_dist.ops.chunk_layout import chunk_layout
 from statex_dist.ops.chunked import decayed_products, join_blocks, power_of_two_chunks
+from statex_dist.ops.cu_seqlens import sequence_lengths
 from statex_dist.ops.naive import first_state, over_sequences
 from statex_dist.ops.precision import wide_dtype
 

@@ -13,17 +13,17 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
-from statex_dist.ops.across import add_to_first, delta_across, gla_across, ssd_across
 from statex_dist.ops.chunked import chunked_gla, chunked_ssd
+from statex_dist.ops.context_parallel import add_to_first, delta_across, gla_across, ssd_across
 from statex_dist.ops.decode import delta_step_, gla_step_, ssd_step_
 from statex_dist.ops.delta import chunked_delta_rule, delta_step, naive_delta_rule
 from statex_dist.ops.fla_api import delta_backward_obstacle, fla_delta_rule, fla_gla, has_fla
+from statex_dist.ops.head_mixing import mix_outputs, partner_values, spread_values
 from statex_dist.ops.mamba_api import has_mamba_ssm, mamba_ssd
-from statex_dist.ops.mixing import mix_outputs, partner_values, spread_values
 from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
 from statex_dist.ops.triton.gla import SMALLEST_CHUNK, expanded_gla
-from statex_dist.parallel.context import ContextShare
 from statex_dist.state.geometry import LARGEST_PLAIN_HEAD
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ import torch
 
 from statex_dist.bare_package import import_from_bare
 from statex_dist.errors import ConfigError
-from statex_dist.ops.borders import read_borders, sequence_index
+from statex_dist.ops.cu_seqlens import read_borders, sequence_index
 
 CHUNK_SIZE = 256
 INT32_NUMBERS = 2**31

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.borders import borders_of
+from statex_dist.ops.cu_seqlens import borders_of
 from statex_dist.ops.precision import wide_dtype
 
 

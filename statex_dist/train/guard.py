@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from statex_dist.batch import PackedBatch
 from statex_dist.checkpoint.archive import WRITE_ERRORS
 from statex_dist.config import check_finite
-from statex_dist.data.types import PackedBatch
 from statex_dist.errors import ConfigError, DataError, StateXError
 
 logger = logging.getLogger(__name__)

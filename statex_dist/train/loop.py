@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from statex_dist.batch import PackedBatch
 from statex_dist.config import check_finite
-from statex_dist.data.types import PackedBatch
 from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.checkpoint_retention import SavePolicy
 from statex_dist.engine.checkpoints import Checkpoints
-from statex_dist.engine.retention import SavePolicy
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError, os_error_text
 from statex_dist.train.guard import NO_TARGETS, BadStepsError, Guard
 from statex_dist.train.metrics import Metrics

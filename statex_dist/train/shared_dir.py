@@ -17,9 +17,9 @@ from pathlib import Path
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.checkpoint.leftovers import remove_leftovers, remove_tree
 from statex_dist.checkpoint.visible import fresh_names, wait_until_none
+from statex_dist.distributed.ranks import Ranks
 from statex_dist.errors import ConfigError, refusal
-from statex_dist.parallel.ranks import Ranks
-from statex_dist.train.claim import claim, not_held, taken_text
+from statex_dist.train.run_lock import claim, not_held, taken_text
 
 PROBE_PREFIX = ".probe-"
 """Begins the name of the directory that rank 0 makes, and removes again."""

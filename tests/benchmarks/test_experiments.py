@@ -13,7 +13,7 @@ from benchmarks.experiment_stats import interval
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from statex_dist.config import parse_config
 from statex_dist.errors import ConfigError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from statex_dist.run_config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))

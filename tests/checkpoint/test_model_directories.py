@@ -17,8 +17,8 @@ from statex_dist.config import parse_config
 from statex_dist.engine.base import EngineConfig
 from statex_dist.errors import StateXError
 from statex_dist.models.hf import from_pretrained
-from statex_dist.parallel.tensor import load_tensor_parallel
-from statex_dist.parallel.tensor_share import TensorShare
+from statex_dist.models.tensor_parallel.model import load_tensor_parallel
+from statex_dist.models.tensor_parallel.share import TensorShare
 from statex_dist.run import build_model, train
 from statex_dist.run_config import DataSource, ModelSource, RunConfig
 from statex_dist.train.loop import TrainConfig

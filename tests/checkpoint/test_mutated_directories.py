@@ -231,7 +231,7 @@ def check_loader(directory: Path, *, verified: bool, mutations: list[str]) -> st
 
 
 def _config(directory: Path):
-    from statex_dist.models.kinds import read_config
+    from statex_dist.models.registry import read_config
     from statex_dist.models.source import find_model
 
     return read_config(find_model(directory))

@@ -16,7 +16,7 @@ from checkpoints_tools.plan.options import PlanOptions
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
 from statex_dist.checkpoint.formats.piece_io import read_tensor as read_bytes_of
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
-from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.models.registry import config_from_dict, family_of
 
 GLA = {
     "model_type": "gla",

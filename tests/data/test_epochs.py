@@ -9,7 +9,7 @@ import pytest
 
 from statex_dist.data.epochs import warn_of_repeats
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.mixing import Stage
+from statex_dist.data.mixture import Stage
 from statex_dist.data.store import MemoryStore
 
 SIZES = {"big": 4000, "small": 150}

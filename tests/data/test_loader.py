@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import MemoryStore
-from statex_dist.data.types import IGNORE_INDEX, PackedBatch
 from statex_dist.errors import ConfigError, DataError
 
 from .synthetic import EOS, PAD, all_documents, make_documents, memory_store, write_mds
@@ -367,7 +367,7 @@ def test_carried_pieces_say_so_on_both_sides():
     assert sum(batch.carried for lane in lanes for batch in lane) >= 3
     for lane in lanes:
         for before, after in itertools.pairwise(lane):
-            assert before.goes_on == after.carried
+            assert before.continues == after.carried
             if after.carried:  # the target of the last token is the first token of the lane's next pack
                 assert before.labels[0, -1] == after.input_ids[0, 0]
     again = [make(store, rank=r, world_size=2, **options) for r in (0, 1)]

@@ -16,8 +16,8 @@ import pytest
 from statex_dist.data.corpus.documents import split_units
 from statex_dist.data.corpus.lock import try_lock
 from statex_dist.data.corpus.records import ReadReport
-from statex_dist.data.corpus.spill import Spill, UnitWriter, load_result
 from statex_dist.data.corpus.tokenize_unit import UnitJob, UnitTokenizer
+from statex_dist.data.corpus.unit_files import Spill, UnitWriter, load_result
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
 from statex_dist.errors import ConfigError, DataError
@@ -321,7 +321,7 @@ def test_more_units_than_files_may_be_open(tmp_path):
         "import numpy as np\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
         "from statex_dist.data.corpus.records import ReadReport\n"
-        "from statex_dist.data.corpus.spill import Spill, UnitWriter\n"
+        "from statex_dist.data.corpus.unit_files import Spill, UnitWriter\n"
         "results = []\n"
         "for i in range(200):\n"
         "    writer = UnitWriter(f'{sys.argv[1]}/{i}', 'uint16')\n"

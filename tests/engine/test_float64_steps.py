@@ -20,13 +20,13 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from statex_dist.batch import PackedBatch
 from statex_dist.config import parse_config
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.storage.mds import load_streaming
-from statex_dist.data.types import PackedBatch
-from statex_dist.models.kinds import config_from_dict, family_of
+from statex_dist.distributed.env import read_env
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.parallel.env import read_env
+from statex_dist.models.registry import config_from_dict, family_of
 from statex_dist.run import build_engine, build_loader, build_model, open_stores
 from statex_dist.run_config import RunConfig
 from statex_dist.train.guard import Guard
@@ -200,7 +200,7 @@ class Reference:
         out = self.model(
             piece.input_ids, cu_seqlens=piece.cu_seqlens, seq_idx=piece.seq_idx, states=before, output_states=True
         )
-        if piece.goes_on:
+        if piece.continues:
             self.lanes[lane] = [tuple(part[-1:].detach() for part in layer) for layer in out.states]
         return F.cross_entropy(out.logits[0].double(), piece.labels[0], ignore_index=-100, reduction="sum")
 

@@ -12,7 +12,7 @@ import torch
 
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.config import parse_config
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from tests.runs import (

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from statex_dist.config import parse_config
-from statex_dist.parallel.env import read_env
+from statex_dist.distributed.env import read_env
 from statex_dist.run import build_engine, build_loader, build_model, open_stores
 from statex_dist.run_config import RunConfig
 from tests.runs import GLA, expanded, make_shards, save_model, write_run

@@ -12,9 +12,9 @@ from statex_dist.errors import CheckpointError
 from statex_dist.inference.cache import load_prefix, save_prefix
 from statex_dist.inference.generate import read_prefix, stream_continuations
 from statex_dist.inference.sampling import Sampling
-from statex_dist.models.kinds import make_plan
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import parse_mitigation
+from statex_dist.models.registry import make_plan
 from tests.evaluation.stand_ins import tiny_config, tiny_model
 from tests.models.tiny import CONFIGS, build
 

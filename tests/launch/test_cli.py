@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import COMMANDS, main
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from tests.runs import GLA, MAMBA2, REPOSITORY, make_shards, save_model
 
 

@@ -80,7 +80,7 @@ def ranks(root: Path) -> dict[str, list[tuple[int, str, str]]]:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in CASES]
         ports = [each.getsockname()[1] for each in sockets]
     # What a rank needs is imported once, by the process that forks both.
-    multiprocessing.set_forkserver_preload([__name__, "statex_dist.parallel.tensor"])
+    multiprocessing.set_forkserver_preload([__name__, "statex_dist.models.tensor_parallel.model"])
     mp.start_processes(work, args=(str(root), ports), nprocs=2, start_method="forkserver")
     of_ranks = [json.loads((root / f"said{rank}.json").read_text()) for rank in range(2)]
     return {name: [tuple(of_rank[name]) for of_rank in of_ranks] for name in CASES}

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 import launch.tensor_parallel
 from launch.tensor_parallel import open_tensor_parallel, start_ranks, wants_ranks
+from statex_dist.distributed import joining
+from statex_dist.distributed.error_sync import OtherRankError
 from statex_dist.errors import ConfigError, StateXError
-from statex_dist.parallel import joining
-from statex_dist.parallel.together import OtherRankError
 from tests.launch.ports import free_port
 
 SCRIPT = """

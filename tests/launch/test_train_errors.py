@@ -12,7 +12,7 @@ import pytest
 
 import statex_dist.run
 from launch.train import main
-from statex_dist.train.claim import claim
+from statex_dist.train.run_lock import claim
 from statex_dist.train.status import RunStatus, read_status, write_status
 from tests.checkpoints_tools.expand.test_expand_faults import mounted
 from tests.runs import GLA, make_shards, run_training, write_run

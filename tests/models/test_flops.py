@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from statex_dist.models.flops import forward_flops_per_token, training_flops_per_token
-from statex_dist.models.kinds import make_plan
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import make_plan
 from tests.models.tiny import gla_config, mamba2_config
 
 

@@ -22,8 +22,8 @@ from statex_dist.models import config_keys
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.config_keys import SHARED_KEYS
 from statex_dist.models.hf import from_pretrained, save_pretrained
-from statex_dist.models.kinds import FAMILIES, config_from_dict, make_plan
 from statex_dist.models.mamba2 import fla_keys
+from statex_dist.models.registry import FAMILIES, config_from_dict, make_plan
 from statex_dist.models.state_spaces import config as state_spaces
 from tests.models.tiny import build, gla_config, hgrn2_config, mamba2_config, minimax_config, retnet_config, tokens
 

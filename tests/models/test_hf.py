@@ -13,7 +13,7 @@ from statex_dist.checkpoint.formats.safetensors import INDEX_NAME
 from statex_dist.checkpoint.formats.safetensors import SINGLE_NAME as WEIGHTS_NAME
 from statex_dist.errors import StateXError
 from statex_dist.models.hf import from_pretrained, save_pretrained
-from statex_dist.models.kinds import read_config
+from statex_dist.models.registry import read_config
 from tests.models.tiny import (
     CONFIGS,
     build,

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.gla.config import GLAConfig
-from statex_dist.models.kinds import FAMILIES, config_from_dict, family_of, make_plan
 from statex_dist.models.layout import TensorSpec, Units, shard_ranges
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.registry import FAMILIES, config_from_dict, family_of, make_plan
 from tests.models.tiny import (
     CONFIGS,
     expanded,

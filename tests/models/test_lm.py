@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from statex_dist.models.kinds import family_of
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import family_of
 from tests.models.tiny import CONFIGS, build, mamba2_config, tokens
 from tests.ops.scan_cases import borders
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoints_tools.plan.memory import TrainingSettings
-from statex_dist.data.types import IGNORE_INDEX
+from statex_dist.batch import IGNORE_INDEX
 from statex_dist.engine.base import EngineConfig
 from statex_dist.models.activations import activation_bytes
 from statex_dist.models.lm import LMHead

@@ -12,10 +12,10 @@ from statex_dist.models.gated_deltanet.config import GatedDeltaNetConfig
 from statex_dist.models.gla.config import GLAConfig
 from statex_dist.models.hgrn2.config import HGRN2Config
 from statex_dist.models.kda.config import KDAConfig
-from statex_dist.models.kinds import make_plan
 from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.registry import make_plan
 from statex_dist.models.retnet.config import RetNetConfig
 
 COMMON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.config import parse_config
-from statex_dist.models.kinds import read_config
+from statex_dist.models.registry import read_config
 from statex_dist.models.roles import parameter_roles
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from statex_dist.models.gla.config import GLAConfig
-from statex_dist.models.kinds import make_plan
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.registry import make_plan
 from statex_dist.ops.dispatch import gla, ssd
 from statex_dist.state.geometry import StateGeometry
 

@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from statex_dist.batch import PackedBatch
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.checkpoint.manifest import FileRecord, Manifest
 from statex_dist.config import parse_config
 from statex_dist.data.formats import open_store
 from statex_dist.data.lengths import TrainedLength
 from statex_dist.data.tokenizer import BytesTokenizer
-from statex_dist.data.types import PackedBatch
-from statex_dist.engine.carry import CarriedStates
 from statex_dist.engine.plain import PlainEngine
+from statex_dist.engine.segment_states import CarriedStates
 from statex_dist.engine.snapshot import FileWriter
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
-from statex_dist.models.kinds import config_from_dict, read_config
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import config_from_dict, read_config
 from statex_dist.run import open_stores, train
 from statex_dist.run_config import RunConfig
-from statex_dist.train.claim import claim
 from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
+from statex_dist.train.run_lock import claim
 from statex_dist.train.signals import StopRequest
 from statex_dist.train.status import read_status
 from tests.runs import GLA, MAMBA2, expanded, losses, make_shards, save_model, write_run

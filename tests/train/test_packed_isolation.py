@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statex_dist.batch import IGNORE_INDEX
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.types import IGNORE_INDEX
 from tests.data.synthetic import PAD, memory_store
 from tests.models.tiny import CONFIGS, build
 

@@ -17,12 +17,12 @@ from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.config import parse_config
 from statex_dist.data.lengths import TrainedLength
-from statex_dist.data.mixing import Stage
+from statex_dist.data.mixture import Stage
+from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine import checkpoints as saving
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.kinds import config_from_dict, read_config
-from statex_dist.parallel.ranks import Ranks
+from statex_dist.models.registry import config_from_dict, read_config
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import read_metrics

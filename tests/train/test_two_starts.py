@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from statex_dist.errors import ConfigError
-from statex_dist.train.claim import LOCK_NAME, claim, not_held
+from statex_dist.train.run_lock import LOCK_NAME, claim, not_held
 from statex_dist.train.status import read_status
 from tests.runs import GLA, REPOSITORY, environment, make_shards, write_run
 

@@ -19,7 +19,7 @@ from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.layout import tag_named_in
 from statex_dist.checkpoint.trainer_dirs import trainer_states
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.kinds import family_of
+from statex_dist.models.registry import family_of
 
 _ADAMW = {
     **{"lr": 3e-4, "initial_lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "amsgrad": False, "maximize": False},

@@ -14,8 +14,8 @@ from statex_dist.data.corpus.documents import Unit, check_filterable, find_files
 from statex_dist.data.corpus.first_records import check_first_records
 from statex_dist.data.corpus.records import LISTED, ReadReport
 from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.spill import UnitResult
 from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob
+from statex_dist.data.corpus.unit_files import UnitResult
 from statex_dist.data.corpus.unit_results import BadRecordNames, UnitResults, finished_units
 from statex_dist.data.corpus.work import Part, WorkDirectory
 from statex_dist.data.corpus.worker_pool import tokenize_units

@@ -11,7 +11,7 @@ import numpy as np
 from statex_dist.data.corpus.documents import Unit, file_facts, read_unit
 from statex_dist.data.corpus.records import ReadReport, Record
 from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.spill import UnitResult, UnitWriter
+from statex_dist.data.corpus.unit_files import UnitResult, UnitWriter
 from statex_dist.data.tokenizer import load_tokenizer
 from statex_dist.errors import DataError, shown, writing
 

@@ -9,8 +9,8 @@ from typing import Any
 from statex_dist.data.corpus.documents import Unit
 from statex_dist.data.corpus.records import LISTED, BadRecordError, ReadReport
 from statex_dist.data.corpus.row_parser import mixed
-from statex_dist.data.corpus.spill import UnitResult, load_result
 from statex_dist.data.corpus.tokenize_unit import UnitJob
+from statex_dist.data.corpus.unit_files import UnitResult, load_result
 from statex_dist.errors import DataError
 
 

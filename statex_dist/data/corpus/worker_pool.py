@@ -11,8 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_sentinels
 
-from statex_dist.data.corpus.spill import UnitResult
 from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob, UnitTokenizer
+from statex_dist.data.corpus.unit_files import UnitResult
 from statex_dist.errors import DataError
 
 _WAITING_JOBS = 4

@@ -18,7 +18,7 @@ from statex_dist.errors import DataError, reason
 from statex_dist.evaluation.page.runs import TrainingRun, distinct_names, read_json, read_runs
 from statex_dist.evaluation.report import RESULT_VERSION
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from statex_dist.train.metrics import METRICS_NAME
 
 SUITES = ("recall", "mqar", "icl", "perplexity", "collapse", "capacity", "laws", "lm-eval")

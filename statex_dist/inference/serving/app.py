@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from statex_dist.inference.serving.exchange import Exchange, abort_of
+from statex_dist.inference.serving.completion_response import Exchange, abort_of
 from statex_dist.inference.serving.metrics import Metrics
 from statex_dist.inference.serving.protocol import RequestError, shown
-from statex_dist.inference.serving.reply import error_response
 from statex_dist.inference.serving.service import Service
+from statex_dist.inference.serving.sse_writer import error_response
 
 
 def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:

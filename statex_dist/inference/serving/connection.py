@@ -20,11 +20,11 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from statex_dist.inference.serving.descriptors import RESERVE
-from statex_dist.inference.serving.exchange import ABORT_EXTENSION
+from statex_dist.inference.serving.completion_response import ABORT_EXTENSION
 from statex_dist.inference.serving.protocol import RequestError
-from statex_dist.inference.serving.reply import error_response
+from statex_dist.inference.serving.rlimit import RESERVE
 from statex_dist.inference.serving.service import RETRY_AFTER_SECONDS, Service
+from statex_dist.inference.serving.sse_writer import error_response
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.inference.serving.descriptors import DEFAULT_MAX_CONNECTIONS
 from statex_dist.inference.serving.protocol import DEFAULT_MAX_TOKENS, CompletionRequest, RequestError
+from statex_dist.inference.serving.rlimit import DEFAULT_MAX_CONNECTIONS
 
 CHARACTERS_PER_TOKEN = 16
 """A text with more characters than so many times the tokens allowed is refused before it is tokenized: English has 4 or

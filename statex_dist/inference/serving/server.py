@@ -19,8 +19,8 @@ from fastapi import FastAPI
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.inference.serving import connection
 from statex_dist.inference.serving.connection import MAX_HEAD_BYTES, Connection, OpenConnections
-from statex_dist.inference.serving.descriptors import ACCEPTS_AT_ONCE
 from statex_dist.inference.serving.log_limit import PERIOD_SECONDS, LogLimit
+from statex_dist.inference.serving.rlimit import ACCEPTS_AT_ONCE
 from statex_dist.inference.serving.service import LAST_WORDS_SECONDS, Service
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.inference.decoding import Progress
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens
-from statex_dist.inference.serving.answer import Answer
 from statex_dist.inference.serving.batch import ContinuousBatch, Turn
-from statex_dist.inference.serving.lane import Lane
+from statex_dist.inference.serving.bounded_executor import Lane
 from statex_dist.inference.serving.limits import Limits
 from statex_dist.inference.serving.metrics import Metrics
 from statex_dist.inference.serving.protocol import CompletionRequest, RequestError, parse_request, shown
+from statex_dist.inference.serving.request_state import Answer
 from statex_dist.inference.serving.worker import BusyError, Worker
 from statex_dist.inference.text import stop_with_special_token
 from statex_dist.models.lm import RecurrentLM

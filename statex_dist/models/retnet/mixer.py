@@ -12,7 +12,7 @@ from statex_dist.models.fla_block import FLABlock
 from statex_dist.models.gla.mixer import GatedLinearAttention
 from statex_dist.models.retnet.config import RetNetConfig
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.borders import borders_of
+from statex_dist.ops.cu_seqlens import borders_of
 from statex_dist.ops.precision import wide_dtype
 
 ROTARY_BASE = 10000.0

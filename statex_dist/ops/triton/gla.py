@@ -31,8 +31,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.borders import sequence_lengths
 from statex_dist.ops.chunked import power_of_two_chunks
+from statex_dist.ops.cu_seqlens import sequence_lengths
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.ops.triton import reference
 from statex_dist.ops.triton.heads import gather_blocks, mix_blocks, mix_scores, spread, unmix_scores, weigh_blocks

@@ -1,14 +1,14 @@
 """The mixing matrix on chunks with heads first (``[H, n, ., .]``): what key heads store, and what output heads read.
 
-As :mod:`statex_dist.ops.mixing`, with the sums inside a chunk folded into its matrix of scores. Without a mixing matrix
-every function returns its argument.
+As :mod:`statex_dist.ops.head_mixing`, with the sums inside a chunk folded into its matrix of scores. Without a mixing
+matrix every function returns its argument.
 """
 
 from __future__ import annotations
 
 import torch
 
-from statex_dist.ops.mixing import partner_values, spread_values, sum_over_partners
+from statex_dist.ops.head_mixing import partner_values, spread_values, sum_over_partners
 from statex_dist.ops.precision import wide_dtype
 
 

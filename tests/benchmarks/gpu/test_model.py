@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu import model
 from benchmarks.gpu.shapes import EXPANSIONS, MODELS, TINY_MODELS, UNEXPANDED, expanded_config, expansions, random_model
-from statex_dist.data.types import IGNORE_INDEX
+from statex_dist.batch import IGNORE_INDEX
 from statex_dist.models.lm import RecurrentLM
 
 

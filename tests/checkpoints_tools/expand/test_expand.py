@@ -7,7 +7,7 @@ import xxhash
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from checkpoints_tools.verify.inspect import inspect
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.kinds import config_from_dict, family_of, read_config
+from statex_dist.models.registry import config_from_dict, family_of, read_config
 from statex_dist.models.surgery import expand_state_dict
 from tests.checkpoints_tools.builders import (
     CONFIGS,

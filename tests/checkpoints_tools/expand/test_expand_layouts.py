@@ -11,7 +11,7 @@ from checkpoints_tools.verify.inspect import inspect
 from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.hf import from_pretrained
-from statex_dist.models.kinds import read_config
+from statex_dist.models.registry import read_config
 from tests.checkpoints_tools.builders import (
     GLA,
     MAMBA2,

@@ -13,8 +13,8 @@ from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.checkpoint.formats.piece_io import read_tensor
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import read_config_dict
-from statex_dist.models.kinds import config_from_dict
 from statex_dist.models.recipe import Keep
+from statex_dist.models.registry import config_from_dict
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, MAMBA2, random_tensors, write_model
 from tests.runs import GLA as RUN_GLA

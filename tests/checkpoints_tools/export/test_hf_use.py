@@ -16,7 +16,7 @@ from statex_dist.config import parse_config
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.hf import from_pretrained
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.signals import StopRequest

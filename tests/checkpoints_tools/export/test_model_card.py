@@ -11,7 +11,7 @@ from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.checkpoint.history import Span, history_text
 from statex_dist.checkpoint.layout import HISTORY_NAME
 from statex_dist.errors import CheckpointError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
 from tests.checkpoints_tools.exports import export
 from tests.checkpoints_tools.reshard.test_reshard import write_run

@@ -18,7 +18,7 @@ from statex_dist.checkpoint.formats.dcp.reader import DcpSource
 from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import info_of, write_model
 from tests.checkpoints_tools.formats.test_megatron import GROUPED, convert, to_megatron
 

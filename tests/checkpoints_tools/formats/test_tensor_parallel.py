@@ -13,8 +13,8 @@ from checkpoints_tools.verify.integrity import verify_alone
 from checkpoints_tools.verify.verify import verify_same
 from statex_dist.checkpoint.tp_layout import file_name
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.layout import shard_ranges
+from statex_dist.models.registry import config_from_dict, family_of
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, load_all, run_expand, write_model
 

@@ -20,7 +20,7 @@ from checkpoints_tools.plan.forgetting import (
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from launch.cli import main
 from statex_dist.errors import ConfigError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from statex_dist.state.laws import PAPER_FORGET, fit_line
 
 GLA_1B = {

@@ -6,7 +6,7 @@ import pytest
 
 from checkpoints_tools.plan.options import RECIPES, PlanOptions, plan_model
 from statex_dist.errors import ConfigError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2
 
 GLA_1B3 = {

@@ -4,7 +4,7 @@ from checkpoints_tools.plan.memory import TrainingSettings, training_memory
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from checkpoints_tools.plan.report import report_plan
 from statex_dist.errors import ConfigError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2
 
 GLA_1B = {

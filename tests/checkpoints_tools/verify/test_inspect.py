@@ -12,7 +12,7 @@ from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.inspect import inspect
 from statex_dist.errors import CheckpointError
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import GLA, random_tensors, run_expand, write_model
 from tests.checkpoints_tools.verify.test_integrity import LAYOUTS
 

@@ -19,7 +19,7 @@ import pytest
 
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.mixing import Stage
+from statex_dist.data.mixture import Stage
 from statex_dist.data.storage.cache import ShardCache
 from statex_dist.errors import ConfigError, ShardError
 from tests.data.storage.loopback import serve, write_manifest

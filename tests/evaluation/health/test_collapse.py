@@ -27,9 +27,9 @@ from statex_dist.evaluation.health.collapse_results import conclusion
 from statex_dist.evaluation.health.verdict import collapse_index, judge, sustained_from
 from statex_dist.evaluation.journal import work
 from statex_dist.models.hf import save_pretrained
-from statex_dist.models.kinds import config_from_dict
 from statex_dist.models.lm import LMOutput, RecurrentLM
 from statex_dist.models.mitigation import parse_mitigation
+from statex_dist.models.registry import config_from_dict
 from tests.evaluation.stand_ins import tiny_config
 from tests.runs import GLA, MAMBA2, OTHERS, expanded
 

@@ -17,7 +17,7 @@ from statex_dist.evaluation.page.figures import ROLES, length_ticks, look_of, ne
 from statex_dist.evaluation.page.inputs import DEPTH, read_inputs
 from statex_dist.evaluation.page.suites import headline_lines
 from statex_dist.evaluation.page.whole import make_report
-from statex_dist.models.kinds import make_plan
+from statex_dist.models.registry import make_plan
 from tests.evaluation.page.fixtures import SUITES, icl, laws, lm_eval, model_of, mqar, write_result, write_results
 from tests.evaluation.page.test_runs import NOT_DRAWN, Page, make_run
 from tests.evaluation.stand_ins import tiny_config

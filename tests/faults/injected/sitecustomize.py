@@ -48,7 +48,7 @@ def _apply():
 
     from statex_dist.checkpoint import visible
     from statex_dist.engine import place, snapshot
-    from statex_dist.engine.carry import CarriedStates
+    from statex_dist.engine.segment_states import CarriedStates
 
     visible.PATIENCE_SECONDS = float(os.environ.get("STATEX_PATIENCE", visible.PATIENCE_SECONDS))
     fault, marker = _armed()

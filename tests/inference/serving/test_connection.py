@@ -9,8 +9,8 @@ from http.client import HTTPResponse
 import pytest
 import requests
 
-from statex_dist.inference.serving.descriptors import RESERVE
 from statex_dist.inference.serving.metrics import Metrics
+from statex_dist.inference.serving.rlimit import RESERVE
 from tests.evaluation.stand_ins import tiny_model
 from tests.inference.serving.running import (
     PATIENCE_SECONDS,

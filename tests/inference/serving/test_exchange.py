@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from statex_dist.inference.serving import reply, service
+from statex_dist.inference.serving import service
+from statex_dist.inference.serving import sse_writer as reply
 from statex_dist.inference.serving.protocol import parse_request
 from tests.evaluation.stand_ins import tiny_model
 from tests.inference.serving.running import ENDLESS, PATIENCE_SECONDS, Gate, send_and_leave, serving

@@ -10,8 +10,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from statex_dist.inference.serving.protocol import RequestError
-from statex_dist.inference.serving.reply import Reply, error_response
 from statex_dist.inference.serving.service import Service
+from statex_dist.inference.serving.sse_writer import Reply, error_response
 
 ABORT_EXTENSION = "statex.abort"
 """ASGI extension of our server: ``{"abort": ...}`` closes the connection and throws away what was not sent."""

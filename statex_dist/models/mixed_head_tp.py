@@ -1,6 +1,7 @@
 """A mixed layer of which only some value heads are here: as many plain heads as value heads have partners.
 
-In a mixed layer (:mod:`statex_dist.ops.mixing`) output head ``j`` reads ``o_j = sum_s M[j-s, s] q_{j-s} S_{j-s, s}``,
+In a mixed layer (:mod:`statex_dist.ops.head_mixing`) output head ``j`` reads
+``o_j = sum_s M[j-s, s] q_{j-s} S_{j-s, s}``,
 and ``S_{j-s, s}`` holds the values of head ``j`` alone. Whoever has the values of some heads and the keys of all can
 therefore run the pairs ``(j, s)`` as heads of their own, each with the keys and decays of head ``j - s`` and the values
 of ``j``: as many numbers of state, and nothing of the values that other processes have.

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from statex_dist.data.types import PackedBatch
-from statex_dist.engine.carry import CarriedStates
+from statex_dist.batch import PackedBatch
+from statex_dist.distributed.context_group import ContextGroup, ContextShare, ParallelConfig
+from statex_dist.engine.segment_states import CarriedStates
 from statex_dist.errors import ConfigError
-from statex_dist.models.kinds import config_from_dict
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.parallel.context import ContextGroup, ContextShare, ParallelConfig
+from statex_dist.models.registry import config_from_dict
 from tests.runs import GLA, MAMBA2, OTHERS, expanded
 
 RANKS = 4
@@ -57,7 +57,7 @@ def build(config: Any, dtype: torch.dtype) -> RecurrentLM:
     return model.to(dtype).train()
 
 
-def pack(lengths: list[int], *, carried: bool = False, goes_on: bool = False) -> PackedBatch:
+def pack(lengths: list[int], *, carried: bool = False, continues: bool = False) -> PackedBatch:
     generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
     ids = torch.randint(0, 256, (1, sum(lengths)), generator=generator)
     labels = torch.cat([ids[:, 1:], torch.zeros(1, 1, dtype=torch.long)], dim=1)
@@ -70,7 +70,7 @@ def pack(lengths: list[int], *, carried: bool = False, goes_on: bool = False) ->
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         seq_idx=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0).int(),
         carried=carried,
-        goes_on=goes_on,
+        continues=continues,
     )
 
 
@@ -129,9 +129,9 @@ def work(rank: int, directory: str) -> None:
             for label in PACKS if dtype == torch.float64 else ["many"]:
                 compare(f"{dtype} | {name} | {label}", model, [pack(PACKS[label])])
         model = build(config, torch.float64)
-        halves = [pack([30, 66], goes_on=True), pack([50, 46], carried=True, goes_on=True)]
+        halves = [pack([30, 66], continues=True), pack([50, 46], carried=True, continues=True)]
         compare(f"{torch.float64} | {name} | carried on", model, halves)
-        whole = [pack([96], goes_on=True), pack([96], carried=True, goes_on=True)]
+        whole = [pack([96], continues=True), pack([96], carried=True, continues=True)]
         compare(f"{torch.float64} | {name} | carried through", model, whole)
         model.trunk.recompute = "block"
         model.lm_head.chunk_tokens = 7
@@ -182,7 +182,7 @@ def test_shares_cover_a_sequence_of_any_length(size: int):
 def test_slices_of_a_pack_say_what_they_cut():
     batch = pack([24, 24, 48])
     first, second, third = batch.slice(0, 24), batch.slice(24, 60), batch.slice(60, 96)
-    assert [(s.carried, s.goes_on) for s in (first, second, third)] == [(False, False), (False, True), (True, False)]
+    assert [(s.carried, s.continues) for s in (first, second, third)] == [(False, False), (False, True), (True, False)]
     assert second.cu_seqlens.tolist() == [0, 24, 36]
     assert second.seq_idx.tolist() == [[0] * 24 + [1] * 12]
     assert third.position_ids[0, 0] == 12
@@ -190,5 +190,5 @@ def test_slices_of_a_pack_say_what_they_cut():
     assert [part.num_tokens for part in parts] == [32, 32, 32]
     assert torch.equal(torch.cat([part.labels for part in parts], dim=1), batch.labels)
     assert batch.segments(0)[0].num_tokens == 96
-    ends = pack([10, 10], carried=True, goes_on=True)
-    assert [(s.carried, s.goes_on) for s in (ends.slice(0, 5), ends.slice(15, 20))] == [(True, True), (True, True)]
+    ends = pack([10, 10], carried=True, continues=True)
+    assert [(s.carried, s.continues) for s in (ends.slice(0, 5), ends.slice(15, 20))] == [(True, True), (True, True)]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from statex_dist.ops.borders import read_borders
+from statex_dist.distributed.context_group import ContextShare
+from statex_dist.ops.cu_seqlens import read_borders
 from statex_dist.ops.delta import chunked_delta_rule
 from statex_dist.ops.precision import wide_dtype
-from statex_dist.parallel.context import ContextShare
 
 
 def gla_across(

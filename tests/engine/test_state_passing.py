@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from statex_dist.data.types import PackedBatch
-from statex_dist.engine.carry import CarriedStates
-from statex_dist.engine.passing import StatePassing
-from statex_dist.models.kinds import config_from_dict
+from statex_dist.batch import PackedBatch
+from statex_dist.engine.segment_states import CarriedStates
+from statex_dist.engine.state_passing import StatePassing
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.registry import config_from_dict
 from tests.runs import GLA, MAMBA2, expanded
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def build(name: str) -> RecurrentLM:
     return model.double()
 
 
-def pack(seed: int, *lengths: int, masked: int = -1, carried: bool = False, goes_on: bool = False) -> PackedBatch:
+def pack(seed: int, *lengths: int, masked: int = -1, carried: bool = False, continues: bool = False) -> PackedBatch:
     """Sequences of random tokens; nothing is learned of number ``masked``."""
     ids = torch.randint(0, 256, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     borders = [0, *itertools.accumulate(lengths)]
@@ -38,7 +38,7 @@ def pack(seed: int, *lengths: int, masked: int = -1, carried: bool = False, goes
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         seq_idx=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].int(),
         carried=carried,
-        goes_on=goes_on,
+        continues=continues,
     )
 
 
@@ -118,11 +118,11 @@ def test_a_document_whose_own_state_is_lost_begins_from_an_empty_one():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_middle_of_a_document_is_not_passed_on(seed: int):
     model, carried = build("gla"), CarriedStates(passing=StatePassing(1.0, seed=seed))
-    first = pack(0, 9, 12, goes_on=True)
+    first = pack(0, 9, 12, continues=True)
     carried.forward_loss(model, first, 0, CPU)
     kept = carried.state_dict()["passing"]["kept"]
     assert same(kept, alone(model, first)[0][1])
-    carried.forward_loss(model, pack(1, 20, carried=True, goes_on=True), 0, CPU)
+    carried.forward_loss(model, pack(1, 20, carried=True, continues=True), 0, CPU)
     assert same(kept, carried.state_dict()["passing"]["kept"]), "nothing ended: the older one stays"
 
 

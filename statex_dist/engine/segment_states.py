@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from statex_dist.data.types import IGNORE_INDEX, PackedBatch
-from statex_dist.engine.passing import StatePassing
-from statex_dist.parallel.context import ContextGroup, ContextShare
+from statex_dist.batch import IGNORE_INDEX, PackedBatch
+from statex_dist.distributed.context_group import ContextGroup, ContextShare
+from statex_dist.engine.state_passing import StatePassing
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ class CarriedStates:
             cu_seqlens=share.cu_seqlens,
             seq_idx=share.seq_idx,
             states=states,
-            output_states=batch.goes_on or place is not None or self.passing is not None,
+            output_states=batch.continues or place is not None or self.passing is not None,
             context=context,
         )
-        if batch.goes_on:
+        if batch.continues:
             # A document that goes on fills its pack to the end, so its state is the last one.
             self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
         if self.passing is not None:

@@ -54,7 +54,7 @@ class PackedBatch:
         loader_state: The loader's state *after* this batch: saving it resumes with the next one.
         carried: Whether the first segment goes on where this lane's batch of the step before ends (a lane is a place in
             the rank's list of batches), so that the state there is to be taken over.
-        goes_on: Whether this lane's batch of the next step takes over the state at the end of this one.
+        continues: Whether this lane's batch of the next step takes over the state at the end of this one.
         lost_tokens: Tokens of damaged shards that were skipped; padding stands in their place.
         origins: Where its first pieces come from, at most :data:`MAX_ORIGINS`.
         num_pieces: Pieces of documents in it.
@@ -67,7 +67,7 @@ class PackedBatch:
     seq_idx: torch.Tensor
     loader_state: dict[str, Any] = field(default_factory=dict)
     carried: bool = False
-    goes_on: bool = False
+    continues: bool = False
     lost_tokens: int = 0
     origins: tuple[Origin, ...] = ()
     num_pieces: int = 0
@@ -96,7 +96,7 @@ class PackedBatch:
         return f"{self.origins[0]}{more}"
 
     def slice(self, start: int, stop: int) -> PackedBatch:
-        """Return the tokens ``start .. stop`` of this batch; ``carried`` and ``goes_on`` say what the cuts cut."""
+        """Return the tokens ``start .. stop`` of this batch; ``carried`` and ``continues`` say what the cuts cut."""
         marks = self.cu_seqlens
         inside = marks[(marks > start) & (marks < stop)] - start
         ends = [inside.new_zeros(1), inside, inside.new_full((1,), stop - start)]
@@ -109,7 +109,7 @@ class PackedBatch:
             cu_seqlens=torch.cat(ends),
             seq_idx=self.seq_idx[places] - self.seq_idx[:, start : start + 1],
             carried=self.carried if start == 0 else not bool((marks == start).any()),
-            goes_on=self.goes_on if stop == self.num_tokens else not bool((marks == stop).any()),
+            continues=self.continues if stop == self.num_tokens else not bool((marks == stop).any()),
         )
 
     def segments(self, num_tokens: int) -> list[PackedBatch]:

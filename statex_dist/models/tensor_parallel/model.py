@@ -18,16 +18,16 @@ from torch import nn
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.kinds import read_config
 from statex_dist.models.layout import HeldHeads, TensorSpec
 from statex_dist.models.lightning.mixer import Expert, SparseExperts
 from statex_dist.models.lm import LMHead, RecurrentLM
 from statex_dist.models.mitigation import Mitigation, StateNorm
 from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.models.registry import read_config
 from statex_dist.models.source import find_model
-from statex_dist.parallel.tensor_norms import SplitGatedRMSNorm, SplitRMSNorm
-from statex_dist.parallel.tensor_shards import check_replicas, read_layout, read_part, read_shard
-from statex_dist.parallel.tensor_share import TensorShare
+from statex_dist.models.tensor_parallel.norms import SplitGatedRMSNorm, SplitRMSNorm
+from statex_dist.models.tensor_parallel.shards import check_replicas, read_layout, read_part, read_shard
+from statex_dist.models.tensor_parallel.share import TensorShare
 
 with warnings.catch_warnings():
     # Megatron warns of optional GPU libraries that none of these layers uses.

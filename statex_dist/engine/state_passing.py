@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from statex_dist.data.types import IGNORE_INDEX, PackedBatch
+from statex_dist.batch import IGNORE_INDEX, PackedBatch
 
 States = list[tuple[torch.Tensor, ...]]
 
@@ -66,7 +66,7 @@ class StatePassing:
             states: The states after its sequences, ``[S, ...]`` each.
         """
         learned = torch.unique(batch.seq_idx[batch.labels != IGNORE_INDEX]).tolist()
-        ended = [place for place in learned if not batch.goes_on or place < len(batch.cu_seqlens) - 2]
+        ended = [place for place in learned if not batch.continues or place < len(batch.cu_seqlens) - 2]
         if ended:
             place = int(self._draw(lane, 1).choice(ended))
             self._kept = [tuple(part[place : place + 1].detach().clone() for part in layer) for layer in states]

@@ -17,10 +17,10 @@ from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, file_name
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.hf import save_pretrained
-from statex_dist.models.kinds import read_config
-from statex_dist.parallel.tensor import load_tensor_parallel
-from statex_dist.parallel.tensor_shards import check_replicas, read_layout, read_part, read_shard
-from statex_dist.parallel.tensor_share import TensorShare
+from statex_dist.models.registry import read_config
+from statex_dist.models.tensor_parallel.model import load_tensor_parallel
+from statex_dist.models.tensor_parallel.shards import check_replicas, read_layout, read_part, read_shard
+from statex_dist.models.tensor_parallel.share import TensorShare
 from tests.models.tiny import CONFIGS, build, gla_config
 
 SHARE = TensorShare(rank=1, size=2)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.mixing import Mixture, Stage
+from statex_dist.data.mixture import Mixture, Stage
 from statex_dist.data.plan import PackPlan
 from statex_dist.errors import CheckpointError, ConfigError
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from statex_dist.distributed.error_sync import all_or_none
 from statex_dist.errors import ConfigError
-from statex_dist.parallel.together import all_or_none
 
 
 def require_megatron() -> None:

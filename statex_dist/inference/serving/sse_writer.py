@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
 from statex_dist.inference.decoding import Progress
-from statex_dist.inference.serving.answer import Answer, index_of
 from statex_dist.inference.serving.protocol import (
     RequestError,
     choice_body,
     completion_body,
     usage_body,
 )
+from statex_dist.inference.serving.request_state import Answer, index_of
 from statex_dist.inference.serving.service import Service
 
 _STREAM_HEADERS = [

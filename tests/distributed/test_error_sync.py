@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from statex_dist.distributed.error_sync import OtherRankError, fail_together
 from statex_dist.errors import ConfigError, DataError, StateXError
-from statex_dist.parallel.together import OtherRankError, fail_together
 
 
 def on_ranks(*failures: Exception | None) -> list[Exception | None]:

@@ -19,8 +19,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from statex_dist.distributed.env import ProcessEnv
 from statex_dist.errors import ConfigError, StateXError, reason, shown
-from statex_dist.parallel.env import ProcessEnv
 
 logger = logging.getLogger(__name__)
 

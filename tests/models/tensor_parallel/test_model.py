@@ -17,13 +17,13 @@ from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, file_name
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.models.hf import save_pretrained
-from statex_dist.models.kinds import config_from_dict, family_of
 from statex_dist.models.layout import shard_ranges
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import parse_mitigation
-from statex_dist.parallel.tensor import TensorParallelLM, load_tensor_parallel
-from statex_dist.parallel.tensor_norms import SplitGatedRMSNorm
-from statex_dist.parallel.tensor_share import TensorShare
+from statex_dist.models.registry import config_from_dict, family_of
+from statex_dist.models.tensor_parallel.model import TensorParallelLM, load_tensor_parallel
+from statex_dist.models.tensor_parallel.norms import SplitGatedRMSNorm
+from statex_dist.models.tensor_parallel.share import TensorShare
 from tests.models.test_tensor_parallel_needs import ALL
 from tests.models.tiny import build, gla_config, mamba2_config, tokens
 

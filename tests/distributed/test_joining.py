@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from statex_dist.distributed import joining
+from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher
+from statex_dist.distributed.joining import LostRanksError, check_interface
 from statex_dist.errors import ConfigError, StateXError
-from statex_dist.parallel import joining
-from statex_dist.parallel.env import ProcessEnv, read_env, require_device, require_launcher
-from statex_dist.parallel.joining import LostRanksError, check_interface
 from tests.launch.ports import free_port
 from tests.runs import GLA, REPOSITORY, environment, make_shards, write_run
 
@@ -234,7 +234,7 @@ def test_the_training_script_says_one_line(tmp_path: Path):
 def test_a_signal_ends_a_rank_that_waits(port):
     """Also one that was to be answered by a save: there is nothing to save yet, and launchers wait for the end."""
     script = (
-        "import signal, torch; from datetime import timedelta; from statex_dist.parallel import joining, env;"
+        "import signal, torch; from datetime import timedelta; from statex_dist.distributed import joining, env;"
         "signal.signal(signal.SIGTERM, lambda *a: None);"
         "print('here', flush=True);"
         "joining.join_processes(env.read_env(), 'gloo', join_limit=timedelta(60), wait_limit=timedelta(60))"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.models.tensor_parallel.share import TensorShare
 from statex_dist.ops.precision import wide_dtype
-from statex_dist.parallel.tensor_share import TensorShare
 
 
 class SplitRMSNorm(RMSNorm):

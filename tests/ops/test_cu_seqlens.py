@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from statex_dist.ops.borders import sequence_lengths
+from statex_dist.ops.cu_seqlens import sequence_lengths
 
 
 def test_sequence_lengths():

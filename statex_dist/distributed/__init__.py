@@ -1,0 +1,1 @@
+"""Processes of a job: environment, groups, errors of one rank told to all."""

@@ -1,1 +1,0 @@
-"""Where this process stands among the others."""
