@@ -83,10 +83,10 @@ def main(arguments: list[str]) -> int:
     for file in files:
         if file.suffix in (".py", ".md") and file.name not in HISTORY:
             for line in findings(file, patterns):
-                print(line)
+                sys.stdout.write(f"{line}\n")
                 count += 1
     if count:
-        print(f"{count} lines; see docs/glossary.md")
+        sys.stdout.write(f"{count} lines; see docs/glossary.md\n")
     return int(count > 0)
 
 

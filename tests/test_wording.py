@@ -7,7 +7,8 @@ import pytest
 from tests.runs import REPOSITORY
 
 _spec = importlib.util.spec_from_file_location("check_wording", REPOSITORY / "docs" / "check_wording.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 check_wording = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(check_wording)
 
