@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from statex_dist.batch import PackedBatch
 from statex_dist.distributed.context_group import ContextGroup, ContextShare, ParallelConfig
@@ -19,6 +16,7 @@ from statex_dist.engine.segment_states import CarriedStates
 from statex_dist.errors import ConfigError
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict
+from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, MAMBA2, OTHERS, expanded
 
 RANKS = 4
@@ -108,10 +106,8 @@ def _hand_on_nothing(share: ContextShare, final: torch.Tensor, *_: Any) -> tuple
     return torch.zeros_like(final), torch.zeros_like(final)
 
 
-def work(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{directory}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+def work(rank: int) -> dict[str, float]:
+    """Return the errors by case (rank 0)."""
     groups = {size: ContextGroup.join(size, timeout=timedelta(minutes=1)) for size in (2, 4)}
     out: dict[str, float] = {}
 
@@ -138,16 +134,12 @@ def work(rank: int, directory: str) -> None:
         compare(f"{torch.float64} | {name} | recomputed", model, [pack(PACKS["many"])])
         with mock.patch.object(ContextShare, "exchange", _hand_on_nothing):
             compare(f"without | {name}", build(config, torch.float64), [pack(PACKS["one document"])])
-    if rank == 0:
-        torch.save(out, f"{directory}/errors.pt")
-    dist.destroy_process_group()
+    return out
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    directory = tmp_path_factory.mktemp("context")
-    mp.spawn(work, args=(str(directory),), nprocs=RANKS)
-    return torch.load(Path(directory) / "errors.pt")
+def errors() -> dict[str, float]:
+    return run_distributed_test(work, RANKS)[0]
 
 
 @pytest.mark.distributed

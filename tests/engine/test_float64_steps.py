@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from statex_dist.batch import PackedBatch
@@ -30,6 +28,7 @@ from statex_dist.models.registry import config_from_dict, family_of
 from statex_dist.run import build_engine, build_loader, build_model, open_stores
 from statex_dist.run_config import RunConfig
 from statex_dist.train.guard import Guard
+from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, save_model, write_run
 
 pytestmark = pytest.mark.distributed
@@ -150,16 +149,8 @@ def steps(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def work(rank: int, directory: str, port: int) -> None:
-    os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"},
-        **{"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"},
-    }
-    torch.set_num_threads(1)
-    found = {name: steps(configure(Path(directory), case), Path(directory)) for name, case in CASES.items()}
-    if rank == 0:
-        torch.save(found, f"{directory}/found.pt")
-    torch.distributed.destroy_process_group()
+def work(rank: int, directory: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: steps(configure(directory, case), directory) for name, case in CASES.items()}
 
 
 # ---- the same in float64
@@ -251,11 +242,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(str(directory), port), nprocs=RANKS)
-    return torch.load(directory / "found.pt")
+    return run_distributed_test(work, RANKS, directory, group=False)[0]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from statex_dist.config import parse_config
 from statex_dist.distributed.env import read_env
 from statex_dist.run import build_engine, build_loader, build_model, open_stores
 from statex_dist.run_config import RunConfig
+from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, expanded, make_shards, save_model, write_run
 
 pytestmark = pytest.mark.distributed
@@ -60,18 +60,8 @@ def poison(engine: Any) -> None:
             zero.averaged_gradients[0][0].fill_(torch.inf)
 
 
-def work(rank: int, directory: str, port: int) -> None:
-    os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"},
-        **{"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"},
-    }
-    torch.set_num_threads(1)
-    found = {}
-    for name, engine in VARIANTS.items():
-        found[name] = steps(configure(Path(directory), engine))
-    if rank == 0:
-        torch.save(found, f"{directory}/found.pt")
-    torch.distributed.destroy_process_group()
+def work(rank: int, directory: Path) -> dict[str, list[dict[str, Any]]]:
+    return {name: steps(configure(directory, engine)) for name, engine in VARIANTS.items()}
 
 
 def configure(directory: Path, engine: dict[str, Any], *arguments: str) -> RunConfig:
@@ -96,13 +86,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(str(directory), port), nprocs=RANKS)
-    return torch.load(directory / "found.pt")
+    return run_distributed_test(work, RANKS, directory, group=False)[0]
 
 
 @pytest.fixture(scope="module")

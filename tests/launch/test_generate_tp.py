@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from checkpoints_tools.reshard.reshard import reshard
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.hf import from_pretrained, save_pretrained
+from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, expanded, save_model
 
 PROMPT = ["--prompt", "Once upon a time there was" * 3, "--max-new-tokens", "12", "--ignore-eos", "--threads", "1"]
@@ -43,15 +42,13 @@ def say(arguments: list[str]) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def work(rank: int, root: str, ports: list[int]) -> None:
-    torch.set_num_threads(1)
+def work(rank: int, root: Path, ports: list[int]) -> dict[str, tuple[int, str, str]]:
     os.chdir(root)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     said = {}
     for (name, arguments), port in zip(CASES.items(), ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         said[name] = say([*arguments[min(rank, len(arguments) - 1)], "--tp", "2", "--device", "cpu"])
-    Path(f"said{rank}.json").write_text(json.dumps(said))
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +76,8 @@ def ranks(root: Path) -> dict[str, list[tuple[int, str, str]]]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in CASES]
         ports = [each.getsockname()[1] for each in sockets]
-    # What a rank needs is imported once, by the process that forks both.
-    multiprocessing.set_forkserver_preload([__name__, "statex_dist.models.tensor_parallel.model"])
-    mp.start_processes(work, args=(str(root), ports), nprocs=2, start_method="forkserver")
-    of_ranks = [json.loads((root / f"said{rank}.json").read_text()) for rank in range(2)]
-    return {name: [tuple(of_rank[name]) for of_rank in of_ranks] for name in CASES}
+    of_ranks = run_distributed_test(work, 2, root, ports, group=False)
+    return {name: [of_rank[name] for of_rank in of_ranks] for name in CASES}
 
 
 @pytest.mark.distributed

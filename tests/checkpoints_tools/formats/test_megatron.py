@@ -4,12 +4,12 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from checkpoints_tools.formats.dcp import lay_out, metadata_bytes
 from checkpoints_tools.formats.megatron import megatron_plan
@@ -45,6 +47,7 @@ from tests.checkpoints_tools.builders import (
     run_expand,
     write_model,
 )
+from tests.distributed_test import run_distributed_test
 from tests.models.tiny import CONFIGS
 
 GROUPED = {**MAMBA2, "n_groups": 2, "use_bias": False, "tie_word_embeddings": False, "vocab_size": 38}
@@ -247,69 +250,67 @@ def test_reading_what_torch_wrote(tmp_path):
     assert same(load_all(tmp_path / "hf"), tensors)
 
 
-_TWO_RANKS = """
-import json, os, sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+class Megatron(NamedTuple):
+    """Our checkpoint, each rank's findings with megatron-core, the axis of each tensor's cut, and its tensors."""
 
-def shard(key, tensor, axis, rank, ranks):
+    root: Path
+    ranks: list[dict[str, Any]]
+    axes: dict[str, int | None]
+    expected: dict[str, torch.Tensor]
+
+
+def shard(key: str, tensor: torch.Tensor, axis: int | None, rank: int) -> Any:
+    """Return a rank's part of a tensor in megatron-core's terms; the whole one where it is not cut."""
     from megatron.core.dist_checkpointing import ShardedTensor
+
     if axis is None:
         return ShardedTensor.from_rank_offsets(key, tensor, replica_id=rank)
-    return ShardedTensor.from_rank_offsets(key, tensor.chunk(ranks, axis)[rank].contiguous(), (axis, rank, ranks))
+    return ShardedTensor.from_rank_offsets(key, tensor.chunk(2, axis)[rank].contiguous(), (axis, rank, 2))
 
-def main():
-    root = Path(sys.argv[1])
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
+
+def load_and_write(
+    rank: int, root: Path, wanted: dict[str, dict[str, tuple[list[int], int | None]]], sections: dict[str, int]
+) -> dict[str, Any]:
+    """Load our checkpoint with megatron-core, whole, cut and merged; write what we have to read."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedObject
-    for name in ("tp1", "tp2"):
-        wanted = json.loads((root / f"{name}.json").read_text())
-        empty = {k: torch.zeros(shape) for k, (shape, _) in wanted.items()}
-        state = {k: shard(k, empty[k], axis, rank, ranks) for k, (_, axis) in wanted.items()}
-        loaded = dist_checkpointing.load(state, str(root / "megatron"))
-        torch.save(loaded, root / f"{name}-{rank}.pt")
-    # What megatron-core itself needs to merge the parts of a layer, on this rank.
     from megatron.core.ssm.mamba_mixer import _split_tensor_factory
-    sizes = json.loads((root / "sections.json").read_text())
-    whole = torch.zeros(sum(sizes.values()), sizes["hidden"])[: sum(sizes.values()) - sizes["hidden"]]
-    key, hidden = "decoder.layers.1.mixer.in_proj.weight", sizes.pop("hidden")
-    local = [n // ranks for n in sizes.values()]
-    factory = _split_tensor_factory(shard(key, whole, 0, rank, ranks), local, list(sizes), 0)
-    merged = dist_checkpointing.load({key: factory}, str(root / "megatron"))
-    torch.save(merged[key], root / f"merged-{rank}.pt")
-    # What we have to read.
+
+    found = {}
+    for name, tensors in wanted.items():
+        state = {key: shard(key, torch.zeros(shape), axis, rank) for key, (shape, axis) in tensors.items()}
+        found[name] = dist_checkpointing.load(state, str(root / "megatron"))
+    # What megatron-core itself needs to merge the parts of a layer, on this rank.
+    key, hidden = "decoder.layers.1.mixer.in_proj.weight", GROUPED["hidden_size"]
+    whole, local = torch.zeros(sum(sections.values()), hidden), [rows // 2 for rows in sections.values()]
+    factory = _split_tensor_factory(shard(key, whole, 0, rank), local, list(sections), 0)
+    found["merged"] = dist_checkpointing.load({key: factory}, str(root / "megatron"))[key]
+
     torch.manual_seed(0)
     tensors = {"rows": torch.randn(5, 4), "columns": torch.randn(6, 8), "grid": torch.randn(3, 4, 6)}
     tensors["all"] = torch.arange(7)
-    if rank == 0:
-        torch.save(tensors, root / "written.pt")
-    mesh = init_device_mesh("cpu", (ranks,))
+    found["written"] = tensors
+    mesh = init_device_mesh("cpu", (2,))
     ways = {"rows": Shard(0), "columns": Shard(1), "grid": Shard(2), "all": Replicate()}
-    dcp.save({n: distribute_tensor(t, mesh, [ways[n]]) for n, t in tensors.items()}, checkpoint_id=root / "dtensors")
+    dcp.save(
+        {name: distribute_tensor(tensor, mesh, [ways[name]]) for name, tensor in tensors.items()},
+        checkpoint_id=root / "dtensors",
+    )
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_device = lambda: torch.device("cpu")
     axes = {"columns": 1, "grid": 2, "all": None}
-    state = {n: shard(n, tensors[n], axis, rank, ranks) for n, axis in axes.items()}
+    state = {name: shard(name, tensors[name], axis, rank) for name, axis in axes.items()}
     state["extra"] = ShardedObject("mixer._extra_state", {"x": 1}, (1,), (0,), replica_id=rank)
     state["iteration"] = 3
     (root / "mcore").mkdir(exist_ok=True)
     dist.barrier()
     dist_checkpointing.save(state, str(root / "mcore"))
     dist.barrier()
-
-if __name__ == "__main__":
-    main()
-"""
+    return found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+def megatron(tmp_path_factory) -> Megatron:
     """Two gloo ranks load what we wrote with megatron-core, and write what we are to read."""
     root = tmp_path_factory.mktemp("two_ranks")
     config = config_from_dict(GROUPED)
@@ -321,8 +322,10 @@ def two_ranks(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
             return 1
         return None if name.endswith(("final_norm.weight", "layer_norm_weight")) else 0
 
-    (root / "tp1.json").write_text(json.dumps({n: (list(t.shape), None) for n, t in expected.items()}))
-    (root / "tp2.json").write_text(json.dumps({n: (list(t.shape), axis(n)) for n, t in expected.items()}))
+    wanted = {
+        "tp1": {name: (list(tensor.shape), None) for name, tensor in expected.items()},
+        "tp2": {name: (list(tensor.shape), axis(name)) for name, tensor in expected.items()},
+    }
     inner, grouped = config.inner_size, config.n_groups * config.state_size
     sections = {
         "z": inner,
@@ -330,44 +333,30 @@ def two_ranks(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
         "B": grouped,
         "C": grouped,
         "dt": config.num_heads,
-        "hidden": config.hidden_size,
     }
-    (root / "sections.json").write_text(json.dumps(sections))
-    (root / "script.py").write_text(_TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(root / "script.py"), str(root)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, expected
+    ranks = run_distributed_test(load_and_write, 2, root, wanted, sections)
+    return Megatron(root, ranks, {name: axis(name) for name in expected}, expected)
 
 
 @pytest.mark.distributed
-def test_megatron_core_loads_ours_at_any_tp(two_ranks):
-    root, expected = two_ranks
-    axes = json.loads((root / "tp2.json").read_text())
-    for rank in range(2):
-        loaded = torch.load(root / f"tp1-{rank}.pt")
+def test_megatron_core_loads_ours_at_any_tp(megatron):
+    expected = megatron.expected
+    for rank, found in enumerate(megatron.ranks):
+        loaded = found["tp1"]
         assert loaded.pop("checkpoint_version") == 3.0
         assert loaded.pop("iteration") == 0
         assert same(loaded, expected)
-        loaded = torch.load(root / f"tp2-{rank}.pt")
         for name, tensor in expected.items():
-            axis = axes[name][1]
-            assert torch.equal(loaded[name], tensor if axis is None else tensor.chunk(2, axis)[rank]), name
+            axis = megatron.axes[name]
+            assert torch.equal(found["tp2"][name], tensor if axis is None else tensor.chunk(2, axis)[rank]), name
         parts = [expected[f"decoder.layers.1.mixer.in_proj.weight.{part}"] for part in ("z", "x", "B", "C", "dt")]
         merged = torch.cat([part.chunk(2)[rank] for part in parts])
-        assert torch.equal(torch.load(root / f"merged-{rank}.pt"), merged)
+        assert torch.equal(found["merged"], merged)
 
 
 @pytest.mark.distributed
-def test_reading_what_several_ranks_wrote(two_ranks, tmp_path):
-    root, _ = two_ranks
-    written = torch.load(root / "written.pt")
+def test_reading_what_several_ranks_wrote(megatron, tmp_path):
+    root, written = megatron.root, megatron.ranks[0]["written"]
     assert same(read_everything(root / "dtensors"), written)
     source = open_source(root / "mcore")
     assert source.ignored == ("mixer._extra_state/shard_0_1",)

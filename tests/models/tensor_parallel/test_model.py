@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.checkpoint.layout import MANIFEST_NAME
@@ -24,6 +22,7 @@ from statex_dist.models.registry import config_from_dict, family_of
 from statex_dist.models.tensor_parallel.model import TensorParallelLM, load_tensor_parallel
 from statex_dist.models.tensor_parallel.norms import SplitGatedRMSNorm
 from statex_dist.models.tensor_parallel.share import TensorShare
+from tests.distributed_test import run_distributed_test
 from tests.models.test_tensor_parallel_needs import ALL
 from tests.models.tiny import build, gla_config, mamba2_config, tokens
 
@@ -107,11 +106,7 @@ def refusals(directory: Path, share: TensorShare) -> dict[str, str]:
     return said
 
 
-def work(rank: int, root: str) -> None:
-    torch.set_num_threads(1)
-    directory = Path(root)
-    store = dist.FileStore(f"{root}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+def work(rank: int, directory: Path) -> dict[str, Any]:
     whole = TensorShare(rank=rank, size=RANKS, group=dist.group.WORLD)
     shares = {RANKS: whole, 2: whole.neighbours(2)}
     wanted = torch.load(directory / "wanted.pt")
@@ -129,8 +124,7 @@ def work(rank: int, root: str) -> None:
         own.mitigation = parse_mitigation("state-norm:limit=1")
     except ConfigError as error:
         found["state norm"] = str(error)
-    torch.save(found, directory / f"found{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def make_shards(directory: Path, config: Any, numbers: tuple[int, ...], *, seed: int = 0) -> RecurrentLM:
@@ -173,10 +167,7 @@ def found(shards: Path) -> list[dict[str, Any]]:
     for rank in range(RANKS):
         ignored = [file_name(r, RANKS) for r in range(RANKS) if r != rank]
         shutil.copytree(merged, shards / f"only rank {rank}", ignore=shutil.ignore_patterns(*ignored))
-    # The ranks are forked from a process that has imported this module once for all of them.
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(work, args=(str(shards),), nprocs=RANKS, start_method="forkserver")
-    return [torch.load(shards / f"found{rank}.pt") for rank in range(RANKS)]
+    return run_distributed_test(work, RANKS, shards)
 
 
 @pytest.mark.distributed
