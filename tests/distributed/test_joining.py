@@ -20,6 +20,7 @@ from statex_dist.distributed.env import ProcessEnv, read_env, require_device, re
 from statex_dist.distributed.joining import LostRanksError, check_interface
 from statex_dist.errors import ConfigError, StateXError
 from tests.launch.ports import free_port
+from tests.raising import raises
 from tests.runs import GLA, REPOSITORY, environment, make_shards, write_run
 
 SECOND = timedelta(seconds=1)
@@ -66,14 +67,14 @@ def test_wrong_variables(monkeypatch, variables: Mapping[str, str], message: str
 def test_a_local_rank_beyond_the_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     require_device(ProcessEnv(rank=0, local_rank=0, world_size=2, device=torch.device("cuda", 0)))
-    with pytest.raises(ConfigError, match="LOCAL_RANK 1 has no GPU: 1 can be seen here"):
+    with raises(ConfigError, "LOCAL_RANK", "1", "GPU"):
         require_device(ProcessEnv(rank=1, local_rank=1, world_size=2, device=torch.device("cuda", 1)))
 
 
 def test_ranks_without_a_number_on_their_host(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ConfigError, match="LOCAL_RANK is not set, and 2 GPUs"):
+    with raises(ConfigError, "LOCAL_RANK", "2", "GPUs"):
         require_device(ProcessEnv(rank=1, local_rank=0, world_size=2, device=torch.device("cuda", 0)))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # a GPU for each, by CUDA_VISIBLE_DEVICES
     require_device(ProcessEnv(rank=1, local_rank=0, world_size=2, device=torch.device("cuda", 0)))
@@ -108,27 +109,27 @@ def test_a_master_that_is_not_given(monkeypatch, port):
 def test_a_port_in_use_is_named_with_the_way_to_choose_another(port):
     with (
         socket.create_server(("", port)),
-        pytest.raises(ConfigError, match=rf"MASTER_PORT {port} is in use on .*torchrun --master-port N"),
+        raises(ConfigError, "MASTER_PORT", port, "--master-port"),
     ):
         joining._meet(rank(0), SECOND, {})
 
 
 def test_nobody_at_the_address(port):
-    with pytest.raises(LostRanksError, match=rf"cannot reach rank 0 at .*{port}, .*Connection refused"):
+    with raises(LostRanksError, "0", port):
         joining._meet(rank(1), SECOND, {})
 
 
 def test_an_address_without_a_name(monkeypatch, port):
     monkeypatch.setattr(joining, "_NAME_SECONDS", 0.5)
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    with pytest.raises(LostRanksError, match=r"no-such-host.invalid.*the name is not known"):
+    with raises(LostRanksError, "no-such-host.invalid"):
         joining._meet(rank(1), timedelta(minutes=10), {})
 
 
 def test_rank_0_with_the_address_of_another_host(monkeypatch, port):
     monkeypatch.setattr(joining, "_ANSWER_SECONDS", 0.5)
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    with pytest.raises(LostRanksError, match=r"cannot reach itself at MASTER_ADDR 'no-such-host.invalid'"):
+    with raises(LostRanksError, "MASTER_ADDR", "no-such-host.invalid"):
         joining._meet(rank(0), timedelta(minutes=10), {})
 
 
@@ -147,7 +148,7 @@ def test_another_program_at_the_port(monkeypatch, port):
 
 
 def test_ranks_that_do_not_come_are_named(port):
-    with pytest.raises(LostRanksError, match=r"of 12 ranks these did not come .*: 1, 2, 3, 4, 5, 6, 7, 8 and 3 more;"):
+    with raises(LostRanksError, "12", "1", "2", "3", "4", "5", "6", "7", "8"):
         joining._meet(rank(0, of=12), SECOND, {})
 
 
@@ -207,7 +208,7 @@ def test_an_interface_that_is_not_here(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     check_interface()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib77")
-    with pytest.raises(ConfigError, match=r"has no interface ib77; it has .*lo"):
+    with raises(ConfigError, "ib77"):
         check_interface()
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from statex_dist.errors import ConfigError
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion, extend_plan, select_layers
+from tests.raising import raises
 
 
 def expansion(layer=0, **changes):
@@ -51,7 +52,7 @@ def test_what_is_no_rule_is_refused(rule):
 
 
 def test_a_layer_out_of_range_is_named():
-    with pytest.raises(ConfigError, match=r"layer 24 is out of range; the model has layers 0\.\.23"):
+    with raises(ConfigError, "24", "0..23"):
         select_layers("0,24", 24)
 
 
@@ -90,7 +91,7 @@ def test_a_plan_is_sorted_and_finds_its_layers():
 
 
 def test_one_expansion_a_layer():
-    with pytest.raises(ConfigError, match=r"layers \[1\] are expanded more than once"):
+    with raises(ConfigError, "[1]"):
         ExpansionPlan(layers=(expansion(1), expansion(1), expansion(2)))
 
 
@@ -135,5 +136,5 @@ def test_extending():
     second = extend_plan(first, [expansion(0, seed=4)])
     assert [e.layer for e in second.layers] == [0, 2]
     assert [e.seed for e in second.layers] == [4, 1]
-    with pytest.raises(ConfigError, match=r"layers \[2\] are already expanded in this checkpoint"):
+    with raises(ConfigError, "[2]"):
         extend_plan(first, [expansion(1), expansion(2)])
