@@ -31,7 +31,7 @@ def library_pieces(count: int, *, length: int = PIECE_BYTES) -> list[str]:
 
 
 def recall_documents(pairs: tuple[int, ...], num_tokens: int) -> list[dict[str, Any]]:
-    """Return recall documents with as many tokens for every number of pairs; loss on the answers only."""
+    """Return recall documents with equal numbers of tokens for every number of pairs; only the answers carry loss."""
     documents: list[dict[str, Any]] = []
     for num_pairs in pairs:
         count = max(1, num_tokens // len(pairs) // (4 * num_pairs))

@@ -1,4 +1,4 @@
-"""Cutting a run's checkpoint for another number of ranks, in place, so that the run can go on with what is left."""
+"""Reshard a run's checkpoint inside the run directory, so that the run can continue on another number of ranks."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ KIND = "zero3"
 
 
 def fit_world_size(checkpoints: Path, tag: str, world_size: int) -> str:
-    """Make sure that a step has a checkpoint for ``world_size`` ranks, and that it is the one that a run resumes from.
+    """Ensure that a step has a checkpoint for ``world_size`` ranks, and that the run resumes from it.
 
-    The original stays. Of its copies for other numbers of ranks at most one is kept, the one that was asked for last:
-    each takes as much room as the original. Killed at any moment, only ``.tmp-*`` is left, and the next call begins
-    again. Nothing may be training into the run meanwhile.
+    The original stays. At most one copy for another number of ranks is kept, the one that was requested last, because
+    each copy is as large as the original. If the process is killed, only ``.tmp-*`` is left, and the next call starts
+    from the beginning. No process may train in the run directory during the call.
 
     Args:
         checkpoints: A run's directory of checkpoints.
@@ -42,7 +42,7 @@ def fit_world_size(checkpoints: Path, tag: str, world_size: int) -> str:
         world_size: Number of ranks.
 
     Returns:
-        ``tag`` itself if it fits, another tag of the same step that does, or that of a new copy.
+        ``tag`` if it fits, else another tag of the same step that fits, else the tag of a new copy.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged or of one process, or the disk is full.
@@ -70,9 +70,9 @@ def _fit(checkpoints: Path, tag: str, world_size: int) -> str:
 
 
 def _find(checkpoints: Path, step: int, tag: str, world_size: int) -> str | None:
-    """Return a tag of the step that was written by, or cut for, as many ranks.
+    """Return a tag of the step whose checkpoint is for ``world_size`` ranks, or None.
 
-    Any but ``tag`` is read as a whole: a caller that names another may have found it damaged.
+    Every tag other than ``tag`` is verified completely, because the caller may have found it damaged.
     """
     if _ranks(checkpoints / tag) == world_size:
         return tag
@@ -94,7 +94,7 @@ def _ranks(directory: Path) -> int:
     """Return the number of ranks that a checkpoint is for.
 
     Raises:
-        CheckpointError: It does not say, or is incomplete.
+        CheckpointError: The manifest has no such number, or the checkpoint is incomplete.
     """
     ranks = Manifest.read(directory).info.get("world_size")
     if not isinstance(ranks, int):
@@ -103,7 +103,7 @@ def _ranks(directory: Path) -> int:
 
 
 def _cut(checkpoints: Path, tag: str, new_tag: str, world_size: int) -> str:
-    """Write the copy under a temporary name, give it its facts, and move it to its place."""
+    """Write the copy under a temporary name, complete its files and manifest, and rename it."""
     began = time.monotonic()
     source, target = checkpoints / tag, checkpoints / new_tag
     original = Manifest.read(source)
@@ -121,7 +121,7 @@ def _cut(checkpoints: Path, tag: str, new_tag: str, world_size: int) -> str:
         logger.info("%s: %s", new_tag, note)
     written = temporary / (temporary / LATEST_NAME).read_text(encoding="utf-8").strip()
     new = Manifest.read(written)
-    # Neither of a rank nor of the model: what the writer of checkpoints keeps for all ranks goes along as it is.
+    # Files that belong neither to a rank nor to the model are shared by all ranks; they are copied unchanged.
     shared = {name for name in original.files if rank_of(name) is None} - new.files.keys()
     for name in sorted(shared):
         (written / name).parent.mkdir(parents=True, exist_ok=True)

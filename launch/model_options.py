@@ -1,4 +1,4 @@
-"""Options of the commands that run a model, and what they load: model, tokenizer and remedy against state collapse."""
+"""Options of the commands that run a model, and the loading of the model, its tokenizer and its mitigation."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def add_dtype_option(parser: ArgumentParser) -> None:
 
 
 def load_for_decoding(args: Any) -> tuple[RecurrentLM, Tokenizer]:
-    """Load what the options of a command that produces text name, with the remedy set.
+    """Load the model and tokenizer that the options of a text-producing command name, and set the mitigation.
 
     Args:
         args: The parsed options of :func:`add_model_options` and :func:`add_dtype_option`.
@@ -90,14 +90,14 @@ def load_for_decoding(args: Any) -> tuple[RecurrentLM, Tokenizer]:
 
 
 def load_share(args: Any, share: TensorShare) -> tuple[RecurrentLM, Tokenizer]:
-    """Load this rank's part of what :func:`load_for_decoding` loads whole; every rank must call this.
+    """Load this rank's share of the model, and the tokenizer; every rank must call this.
 
     Args:
-        args: The parsed options, as there.
+        args: The parsed options, as for :func:`load_for_decoding`.
         share: This rank among those that share the model.
 
     Raises:
-        StateXError: As there, or another rank failed.
+        StateXError: As :func:`load_for_decoding`, or another rank failed.
     """
     from statex_dist.models.tensor_parallel.model import load_tensor_parallel
 
@@ -142,10 +142,10 @@ def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
 
 
 def read_mitigation(args: Any) -> Mitigation | None:
-    """Return the remedy that ``--mitigation`` names, or None.
+    """Return the mitigation that ``--mitigation`` names, or None.
 
     Raises:
-        ConfigError: It is none, or does not go with ``--segment-length``.
+        ConfigError: ``--mitigation`` or ``--segment-length`` is wrong, or they exclude each other.
     """
     from statex_dist.models.mitigation import parse_mitigation
 
@@ -162,11 +162,11 @@ def check_ragged(mitigation: Mitigation | None, what: str) -> None:
     """Raise if texts of unequal length that are read together would change each other's states.
 
     Args:
-        mitigation: The model's remedy, or None.
+        mitigation: The model's mitigation, or None.
         what: The command, for the message.
 
     Raises:
-        ConfigError: They would.
+        ConfigError: The mitigation would change them.
     """
     if mitigation is None:
         return
@@ -204,8 +204,8 @@ def load_model(
     Args:
         directory: Model directory, or a checkpoint of any layout.
         device: ``auto`` (CUDA where there is one, under a launcher that of the local rank), or a torch device.
-        dtype: Of the weights, as in :func:`add_dtype_option`. What measures takes fp32: rounded states would be
-            measured in place of the model.
+        dtype: Of the weights, as in :func:`add_dtype_option`. Measurements use fp32: otherwise they would
+            measure rounded states in place of the model.
         threads: CPU threads; None takes 1 for a model below 16M parameters.
         digests: Whether contents are compared with digests and checksums.
 
@@ -252,7 +252,7 @@ def parse_dtype(dtype: str, place: torch.device) -> torch.dtype | None:
     """Return the dtype that ``--dtype`` names on a device; None for that of the stored weights.
 
     Raises:
-        ConfigError: It is none of those that we know.
+        ConfigError: The name is unknown.
     """
     import torch
 
@@ -264,10 +264,10 @@ def parse_dtype(dtype: str, place: torch.device) -> torch.dtype | None:
 
 
 def set_threads(threads: int | None, num_parameters: int) -> None:
-    """Set the number of CPU threads that a model of so many parameters is run with.
+    """Set the number of CPU threads for a model of ``num_parameters`` parameters.
 
     Raises:
-        ConfigError: Fewer than one is asked for.
+        ConfigError: ``threads`` is below 1 or above the number of cores.
     """
     import torch
 
@@ -276,8 +276,8 @@ def set_threads(threads: int | None, num_parameters: int) -> None:
     cores = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:
         raise ConfigError(f"--threads must be from 1 to {cores}, the cores of this machine, not {threads}")
-    # The operations of a small model are too short to share: on a busy machine its threads mostly wait for each other
-    # (65,000 against 5,000 tokens/s were measured for 0.1M parameters on two cores under load).
+    # The operations of a small model are too short to share. On a busy machine its threads mostly wait for each other:
+    # 65,000 against 5,000 tokens/s were measured for 0.1M parameters on two cores under load.
     if threads is None and num_parameters < _SMALL_MODEL:
         threads = 1
     if threads is not None:

@@ -1,9 +1,10 @@
-"""What runs in each rank that :func:`launch.tensor_parallel.start_ranks` starts: a module of this very installation.
+"""The process of a rank that :func:`launch.tensor_parallel.start_ranks` starts; it runs a module of this installation.
 
     python -P launch/rank.py PARENT MODULE [ARGUMENT ...]
 
-It is started by its path, so that no ``launch`` of the current directory takes its place, and with ``-P``, so that the
-modules beside it are not taken for others. The rank ends with its parent, also where that was killed and told nobody.
+It is started by its path, so that a package ``launch`` in the current directory cannot replace it. The option ``-P``
+keeps the modules of its directory from hiding others. The rank ends with its parent, even if the parent was killed and
+sent no signal.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _LOOK_SECONDS = 1.0
 
 
 def end_with(parent: int) -> None:
-    """End this process once its parent is another one than ``parent``, which is then gone."""
+    """End this process once ``parent`` has ended, so that its parent is another process."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,7 +1,7 @@
 """Keep a training run alive: ``python launch/supervise.py --nproc 8 -- --config configs/NAME.yaml [...]``.
 
-What stands after ``--`` are the arguments of ``launch/train.py``. Exit codes: 0 complete, 1 given up, 2 wrong usage or
-a failure that a restart would not mend, 75 told to stop and to be started again.
+The arguments after ``--`` are those of ``launch/train.py``. Exit codes: 0 complete, 1 given up, 2 wrong usage or a
+failure that a restart would not fix, 75 stopped on request, to be started again.
 """
 
 from __future__ import annotations

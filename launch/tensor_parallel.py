@@ -36,7 +36,7 @@ _PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "broke
 
 
 def wants_ranks(tp: int | None) -> bool:
-    """Return whether ``--tp`` asks for ranks that nobody has started yet.
+    """Return whether ``--tp`` asks for ranks that no launcher has started.
 
     Raises:
         ConfigError: It is not a number from 1, or megatron-core is missing.
@@ -51,16 +51,16 @@ def wants_ranks(tp: int | None) -> bool:
 
 
 def start_ranks(tp: int, arguments: Sequence[str], *, device: str = "auto", module: str = "launch.cli") -> int:
-    """Run a command on ``tp`` ranks of this machine and return its exit code; a signal goes on to all of them.
+    """Run a command on ``tp`` ranks of this machine, forward signals to all of them, and return its exit code.
 
     Args:
         tp: Number of ranks.
-        arguments: What stands behind the command's name, ``--tp`` included.
-        device: ``--device``: of ranks on the CPU there may be any number.
+        arguments: The arguments after the command's name, ``--tp`` included.
+        device: The value of ``--device``; on the CPU any number of ranks may run.
         module: The command's module.
 
     Raises:
-        ConfigError: The machine has GPUs, but fewer than that.
+        ConfigError: The machine has GPUs, but fewer than ``tp``.
         StateXError: A rank was killed.
     """
     import torch
@@ -74,7 +74,7 @@ def start_ranks(tp: int, arguments: Sequence[str], *, device: str = "auto", modu
             f"--tp {tp} needs {tp} GPUs and this machine has {gpus}; give --tp {gpus}, --device cpu, or start the "
             "ranks on several machines with torchrun"
         )
-    # The ranks say themselves what is wrong with them, and torch gives each of its loggers a level of its own.
+    # The ranks report their errors themselves. torch gives each of its loggers a level of its own.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,7 +1,7 @@
-"""statex-dist: a bigger memory for pre-trained recurrent language models, at any scale.
+"""statex-dist: a larger state for pre-trained recurrent language models, at any scale.
 
-The library half of the project; the offline tools live in ``checkpoints_tools`` and every entry point in ``launch``.
-``docs/architecture.md`` draws the floors of the house and says which module may import which.
+This package is the library. The offline tools are in ``checkpoints_tools``, the entry points in ``launch``.
+``docs/architecture.md`` describes the layers of packages and lists which module may import which.
 """
 
 __version__ = "0.1.0"

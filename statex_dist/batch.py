@@ -1,4 +1,4 @@
-"""The batch that crosses rooms: what the loader makes and the engine and the models read."""
+"""The packed batch: the loader makes it, the engine and the models read it."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class PackedBatch:
         position_ids: ``[1, T]`` int64, 0 at the first token of each segment.
         cu_seqlens: ``[N + 1]`` int32 segment borders; ``cu_seqlens[0] == 0`` and ``cu_seqlens[-1] == T``. Trailing
             padding is a segment of its own, so that it can never touch a document's state.
-        seq_idx: ``[1, T]`` int32, the segment each token belongs to, counted from 0 (mamba_ssm's form of the borders).
+        seq_idx: ``[1, T]`` int32, the segment of each token, counted from 0 (mamba_ssm's form of the borders).
         loader_state: The loader's state *after* this batch: saving it resumes with the next one.
-        carried: Whether the first segment goes on where this lane's batch of the step before ends (a lane is a place in
-            the rank's list of batches), so that the state there is to be taken over.
-        continues: Whether this lane's batch of the next step takes over the state at the end of this one.
+        carried: Whether the first segment continues where this lane's batch of the previous step ends, and begins with
+            the state there. A lane is a place in the rank's list of batches.
+        continues: Whether this lane's batch of the next step begins with the state at the end of this one.
         lost_tokens: Tokens of damaged shards that were skipped; padding stands in their place.
         origins: Where its first pieces come from, at most :data:`MAX_ORIGINS`.
         num_pieces: Pieces of documents in it.
@@ -96,7 +96,7 @@ class PackedBatch:
         return f"{self.origins[0]}{more}"
 
     def slice(self, start: int, stop: int) -> PackedBatch:
-        """Return the tokens ``start .. stop`` of this batch; ``carried`` and ``continues`` say what the cuts cut."""
+        """Return the tokens ``start .. stop`` of this batch; ``carried`` and ``continues`` mark cut segments."""
         marks = self.cu_seqlens
         inside = marks[(marks > start) & (marks < stop)] - start
         ends = [inside.new_zeros(1), inside, inside.new_full((1,), stop - start)]

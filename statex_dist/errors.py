@@ -1,10 +1,10 @@
-"""Errors that a user can cause and mend.
+"""Errors that a user can cause and fix.
 
-Every message says what was given, what is allowed and what to do, in one line; entry points print it without a
-traceback. Anything else that escapes is a programming error and keeps its traceback.
+Every message is one line with the given value, the allowed values and the action to take. Entry points print it without
+a traceback. Any other exception that escapes is a programming error and keeps its traceback.
 
-A message is bounded, whatever the input held: :class:`StateXError` cuts its text, and code that shows a value from
-another source bounds it first (:func:`shown`, :func:`reason`), so that no large text is built to be cut.
+The length of a message is bounded for every input. :class:`StateXError` cuts its text. Code that shows a value from
+another source bounds the value first (:func:`shown`, :func:`reason`), so that no large text is built only to be cut.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Starts a training run again until it is complete, told to stop, or gets no further."""
+"""Restart a training run until it is complete, is told to stop, or makes no progress."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _WRONG_USAGE = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """When to start again.
+    """Limits of restarts.
 
     Attributes:
-        min_ranks: Fewest ranks to go on with.
-        max_restarts: Restarts in a row that may bring no new checkpoint.
-        backoff: Seconds before a restart; doubled with every one in a row that brought nothing.
-        grace: Seconds that ranks have to save in when they are told to stop.
+        min_ranks: Smallest number of ranks with which the run continues.
+        max_restarts: Consecutive restarts that may end without a new checkpoint.
+        backoff: Seconds before a restart; doubled with every consecutive restart without a new checkpoint.
+        grace: Seconds in which ranks have to save after they are told to stop.
     """
 
     min_ranks: int = 1
@@ -185,14 +185,14 @@ class Supervisor:
         return verdict
 
     def _fit(self, ranks: int) -> None:
-        """See to it that the newest checkpoint is for so many ranks."""
+        """Ensure that the newest checkpoint is for ``ranks`` ranks."""
         tags = complete_tags(self.checkpoints)
         if not tags:
             return
         try:
             fit_world_size(self.checkpoints, tags[0], ranks)
         except CheckpointError as error:
-            # The job itself looks at every byte, and goes back to an older one.
+            # The job itself verifies every byte, and resumes from an older checkpoint.
             logger.warning("%s: the newest checkpoint cannot be cut for %d ranks", error, ranks)
 
     def _wait(self, attempt: Attempt) -> int | None:
@@ -210,7 +210,7 @@ class Supervisor:
         return code
 
     def _status(self, name: str) -> RunStatus | None:
-        """Return what the attempt said of itself, if it did."""
+        """Return the status that the attempt wrote, or None."""
         try:
             status = read_status(self.run_dir)
         except StateXError as error:

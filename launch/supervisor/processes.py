@@ -1,7 +1,7 @@
-"""The processes of one attempt, wherever they have gone.
+"""Find and end the processes of one attempt.
 
-Launchers put ranks into sessions of their own, and a launcher that is killed leaves them to init: neither the process
-group nor the tree of parents finds them all. The name of the attempt in their environment does, in all descendants.
+Launchers put ranks into sessions of their own, and the ranks of a killed launcher become children of init. Neither the
+process group nor the tree of parents finds them all. The name of the attempt in their environment does.
 
 ``python -m launch.supervisor.processes TERM|KILL NAME`` does the same on another host.
 """
@@ -29,14 +29,14 @@ def find(name: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
             environment = process.environ()
             if process.pid != os.getpid() and environment.get(ATTEMPT_VARIABLE, "").startswith(name):
                 yield process, environment
-        except psutil.Error:  # ended meanwhile, or another user's
+        except psutil.Error:  # it has ended, or is another user's
             continue
 
 
 def ask_ranks_to_stop(name: str, asked: Collection[int] = ()) -> set[int]:
-    """Send SIGTERM to the ranks, but for those with a pid in ``asked``; return the pids of those that got it.
+    """Send SIGTERM to the ranks whose pid is not in ``asked``, and return the pids of those that got it.
 
-    Not to their launcher, which would kill them 30 s later, nor to their own children (data workers).
+    Their launcher gets none, because it would kill them 30 s later. Their own children (data workers) get none either.
     """
     ranks = {process.pid: process for process, environment in find(name) if "RANK" in environment}
     told: set[int] = set()

@@ -85,14 +85,15 @@ class ContextGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextShare:
-    """How this rank's share of a packed sequence hangs together with the shares beside it.
+    """How the sequences of this rank's share of a pack continue in the neighbouring shares.
 
     Attributes:
         group: The ranks that hold the other shares.
         opens: Whether the share's first sequence began before it.
-        passes: Whether the share lies within one sequence that began before it: what comes in also goes out.
-        first_tokens: Tokens that the state before the share reaches: those of a first sequence that began before it,
-            else 1, so that every rank takes part in the backward exchange.
+        passes: Whether the share lies within one sequence that began before it; the incoming state then
+            also reaches the next share.
+        first_tokens: Number of tokens that the incoming state reaches: the tokens of a first sequence that began
+            before the share, else 1, so that every rank takes part in the backward exchange.
     """
 
     group: ContextGroup

@@ -1,1 +1,1 @@
-"""What a recurrent state is (:mod:`geometry`) and how it is to grow (:mod:`plan`)."""
+"""The recurrent state: its shape (:mod:`geometry`), its expansion (:mod:`plan`), its training length (:mod:`laws`)."""

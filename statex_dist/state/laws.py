@@ -1,16 +1,16 @@
-"""How long a training length a state needs: the forget threshold, and fits of such laws to measurements.
+"""Laws between state size and length: the forget threshold, recall, and fits of both to measurements.
 
-Two laws of "Stuffed Mamba" (arXiv 2410.07145), for ``N`` million state numbers of all layers together and lengths ``T``
-in thousands (1024) of tokens:
+Two laws of "Stuffed Mamba" (arXiv 2410.07145), for ``N`` million state elements of all layers together and lengths
+``T`` in thousands (1024) of tokens:
 
-- *forget threshold*, ``T = slope N + intercept``: trained at a shorter length a model does not learn to forget, and its
-  state collapses past that length;
+- *forget threshold*, ``T = slope N + intercept``: a model that is trained at a shorter length does not learn to forget,
+  and its state collapses past that length;
 - *recall*, ``T = a (b^N - 1) + c``: the longest context from which a passkey is recalled, after enough training above
-  the threshold. An upper bound, and never a forecast. It is kept as ``a (exp(rate N) - 1) + c``: of models with a few
-  thousand state numbers ``b = exp(rate)`` is beyond a float.
+  the threshold. The law is an upper bound and not a forecast. It is stored as ``a (exp(rate N) - 1) + c``, because
+  ``b = exp(rate)`` exceeds the range of a float for models with a few thousand state elements.
 
-The authors fitted both to Mamba-2. :func:`fit_line` and :func:`fit_exponential` do it for anyone's own models, with the
-error that few points deserve; nothing here needs more than numpy.
+The authors fitted both to Mamba-2. :func:`fit_line` and :func:`fit_exponential` fit them to other models and report the
+error of the fit. The module needs only numpy.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class Law:
     model_type: str | None = None
 
     def at(self, state: float) -> float:
-        """Return the length in thousand tokens for ``state`` million numbers."""
+        """Return the length in thousand tokens for ``state`` million state elements."""
         return float(_value(self.form, self.parameters, np.array([state]))[0])
 
     def tokens(self, state_numbers: float) -> float:
-        """Return the length in tokens for a number of state numbers; below 0 where the law says so."""
+        """Return the length in tokens for a number of state elements; it is negative where the law is."""
         return self.at(state_numbers / MILLION) * THOUSAND_TOKENS
 
     def interval(self, state: float) -> tuple[float, float] | None:
@@ -186,7 +186,7 @@ def fit_line(state: Sequence[float], length: Sequence[float]) -> Law:
     """Fit ``T = slope N + intercept`` by least squares.
 
     Args:
-        state: ``[n]`` million state numbers.
+        state: ``[n]`` million state elements.
         length: ``[n]`` thousand tokens.
 
     Raises:
@@ -200,16 +200,16 @@ def fit_line(state: Sequence[float], length: Sequence[float]) -> Law:
 def fit_exponential(state: Sequence[float], length: Sequence[float]) -> Law:
     """Fit ``T = a (exp(rate N) - 1) + c`` by least squares, ``rate > 0`` and ``a > 0``.
 
-    For a given rate the other two follow by linear least squares, so that only the rate is searched for: on a grid,
-    then by golden section (variable projection; Golub and Pereyra 1973).
+    For a given rate, linear least squares gives the other two parameters. Only the rate is searched: on a grid, then by
+    golden section (variable projection; Golub and Pereyra 1973).
 
     Args:
-        state: ``[n]`` million state numbers.
+        state: ``[n]`` million state elements.
         length: ``[n]`` thousand tokens.
 
     Raises:
-        ConfigError: Fewer than four different sizes, the points do not bend upwards, or they rise so steeply between
-            sizes so close together that ``a`` is below a float.
+        ConfigError: There are fewer than four different sizes, the points do not bend upwards, or they rise so steeply
+            between close sizes that ``a`` is too small for a float.
     """
     x, y = _points("exponential", state, length, 4)
     span = float(x.max() - x.min())

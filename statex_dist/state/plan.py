@@ -1,8 +1,8 @@
-"""The expansion plan: which layers grow, how, by how much and from which start.
+"""The expansion plan: which layers grow, by which operation and factor, and from which initial values.
 
-A plan is stored under the key ``statex`` of a checkpoint's ``config.json``, so that the checkpoint says by itself what
-was done to which layer. The StateX authors' code changes the shared configuration instead, and so writes down one head
-for *every* layer; here the geometry of each layer is derived from the base configuration and the plan.
+A plan is stored under the key ``statex`` of a checkpoint's ``config.json``, so that the checkpoint itself records the
+expansion of each layer. The StateX authors' code changes the shared configuration instead, and so records one head for
+*every* layer. Here the geometry of each layer is derived from the base configuration and the plan.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Init = Literal["reinit", "inherit", "lossless", "copy"]
 PLAN_VERSION = 1
 
 MAX_LAYERS = 10_000
-"""Of a model, and so of a plan."""
+"""Largest number of layers of a model, and so of a plan."""
 
 MAX_FACTOR = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExpansion:
-    """What is done to one layer.
+    """The expansion of one layer.
 
     Attributes:
         layer: Index of the layer, from 0.
@@ -42,7 +42,8 @@ class LayerExpansion:
             ones; the authors' ``merge_copy``, for replication).
         seed: Seed of the layer's random values; a tensor's generator is derived from it and the tensor's name, so that
             they do not depend on the order in which shards are read.
-        reset_dynamics: Whether decays, time steps and norms start anew, as in the authors' scripts (for replication).
+        reset_dynamics: Whether decays, time steps and norms are initialised again, as in the authors' scripts (for
+            replication).
     """
 
     layer: int
@@ -83,7 +84,7 @@ class LayerExpansion:
 
     @property
     def summary(self) -> str:
-        """What is done, in the short form that tables and messages have: ``merge_heads x4 inherit``."""
+        """The expansion in the short form of tables and messages: ``merge_heads x4 inherit``."""
         return f"{self.op} x{self.factor} {self.init}"
 
     def to_dict(self) -> dict[str, Any]:
