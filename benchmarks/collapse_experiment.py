@@ -1,8 +1,9 @@
-"""A model whose state is too large for its training length, read far past it: what helps?
+"""Compare measures against state collapse on a model whose state is too large for its training length.
 
-Run as ``python -m benchmarks.collapse_experiment --config configs/experiments/collapse_mamba2.yaml``. One short-trained
-model a seed is trained on, at equal tokens, in several ways, or measured with a mitigation that needs no training;
-docs/results.md has what came out. Killed, it goes on with the same command.
+Run as ``python -m benchmarks.collapse_experiment --config configs/experiments/collapse_mamba2.yaml``. One model per
+seed is trained at a short length. It is then trained further in several ways, on the same number of tokens each, or
+measured with a mitigation that needs no training. docs/results.md has the results. After a kill the same command
+continues the experiment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The data pipeline in figures: reading, packing, resuming, memory and planning.
+"""Measure the data pipeline: reading, packing, resuming, memory and planning.
 
 Run as ``python -m benchmarks.data``, or in part with ``--only reading,packing``. Every measurement runs in a process of
-its own, one after the other, on a warm page cache. Opening and hashing the shards is part of what is timed.
+its own, one after the other, on a warm page cache. The times include opening and hashing the shards.
 """
 
 from __future__ import annotations

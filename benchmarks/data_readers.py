@@ -1,9 +1,9 @@
-"""Readers of the same documents, ours and others', and the corpora that they read; used by ``benchmarks.data``.
+"""Our readers and those of other libraries, and the corpora that they read; used by ``benchmarks.data``.
 
-What a reader hands out differs, so each is compared with the peer that hands out the same: streaming and webdataset
-give documents; a training step takes sequences of a fixed length, so their documents are also copied, end to end, into
-int64 sequences, which is the least that a user of theirs would have to write. Ours also hands out labels, positions and
-the documents' borders.
+Readers return different values, and each is compared with a reader that returns the same. streaming and webdataset
+return documents. A training step needs sequences of a fixed length, so the documents of both are also copied, end to
+end, into int64 sequences: the least code that their users would have to write. Our reader also returns labels,
+positions and the documents' borders.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Models trained for an experiment, arm by arm: each step a command that a user would type, each result kept.
+"""Train and measure the models of an experiment, arm by arm: each step is a user's command, and each result is kept.
 
-What is finished is not made again: a killed experiment goes on with the same command. Whatever is made says from what
-it was made, and is not taken for what another configuration asks for.
+Finished steps are not repeated: the same command continues a killed experiment. Every product is stored with the recipe
+that it was made from. A product of another recipe is refused.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Corpus:
 
     Attributes:
         num_pairs: Numbers of key-value pairs of its recall documents.
-        recall_tokens: Tokens of all of them, as many for each number of pairs.
+        recall_tokens: Tokens of all recall documents, divided equally between the numbers of pairs.
         text_pieces: Pieces of the Python standard library's sources; no piece is in two corpora.
         same_text_as: Name of a corpus whose pieces it has, instead of its own.
-        document_bytes: Each piece is cut into documents of so many bytes; None leaves it whole.
+        document_bytes: Length of the documents into which each piece is cut; None leaves a piece whole.
     """
 
     num_pairs: list[int] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Stage:
 
     Attributes:
         corpus: Name of its data.
-        run: What its configuration says beside (``statex_dist.run_config.RunConfig``).
+        run: The other values of its configuration (``statex_dist.run_config.RunConfig``).
     """
 
     corpus: str
@@ -69,15 +69,15 @@ class Stage:
 
 @dataclass(kw_only=True)
 class Arm:
-    """What is done to the pre-trained model.
+    """An arm of the experiment: the changes to the pre-trained model.
 
     Attributes:
         expand: Options of ``statex expand``; None leaves the model as it is.
-        run: What its post-training has beside what all arms share.
-        corpus: Name of its data, if it is another than that of all arms.
+        run: Values of its post-training's configuration, in addition to those of all arms.
+        corpus: Name of its data, if it differs from that of all arms.
         train: Whether it is post-trained.
         like: Name of an arm above whose finished model is measured again, in another way.
-        mitigation: What the model is measured with (``statex eval --mitigation``).
+        mitigation: The mitigation of the measurement (``statex eval --mitigation``).
     """
 
     expand: dict[str, Any] | None = None
@@ -93,7 +93,7 @@ class Experiment:
     """An experiment.
 
     Attributes:
-        out: Where everything goes.
+        out: Directory of all output.
         model: Contents of the small model's ``config.json``.
         corpora: The data sets by name; ``held_out`` is only measured on.
         pretrain: Training runs that make the model, one after another.
@@ -101,7 +101,7 @@ class Experiment:
         arms: By name.
         seeds: Of parameters, expansions and the order of the data; the data is the same.
         piece_bytes: Length of a piece of text.
-        settings: What the experiment itself wants to know.
+        settings: Settings of the experiment's own code.
     """
 
     out: str
@@ -144,17 +144,17 @@ class Experiment:
         return self.settings[name]
 
     def data_recipe(self, name: str) -> dict[str, Any]:
-        """Return all that a data set follows from."""
+        """Return all values that determine a data set."""
         counts = {key: corpus.text_pieces for key, corpus in self.corpora.items()}
         return {"name": name, "corpus": asdict(self.corpora[name]), "pieces": counts, "piece_bytes": self.piece_bytes}
 
     def pretraining_recipe(self, seed: int, stages: int) -> dict[str, Any]:
-        """Return all that the model after so many stages follows from."""
+        """Return all values that determine the model after ``stages`` stages."""
         done = [{"data": self.data_recipe(stage.corpus), "run": stage.run} for stage in self.pretrain[:stages]]
         return {"model": self.model, "seed": seed, "stages": done}
 
     def arm_recipe(self, seed: int, arm: Arm) -> dict[str, Any]:
-        """Return all that an arm's model follows from."""
+        """Return all values that determine an arm's model."""
         if arm.like is not None:
             return self.arm_recipe(seed, self.arms[arm.like])
         corpus = arm.corpus or self.posttrain.corpus
@@ -164,11 +164,11 @@ class Experiment:
 
 
 class Lab:
-    """Trains and measures what an experiment asks for.
+    """Trains and measures the models of an experiment.
 
     Args:
         experiment: The experiment.
-        measure: Measures an arm's model, in a directory; what it returns is kept as JSON.
+        measure: Measures an arm's model, in a directory; its return value is kept as JSON.
     """
 
     def __init__(self, experiment: Experiment, measure: Callable[[Path, Arm], dict[str, Any]]):
@@ -177,7 +177,7 @@ class Lab:
         self.console = Console(stderr=True, highlight=False)
 
     def results(self) -> dict[str, list[dict[str, Any]]]:
-        """Run what is not finished and return the measurements of every arm, by seed."""
+        """Run the unfinished steps and return the measurements of every arm, by seed."""
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.experiment.arms}
         for seed in self.experiment.seeds:
             for name, arm in self.experiment.arms.items():
@@ -185,7 +185,7 @@ class Lab:
         return found
 
     def write_summary(self, arms: dict[str, Any]) -> dict[str, Any]:
-        """Write ``summary.json``: the arms' figures and all that they follow from; return its contents."""
+        """Write ``summary.json``, the arms' figures and all values that determine them, and return its contents."""
         summary = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(),
@@ -244,7 +244,7 @@ class Lab:
     def _train(
         self, folder: Path, source: Mapping[str, Any], stage: Stage, seed: int, recipe: Mapping[str, Any]
     ) -> Path:
-        """Run one training with the command of every user, and reshard what it leaves; return the model."""
+        """Run one training with the command that users run, reshard its checkpoint, and return the model."""
         model, run_dir = folder / "model", folder / "run"
         if _is_made(model / "config.json", recipe):
             return model
@@ -284,7 +284,7 @@ class Lab:
         return target
 
     def held_out(self) -> Path:
-        """Return the data that nothing is trained on."""
+        """Return the data that no model is trained on."""
         return self._data(HELD_OUT)
 
     def _pieces(self, name: str) -> list[str]:
@@ -305,10 +305,10 @@ class Lab:
 
 
 def _is_made(path: Path, recipe: Mapping[str, Any]) -> bool:
-    """Return whether a file, and what it stands for, is there and whole.
+    """Return whether the product that a file completes is finished.
 
     Raises:
-        ConfigError: It was made from something else.
+        ConfigError: It was made from another recipe.
     """
     made_from = path.parent / MADE_FROM_NAME
     if not path.is_file() or not made_from.is_file():
@@ -324,7 +324,7 @@ def _say_made(path: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with what ``extra`` says, section by section."""
+    """Return ``base`` with the values of ``extra``, section by section."""
     result = dict(base)
     for key, value in extra.items():
         mine = result.get(key)

@@ -1,7 +1,8 @@
-"""What the benchmarks of scans and models share: clocks, peak memory, the machine's own ceilings, tables.
+"""Helpers of the benchmarks of scans and models: clocks, peak memory, the machine's ceilings, tables.
 
-Times on a CPU are one thread's CPU time, so that other jobs on the machine hardly show. Times on a GPU are between CUDA
-events around each call, after calls that compile and tune. Both are reported as the median and the least of several.
+Times on a CPU are the CPU time of one thread, so that other jobs on the machine have little effect. Times on a GPU are
+between CUDA events around each call, after calls that compile and tune. Both are reported as the median and the least
+of several calls.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def run_limited(command: Sequence[str], limit: float, *, log: Path | None = None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ceilings:
-    """What the machine reaches at best, measured beside the benchmark.
+    """The highest speeds of the machine, measured in the same run as the benchmark.
 
     Attributes:
         product_flops: FLOP/s of a large square matrix product, bf16 on a GPU and fp32 on a CPU.

@@ -1,8 +1,8 @@
-"""Does a bigger state recall more, at equal tokens, and at what cost in text? One base model a seed, one arm a remedy.
+"""Compare the recall and the perplexity on text of expanded models after equal numbers of tokens.
 
-Run as ``python -m benchmarks.recall_experiment --config configs/experiments/recall_gla.yaml``. Every arm starts from
-the same pre-trained model and sees the same tokens in the same order; docs/results.md has what came out. Killed, it
-goes on with the same command.
+Run as ``python -m benchmarks.recall_experiment --config configs/experiments/recall_gla.yaml``. Each seed has one
+pre-trained model. The arms are this model and its expansions; all train on the same tokens in the same order.
+docs/results.md has the results. After a kill the same command continues the experiment.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def measure(model_dir: Path, held_out: Path, num_pairs: Sequence[int], documents
 
 
 def summarise(records: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return an arm's figures with 95 % intervals, and what it is ahead of ``baseline`` on the same documents.
+    """Return an arm's figures, and their differences to ``baseline`` on the same documents, with 95 % intervals.
 
     Args:
-        records: What :func:`measure` returned, one for each seed.
-        baseline: The same of the arm to compare with, the same seeds in the same order.
+        records: The results of :func:`measure`, one for each seed.
+        baseline: Those of the arm to compare with, for the same seeds in the same order.
     """
     text, base_text = (_by_seed([r["text"] for r in rows]) for rows in (records, baseline))
     tokens = text[:, :, 0]

@@ -1,9 +1,9 @@
 """``statex serve`` under clients on the same machine: ``python -m benchmarks.serving [--out FILE.json]``.
 
-For 1, 4 and 16 clients, each with one request open at a time: tokens and requests per second of whole answers and of
-streams, and the time to a stream's first token; beside them the decoding loop alone with so many rows, in a process
-with nothing else to do. What HTTP, the event loop and the clients take is the difference. Wall-clock times: server and
-clients share the machine's cores, and whatever else runs on it shows.
+It reports, for 1, 4 and 16 clients with one open request each: tokens and requests per second of whole answers and of
+streams, and the time to a stream's first token. It also reports the speed of the decoding loop alone with the same
+number of rows, in a separate process. The difference is the cost of HTTP, the event loop and the clients. Times are
+wall-clock times: server and clients share the machine's cores, and other processes on the machine affect the times.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_model(values: dict[str, Any], directory: Path) -> Path:
 
 
 def bare(directory: str, rows: int) -> float:
-    """Return the tokens per second of the loop alone, prompts read anew for every batch."""
+    """Return the tokens per second of the loop alone; every batch reads its prompts again."""
     model, tokenizer = from_pretrained(Path(directory)), BytesTokenizer()
     torch.set_num_threads(1)
     sampling = Sampling(max_tokens=NEW_TOKENS, temperature=1.0, ignore_eos=True)

@@ -1,7 +1,7 @@
 """ZeRO-3 checkpoints as DeepSpeed 0.19 writes them, of any size, without training: for benchmarks and fast tests.
 
-Files, names, keys, sub-groups and padding are DeepSpeed's (tests hold our readers to real ones, too); the values are
-given or random.
+Files, names, keys, sub-groups and padding are those of DeepSpeed; the values are given or random. Tests also check our
+readers against real checkpoints.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 PADDING = 1e30
-"""What stands where DeepSpeed leaves memory as it finds it: a number that must never be read."""
+"""Value of the elements that DeepSpeed leaves uninitialised; no reader may use it."""
 
 
 def write_zero3(
@@ -45,7 +45,7 @@ def write_zero3(
 
 
 def write_random_zero3(tag: Path, shapes: Mapping[str, tuple[int, ...]], world_size: int) -> None:
-    """Write a checkpoint of random values; of memory it takes no more than one rank's files."""
+    """Write a checkpoint of random values, with at most the memory of one rank's files."""
     rng = np.random.default_rng(0)
     block = (rng.standard_normal(1 << 22, dtype=np.float32) * 0.02).astype(np.float32)
 

@@ -1,7 +1,7 @@
-"""What the training loop costs beside the bare engine, saving beside not saving, and context beside data parallelism.
+"""Measure the cost of the training loop over the bare engine, of saving, and of context over data parallelism.
 
 Run as ``python -m benchmarks.training``, or in part with ``--only loop,saving,context``. Each part is one launch of two
-gloo ranks on this machine; what is compared alternates within it, on the same model and the same batches.
+gloo ranks on this machine. The compared variants alternate within a part, on the same model and the same batches.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _SIZES = ("seq_len", "hidden", "layers", "steps", "repeats")
 
 
 def _table(part: str, found: dict[str, Any], args: argparse.Namespace) -> Table:
-    """Lay out the median step of each kind beside that of the first, from blocks that took turns."""
+    """Return a table of the median step of each kind and of the first, from blocks that alternated."""
     titles = {
         "loop": "The loop beside the bare engine",
         "saving": f"Saving every {args.steps} steps beside not saving",

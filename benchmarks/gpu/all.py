@@ -1,7 +1,7 @@
-"""Everything that one session on a GPU is for: ``python -m benchmarks.gpu.all --out DIR [--only tests scan]``.
+"""Run all tests and benchmarks of a GPU session: ``python -m benchmarks.gpu.all --out DIR [--only tests scan]``.
 
-In this order, each as a process of its own with a time limit, so that a session of 15 minutes has the most important
-first and one that fails or hangs costs its limit and no more:
+The parts run in this order, the most important first, so that a session of 15 minutes measures those. Each is a process
+of its own with a time limit: a part that fails or hangs costs at most its limit.
 
 1. ``tests``: ``pytest -m gpu``: a fast path that is wrong needs no figures;
 2. ``scan``: the goals' length first, then the others;
@@ -10,10 +10,10 @@ first and one that fails or hangs costs its limit and no more:
 5. ``sweep``: our path over chunk lengths, to tune it;
 6. ``small``: training steps of the 340M shapes.
 
-``DIR`` gets a JSON file for each, written row by row, ``tests.txt``, ``log.txt`` of all others, and ``results.md``
-with all tables, for benchmarks/RESULTS.md, written anew after every part: whatever a part had measured when it was
-stopped is in them. The time limits are guesses until a GPU has been at hand. ``--device cpu`` runs all of it at small
-sizes.
+``DIR`` gets a JSON file for each part, written row by row, ``tests.txt``, ``log.txt`` of all other parts, and
+``results.md`` with all tables, for benchmarks/RESULTS.md. ``results.md`` is written again after every part, and has the
+rows that a stopped part had measured. The time limits are guesses until a GPU has been available.
+``--device cpu`` runs all parts at small sizes.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def log_of(name: str, out: Path) -> Path:
 
 
 def results(out: Path, outcomes: dict[str, str]) -> str:
-    """Return ``results.md``: of every part its command, how it ended, and the table of what it measured."""
+    """Return ``results.md``: the command, the outcome and the table of measurements of every part."""
     sections = []
     for name, outcome in outcomes.items():
         part, path = PARTS[name], out / f"{name}.json"

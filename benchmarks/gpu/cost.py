@@ -1,4 +1,4 @@
-"""What a scan must compute and move: the model against which :mod:`benchmarks.gpu.scan` holds its times.
+"""FLOPs and bytes of a scan: the cost model with which :mod:`benchmarks.gpu.scan` compares its times.
 
 A scan in chunks of ``C`` tokens keeps a state of ``S`` numbers, reads keys of ``K`` and values of ``V`` channels (all
 heads together) and computes, for every token,
@@ -9,10 +9,10 @@ heads together) and computes, for every token,
   and values, ``2 S`` each; inside the chunk the attention again, its gradient through the values, and the gradients of
   values, queries and keys: ``3 C K + 2 C V``.
 
-This is what the algebra asks for (arXiv 2312.06635, section 4; arXiv 2405.21060, section 6). What an implementation
-computes beyond it, such as the upper half of a square or another evaluation of the gates, does not count: it shows as
-a lower share of the ceilings. Bytes are those of each implementation's own algorithm, every array that has to pass
-through memory once per kernel that reads or writes it, caches not counted: see the functions.
+These are the operations that the algebra needs (arXiv 2312.06635, section 4; arXiv 2405.21060, section 6). Further
+operations of an implementation, such as the upper half of a square or another evaluation of the gates, do not count:
+they show as a lower share of the ceilings. Bytes are those of each implementation's own algorithm: every array that
+passes through memory counts once per kernel that reads or writes it, and caches do not count (see the functions).
 
 The predicted time is that of the slower ceiling, arithmetic or memory (a roofline), with the machine's own measured
 ceilings.
@@ -37,9 +37,9 @@ class Work:
 
     Attributes:
         tokens: Length of the sequence.
-        numbers: Numbers of the state.
-        keys: Channels of keys; queries have as many.
-        values: Channels of values; outputs have as many.
+        numbers: Elements of the state.
+        keys: Channels of keys, and of queries.
+        values: Channels of values, and of outputs.
         scores: Matrices of ``C x C`` that a chunk needs: one per head, or per group that shares keys.
         element: Bytes of one number of queries, keys and values.
     """

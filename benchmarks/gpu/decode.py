@@ -1,12 +1,12 @@
 """Decoding of whole models on one GPU: ``python -m benchmarks.gpu.decode [--out FILE.json]``.
 
-Tokens per second and the bytes of states that a step reads and writes, by batch size, for GLA and Mamba2 before and
-after an expansion. A step is one call of the model with one token per sequence and the states of the call before, in
-bf16, from eager PyTorch: at small batches the host, which launches the kernels, sets the pace, and not the memory.
+It reports tokens per second and the bytes of states that a step reads and writes, by batch size, for GLA and Mamba2
+before and after an expansion. A step is one call of the model with one token per sequence and the states of the call
+before, in bf16, from eager PyTorch. At small batches the kernel launches of the host limit the speed, not the memory.
 
-What a step moves at least is the weights once and every sequence's states twice. Its share of the machine's measured
-copy speed is what would remain to be gained. ``--device cpu --tiny`` runs the same on a machine without a GPU: its
-times say nothing.
+A step moves at least the weights once and every sequence's states twice. The share of the machine's measured copy speed
+that this reaches shows the possible gain. ``--device cpu --tiny`` runs the same code on a machine without a GPU; its
+times have no meaning.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Scans of a 1.3 B model's layers on one GPU: ``python -m benchmarks.gpu.scan [--sweep] [--out FILE.json]``.
 
-For GLA and Mamba2, by length: time of forward and of forward and backward, peak memory, chunk states, achieved TFLOP/s,
-and shares of the ceilings that the same run measured (:mod:`benchmarks.gpu.cost` says what is counted). Goals, of our
-path on a merged head at 65,536 tokens: at least 3 times as fast, forward and backward, as ``chunk_gla`` on it, with at
-most 1/8 of its chunk states, and at least 60 % of the roofline.
+It reports, for GLA and Mamba2 by length: time of forward and of forward and backward, peak memory, chunk states,
+achieved TFLOP/s, and shares of the ceilings that the same run measured (:mod:`benchmarks.gpu.cost` has the counting
+rules). The goals of our path on a merged head at 65,536 tokens: at least 3 times as fast, forward and backward, as
+``chunk_gla``, with at most 1/8 of its chunk states, and at least 60 % of the roofline.
 
-Before that, the relative L2 error of the output and of every gradient against the chunked form in float64 on the same
-rounded inputs. A path that fails is a row with its error, and the others go on. ``--sweep`` instead times our path over
-chunk lengths and bounds of its states. ``--device cpu`` runs the same code at small sizes, to show that it works: its
-times say nothing.
+Before that it computes the relative L2 error of the output and of every gradient against the chunked form in float64 on
+the same rounded inputs. A path that fails gets a row with its error, and the other paths continue. ``--sweep`` instead
+times our path over chunk lengths and limits of its states. ``--device cpu`` runs the same code at small sizes, to show
+that it works; its times have no meaning.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from benchmarks.measure import GIB, Ceilings, Record, figure, free, heading, mac
 
 GOAL_TOKENS = 65536
 LENGTHS = (65536, 131072, 4096, 16384, 32768, 8192)
-"""The length of the goals first: a run that is cut off has it."""
+"""The length of the goals comes first, so that an interrupted run has measured it."""
 CPU_LENGTHS = (128, 256)
 PARITY_TOKENS = 1024
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 """Largest relative L2 error of the output and of every gradient."""
 DECAYS, DECAY_FACTOR = ("dg", "ddt", "dA"), 3
-"""... and how much larger those of the decays may be: sums over what differs little, of states that were rounded."""
+"""Gradients of the decays, whose largest error is this factor larger: they sum small differences of rounded states."""
 SWEEP_CHUNKS = (64, 128, 256, 512)
 SWEEP_STATES = (128 * 2**20, 256 * 2**20, 512 * 2**20, 2 * GIB)
 PACKAGES = ("triton", "fla-core", "mamba-ssm", "causal-conv1d")
@@ -46,7 +46,7 @@ def forward_backward(path: Path, leaves: Tensors, probe: torch.Tensor) -> tuple[
 
 
 def parity(path: Path, device: torch.device) -> dict[str, Any]:
-    """Return the relative L2 errors of the output and of every gradient, and what they may be."""
+    """Return the relative L2 errors of the output and of every gradient, and their tolerances."""
     leaves = {name: x.requires_grad_() for name, x in path.make(PARITY_TOKENS, device).items()}
     wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
     expected = path.exact(wide)
@@ -192,7 +192,7 @@ def _speed_table(rows: list[dict[str, Any]], ceilings: dict[str, float]) -> str:
 
 
 def _goals(rows: list[dict[str, Any]]) -> str:
-    """Return the goals with what was found, for our path on a merged head."""
+    """Return the goals with the measured values, for our path on a merged head."""
     at = {row["role"]: row for row in reversed(rows) if row["family"] == "gla" and row["tokens"] == GOAL_TOKENS}
     ours, authors = at.get("ours"), at.get("authors")
     speed = states = roofline = "not measured"
