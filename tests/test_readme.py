@@ -1,4 +1,4 @@
-"""What the documents say must be so: every package is described, every command that is shown parses."""
+"""The documents match the code: every package is described, and every shown command parses."""
 
 import re
 import shlex

@@ -90,7 +90,7 @@ def run(model: RecurrentLM, packs: list[PackedBatch], context: ContextGroup | No
         for part, tensor in enumerate(tensors)
     }
     if context is not None:
-        # What a data-parallel engine does: sums over all ranks.
+        # A data-parallel engine sums over all ranks, too.
         total = sum(context.all_gather(total))
         found = {name: sum(context.all_gather(grad)) for name, grad in found.items()}
     return {"loss": total, **found, **kept}

@@ -131,7 +131,7 @@ def test_a_hung_rank_ends_the_job_with_the_stacks_of_all(tmp_path: Path, section
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for a checkpoint and a half."""
+    """Return a directory on a file system of its own, with space for a checkpoint and a half."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = os.geteuid() == 0 and subprocess.run(

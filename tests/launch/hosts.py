@@ -132,7 +132,7 @@ def _ssh_server(host: Host, log: Path) -> Iterator[None]:
 def _wait_for(source: Host, target: Host, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while True:
-        # The name too: that a host has one of its own is part of what is to be tested.
+        # The name is checked too, because the tests need hosts with names of their own.
         answer = subprocess.run(source.command("ssh", target.name, "hostname"), capture_output=True, text=True)
         if answer.stdout.strip() == target.name:
             return

@@ -1,4 +1,4 @@
-"""A checkpoint cut for another number of ranks, and the run that goes on from it."""
+"""A checkpoint that is resharded for another number of ranks, and the run that resumes from it."""
 
 import os
 import shutil

@@ -43,7 +43,7 @@ def test_the_text_is_what_transformers_decodes_behind_the_prompt(tmp_path, capsy
     whole = theirs.decode([*prompt, *found["tokens"]], skip_special_tokens=True)
     assert found["text"] == whole.removeprefix(theirs.decode(prompt, skip_special_tokens=True))
     assert generate(capsys, model, *OPTIONS, "--ignore-eos")[0] == found["text"] + "\n"
-    # What was read is kept with the states.
+    # The tokens that were read are kept with the states.
     states = tmp_path / "states"
     begin = ["--prompt", PROMPT, "--max-new-tokens", 0, "--save-state", states]
     generate(capsys, model, *begin)

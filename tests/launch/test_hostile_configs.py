@@ -40,7 +40,7 @@ VALUES = (10**9, 10**400, 1e308, -1, [0] * 200_000, {"a": [[]] * 100_000})
 
 
 def hostile(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return configs with one value changed, and what was changed."""
+    """Return configs with one changed value each, with the name of the change."""
     found = []
     for key, value in values.items():
         if key != "architectures":
@@ -100,7 +100,7 @@ def check(names: list[str], results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 16], ids=["all", "some"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_value_of_a_config_takes_memory_or_time(family, step, tmp_path):
-    """``step``: every so many of the changed configs, beginning at another one for each family."""
+    """Check every ``step``-th of the changed configs, beginning at another one for each family."""
     write_model(tmp_path / "weights", FAMILIES[family])
     names, commands = [], []
     begin = list(FAMILIES).index(family) % step

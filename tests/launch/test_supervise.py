@@ -1,4 +1,4 @@
-"""The supervisor brings real jobs back: killed ranks, a killed launcher, pre-emption, other numbers of ranks."""
+"""The supervisor restarts real jobs after killed ranks, a killed launcher, pre-emption or a change of world size."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def reference(root: Path, sections: dict[str, dict]) -> list[float]:
 
 
 class Supervised:
-    """A supervisor in a process of its own, and what it has started."""
+    """A supervisor in a process of its own, and the processes that it has started."""
 
     def __init__(self, file: Path, *options: str) -> None:
         self.file, self.run_dir = file, file.parent / file.stem

@@ -1,4 +1,4 @@
-"""What the training script says where the system refuses: one line, in ``status.json`` too."""
+"""The training script reports errors of the system in one line, in ``status.json`` too."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_two_hosts_train_as_one_does_through_a_cut_network(tmp_path: Path) -> No
             wait_for_steps(5, run_dir / "metrics.jsonl", job, log)
             second.set_link("down")
             cut = time.monotonic()
-            # The ranks wait for each other now. Meanwhile one host does the same run undisturbed.
+            # The ranks wait for each other now. At the same time one host does the same run undisturbed.
             alone = run_training(2, "--config", str(write_config(tmp_path / "alone.yaml", shards)))
             assert alone.returncode == 0, alone.stderr
             # The timeout of collectives, that of ssh, and time for the launchers to end.

@@ -15,7 +15,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.state.laws import PAPER_FORGET, Law, fit_exponential, fit_line, read_forget_law, student_t
 
 PAPER_POINTS = ((0, 0), (1.1, 1), (1.6, 2), (2.4, 8), (4.8, 16), (12.9, 64))
-"""Read off figure 11 of arXiv 2410.07145: million state numbers, thousand tokens."""
+"""Read off figure 11 of arXiv 2410.07145: million state elements, thousand tokens."""
 
 FEW = settings(max_examples=25, deadline=None)
 

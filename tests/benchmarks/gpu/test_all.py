@@ -1,4 +1,4 @@
-"""A session's parts: order, limits, and what is left of one that was stopped."""
+"""A session's parts: order, limits, and the results of a part that was stopped."""
 
 import json
 import sys

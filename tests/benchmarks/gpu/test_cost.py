@@ -55,7 +55,7 @@ def test_chunk_states_at_64k():
     bounded = batched_products(work, 256, GIB // 2).state_bytes
     assert bounded == GIB // 2 + 4 * 4 * MERGED["numbers"]
     assert bounded <= chunk_gla(work).state_bytes / 8
-    # never less than the square root of 256 chunks, and as many segments
+    # a segment has at least 16 chunks, the square root of 256; then there are 16 segments
     assert batched_products(work, 256, 1).state_bytes == 16 * (2 * 2 + 4) * MERGED["numbers"]
 
 

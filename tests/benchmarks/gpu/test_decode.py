@@ -1,4 +1,4 @@
-"""Decoding: the benchmark's steps are the model's, and what it counts is what a step moves."""
+"""Decoding: the benchmark's steps are the model's, and it counts the bytes that a step moves."""
 
 import json
 
