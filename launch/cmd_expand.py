@@ -40,8 +40,7 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.expand.expand import check_target, expand, target_plan
-    from checkpoints_tools.expand.expansion import prepare_expansion
+    from checkpoints_tools.expand.expand import check_target, expand, prepare_expansion, target_plan
     from checkpoints_tools.io.target_writer import WriteOptions
     from statex_dist.config import parse_size
 

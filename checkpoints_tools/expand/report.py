@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.io.expansion_report import read_report
+from checkpoints_tools.io.documents import read_report
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo

@@ -13,20 +13,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.formats.registry import PlannedTarget, TargetRequest
 from checkpoints_tools.formats.safetensors import lay_out_file
-from checkpoints_tools.io.config_dtype import main_dtype
+from checkpoints_tools.formats.targets import PlannedTarget, TargetRequest
+from checkpoints_tools.io.documents import main_dtype
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import Documents, TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import Piece
-from statex_dist.checkpoint.formats.tensor_parallel import local_info, local_pieces
-from statex_dist.checkpoint.tp_layout import (
+from statex_dist.checkpoint.formats.tensor_parallel import (
     LAYOUT_NAME,
     LAYOUT_VERSION,
     Ranges,
+    TensorParallel,
     file_name,
+    local_info,
+    local_pieces,
 )
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
@@ -118,7 +120,7 @@ def check_tp(tp: int | None) -> int:
     return tp
 
 
-class TensorParallel:
+class TensorParallelTarget(TensorParallel):
     """The layout of tensor-parallel shards, written."""
 
     @staticmethod

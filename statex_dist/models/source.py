@@ -68,7 +68,7 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     Raises:
         CheckpointError: ``config.json`` is wrong, or the tensors are not those of its model.
     """
-    in_parts = source.facts.kind == "megatron"
+    in_parts = source.in_parts
     if in_parts and source.facts.model_dir is None:
         source.facts = with_config_of_run(source)
     if not describe:
@@ -94,7 +94,7 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
         source.strip(prefix)
     if not check:
         return OpenModel(source=source, values=values, config=config, names=source.keys())
-    names = check_tensors(source, config, values=not (describe and source.facts.kind == "zero3"))
+    names = check_tensors(source, config, values=source.has_values)
     return OpenModel(source=source, values=values, config=config, names=names)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.expand.expand import expand
-from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.expand import expand, prepare_expansion
 from checkpoints_tools.expand.report import ExpansionReport
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.plan.options import PlanOptions

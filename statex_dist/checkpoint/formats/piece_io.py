@@ -1,4 +1,4 @@
-"""Reading tensors from their pieces, a window of the flattened tensor at a time.
+"""Reading tensors from their pieces, whole or a window of the flattened tensor at a time.
 
 Nothing is mapped (pages of a mapping would count as our memory) and no file is read as a whole. What is read of a
 ``torch.save`` file is held against the CRCs in its directory on the way.
@@ -15,14 +15,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from statex_dist.checkpoint.descriptors import open_files_of_reader
 from statex_dist.checkpoint.formats.crc import CrcLedger
-from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, open_files_of_reader, read_from
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
     from statex_dist.checkpoint.formats.torch_archive.zip import Entry, TorchArchive
+
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import xxhash
+
+from statex_dist.checkpoint.layout import MANIFEST_NAME
 
 
 class SourceCrcs:
@@ -244,3 +251,89 @@ def read_tensor(source: TensorSource, name: str) -> np.ndarray:
     finally:
         reader.close()
     return data
+
+
+class WholeReader:
+    """Reads tensors of a source, one after the other; a context manager, which checks what is left at its end.
+
+    Args:
+        source: The checkpoint; its facts hold the digests that count.
+        crcs: Whether archives are compared with their CRC-32.
+    """
+
+    def __init__(self, source: TensorSource, *, crcs: bool = True):
+        archives = list(source.archives()) if crcs else []
+        self._source, self._crcs = source, SourceCrcs(archives) if archives else None
+        self._reader = PieceReader(source.opened, self._crcs, source.ahead)
+        self._buffer = np.empty(0, dtype=np.uint8)
+
+    def blocks(self, name: str, out: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(first element, bytes)`` of the blocks of a flattened tensor, in order.
+
+        Args:
+            name: The tensor.
+            out: ``[nbytes]`` uint8 in which the blocks are then parts; None reads each into one buffer.
+
+        Raises:
+            CheckpointError: The files cannot be read, replicas differ, or the tensor is not that of the manifest.
+        """
+        info, pieces, replicas = self._source.info(name), self._source.pieces(name), self._source.replicas(name)
+        expected = self._source.facts.digests.get(name)
+        digest = xxhash.xxh3_128()
+        # Where a piece is of some columns, blocks are whole rows.
+        width = max((p.width for p in (*pieces, *replicas) if isinstance(p, Piece)), default=1)
+        step = max(BLOCK_BYTES // (width * info.item_bytes), 1) * width
+        for first in range(0, info.numel, step):
+            size = min(step, info.numel - first) * info.item_bytes
+            block = self._room(size) if out is None else out[first * info.item_bytes :][:size]
+            self._reader.read(pieces, info, first, block)
+            for replica in replicas:
+                if self._reader.differing(replica, info, first, block):
+                    raise CheckpointError(
+                        f"tensor '{name}': the copy of it in {replica.path} differs from the other ranks' copies"
+                    )
+            if expected is not None:
+                digest.update(block.data)
+            yield first, block
+        if expected is not None and digest.hexdigest() != expected:
+            raise CheckpointError(
+                f"{self._source.facts.path} is damaged: the values of tensor '{name}' are not those of its "
+                f"{MANIFEST_NAME}"
+            )
+
+    def _room(self, size: int) -> np.ndarray:
+        if len(self._buffer) < size:
+            self._buffer = np.empty(size, dtype=np.uint8)
+        return self._buffer[:size]
+
+    def __enter__(self) -> WholeReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._reader.close()
+        if kind is None and self._crcs is not None:
+            self._crcs.finish()
+
+
+def same_values(first: TensorSource, first_name: str, second: TensorSource, second_name: str) -> bool:
+    """Return whether two tensors have the same shape, dtype and bytes; tied names are not read."""
+    if first is second and first.aliases.get(first_name, first_name) == second.aliases.get(second_name, second_name):
+        return True
+    a, b = first.info(first_name), second.info(second_name)
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    readers = [PieceReader(source.opened, ahead=source.ahead) for source in (first, second)]
+    pieces = [first.pieces(first_name), second.pieces(second_name)]
+    width = max([piece.width for of_one in pieces for piece in of_one if isinstance(piece, Piece)], default=1)
+    step = max(BLOCK_BYTES // (width * a.item_bytes), 1) * width
+    try:
+        for start in range(0, a.numel, step):
+            one, other = (np.empty(min(step, a.numel - start) * a.item_bytes, dtype=np.uint8) for _ in range(2))
+            readers[0].read(pieces[0], a, start, one)
+            readers[1].read(pieces[1], b, start, other)
+            if not np.array_equal(one, other):
+                return False
+        return True
+    finally:
+        for reader in readers:
+            reader.close()

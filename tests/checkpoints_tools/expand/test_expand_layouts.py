@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.expand import prepare_expansion
 from checkpoints_tools.verify.inspect import inspect
 from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.errors import CheckpointError, ConfigError

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from benchmarks.synthetic_zero3 import write_zero3
-from checkpoints_tools.expand.expand import expand
-from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.expand import expand, prepare_expansion
 from checkpoints_tools.plan.options import PlanOptions
 from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.checkpoint.formats.piece_io import read_tensor

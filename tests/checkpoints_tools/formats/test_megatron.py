@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints_tools.formats.dcp import lay_out, metadata_bytes
-from checkpoints_tools.formats.megatron import megatron_plan
+from checkpoints_tools.formats.dcp import lay_out, megatron_plan, metadata_bytes
 from checkpoints_tools.formats.safetensors import hf_plan
 from checkpoints_tools.io.target import write_target
 from checkpoints_tools.io.target_writer import WriteOptions

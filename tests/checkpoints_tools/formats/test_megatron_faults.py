@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from checkpoints_tools.formats.dcp import lay_out
-from checkpoints_tools.formats.megatron import megatron_plan
+from checkpoints_tools.formats.dcp import lay_out, megatron_plan
 from checkpoints_tools.formats.safetensors import hf_plan
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.dcp.format import read_metadata

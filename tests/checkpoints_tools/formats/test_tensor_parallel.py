@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.integrity import verify_alone
-from checkpoints_tools.verify.verify import verify_same
-from statex_dist.checkpoint.tp_layout import file_name
+from checkpoints_tools.verify.verify import verify_alone, verify_same
+from statex_dist.checkpoint.formats.tensor_parallel import file_name
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.layout import shard_ranges
 from statex_dist.models.registry import config_from_dict, family_of

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.formats.zero3.optimizer_states import batch_proposal
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.integrity import verify_alone
-from checkpoints_tools.verify.verify import verify_same
+from checkpoints_tools.verify.verify import verify_alone, verify_same
 from statex_dist.checkpoint.formats.zero3.layout import sub_groups
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError

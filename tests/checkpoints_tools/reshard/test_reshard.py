@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.integrity import verify_alone
-from checkpoints_tools.verify.verify import verify_same
+from checkpoints_tools.verify.verify import verify_alone, verify_same
 from statex_dist.checkpoint.formats.zero3.layout import FlatLayout, partition_size
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError, ConfigError
@@ -153,7 +152,7 @@ _MEASURED = """
 import sys
 from pathlib import Path
 from checkpoints_tools.expand.expand import expand
-from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.expand import prepare_expansion
 from checkpoints_tools.plan.options import PlanOptions
 from checkpoints_tools.reshard.reshard import reshard
 

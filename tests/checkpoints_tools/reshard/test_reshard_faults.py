@@ -14,7 +14,7 @@ from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.io import target_writer
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.integrity import verify_alone
+from checkpoints_tools.verify.verify import verify_alone
 from statex_dist.errors import CheckpointError
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, random_tensors, write_model

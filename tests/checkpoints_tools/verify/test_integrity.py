@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.integrity import verify_alone
+from checkpoints_tools.verify.verify import verify_alone
 from statex_dist.checkpoint.formats.torch_archive.zip import read_directory
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError

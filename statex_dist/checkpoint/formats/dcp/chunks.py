@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.archive import DAMAGE
-from statex_dist.checkpoint.formats.crc import CrcLedger
+from statex_dist.checkpoint.formats.crc import DAMAGE, CrcLedger
 from statex_dist.checkpoint.formats.dcp.format import METADATA_NAME, Chunk, StoredTensor
 from statex_dist.checkpoint.formats.piece_io import check_entry
 from statex_dist.checkpoint.formats.raw_io import FileState

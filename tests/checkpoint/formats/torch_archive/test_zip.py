@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from checkpoints_tools.formats.torch_archive import ArchiveLayout, archive_bytes, dumps
-from statex_dist.checkpoint.archive import check_crcs
+from statex_dist.checkpoint.formats.crc import check_crcs
 from statex_dist.checkpoint.formats.piece_io import read_tensor
 from statex_dist.checkpoint.formats.raw_io import read_bytes
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from statex_dist.checkpoint.links import check_link
+from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.errors import CheckpointError
 
 

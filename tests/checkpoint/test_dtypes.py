@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statex_dist.checkpoint.dtypes import TORCH_NAMES
-from statex_dist.checkpoint.formats.dtype_cast import cast, encode, has_nonfinite
+from statex_dist.checkpoint.dtypes import TORCH_NAMES, cast, encode, has_nonfinite
 from statex_dist.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from statex_dist.checkpoint.trainer_dirs import (
+from statex_dist.checkpoint.formats.places import (
     checkpoint_inside,
     model_dir_of,
     step_of_directory,
