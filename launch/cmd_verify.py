@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from launch.cmd_reshard import progress_bar
+from launch.tool_options import progress_bar
 
 
 def add_arguments(parser: ArgumentParser) -> None:

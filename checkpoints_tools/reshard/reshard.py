@@ -98,7 +98,7 @@ def reshard(
     check_options(row, {"--world-size": world_size, "--tp": tp, **given})
     wanted = parse_dtype(dtype)
     check_apart(Path(source), Path(target))
-    opened = _open(source, training=row.load().is_training)
+    opened = _open(source, training=row.is_tag)
     facts = opened.source.facts
     # A training run that has diverged must still be exportable, to be looked at.
     options = replace(options or WriteOptions(), allow_nonfinite=True)

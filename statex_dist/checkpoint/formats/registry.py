@@ -30,13 +30,11 @@ class Layout:
         has_checksums: Whether its files carry checksums of their own.
         lists_tensors: Whether its files say which files and tensors there are.
         has_records: Whether its manifests list every weight file.
-        is_training: Whether it holds a training run: of a source with two checkpoints that of the training is meant.
     """
 
     has_checksums: ClassVar[bool] = False
     lists_tensors: ClassVar[bool] = False
     has_records: ClassVar[bool] = True
-    is_training: ClassVar[bool] = False
 
     @staticmethod
     def detect(directory: Path) -> bool:
@@ -187,6 +185,11 @@ def layouts() -> tuple[LayoutRow, ...]:
 def find_layout(name: str) -> LayoutRow:
     """Return a layout by its name."""
     return _LAYOUTS[name]
+
+
+def is_of_training(name: str) -> bool:
+    """Return whether a layout, if there is one of that name, is that of a training checkpoint."""
+    return name in _LAYOUTS and _LAYOUTS[name].is_tag
 
 
 def add_layout(row: LayoutRow) -> None:

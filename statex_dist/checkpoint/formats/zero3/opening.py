@@ -27,7 +27,7 @@ from statex_dist.errors import CheckpointError
 class Zero3(Layout):
     """The layout of DeepSpeed ZeRO stage 3: two files a rank."""
 
-    has_checksums = lists_tensors = is_training = True
+    has_checksums = lists_tensors = True
 
     @staticmethod
     def detect(directory: Path) -> bool:
