@@ -12,8 +12,7 @@ from typing import Any
 from checkpoints_tools.formats.targets import PlannedTarget, TargetRequest
 from checkpoints_tools.formats.torch_archive import ArchiveLayout, archive_bytes, dumps
 from checkpoints_tools.io.documents import main_dtype
-from checkpoints_tools.io.journal import WrittenTensor
-from checkpoints_tools.io.target import Documents, TargetPlan
+from checkpoints_tools.io.target import TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
@@ -30,7 +29,7 @@ from statex_dist.checkpoint.formats.dcp.format import (
     StoredTensor,
 )
 from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, COMMON_FILE, CONFIG_FILE, Dcp
-from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
 from statex_dist.checkpoint.torch_pickle import STORAGES, Remembered, Size, named, new_tensor
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
@@ -150,52 +149,6 @@ def _shards(groups: Sequence[Sequence[TensorInfo]], max_shard_size: int) -> Iter
 _CHECKPOINT_VERSION = 3.0  # of older ones Megatron-LM reorders queries and keys
 
 
-def megatron_plan(
-    source: TensorSource,
-    jobs: Sequence[TensorJob],
-    *,
-    config: ModelConfig | None,
-    max_shard_size: int,
-    documents: Documents,
-    info: dict[str, Any],
-) -> TargetPlan:
-    """Lay tensors out in a Megatron checkpoint.
-
-    Args:
-        source: Whose step goes along.
-        jobs: Every tensor, in order.
-        config: The model's config, which decides on names; None where it is not of one of our families.
-        max_shard_size: Bytes of values per file; the parts of a tensor stay in one file.
-        documents: Makes the JSON files (``config.json`` among them) when all files are written.
-        info: Facts for the manifest.
-
-    Raises:
-        CheckpointError: A tensor has no name there, is missing, or has a dtype that torch's storages lack.
-    """
-    parts = _parts_of([job.info for job in jobs], config)
-    layout = lay_out([[of_part(job.info, p) for p in parts[job.info.name]] for job in jobs], max_shard_size)
-    metadata = metadata_bytes(layout.tensors)
-    step = source.facts.info.get("step") or 0
-    common = archive_bytes(Path(COMMON_FILE).stem, {"checkpoint_version": _CHECKPOINT_VERSION, "iteration": step})
-
-    def places(job: TensorJob) -> list[Piece]:
-        row = math.prod(job.info.shape[1:])
-        return [Piece(*layout.values[p.name], p.start * row, p.stop * row) for p in parts[job.info.name]]
-
-    def with_metadata(written: Mapping[str, WrittenTensor]) -> dict[str, Any]:
-        own = {COMMON_FILE: common, METADATA_NAME: metadata, CONFIG_FILE: CHECKPOINT_CONFIG}
-        return {**documents(written), **own}
-
-    return TargetPlan(
-        kind="megatron",
-        files=layout.files,
-        jobs=jobs,
-        places=places,
-        documents=with_metadata,
-        info={**info, "megatron_names": config is not None and has_megatron_names(config)},
-    )
-
-
 def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[str, tuple[Part, ...]]:
     """Return the parts of every tensor that is written, by our name."""
     table = name_map(config) if config is not None else {}
@@ -221,15 +174,34 @@ class DcpTarget(Dcp):
 
     @staticmethod
     def plan_target(request: TargetRequest) -> PlannedTarget:
-        """Lay a model out; one of no known family keeps its names."""
-        jobs = request.jobs()
+        """Lay a model out; one of no known family keeps its names. The parts of a tensor stay in one file.
+
+        Raises:
+            CheckpointError: A tensor has no name there, is missing, or has a dtype that torch's storages lack.
+        """
+        jobs, config = request.jobs(), request.config
         documents = request.documents(main_dtype(job.info for job in jobs))
-        plan = megatron_plan(
-            request.source,
-            jobs,
-            config=request.config,
-            max_shard_size=request.write.max_shard_size,
+        parts = _parts_of([job.info for job in jobs], config)
+        pieces = [[of_part(job.info, part) for part in parts[job.info.name]] for job in jobs]
+        layout = lay_out(pieces, request.write.max_shard_size)
+        step = request.source.facts.info.get("step") or 0
+        common = {"checkpoint_version": _CHECKPOINT_VERSION, "iteration": step}
+        documents |= {
+            COMMON_FILE: archive_bytes(Path(COMMON_FILE).stem, common),
+            METADATA_NAME: metadata_bytes(layout.tensors),
+            CONFIG_FILE: CHECKPOINT_CONFIG,
+        }
+
+        def places(job: TensorJob) -> list[Piece]:
+            row = math.prod(job.info.shape[1:])
+            return [Piece(*layout.values[p.name], p.start * row, p.stop * row) for p in parts[job.info.name]]
+
+        plan = TargetPlan(
+            kind="megatron",
+            files=layout.files,
+            jobs=jobs,
+            places=places,
             documents=lambda _: documents,
-            info=request.info,
+            info={**request.info, "megatron_names": config is not None and has_megatron_names(config)},
         )
-        return PlannedTarget(plan=plan, notes=megatron_notes(request.config))
+        return PlannedTarget(plan=plan, notes=megatron_notes(config))

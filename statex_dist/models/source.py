@@ -18,7 +18,6 @@ from statex_dist.models.model_check import (
     find_prefix,
 )
 from statex_dist.models.registry import config_from_dict, find_family, read_config
-from statex_dist.models.run_configs import with_config_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +69,8 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     """
     in_parts = source.in_parts
     if in_parts and source.facts.model_dir is None:
+        from statex_dist.models.run_configs import with_config_of_run  # only of other trainers' runs
+
         source.facts = with_config_of_run(source)
     if not describe:
         for note in source.facts.notes:

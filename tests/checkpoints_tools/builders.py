@@ -13,7 +13,7 @@ from checkpoints_tools.expand.report import ExpansionReport
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.plan.options import PlanOptions
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
-from statex_dist.checkpoint.formats.piece_io import read_tensor as read_bytes_of
+from statex_dist.checkpoint.formats.piece_io import blocks
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
 from statex_dist.models.registry import config_from_dict, family_of
 
@@ -62,7 +62,8 @@ def read_tensor(source: TensorSource, name: str) -> torch.Tensor:
     """Return one tensor of a source."""
     info = source.info(name)
     tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
-    tensor.reshape(-1).view(torch.uint8).numpy()[:] = read_bytes_of(source, name)
+    for block in blocks(source, name, max(info.numel, 1)):
+        tensor.reshape(-1).view(torch.uint8).numpy()[:] = block
     return tensor
 
 

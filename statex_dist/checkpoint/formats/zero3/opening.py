@@ -7,14 +7,13 @@ the others are placeholders or a copy of it; if they are neither, which of the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES, cast
-from statex_dist.checkpoint.formats.piece_io import PieceReader
+from statex_dist.checkpoint.formats.piece_io import blocks
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
 from statex_dist.checkpoint.formats.registry import Layout, check_ways, ways_to_read
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorInfo, TensorSource
@@ -120,7 +119,8 @@ def _is_copy(source: TensorSource, known: TensorInfo, beside: TensorSource, info
     """Return whether a tensor equals that of the tag once that is rounded to its dtype."""
     if info.dtype != known.dtype and not {info.dtype, known.dtype} <= set(CONVERTIBLE):
         return False
-    pairs = zip(_blocks(source, known, info), _blocks(beside, info, known), strict=True)
+    step = BLOCK_BYTES // max(known.item_bytes, info.item_bytes)
+    pairs = zip(blocks(source, known.name, step), blocks(beside, info.name, step), strict=True)
     return all(_same(cast(ours, known.dtype, info.dtype), theirs, info.dtype) for ours, theirs in pairs)
 
 
@@ -130,17 +130,3 @@ def _same(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> bool:
         return np.array_equal(ours, theirs)
     a, b = (cast(block, dtype, "F64").view("<f8") for block in (ours, theirs))
     return np.array_equal(a, b, equal_nan=True)
-
-
-def _blocks(source: TensorSource, info: TensorInfo, other: TensorInfo) -> Iterator[np.ndarray]:
-    """Yield a tensor's bytes in blocks; blocks of ``other`` have the same number of elements."""
-    pieces = source.pieces(info.name)
-    step = BLOCK_BYTES // max(info.item_bytes, other.item_bytes)
-    reader = PieceReader(source.opened, ahead=source.ahead)
-    try:
-        for start in range(0, info.numel, step):
-            window = np.empty(min(step, info.numel - start) * info.item_bytes, dtype=np.uint8)
-            reader.read(pieces, info, start, window)
-            yield window
-    finally:
-        reader.close()
