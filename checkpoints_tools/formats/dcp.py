@@ -30,7 +30,7 @@ from statex_dist.checkpoint.formats.dcp.format import (
 )
 from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, COMMON_FILE, CONFIG_FILE, Dcp
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
-from statex_dist.checkpoint.torch_pickle import STORAGES, Remembered, Size, named, new_tensor
+from statex_dist.checkpoint.formats.torch_archive.pickle import STORAGES, Remembered, Size, named, new_tensor
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.megatron_names import Part, has_megatron_names, megatron_name, megatron_notes, name_map, whole

@@ -22,7 +22,7 @@ from tests.checkpoints_tools.toy import layout as toy
 from tests.runs import REPOSITORY
 
 OTHERS = {
-    "torch_archive": (".formats.torch_archive", ".torch_pickle"),
+    "torch_archive": (".formats.torch_archive",),
     "zero3": (".zero3",),
     "dcp": (".dcp",),
     "tensor_parallel": (".tensor_parallel",),

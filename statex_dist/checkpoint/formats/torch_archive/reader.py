@@ -15,9 +15,9 @@ from statex_dist.checkpoint.formats.raw_io import read_bytes
 from statex_dist.checkpoint.formats.registry import Layout, Open
 from statex_dist.checkpoint.formats.safetensors import check_map, read_index, ways_of
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_archive.pickle import TensorRef
 from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive, open_archive
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
-from statex_dist.checkpoint.torch_pickle import TensorRef
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

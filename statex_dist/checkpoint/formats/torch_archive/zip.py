@@ -21,7 +21,7 @@ from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.crc import DAMAGE
 from statex_dist.checkpoint.formats.places import pointer_text
 from statex_dist.checkpoint.formats.raw_io import FileState, read_bytes
-from statex_dist.checkpoint.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
+from statex_dist.checkpoint.formats.torch_archive.pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
 from statex_dist.errors import CheckpointError, one_line
 
 LOCAL = struct.Struct("<IHHHHHIIIHH")

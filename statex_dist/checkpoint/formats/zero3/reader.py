@@ -16,6 +16,7 @@ from typing import Any
 
 from statex_dist.checkpoint.dtypes import FLOATS
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_archive.pickle import TensorRef
 from statex_dist.checkpoint.formats.torch_archive.reader import whole_pieces
 from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive, open_archive
 from statex_dist.checkpoint.formats.zero3.layout import FlatLayout, find_rank_files, partition_size, shares
@@ -28,7 +29,6 @@ from statex_dist.checkpoint.formats.zero3.rank import (
     optim_states,
     scalar_values,
 )
-from statex_dist.checkpoint.torch_pickle import TensorRef
 from statex_dist.errors import CheckpointError
 
 

@@ -23,9 +23,16 @@ from statex_dist.checkpoint.formats.crc import check_crcs
 from statex_dist.checkpoint.formats.piece_io import blocks
 from statex_dist.checkpoint.formats.raw_io import read_bytes
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts
+from statex_dist.checkpoint.formats.torch_archive.pickle import (
+    ENUMS,
+    MAX_PICKLE_BYTES,
+    UnsafePickleError,
+    loads,
+    named,
+    new_tensor,
+)
 from statex_dist.checkpoint.formats.torch_archive.reader import StateDictSource
 from statex_dist.checkpoint.formats.torch_archive.zip import open_archive
-from statex_dist.checkpoint.torch_pickle import ENUMS, MAX_PICKLE_BYTES, UnsafePickleError, loads, named, new_tensor
 from statex_dist.errors import CheckpointError
 
 DTYPES = [

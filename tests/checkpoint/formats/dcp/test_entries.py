@@ -2,7 +2,7 @@
 
 import pytest
 
-from statex_dist.checkpoint.dcp_entries import as_paths, model_entries
+from statex_dist.checkpoint.formats.dcp.entries import as_paths, model_entries
 
 NAMES = ("model.embed.weight", "model.layers.0.attn.o_proj.weight", "lm_head.weight")
 
