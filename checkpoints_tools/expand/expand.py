@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.expand.report import Checksums, ExpansionReport, make_report
+from checkpoints_tools.expand.report import ExpansionReport, make_report, read_digests
 from checkpoints_tools.formats.targets import TargetRequest, check_options, find_target, plan_target
 from checkpoints_tools.io.documents import REPORT_NAME, with_dtype, with_one_dtype
 from checkpoints_tools.io.journal import WrittenTensor
@@ -66,7 +66,7 @@ def expand(
             *(target, target),
         )
     write_target(Path(target), expansion.source, plan, options, progress=progress)
-    return expansion.report(Checksums.read(Path(target) / plan.model_folder))
+    return expansion.report(read_digests(Path(target) / plan.model_folder))
 
 
 def target_plan(
@@ -79,7 +79,7 @@ def target_plan(
     code = expansion_code(expansion)
 
     def documents(written: Mapping[str, WrittenTensor]) -> dict[str, Any]:
-        return {CONFIG_NAME: config, REPORT_NAME: expansion.report(Checksums.of(written)).to_dict(), **code}
+        return {CONFIG_NAME: config, REPORT_NAME: expansion.report(written).to_dict(), **code}
 
     assert expansion.after.statex is not None
     info = {
@@ -155,10 +155,10 @@ class Expansion:
         values = with_one_dtype(self.after.with_plan(self.values), self.source)
         return values if self.dtype is None else with_dtype(values, self.dtype)
 
-    def report(self, checksums: Checksums | None = None) -> ExpansionReport:
-        """Return the account, with the checksums of what has been written."""
+    def report(self, written: Mapping[str, WrittenTensor] | None = None) -> ExpansionReport:
+        """Return the report, with the digests of written tensors."""
         infos = [self.source.info(name) for name in self.source.owned()]
-        return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, checksums or Checksums())
+        return make_report(self.source.facts.path, self.before, self.after, self.jobs, infos, written or {})
 
 
 def read_model(source: str | Path, *, training: bool = False) -> tuple[TensorSource, dict[str, Any], ModelConfig]:

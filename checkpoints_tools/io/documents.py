@@ -1,4 +1,4 @@
-"""The small files of a target: ``config.json`` with its dtype, ``expansion_report.json``, and what is carried along."""
+"""The small files of a target: ``config.json`` with its dtype, ``expansion_report.json``, and carried files."""
 
 from __future__ import annotations
 

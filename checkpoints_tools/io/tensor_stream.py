@@ -128,12 +128,7 @@ class TensorStream:
         step = _window_numel(job, pieces, self._width)
         for position in range(start, stop, step):
             window = self._buffer[: (min(position + step, stop) - position) * info.item_bytes]
-            self._reader.read(pieces, info, position, window)
-            for replica in replicas:
-                if self._reader.differing(replica, info, position, window):
-                    raise CheckpointError(
-                        f"tensor '{info.name}': the copy of it in {replica.path} differs from the other ranks' copies"
-                    )
+            self._reader.read(pieces, info, position, window, replicas)
             yield window
 
     def _copied(self, job: TensorJob, start: int, stop: int) -> Iterator[np.ndarray]:

@@ -27,7 +27,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundPlan:
-    """Layers and factor that come closest, and the state numbers that they give."""
+    """Layers and factor that come closest, and the state elements that they give."""
 
     layers: tuple[int, ...]
     factor: int
@@ -35,7 +35,7 @@ class FoundPlan:
 
 
 def parse_target(text: str, current: int) -> float:
-    """Return the state numbers that ``1.5x`` (of ``current``), ``18.7M`` or ``18700000`` asks for.
+    """Return the state elements that ``1.5x`` (of ``current``), ``18.7M`` or ``18700000`` asks for.
 
     Raises:
         ConfigError: Neither form, or not more than the current size.
@@ -60,7 +60,7 @@ def find_plan(
 
     Args:
         config: The model.
-        target: ``1.5x`` or a number of state numbers.
+        target: ``1.5x`` or a number of state elements.
         layers: A rule that fixes the layers; None leaves them free.
         factor: A factor that is fixed; None leaves it free.
         op: The operation.
@@ -134,7 +134,7 @@ def smaller_plans(
     Args:
         before: The model as it is.
         after: The model with the plan that is too large.
-        fits: Whether so many state numbers fit; what does not fit does not fit when it grows.
+        fits: Whether a number of state elements fits; what does not fit does not fit when it grows.
 
     Returns:
         The plans, each once; None where the plan is not of one kind and factor.

@@ -125,7 +125,9 @@ class PieceReader:
         self._most_files = open_files_of_reader()
         self._scratch = np.empty(0, dtype=np.uint8)
 
-    def read(self, pieces: Pieces, info: TensorInfo, start: int, view: np.ndarray) -> None:
+    def read(
+        self, pieces: Pieces, info: TensorInfo, start: int, view: np.ndarray, replicas: Sequence[Piece] = ()
+    ) -> None:
         """Fill ``view`` with the bytes of a flattened tensor.
 
         Args:
@@ -133,9 +135,11 @@ class PieceReader:
             info: The tensor.
             start: First element.
             view: ``[n]`` uint8, whole elements; whole rows where a piece is not of all columns.
+            replicas: Where it lies again.
 
         Raises:
-            CheckpointError: A file ends early, cannot be read, or has changed since the source was opened.
+            CheckpointError: A file ends early, cannot be read, or has changed since the source was opened, or a
+                replica holds other values.
         """
         item = info.item_bytes
         stop = start + len(view) // item
@@ -154,16 +158,16 @@ class PieceReader:
                 run = self._room(part.size)
                 self._fetch(piece.path, place, run)
                 part[:] = run.reshape(part.shape)
-
-    def differing(self, piece: Piece, info: TensorInfo, start: int, view: np.ndarray) -> bool:
-        """Return whether a piece holds other values than ``view`` (as in :meth:`read`) where the two overlap."""
-        item = info.item_bytes
-        if not overlapping([piece], start, start + len(view) // item):
-            return False
-        part, place = window_of(piece, start, view, item)
-        run = self._room(part.size)
-        self._fetch(piece.path, place, run)
-        return not np.array_equal(run.reshape(part.shape), part)
+        for replica in replicas:
+            if not overlapping([replica], start, stop):
+                continue
+            part, place = window_of(replica, start, view, item)
+            run = self._room(part.size)
+            self._fetch(replica.path, place, run)
+            if not np.array_equal(run.reshape(part.shape), part):
+                raise CheckpointError(
+                    f"tensor '{info.name}': the copy of it in {replica.path} differs from the other ranks' copies"
+                )
 
     def _fetch(self, path: Path, offset: int, run: np.ndarray) -> None:
         if not len(run):
@@ -287,12 +291,7 @@ class WholeReader:
         for first in range(0, info.numel, step):
             size = min(step, info.numel - first) * info.item_bytes
             block = self._room(size) if out is None else out[first * info.item_bytes :][:size]
-            self._reader.read(pieces, info, first, block)
-            for replica in replicas:
-                if self._reader.differing(replica, info, first, block):
-                    raise CheckpointError(
-                        f"tensor '{name}': the copy of it in {replica.path} differs from the other ranks' copies"
-                    )
+            self._reader.read(pieces, info, first, block, replicas)
             if expected is not None:
                 digest.update(block.data)
             yield first, block

@@ -29,11 +29,15 @@ OTHERS = {
 }
 
 
+MOST_MODULES = 90
+"""That a reader of one command may have to open, packages included."""
+
+
 def loaded(*argv: str) -> set[str]:
     """Run a command in a new process; return the layouts other than safetensors of which modules were imported."""
     script = (
         "import sys\nfrom launch.cli import main\nassert main(sys.argv[1:]) == 0\n"
-        "print('LOADED', *(n for n in sys.modules if n.startswith(('checkpoints_tools', 'statex_dist'))))"
+        "print('LOADED', *(n for n in sys.modules if n.startswith(('checkpoints_tools', 'launch', 'statex_dist'))))"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, *argv], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
@@ -41,6 +45,8 @@ def loaded(*argv: str) -> set[str]:
     assert run.returncode == 0, run.stderr[-2000:]
     names = run.stdout.split("LOADED")[1].split()
     assert "statex_dist.checkpoint.formats.safetensors" in names
+    assert len(names) <= MOST_MODULES
+    assert {name for name in names if name.startswith("launch.cmd_")} == {f"launch.cmd_{argv[0]}"}
     return {kind for kind, marks in OTHERS.items() if any(mark in name for mark in marks for name in names)}
 
 
