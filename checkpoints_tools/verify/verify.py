@@ -31,7 +31,7 @@ from statex_dist.models.source import open_source
 
 
 @dataclass(kw_only=True, slots=True)
-class Verdict:
+class Verification:
     """What a verification found.
 
     Attributes:
@@ -62,7 +62,7 @@ class Verdict:
 
 def verify_expansion(
     base: str | Path, expanded: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None
-) -> Verdict:
+) -> Verification:
     """Prove that ``expanded`` is ``base`` with the plan in its ``config.json``, and that nothing else changed.
 
     Kept rows are compared with the base byte by byte, new rows are drawn again from the plan's seeds, checksums are
@@ -81,7 +81,7 @@ def verify_expansion(
     new = {e.layer: e for e in (after.statex.layers if after.statex else ())}
     if after.MODEL_TYPE != before.MODEL_TYPE or not set(new) > set(old):
         raise CheckpointError(f"{expanded} has no expansion plan beyond that of {base}: nothing to verify")
-    verdict = Verdict(first=str(source.facts.path), second=str(other.facts.path))
+    verdict = Verification(first=str(source.facts.path), second=str(other.facts.path))
     if changed := [layer for layer in old if new[layer] != old[layer]]:
         verdict.differences.append(f"plan: layers {changed} of the base have another entry")
         return verdict
@@ -113,7 +113,7 @@ def verify_same(
     rtol: float | None = None,
     workers: int = DEFAULT_WORKERS,
     progress: Progress | None = None,
-) -> Verdict:
+) -> Verification:
     """Compare two checkpoints of any layout tensor by tensor; of two training checkpoints the optimizer's states too.
 
     Args:
@@ -127,7 +127,7 @@ def verify_same(
         CheckpointError: One of the two is damaged or incomplete.
     """
     a, b = open_source(first, check=False), open_source(second, check=False)
-    verdict = Verdict(first=str(a.facts.path), second=str(b.facts.path))
+    verdict = Verification(first=str(a.facts.path), second=str(b.facts.path))
     pairs = _paired(a, b, None, verdict)
     common = [state for state in a.states() if state in b.states()]
     for state in common:
@@ -138,7 +138,7 @@ def verify_same(
     return verdict
 
 
-def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verdict) -> list[Pair]:
+def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verification) -> list[Pair]:
     """Pair the tensors of two checkpoints; note those that one of them lacks."""
     # A name that only points to another tensor is compared where both have it: other layouts write the owner alone.
     names, others = a.keys(), set(b.keys())
@@ -151,7 +151,7 @@ def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verdic
     return [Pair(job, job.info.name) for job in jobs]
 
 
-def _note(outcomes: list[Outcome], verdict: Verdict) -> dict[str, str]:
+def _note(outcomes: list[Outcome], verdict: Verification) -> dict[str, str]:
     """Enter what was found in the verdict, and return the digests of the tensors that agree."""
     digests = {}
     for outcome in outcomes:
@@ -166,7 +166,9 @@ def _note(outcomes: list[Outcome], verdict: Verdict) -> dict[str, str]:
     return digests
 
 
-def _recorded_dtype(base: dict[str, Any], found: dict[str, Any], other: TensorSource, verdict: Verdict) -> str | None:
+def _recorded_dtype(
+    base: dict[str, Any], found: dict[str, Any], other: TensorSource, verdict: Verification
+) -> str | None:
     """Return the dtype that ``--dtype`` gave the expanded model, if its ``config.json`` says that it was converted.
 
     Without that record nothing may be converted: a model whose tensors were rounded is not the base's expansion.
@@ -184,7 +186,7 @@ def _recorded_dtype(base: dict[str, Any], found: dict[str, Any], other: TensorSo
     return wanted
 
 
-def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verdict) -> None:
+def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verification) -> None:
     """Compare ``config.json`` with what it must be."""
     for key in differing_keys(expected, found):
         if key not in DTYPE_KEYS:
@@ -192,7 +194,7 @@ def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: V
             verdict.differences.append(f"config.json: {key} is {b}, not {a}")
 
 
-def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory: Path, verdict: Verdict) -> None:
+def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory: Path, verdict: Verification) -> None:
     """Compare ``expansion_report.json`` with the account of what was found."""
     report = read_report(directory)
     if report is None:
@@ -220,7 +222,7 @@ def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory:
             verdict.differences.append(f"{REPORT_NAME}: the entry of '{name}' is not what was found")
 
 
-def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, str], verdict: Verdict) -> None:
+def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, str], verdict: Verification) -> None:
     """Compare what lies beside the weights: carried files, metadata, and anything else."""
     directory = other.facts.path
     expected = {CONFIG_NAME, REPORT_NAME, MANIFEST_NAME, INDEX_NAME, *(path.name for path in other.files)}
@@ -239,7 +241,7 @@ def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, st
         verdict.differences.append("the metadata of the safetensors files differs from the base's")
 
 
-def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None) -> Verdict:
+def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None) -> Verification:
     """Read a whole checkpoint and hold it to everything that is known of it.
 
     Of files written by torch or DeepSpeed every entry has a CRC-32, so that a flipped byte is found without a manifest.
@@ -255,7 +257,7 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
     """
     source = open_source(path)
     facts = source.facts
-    verdict = Verdict(first=str(facts.path), second=None)
+    verdict = Verification(first=str(facts.path), second=None)
     manifest = Manifest.read(facts.path) if (facts.path / MANIFEST_NAME).is_file() else None
     weights = {file.name for file in source.files}
     for name, record in (manifest.files if manifest else {}).items():
@@ -298,7 +300,7 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
 
 
 @contextlib.contextmanager
-def _noted(verdict: Verdict) -> Iterator[None]:
+def _noted(verdict: Verification) -> Iterator[None]:
     """Enter damage in the verdict and go on: there may be more."""
     try:
         yield

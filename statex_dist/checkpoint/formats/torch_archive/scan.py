@@ -81,7 +81,7 @@ def scan(data: bytes, *, allowed: Collection[str], results: Mapping[str, Value])
         UnsafePickleError: It names what is not allowed, is damaged or too large, or its values refer to themselves.
     """
     try:
-        _Scan(data, allowed, results).run()
+        _Walk(data, allowed, results).run()
     except (IndexError, struct.error):
         raise UnsafePickleError("not a readable pickle: it ends early, or takes a value that is not there") from None
 
@@ -96,7 +96,7 @@ def _extent(items: Sequence[Value]) -> tuple[int, int]:
     return depth + 1, size
 
 
-class _Scan:
+class _Walk:
     def __init__(self, data: bytes, allowed: Collection[str], results: Mapping[str, Value]):
         self._data, self._allowed, self._results = data, allowed, results
         self._protocol = 0
@@ -344,11 +344,11 @@ class _Scan:
         return position
 
 
-_HANDLERS: dict[int, Callable[[_Scan, int], int]] = {
-    **{ord("("): _Scan._mark, ord("t"): _Scan._marked_tuple, **dict.fromkeys(_CONTAINERS, _Scan._container)},
-    **{0x85: _Scan._short_tuple, 0x86: _Scan._short_tuple, 0x87: _Scan._short_tuple},
-    **{ord("a"): _Scan._append, ord("e"): _Scan._appends, ord("s"): _Scan._setitem, ord("u"): _Scan._setitems},
-    **{0x90: _Scan._additems, 0x91: _Scan._frozenset},
-    **{ord("c"): _Scan._global, 0x93: _Scan._stack_global, ord("R"): _Scan._call, 0x81: _Scan._call},
-    **{ord("b"): _Scan._build, ord("Q"): _Scan._persistent_id, 0x80: _Scan._proto, 0x95: _Scan._frame},
+_HANDLERS: dict[int, Callable[[_Walk, int], int]] = {
+    **{ord("("): _Walk._mark, ord("t"): _Walk._marked_tuple, **dict.fromkeys(_CONTAINERS, _Walk._container)},
+    **{0x85: _Walk._short_tuple, 0x86: _Walk._short_tuple, 0x87: _Walk._short_tuple},
+    **{ord("a"): _Walk._append, ord("e"): _Walk._appends, ord("s"): _Walk._setitem, ord("u"): _Walk._setitems},
+    **{0x90: _Walk._additems, 0x91: _Walk._frozenset},
+    **{ord("c"): _Walk._global, 0x93: _Walk._stack_global, ord("R"): _Walk._call, 0x81: _Walk._call},
+    **{ord("b"): _Walk._build, ord("Q"): _Walk._persistent_id, 0x80: _Walk._proto, 0x95: _Walk._frame},
 }
