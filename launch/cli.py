@@ -36,8 +36,14 @@ COMMANDS = {
 }
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
-    """Return the parser of the command and all its subcommands."""
+def build_parser(arguments: Sequence[str] | None = None) -> jsonargparse.ArgumentParser:
+    """Return the parser of the command and its subcommands.
+
+    Args:
+        arguments: What is to be parsed: of the other subcommands only the names are known then, because a command must
+            not cost the import of all; None for every option of all.
+    """
+    wanted = COMMANDS if arguments is None else [word for word in arguments if word in COMMANDS][:1]
     parser = jsonargparse.ArgumentParser(
         prog="statex",
         description="A bigger memory for pre-trained recurrent language models.",
@@ -47,14 +53,13 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     subcommands = parser.add_subcommands(dest="command")
     for name, text in COMMANDS.items():
-        # Aborting half-typed commands must not cost a torch import: the cmd_* modules import little at the top.
-        module = _module(name)
         subparser = jsonargparse.ArgumentParser(
             description=text[0].upper() + text[1:] + ".", exit_on_error=False, allow_abbrev=False
         )
         # In this order: a command may have subcommands of its own.
         subcommands.add_subcommand(name, subparser, help=text)
-        module.add_arguments(subparser)
+        if name in wanted:
+            _module(name).add_arguments(subparser)
     return parser
 
 
@@ -80,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = ["--help"]
     setup_logging()
     try:
-        options = build_parser().parse_args(arguments)
+        options = build_parser(arguments).parse_args(arguments)
         command = options[options.command]
         command.command_line = arguments  # for one that starts itself again, on several ranks
         output = _output_of(command)

@@ -9,26 +9,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from launch.cmd_plan import add_plan_options, plan_options
-from launch.cmd_reshard import add_output_options, progress_bar
+from launch.tool_options import add_output_options, add_plan_options, plan_options, progress_bar, write_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex expand`` to ``parser``."""
-    add_output_options(parser)
+    add_output_options(parser, layouts="hf, or zero3 to grow a run in training")
     add_plan_options(parser)
-    parser.add_argument(
-        "--to", type=str, default="hf", help="layout of the target: hf, or zero3 to grow a run in training"
-    )
-    parser.add_argument(
-        "--world-size", type=int | None, default=None, help="ranks of a zero3 target (default: as many as the source)"
-    )
     parser.add_argument("--allow-nonfinite", action="store_true", help="copy NaN and Inf instead of stopping there")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check names, shapes, plan and target; write nothing",
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check names, shapes, plan and target; write nothing")
 
 
 def run(args: Any) -> int:
@@ -40,19 +29,11 @@ def run(args: Any) -> int:
     Raises:
         StateXError: The options, the source or the target are wrong.
     """
-    from checkpoints_tools.expand.expand import check_target, expand, target_plan
-    from checkpoints_tools.expand.expansion import prepare_expansion
-    from checkpoints_tools.io.target_writer import WriteOptions
-    from statex_dist.config import parse_size
+    from checkpoints_tools.expand.expand import check_target, expand, prepare_expansion, target_plan
+    from statex_dist.checkpoint.formats.registry import is_of_training
 
-    options = WriteOptions(
-        max_shard_size=parse_size(args.max_shard_size, option="--max-shard-size"),
-        overwrite=args.overwrite,
-        workers=args.workers,
-        resume=args.resume,
-        allow_nonfinite=args.allow_nonfinite,
-    )
-    expansion = prepare_expansion(args.source, plan_options(args), dtype=args.dtype, training=args.to == "zero3")
+    options = write_options(args, allow_nonfinite=args.allow_nonfinite)
+    expansion = prepare_expansion(args.source, plan_options(args), dtype=args.dtype, training=is_of_training(args.to))
     if args.dry_run:
         target_plan(expansion, options, to=args.to, world_size=args.world_size)
         check_target(expansion, Path(args.target), options)

@@ -54,7 +54,7 @@ def _print(facts: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from launch.cmd_plan import size
+    from launch.tool_options import size
 
     table = Table(show_header=False)
     plan = ", ".join(

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
+from launch.tool_options import add_plan_options, plan_options, size
 from statex_dist.errors import ConfigError
 from statex_dist.state.geometry import STATE_BYTES
-from statex_dist.state.plan import Op
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from checkpoints_tools.plan.forgetting import Forgetting
     from checkpoints_tools.plan.memory import TrainingMemory, TrainingSettings
-    from checkpoints_tools.plan.options import PlanOptions
     from statex_dist.models.config import ModelConfig
 
 
@@ -26,39 +25,6 @@ _OF_ENGINE = (
     *("precision", "activation_checkpointing", "loss_chunk_tokens", "segment_tokens", "max_state_bytes"),
     *("offload_optimizer", "offload_parameters", "param_persistence_threshold", "sub_group_size"),
 )
-RECIPE_NAMES = "statex-paper-gla, statex-paper-merge, statex-paper-mamba4, statex-paper-merge-copy"
-
-
-def add_plan_options(parser: ArgumentParser) -> None:
-    """Add the options that describe an expansion (``statex plan`` and ``statex expand``)."""
-    for name, text in (
-        ("layers", "every:K, first:K, last:K, all or a list such as 0,6,12 (default: every:6)"),
-        ("factor", "growth of a layer's state, or 'full': all heads (default: full for heads, 4 for grow_state)"),
-        ("init", "start of the new state: reinit, inherit or lossless (default: reinit)"),
-        ("op", f"{', '.join(get_args(Op))} (default: by family and --init)"),
-        ("target-state", "find layers and factor for a total state, such as 1.5x or 18.7M"),
-        ("plan", "YAML file with a plan per layer (docs/checkpoints.md)"),
-        ("recipe", f"a mode of the StateX authors' scripts: {RECIPE_NAMES}"),
-    ):
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
-    parser.add_argument(
-        "--reset-dynamics",
-        action="store_true",
-        help="start decays, time steps and norms anew, as the authors' scripts do (they are kept otherwise)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new values")
-
-
-def plan_options(args: Any) -> PlanOptions:
-    """Return the parsed plan options as one value.
-
-    Raises:
-        ConfigError: An option is not one of the allowed words, or two of them clash.
-    """
-    from checkpoints_tools.plan.options import PlanOptions
-
-    names = ("layers", "factor", "init", "op", "target_state", "plan", "recipe", "reset_dynamics", "seed")
-    return PlanOptions(**{name: getattr(args, name) for name in names})
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -248,13 +214,3 @@ def _memory_rows(before: TrainingMemory, after: TrainingMemory) -> Iterator[tupl
                 values = getattr(share, place), getattr(new[name], place)
                 if any(values):
                     yield f"{label} memory, {title} {name}".rstrip(), *values, size
-
-
-def size(count: int) -> str:
-    """Return bytes in binary units."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1024
-    return f"{value:.2f} TiB"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.cmd_plan import size
 from launch.model_options import add_dtype_option, add_model_options, load_for_decoding
+from launch.tool_options import size
 from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:

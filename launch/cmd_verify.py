@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from launch.cmd_reshard import progress_bar
+from launch.tool_options import progress_bar
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -46,8 +46,7 @@ def run(args: Any) -> int:
     Raises:
         StateXError: A checkpoint is damaged, or there is nothing to verify.
     """
-    from checkpoints_tools.verify.integrity import verify_alone
-    from checkpoints_tools.verify.verify import verify_expansion, verify_same
+    from checkpoints_tools.verify.verify import verify_alone, verify_expansion, verify_same
     from statex_dist.errors import ConfigError
 
     if args.as_expansion and args.rtol is not None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoints_tools.reshard.reshard import reshard
+from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.checkpoint.layout import (
     LATEST_NAME,
     MANIFEST_NAME,
@@ -19,7 +20,6 @@ from statex_dist.checkpoint.layout import (
     step_of,
     tag_of,
 )
-from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import Manifest, commit_directory, record_file, write_durably
 from statex_dist.engine.checkpoint_retention import withdraw
 from statex_dist.errors import CheckpointError

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from statex_dist.checkpoint.config_json import config_text
+from statex_dist.checkpoint.formats.places import check_link
+from statex_dist.checkpoint.json_file import config_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, TRAIN_LENGTH_KEY
-from statex_dist.checkpoint.links import check_link
 from statex_dist.config import flat, parse_size, to_dict
 from statex_dist.data.epochs import warn_of_repeats
 from statex_dist.data.formats import open_store

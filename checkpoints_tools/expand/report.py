@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.io.expansion_report import read_report
+from checkpoints_tools.io.documents import read_report
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
@@ -49,33 +49,18 @@ class TensorChange:
     source_xxh3_128: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checksums:
-    """xxh3-128 digests by tensor name: of the stored bytes, and of the source's where all of them were kept."""
+def read_digests(directory: Path) -> dict[str, WrittenTensor]:
+    """Return the digests of tensors in a directory's report, by name; none where it has no report.
 
-    stored: dict[str, str] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, written: Mapping[str, WrittenTensor]) -> Checksums:
-        """Return the digests of written tensors."""
-        return cls(
-            stored={name: tensor.xxh3_128 for name, tensor in written.items()},
-            source={name: t.source_xxh3_128 for name, t in written.items() if t.source_xxh3_128 is not None},
-        )
-
-    @classmethod
-    def read(cls, directory: Path) -> Checksums:
-        """Return the digests of a directory's report.
-
-        Raises:
-            CheckpointError: It is unreadable.
-        """
-        tensors = (read_report(directory) or {"tensors": {}})["tensors"]
-        return cls(
-            stored={name: row["xxh3_128"] for name, row in tensors.items() if "xxh3_128" in row},
-            source={name: row["source_xxh3_128"] for name, row in tensors.items() if "source_xxh3_128" in row},
-        )
+    Raises:
+        CheckpointError: It is unreadable.
+    """
+    rows = (read_report(directory) or {"tensors": {}})["tensors"]
+    return {
+        name: WrittenTensor(xxh3_128=row["xxh3_128"], source_xxh3_128=row.get("source_xxh3_128"))
+        for name, row in rows.items()
+        if "xxh3_128" in row
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +81,7 @@ class ExpansionReport:
         source: Directory that was read.
         model_type: Family of the model.
         numpy: Version of numpy, whose generators drew the new rows.
-        state_before: State numbers of all recurrent layers together.
+        state_before: State elements of all recurrent layers together.
         state_after: The same of the target.
         parameters_before: Elements of all tensors of the source.
         parameters_after: The same of the target.
@@ -144,7 +129,7 @@ def make_report(
     after: ModelConfig,
     jobs: Sequence[TensorJob],
     source_infos: Sequence[TensorInfo],
-    checksums: Checksums,
+    written: Mapping[str, WrittenTensor],
 ) -> ExpansionReport:
     """Return the account of an expansion.
 
@@ -154,9 +139,9 @@ def make_report(
         after: Config of the expanded model.
         jobs: Every tensor of the target.
         source_infos: Every tensor of the source.
-        checksums: Of the written tensors; empty for a rehearsal.
+        written: Digests of the written tensors; empty for a rehearsal.
     """
-    tensors = {job.info.name: _change(job, checksums) for job in jobs}
+    tensors = {job.info.name: _change(job, written.get(job.info.name)) for job in jobs}
     layers = []
     for expansion in new_expansions(before, after).layers:
         prefix = family_of(before.MODEL_TYPE).names.layer(expansion.layer)
@@ -182,7 +167,7 @@ def make_report(
     )
 
 
-def _change(job: TensorJob, checksums: Checksums) -> TensorChange:
+def _change(job: TensorJob, written: WrittenTensor | None) -> TensorChange:
     recipe = job.surgery.recipe if job.surgery else None
     return TensorChange(
         change=recipe.change if recipe else "kept",
@@ -191,6 +176,6 @@ def _change(job: TensorJob, checksums: Checksums) -> TensorChange:
         dtype=job.info.dtype,
         rows=recipe.to_list() if recipe else None,
         seed=job.surgery.seed if job.surgery else None,
-        xxh3_128=checksums.stored.get(job.info.name),
-        source_xxh3_128=checksums.source.get(job.info.name),
+        xxh3_128=written.xxh3_128 if written else None,
+        source_xxh3_128=written.source_xxh3_128 if written else None,
     )

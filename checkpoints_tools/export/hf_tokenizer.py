@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.checkpoint.json_file import read_json
-from statex_dist.checkpoint.links import check_link
 from statex_dist.errors import CheckpointError, ConfigError, reason
 
 TOKENIZER_NAME = "tokenizer.json"

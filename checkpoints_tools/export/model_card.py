@@ -18,12 +18,12 @@ from checkpoints_tools.export.card_evaluation import Evaluated
 from checkpoints_tools.export.card_training import run_of, spans_of, training_facts
 from checkpoints_tools.export.hf_export import closed_note, export_notes, form_of
 from checkpoints_tools.export.hf_tokenizer import Kind
-from checkpoints_tools.io.expansion_report import read_report
+from checkpoints_tools.io.documents import read_report
 from statex_dist import __version__
+from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts
 from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, MODEL_DIR, TRAIN_LENGTH_KEY
-from statex_dist.checkpoint.links import check_link
 from statex_dist.models.config import ModelConfig
 
 CARD_NAME = "README.md"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.formats.torch_archive import ArchiveLayout, dumps
+from checkpoints_tools.formats.targets import PlannedTarget, TargetRequest
+from checkpoints_tools.formats.torch_archive import ArchiveLayout, archive_bytes, dumps
+from checkpoints_tools.io.documents import main_dtype
+from checkpoints_tools.io.target import TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
+from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
 from statex_dist.checkpoint.formats.dcp.format import (
     CHUNK,
     INDEX,
     METADATA,
+    METADATA_NAME,
     PACKAGE,
     PLACE,
     PROPERTIES,
@@ -22,9 +28,13 @@ from statex_dist.checkpoint.formats.dcp.format import (
     Chunk,
     StoredTensor,
 )
-from statex_dist.checkpoint.formats.tensor_io import TensorInfo
-from statex_dist.checkpoint.torch_pickle import STORAGES, Remembered, Size, named, new_tensor
+from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, COMMON_FILE, CONFIG_FILE, Dcp
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
+from statex_dist.checkpoint.formats.torch_archive.pickle import STORAGES, Remembered, Size, named, new_tensor
 from statex_dist.errors import CheckpointError
+from statex_dist.models.config import ModelConfig
+from statex_dist.models.megatron_names import Part, has_megatron_names, megatron_name, megatron_notes, name_map, whole
+from statex_dist.models.megatron_source import of_part
 
 _VERSION = "1.0.0"
 _ALIGNMENT = 64
@@ -134,3 +144,64 @@ def _shards(groups: Sequence[Sequence[TensorInfo]], max_shard_size: int) -> Iter
         filled += size
     if shard:
         yield shard
+
+
+_CHECKPOINT_VERSION = 3.0  # of older ones Megatron-LM reorders queries and keys
+
+
+def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[str, tuple[Part, ...]]:
+    """Return the parts of every tensor that is written, by our name."""
+    table = name_map(config) if config is not None else {}
+    found = {}
+    for info in infos:
+        if info.name in table:
+            found[info.name] = table[info.name]
+            rows = found[info.name][-1].stop
+            if rows != (info.shape[0] if info.shape else 1):
+                raise CheckpointError(f"tensor '{info.name}' has shape {list(info.shape)}; {rows} rows are expected")
+        else:
+            # The head of a tied model, or what the family's layout does not list.
+            renamed = config is not None and has_megatron_names(config)
+            name = megatron_name(config, info.name) if config is not None and renamed else info.name
+            found[info.name] = (whole(name, info.shape),)
+    if missing := [name for name in table if name not in found]:
+        raise CheckpointError(f"tensor '{missing[0]}' is missing: --to megatron needs every tensor")
+    return found
+
+
+class DcpTarget(Dcp):
+    """The layout of Megatron (``torch_dist``), written."""
+
+    @staticmethod
+    def plan_target(request: TargetRequest) -> PlannedTarget:
+        """Lay a model out; one of no known family keeps its names. The parts of a tensor stay in one file.
+
+        Raises:
+            CheckpointError: A tensor has no name there, is missing, or has a dtype that torch's storages lack.
+        """
+        jobs, config = request.jobs(), request.config
+        documents = request.documents(main_dtype(job.info for job in jobs))
+        parts = _parts_of([job.info for job in jobs], config)
+        pieces = [[of_part(job.info, part) for part in parts[job.info.name]] for job in jobs]
+        layout = lay_out(pieces, request.write.max_shard_size)
+        step = request.source.facts.info.get("step") or 0
+        common = {"checkpoint_version": _CHECKPOINT_VERSION, "iteration": step}
+        documents |= {
+            COMMON_FILE: archive_bytes(Path(COMMON_FILE).stem, common),
+            METADATA_NAME: metadata_bytes(layout.tensors),
+            CONFIG_FILE: CHECKPOINT_CONFIG,
+        }
+
+        def places(job: TensorJob) -> list[Piece]:
+            row = math.prod(job.info.shape[1:])
+            return [Piece(*layout.values[p.name], p.start * row, p.stop * row) for p in parts[job.info.name]]
+
+        plan = TargetPlan(
+            kind="megatron",
+            files=layout.files,
+            jobs=jobs,
+            places=places,
+            documents=lambda _: documents,
+            info={**request.info, "megatron_names": config is not None and has_megatron_names(config)},
+        )
+        return PlannedTarget(plan=plan, notes=megatron_notes(config))

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.formats.registry import PlannedTarget, TargetRequest
+from checkpoints_tools.formats.targets import PlannedTarget, TargetRequest
 from checkpoints_tools.io.journal import WrittenTensor
-from checkpoints_tools.io.target import Documents, TargetPlan
+from checkpoints_tools.io.target import TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
-from checkpoints_tools.io.tensor_stream import TensorJob
-from statex_dist.checkpoint.formats.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsSource
-from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.safetensors import INDEX_NAME, SINGLE_NAME, Safetensors, SafetensorsSource
+from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -101,49 +100,7 @@ def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def hf_plan(
-    source: TensorSource,
-    jobs: Sequence[TensorJob],
-    *,
-    max_shard_size: int,
-    documents: Documents,
-    info: dict[str, Any],
-) -> TargetPlan:
-    """Lay tensors out in safetensors files.
-
-    Args:
-        source: Whose safetensors metadata goes along, but for ``format``, which is always ``pt``.
-        jobs: Every tensor, in order.
-        max_shard_size: Bytes of values per file.
-        documents: Makes the JSON files (``config.json`` among them) when all files are written.
-        info: Facts for the manifest.
-    """
-    metadata = source.metadata if isinstance(source, SafetensorsSource) else {}
-    if isinstance(source, SafetensorsSource) and (names := sorted(source.contradictory - {"format"})):
-        logger.warning("the source's files differ in metadata %s, which is left out", ", ".join(names))
-    shards = lay_out([job.info for job in jobs], max_shard_size, metadata)
-    places = {
-        name: Piece(Path(shard.file), offset, 0, numel)
-        for shard in shards
-        for (name, offset), numel in zip(shard.offsets().items(), (t.numel for t in shard.tensors), strict=True)
-    }
-    by_name = {job.info.name: job for job in jobs}
-    index = {INDEX_NAME: index_of(shards)} if len(shards) > 1 else {}
-
-    def with_index(written: Mapping[str, WrittenTensor]) -> dict[str, Any]:
-        return {**documents(written), **index}
-
-    return TargetPlan(
-        kind="hf",
-        files=[TargetFile(name=shard.file, size=shard.size, header=shard.header) for shard in shards],
-        jobs=[by_name[tensor.name] for shard in shards for tensor in shard.tensors],
-        places=lambda job: (places[job.info.name],),
-        documents=with_index,
-        info=info,
-    )
-
-
-class Safetensors:
+class SafetensorsTarget(Safetensors):
     """The layout of Hugging Face directories with safetensors, written."""
 
     @staticmethod
@@ -151,11 +108,29 @@ class Safetensors:
         """Lay a directory out that transformers opens, where that is possible."""
         jobs = request.jobs()
         documents, notes = request.export(jobs)
-        plan = hf_plan(
-            request.source,
-            jobs,
-            max_shard_size=request.write.max_shard_size,
-            documents=lambda _: documents,
+        source, metadata = request.source, {}
+        if isinstance(source, SafetensorsSource):
+            metadata = source.metadata
+            if names := sorted(source.contradictory - {"format"}):
+                logger.warning("the source's files differ in metadata %s, which is left out", ", ".join(names))
+        shards = lay_out([job.info for job in jobs], request.write.max_shard_size, metadata)
+        places = {
+            name: Piece(Path(shard.file), offset, 0, numel)
+            for shard in shards
+            for (name, offset), numel in zip(shard.offsets().items(), (t.numel for t in shard.tensors), strict=True)
+        }
+        by_name = {job.info.name: job for job in jobs}
+        index = {INDEX_NAME: index_of(shards)} if len(shards) > 1 else {}
+
+        def with_index(written: Mapping[str, WrittenTensor]) -> dict[str, Any]:
+            return {**documents(written), **index}
+
+        plan = TargetPlan(
+            kind="hf",
+            files=[TargetFile(name=shard.file, size=shard.size, header=shard.header) for shard in shards],
+            jobs=[by_name[tensor.name] for shard in shards for tensor in shard.tensors],
+            places=lambda job: (places[job.info.name],),
+            documents=with_index,
             info=request.info,
         )
         return PlannedTarget(plan=plan, notes=notes)

@@ -1,7 +1,7 @@
 """Laying ``torch.save`` files out without torch, so that their storages can be written later, in any order.
 
 The headers and the pickle are known beforehand; the CRCs are filled in at the end. The pickles hold what
-``statex_dist.checkpoint.torch_pickle`` reads.
+``statex_dist.checkpoint.formats.torch_archive.pickle`` reads.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from statex_dist.checkpoint.formats.torch_archive.zip import END, LOCAL, LOCATOR, UTF8, ZIP64
-from statex_dist.checkpoint.torch_pickle import (
+from statex_dist.checkpoint.formats.torch_archive.pickle import (
     MAX_DEPTH,
     MAX_PICKLE_BYTES,
     STORAGES,
@@ -26,6 +25,7 @@ from statex_dist.checkpoint.torch_pickle import (
     UnsafePickleError,
     named,
 )
+from statex_dist.checkpoint.formats.torch_archive.zip import END, LOCAL, LOCATOR, UTF8, ZIP64
 
 _ALIGNMENT = 64
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
@@ -152,7 +152,7 @@ def archive_bytes(root: str, content: Any, storages: Mapping[str, bytes] | None 
 
 
 def dumps(value: Any) -> bytes:
-    """Return a pickle (protocol 2, as torch writes) of what :func:`statex_dist.checkpoint.torch_pickle.loads` gives.
+    """Return a pickle (protocol 2, as torch writes) of what ``loads`` of the reading half gives.
 
     Raises:
         UnsafePickleError: A value that torch files do not hold, or nesting without end.

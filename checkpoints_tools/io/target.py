@@ -8,7 +8,6 @@ moment, the old target is untouched, and with ``resume`` the next run redoes onl
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_tools.io.documents import carried_files, encoded
 from checkpoints_tools.io.journal import JOURNAL_NAME, PARTIAL_SUFFIX, Journal, WrittenTensor, fingerprint
 from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.target_writer import Places, WriteOptions, files_of_tensors, write_files
 from checkpoints_tools.io.tensor_stream import TensorJob
-from statex_dist.checkpoint.config_json import config_text
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs
 from statex_dist.checkpoint.formats.raw_io import FileState
 from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
-from statex_dist.checkpoint.links import check_link
 from statex_dist.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -38,29 +36,9 @@ from statex_dist.checkpoint.manifest import (
     remove_set_aside,
     temporary_for,
 )
-from statex_dist.checkpoint.trainer_dirs import trainer_files
 from statex_dist.errors import CheckpointError, refusal
-from statex_dist.models.config import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
-
-CARRIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tekken.json",
-    "*.tiktoken",
-    "chat_template*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.py",
-    "LICENSE*",
-)
-"""Files of a model directory that go along with its weights."""
 
 Documents = Callable[[Mapping[str, WrittenTensor]], Mapping[str, Any]]
 """Returns documents by path, given what has been written: texts and bytes as they are, anything else as JSON."""
@@ -181,7 +159,7 @@ def _identity(source: TensorSource, plan: TargetPlan, options: WriteOptions) -> 
         "files": [(str(path), asdict(FileState.of(path.stat()))) for path in (*source.files, *carried)],
         "tensors": tensors,
         "targets": [(file.name, file.size) for file in plan.files],
-        "documents": {name: _encoded(name, content).decode("latin1") for name, content in plan.documents({}).items()},
+        "documents": {name: encoded(name, content).decode("latin1") for name, content in plan.documents({}).items()},
         "options": (options.max_shard_size, options.allow_nonfinite),
         "numpy": np.__version__,
     }
@@ -228,7 +206,7 @@ def _write_documents(journal: Journal, source: TensorSource, plan: TargetPlan) -
     files = dict(journal.files)
     for name, content in plan.documents(journal.tensors).items():
         path = journal.directory / name
-        path.write_bytes(_encoded(name, content))
+        path.write_bytes(encoded(name, content))
         files[name] = record_file(path)
     for path in carried_files(source.facts.model_dir):
         copy = journal.directory / plan.model_folder / path.name
@@ -237,15 +215,6 @@ def _write_documents(journal: Journal, source: TensorSource, plan: TargetPlan) -
             shutil.copyfile(path, copy)
             files[name] = record_file(copy)
     return files
-
-
-def _encoded(name: str, content: Any) -> bytes:
-    if isinstance(content, bytes):
-        return content
-    if isinstance(content, str):
-        return content.encode()
-    text = config_text(content) if Path(name).name == CONFIG_NAME else json.dumps(content, indent=2) + "\n"
-    return text.encode()
 
 
 def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, FileRecord], facts: dict[str, Any]) -> None:
@@ -259,19 +228,3 @@ def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, File
         (tensors if job.state is None else states.setdefault(job.state, {}))[job.info.name] = record
     info = {**plan.info, **facts}
     Manifest(kind=plan.kind, files=records, info=info, tensors=tensors, states=states).write(folder)
-
-
-def carried_files(directory: Path | None) -> list[Path]:
-    """Return the files of a model directory that are carried along, each once.
-
-    Raises:
-        CheckpointError: One of them is a link to a file elsewhere.
-    """
-    if directory is None:
-        return []
-    found = {path for pattern in CARRIED for path in directory.glob(pattern)}
-    others = {CONFIG_NAME} | trainer_files(directory)
-    carried = sorted(path for path in found if path.is_file() and path.name not in others)
-    for path in carried:
-        check_link(path, directory)
-    return carried

@@ -13,10 +13,8 @@ from typing import Protocol
 
 from checkpoints_tools.io.journal import PARTIAL_SUFFIX, Journal
 from checkpoints_tools.io.tensor_stream import TensorJob
-from statex_dist.checkpoint.archive import directory_digest
-from statex_dist.checkpoint.descriptors import Descriptors
-from statex_dist.checkpoint.formats.crc import CrcLedger, crc_of_zeros
-from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, read_from, write_from
+from statex_dist.checkpoint.formats.crc import CrcLedger, crc_of_zeros, directory_digest
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, Descriptors, read_from, write_from
 from statex_dist.checkpoint.formats.tensor_io import Piece
 from statex_dist.checkpoint.manifest import FileRecord, digest_file
 

@@ -16,10 +16,9 @@ import xxhash
 
 from checkpoints_tools.io.journal import Journal, WrittenTensor
 from checkpoints_tools.io.target_file import OpenFile, TargetFile
-from checkpoints_tools.io.tensor_stream import TensorJob, TensorStream
-from checkpoints_tools.io.workers import Counter, in_threads
-from statex_dist.checkpoint.descriptors import Descriptors, open_files_of_writer
+from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs, window_of
+from statex_dist.checkpoint.formats.raw_io import Descriptors, open_files_of_writer
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
 from statex_dist.errors import ConfigError
 

@@ -5,16 +5,19 @@ Both the writer and the verifier consume this stream, so what is proved of a che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import xxhash
 
-from statex_dist.checkpoint.formats.dtype_cast import cast, encode, has_nonfinite
+from statex_dist.checkpoint.dtypes import cast, encode, has_nonfinite
 from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
-from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.recipe import Keep
@@ -125,12 +128,7 @@ class TensorStream:
         step = _window_numel(job, pieces, self._width)
         for position in range(start, stop, step):
             window = self._buffer[: (min(position + step, stop) - position) * info.item_bytes]
-            self._reader.read(pieces, info, position, window)
-            for replica in replicas:
-                if self._reader.differing(replica, info, position, window):
-                    raise CheckpointError(
-                        f"tensor '{info.name}': the copy of it in {replica.path} differs from the other ranks' copies"
-                    )
+            self._reader.read(pieces, info, position, window, replicas)
             yield window
 
     def _copied(self, job: TensorJob, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -181,3 +179,94 @@ def _window_numel(job: TensorJob, pieces: Pieces, width: int) -> int:
     if rows == 0:
         raise CheckpointError(f"tensor '{job.info.name}' has rows of {width} elements: too long to be cut by columns")
     return rows * width
+
+
+class Closable(Protocol):
+    """What holds open files."""
+
+    def close(self) -> None:
+        """Close them."""
+
+
+ToolT = TypeVar("ToolT", bound=Closable)
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+def in_threads(
+    items: Iterable[ItemT],
+    make_tool: Callable[[], ToolT],
+    work: Callable[[ItemT, ToolT], ResultT],
+    *,
+    workers: int,
+    stop: Callable[[], None] = lambda: None,
+) -> list[ResultT]:
+    """Return ``work(item, tool)`` of every item, in order.
+
+    Args:
+        items: What to work on; begun in this order.
+        make_tool: Makes what a thread needs (buffers, open files); closed at the end.
+        work: The work.
+        workers: Threads.
+        stop: Called at the end, also of a failure, before the threads are waited for: makes running work give up.
+
+    Raises:
+        Exception: The first that ``work`` raised.
+    """
+    local = threading.local()
+    tools: list[ToolT] = []
+
+    def run(item: ItemT) -> ResultT:
+        if not hasattr(local, "tool"):
+            local.tool = make_tool()
+            tools.append(local.tool)
+        return work(item, local.tool)
+
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="tensor") as pool:
+        futures = [pool.submit(run, item) for item in items]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        finally:
+            stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            for tool in tools:
+                tool.close()
+    return [future.result() for future in futures]
+
+
+class Counter:
+    """Bytes done so far, by all threads; tells the caller of them.
+
+    Args:
+        total: Bytes in all.
+        progress: Whom to tell.
+        done: Bytes that were done before.
+    """
+
+    def __init__(self, total: int, progress: Progress | None, *, done: int = 0):
+        self._total, self._progress, self._done = total, progress, done
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Make every thread give up at its next block."""
+        self._stopped = True
+
+    def advance(self, count: int) -> None:
+        """Count bytes.
+
+        Raises:
+            StoppedError: Another thread has failed.
+        """
+        if self._stopped:
+            raise StoppedError
+        with self._lock:
+            self._done += count
+            if self._progress:
+                self._progress(self._done, self._total)
+
+
+class StoppedError(Exception):
+    """Ends a thread because another one has failed."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints_tools.plan.smaller_plans import SmallerPlan, smaller_plans
+from checkpoints_tools.plan.size_search import SmallerPlan, smaller_plans
 from statex_dist.checkpoint.json_file import read_json
 from statex_dist.errors import ConfigError, reason, shown
 from statex_dist.models.config import ModelConfig

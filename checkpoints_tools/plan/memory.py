@@ -31,7 +31,7 @@ Activations on a CPU are counted, not estimated (``statex_dist/models/activation
 GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices for ``T`` tokens, or ``p
 T hidden`` where it is recomputed, one such layer being whole at a time. To this comes what the backward pass of the
 most demanding layer holds: the states at the borders of chunks of ``C`` tokens and their gradients, ``8 T / C`` times
-its state numbers. Where a head is so large that our own scan runs it (``ops/triton``), these are bounded by
+its state elements. Where a head is so large that our own scan runs it (``ops/triton``), these are bounded by
 ``max_state_bytes``, and the layer keeps one state in fp32 for each time the bound is filled. Logits take
 ``p`` bytes each, those of one loss chunk at a time: their gradient overwrites them. The loss computes its gradients at
 once, in the forward pass: ``p T hidden``, and of the head ``8 vocab hidden``, a sum in fp32 and what is added to it.

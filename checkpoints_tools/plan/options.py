@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import yaml
 
-from checkpoints_tools.plan.size_search import find_plan
 from statex_dist.errors import ConfigError, reason, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.registry import default_op, make_plan
@@ -104,6 +103,8 @@ def plan_model(config: ModelConfig, options: PlanOptions | None = None) -> Model
         "reset_dynamics": options.reset_dynamics,
     }
     if options.target_state is not None:
+        from checkpoints_tools.plan.size_search import find_plan  # only where a size is asked for
+
         init = options.init or "reinit"
         op = options.op or default_op(config, init)
         factor = _factor(config, options.factor, op) if options.factor is not None else None

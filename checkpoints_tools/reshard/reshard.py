@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.formats.registry import TargetRequest, check_options, find_target
-from checkpoints_tools.io.target import write_target
+from checkpoints_tools.formats.targets import TargetRequest, check_options, find_target, plan_target
+from checkpoints_tools.io.documents import float_dtypes, main_dtype
+from checkpoints_tools.io.target import Documents, write_target
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.io.tensor_stream import TensorJob
-from statex_dist.checkpoint.dtypes import FLOATS, parse_dtype
+from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype
 from statex_dist.checkpoint.formats.tensor_io import Progress, total_bytes
-from statex_dist.errors import CheckpointError, shown
+from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import CONFIG_NAME
-from statex_dist.models.model_check import check_apart
+from statex_dist.models.model_check import check_apart, tied_names
 from statex_dist.models.source import OpenModel, open_model
 
 logger = logging.getLogger(__name__)
@@ -92,19 +93,15 @@ def reshard(
         ConfigError: A wrong option.
         CheckpointError: The source is not usable or the target not writable; the target is then as it was.
     """
-    layout = find_target(to)
-    check_options(layout, world_size=world_size, tp=tp, evaluation=bool(evaluations), tokenizer=tokenizer is not None)
+    row = find_target(to)
+    given = {"--evaluation": bool(evaluations), "--tokenizer": tokenizer is not None}
+    check_options(row, {"--world-size": world_size, "--tp": tp, **given})
     wanted = parse_dtype(dtype)
     check_apart(Path(source), Path(target))
-    opened = _open(source, training=layout.is_training)
+    opened = _open(source, training=row.is_tag)
     facts = opened.source.facts
     # A training run that has diverged must still be exportable, to be looked at.
     options = replace(options or WriteOptions(), allow_nonfinite=True)
-
-    def export(jobs: Sequence[TensorJob]) -> tuple[dict[str, Any], list[str]]:
-        from checkpoints_tools.reshard.export_documents import make_documents  # only where they are written
-
-        return make_documents(request, jobs, evaluations, tokenizer)
 
     request = TargetRequest(
         source=opened.source,
@@ -116,19 +113,19 @@ def reshard(
         write=options,
         world_size=world_size,
         tp=tp,
-        export=export,
+        export=lambda jobs: _export(request, jobs, evaluations, tokenizer),
     )
-    planned = layout.plan_target(request)
+    planned = plan_target(row, request)
     plan = planned.plan
     write_target(Path(target), opened.source, plan, options, progress=progress)
-    infos = [job.info for job in plan.jobs if job.state is None]
+    infos, tied = [job.info for job in plan.jobs if job.state is None], tied_names(opened.config)
     return ReshardSummary(
         source=str(facts.path),
         kind=facts.kind,
         target=str(target),
         to=to,
         tensors=len(infos),
-        parameters=sum(info.numel for info in infos if info.dtype in FLOATS and info.name not in request.tied),
+        parameters=sum(info.numel for info in infos if info.dtype in FLOATS and info.name not in tied),
         weight_bytes=total_bytes(job.info for job in plan.jobs),
         verified=facts.verified,
         states=sorted({job.state for job in plan.jobs if job.state is not None}),
@@ -149,3 +146,49 @@ def _open(path: str | Path, *, training: bool) -> OpenModel:
     if not opened.names:
         raise CheckpointError(f"{facts.path} holds no tensors: there is nothing to write")
     return opened
+
+
+def _export(
+    request: TargetRequest, jobs: Sequence[TensorJob], evaluations: Sequence[str], tokenizer: str | None
+) -> tuple[Documents, list[str]]:
+    """Return the documents of a directory that transformers opens: config, code, tokenizer and model card; and notes.
+
+    Args:
+        request: The model.
+        jobs: Its tensors, as they are stored.
+        evaluations: Directories of ``statex eval`` whose results the model card tells.
+        tokenizer: ``bytes`` or a directory; the model has no tokenizer then.
+
+    Raises:
+        ConfigError: The model has a tokenizer already.
+        CheckpointError: A file that goes along is damaged, or options need a model of a known family.
+    """
+    documents = request.documents(main_dtype(job.info for job in jobs))
+    if request.config is None:
+        if evaluations or tokenizer is not None:
+            request.family_config("hf with --evaluation" if evaluations else "hf with --tokenizer")
+        return lambda _: documents, []
+    # Only where they are written.
+    from checkpoints_tools.export.card_evaluation import read_evaluations
+    from checkpoints_tools.export.hf_export import export_documents, export_notes
+    from checkpoints_tools.export.hf_tokenizer import given_tokenizer, tokenizer_kind
+    from checkpoints_tools.export.model_card import CARD_NAME, CardFacts, model_card
+
+    model_dir, new = request.source.facts.model_dir, None
+    if tokenizer is not None:
+        if tokenizer_kind(model_dir) is not None:
+            raise ConfigError(f"--tokenizer {tokenizer}: {model_dir} has a tokenizer already, which goes along")
+        new = given_tokenizer(tokenizer, vocab_size=request.config.vocab_size)
+    documents |= export_documents(documents[CONFIG_NAME], request.config, model_dir, new)
+    assert request.values is not None
+    card = CardFacts(
+        values=request.values,
+        config=request.config,
+        source=request.source.facts,
+        parameters=sum(job.info.numel for job in jobs if job.info.dtype in FLOATS),
+        dtypes=[TORCH_NAMES[dtype] for dtype in float_dtypes(job.info for job in jobs)],
+        tokenizer=tokenizer_kind(model_dir, new),
+        evaluations=read_evaluations(evaluations, state_numbers=request.config.state_numbers),
+    )
+    documents[CARD_NAME] = model_card(card)
+    return lambda _: documents, export_notes(request.config)

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from checkpoints_tools.io.tensor_stream import TensorJob, TensorStream
-from checkpoints_tools.io.workers import Counter, in_threads
-from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES
-from statex_dist.checkpoint.formats.dtype_cast import cast
+from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
+from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES, cast
 from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
-from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorInfo, TensorSource, natural_dtype
+from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 
 
@@ -78,7 +76,7 @@ def compare(
 def _info(source: TensorSource, pair: Pair) -> TensorInfo:
     """Return a tensor of the other checkpoint as it would be exported."""
     of_state = source.of_state(pair.job.state)
-    return replace(of_state.info(pair.found), dtype=natural_dtype(of_state, pair.found))
+    return replace(of_state.info(pair.found), dtype=of_state.natural_dtype(pair.found))
 
 
 class _Side:

@@ -8,6 +8,7 @@ from typing import Any
 
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.formats.detect import find_model_dir, open_files, recognise
+from statex_dist.checkpoint.formats.registry import find_layout
 from statex_dist.checkpoint.formats.safetensors import read_header
 from statex_dist.checkpoint.formats.tensor_io import TensorSource
 from statex_dist.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, STATES_FORMAT
@@ -140,7 +141,7 @@ def _describe(facts: CheckpointFacts, path: Path) -> OpenModel:
     Raises:
         CheckpointError: Files are missing, damaged, or not those of the manifest, or tensors not those of the model.
     """
-    archived = facts.kind in ("zero3", "plain", "torch", "megatron")
+    layout = find_layout(facts.kind).load()
     if (path / MANIFEST_NAME).is_file():
         manifest = Manifest.read(path)
         facts.step, facts.world_size = manifest.info.get("step"), manifest.info.get("world_size")
@@ -148,14 +149,14 @@ def _describe(facts: CheckpointFacts, path: Path) -> OpenModel:
         facts.manifest, facts.complete = "sizes agree", True
         facts.checks.append(f"sizes of {len(manifest.files)} files: those of {MANIFEST_NAME}")
         facts.unchecked.append(f"values: statex verify {facts.path} reads them and compares digests")
-    elif archived:
+    elif layout.has_checksums:
         facts.unchecked.append(f"values: statex verify {facts.path} reads them and compares the files' checksums")
     else:
         facts.unchecked.append(f"values: there is no {MANIFEST_NAME} and no checksum, so that damage cannot be noticed")
     source = open_files(path, describe=True)
     facts.checks.append("headers of the weight files: consistent, and as long as the files")
-    if facts.kind in ("zero3", "tp", "megatron"):
-        facts.complete = True  # these layouts say which files and tensors there are
+    if layout.lists_tensors:
+        facts.complete = True
     try:
         opened = interpret(source, describe=True)
         source = opened.source

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.expand.expand import expansion_code
-from checkpoints_tools.expand.expansion import Expansion, plan_expansion, read_model
-from checkpoints_tools.expand.report import Checksums
-from checkpoints_tools.io.config_dtype import DTYPE_KEYS, with_one_dtype
-from checkpoints_tools.io.expansion_report import REPORT_NAME, read_report
+from checkpoints_tools.expand.expand import Expansion, expansion_code, plan_expansion, read_model
+from checkpoints_tools.io.documents import DTYPE_KEYS, REPORT_NAME, read_report, with_one_dtype
+from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import carried_files
 from checkpoints_tools.io.target_writer import DEFAULT_WORKERS
 from checkpoints_tools.io.tensor_stream import TensorJob
-from checkpoints_tools.verify.compare import Outcome, Pair, compare
-from statex_dist.checkpoint.config_json import differing_keys
+from checkpoints_tools.verify.compare import Outcome, Pair, compare, read_all
 from statex_dist.checkpoint.dtypes import FLOATS, OPTIONS, TORCH_NAMES
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs
 from statex_dist.checkpoint.formats.safetensors import INDEX_NAME, SafetensorsSource
-from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource, natural_dtype
+from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource
+from statex_dist.checkpoint.json_file import differing_keys
 from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
 from statex_dist.models.registry import config_from_dict
@@ -29,7 +31,7 @@ from statex_dist.models.source import open_source
 
 
 @dataclass(kw_only=True, slots=True)
-class Verdict:
+class Verification:
     """What a verification found.
 
     Attributes:
@@ -60,7 +62,7 @@ class Verdict:
 
 def verify_expansion(
     base: str | Path, expanded: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None
-) -> Verdict:
+) -> Verification:
     """Prove that ``expanded`` is ``base`` with the plan in its ``config.json``, and that nothing else changed.
 
     Kept rows are compared with the base byte by byte, new rows are drawn again from the plan's seeds, checksums are
@@ -79,7 +81,7 @@ def verify_expansion(
     new = {e.layer: e for e in (after.statex.layers if after.statex else ())}
     if after.MODEL_TYPE != before.MODEL_TYPE or not set(new) > set(old):
         raise CheckpointError(f"{expanded} has no expansion plan beyond that of {base}: nothing to verify")
-    verdict = Verdict(first=str(source.facts.path), second=str(other.facts.path))
+    verdict = Verification(first=str(source.facts.path), second=str(other.facts.path))
     if changed := [layer for layer in old if new[layer] != old[layer]]:
         verdict.differences.append(f"plan: layers {changed} of the base have another entry")
         return verdict
@@ -111,7 +113,7 @@ def verify_same(
     rtol: float | None = None,
     workers: int = DEFAULT_WORKERS,
     progress: Progress | None = None,
-) -> Verdict:
+) -> Verification:
     """Compare two checkpoints of any layout tensor by tensor; of two training checkpoints the optimizer's states too.
 
     Args:
@@ -125,7 +127,7 @@ def verify_same(
         CheckpointError: One of the two is damaged or incomplete.
     """
     a, b = open_source(first, check=False), open_source(second, check=False)
-    verdict = Verdict(first=str(a.facts.path), second=str(b.facts.path))
+    verdict = Verification(first=str(a.facts.path), second=str(b.facts.path))
     pairs = _paired(a, b, None, verdict)
     common = [state for state in a.states() if state in b.states()]
     for state in common:
@@ -136,7 +138,7 @@ def verify_same(
     return verdict
 
 
-def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verdict) -> list[Pair]:
+def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verification) -> list[Pair]:
     """Pair the tensors of two checkpoints; note those that one of them lacks."""
     # A name that only points to another tensor is compared where both have it: other layouts write the owner alone.
     names, others = a.keys(), set(b.keys())
@@ -145,11 +147,11 @@ def _paired(a: TensorSource, b: TensorSource, state: str | None, verdict: Verdic
     what = "tensor" if state is None else state
     verdict.differences += [f"{what} '{name}' is in the first alone" for name in names if name not in others]
     verdict.differences += [f"{what} '{name}' is in the second alone" for name in sorted(others - set(names))]
-    jobs = [TensorJob.copy(a.info(name), dtype=natural_dtype(a, name), state=state) for name in names if name in others]
+    jobs = [TensorJob.copy(a.info(name), dtype=a.natural_dtype(name), state=state) for name in names if name in others]
     return [Pair(job, job.info.name) for job in jobs]
 
 
-def _note(outcomes: list[Outcome], verdict: Verdict) -> dict[str, str]:
+def _note(outcomes: list[Outcome], verdict: Verification) -> dict[str, str]:
     """Enter what was found in the verdict, and return the digests of the tensors that agree."""
     digests = {}
     for outcome in outcomes:
@@ -164,7 +166,9 @@ def _note(outcomes: list[Outcome], verdict: Verdict) -> dict[str, str]:
     return digests
 
 
-def _recorded_dtype(base: dict[str, Any], found: dict[str, Any], other: TensorSource, verdict: Verdict) -> str | None:
+def _recorded_dtype(
+    base: dict[str, Any], found: dict[str, Any], other: TensorSource, verdict: Verification
+) -> str | None:
     """Return the dtype that ``--dtype`` gave the expanded model, if its ``config.json`` says that it was converted.
 
     Without that record nothing may be converted: a model whose tensors were rounded is not the base's expansion.
@@ -182,7 +186,7 @@ def _recorded_dtype(base: dict[str, Any], found: dict[str, Any], other: TensorSo
     return wanted
 
 
-def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verdict) -> None:
+def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verification) -> None:
     """Compare ``config.json`` with what it must be."""
     for key in differing_keys(expected, found):
         if key not in DTYPE_KEYS:
@@ -190,13 +194,14 @@ def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: V
             verdict.differences.append(f"config.json: {key} is {b}, not {a}")
 
 
-def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory: Path, verdict: Verdict) -> None:
+def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory: Path, verdict: Verification) -> None:
     """Compare ``expansion_report.json`` with the account of what was found."""
     report = read_report(directory)
     if report is None:
         verdict.differences.append(f"{REPORT_NAME} is missing")
         return
-    expected = json.loads(json.dumps(expansion.report(Checksums(stored=checksums)).to_dict()))
+    found = {name: WrittenTensor(xxh3_128=digest) for name, digest in checksums.items()}
+    expected = json.loads(json.dumps(expansion.report(found).to_dict()))
     layers = [row["layer"] for row in expected["layers"]]
     described = [row["layer"] for row in report["layers"]]
     if set(described) < set(layers):
@@ -217,7 +222,7 @@ def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory:
             verdict.differences.append(f"{REPORT_NAME}: the entry of '{name}' is not what was found")
 
 
-def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, str], verdict: Verdict) -> None:
+def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, str], verdict: Verification) -> None:
     """Compare what lies beside the weights: carried files, metadata, and anything else."""
     directory = other.facts.path
     expected = {CONFIG_NAME, REPORT_NAME, MANIFEST_NAME, INDEX_NAME, *(path.name for path in other.files)}
@@ -234,3 +239,70 @@ def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, st
     files = [side for side in (source, other) if isinstance(side, SafetensorsSource)]
     if len(files) == 2 and {"format": "pt", **files[1].metadata} != {**files[0].metadata, "format": "pt"}:
         verdict.differences.append("the metadata of the safetensors files differs from the base's")
+
+
+def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None) -> Verification:
+    """Read a whole checkpoint and hold it to everything that is known of it.
+
+    Of files written by torch or DeepSpeed every entry has a CRC-32, so that a flipped byte is found without a manifest.
+    With one, also a file or a tensor that was exchanged for another sound one is found.
+
+    Args:
+        path: Whatever :func:`statex_dist.models.source.open_source` opens.
+        workers: Tensors read at a time.
+        progress: Told of the bytes read.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be opened: files are missing, truncated or of two saves.
+    """
+    source = open_source(path)
+    facts = source.facts
+    verdict = Verification(first=str(facts.path), second=None)
+    manifest = Manifest.read(facts.path) if (facts.path / MANIFEST_NAME).is_file() else None
+    weights = {file.name for file in source.files}
+    for name, record in (manifest.files if manifest else {}).items():
+        # An archive of which the directory alone is recorded is held to it when it is opened, and to its CRCs below.
+        if name not in weights or record.xxh3_128 is not None:
+            with _noted(verdict):
+                record.check(facts.path / name)
+    jobs = [
+        TensorJob.copy(source.of_state(state).info(name), state=state)
+        for state in (None, *source.states())
+        for name in source.of_state(state).owned()
+    ]
+    archives = list(source.archives())
+    crcs = SourceCrcs(archives)
+    with _noted(verdict):
+        read_all(jobs, source, crcs, workers=workers, progress=progress)
+    saved = [path for path in source.files if path.suffix in (".pt", ".bin")]
+    if saved:
+        from statex_dist.checkpoint.formats.torch_archive.zip import check_small_entries  # only where there are some
+
+        for path in saved:
+            with _noted(verdict):
+                check_small_entries(path)
+    if archives:
+        with _noted(verdict):
+            verdict.tensors["storages by CRC-32"] = crcs.finish(everything=True)
+    if manifest is not None and manifest.tensors:
+        verdict.tensors["tensors by digest"] = len(manifest.tensors) + sum(map(len, manifest.states.values()))
+    elif manifest is not None:
+        verdict.tensors["files by digest"] = len(manifest.files)
+    elif not archives:
+        verdict.notes.append(
+            f"no {MANIFEST_NAME}, and safetensors have no checksums: only names and sizes were checked"
+        )
+    else:
+        verdict.notes.append(
+            f"no {MANIFEST_NAME}: a whole file that was exchanged for a sound one would not be noticed"
+        )
+    return verdict
+
+
+@contextlib.contextmanager
+def _noted(verdict: Verification) -> Iterator[None]:
+    """Enter damage in the verdict and go on: there may be more."""
+    try:
+        yield
+    except CheckpointError as error:
+        verdict.differences.append(str(error))

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from statex_dist.checkpoint.archive import check_crcs, directory_digest
+from statex_dist.checkpoint.formats.crc import check_crcs, directory_digest
 from statex_dist.checkpoint.json_file import read_json
 from statex_dist.checkpoint.layout import MANIFEST_NAME, TEMPORARY_PREFIX
 from statex_dist.errors import CheckpointError, reason, shown

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.config_json import differing_keys, parse_config
+from statex_dist.checkpoint.json_file import differing_keys, parse_config
 from statex_dist.checkpoint.layout import (
     CONFIG_NAME,
     DAMAGED_PREFIX,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from statex_dist.checkpoint.archive import WRITE_ERRORS
+from statex_dist.checkpoint.formats.crc import WRITE_ERRORS
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.checkpoint.manifest import record_file
 from statex_dist.errors import failure_text, reason

@@ -27,8 +27,8 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
+from statex_dist.checkpoint.formats.torch_archive.pickle import GETATTR, UnsafePickleError, loads
 from statex_dist.checkpoint.layout import rank_of
-from statex_dist.checkpoint.torch_pickle import GETATTR, UnsafePickleError, loads
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.distributed.joining import join_processes

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
-from statex_dist.checkpoint.json_file import read_text
+from statex_dist.checkpoint.json_file import config_text, decode_floats, parse_config, read_text
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError, reason, shown
 from statex_dist.models.config_keys import check_other_keys

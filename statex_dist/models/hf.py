@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
+from statex_dist.checkpoint.formats.piece_io import WholeReader
 from statex_dist.checkpoint.formats.tensor_io import TensorSource
-from statex_dist.checkpoint.formats.whole_reader import WholeReader
 from statex_dist.checkpoint.manifest import finish_target, prepare_target, sync
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig

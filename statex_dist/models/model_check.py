@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from statex_dist.checkpoint.formats.same import same_values
+from statex_dist.checkpoint.formats.piece_io import same_values
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig

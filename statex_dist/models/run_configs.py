@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.config_json import parse_config
+from statex_dist.checkpoint.formats.places import run_dirs_of
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
+from statex_dist.checkpoint.json_file import parse_config
 from statex_dist.checkpoint.layout import CONFIG_NAME
-from statex_dist.checkpoint.trainer_dirs import run_dirs_of
 from statex_dist.errors import CheckpointError, StateXError
 from statex_dist.models.registry import config_from_dict, family_of, find_family
 

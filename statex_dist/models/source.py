@@ -18,7 +18,6 @@ from statex_dist.models.model_check import (
     find_prefix,
 )
 from statex_dist.models.registry import config_from_dict, find_family, read_config
-from statex_dist.models.run_configs import with_config_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +67,10 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     Raises:
         CheckpointError: ``config.json`` is wrong, or the tensors are not those of its model.
     """
-    in_parts = source.facts.kind == "megatron"
+    in_parts = source.in_parts
     if in_parts and source.facts.model_dir is None:
+        from statex_dist.models.run_configs import with_config_of_run  # only of other trainers' runs
+
         source.facts = with_config_of_run(source)
     if not describe:
         for note in source.facts.notes:
@@ -94,7 +95,7 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
         source.strip(prefix)
     if not check:
         return OpenModel(source=source, values=values, config=config, names=source.keys())
-    names = check_tensors(source, config, values=not (describe and source.facts.kind == "zero3"))
+    names = check_tensors(source, config, values=source.has_values)
     return OpenModel(source=source, values=values, config=config, names=names)
 
 

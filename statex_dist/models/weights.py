@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
+from statex_dist.checkpoint.formats.piece_io import WholeReader
 from statex_dist.checkpoint.formats.tensor_io import TensorSource
-from statex_dist.checkpoint.formats.whole_reader import WholeReader
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

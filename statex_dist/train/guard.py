@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from statex_dist.batch import PackedBatch
-from statex_dist.checkpoint.archive import WRITE_ERRORS
+from statex_dist.checkpoint.formats.crc import WRITE_ERRORS
 from statex_dist.config import check_finite
 from statex_dist.errors import ConfigError, DataError, StateXError
 

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from statex_dist.checkpoint.archive import WRITE_ERRORS
+from statex_dist.checkpoint.formats.crc import WRITE_ERRORS
 from statex_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)

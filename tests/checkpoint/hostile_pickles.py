@@ -184,7 +184,7 @@ def hostile_pickles() -> dict[str, bytes]:
 
 def read_all(directory: Path, memory: int, seconds: int) -> None:
     """Read every file of a directory as a pickle; print its name, what came of it and what that cost."""
-    from statex_dist.checkpoint.torch_pickle import UnsafePickleError, loads
+    from statex_dist.checkpoint.formats.torch_archive.pickle import UnsafePickleError, loads
 
     base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (base + memory, base + memory))

@@ -28,8 +28,8 @@ def test_round_trip_and_verification(tmp_path: Path):
     ("damage", "message"),
     [
         (lambda d: (d / "weights").unlink(), "weights is missing"),
-        (lambda d: (d / "weights").write_text("abcd"), "has 4 bytes; MANIFEST.json says 3"),
-        (lambda d: (d / "weights").write_text("abd"), "is damaged: its digest differs"),
+        (lambda d: (d / "weights").write_text("abcd"), "weights .*4 .*3"),
+        (lambda d: (d / "weights").write_text("abd"), "weights .*digest"),
         (lambda d: (d / "MANIFEST.json").write_text("{"), "cannot be read"),
         (lambda d: (d / "MANIFEST.json").unlink(), "the checkpoint is incomplete"),
     ],
@@ -46,7 +46,7 @@ def test_a_manifest_cannot_name_files_outside(tmp_path: Path):
     content = json.loads((directory / "MANIFEST.json").read_text())
     content["files"]["../b"] = content["files"].pop("weights")
     (directory / "MANIFEST.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="names a file outside the directory"):
+    with pytest.raises(CheckpointError, match=r"\.\./b"):
         Manifest.read(directory).verify(directory)
 
 

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints_tools.expand.expand import expand
-from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.expand import expand, prepare_expansion
 from checkpoints_tools.expand.report import ExpansionReport
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.plan.options import PlanOptions
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
-from statex_dist.checkpoint.formats.piece_io import read_tensor as read_bytes_of
+from statex_dist.checkpoint.formats.piece_io import blocks
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
 from statex_dist.models.registry import config_from_dict, family_of
 
@@ -63,7 +62,8 @@ def read_tensor(source: TensorSource, name: str) -> torch.Tensor:
     """Return one tensor of a source."""
     info = source.info(name)
     tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
-    tensor.reshape(-1).view(torch.uint8).numpy()[:] = read_bytes_of(source, name)
+    for block in blocks(source, name, max(info.numel, 1)):
+        tensor.reshape(-1).view(torch.uint8).numpy()[:] = block
     return tensor
 
 

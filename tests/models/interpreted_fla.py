@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints_tools.expand.expand import expand
-from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.expand import expand, prepare_expansion
 from checkpoints_tools.plan.options import PlanOptions
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import CheckpointError

@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
+from statex_dist.checkpoint.formats.torch_archive.pickle import TensorRef, UnsafePickleError, mapped, named
 from statex_dist.checkpoint.formats.torch_archive.reader import gathered
 from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive
 from statex_dist.checkpoint.formats.zero3.layout import DEFAULT_SUB_GROUP_SIZE
 from statex_dist.checkpoint.formats.zero3.rank import Scalar, base_states
 from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
-from statex_dist.checkpoint.torch_pickle import TensorRef, UnsafePickleError, mapped, named
 from statex_dist.errors import CheckpointError
 
 MAX_CLIENT_BYTES = 64 << 20

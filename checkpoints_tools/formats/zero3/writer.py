@@ -23,11 +23,11 @@ from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
-from statex_dist.checkpoint.formats.zero3.layout import FlatLayout, partition_size, shares, sub_groups
+from statex_dist.checkpoint.formats.torch_archive.pickle import Size, TensorRef, mapped, new_tensor
+from statex_dist.checkpoint.formats.zero3.layout import FlatLayout, partition_size, rank_file_stem, shares, sub_groups
 from statex_dist.checkpoint.formats.zero3.rank import WEIGHTS, Scalar
 from statex_dist.checkpoint.history import Span, history_text
 from statex_dist.checkpoint.layout import HISTORY_NAME, LATEST_NAME, MODEL_DIR, tag_of
-from statex_dist.checkpoint.torch_pickle import Size, TensorRef, mapped, new_tensor
 
 _KINDS = ("model", "optim")
 
@@ -142,8 +142,7 @@ class _Layout:
         return partition_size(self._training.frozen[name].numel, self._world_size)
 
     def _stem(self, rank: int, kind: str) -> str:
-        prefix = self._training.prefix if kind == "optim" else ""
-        return f"{prefix}zero_pp_rank_{rank}_mp_rank_00_{kind}_states"
+        return rank_file_stem(rank, kind, self._training.prefix)
 
     def _archive(self, rank: int, kind: str) -> ArchiveLayout:
         """Lay out one file."""

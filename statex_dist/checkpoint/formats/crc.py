@@ -1,17 +1,25 @@
-"""CRC-32 of a stretch of bytes from the CRCs of its parts, in whatever order they were made.
+"""CRC-32 of archives: those that a ``torch.save`` file carries, and one of a stretch of bytes from those of its parts.
 
-A zip archive, and so every ``torch.save`` file, has a CRC-32 of each of its entries; torch writes it and never looks at
-it again. Several threads that read (or write) an entry in pieces can still check (or fill in) that number, because the
-CRC of ``a`` followed by ``n`` bytes ``b`` is ``crc(a) * x^(8 n) + crc(b)`` in the field of polynomials over GF(2)
-(Mark Adler's crc32_combine; zlib 1.2.12 does it the same way).
+A zip archive, and so every ``torch.save`` file, has a CRC-32 of each of its entries in its directory; torch writes it
+and never looks at it again. The directory alone (a few kilobytes) stands for a file of any size, and a damaged byte is
+found without having kept anything beside the file. Several threads that read (or write) an entry in pieces can still
+check (or fill in) that number, because the CRC of ``a`` followed by ``n`` bytes ``b`` is ``crc(a) * x^(8 n) + crc(b)``
+in the field of polynomials over GF(2) (Mark Adler's crc32_combine; zlib 1.2.12 does it the same way).
 """
 
 from __future__ import annotations
 
+import struct
 import threading
+import zipfile
 import zlib
 from bisect import bisect_left
 from functools import lru_cache
+from pathlib import Path
+
+import xxhash
+
+from statex_dist.errors import CheckpointError, one_line, shown
 
 _POLYNOMIAL = 0xEDB88320  # bits reflected: x^0 is the highest
 
@@ -117,3 +125,45 @@ class CrcLedger:
         assert len(self._runs) == 1, f"{len(self._runs)} runs are not one"
         assert self._starts[0] == 0
         return self._runs[0][1]
+
+
+_BUFFER_BYTES = 4 << 20
+
+DAMAGE = (
+    *(OSError, zipfile.BadZipFile, ValueError, NotImplementedError),
+    *(RuntimeError, EOFError, OverflowError, struct.error),
+)
+"""What reading a damaged archive may raise."""
+
+WRITE_ERRORS = (OSError, RuntimeError)
+"""What a full or broken disk raises; torch reports it as RuntimeError."""
+
+
+def directory_digest(path: Path) -> str | None:
+    """Return the xxh3-128 of an archive's directory, or None for a file that is not an archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            start = archive.start_dir
+        with path.open("rb") as file:
+            file.seek(start)
+            return xxhash.xxh3_128(file.read()).hexdigest()
+    except DAMAGE:
+        return None
+
+
+def check_crcs(path: Path) -> None:
+    """Read an archive and compare every entry with its CRC-32.
+
+    Raises:
+        CheckpointError: An entry is not what was written, or the file is not an archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:  # a few bytes of such could stand for any number
+                    raise zipfile.BadZipFile(f"entry {shown(info.filename)} is compressed; torch.save compresses none")
+                with archive.open(info) as entry:
+                    while entry.read(_BUFFER_BYTES):
+                        pass  # the check is made when the end is read
+    except DAMAGE as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None

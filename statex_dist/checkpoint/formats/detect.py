@@ -6,9 +6,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from statex_dist.checkpoint.formats.places import check_links, nothing_text, resolve
-from statex_dist.checkpoint.formats.registry import find_layout, layouts
-from statex_dist.checkpoint.formats.same import check_ways, ways_to_read
+from statex_dist.checkpoint.formats.places import (
+    check_links,
+    checkpoint_inside,
+    model_dir_of,
+    nothing_text,
+    resolve,
+)
+from statex_dist.checkpoint.formats.registry import check_ways, find_layout, layouts, ways_to_read
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
 from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
@@ -22,7 +27,6 @@ from statex_dist.checkpoint.layout import (
     tag_named_in,
 )
 from statex_dist.checkpoint.manifest import FileRecord, Manifest, TensorRecord, digest_file
-from statex_dist.checkpoint.trainer_dirs import checkpoint_inside, model_dir_of, step_of_directory
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -45,16 +49,16 @@ def open_files(
     """
     kind, directory = recognise(path, training=training)
     check_links(directory)
-    layout = find_layout(kind)
-    in_tag = layout.is_tag
+    row = find_layout(kind)
+    in_tag = row.is_tag
     manifest = Manifest.read(directory) if (directory / MANIFEST_NAME).is_file() else None
     if manifest is None and in_tag and not describe:
         logger.warning("%s holds no %s: values are compared with the files' own checksums", directory, MANIFEST_NAME)
     if manifest is not None:
         check_files(directory, manifest, only_weights=not in_tag, digests=digests and not describe)
     facts = _facts(kind, directory, find_model_dir(kind, directory), manifest, digests=digests and not describe)
-    source = layout.read(directory, facts, describe=describe)
-    if layout.is_hub:
+    source: TensorSource = row.load().read(directory, facts, describe=describe)
+    if row.is_hub:
         check_ways(source, directory)
         source.facts = source.facts.with_notes(_unread_tag(directory))
     return source
@@ -73,7 +77,7 @@ def find_model_dir(kind: str, directory: Path) -> Path | None:
 def _unread_tag(directory: Path) -> str | None:
     """Return what has to be said of a tag beside weights that is not read itself."""
     tag = tag_named_in(directory)
-    if tag is None or not _is_stage_1_or_2(tag):
+    if tag is None or _precedence(tag)[1] != "weights":
         return None
     return (
         f"the weights beside {tag.name} are read: it is of ZeRO stage 1 or 2, and its fp32 weights and optimizer "
@@ -85,13 +89,12 @@ def _facts(
     kind: str, directory: Path, model_dir: Path | None, manifest: Manifest | None, *, digests: bool
 ) -> SourceFacts:
     """Return what is known of a checkpoint; ``digests`` holds what is read to those of the manifest."""
-    step = step_of_directory(directory) if kind == "megatron" else None
     known = SourceFacts(
         kind=kind,
         path=directory,
         model_dir=model_dir,
         verified=manifest is not None and digests,
-        info=manifest.info if manifest is not None else {"step": step} if step is not None else {},
+        info=manifest.info if manifest is not None else {},
     )
     if manifest is None or not digests:
         return known
@@ -123,10 +126,11 @@ def recognise(path: str | Path, *, training: bool = False) -> tuple[str, Path]:
         logger.info("%s: reading %s", path, inside)
         return recognise(inside, training=training)
     tag = path if _is_tag(path) else _tag_beside(path) if weights else _choose_tag(path)
-    if weights and tag is not None and _is_stage_1_or_2(tag):
+    of_tag, read = _precedence(tag) if weights and tag is not None else ("", None)
+    if weights and read == "weights":
         return weights, path
-    if weights and tag is not None and tag != path and _is_stage_3(tag):
-        return "zero3", tag  # what a trainer gathered beside its tag is less than the tag; open_files compares them
+    if tag is not None and tag != path and read == "tag":
+        return of_tag, tag  # what a trainer gathered beside its tag is less than the tag; open_files compares them
     if weights and tag is not None and not training:
         choice = f"give {tag} for the training checkpoint, or " if tag != path else ""
         raise CheckpointError(
@@ -144,14 +148,15 @@ def recognise(path: str | Path, *, training: bool = False) -> tuple[str, Path]:
 
 
 def _refuse_unnamed_tag(path: Path, weights: str) -> None:
-    """Raise if a ZeRO-3 checkpoint lies beside weights and no ``latest`` names it.
+    """Raise if a training checkpoint lies beside weights and no ``latest`` names it.
 
     Its fp32 weights, optimizer states and step would be dropped without a word.
 
     Raises:
         CheckpointError: It does.
     """
-    tags = sorted({file.parent for file in path.glob("*/zero_pp_rank_*_mp_rank_*_model_states.pt")})
+    patterns = [f"*/{row.unnamed}" for row in layouts() if row.unnamed]
+    tags = sorted({file.parent for pattern in patterns for file in path.glob(pattern)})
     tags = [tag for tag in tags if not tag.name.startswith((TEMPORARY_PREFIX, DAMAGED_PREFIX))]
     if tags:
         raise CheckpointError(
@@ -188,16 +193,12 @@ def _is_tag(directory: Path) -> bool:
     return _tag_kind(directory) is not None
 
 
-def _is_stage_1_or_2(tag: Path) -> bool:
-    from statex_dist.checkpoint.formats.zero3.layout import is_stage_1_or_2  # only where there is a tag
-
-    return is_stage_1_or_2(tag)
-
-
-def _is_stage_3(tag: Path) -> bool:
-    from statex_dist.checkpoint.formats.zero3.layout import looks_like_stage_3
-
-    return looks_like_stage_3(tag)
+def _precedence(tag: Path) -> tuple[str, str | None]:
+    """Return the layout of a tag and which is read where weights lie beside it (:meth:`Layout.precedence`)."""
+    for row in layouts():
+        if row.is_tag and row.is_marked(tag) and (choice := row.load().precedence(tag)):
+            return row.name, choice
+    return "", None
 
 
 def _tag_beside(path: Path) -> Path | None:
@@ -226,8 +227,9 @@ def _choose_tag(path: Path) -> Path:
     if not latest.is_file():
         on_hub = ", ".join(layout.marks[0] for layout in layouts() if layout.is_hub)
         others = ", ".join(layout.marks[0] for layout in layouts() if not (layout.is_tag or layout.is_hub))
-        looked = f"{on_hub} (or their index), {others}, {CHECKPOINTS_DIR}/, {LATEST_NAME}, global_step*/, "
-        raise CheckpointError(nothing_text(path, looked + "zero_pp_rank_*_states.pt"))
+        tags_of = ", ".join(row.marks[0] for row in layouts() if row.unnamed)
+        looked = f"{on_hub} (or their index), {others}, {CHECKPOINTS_DIR}/, {LATEST_NAME}, global_step*/, {tags_of}"
+        raise CheckpointError(nothing_text(path, looked))
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not is_tag_name(tag):
         raise CheckpointError(f"{latest} names {tag[:80]!r}, which is not a tag of this directory")
@@ -243,7 +245,8 @@ def check_records(source: TensorSource) -> None:
         CheckpointError: A weight file is not listed, or a tensor is missing or of another shape or dtype.
     """
     directory = source.facts.path
-    if source.facts.kind == "plain" or not (directory / MANIFEST_NAME).is_file():
+    has_records = find_layout(source.facts.kind).load().has_records
+    if not has_records or not (directory / MANIFEST_NAME).is_file():
         return
     manifest = Manifest.read(directory)
     for path in source.files:

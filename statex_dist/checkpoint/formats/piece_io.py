@@ -1,4 +1,4 @@
-"""Reading tensors from their pieces, a window of the flattened tensor at a time.
+"""Reading tensors from their pieces, whole or a window of the flattened tensor at a time.
 
 Nothing is mapped (pages of a mapping would count as our memory) and no file is read as a whole. What is read of a
 ``torch.save`` file is held against the CRCs in its directory on the way.
@@ -15,14 +15,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from statex_dist.checkpoint.descriptors import open_files_of_reader
 from statex_dist.checkpoint.formats.crc import CrcLedger
-from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, read_from
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, FileState, ReadAhead, open_files_of_reader, read_from
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
     from statex_dist.checkpoint.formats.torch_archive.zip import Entry, TorchArchive
+
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import xxhash
+
+from statex_dist.checkpoint.layout import MANIFEST_NAME
 
 
 class SourceCrcs:
@@ -118,7 +125,9 @@ class PieceReader:
         self._most_files = open_files_of_reader()
         self._scratch = np.empty(0, dtype=np.uint8)
 
-    def read(self, pieces: Pieces, info: TensorInfo, start: int, view: np.ndarray) -> None:
+    def read(
+        self, pieces: Pieces, info: TensorInfo, start: int, view: np.ndarray, replicas: Sequence[Piece] = ()
+    ) -> None:
         """Fill ``view`` with the bytes of a flattened tensor.
 
         Args:
@@ -126,9 +135,11 @@ class PieceReader:
             info: The tensor.
             start: First element.
             view: ``[n]`` uint8, whole elements; whole rows where a piece is not of all columns.
+            replicas: Where it lies again.
 
         Raises:
-            CheckpointError: A file ends early, cannot be read, or has changed since the source was opened.
+            CheckpointError: A file ends early, cannot be read, or has changed since the source was opened, or a
+                replica holds other values.
         """
         item = info.item_bytes
         stop = start + len(view) // item
@@ -147,16 +158,16 @@ class PieceReader:
                 run = self._room(part.size)
                 self._fetch(piece.path, place, run)
                 part[:] = run.reshape(part.shape)
-
-    def differing(self, piece: Piece, info: TensorInfo, start: int, view: np.ndarray) -> bool:
-        """Return whether a piece holds other values than ``view`` (as in :meth:`read`) where the two overlap."""
-        item = info.item_bytes
-        if not overlapping([piece], start, start + len(view) // item):
-            return False
-        part, place = window_of(piece, start, view, item)
-        run = self._room(part.size)
-        self._fetch(piece.path, place, run)
-        return not np.array_equal(run.reshape(part.shape), part)
+        for replica in replicas:
+            if not overlapping([replica], start, stop):
+                continue
+            part, place = window_of(replica, start, view, item)
+            run = self._room(part.size)
+            self._fetch(replica.path, place, run)
+            if not np.array_equal(run.reshape(part.shape), part):
+                raise CheckpointError(
+                    f"tensor '{info.name}': the copy of it in {replica.path} differs from the other ranks' copies"
+                )
 
     def _fetch(self, path: Path, offset: int, run: np.ndarray) -> None:
         if not len(run):
@@ -234,13 +245,85 @@ def _has_after(piece: Piece | Held, start: int) -> bool:
     return isinstance(piece, Held) or piece.stop * piece.width > start
 
 
-def read_tensor(source: TensorSource, name: str) -> np.ndarray:
-    """Return the bytes of a whole (small) tensor: ``[nbytes]`` uint8."""
-    info = source.info(name)
-    data = np.empty(info.nbytes, dtype=np.uint8)
-    reader = PieceReader(source.opened)
+def blocks(source: TensorSource, name: str, step: int) -> Iterator[np.ndarray]:
+    """Yield a tensor's bytes, ``step`` elements at a time; nothing but the files' states is compared."""
+    info, pieces = source.info(name), source.pieces(name)
+    reader = PieceReader(source.opened, ahead=source.ahead)
     try:
-        reader.read(source.pieces(name), info, 0, data)
+        for start in range(0, info.numel, step):
+            window = np.empty(min(step, info.numel - start) * info.item_bytes, dtype=np.uint8)
+            reader.read(pieces, info, start, window)
+            yield window
     finally:
         reader.close()
-    return data
+
+
+class WholeReader:
+    """Reads tensors of a source, one after the other; a context manager, which checks what is left at its end.
+
+    Args:
+        source: The checkpoint; its facts hold the digests that count.
+        crcs: Whether archives are compared with their CRC-32.
+    """
+
+    def __init__(self, source: TensorSource, *, crcs: bool = True):
+        archives = list(source.archives()) if crcs else []
+        self._source, self._crcs = source, SourceCrcs(archives) if archives else None
+        self._reader = PieceReader(source.opened, self._crcs, source.ahead)
+        self._buffer = np.empty(0, dtype=np.uint8)
+
+    def blocks(self, name: str, out: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(first element, bytes)`` of the blocks of a flattened tensor, in order.
+
+        Args:
+            name: The tensor.
+            out: ``[nbytes]`` uint8 in which the blocks are then parts; None reads each into one buffer.
+
+        Raises:
+            CheckpointError: The files cannot be read, replicas differ, or the tensor is not that of the manifest.
+        """
+        info, pieces, replicas = self._source.info(name), self._source.pieces(name), self._source.replicas(name)
+        expected = self._source.facts.digests.get(name)
+        digest = xxhash.xxh3_128()
+        # Where a piece is of some columns, blocks are whole rows.
+        width = max((p.width for p in (*pieces, *replicas) if isinstance(p, Piece)), default=1)
+        step = max(BLOCK_BYTES // (width * info.item_bytes), 1) * width
+        for first in range(0, info.numel, step):
+            size = min(step, info.numel - first) * info.item_bytes
+            block = self._room(size) if out is None else out[first * info.item_bytes :][:size]
+            self._reader.read(pieces, info, first, block, replicas)
+            if expected is not None:
+                digest.update(block.data)
+            yield first, block
+        if expected is not None and digest.hexdigest() != expected:
+            raise CheckpointError(
+                f"{self._source.facts.path} is damaged: the values of tensor '{name}' are not those of its "
+                f"{MANIFEST_NAME}"
+            )
+
+    def _room(self, size: int) -> np.ndarray:
+        if len(self._buffer) < size:
+            self._buffer = np.empty(size, dtype=np.uint8)
+        return self._buffer[:size]
+
+    def __enter__(self) -> WholeReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._reader.close()
+        if kind is None and self._crcs is not None:
+            self._crcs.finish()
+
+
+def same_values(first: TensorSource, first_name: str, second: TensorSource, second_name: str) -> bool:
+    """Return whether two tensors have the same shape, dtype and bytes; tied names are not read."""
+    if first is second and first.aliases.get(first_name, first_name) == second.aliases.get(second_name, second_name):
+        return True
+    a, b = first.info(first_name), second.info(second_name)
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    pieces = (*first.pieces(first_name), *second.pieces(second_name))
+    width = max((piece.width for piece in pieces if isinstance(piece, Piece)), default=1)
+    step = max(BLOCK_BYTES // (width * a.item_bytes), 1) * width
+    pairs = zip(blocks(first, first_name, step), blocks(second, second_name, step), strict=True)
+    return all(np.array_equal(one, other) for one, other in pairs)

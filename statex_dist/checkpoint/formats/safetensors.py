@@ -15,7 +15,7 @@ from typing import Any
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.places import missing_text, pointer_text
-from statex_dist.checkpoint.formats.registry import Open
+from statex_dist.checkpoint.formats.registry import Layout, Open
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.checkpoint.json_file import parse_json, read_json
 from statex_dist.errors import CheckpointError, reason, shown
@@ -198,20 +198,10 @@ class SafetensorsSource(TensorSource):
         return (self._places[name][1],)
 
 
-class Safetensors:
+class Safetensors(Layout):
     """The layout of Hugging Face directories with safetensors."""
 
     @staticmethod
     def ways(directory: Path) -> dict[str, Open]:
         """Return the files by which a directory can be read, the one that is taken first."""
         return ways_of(directory, INDEX_NAME, SINGLE_NAME, SafetensorsSource)
-
-    @staticmethod
-    def detect(directory: Path) -> bool:
-        """Return whether a directory holds an index or a single file."""
-        return bool(Safetensors.ways(directory))
-
-    @staticmethod
-    def read(directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
-        """Open a directory."""
-        return next(iter(Safetensors.ways(directory).values()))(facts)

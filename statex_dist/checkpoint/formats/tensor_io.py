@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statex_dist.checkpoint.dtypes import FLOATS, ITEM_BYTES
+from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.raw_io import FileState, ReadAhead
 from statex_dist.checkpoint.layout import CONFIG_NAME
 
@@ -141,9 +141,13 @@ class TensorSource(ABC):
         buffers: Names of tensors that are no parameters, as far as the layout knows.
         prefix: What was stripped of the stored names.
         frozen_excluded: Whether it was saved without its frozen parameters, and nothing fills them in.
+        has_values: Whether tensors can be read; else it was opened to be described.
+        in_parts: Whether tensors may be stored in parts, which the model's family joins.
     """
 
     frozen_excluded = False
+    has_values = True
+    in_parts = False
 
     def __init__(
         self,
@@ -177,6 +181,10 @@ class TensorSource(ABC):
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of a tensor without reading it."""
         return self._infos[name]
+
+    def natural_dtype(self, name: str) -> str:
+        """Return the dtype in which a tensor is exported where nothing else is asked for."""
+        return self.info(name).dtype
 
     def pieces(self, name: str) -> Pieces:
         """Return where the values of a tensor lie: every element once, in the order of :attr:`Piece.start`."""
@@ -219,16 +227,6 @@ class TensorSource(ABC):
     def of_state(self, state: str | None) -> TensorSource:
         """Return one of :meth:`states`, or, for None, the weights themselves."""
         return self if state is None else self.states()[state]
-
-
-def natural_dtype(source: TensorSource, name: str) -> str:
-    """Return the dtype in which a tensor is exported where nothing else is asked for.
-
-    DeepSpeed's own converter stores the floating-point buffers of a ZeRO-3 checkpoint as fp32, like its weights.
-    """
-    dtype = source.info(name).dtype
-    widened = source.facts.kind == "zero3" and name in source.buffers and dtype in FLOATS
-    return "F32" if widened else dtype
 
 
 def total_bytes(infos: Iterable[TensorInfo]) -> int:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from statex_dist.checkpoint.descriptors import allow_open_files
+from statex_dist.checkpoint.formats.raw_io import allow_open_files
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import sync
 from statex_dist.data.corpus.records import ReadReport

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from statex_dist.checkpoint.descriptors import MOST_OPEN_FILES, allow_open_files
+from statex_dist.checkpoint.formats.raw_io import MOST_OPEN_FILES, allow_open_files
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.storage.cache import CacheFullError
 from statex_dist.data.storage.files import DatasetFiles

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from statex_dist.checkpoint.config_json import decode_floats
+from statex_dist.checkpoint.json_file import decode_floats
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import LARGEST_SIZE, check_layer_list, check_type, is_layer
 from statex_dist.models.config_keys import SHARED_KEYS

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 import xxhash
 
-from statex_dist.checkpoint.config_json import differing_keys
+from statex_dist.checkpoint.formats.piece_io import WholeReader
 from statex_dist.checkpoint.formats.places import missing_text
-from statex_dist.checkpoint.formats.tensor_parallel import RankSource
-from statex_dist.checkpoint.formats.whole_reader import WholeReader
+from statex_dist.checkpoint.formats.tensor_parallel import LAYOUT_NAME, RankSource, TensorParallelLayout
+from statex_dist.checkpoint.json_file import differing_keys
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest, digest_file
-from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, TensorParallelLayout
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.hf import open_runnable

@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_truncated_and_oversized_files(tmp_path):
 def test_index_may_not_leave_the_directory(tmp_path, name):
     index = {"weight_map": {"a": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="only files of the same directory"):
+    with pytest.raises(CheckpointError, match=re.escape(repr(name))):
         SafetensorsSource(tmp_path)
 
 
@@ -116,7 +117,7 @@ def test_missing_shard_and_missing_tensor_are_named(tmp_path):
     index = json.loads(index_path.read_text())
     index["weight_map"]["ghost"] = "model-00001-of-00003.safetensors"
     index_path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="lacks tensor 'ghost'"):
+    with pytest.raises(CheckpointError, match="'ghost'"):
         SafetensorsSource(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):

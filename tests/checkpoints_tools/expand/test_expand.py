@@ -171,7 +171,7 @@ def test_tied_head_in_the_file(tmp_path):
     written = load_all(tmp_path / "out")
     assert torch.equal(written["lm_head.weight"], written["backbone.embeddings.weight"])
     write_model(tmp_path / "other", MAMBA2, {**equal, "lm_head.weight": equal["lm_head.weight"] + 1})
-    with pytest.raises(CheckpointError, match="values differ"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight .*backbone\.embeddings\.weight"):
         run_expand(tmp_path / "other", tmp_path / "out2", factor=2)
 
 
@@ -256,9 +256,7 @@ def test_flipped_byte_is_caught_by_the_manifest(tmp_path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=r"out is damaged: the values of tensor '.*' are not those of its MANIFEST"
-    ):
+    with pytest.raises(CheckpointError, match=r"out .* tensor '.*' .*MANIFEST"):
         run_expand(tmp_path / "out", tmp_path / "again", factor=2, layers="1")
 
 

@@ -111,7 +111,7 @@ class TestKilled:
             (source / "config.json").write_text(json.dumps({**config, "initializer_range": 0.5}))
         elif what == "tokenizer":
             (source / "tokenizer_config.json").write_text("{}")
-        with pytest.raises(CheckpointError, match="holds an unfinished run of another source, plan or options"):
+        with pytest.raises(CheckpointError, match="unfinished"):
             run_expand(source, tmp_path / "out", resume=True, **{**OPTIONS, **options})
         assert (tmp_path / ".tmp-out/JOURNAL.jsonl").exists(), "what is there is kept for whom it belongs to"
 
@@ -332,7 +332,7 @@ class TestSource:
         refused(tmp_path / "in", tmp_path / "out", f"lacks tensors {names}.* and {len(gone) - 4} more of the gla model")
         extra = {f"x{i}": torch.zeros(1) for i in range(3)}
         write_model(tmp_path / "more", GLA, {**tensors, **extra})
-        refused(tmp_path / "more", tmp_path / "out", "holds tensors 'x0', 'x1', 'x2', unknown to the gla model")
+        refused(tmp_path / "more", tmp_path / "out", "'x0', 'x1', 'x2'.* gla ")
 
     def test_an_unknown_tensor_of_an_expanded_module_is_not_passed_through(self, tmp_path):
         name = "backbone.layers.0.mixer.rotary"
@@ -343,14 +343,14 @@ class TestSource:
 def test_files_that_are_links_to_elsewhere_are_not_carried_along(tmp_path):
     write_model(tmp_path / "gla", GLA)
     (tmp_path / "gla" / "merges.txt").symlink_to("/etc/passwd")
-    with pytest.raises(CheckpointError, match=r"merges\.txt is a link to /etc/passwd"):
+    with pytest.raises(CheckpointError, match=r"merges\.txt .* /etc/passwd"):
         run_expand(tmp_path / "gla", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match=r"merges\.txt is a link to /etc/passwd"):
+    with pytest.raises(CheckpointError, match=r"merges\.txt .* /etc/passwd"):
         reshard(tmp_path / "gla", tmp_path / "out", to="hf")
     # The model card quotes the source's.
     (tmp_path / "gla" / "merges.txt").rename(tmp_path / "gla" / "README.md")
-    with pytest.raises(CheckpointError, match=r"README\.md is a link to /etc/passwd"):
+    with pytest.raises(CheckpointError, match=r"README\.md .* /etc/passwd"):
         reshard(tmp_path / "gla", tmp_path / "out", to="hf")
 
 

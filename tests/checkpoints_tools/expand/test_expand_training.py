@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from benchmarks.synthetic_zero3 import write_zero3
-from checkpoints_tools.expand.expand import expand
-from checkpoints_tools.expand.expansion import prepare_expansion
+from checkpoints_tools.expand.expand import expand, prepare_expansion
 from checkpoints_tools.plan.options import PlanOptions
 from checkpoints_tools.verify.verify import verify_expansion
-from statex_dist.checkpoint.formats.piece_io import read_tensor
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import read_config_dict
 from statex_dist.models.recipe import Keep
 from statex_dist.models.registry import config_from_dict
 from statex_dist.models.source import open_source
-from tests.checkpoints_tools.builders import GLA, MAMBA2, random_tensors, write_model
+from tests.checkpoints_tools.builders import GLA, MAMBA2, random_tensors, read_tensor, write_model
 from tests.runs import GLA as RUN_GLA
 from tests.runs import losses, make_shards, run_training, save_model, write_run
 
@@ -32,10 +30,6 @@ def run(tmp_path):
         return tensors
 
     return make
-
-
-def floats(source, name: str) -> torch.Tensor:
-    return torch.from_numpy(read_tensor(source, name)).view(torch.float32).view(source.info(name).shape)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +53,7 @@ def test_states_are_kept_where_rows_are_and_zero_where_they_are_new(run, tmp_pat
     for state, remembered in (("exp_avg", lambda t: t * 0.5), ("exp_avg_sq", lambda t: t * t)):
         held = grown.states()[state]
         for job in expansion.jobs:
-            found = floats(held, job.info.name)
+            found = read_tensor(held, job.info.name)
             if job.surgery is None:
                 assert torch.equal(found, remembered(tensors[job.info.name]))
                 continue
@@ -79,10 +73,10 @@ def test_states_are_kept_where_rows_are_and_zero_where_they_are_new(run, tmp_pat
 def test_what_cannot_grow_in_training(run, tmp_path):
     write_model(tmp_path / "hf", GLA)
     plan = PlanOptions(factor=2, layers="1")
-    with pytest.raises(ConfigError, match=r"--to zero3 grows a run in training; .* is of layout hf"):
+    with pytest.raises(ConfigError, match=r"--to zero3 .* layout hf$"):
         expand(prepare_expansion(tmp_path / "hf", plan), tmp_path / "out", to="zero3")
     run(GLA)
-    with pytest.raises(ConfigError, match="--dtype does not go with a training checkpoint"):
+    with pytest.raises(ConfigError, match="--dtype"):
         expand(prepare_expansion(tmp_path / "run", plan, dtype="bf16"), tmp_path / "out", to="zero3")
     with pytest.raises(ConfigError, match="--to 'tp' is not available; allowed: hf, zero3"):
         expand(prepare_expansion(tmp_path / "run", plan), tmp_path / "out", to="tp")
@@ -98,7 +92,7 @@ def test_a_new_parameter_needs_a_place_in_the_optimizer(tmp_path):
     (tag / "model").mkdir()
     (tag / "model/config.json").write_text(json.dumps(GLA))
     lossless = prepare_expansion(tmp_path / "run", PlanOptions(factor=2, layers="1", init="lossless"))
-    with pytest.raises(CheckpointError, match="the optimizer has its parameters in another order than the gla model"):
+    with pytest.raises(CheckpointError, match=r"another order .* gla "):
         expand(lossless, tmp_path / "out", to="zero3")
     # Without new parameters the order does not matter.
     merged = prepare_expansion(tmp_path / "run", PlanOptions(factor=2, layers="1", init="inherit"))

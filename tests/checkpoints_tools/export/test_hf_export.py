@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from checkpoints_tools.export.hf_export import CODE_NAME, export_notes, form_of
 from checkpoints_tools.export.hf_tokenizer import bytes_tokenizer_documents
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.integrity import verify_alone
-from checkpoints_tools.verify.verify import verify_same
+from checkpoints_tools.verify.verify import verify_alone, verify_same
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError

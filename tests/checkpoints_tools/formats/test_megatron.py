@@ -24,13 +24,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from checkpoints_tools.formats.dcp import lay_out, metadata_bytes
-from checkpoints_tools.formats.megatron import megatron_plan
-from checkpoints_tools.formats.safetensors import hf_plan
+from checkpoints_tools.formats.targets import TargetRequest, find_target, plan_target
 from checkpoints_tools.io.target import write_target
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.dcp.format import read_metadata
-from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, looks_like_dcp
+from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, Dcp
 from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
@@ -53,24 +52,28 @@ from tests.models.tiny import CONFIGS
 GROUPED = {**MAMBA2, "n_groups": 2, "use_bias": False, "tie_word_embeddings": False, "vocab_size": 38}
 
 
-def convert(source, target: Path, plan=megatron_plan, max_shard_size: int = 4000, **options) -> None:
+def request_of(source, jobs, values, config, max_shard_size: int) -> TargetRequest:
+    """What ``statex reshard`` asks a layout for, with ``config.json`` as it is and no other documents."""
+    documents = {} if values is None else {CONFIG_NAME: values}
+    return TargetRequest(
+        source=source,
+        values=values,
+        config=config,
+        names=[job.info.name for job in jobs],
+        dtype=None,
+        info={},
+        write=WriteOptions(max_shard_size=max_shard_size),
+        export=lambda jobs: (lambda written: documents, []),
+        grown=jobs,
+    )
+
+
+def convert(source, target: Path, to: str = "megatron", max_shard_size: int = 4000, **options) -> None:
     """Write all of a source in another layout, as ``statex reshard`` does."""
     opened = interpret(source)
-    values, config, names = opened.values, opened.config, opened.names
-    more = {"config": config} if plan is megatron_plan else {}
-    write_target(
-        target,
-        source,
-        plan(
-            source,
-            [TensorJob(info=source.info(name), source=source.info(name)) for name in names],
-            max_shard_size=max_shard_size,
-            documents=lambda _: {} if values is None else {CONFIG_NAME: values},
-            info={},
-            **more,
-        ),
-        WriteOptions(**options),
-    )
+    jobs = [TensorJob.copy(source.info(name)) for name in opened.names]
+    request = request_of(source, jobs, opened.values, opened.config, max_shard_size)
+    write_target(target, source, plan_target(find_target(to), request).plan, WriteOptions(**options))
 
 
 def to_megatron(model: Path, target: Path, **options) -> Path:
@@ -122,13 +125,13 @@ def test_round_trip(tmp_path, values, dtype):
     write_model(tmp_path / "hf", values, tensors, shards=2)
     (tmp_path / "hf/model.safetensors").unlink()
     to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    assert looks_like_dcp(tmp_path / "megatron")
-    assert not looks_like_dcp(tmp_path / "hf")
+    assert Dcp.detect(tmp_path / "megatron")
+    assert not Dcp.detect(tmp_path / "hf")
     assert len(list((tmp_path / "megatron").glob("__0_*.distcp"))) > 2
     source = open_source(tmp_path / "megatron")
     assert source.keys() == list(family_of(values["model_type"]).tensors(config_from_dict(values)))
     assert (source.facts.kind, source.ignored) == ("megatron", ())
-    convert(source, tmp_path / "back", hf_plan)
+    convert(source, tmp_path / "back", "hf")
     assert same(load_all(tmp_path / "back"), tensors)
     assert (tmp_path / "back/tokenizer_config.json").exists()
 
@@ -138,7 +141,7 @@ def test_expanded_models(tmp_path):
         write_model(tmp_path / name, values)
         run_expand(tmp_path / name, tmp_path / f"{name}-expanded", factor=2, layers="1", init="reinit")
         to_megatron(tmp_path / f"{name}-expanded", tmp_path / f"{name}-megatron")
-        convert(open_source(tmp_path / f"{name}-megatron"), tmp_path / f"{name}-back", hf_plan)
+        convert(open_source(tmp_path / f"{name}-megatron"), tmp_path / f"{name}-back", "hf")
         assert same(load_all(tmp_path / f"{name}-back"), load_all(tmp_path / f"{name}-expanded"))
 
 
@@ -246,7 +249,7 @@ def test_reading_what_torch_wrote(tmp_path):
     source = open_source(tmp_path / "dcp")
     assert source.ignored == ("step",)
     assert same(read_everything(tmp_path / "dcp"), tensors)
-    convert(source, tmp_path / "hf", hf_plan)
+    convert(source, tmp_path / "hf", "hf")
     assert same(load_all(tmp_path / "hf"), tensors)
 
 
@@ -363,7 +366,7 @@ def test_reading_what_several_ranks_wrote(megatron, tmp_path):
     del written["rows"]
     assert same(read_everything(root / "mcore"), written)
     assert len(source.pieces("columns")) == 2
-    convert(source, tmp_path / "hf", hf_plan)
+    convert(source, tmp_path / "hf", "hf")
     assert same(load_all(tmp_path / "hf"), written)
 
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from checkpoints_tools.formats.dcp import lay_out
-from checkpoints_tools.formats.megatron import megatron_plan
-from checkpoints_tools.formats.safetensors import hf_plan
+from checkpoints_tools.formats.dcp import DcpTarget, lay_out
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.dcp.format import read_metadata
 from statex_dist.checkpoint.formats.dcp.reader import DcpSource
@@ -20,7 +18,7 @@ from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import info_of, write_model
-from tests.checkpoints_tools.formats.test_megatron import GROUPED, convert, to_megatron
+from tests.checkpoints_tools.formats.test_megatron import GROUPED, convert, request_of, to_megatron
 
 
 @pytest.fixture
@@ -34,24 +32,24 @@ def test_missing_truncated_and_damaged_files(megatron, tmp_path):
     file = megatron / "__0_0.distcp"
     data = file.read_bytes()
     file.write_bytes(data[:-10])
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp is truncated: it has .* bytes; a chunk of 'b' ends at"):
+    with pytest.raises(CheckpointError, match=rf"__0_0.distcp .* {len(data) - 10} bytes.* 'b' "):
         DcpSource.open(megatron)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp is missing; .metadata lists it"):
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp is missing"):
         DcpSource.open(megatron)
     damaged = bytearray(data)
     damaged[4000] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp is damaged: the CRC-32 of its 'data/0' is"):
-        convert(DcpSource.open(megatron), tmp_path / "out", hf_plan)
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp .* 'data/0' "):
+        convert(DcpSource.open(megatron), tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
     pickled = data.index(b"\x80\x02ctorch._utils")
     file.write_bytes(data[:pickled] + b"x" + data[pickled + 1 :])
-    with pytest.raises(CheckpointError, match=r"the chunk of 'a' at byte 0 is damaged .* CRC of its data.pkl"):
+    with pytest.raises(CheckpointError, match=r"'a' at byte 0 .*data.pkl"):
         DcpSource.open(megatron)
     chunk = read_metadata(megatron / ".metadata").tensors["b"].chunks[0]
     file.write_bytes(data[: chunk.offset] + bytes(chunk.length))
-    with pytest.raises(CheckpointError, match=r"the chunk of 'b' at byte .* is damaged or not of torch's format"):
+    with pytest.raises(CheckpointError, match=f"'b' at byte {chunk.offset} "):
         DcpSource.open(megatron)
 
 
@@ -169,19 +167,18 @@ def test_hostile_pickles_are_refused_and_not_run(megatron, tmp_path):
     data = (megatron / "__0_0.distcp").read_bytes()[: place.offset]
     (megatron / "__0_0.distcp").write_bytes(data + evil)
     change(megatron, lambda metadata: setattr(metadata.storage_data[MetadataIndex("b", [0])], "length", len(evil)))
-    refused(megatron, r"the chunk of 'b' at byte \d+ is refused: its pickle needs more: posix.system")
+    refused(megatron, rf"'b' at byte {place.offset} .*: posix.system")
     assert not ran.exists()
 
 
 def test_what_cannot_be_written(tmp_path):
     infos = [TensorInfo(name="w", shape=(2,), dtype="F8_E4M3")]
-    with pytest.raises(CheckpointError, match="'w' has dtype float8_e4m3fn, which cannot be written to a torch"):
+    with pytest.raises(CheckpointError, match=r"'w' .* float8_e4m3fn"):
         lay_out([infos], 100)
-    with pytest.raises(CheckpointError, match="'w' would be written twice"):
+    with pytest.raises(CheckpointError, match=r"'w' .* twice"):
         lay_out([[replace(infos[0], dtype="F32")]] * 2, 100)
     tensors = write_model(tmp_path, GROUPED)
     source, config = SafetensorsSource(tmp_path), config_from_dict(GROUPED)
-    options = {"config": config, "max_shard_size": 100, "documents": lambda _: {}, "info": {}}
 
     def jobs(**changed):
         return [TensorJob(info=info_of(n, t), source=None) for n, t in {**tensors, **changed}.items() if t is not None]
@@ -192,4 +189,4 @@ def test_what_cannot_be_written(tmp_path):
         ({"backbone.layers.0.mixer.in_proj.weight": torch.zeros(9, 16)}, r"has shape \[9, 16\]; 96 rows are expected"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            megatron_plan(source, jobs(**changed), **options)
+            DcpTarget.plan_target(request_of(source, jobs(**changed), None, config, 100))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints_tools.plan import smaller_plans
+from checkpoints_tools.plan import size_search
 from checkpoints_tools.plan.forgetting import (
     Evidence,
     Measurement,
@@ -116,8 +116,8 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
 def test_the_search_bisects(monkeypatch):
     before = config_from_dict(MAMBA2_1B)
     after = plan_model(before, PlanOptions(layers="all"))
-    calls, real = [], smaller_plans.make_plan
-    monkeypatch.setattr(smaller_plans, "make_plan", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    calls, real = [], size_search.make_plan
+    monkeypatch.setattr(size_search, "make_plan", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     found = judge_forgetting(before, after, 140_000, PAPER)
     assert [(plan.factor, len(plan.layers)) for plan in found.smaller] == [(3, 2), (4, 1)]
     assert len(calls) <= 3 * 6, "of each factor below 5 the 48 layers are halved, not tried one by one"
@@ -260,15 +260,15 @@ def test_texts_count_before_newlines(tmp_path: Path, positions, position, prompt
 
 def test_results_that_do_not_fit(tmp_path: Path):
     config = config_from_dict(GLA_1B)
-    with pytest.raises(ConfigError, match="was measured with the mitigation 'forget-more"):
+    with pytest.raises(ConfigError, match="'forget-more"):
         read_measurement(health_file(tmp_path, mitigation="forget-more:decay=0.0001,insert=0.75"), config)
-    with pytest.raises(ConfigError, match=r"is of another model \(gla, 12,582,912 state numbers, expanded\)"):
+    with pytest.raises(ConfigError, match=r"gla, 12,582,912 .*expanded"):
         read_measurement(health_file(tmp_path, statex={"version": 1, "layers": []}), config)
-    with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`: ValueError: no prompt"):
+    with pytest.raises(ConfigError, match="no prompt"):
         read_measurement(health_file(tmp_path, positions={}), config)
     (tmp_path / "collapse.json").write_text('{"suite": "recall"}')
     with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`"):
         read_measurement(tmp_path, config)
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match="--health "):
         gather_evidence(config, health=str(tmp_path / "nowhere"))
     assert gather_evidence(config) == PAPER

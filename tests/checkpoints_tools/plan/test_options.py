@@ -73,7 +73,7 @@ class TestPlanFile:
             planned(GLA, plan=self.write(tmp_path, text))
 
     def test_no_file(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"--plan .*nowhere\.yaml cannot be read: No such file"):
+        with pytest.raises(ConfigError, match=r"--plan .*nowhere\.yaml"):
             planned(GLA, plan=tmp_path / "nowhere.yaml")
 
 
@@ -107,11 +107,11 @@ class TestTargetState:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"target_state": "much"}, "--target-state 'much' is not a size; give a multiple such as 1.5x"),
-            ({"target_state": "1x"}, "the model has 12,582,912 state numbers already; ask for more"),
+            ({"target_state": "much"}, "--target-state 'much'"),
+            ({"target_state": "1x"}, "12,582,912"),
             (
                 {"target_state": "9x"},
-                r"no plan of op merge_heads comes within 5 %; the closest is 4 .*\(4\.00x\)",
+                r"merge_heads .* 4 .*\(4\.00x\)",
             ),
             ({"target_state": "2x", "layers": "0"}, r"the closest is 4 times in layers \[0\] \(1\.12x\)"),
             ({"target_state": "1.5x", "factor": 3}, "4 heads do not divide into groups of 3"),
@@ -141,9 +141,7 @@ class TestRecipes:
             assert all(e.reset_dynamics for e in planned(values, recipe=name))
 
     def test_a_recipe_of_the_other_family(self):
-        with pytest.raises(
-            ConfigError, match="--recipe statex-paper-gla is the authors' for gla; this is a mamba2 model"
-        ):
+        with pytest.raises(ConfigError, match=r"--recipe statex-paper-gla .* gla; .* mamba2 "):
             planned(MAMBA2_1B3, recipe="statex-paper-gla")
 
 
@@ -153,10 +151,10 @@ class TestRecipes:
         ({"recipe": "mine"}, "--recipe 'mine' is not one of statex-paper-gla, statex-paper-merge"),
         (
             {"recipe": "statex-paper-gla", "factor": 2, "init": "inherit"},
-            "--recipe decides by itself what --factor, --init would say; leave them out",
+            "--recipe .* --factor, --init ",
         ),
-        ({"plan": "x.yaml", "layers": "all"}, "--plan decides by itself what --layers would say"),
-        ({"plan": "x.yaml", "reset_dynamics": True}, "what --reset-dynamics would say"),
+        ({"plan": "x.yaml", "layers": "all"}, "--plan .* --layers "),
+        ({"plan": "x.yaml", "reset_dynamics": True}, "--plan .* --reset-dynamics "),
         ({"op": "merge"}, "--op 'merge' is not one of merge_heads, mix_heads, grow_state"),
     ],
 )

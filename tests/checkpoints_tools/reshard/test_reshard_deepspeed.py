@@ -78,7 +78,7 @@ def test_a_tag_can_be_named(run):
     [
         ("*_1_*optim*", "optim states of rank 1 are missing"),
         ("*_0_*model*", "model states of rank 0 are missing"),
-        ("*_1_*", "written by 2 ranks; the directory holds files of 1"),
+        ("*_1_*", "2 ranks; .* 1$"),
     ],
 )
 def test_missing_files(damaged, pattern, message):
@@ -91,7 +91,7 @@ def test_missing_files(damaged, pattern, message):
 def test_extra_rank(damaged):
     for path in damaged.glob("*_1_*"):
         shutil.copy(path, damaged / path.name.replace("rank_1_", "rank_2_"))
-    with pytest.raises(CheckpointError, match="written by 2 ranks; the directory holds files of 3"):
+    with pytest.raises(CheckpointError, match=r"2 ranks; .* 3$"):
         open_source(damaged)
     shutil.copy(next(damaged.glob("bf16*_1_*")), damaged / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     with pytest.raises(CheckpointError, match="two files of rank 1"):
@@ -118,13 +118,13 @@ def test_wrong_arithmetic(damaged):
     states = content["optimizer_state_dict"]
     states["fp32_flat_groups"][0] = states["fp32_flat_groups"][0][:-1].clone()
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match="'exp_avg' has neither one value per element nor one per sub-group"):
+    with pytest.raises(CheckpointError, match="'exp_avg'"):
         open_source(damaged)
     for name in ("exp_avg", "exp_avg_sq"):
         state = states["optimizer_state_dict"]["state"][0]
         state[name] = state[name][:-1].clone()
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match="differ in size from those of rank 0"):
+    with pytest.raises(CheckpointError, match=r"rank_1_.*flat groups"):
         open_source(damaged)
     torch.save(content, next(damaged.glob("*_1_*optim*")))
     with pytest.raises(CheckpointError, match="the flat groups hold"):
@@ -151,7 +151,7 @@ class Evil:
 def test_hostile_pickle_is_refused(damaged, capfd):
     path = next(damaged.glob("*_1_*model*"))
     torch.save({"param_shapes": [], "module": {}, "x": Evil()}, path)
-    with pytest.raises(CheckpointError, match="is refused: its pickle needs more than tensors"):
+    with pytest.raises(CheckpointError, match=rf"{path.name} .*\.print"):
         open_source(damaged)
     assert "never" not in capfd.readouterr().out
 
@@ -166,5 +166,5 @@ def test_manifest_catches_a_flipped_byte(damaged, tmp_path):
     content = bytearray(path.read_bytes())
     content[place.offset + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{path.name} is damaged: the CRC-32 of its 'data/"):
+    with pytest.raises(CheckpointError, match=f"{path.name} .*CRC-32 .*'data/"):
         reshard(damaged.parent, tmp_path / "out")

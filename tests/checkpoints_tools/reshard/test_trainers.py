@@ -158,7 +158,7 @@ def test_weights_beside_another_tag_are_not_compared(copy, tmp_path):
     shutil.copytree(checkpoint / "global_step2", checkpoint / "global_step4")
     (checkpoint / "latest").write_text("global_step4")
     assert reshard(checkpoint / "global_step2", tmp_path / "out").kind == "zero3"
-    with pytest.raises(CheckpointError, match="not the same model"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .* global_step4"):
         reshard(checkpoint, tmp_path / "other")
 
 
@@ -166,7 +166,7 @@ def test_a_pipe_in_a_tag_is_refused(copy):
     path = copy("gathered") / "global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_mp_rank_00_model_states\.pt is not a regular file"):
+    with pytest.raises(CheckpointError, match=path.name):
         open_source(path.parent.parent)
 
 
@@ -175,7 +175,7 @@ def test_a_pipe_in_a_tag_is_refused(copy):
 def test_a_tag_that_latest_does_not_name_is_not_dropped(copy, tmp_path, latest, to):
     checkpoint = copy("gathered")
     (checkpoint / "latest").unlink() if latest is None else (checkpoint / "latest").write_text(latest)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors and also the training checkpoint global_step2"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .* global_step2"):
         reshard(checkpoint, tmp_path / "out", to=to, world_size=1 if to == "zero3" else None)
     assert reshard(checkpoint / "global_step2", tmp_path / "out", to=to).kind == "zero3"
 
@@ -240,7 +240,7 @@ def test_an_incomplete_model_is_not_written(copy, tmp_path):
         with pytest.raises(CheckpointError, match=r"lacks tensors .*'backbone\.embeddings\.weight'.*2 of 20"):
             reshard(checkpoint, tmp_path / "out", to=to)
     (checkpoint / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"exclude_frozen_parameters: it holds 2 tensors"):
+    with pytest.raises(CheckpointError, match=r"exclude_frozen_parameters.* 2 tensors"):
         reshard(checkpoint, tmp_path / "out")
     assert not inspect(checkpoint).complete
 
@@ -263,5 +263,5 @@ def test_a_latest_that_names_no_tag(copy, tmp_path, name):
     checkpoint = copy("gathered")
     (checkpoint / "latest").write_text(name)
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="not a tag of this directory"):
+    with pytest.raises(CheckpointError, match="latest names"):
         open_source(checkpoint)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from checkpoints_tools.formats.registry import PlannedTarget, TargetLayout, TargetRequest, register
+from checkpoints_tools.formats.targets import PlannedTarget, TargetRequest
 from checkpoints_tools.io.target import TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
-from statex_dist.checkpoint.formats.registry import Layout
+from statex_dist.checkpoint.formats.registry import Layout, LayoutRow, add_layout
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
 
 TABLE, VALUES = "toy.json", "toy.raw"
@@ -25,7 +25,7 @@ class ToySource(TensorSource):
         return (Piece(self.files[0], self._offsets[name], 0, self.info(name).numel),)
 
 
-class Toy:
+class Toy(Layout):
     @staticmethod
     def detect(directory: Path) -> bool:
         return (directory / TABLE).is_file()
@@ -54,7 +54,4 @@ class Toy:
 
 def add() -> None:
     """Register the layout: the one line outside this folder."""
-    where = f"{__name__}:Toy"
-    register(
-        Layout(name="toy", where=where, marks=(TABLE,), weights=(VALUES, TABLE)), TargetLayout(name="toy", where=where)
-    )
+    add_layout(LayoutRow(name="toy", where=f"{__name__}:Toy", marks=(TABLE,), weights=(VALUES, TABLE), written=True))

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.synthetic_zero3 import write_zero3
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.integrity import verify_alone
+from checkpoints_tools.verify.verify import verify_alone
 from statex_dist.checkpoint.formats.torch_archive.zip import read_directory
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError
@@ -121,7 +121,7 @@ def test_a_flipped_byte_never_gets_into_a_conversion(checkpoints, tmp_path):
     flipped(tmp_path / "copy", place.path.relative_to(tmp_path / "copy"), place.offset + 9)
     for options in LAYOUTS.values():
         if options.get("to", "hf") in ("hf", "zero3"):
-            with pytest.raises(CheckpointError, match=f"{place.path.name} is damaged: the CRC-32 of its 'data/"):
+            with pytest.raises(CheckpointError, match=f"{place.path.name} .*CRC-32 .*'data/"):
                 reshard(tmp_path / "copy", tmp_path / "out", **options)
             assert not (tmp_path / "out").exists()
 
@@ -132,7 +132,7 @@ def test_padding_is_checked_with_its_storage(tmp_path):
     flat = rank.flat["fp32"][0]
     assert flat.numel == 2, "one value and one of padding"
     flipped(tmp_path / "run", flat.path.relative_to(tmp_path / "run"), flat.offset + 6)
-    with pytest.raises(CheckpointError, match="is damaged: the CRC-32"):
+    with pytest.raises(CheckpointError, match=f"{flat.path.name} .*CRC-32"):
         reshard(tmp_path / "run", tmp_path / "out")
 
 
@@ -180,5 +180,5 @@ def test_manifests_of_training_runs(tmp_path):
     name = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     write_zero3(tmp_path / "other2/global_step1", {n: t + 1 for n, t in random_tensors(GLA).items()}, 2)
     shutil.copy(tmp_path / "other2/global_step1" / name, tag / name)
-    with pytest.raises(CheckpointError, match=f"{name} is damaged or another file: its zip directory differs"):
+    with pytest.raises(CheckpointError, match=f"{name} .*MANIFEST.json"):
         open_source(tmp_path / "run")

@@ -49,9 +49,9 @@ def test_the_second_of_two_expansions_is_proved_against_the_first_and_both_again
         assert len(verdict.notes) == cumulative
     assert verdict.notes == ["expansion_report.json describes the last of several expansions, of layers [1, 2]"]
     assert json.loads((tmp_path / "two/config.json").read_text())["state_size"] == 12
-    with pytest.raises(CheckpointError, match="no expansion plan beyond that of"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'one'} .*{tmp_path / 'two'}"):
         verify_expansion(tmp_path / "two", tmp_path / "one")
-    with pytest.raises(CheckpointError, match="nothing to verify"):
+    with pytest.raises(CheckpointError, match=str(tmp_path / "in")):
         verify_expansion(tmp_path / "in", tmp_path / "in")
 
 
@@ -169,7 +169,7 @@ class TestSpoiled:
         path.unlink()
         assert verify_expansion(*pair).differences == ["expansion_report.json is missing"]
         path.write_text("{")
-        with pytest.raises(CheckpointError, match=r"expansion_report\.json cannot be read"):
+        with pytest.raises(CheckpointError, match=r"expansion_report\.json"):
             verify_expansion(*pair)
 
     def test_a_conversion_that_the_config_does_not_record(self, pair):

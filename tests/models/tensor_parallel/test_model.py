@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_tools.reshard.reshard import reshard
+from statex_dist.checkpoint.formats.tensor_parallel import LAYOUT_NAME, file_name
 from statex_dist.checkpoint.layout import MANIFEST_NAME
-from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, file_name
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.layout import shard_ranges

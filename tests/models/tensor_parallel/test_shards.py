@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools.reshard.reshard import reshard
+from statex_dist.checkpoint.formats.tensor_parallel import LAYOUT_NAME, file_name
 from statex_dist.checkpoint.layout import MANIFEST_NAME
-from statex_dist.checkpoint.tp_layout import LAYOUT_NAME, file_name
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.hf import save_pretrained

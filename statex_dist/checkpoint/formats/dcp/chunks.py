@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.archive import DAMAGE
-from statex_dist.checkpoint.formats.crc import CrcLedger
+from statex_dist.checkpoint.formats.crc import DAMAGE, CrcLedger
 from statex_dist.checkpoint.formats.dcp.format import METADATA_NAME, Chunk, StoredTensor
 from statex_dist.checkpoint.formats.piece_io import check_entry
 from statex_dist.checkpoint.formats.raw_io import FileState
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, TensorInfo
+from statex_dist.checkpoint.formats.torch_archive.pickle import TensorRef, UnsafePickleError
 from statex_dist.checkpoint.formats.torch_archive.reader import gathered, place_of
 from statex_dist.checkpoint.formats.torch_archive.zip import (
     ArchiveError,
@@ -29,7 +29,6 @@ from statex_dist.checkpoint.formats.torch_archive.zip import (
     read_content,
     read_entries,
 )
-from statex_dist.checkpoint.torch_pickle import TensorRef, UnsafePickleError
 from statex_dist.errors import CheckpointError, one_line
 
 _MAX_PICKLE_BYTES = 1 << 20

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from statex_dist.checkpoint.dcp_entries import ModelEntries, as_paths, model_entries
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
+from statex_dist.checkpoint.formats.dcp.entries import ModelEntries, as_paths, model_entries
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
-from statex_dist.checkpoint.torch_pickle import (
+from statex_dist.checkpoint.formats.torch_archive.pickle import (
     MAX_PICKLE_BYTES,
     Remembered,
     UnsafePickleError,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from statex_dist.checkpoint.formats.dcp.chunks import Places, Strided, open_chunks
 from statex_dist.checkpoint.formats.dcp.format import METADATA_NAME, read_metadata
+from statex_dist.checkpoint.formats.places import step_of_directory
+from statex_dist.checkpoint.formats.registry import Layout
 from statex_dist.checkpoint.formats.tensor_io import Held, Pieces, SourceFacts, TensorInfo, TensorSource
 from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive
 from statex_dist.checkpoint.json_file import read_json
@@ -33,11 +36,6 @@ SIDE_FILES = (METADATA_NAME, CONFIG_FILE, COMMON_FILE)
 _MAX_JSON_BYTES = 1 << 20
 
 
-def looks_like_dcp(directory: Path) -> bool:
-    """Return whether a directory holds a torch distributed checkpoint, Megatron's or another."""
-    return (directory / METADATA_NAME).is_file()
-
-
 class DcpSource(TensorSource):
     """A torch distributed checkpoint.
 
@@ -52,6 +50,8 @@ class DcpSource(TensorSource):
         archives: The files, as :func:`statex_dist.checkpoint.formats.dcp.chunks.open_chunks` gives them.
         ignored: Names of entries that are left out.
     """
+
+    in_parts = True
 
     def __init__(
         self,
@@ -106,15 +106,19 @@ def _check_backend(path: Path) -> None:
         raise CheckpointError(f"{path} names the format {shown(backend)}; only torch_dist is read")
 
 
-class Dcp:
+class Dcp(Layout):
     """The layout of torch distributed checkpoints."""
+
+    has_checksums = lists_tensors = True
 
     @staticmethod
     def detect(directory: Path) -> bool:
         """Return whether a directory holds ``.metadata``."""
-        return looks_like_dcp(directory)
+        return (directory / METADATA_NAME).is_file()
 
     @staticmethod
     def read(directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
-        """Open a directory."""
+        """Open a directory; without a manifest its name says the step."""
+        if not facts.info and (step := step_of_directory(directory)) is not None:
+            facts = replace(facts, info={"step": step})
         return DcpSource.open(directory, facts)

@@ -12,12 +12,12 @@ import numpy as np
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.places import missing_text
 from statex_dist.checkpoint.formats.raw_io import read_bytes
-from statex_dist.checkpoint.formats.registry import Open
+from statex_dist.checkpoint.formats.registry import Layout, Open
 from statex_dist.checkpoint.formats.safetensors import check_map, read_index, ways_of
 from statex_dist.checkpoint.formats.tensor_io import Held, Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_archive.pickle import TensorRef
 from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive, open_archive
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
-from statex_dist.checkpoint.torch_pickle import TensorRef
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -165,27 +165,21 @@ def gathered(archive: TorchArchive, tensor: TensorRef) -> bytes:
     return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False).tobytes()
 
 
-class Binary:
+class Binary(Layout):
     """The layout of Hugging Face directories with ``pytorch_model.bin``."""
+
+    has_checksums = True
 
     @staticmethod
     def ways(directory: Path) -> dict[str, Open]:
         """Return the files by which a directory can be read, the one that is taken first."""
         return ways_of(directory, BIN_INDEX_NAME, BIN_NAME, StateDictSource.open)
 
-    @staticmethod
-    def detect(directory: Path) -> bool:
-        """Return whether a directory holds an index or a single file."""
-        return bool(Binary.ways(directory))
 
-    @staticmethod
-    def read(directory: Path, facts: SourceFacts, *, describe: bool) -> TensorSource:
-        """Open a directory."""
-        return next(iter(Binary.ways(directory).values()))(facts)
-
-
-class Plain:
+class Plain(Layout):
     """The layout of a run of one process without DeepSpeed."""
+
+    has_checksums, has_records = True, False
 
     @staticmethod
     def detect(directory: Path) -> bool:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from statex_dist.checkpoint.archive import DAMAGE
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
+from statex_dist.checkpoint.formats.crc import DAMAGE
 from statex_dist.checkpoint.formats.places import pointer_text
 from statex_dist.checkpoint.formats.raw_io import FileState, read_bytes
-from statex_dist.checkpoint.torch_pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
+from statex_dist.checkpoint.formats.torch_archive.pickle import MAX_PICKLE_BYTES, UnsafePickleError, loads
 from statex_dist.errors import CheckpointError, one_line
 
 LOCAL = struct.Struct("<IHHHHHIIIHH")
@@ -149,7 +149,7 @@ def read_entries(file: BinaryIO, size: int) -> tuple[str, dict[str, Entry]]:
 
     Raises:
         ArchiveError: It is not as torch writes it. (Or any of
-            :data:`statex_dist.checkpoint.archive.DAMAGE`: it is not an archive.)
+            :data:`statex_dist.checkpoint.formats.crc.DAMAGE`: it is not an archive.)
     """
     _check_directory_size(file, size)
     with zipfile.ZipFile(file) as archive:

@@ -23,6 +23,11 @@ _MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
 
+def rank_file_stem(rank: int, kind: str, prefix: str = "") -> str:
+    """Return the name, without ending, of a rank's file of ``model`` or ``optim`` states; optimizers' have a prefix."""
+    return f"{prefix if kind == 'optim' else ''}zero_pp_rank_{rank}_mp_rank_00_{kind}_states"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankFiles:
     """The two files of one rank."""

@@ -11,10 +11,10 @@ from typing import Any
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.raw_io import read_bytes
 from statex_dist.checkpoint.formats.tensor_io import Piece
+from statex_dist.checkpoint.formats.torch_archive.pickle import Remembered, TensorRef
 from statex_dist.checkpoint.formats.torch_archive.reader import place_of
 from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive, open_archive
 from statex_dist.checkpoint.formats.zero3.layout import RankFiles
-from statex_dist.checkpoint.torch_pickle import Remembered, TensorRef
 from statex_dist.errors import CheckpointError
 
 WEIGHTS = "fp32"

@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from statex_dist.checkpoint.dtypes import FLOATS
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, SourceFacts, TensorInfo, TensorSource
+from statex_dist.checkpoint.formats.torch_archive.pickle import TensorRef
 from statex_dist.checkpoint.formats.torch_archive.reader import whole_pieces
 from statex_dist.checkpoint.formats.torch_archive.zip import TorchArchive, open_archive
 from statex_dist.checkpoint.formats.zero3.layout import FlatLayout, find_rank_files, partition_size, shares
@@ -27,7 +29,6 @@ from statex_dist.checkpoint.formats.zero3.rank import (
     optim_states,
     scalar_values,
 )
-from statex_dist.checkpoint.torch_pickle import TensorRef
 from statex_dist.errors import CheckpointError
 
 
@@ -148,6 +149,11 @@ class Zero3Source(TensorSource):
             Piece(held[rank].path, held[rank].offset, start, stop)
             for rank, start, stop in shares(math.prod(self.frozen[name]), self.world_size)
         ]
+
+    def natural_dtype(self, name: str) -> str:
+        """Return the dtype of an export: DeepSpeed's own converter stores floating-point buffers as fp32 too."""
+        dtype = self.info(name).dtype
+        return "F32" if name in self.buffers and dtype in FLOATS else dtype
 
     def archives(self) -> Iterable[TorchArchive]:
         """Return both files of every rank."""

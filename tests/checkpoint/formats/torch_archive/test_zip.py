@@ -19,13 +19,20 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from checkpoints_tools.formats.torch_archive import ArchiveLayout, archive_bytes, dumps
-from statex_dist.checkpoint.archive import check_crcs
-from statex_dist.checkpoint.formats.piece_io import read_tensor
+from statex_dist.checkpoint.formats.crc import check_crcs
+from statex_dist.checkpoint.formats.piece_io import blocks
 from statex_dist.checkpoint.formats.raw_io import read_bytes
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts
+from statex_dist.checkpoint.formats.torch_archive.pickle import (
+    ENUMS,
+    MAX_PICKLE_BYTES,
+    UnsafePickleError,
+    loads,
+    named,
+    new_tensor,
+)
 from statex_dist.checkpoint.formats.torch_archive.reader import StateDictSource
 from statex_dist.checkpoint.formats.torch_archive.zip import open_archive
-from statex_dist.checkpoint.torch_pickle import ENUMS, MAX_PICKLE_BYTES, UnsafePickleError, loads, named, new_tensor
 from statex_dist.errors import CheckpointError
 
 DTYPES = [
@@ -81,7 +88,10 @@ def test_tensors_of_every_dtype(tmp_path, dtype):
     source = StateDictSource([tmp_path / "x.bin"], facts=facts(tmp_path / "x.bin"))
     for name, expected in (("a", values), ("transposed", values.T), ("part", values[1:, :2]), ("none", values[:0])):
         assert source.info(name).shape == tuple(expected.shape)
-        assert read_tensor(source, name).tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
+        assert (
+            b"".join(map(bytes, blocks(source, name, 1 << 20)))
+            == expected.contiguous().view(torch.uint8).numpy().tobytes()
+        )
 
 
 def test_storages_written_by_others_in_any_order(tmp_path):
@@ -148,7 +158,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_of_it_runs(tmp_path, function):
     mark = tmp_path / "ran"
     argument = f"open({str(mark)!r}, 'w')" if function in (exec, eval) else f"touch {mark}"
     torch.save({"x": torch.ones(2), "evil": Exploit((function, (argument,)))}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match=r"evil\.pt is refused: its pickle needs more than tensors: \w+\.\w+"):
+    with pytest.raises(CheckpointError, match=rf"evil\.pt .*\.{function.__name__}"):
         open_archive(tmp_path / "evil.pt")
     assert not mark.exists()
     if function is os.system:  # the exploit is a real one
@@ -229,7 +239,7 @@ def test_a_shared_value_repeated_without_end_is_refused():
     for bomb in (data, itself):
         with pytest.raises(UnsafePickleError, match="nested without end"):
             loads(pickle.dumps(bomb, protocol=2))
-    with pytest.raises(UnsafePickleError, match="bytes of pickle; at most"):
+    with pytest.raises(UnsafePickleError, match=f"{MAX_PICKLE_BYTES + 1} .*{MAX_PICKLE_BYTES}"):
         loads(bytes(MAX_PICKLE_BYTES + 1))
 
 
@@ -237,7 +247,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):
     for storages in ({"0": bytes(16)}, {"1": bytes(20)}):
         content = {"a": new_tensor("0", "F32", (5,))}
         (tmp_path / "x.pt").write_bytes(archive_bytes("x", content, storages))
-        with pytest.raises(CheckpointError, match="is damaged: the bytes of its storage 0 are missing"):
+        with pytest.raises(CheckpointError, match=r"x.pt .* storage 0 "):
             open_archive(tmp_path / "x.pt")
 
 
@@ -294,11 +304,11 @@ def test_damage_is_found(tmp_path):
     start = open_archive(path).storage("0").offset
     rewrite(path, flip(start + 17))
     open_archive(path)
-    with pytest.raises(CheckpointError, match="is damaged: Bad CRC-32 for file 'x/data/0'"):
+    with pytest.raises(CheckpointError, match=r"CRC-32.*'x/data/0'"):
         check_crcs(path)
     for position, message in (
-        (pickled + 5, "the CRC of its data.pkl is not what was written"),
-        (stored.header_offset, "no header where its entry 'data/0' begins, or another one"),
+        (pickled + 5, "CRC .*data.pkl"),
+        (stored.header_offset, "'data/0'"),
         (len(whole) - 22, "truncated or not a torch.save file"),
     ):
         path.write_bytes(whole)

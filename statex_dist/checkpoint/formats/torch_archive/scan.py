@@ -39,6 +39,9 @@ cost, holds nothing else."""
 _NUMBER = struct.Struct("<I")
 _KEYS = {ATOM, TEXT, INT, NAME, TUPLE, FROZENSET, OBJECT}
 
+_CONTAINERS = {ord("]"): (LIST, 1), ord("}"): (DICT, 2), 0x8F: (SET, 4)}
+"""Opcodes that push an empty container: its kind, and what it takes of the room."""
+
 Value = Sequence[Any]
 """A stand-in: kind, depth, parts, and of a text or name the text, of a tuple its length. A list of kind, depth, parts
 and whether it may still be changed for values that are filled after they are made."""
@@ -78,7 +81,7 @@ def scan(data: bytes, *, allowed: Collection[str], results: Mapping[str, Value])
         UnsafePickleError: It names what is not allowed, is damaged or too large, or its values refer to themselves.
     """
     try:
-        _Scan(data, allowed, results).run()
+        _Walk(data, allowed, results).run()
     except (IndexError, struct.error):
         raise UnsafePickleError("not a readable pickle: it ends early, or takes a value that is not there") from None
 
@@ -93,7 +96,7 @@ def _extent(items: Sequence[Value]) -> tuple[int, int]:
     return depth + 1, size
 
 
-class _Scan:
+class _Walk:
     def __init__(self, data: bytes, allowed: Collection[str], results: Mapping[str, Value]):
         self._data, self._allowed, self._results = data, allowed, results
         self._protocol = 0
@@ -253,16 +256,9 @@ class _Scan:
         self._tuple(items)
         return position
 
-    def _list(self, position: int) -> int:
-        self._new([LIST, 0, 1, True], 1)
-        return position
-
-    def _dict(self, position: int) -> int:
-        self._new([DICT, 0, 1, True], 2)
-        return position
-
-    def _set(self, position: int) -> int:
-        self._new([SET, 0, 1, True], 4)
+    def _container(self, position: int) -> int:
+        kind, room = _CONTAINERS[self._data[position - 1]]
+        self._new([kind, 0, 1, True], room)
         return position
 
     def _append(self, position: int) -> int:
@@ -348,11 +344,11 @@ class _Scan:
         return position
 
 
-_HANDLERS: dict[int, Callable[[_Scan, int], int]] = {
-    **{ord("("): _Scan._mark, ord("t"): _Scan._marked_tuple, ord("]"): _Scan._list, ord("}"): _Scan._dict},
-    **{0x85: _Scan._short_tuple, 0x86: _Scan._short_tuple, 0x87: _Scan._short_tuple},
-    **{ord("a"): _Scan._append, ord("e"): _Scan._appends, ord("s"): _Scan._setitem, ord("u"): _Scan._setitems},
-    **{0x8F: _Scan._set, 0x90: _Scan._additems, 0x91: _Scan._frozenset},
-    **{ord("c"): _Scan._global, 0x93: _Scan._stack_global, ord("R"): _Scan._call, 0x81: _Scan._call},
-    **{ord("b"): _Scan._build, ord("Q"): _Scan._persistent_id, 0x80: _Scan._proto, 0x95: _Scan._frame},
+_HANDLERS: dict[int, Callable[[_Walk, int], int]] = {
+    **{ord("("): _Walk._mark, ord("t"): _Walk._marked_tuple, **dict.fromkeys(_CONTAINERS, _Walk._container)},
+    **{0x85: _Walk._short_tuple, 0x86: _Walk._short_tuple, 0x87: _Walk._short_tuple},
+    **{ord("a"): _Walk._append, ord("e"): _Walk._appends, ord("s"): _Walk._setitem, ord("u"): _Walk._setitems},
+    **{0x90: _Walk._additems, 0x91: _Walk._frozenset},
+    **{ord("c"): _Walk._global, 0x93: _Walk._stack_global, ord("R"): _Walk._call, 0x81: _Walk._call},
+    **{ord("b"): _Walk._build, ord("Q"): _Walk._persistent_id, 0x80: _Walk._proto, 0x95: _Walk._frame},
 }

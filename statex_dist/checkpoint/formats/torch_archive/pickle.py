@@ -5,7 +5,7 @@ called: nothing of torch, DeepSpeed or the file's author is imported, let alone 
 refused all the same, because what we write from such a file will be opened by software that does run them.
 
 Tensors become :class:`TensorRef`: where the values lie, not the values. What a pickle may cost is bounded before
-anything is made of it (:mod:`statex_dist.checkpoint.pickle_scan`).
+anything is made of it (:mod:`statex_dist.checkpoint.formats.torch_archive.scan`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from functools import cache
 from typing import Any
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES, TORCH_NAMES
-from statex_dist.checkpoint.pickle_scan import A_LEAF, A_MEMBER, scan
-from statex_dist.checkpoint.pickle_scan import MAX_DEPTH as MAX_DEPTH
-from statex_dist.checkpoint.pickle_scan import UnsafePickleError as UnsafePickleError
+from statex_dist.checkpoint.formats.torch_archive.scan import A_LEAF, A_MEMBER, scan
+from statex_dist.checkpoint.formats.torch_archive.scan import MAX_DEPTH as MAX_DEPTH
+from statex_dist.checkpoint.formats.torch_archive.scan import UnsafePickleError as UnsafePickleError
 from statex_dist.errors import reason, shown
 
 MAX_PICKLE_BYTES = 1 << 28
@@ -53,62 +53,29 @@ GETATTR = {"builtins.getattr", "__builtin__.getattr"}
 """How Python 3.11.0 to 3.11.4 pickle a member of an enum: ``getattr(EnumClass, "member")``, where every other release
 has ``EnumClass(value)``. It is read as the latter, and of the enums above alone."""
 
+_OF_TORCH = """collections.OrderedDict torch.Size torch.Tensor torch.device torch.nn.parameter.Parameter
+torch._tensor._rebuild_from_type_v2 torch._utils._rebuild_tensor_v2 torch._utils._rebuild_tensor_v3
+torch._utils._rebuild_parameter torch.serialization._get_layout torch.storage.UntypedStorage"""
+_OF_DEEPSPEED = """deepspeed.runtime.fp16.loss_scaler.LossScaler
+deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"""
+# What people put into client_state: states of random generators and parsed arguments.
+_OF_CLIENTS = """_codecs.encode numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
+numpy.core.multiarray.scalar numpy._core.multiarray.scalar numpy.ndarray numpy.dtype argparse.Namespace
+__builtin__.xrange datetime.datetime datetime.date datetime.timedelta datetime.timezone"""
+_BUILTINS = ("set", "complex", "frozenset", "bytearray", "slice", "range")
+# A torch.distributed.checkpoint ``.metadata``, in which megatron-core keeps the ranks' plans.
+_OF_DCP = """metadata.Metadata metadata.TensorStorageMetadata metadata.BytesStorageMetadata metadata.TensorProperties
+metadata.ChunkStorageMetadata metadata.MetadataIndex metadata.StorageMeta filesystem._StorageInfo planner.SavePlan
+planner.WriteItem planner.TensorWriteData"""
+_OF_MEGATRON = """pathlib.PosixPath megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata
+megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan"""
+
 ALLOWED = {
-    "collections.OrderedDict",
-    "torch.Size",
-    "torch.Tensor",
-    "torch.device",
-    "torch.nn.parameter.Parameter",
-    "torch._tensor._rebuild_from_type_v2",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch.serialization._get_layout",
-    "torch.storage.UntypedStorage",
+    *" ".join((_OF_TORCH, _OF_DEEPSPEED, _OF_CLIENTS, _OF_MEGATRON)).split(),
     *(f"torch.{name}" for name in STORAGES),
-    *_DTYPES,
-    *ENUMS,
-    *GETATTR,
-    # What DeepSpeed's files hold beside tensors and builtins.
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    # What people put into client_state: states of random generators and parsed arguments.
-    "_codecs.encode",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "argparse.Namespace",
-    "builtins.set",
-    "builtins.complex",
-    "__builtin__.set",
-    "__builtin__.complex",
-    *(
-        f"{module}.{name}"
-        for module in ("builtins", "__builtin__")
-        for name in ("frozenset", "bytearray", "slice", "range")
-    ),
-    "__builtin__.xrange",
-    "datetime.datetime",
-    "datetime.date",
-    "datetime.timedelta",
-    "datetime.timezone",
-    # A torch.distributed.checkpoint ``.metadata``.
-    "torch.distributed.checkpoint.metadata.Metadata",
-    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
-    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
-    "torch.distributed.checkpoint.metadata.TensorProperties",
-    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
-    "torch.distributed.checkpoint.metadata.MetadataIndex",
-    "torch.distributed.checkpoint.metadata.StorageMeta",
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "pathlib.PosixPath",
-    # megatron-core keeps the ranks' plans in it.
-    *(f"torch.distributed.checkpoint.planner.{name}" for name in ["SavePlan", "WriteItem", "TensorWriteData"]),
-    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
-    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS),
+    *(f"torch.distributed.checkpoint.{name}" for name in _OF_DCP.split()),
+    *(_DTYPES | ENUMS.keys() | GETATTR),
 }
 """The names that a pickle may hold."""
 

@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from statex_dist.checkpoint.pickle_scan import MAX_PARTS
-from statex_dist.checkpoint.torch_pickle import Ordered, UnsafePickleError, loads
+from statex_dist.checkpoint.formats.torch_archive.pickle import Ordered, UnsafePickleError, loads
+from statex_dist.checkpoint.formats.torch_archive.scan import MAX_PARTS
 from tests.checkpoint.hostile_pickles import hostile_pickles
 
 MUTANTS = 250

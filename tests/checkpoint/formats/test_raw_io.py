@@ -4,7 +4,7 @@ import os
 import threading
 from pathlib import Path
 
-from statex_dist.checkpoint.descriptors import Descriptors
+from statex_dist.checkpoint.formats.raw_io import Descriptors
 from tests.checkpoints_tools.builders import GLA, load_all, write_model
 from tests.launch.limited import run_limited
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from statex_dist.checkpoint.trainer_dirs import (
+from statex_dist.checkpoint.formats.places import (
     checkpoint_inside,
     model_dir_of,
     step_of_directory,
@@ -57,12 +57,12 @@ def test_megatrons_tracker_decides(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("30", "does not exist; give one of those that are there: iter_0000010, iter_0000020"),
-        ("../evil", "an iteration's number, or release, is expected"),
-        ("", "an iteration's number"),
-        ("²", "an iteration's number"),
-        ("9" * 5000, "an iteration's number"),
-        ("20", "holds no .metadata: it is not complete"),
+        ("30", "iter_0000030 .*: iter_0000010, iter_0000020"),
+        ("../evil", "'../evil'"),
+        ("", "''"),
+        ("²", "'²'"),
+        ("9" * 5000, "'9{40}'"),
+        ("20", r"iter_0000020.* \.metadata"),
     ],
 )
 def test_a_wrong_tracker(tmp_path, text, message):
@@ -78,13 +78,13 @@ def test_old_megatron_formats_are_named(tmp_path, where, with_tracker):
     touch(tmp_path, f"{where}mp_rank_00/model_optim_rng.pt")
     if with_tracker:
         tracked(tmp_path, "10")
-    with pytest.raises(CheckpointError, match="ckpt-convert-format torch_dist"):
+    with pytest.raises(CheckpointError, match="torch_dist"):
         checkpoint_inside(tmp_path)
 
 
 def test_no_complete_checkpoint(tmp_path):
     touch(tmp_path, "checkpoint/step-1/__0_0.distcp", "checkpoint/step-2/__0_0.distcp")
-    with pytest.raises(CheckpointError, match="step-1, step-2, none of which is a complete checkpoint"):
+    with pytest.raises(CheckpointError, match="step-1, step-2"):
         checkpoint_inside(tmp_path)
 
 

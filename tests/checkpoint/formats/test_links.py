@@ -1,8 +1,10 @@
 """Links of a model directory: inside it and into the blobs of its hub cache, nowhere else."""
 
+import re
+
 import pytest
 
-from statex_dist.checkpoint.links import check_link
+from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.errors import CheckpointError
 
 
@@ -23,7 +25,7 @@ def test_a_link_that_leaves_the_directory_is_refused(model, target):
     (model.parent / "model2" / "file").write_text("x")
     (model / "out").symlink_to("..")
     (model / "link").symlink_to(target)
-    with pytest.raises(CheckpointError, match=r"is a link to .*, outside its directory"):
+    with pytest.raises(CheckpointError, match=re.escape(f"{model / 'link'} ")):
         check_link(model / "link", model)
 
 
@@ -32,7 +34,7 @@ def test_a_link_in_a_circle_or_to_nothing_is_refused(model):
     (model / "b").symlink_to("a")
     (model / "gone").symlink_to("nothing")
     for name in ("a", "gone"):
-        with pytest.raises(CheckpointError, match="cannot be followed"):
+        with pytest.raises(CheckpointError, match=str(model / name)):
             check_link(model / name, model)
 
 
@@ -58,5 +60,5 @@ def test_a_snapshot_of_the_hub_cache_may_refer_to_its_own_blobs(tmp_path):
     (repository / "refs").write_text("r")
     check_link(snapshot / "tokenizer.json", snapshot)
     for name in ("merges.txt", "vocab.json"):
-        with pytest.raises(CheckpointError, match="outside its directory"):
+        with pytest.raises(CheckpointError, match=str(snapshot / name)):
             check_link(snapshot / name, snapshot)

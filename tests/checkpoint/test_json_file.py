@@ -12,7 +12,7 @@ from transformers import Mamba2Config, PretrainedConfig
 
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.verify import verify_expansion
-from statex_dist.checkpoint.config_json import BareFloat, config_text, differing_keys, parse_config
+from statex_dist.checkpoint.json_file import BareFloat, config_text, differing_keys, parse_config
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.registry import config_from_dict, read_config
 from tests.checkpoints_tools.builders import run_expand
