@@ -27,7 +27,7 @@ from benchmarks import data_probes, data_readers
 from benchmarks.measure import cpu_name
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
-from statex_dist.data.stats import MODES, length_stats, packing_stats
+from statex_dist.data.stats import length_stats, packing_modes, packing_stats
 
 Result = TypeVar("Result")
 BASELINES = {
@@ -138,7 +138,7 @@ def planning(folder: Path, args: argparse.Namespace) -> list[Table]:
         ("packing", *(f"packs of {n:,}" for n in lengths)),
         left=1,
     )
-    for mode in MODES:
+    for mode in packing_modes():
         times = [alone(data_probes.planning, args.planned_documents, n, mode, args.repeats) for n in lengths]
         table.add_row(mode.title, *(f"{seconds:.2f}" for seconds in times))
     return [table]

@@ -23,6 +23,7 @@ from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import MemoryStore
 from statex_dist.errors import ConfigError, DataError
 
+from .options import make_loader
 from .synthetic import EOS, PAD, all_documents, make_documents, memory_store, write_mds
 
 FIELDS = ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
@@ -30,7 +31,7 @@ FIELDS = ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
 
 def make(store, **options) -> PackedLoader:
     settings = {"seq_len": 16, "global_packs": 4, "pad_id": PAD, "window_tokens": 100, "prefetch_steps": 0}
-    return PackedLoader(store, **settings | options)
+    return make_loader(store, **settings | options)
 
 
 def as_lists(batch: PackedBatch):
@@ -272,9 +273,9 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
 ENDLESS = """
 import json, sys, time
 from statex_dist.data.formats import open_store
-from statex_dist.data.loader import PackedLoader
+from tests.data.options import make_loader
 store = open_store(sys.argv[1], cache_dir=sys.argv[2])
-loader = PackedLoader(store, seq_len=64, global_packs=4, pad_id=257, window_tokens=1000, num_workers=2)
+loader = make_loader(store, seq_len=64, global_packs=4, pad_id=257, window_tokens=1000, num_workers=2)
 for batches in loader:
     print(json.dumps(batches[0].loader_state), flush=True)
     time.sleep(0.02)

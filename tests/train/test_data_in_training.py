@@ -102,9 +102,9 @@ def test_a_carried_state_makes_a_cut_document_whole(tmp_path: Path, model: Path,
 
 def sums(means: list[float], shards: Path, long_documents: str) -> float:
     """The summed loss of a run, from its mean losses and the packs' own counts of targets."""
-    from statex_dist.data.loader import PackedLoader
+    from tests.data.options import make_loader
 
-    loader = PackedLoader(
+    loader = make_loader(
         open_store(shards),
         seq_len=64,
         global_packs=1,

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.loader import PackedLoader
 from statex_dist.data.mixture import Stage
 from statex_dist.data.storage.cache import ShardCache
 from statex_dist.errors import ConfigError, ShardError
+from tests.data.options import make_loader
 from tests.data.storage.loopback import serve, write_manifest
 from tests.data.synthetic import all_documents, make_documents, write_mds
 
@@ -32,6 +32,7 @@ SHARD = "shard.00001.mds"
 READER = """
 import hashlib, logging, sys
 from statex_dist.data.formats import open_store
+from tests.data.options import make_loader
 from tests.data.synthetic import all_documents
 logging.basicConfig(level="WARNING")
 options = dict(cache_dir=sys.argv[2], **eval(sys.argv[3]))
@@ -375,7 +376,7 @@ def test_sources_do_not_remove_what_others_prefetched(tmp_path, cache):
         }
         paths = []
         server._content, content = lambda m, t, path, h: paths.append(path) or content(m, t, path, h), server._content
-        loader = PackedLoader(
+        loader = make_loader(
             stores,
             stages=[Stage(seq_len=512, weights=dict.fromkeys("abcd", 1.0))],
             global_packs=4,

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.loader import PackedLoader
 from statex_dist.data.manifest import pack_lengths
 from statex_dist.data.storage import remote
 from statex_dist.data.storage.remote import MissingObjectError, RemoteDirectory, RetryPolicy, split_url
 from statex_dist.errors import ConfigError, CorruptShardError, DataError, ShardError
+from tests.data.options import make_loader
 from tests.data.storage.loopback import s3_server, serve, upload, write_manifest
 from tests.data.synthetic import all_documents, make_documents, write_mds
 
@@ -231,7 +231,7 @@ def test_damage_on_the_way_and_at_the_origin(tmp_path, dataset, caplog):
 
 def read_all_but_corrupt(store) -> int:
     """Read an epoch with ``skip_corrupt``; return the tokens that were lost."""
-    loader = PackedLoader(store, seq_len=512, global_packs=2, pad_id=257, epochs=1, prefetch_steps=1, skip_corrupt=True)
+    loader = make_loader(store, seq_len=512, global_packs=2, pad_id=257, epochs=1, prefetch_steps=1, skip_corrupt=True)
     for _ in loader:
         pass
     return loader.lost_tokens
