@@ -17,6 +17,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from statex_dist.batch import PackedBatch
 from statex_dist.data.config import DataConfig
+from statex_dist.data.corpus.source import WorkOptions
 from statex_dist.data.prepare import prepare
 from statex_dist.distributed.context_group import ContextGroup, ParallelConfig
 from statex_dist.distributed.env import read_env
@@ -214,4 +215,4 @@ def _make_data(folder: Path, seq_len: int) -> None:
         for length in generator.integers(50, seq_len, size=2000):
             text = bytes(generator.integers(97, 123, size=int(length), dtype=np.uint8)).decode()
             file.write(json.dumps({"text": text}) + "\n")
-    prepare([lines], folder / "data", workers=1)
+    prepare([lines], folder / "data", options=WorkOptions(workers=1))

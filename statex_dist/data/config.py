@@ -11,10 +11,10 @@ from statex_dist.config import parse_size
 from statex_dist.data.forecast import TrainedLength
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
+from statex_dist.data.manifest import check_same_tokenizer
 from statex_dist.data.mixture import Stage
 from statex_dist.data.packing.registry import find_packing
 from statex_dist.data.plan import PlanOptions
-from statex_dist.data.same_tokenizer import check_same_tokenizer
 from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from statex_dist.data import prepare as module
 from statex_dist.data.config import ONLY_SOURCE
+from statex_dist.data.corpus.document_rules import DocumentRules
+from statex_dist.data.corpus.source import WorkOptions
 from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
 from statex_dist.data.mixture import Stage
 from statex_dist.data.plan import PackPlan, PlanOptions
@@ -29,3 +32,13 @@ def make_loader(store: ShardStore | Mapping[str, ShardStore], *, seq_len=None, s
     stores = store if isinstance(store, Mapping) else {ONLY_SOURCE: store}
     share, reading, plan = values(options, StepShare, LoaderOptions, PlanOptions)
     return PackedLoader(stores, stages or [Stage(seq_len=seq_len)], share, reading, plan)
+
+
+def prepare(inputs, out, tokenizer="bytes", *, merge: bool = False, **options) -> module.PrepareSummary:
+    shards, rules, work = values(options, module.ShardOptions, DocumentRules, WorkOptions)
+    return module.prepare(inputs, out, tokenizer, rules=rules, shards=shards, options=work, merge=merge)
+
+
+def prepare_part(inputs, out, tokenizer, part, rules: DocumentRules | None = None, **options) -> module.PartSummary:
+    (work,) = values(options, WorkOptions)
+    return module.prepare_part(inputs, out, tokenizer, part, rules=rules, options=work)

@@ -10,8 +10,8 @@ import pytest
 from statex_dist.data.forecast import warn_of_repeats
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.mixture import Stage
-from statex_dist.data.store import MemoryStore
 from tests.data.options import make_loader
+from tests.data.synthetic import MemoryStore
 
 SIZES = {"big": 4000, "small": 150}
 

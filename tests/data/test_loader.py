@@ -20,11 +20,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.store import MemoryStore
 from statex_dist.errors import ConfigError, DataError
 
 from .options import make_loader
-from .synthetic import EOS, PAD, all_documents, make_documents, memory_store, write_mds
+from .synthetic import EOS, PAD, MemoryStore, all_documents, make_documents, memory_store, write_mds
 
 FIELDS = ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
 

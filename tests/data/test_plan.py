@@ -4,12 +4,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from statex_dist.data.plan import Cursor, PackPlan
-from statex_dist.data.store import MemoryStore
 from statex_dist.data.window import permutation
 from statex_dist.errors import ConfigError, DataError
 
 from .options import make_plan
-from .synthetic import memory_store
+from .synthetic import MemoryStore, memory_store
 
 WAYS = [
     *((packing, "pad", "restart") for packing in ("best_fit", "concat", "one_document")),

@@ -15,13 +15,14 @@ import pytest
 
 from launch.cmd_prepare import add_arguments, run
 from statex_dist.data.corpus.documents import Unit, read_unit, split_units
-from statex_dist.data.corpus.worker_pool import _as_finished
+from statex_dist.data.corpus.tokenize_units import _as_finished
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
+from statex_dist.data.prepare import _WRITERS
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
+from tests.data.options import prepare
 from tests.data.prepared import EOS, files_of, json_lines, put, split_small, texts_of
 
 
@@ -251,8 +252,8 @@ class Slow(p.MdsShardWriter):
     def write(self, *a):
         print("writing", flush=True); time.sleep(60)
 if __name__ == "__main__":
-    p.MdsShardWriter = Slow
-    p.prepare([sys.argv[1]], sys.argv[2], workers=2)
+    p._WRITERS["mds"] = Slow
+    p.prepare([sys.argv[1]], sys.argv[2], options=p.WorkOptions(workers=2))
 """
 
 
@@ -288,9 +289,9 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
         "import multiprocessing, time\n"
         "from statex_dist.data.corpus.documents import Unit, file_facts\n"
-        "from statex_dist.data.corpus.rules import DocumentRules\n"
-        "from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob\n"
-        "from statex_dist.data.corpus.worker_pool import tokenize_units\n"
+        "from statex_dist.data.corpus.document_rules import DocumentRules\n"
+        "from statex_dist.data.corpus.tokenize_units import TokenizeTask, UnitJob\n"
+        "from statex_dist.data.corpus.tokenize_units import tokenize_units\n"
         "if __name__ == '__main__':\n"
         f"    path = {str(tmp_path / 'a.txt')!r}\n"
         "    jobs = [UnitJob(Unit('text', (path,)), (file_facts(path),), f'{path}{i}') for i in range(4)]\n"
@@ -313,7 +314,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
 
 def test_workers_that_cannot_start_are_an_error_not_a_hang(corpus, tmp_path):
     call = f"prepare([{str(corpus)!r}], {str(tmp_path / 'out')!r}, workers=2)"
-    code = f"from statex_dist.data.prepare import prepare; {call}"
+    code = f"from tests.data.options import prepare; {call}"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-"]  # spawned processes cannot import a main module that came from stdin
     done = subprocess.run(command, input=code, capture_output=True, text=True, env=environment, timeout=60, check=False)
@@ -332,7 +333,7 @@ def test_output_that_appears_meanwhile_is_not_replaced(corpus, tmp_path, monkeyp
             out.mkdir()
             put(out / "theirs", b"theirs")
 
-    monkeypatch.setattr("statex_dist.data.prepare.MdsShardWriter", Interfered)
+    monkeypatch.setitem(_WRITERS, "mds", Interfered)
     with pytest.raises(ConfigError, match="exists and is not empty"):
         prepare([corpus], out)
     assert files_of(out) == {"theirs": b"theirs"}
@@ -378,7 +379,7 @@ def test_results_before_a_bad_unit_are_waited_for(monkeypatch):
             raise DataError(f"bad unit {job}")
         return f"result {job}"
 
-    monkeypatch.setattr("statex_dist.data.corpus.worker_pool._run_job", run)
+    monkeypatch.setattr("statex_dist.data.corpus.tokenize_units._run_job", run)
     found = []
 
     def collect(pool):

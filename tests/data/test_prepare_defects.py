@@ -11,15 +11,16 @@ import tracemalloc
 import pytest
 
 from launch.cli import main
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.corpus.json_lines import _object
 from statex_dist.data.corpus.parquet_rows import dictionary_bytes
 from statex_dist.data.corpus.records import BadRecordError, ReadReport
-from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.work import Part
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import BAD_RECORDS_NAME, prepare, prepare_part
+from statex_dist.data.prepare import BAD_RECORDS_NAME
 from statex_dist.errors import DataError
+from tests.data.options import prepare, prepare_part
 from tests.data.prepared import files_of, json_lines, put, split_small, texts_of
 
 BAD_LINES = [
@@ -103,7 +104,7 @@ def test_counts_survive_a_run_that_was_cut_off(tmp_path, monkeypatch):
     split_small(monkeypatch, 500)
     corpus = corpus_of(tmp_path)
     whole = prepare([corpus], tmp_path / "whole", skip_bad_records=True)
-    from statex_dist.data.corpus.tokenize_unit import UnitTokenizer
+    from statex_dist.data.corpus.tokenize_units import UnitTokenizer
 
     real, calls = UnitTokenizer.run, []
 

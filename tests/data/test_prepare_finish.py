@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.staging import Staging
 from statex_dist.data.corpus.work import Part, WorkDirectory
-from statex_dist.data.prepare import prepare, prepare_part
 from statex_dist.errors import ConfigError, StateXError
+from tests.data.options import prepare, prepare_part
 from tests.data.prepared import files_of, json_lines, put, split_small
 
 STEPS = ("unlink", "rmdir", "rename", "replace", "mkdir", "link", "fsync")

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.corpus.json_lines import _object
 from statex_dist.data.corpus.parquet_rows import row_group_sizes
 from statex_dist.data.corpus.records import BadRecordError, ReadReport
-from statex_dist.data.corpus.rules import DocumentRules
 from statex_dist.data.corpus.work import Part
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare, prepare_part
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import DataError
+from tests.data.options import prepare, prepare_part
 from tests.data.prepared import EOS, json_lines, put, split_small, texts_of
 
 TEXT = b"plain text " * 100

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import zstd
 
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.documents import Unit, file_facts, find_files, read_unit, split_units
-from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob, UnitTokenizer
+from statex_dist.data.corpus.tokenize_units import TokenizeTask, UnitJob, UnitTokenizer
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
+from tests.data.options import prepare
 from tests.data.prepared import EOS, files_of, json_lines, put, texts_of
 
 PACK = {".gz": gzip.compress, ".zst": zstd.compress}

@@ -14,8 +14,8 @@ from statex_dist.data.corpus.documents import find_files, split_units
 from statex_dist.data.corpus.lock import sign, try_lock
 from statex_dist.data.corpus.work import Part, parse_part
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.errors import ConfigError
+from tests.data.options import prepare
 from tests.data.prepared import files_of, json_lines, put, split_small
 from tests.runs import REPOSITORY
 

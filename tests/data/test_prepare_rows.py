@@ -7,9 +7,9 @@ import pytest
 import zstd
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
+from tests.data.options import prepare
 from tests.data.prepared import EOS, json_lines, put, split_small, texts_of
 
 IDS = [1, 2, 3, 4, 5, 6]

@@ -7,14 +7,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from launch.cli import main
-from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.work import Part
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare, prepare_part
 from statex_dist.data.store import sequential_documents
 from statex_dist.data.tokenizer import load_tokenizer
 from statex_dist.errors import ConfigError, DataError
 from tests.data.fast_tokenizers import KINDS, TEXTS, backend, save, with_bos_template
+from tests.data.options import prepare, prepare_part
 from tests.data.prepared import files_of, json_lines, put, split_small
 
 BOS, EOS = 1, 2

@@ -8,12 +8,10 @@ import pytest
 
 from launch.cli import main
 from launch.cmd_data_stats import parse_lengths
-from statex_dist.data.prepare import prepare
 from statex_dist.data.stats import draw_stats, length_stats, packing_modes, packing_stats
-from statex_dist.data.store import MemoryStore
 from statex_dist.errors import ConfigError, DataError
-from tests.data.options import make_plan
-from tests.data.synthetic import make_documents, memory_store, write_mds
+from tests.data.options import make_plan, prepare
+from tests.data.synthetic import MemoryStore, make_documents, memory_store, write_mds
 
 LENGTHS = [2, 3, 3, 4, 7, 8, 9, 15, 16, 17, 40, 64, 100, 129, 500]
 

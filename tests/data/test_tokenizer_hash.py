@@ -8,11 +8,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
-from statex_dist.data.same_tokenizer import check_same_tokenizer, is_hash_of
+from statex_dist.data.manifest import check_same_tokenizer, is_hash_of
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
 from statex_dist.errors import DataError
 from tests.data.fast_tokenizers import KINDS, NAMES, TEXTS, backend, save
+from tests.data.options import prepare
 from tests.data.prepared import json_lines, put
 
 PROBES = [*TEXTS, *(f"The Fox{name}ﬁ  é <tool>s ① {name}" for name in NAMES), "x" * 50, " lead", "a\u0301b\n\n漢", ""]

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from statex_dist.data.corpus.compressed import inner_name, is_compressed
-from statex_dist.data.corpus.foreign_files import by_name
+from statex_dist.data.compression import inner_name, is_compressed
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.json_lines import read_lines
-from statex_dist.data.corpus.parquet_rows import Wanted, read_rows, row_group_sizes
+from statex_dist.data.corpus.parquet_rows import read_rows, row_group_sizes
 from statex_dist.data.corpus.records import ReadReport, Record
-from statex_dist.data.corpus.row_parser import RowParser
-from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.text_files import read_texts
+from statex_dist.data.corpus.rows import RowParser
+from statex_dist.data.corpus.text_files import by_name, read_texts
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -203,13 +202,11 @@ def read_unit(
     most = rules.max_document_bytes
     if unit.kind == "text":
         return read_texts(unit.paths, report, most, skip_undecodable=rules.skip_undecodable)
-    conditions = rules.conditions()
-    parse = RowParser(vocab_size, rules.text_field, rules.rows, rules.ignore_fields, conditions, report)
+    parse = RowParser(vocab_size, rules, report)
     if unit.kind == "jsonl":
         end = _SAMPLE_BYTES if sample else None if is_compressed(unit.paths[0]) else unit.end
         return read_lines(unit.paths[0], unit.begin, end, parse, report, most)
-    wanted = Wanted(rules.text_field, rules.rows, [condition.field for condition in conditions], most)
-    return read_rows(unit.paths[0], unit.begin, unit.end, wanted, parse, report, sample=sample)
+    return read_rows(unit.paths[0], unit.begin, unit.end, rules, parse, report, sample=sample)
 
 
 def file_facts(path: str | Path) -> tuple[int, int]:

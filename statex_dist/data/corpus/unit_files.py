@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import json
+import logging
 import os
 import socket
 import zipfile
@@ -22,11 +23,29 @@ import numpy as np
 from statex_dist.checkpoint.descriptors import allow_open_files
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import sync
+from statex_dist.data.corpus.documents import Unit
 from statex_dist.data.corpus.records import ReadReport
+
+log = logging.getLogger(__name__)
 
 DONE_SUFFIX = ".done"
 _BUFFER_BYTES = 1 << 20
 _MAX_MAPS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class UnitJob:
+    """A unit to tokenise.
+
+    Attributes:
+        unit: What to read.
+        facts: Size and modification time of each of its files when the run began.
+        base: Path of the result's files, without their suffixes.
+    """
+
+    unit: Unit
+    facts: tuple[tuple[int, int], ...]
+    base: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +189,7 @@ def load_result(base: str, dtype: str) -> UnitResult | None:
         return None
 
 
-class Spill:
+class UnitDocuments:
     """Random access to the documents of all units, in input order, through memory maps.
 
     Args:

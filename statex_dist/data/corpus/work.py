@@ -25,8 +25,7 @@ from typing import Any, TextIO
 from statex_dist.checkpoint.json_file import MAX_JSON_BYTES, read_json
 from statex_dist.data.corpus.documents import Unit, file_facts
 from statex_dist.data.corpus.lock import holder, sign, try_lock
-from statex_dist.data.corpus.tokenize_unit import UnitJob
-from statex_dist.data.corpus.unit_files import DONE_SUFFIX
+from statex_dist.data.corpus.unit_files import DONE_SUFFIX, UnitJob
 from statex_dist.errors import ConfigError, DataError, shown, writing
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import pytest
 
 from statex_dist.data.formats import open_store
 from statex_dist.data.manifest import pack_lengths
-from statex_dist.data.storage import remote
-from statex_dist.data.storage.remote import MissingObjectError, RemoteDirectory, RetryPolicy, split_url
+from statex_dist.data.storage.remote import MissingObjectError, RemoteDirectory, RetryPolicy
+from statex_dist.data.storage.schemes import PACKAGES, split_url
 from statex_dist.errors import ConfigError, CorruptShardError, DataError, ShardError
 from tests.data.options import make_loader
 from tests.data.storage.loopback import s3_server, serve, upload, write_manifest
@@ -376,7 +376,7 @@ def test_the_schemes_are_streamings():
     from statex_dist.data.storage.mds import load_streaming
 
     known = load_streaming().storage.download.DOWNLOADER_MAPPINGS
-    assert {name.removesuffix("-uc") for name in known if name} == set(remote._PACKAGES)
+    assert {name.removesuffix("-uc") for name in known if name} == set(PACKAGES)
 
 
 @pytest.mark.usefixtures("_s3")

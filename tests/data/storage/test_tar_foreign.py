@@ -149,7 +149,7 @@ def test_the_walk_is_done_once(tmp_path, caplog):
 
 
 def test_progress_is_logged(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("statex_dist.data.storage.tar_foreign._REPORT_SECONDS", 0)
+    monkeypatch.setattr("statex_dist.data.storage.tar_format._REPORT_SECONDS", 0)
     caplog.set_level(logging.INFO)
     open_store(write_foreign(tmp_path / "ds", [{"npy": d} for d in make_documents(LENGTHS)]), cache_dir=tmp_path / "c")
     assert f"{tmp_path / 'ds'}: 2 of 3 tars indexed" in caplog.text

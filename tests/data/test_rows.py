@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.data.corpus.records import BadRecordError
-from statex_dist.data.corpus.token_rows import token_documents
+from statex_dist.data.corpus.rows import token_documents
 from statex_dist.errors import DataError
 
 VOCABULARY = 100
