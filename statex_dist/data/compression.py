@@ -17,10 +17,6 @@ CODECS = ("zstd", "gz", "bz2")
 def open_codec(path: Path, codec: str) -> BinaryIO:
     """Open a compressed file for reading; several members or frames in a row are read on.
 
-    Args:
-        path: The file.
-        codec: One of :data:`CODECS`.
-
     Raises:
         OSError: It cannot be opened. What is found wrong while reading has a type of each codec's own.
     """

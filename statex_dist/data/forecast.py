@@ -35,13 +35,6 @@ def forecast(mixture: Mixture, place: Place, *, num_steps: int, packs_per_step: 
 
     Passes before ``place`` are exact. Those after it are computed from the weights, with the padding of the
     first window of each source.
-
-    Args:
-        mixture: The sources and the curriculum.
-        place: Where the run begins.
-        num_steps: Steps of the whole run.
-        packs_per_step: Packs of a global step.
-        above: Sources with fewer passes than this are left out.
     """
     tokens = {
         name: sum(map(plan.store.num_tokens, range(plan.store.num_shards))) for name, plan in mixture.plans.items()

@@ -35,10 +35,6 @@ _JOINING = {"ByteLevel", "Fuse"}
 class HFTokenizer:
     """A Hugging Face *fast* tokenizer, used through its Rust backend.
 
-    Args:
-        tokenizer: A ``transformers.PreTrainedTokenizerFast``.
-        spec: The directory it came from.
-
     Raises:
         DataError: It is a slow (pure Python) tokenizer, or one that gives random ids.
     """

@@ -42,9 +42,6 @@ class StepShare:
         global_packs: Packs of one optimizer step over all ranks; a multiple of ``world_size``.
         rank: This rank.
         world_size: Number of ranks that share the steps (data-parallel ranks).
-
-    Raises:
-        ConfigError: A value is out of its range.
     """
 
     global_packs: int
@@ -79,9 +76,6 @@ class LoaderOptions:
         num_workers: Processes that read packs; 0 for none.
         prefetch_steps: Global steps built ahead in a thread; 0 builds in the caller. Not used with workers.
         epochs: Passes over the data; ``None`` for no end. Only with one source.
-
-    Raises:
-        ConfigError: A value is out of its range.
     """
 
     pad_id: int
@@ -107,13 +101,6 @@ class PackedLoader:
     Iterating goes on from the current state: a fresh iterator continues where the last one stopped. All ranks get the
     same number of items. A global step that is incomplete at the end of an epoch is filled from the next epoch, also
     at the end of the last one, so every document is seen in every epoch.
-
-    Args:
-        stores: The documents of each source by name.
-        stages: The curriculum.
-        share: Which packs of a step are this rank's.
-        options: How they are read.
-        plan: How they are shuffled and packed.
 
     Attributes:
         lost_tokens: Tokens of damaged shards in the batches handed out so far.

@@ -95,10 +95,6 @@ class DatasetManifest:
 def parse_manifest(content: bytes, origin: str) -> DatasetManifest:
     """Return the manifest in ``content``.
 
-    Args:
-        content: The bytes of a ``manifest.json``.
-        origin: Its path or URL, for messages.
-
     Raises:
         DataError: It is not a manifest that this version reads.
     """
@@ -178,10 +174,6 @@ def is_hash_of(tokenizer: Tokenizer, found: str) -> bool:
 
 def check_same_tokenizer(manifests: Mapping[str, DatasetManifest], own: Tokenizer | None) -> None:
     """Compare the tokenizers of datasets with each other and with the model's, and how documents were made.
-
-    Args:
-        manifests: What the datasets say of themselves, by their places.
-        own: The model's tokenizer; None if it has none.
 
     Raises:
         DataError: Two of them differ.

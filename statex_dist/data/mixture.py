@@ -51,13 +51,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlannedPack:
-    """One pack of the stream.
-
-    Attributes:
-        source: Name of its source.
-        window: The window that it belongs to.
-        pack: Its number in the window.
-    """
+    """One pack of the stream."""
 
     source: str
     window: WindowPlan = field(repr=False)
@@ -66,10 +60,6 @@ class PlannedPack:
 
 class Mixture:
     """The pack stream of one or several sources.
-
-    Args:
-        plans: The pack plan of each source, by name.
-        stages: The curriculum, in order; the first begins at step 0.
 
     Raises:
         ConfigError: The stages are not in order, or a weight is of an unknown source or not positive.

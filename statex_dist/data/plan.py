@@ -69,9 +69,6 @@ class PlanOptions:
         long_documents: ``"restart"``: a piece of a cut document is like a document of its own; ``"carry"``: it begins a
             pack that stands ``lanes`` places after the one where the document was cut, so that its state can be
             carried over.
-
-    Raises:
-        ConfigError: A value is out of its range.
     """
 
     seed: int = 0

@@ -120,11 +120,6 @@ def read_in_workers(
 ) -> Generator[list[PackParts], None, None]:
     """Yield what worker processes read for each of ``orders``, in order.
 
-    Args:
-        reader: Reads the pieces.
-        orders: What to read; the first is asked for after the workers were forked.
-        num_workers: Processes.
-
     Raises:
         StateXError: What reading raised, or a worker ended by itself.
     """

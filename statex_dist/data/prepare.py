@@ -53,9 +53,6 @@ class ShardOptions:
         seed: Seed of the document shuffle.
         shard_bytes: Size limit of a raw shard.
         compression: ``"none"``, ``"zstd"`` or ``"gz"``.
-
-    Raises:
-        ConfigError: A value is not allowed.
     """
 
     format: str = "mds"
@@ -72,24 +69,9 @@ class ShardOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareSummary:
-    """What :func:`prepare` did.
+    """What :func:`prepare` did: documents and tokens written, and what was left out, by reason.
 
-    Attributes:
-        out: The dataset directory.
-        files: Input files.
-        documents: Documents written.
-        short_documents: Documents left out because they had fewer than ``min_tokens`` tokens.
-        long_documents: Documents left out because they had more than ``max_tokens`` tokens.
-        filtered_documents: Records left out because they did not meet a condition.
-        undecodable_files: Text files left out because they are not UTF-8 (with ``skip_undecodable``).
-        bad_records: Records left out because they are no documents (with ``skip_bad_records``).
-        bad_records_listed: Place and reason of the first 100 of them, in input order.
-        special_token_documents: Documents whose text holds a marker of a special token.
-        tokens: Tokens written, BOS and EOS included.
-        shards: Shards written.
-        dtype: Type of the tokens.
-        seconds: Wall time.
-        finished_before: Whether a killed run had made the dataset, and this one only removed what was left.
+    ``finished_before``: a killed run had made the dataset, and this one only removed what was left.
     """
 
     out: str
@@ -144,19 +126,7 @@ class PrepareSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartSummary:
-    """What :func:`prepare_part` did.
-
-    Attributes:
-        work: The work directory.
-        part: Which part of how many.
-        units: Units of the part that are done, and needed.
-        units_before: Those of them that were done before this run.
-        documents: Documents in them.
-        special_token_documents: Those of them whose text holds a marker of a special token.
-        tokens: Tokens in them.
-        bad_records: Records left out of them because they are no documents.
-        seconds: Wall time.
-    """
+    """What :func:`prepare_part` did; ``units_before`` of the ``units`` had been done by an earlier run."""
 
     work: str
     part: str
@@ -187,16 +157,7 @@ def prepare(
 
     A text file is one document; a line of ``.jsonl`` and a row of ``.parquet`` are one document each, from their
     text field or, tokenised already, from ``input_ids`` with an optional ``loss_mask``. A run that was cut off is gone
-    on with by the same call.
-
-    Args:
-        inputs: Files, directories or globs.
-        out: Directory to make. It appears complete or not at all.
-        tokenizer: ``"bytes"`` or a directory with a Hugging Face fast tokenizer.
-        rules: How records become documents.
-        shards: How documents are stored.
-        options: How the work is done.
-        merge: Tokenise nothing; take what :func:`prepare_part` left in the work directory.
+    on with by the same call. With ``merge`` nothing is tokenised, but what :func:`prepare_part` left is taken.
 
     Raises:
         ConfigError: ``out`` exists and is not to be replaced, or an argument does not fit the others.

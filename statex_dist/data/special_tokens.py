@@ -44,11 +44,7 @@ class CorpusEncoder(Protocol):
 
 
 class MarkerSearch:
-    """Finds the first of many strings in a text, in one pass.
-
-    Args:
-        markers: What to look for; empty ones are passed over.
-    """
+    """Finds the first of many strings in a text, in one pass."""
 
     def __init__(self, markers: Collection[str]):
         self._pattern = re.compile(_alternatives(sorted(filter(None, markers)))) if any(markers) else None
@@ -138,13 +134,7 @@ class ControlTokens:
 
 
 def _without_pieces(backend: Any, state: dict[str, Any], names: Mapping[str, str]) -> Any:
-    """Return ``backend``, or a copy with pieces renamed if text may be encoded as one of them.
-
-    Args:
-        backend: The tokenizer.
-        state: What it says of itself; changed here.
-        names: New names of pieces.
-    """
+    """Return ``backend``, or a copy with pieces renamed if text may be encoded as one of them."""
     model, kind = state["model"], state["model"]["type"]
     if kind == "BPE":
         prefix = len(model.get("continuing_subword_prefix") or "")

@@ -44,14 +44,7 @@ def packing_modes() -> list[PackingMode]:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Documents of ``start <= n < stop`` tokens, the bounds powers of two.
-
-    Attributes:
-        start: Least length.
-        stop: One more than the largest length.
-        documents: How many documents.
-        tokens: Their tokens.
-    """
+    """Documents of ``start <= n < stop`` tokens, the bounds powers of two."""
 
     start: int
     stop: int
@@ -184,12 +177,6 @@ def check_plot_path(path: Path) -> None:
 
 def draw_stats(lengths: LengthStats, packings: Sequence[PackingStats], path: Path, *, title: str) -> None:
     """Draw the lengths by documents and by tokens, and each packing's padding and cuts, to ``path``.
-
-    Args:
-        lengths: Figures of the lengths.
-        packings: Figures of the packings.
-        path: File to write; its suffix decides the format.
-        title: Title of the figure.
 
     Raises:
         ConfigError: See :func:`check_plot_path`.

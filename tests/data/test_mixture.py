@@ -100,7 +100,7 @@ def test_a_new_source_begins_at_its_beginning_and_a_lost_one_is_refused():
     restored = two.place(one.state(place))
     assert restored.cursors["books"] == place.cursors["books"]
     assert restored.cursors["code"].epoch == restored.tokens["code"] == 0
-    with pytest.raises(ConfigError, match=r"has a source 'code' that is not in the data \(there are: books\)"):
+    with pytest.raises(ConfigError, match=r"'code' .*books"):
         one.place(two.state(two.begin()))
 
 
@@ -179,7 +179,7 @@ def test_bad_stages(stages, message):
 
 
 def test_states_are_not_carried_in_a_mixture():
-    with pytest.raises(ConfigError, match="'carry' works with one source"):
+    with pytest.raises(ConfigError, match="'carry'"):
         mixture([Stage(seq_len=8)], long_documents="carry")
 
 
@@ -202,7 +202,7 @@ def test_state_is_integers_and_hashes_and_is_checked():
         ({"long_documents": "carry"}, "long_documents was 'restart', now 'carry'"),
         ({"lengths": (5, 6, 8)}, "data was"),
     ):
-        with pytest.raises(ConfigError, match=f"is of another pack plan: .*{message}"):
+        with pytest.raises(ConfigError, match=message):
             single(**options).place(state)
     for change, message in (
         ({"epoch": "1"}, "epoch is '1'"),
@@ -218,7 +218,7 @@ def test_state_is_integers_and_hashes_and_is_checked():
         mix.place(state | {"sources": {"data": lacking}})
     with pytest.raises(CheckpointError, match="version 99"):
         mix.place(state | {"version": 99})
-    with pytest.raises(CheckpointError, match="it lacks version, step, weights or sources"):
+    with pytest.raises(CheckpointError, match="version, step, weights or sources"):
         mix.place({"epoch": 1})
 
 

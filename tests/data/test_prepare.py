@@ -153,11 +153,11 @@ def test_existing_output(corpus, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     prepare([corpus / "readme.md"], out)  # an empty directory is fine
-    with pytest.raises(ConfigError, match=r"exists and is not empty; choose another or give --overwrite"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], out)
     prepare([corpus], out, overwrite=True)
     assert len(texts_of(out)) == 231
-    with pytest.raises(ConfigError, match="is not a dataset, so it is not overwritten"):
+    with pytest.raises(ConfigError, match="not a dataset"):
         prepare([corpus / "readme.md"], corpus / "sub", overwrite=True)
     (out / "more.txt").write_text("more")
     with pytest.raises(ConfigError, match="holds the input"):
@@ -278,9 +278,9 @@ def test_killed_between_the_renames_of_an_overwrite_brings_the_old_dataset_back(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "out").rename(tmp_path / f".out.old-{socket.gethostname()}-{gone.pid}")
-    with pytest.raises(DataError, match="overwrite of it was killed; `statex prepare` into it again brings back"):
+    with pytest.raises(DataError, match="overwrite of it was killed"):
         open_store(tmp_path / "out")
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out")
     assert texts_of(tmp_path / "out") == ["# read me\r\n"]
 
@@ -328,13 +328,13 @@ def test_output_that_appears_meanwhile_is_not_replaced(corpus, tmp_path, monkeyp
     class Interfered(MdsShardWriter):
         def finish(self):
             super().finish()
-            with pytest.raises(ConfigError, match="already being made by this process"):
+            with pytest.raises(ConfigError, match="by this process"):
                 prepare([corpus], out)
             out.mkdir()
             put(out / "theirs", b"theirs")
 
     monkeypatch.setitem(_WRITERS, "mds", Interfered)
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], out)
     assert files_of(out) == {"theirs": b"theirs"}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.work", "corpus", "out"]  # nothing to tokenise again
@@ -409,5 +409,5 @@ def test_progress_says_how_long_it_will_take(monkeypatch, caplog):
 
 
 def test_missing_file_between_listing_and_reading():
-    with pytest.raises(DataError, match="cannot be read: No such file"):
+    with pytest.raises(DataError, match="No such file"):
         list(read_unit(Unit("text", ("/nowhere/a.txt",)), 258))

@@ -171,9 +171,7 @@ def test_other_encodings_are_refused_by_name(tmp_path, encoding, name):
         ("" if encoding in ("utf-16", "utf-32") else "\ufeff").encode(encoding) + content.encode(encoding),
     )
     family = encoding[:6].upper()
-    with pytest.raises(
-        DataError, match=rf"is {family}, not UTF-8 \(by its byte order mark; iconv -f {family} -t UTF-8"
-    ):
+    with pytest.raises(DataError, match=rf"{family}.*iconv -f {family} -t UTF-8"):
         prepare([path], tmp_path / "out")
     put(tmp_path / "b.txt", b"text")
     summary = prepare([tmp_path], tmp_path / "out", skip_bad_records=True)
@@ -214,9 +212,7 @@ def test_huge_rows_of_parquet_are_refused_before_they_are_read(tmp_path, monkeyp
         rules = DocumentRules(max_document_bytes=1 << 20, skip_bad_records=skip)
         report = ReadReport()
         if not skip:
-            with pytest.raises(
-                BadRecordError, match=r"row 0: row group 0 has 2 rows with 40\d* bytes, more than 1048576"
-            ):
+            with pytest.raises(BadRecordError, match=r"row 0: .* 40\d* .*1048576"):
                 list(read_unit(split_units([path])[0][0], 258, rules, report))
         else:
             assert list(read_unit(split_units([path])[0][0], 258, rules, report)) == []
@@ -273,7 +269,7 @@ def test_only_regular_files_are_read(tmp_path, special, caplog):
             ("e.parquet", "a socket"),
         ):
             for given in (special / name, f"{special}/*{name[1:]}"):
-                with pytest.raises(DataError, match=f"is {what}|is a pipe, not a regular file"):
+                with pytest.raises(DataError, match=f"{what}|a pipe"):
                     prepare([given], tmp_path / "x")
     finally:
         done.cancel()
@@ -319,7 +315,7 @@ def test_records_that_are_all_bad_at_first_are_said_at_once(tmp_path, caplog):
     path = put(tmp_path / "a.jsonl", json_lines(*[{"body": 1}] * 20))
     with pytest.raises(
         DataError,
-        match=r"no documents in 1 input file .*20 bad records: .*:1: no field .*; check --text-field and --rows$",
+        match=r"20 bad .*:1: .*--text-field and --rows$",
     ):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     assert "all of the first records are bad: " in caplog.text
@@ -337,7 +333,7 @@ def test_json_at_the_limit_of_its_depth():
 def test_other_encodings_without_a_mark(tmp_path, encoding):
     put(tmp_path / "a.txt", "plain English".encode(encoding))
     put(tmp_path / "b.jsonl", '{"text": "plain English"}\n'.encode(encoding))
-    with pytest.raises(DataError, match=r"a\.txt is UTF-16, UTF-32 or no text: \d+ of its \d+ bytes are 0"):
+    with pytest.raises(DataError, match=r"a\.txt .*UTF-16.* \d+ of its \d+ bytes"):
         prepare([tmp_path / "a.txt"], tmp_path / "out")
     with pytest.raises(DataError, match=r"b\.jsonl:1: not valid JSON"):
         prepare([tmp_path / "b.jsonl"], tmp_path / "out")

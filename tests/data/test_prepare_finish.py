@@ -95,7 +95,7 @@ def test_the_same_command_finishes_after_a_kill_at_any_step(tmp_path, corpus, wa
         left = hidden(place) or (place / "work").exists()
         if not left and killed and way != "overwrite":
             assert out.exists()  # killed behind the last step
-            with pytest.raises(ConfigError, match="exists and is not empty"):
+            with pytest.raises(ConfigError, match="--overwrite"):
                 run()
         elif killed:
             finished.add(run().finished_before)
@@ -137,7 +137,7 @@ def test_the_command_says_complete(tmp_path, corpus, capsys):
 )
 def test_another_command_is_refused_as_ever(tmp_path, corpus, options):
     leave_work(tmp_path, corpus)
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out", **options)
     assert prepare([corpus], tmp_path / "out").finished_before
 
@@ -145,7 +145,7 @@ def test_another_command_is_refused_as_ever(tmp_path, corpus, options):
 def test_other_inputs_are_refused_as_ever(tmp_path, corpus):
     leave_work(tmp_path, corpus)
     put(corpus, corpus.read_bytes() + json_lines({"text": "one more"}))
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out")
     assert prepare([corpus], tmp_path / "out", overwrite=True).documents == 10
     assert hidden(tmp_path) == []
@@ -155,7 +155,7 @@ def test_a_dataset_that_was_changed_meanwhile_is_not_taken(tmp_path, corpus):
     leave_work(tmp_path, corpus)
     manifest = tmp_path / "out" / "manifest.json"
     put(manifest, manifest.read_bytes() + b"\n")
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     assert not prepare([corpus], tmp_path / "out").finished_before
@@ -165,7 +165,7 @@ def test_a_damaged_note_of_the_commit_is_not_taken(tmp_path, corpus):
     leave_work(tmp_path, corpus)
     for content in (b"", b"[" * 100_000, b"\xff", b"[]", b'{"command": 1}'):
         put(tmp_path / ".out.committed", content)
-        with pytest.raises(ConfigError, match="exists and is not empty"):
+        with pytest.raises(ConfigError, match="--overwrite"):
             prepare([corpus], tmp_path / "out")
 
 

@@ -271,7 +271,7 @@ def test_a_work_directory_in_use_is_refused(tmp_path, corpus):
     command = [sys.executable, "-c", code, str(work / "lock")]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ConfigError, match=rf"is in use by a run \(process {process.pid} on .*\); wait for it, or"):
+        with pytest.raises(ConfigError, match=rf"\(process {process.pid} on "):
             prepare([corpus], tmp_path / "out", work=work)
         process.kill()
     prepare([corpus], tmp_path / "out", work=work)  # no stale lock
@@ -294,9 +294,9 @@ def test_a_lock_on_a_file_that_was_just_removed_is_taken_again(tmp_path, monkeyp
 
 
 def test_a_directory_of_something_else_is_not_taken_for_work(tmp_path, corpus):
-    with pytest.raises(ConfigError, match=r"work directory .*corpus holds .*\.jsonl, which is not ours; choose an emp"):
+    with pytest.raises(ConfigError, match=r"corpus holds .*\.jsonl"):
         prepare([corpus], tmp_path / "out", work=corpus)
-    with pytest.raises(ConfigError, match=r"d\.txt is a file; choose another with --work"):
+    with pytest.raises(ConfigError, match=r"d\.txt .*--work"):
         prepare([corpus], tmp_path / "out", work=corpus / "d.txt")
     assert len(list(corpus.iterdir())) == 4
 
@@ -309,7 +309,7 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path, corpus, mo
         real(self, *args, **options)
 
     monkeypatch.setattr(UnitWriter, "write", write)
-    with pytest.raises(DataError, match=r"d\.txt changed while it was being read; run the command again"):
+    with pytest.raises(DataError, match=r"d\.txt changed"):
         prepare([corpus / "d.txt"], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 

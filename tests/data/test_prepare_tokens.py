@@ -153,17 +153,11 @@ def test_what_the_template_adds_is_said(tmp_path, corpus, caplog):
 
 def test_a_tokenizer_without_the_token_is_refused_with_both_remedies(tmp_path, corpus):
     directory = save(backend("gpt2"), tmp_path / "tokenizer", eos_token=None, bos_token=None)
-    with pytest.raises(
-        ConfigError, match=r"no EOS token .*; give --eos none, or set eos_token in its tokenizer_config"
-    ):
+    with pytest.raises(ConfigError, match=r"EOS .*--eos none.* eos_token .*tokenizer_config"):
         prepare([corpus], tmp_path / "out", directory)
-    with pytest.raises(
-        ConfigError, match=r"no BOS token .*; give --bos none, or set bos_token in its tokenizer_config"
-    ):
+    with pytest.raises(ConfigError, match=r"BOS .*--bos none.* bos_token .*tokenizer_config"):
         prepare([corpus], tmp_path / "out", directory, eos="none", bos="prepend")
-    with pytest.raises(
-        ConfigError, match=r"tokenizer bytes has no BOS token to begin documents with; give --bos none$"
-    ):
+    with pytest.raises(ConfigError, match=r"bytes .*BOS .*--bos none$"):
         prepare([corpus], tmp_path / "out", "bytes", bos="prepend")
     prepare([corpus], tmp_path / "out", directory, eos="none")
     manifest = open_store(tmp_path / "out").manifest

@@ -170,7 +170,7 @@ def test_bad_input_is_one_line(dataset: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_lengths_of_packs_are_never_guessed():
     assert parse_lengths(["4096, 64", "64", "8"]) == [4096, 64, 8]
-    with pytest.raises(ConfigError, match=r"'64K' is not a length"):
+    with pytest.raises(ConfigError, match="'64K'"):
         parse_lengths(["64K"])
     with pytest.raises(ConfigError, match="seq_len is 0"):
         packing_stats(memory_store([4]), [0])

@@ -187,13 +187,6 @@ def read_unit(
 ) -> Iterator[Record]:
     """Yield the documents of ``unit``.
 
-    Args:
-        unit: What to read.
-        vocab_size: Bound of the ids in records that are tokenised already.
-        rules: The field that is read, and the rules for leaving records out.
-        report: Takes counts of records left out, and the kind of rows read.
-        sample: Read only the records at its begin: about 1 MiB of lines, or a batch of rows.
-
     Raises:
         DataError: A file cannot be read or decoded, or a record is not a document; the message names file and place.
     """

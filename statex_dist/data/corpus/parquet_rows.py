@@ -37,15 +37,6 @@ def read_rows(
 ) -> Iterator[Record]:
     """Yield the documents of every row of the row groups ``begin <= i < end``.
 
-    Args:
-        path: The file.
-        begin: First row group.
-        end: One past the last.
-        rules: Which columns are needed, and how large a row may be.
-        parse: Makes the documents of a row.
-        report: Takes bad rows, if they are to be skipped.
-        sample: Read only the first batch of rows.
-
     Raises:
         DataError: The file cannot be read, has no column of documents, or ``parse`` refuses a row; the message names
             file and row.

@@ -24,13 +24,7 @@ _MOST_UNUSED = 20
 
 
 class RowParser:
-    """Makes the documents of the rows of one file, or of a part of it.
-
-    Args:
-        vocab_size: Bound of the ids in rows that are tokenised already.
-        rules: The field that is read, and which rows are left out.
-        report: Takes counts of rows left out, and the kind of rows read.
-    """
+    """Makes the documents of the rows of one file, or of a part of it."""
 
     def __init__(self, vocab_size: int, rules: DocumentRules, report: ReadReport):
         self._vocab_size = vocab_size
@@ -138,11 +132,6 @@ IGNORED_LABEL = -100
 
 def token_documents(row: Mapping[str, Any], vocab_size: int, ignore: Collection[str] = ()) -> list[Record]:
     """Return the documents of a row with ``input_ids``: several if it is packed.
-
-    Args:
-        row: Its columns.
-        vocab_size: Bound of the ids.
-        ignore: Columns that the user chose to leave out.
 
     Raises:
         BadRecordError: A value is of the wrong type, or two columns contradict each other.

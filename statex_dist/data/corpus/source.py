@@ -52,9 +52,6 @@ class WorkOptions:
         suffixes: Suffixes taken from directories, each also with ``.gz`` or ``.zst`` behind it.
         overwrite: Replace an existing dataset.
         work: Work directory; ``None``: ``.{name}.work`` beside the dataset. Removed when the dataset is complete.
-
-    Raises:
-        ConfigError: A value is out of its range.
     """
 
     workers: int | None = None
@@ -71,18 +68,6 @@ class WorkOptions:
 
 class Source:
     """The inputs, found and split, and what tokenises them.
-
-    Args:
-        inputs: Files, directories or globs.
-        tokenizer: What :func:`load_tokenizer` takes.
-        rules: How records become documents.
-        options: How the work is done.
-
-    Attributes:
-        files: The input files.
-        dtype: Type of the tokens.
-        rules: As given.
-        options: As given.
 
     Raises:
         ConfigError: The tokenizer lacks a token that the rules need.
@@ -252,12 +237,7 @@ _FIRST_BYTES = 1 << 20
 
 
 def check_first_records(units: Sequence[Unit], vocab_size: int, rules: DocumentRules) -> None:
-    """Read the first records of up to 32 files, spread over all of them.
-
-    Args:
-        units: All units, in order.
-        vocab_size: Bound of the ids in records that are tokenised already.
-        rules: How records become documents. Where bad ones are skipped, a warning is given if all of them are bad.
+    """Read the first records of up to 32 files, spread over all; warn if all are bad and bad ones are skipped.
 
     Raises:
         DataError: A record is no document, or a file is not readable.

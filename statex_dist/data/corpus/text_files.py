@@ -23,12 +23,6 @@ _MARKS = (
 def read_texts(paths: Sequence[str], report: ReadReport, most: int, *, skip_undecodable: bool) -> Iterator[Record]:
     """Yield the text of every file, without a byte order mark.
 
-    Args:
-        paths: The files.
-        report: Takes bad files, if they are to be skipped.
-        most: Bytes that a file may have, unpacked.
-        skip_undecodable: Leave out files that are not UTF-8, with a message for each.
-
     Raises:
         DataError: A file cannot be read, is not UTF-8, or is too large.
     """

@@ -28,13 +28,7 @@ _BATCH_SIZE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class TokenizeTask:
-    """What is the same for all units.
-
-    Attributes:
-        tokenizer: What :func:`load_tokenizer` takes.
-        dtype: Type of the tokens.
-        rules: How a record becomes a document.
-    """
+    """What is the same for all units."""
 
     tokenizer: str
     dtype: str
@@ -163,12 +157,7 @@ def tokenize_units(jobs: Sequence[UnitJob], task: TokenizeTask, workers: int) ->
     """Yield the index and the result of every job, as they finish.
 
     A bad unit raises only after the results of all units before it, so that the error (or, where the caller has
-    enough by then, its absence) does not depend on the number of workers.
-
-    Args:
-        jobs: What to do; begun in this order.
-        task: What is the same for all.
-        workers: Processes; 1 works in this one.
+    enough by then, its absence) does not depend on the number of workers. One worker is this process.
 
     Raises:
         DataError: The first bad unit's error, or a process that ended by itself.

@@ -75,12 +75,7 @@ class UnitResult:
 
 
 class UnitWriter:
-    """Writes the files of one unit, a document at a time; memory holds lengths only.
-
-    Args:
-        base: Path of the files, without their suffixes; the directory exists.
-        dtype: Type of the tokens.
-    """
+    """Writes the files of one unit, a document at a time; memory holds lengths only."""
 
     def __init__(self, base: str, dtype: str):
         self._base = base
@@ -191,11 +186,6 @@ def load_result(base: str, dtype: str) -> UnitResult | None:
 
 class UnitDocuments:
     """Random access to the documents of all units, in input order, through memory maps.
-
-    Args:
-        results: The units' results, in order.
-        dtype: Type of the tokens.
-        limit: Documents taken from the front; ``None`` for all.
 
     Attributes:
         lengths: ``[documents]`` int64, tokens of each document.

@@ -34,13 +34,7 @@ class LayOut(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackingStrategy:
-    """A way to pack.
-
-    Attributes:
-        name: What ``data.packing`` calls it.
-        lay_out: Lays spans into packs.
-        tails: Values of ``data.tail`` that it takes.
-    """
+    """A way to pack."""
 
     name: str
     lay_out: LayOut
@@ -74,12 +68,7 @@ def strategies() -> list[PackingStrategy]:
 
 
 def find_packing(name: str, tail: str = "pad", *, section: str = "") -> PackingStrategy:
-    """Return the strategy of a name, which must take ``tail``.
-
-    Args:
-        name: Its name.
-        tail: A value of ``data.tail``.
-        section: What stands before the names of the two settings in messages.
+    """Return the strategy of a name, which must take ``tail``; ``section`` stands before the names in messages.
 
     Raises:
         ConfigError: There is none of this name, or it does not take ``tail``.

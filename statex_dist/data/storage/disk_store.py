@@ -32,16 +32,7 @@ _STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
 
 
 class DiskStore:
-    """A :class:`~statex_dist.data.store.ShardStore` over shard files.
-
-    Args:
-        files: Where the files are.
-        entries: What the index says of each shard.
-        open_shard: Maps a raw file; raises :class:`DataError` where it is not what the entry says.
-        lengths: ``[documents]`` integers, of all shards in order.
-        has_loss_mask: Whether the shards carry masks.
-        manifest: What ``prepare`` wrote, if it did.
-    """
+    """A :class:`~statex_dist.data.store.ShardStore` over shard files."""
 
     def __init__(
         self,
@@ -172,11 +163,7 @@ def fetch_and_open(
 ) -> tuple[Path, MappedShard]:
     """Return the raw file of a shard and the shard, open.
 
-    Args:
-        files: Where the files are.
-        entry: What the index says of the shard.
-        open_shard: Maps a raw file.
-        attempts: How often to fetch it: another process that makes room in the cache may remove it before it is mapped.
+    It is fetched again where another process that makes room in the cache removed it before it was mapped.
 
     Raises:
         CorruptShardError: It is missing or damaged where it comes from, or is not what the entry says.

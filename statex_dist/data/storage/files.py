@@ -69,12 +69,7 @@ def write_atomically(target: Path, content: bytes) -> None:
 
 
 class LocalFiles:
-    """A dataset in a directory of this machine; shards that are there only compressed are unpacked into the cache.
-
-    Args:
-        directory: The dataset.
-        cache: Where unpacked shards go.
-    """
+    """A dataset in a directory of this machine; shards that are there only compressed are unpacked into the cache."""
 
     def __init__(self, directory: Path, cache: ShardCache):
         self.directory = directory
@@ -149,12 +144,7 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """A dataset behind a URL; its shards are downloaded into the cache.
-
-    Args:
-        remote: The dataset.
-        cache: Where downloaded shards go.
-    """
+    """A dataset behind a URL; its shards are downloaded into the cache."""
 
     def __init__(self, remote: RemoteDirectory, cache: ShardCache):
         self.origin = remote.origin
@@ -293,11 +283,6 @@ class _Background:
 
 def decompress(shard: ShardEntry, source: Path, target: Path) -> None:
     """Write the raw file of ``shard`` from its compressed one; never more of it than the index says.
-
-    Args:
-        shard: What the index says.
-        source: The compressed file.
-        target: Where the raw one goes.
 
     Raises:
         CorruptShardError: The file is not of that compression or unpacks to too much.

@@ -133,13 +133,6 @@ _NUMBERS = (*TOKEN_DTYPES, "int8", "int16", "uint64", "float16", "float32", "flo
 class MdsShard(MappedShard):
     """One open raw shard: the memory map and, for each document, where its values begin and how many there are.
 
-    Args:
-        path: The raw shard.
-        entry: Its entry in the index; ``details`` is streaming's own.
-
-    Attributes:
-        lengths: ``[documents]`` int64, tokens of each document.
-
     Raises:
         DataError: The file is not what the entry says.
     """
@@ -208,10 +201,6 @@ class MdsShard(MappedShard):
 
 def read_index(content: bytes, origin: str) -> list[ShardEntry]:
     """Return the shards that ``content``, an ``index.json``, describes.
-
-    Args:
-        content: Its bytes.
-        origin: Its path or URL, for messages.
 
     Raises:
         DataError: It is damaged, empty or describes something other than MDS shards of tokens.

@@ -118,10 +118,6 @@ class ShardEntry:
 class MappedShard:
     """A raw shard, mapped for random access: a format says where each document's values begin.
 
-    Args:
-        path: The raw shard.
-        dtype: Type of its tokens.
-
     Attributes:
         lengths: ``[documents]`` int64, tokens of each document.
 

@@ -57,13 +57,6 @@ MEMBERS_PATH = "members_path"
 class TarShard(MappedShard):
     """One open raw shard: the memory map and, for each document, where its values begin and how many there are.
 
-    Args:
-        path: The raw tar.
-        entry: Its entry in the index.
-
-    Attributes:
-        lengths: ``[documents]`` int64, tokens of each document.
-
     Raises:
         DataError: The member index is unreadable or not of this tar.
     """
@@ -107,10 +100,6 @@ def read_members(path: Path, documents: int) -> np.ndarray:
 
 def read_index(content: bytes, origin: str) -> list[ShardEntry]:
     """Return the shards that ``content``, a ``shards.json``, describes.
-
-    Args:
-        content: Its bytes.
-        origin: Its path or URL, for messages.
 
     Raises:
         DataError: It is damaged, empty or of another version.
@@ -208,10 +197,6 @@ def find_tars(directory: Path) -> list[Path]:
 
 def index_tars(tars: list[Path], cache: Path) -> tuple[list[ShardEntry], np.ndarray]:
     """Find the documents of ``tars``; what is known from an earlier call is not searched again.
-
-    Args:
-        tars: What :func:`find_tars` returned, not empty.
-        cache: Where to keep what is found.
 
     Returns:
         An entry for each tar that has documents, and the tokens of each document: ``[documents]`` int64.
