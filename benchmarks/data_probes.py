@@ -16,7 +16,7 @@ from statex_dist.data.formats import open_store
 from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
 from statex_dist.data.manifest import DatasetManifest
 from statex_dist.data.mixture import Stage
-from statex_dist.data.plan import PackPlan, PlanOptions
+from statex_dist.data.plan import PackPlan, PackPlanOptions
 from statex_dist.data.stats import PackingMode
 from statex_dist.data.storage.mds import MdsShardWriter, load_streaming
 from statex_dist.data.store import Piece
@@ -99,7 +99,7 @@ def planning(documents: int, seq_len: int, mode: PackingMode, repeats: int) -> f
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        options = PlanOptions(window_tokens=store.num_tokens(0), packing=mode.packing, tail=mode.tail)
+        options = PackPlanOptions(window_tokens=store.num_tokens(0), packing=mode.packing, tail=mode.tail)
         PackPlan(store, options).window(0, 0, seq_len)
         times.append(time.perf_counter() - begin)
     return min(times)
@@ -146,7 +146,7 @@ def _loader(path: Path, window_tokens: int) -> PackedLoader:
         [Stage(seq_len=_SEQ_LEN)],
         _SHARE,
         LoaderOptions(pad_id=0),
-        PlanOptions(window_tokens=window_tokens),
+        PackPlanOptions(window_tokens=window_tokens),
     )
 
 

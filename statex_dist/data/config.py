@@ -14,7 +14,7 @@ from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
 from statex_dist.data.manifest import check_same_tokenizer
 from statex_dist.data.mixture import Stage
 from statex_dist.data.packing.registry import find_packing
-from statex_dist.data.plan import PlanOptions
+from statex_dist.data.plan import PackPlanOptions
 from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError
@@ -66,11 +66,11 @@ class DataConfig:
             (:mod:`statex_dist.data.packing.registry`).
         tail: ``pad``, or ``split`` (with ``best_fit``): cut a few documents so that nearly nothing is padded.
         window_tokens: Tokens within which documents are shuffled and packed together.
-        long_documents: A document longer than a sequence goes on in the next: ``restart`` from an empty state, or
+        long_documents: A document longer than a sequence continues in the next: ``restart`` from an empty state, or
             ``carry`` the state over (no gradient through it).
         curriculum: Sequence lengths and weights over steps, in order.
         num_workers: Processes that build sequences; 0 builds them in a thread.
-        skip_corrupt: Count the tokens of damaged shards and go on without them, instead of stopping.
+        skip_corrupt: Count the tokens of damaged shards and continue without them, instead of stopping.
         cache_dir: Where remote and compressed shards are kept; default ``~/.cache/statex``.
         cache_limit: Size that they may take there, for example ``500GB``.
         download_retries: Further attempts after a download that failed.
@@ -213,7 +213,7 @@ class DataConfig:
             LoaderOptions(
                 pad_id=pad_id, vocab_size=vocab_size, num_workers=self.num_workers, skip_corrupt=self.skip_corrupt
             ),
-            PlanOptions(
+            PackPlanOptions(
                 seed=seed,
                 packing=self.packing,
                 tail=self.tail,

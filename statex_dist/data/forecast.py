@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from statex_dist.data.mixture import Mixture, Place, Stage
+from statex_dist.data.mixture import Mixture, Stage, StreamPosition
 from statex_dist.data.store import ShardStore
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ class Repeats:
     stages: tuple[tuple[int, int, float], ...]
 
 
-def forecast(mixture: Mixture, place: Place, *, num_steps: int, packs_per_step: int, above: float) -> list[Repeats]:
+def forecast(
+    mixture: Mixture, place: StreamPosition, *, num_steps: int, packs_per_step: int, above: float
+) -> list[Repeats]:
     """Return the sources that will have been seen more than ``above`` times after ``num_steps`` steps.
 
     Passes before ``place`` are exact. Those after it are computed from the weights, with the padding of the
@@ -66,7 +68,7 @@ def warn_of_repeats(repeats: list[Repeats], *, num_steps: int, limit: float) -> 
         )
 
 
-def _stages_to_come(mixture: Mixture, place: Place, num_steps: int) -> list[tuple[Stage, int, int]]:
+def _stages_to_come(mixture: Mixture, place: StreamPosition, num_steps: int) -> list[tuple[Stage, int, int]]:
     """Return the stages that remain of the curriculum, each with its first step and the step after its last."""
     ends = [stage.from_step for stage in mixture.stages[1:]] + [num_steps]
     spans = [

@@ -20,8 +20,8 @@ from typing import Any
 from statex_dist.batch import MAX_ORIGINS, Origin, PackedBatch
 from statex_dist.data.collate import PackReader, PackSpec, lay_out
 from statex_dist.data.forecast import Repeats, forecast
-from statex_dist.data.mixture import Mixture, Place, PlannedPack, Stage
-from statex_dist.data.plan import PackPlan, PlanOptions
+from statex_dist.data.mixture import Mixture, PlannedPack, Stage, StreamPosition
+from statex_dist.data.plan import PackPlan, PackPlanOptions
 from statex_dist.data.prefetch import Order, prefetch, read_in_workers
 from statex_dist.data.store import ShardStore
 from statex_dist.data.window import PackReport
@@ -98,7 +98,7 @@ class LoaderOptions:
 class PackedLoader:
     """Iterates the packs of one or several stores; each item is the list of this rank's batches of one global step.
 
-    Iterating goes on from the current state: a fresh iterator continues where the last one stopped. All ranks get the
+    Iterating continues from the current state: a fresh iterator continues where the last one stopped. All ranks get the
     same number of items. A global step that is incomplete at the end of an epoch is filled from the next epoch, also
     at the end of the last one, so every document is seen in every epoch.
 
@@ -115,7 +115,7 @@ class PackedLoader:
         stages: Sequence[Stage],
         share: StepShare,
         options: LoaderOptions,
-        plan: PlanOptions | None = None,
+        plan: PackPlanOptions | None = None,
     ):
         self.stores = dict(stores)
         if options.epochs is not None and len(self.stores) > 1:
@@ -185,7 +185,7 @@ class PackedLoader:
             self.mixture, self._place, num_steps=num_steps, packs_per_step=self._share.global_packs, above=above
         )
 
-    def _planned(self) -> Iterator[tuple[Place, list[PackSpec]]]:
+    def _planned(self) -> Iterator[tuple[StreamPosition, list[PackSpec]]]:
         """This rank's packs of every step, and the place after it."""
         place = self._place
         fetched: dict[str, tuple[int, int]] = {}
@@ -213,7 +213,7 @@ class PackedLoader:
             state=state,
         )
 
-    def _fetch_ahead(self, place: Place, fetched: dict[str, tuple[int, int]]) -> None:
+    def _fetch_ahead(self, place: StreamPosition, fetched: dict[str, tuple[int, int]]) -> None:
         """Have the shards of the window in hand and of the next one fetched, once for each window."""
         weights = self.mixture.stage(place.step).weights
         active = [name for name in self.mixture.plans if weights is None or weights.get(name)]
@@ -228,7 +228,7 @@ class PackedLoader:
             following = plan.windows(cursor.epoch + 1)[0] if last else windows[cursor.window + 1]
             self.stores[name].prefetch(shards + following.tolist(), share=1 / len(active))
 
-    def _with_thread(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
+    def _with_thread(self) -> Generator[tuple[StreamPosition, list[PackedBatch]], None, None]:
         planned = prefetch(self._planned(), _PLANNED_STEPS if self._options.prefetch_steps else 0)
         steps = prefetch(((place, self._build(specs)) for place, specs in planned), self._options.prefetch_steps)
         try:
@@ -246,9 +246,9 @@ class PackedLoader:
             )
         ]
 
-    def _with_workers(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
+    def _with_workers(self) -> Generator[tuple[StreamPosition, list[PackedBatch]], None, None]:
         planned = prefetch(self._planned(), _PLANNED_STEPS)
-        waiting: deque[tuple[Place, list[list[PackSpec]]]] = deque()
+        waiting: deque[tuple[StreamPosition, list[list[PackSpec]]]] = deque()
 
         def orders() -> Iterator[Order]:
             for place, specs in planned:

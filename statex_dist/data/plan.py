@@ -58,7 +58,7 @@ class _Epoch(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanOptions:
+class PackPlanOptions:
     """How documents are shuffled and packed.
 
     Attributes:
@@ -95,8 +95,8 @@ class PackPlan:
         lanes: Packs of a global step; only used, and then fixed for a run, with ``long_documents="carry"``.
     """
 
-    def __init__(self, store: ShardStore, options: PlanOptions | None = None, *, lanes: int = 1):
-        options = options or PlanOptions()
+    def __init__(self, store: ShardStore, options: PackPlanOptions | None = None, *, lanes: int = 1):
+        options = options or PackPlanOptions()
         self.store = store
         self.carry = options.long_documents == "carry"
         self._seed = options.seed
@@ -228,32 +228,22 @@ class PackPlan:
         purpose = (epoch, window, *(count for run in earlier for count in run))
         spans = self._left_over(epoch, window, earlier) if earlier else self._documents(epoch, window)
         order = permutation(len(spans), self._seed, "documents", *purpose)
-        shard, document, begin, end, length = spans[order[spans[order, 3] > spans[order, 2]]].T
-        if not len(shard):
+        spans = spans[order[spans[order, 3] > spans[order, 2]]]
+        if not len(spans):
             # Every pack of the window was taken at the lengths before.
-            nothing = np.zeros(0, np.int64)
-            return WindowPlan(seq_len, np.zeros(1, np.int64), *(nothing,) * 5, np.zeros(0, bool))
-        pieces = self._lay_out(end - begin, seq_len, split_tails=self._split_tails, chained=self.carry)
+            return WindowPlan(seq_len, np.zeros(1, np.int64), spans, np.zeros(0, bool))
+        length = spans[:, 3] - spans[:, 2]
+        pieces = self._lay_out(length, seq_len, split_tails=self._split_tails, chained=self.carry)
         used = np.bincount(pieces.pack, weights=pieces.stop - pieces.start)
-        if used.sum() != (end - begin).sum() or used.max() > seq_len:
-            raise ConfigError(
-                f"packing {self.settings['packing']!r} loses tokens or overfills packs; correct its layout"
-            )
-        num_packs = len(used)
-        rank = np.empty(num_packs, np.int64)
-        rank[permutation(num_packs, self._seed, "packs", *purpose)] = np.arange(num_packs)
+        if used.sum() != length.sum() or used.max() > seq_len:
+            raise ConfigError(f"packing {self.settings['packing']!r} loses tokens or overfills packs; correct it")
+        rank = np.empty(len(used), np.int64)
+        rank[permutation(len(used), self._seed, "packs", *purpose)] = np.arange(len(used))
         bounds, order, carried = arrange(pieces, rank, lanes=self._lanes if self.carry else None, offset=offset)
-        span = pieces.span[order]
-        return WindowPlan(
-            seq_len,
-            bounds,
-            shard[span],
-            document[span],
-            begin[span] + pieces.start[order],
-            begin[span] + pieces.stop[order],
-            length[span],
-            carried,
-        )
+        table = spans[pieces.span[order]]
+        table[:, 3] = table[:, 2] + pieces.stop[order]
+        table[:, 2] += pieces.start[order]
+        return WindowPlan(seq_len, bounds, table, carried)
 
     def _documents(self, epoch: int, window: int) -> np.ndarray:
         """Whole documents as spans ``[n, 5]``: shard, document, first token, one past the last, document length."""

@@ -127,7 +127,7 @@ def read_in_workers(
     with _sigchld_as_it_is():
         answers = iter(
             DataLoader(
-                _Reading(reader),
+                _ReadingDataset(reader),
                 sampler=_Once(orders),
                 batch_size=None,
                 collate_fn=_unchanged,
@@ -145,13 +145,13 @@ def read_in_workers(
         # They only read. One that was killed may have left a queue locked, so the rest cannot be asked to end.
         for worker in workers:
             worker.kill()
-        # One may have been looking at the event that tells them to end, and holds its lock for ever; the iterator
+        # One may have been looking at the event that tells them to end, and holds its lock forever; the iterator
         # sets it all the same, and would wait.
         answers._workers_done_event = multiprocessing.get_context("fork").Event()  # type: ignore[attr-defined]
         del answers
 
 
-class _Reading(Dataset[list[PackParts] | StateXError]):
+class _ReadingDataset(Dataset[list[PackParts] | StateXError]):
     """Reads packs in a worker process; a user's error is handed over, not wrapped into a traceback."""
 
     def __init__(self, reader: PackReader):

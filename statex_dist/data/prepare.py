@@ -29,7 +29,7 @@ from statex_dist.data.corpus.source import Source, WorkOptions
 from statex_dist.data.corpus.staging import Staging
 from statex_dist.data.corpus.unit_files import UnitDocuments
 from statex_dist.data.corpus.unit_results import UnitResults
-from statex_dist.data.corpus.work import Part
+from statex_dist.data.corpus.work import WorkPart
 from statex_dist.data.manifest import LENGTHS_NAME, MANIFEST_NAME, DatasetManifest, pack_lengths, parse_manifest
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
@@ -227,7 +227,7 @@ def prepare_part(
     inputs: Sequence[str | Path],
     out: str | Path,
     tokenizer: str | Path,
-    part: Part,
+    part: WorkPart,
     *,
     rules: DocumentRules | None = None,
     options: WorkOptions | None = None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from statex_dist.data.packing.registry import strategies
-from statex_dist.data.plan import PackPlan, PlanOptions
+from statex_dist.data.plan import PackPlan, PackPlanOptions
 from statex_dist.data.store import ShardStore
 from statex_dist.data.window import PackReport
 from statex_dist.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def packing_modes() -> list[PackingMode]:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class LengthBucket:
     """Documents of ``start <= n < stop`` tokens, the bounds powers of two."""
 
     start: int
@@ -68,7 +68,7 @@ class LengthStats:
     tokens: int
     percentiles: dict[str, int]
     mean: float
-    buckets: list[Bucket]
+    buckets: list[LengthBucket]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def length_stats(store: ShardStore) -> LengthStats:
         percentiles={name: int(value) for name, value in zip(names, values, strict=True)},
         mean=float(lengths.mean()),
         buckets=[
-            Bucket((1 << k) >> 1, 1 << k, int(documents[k]), int(tokens[k]))
+            LengthBucket((1 << k) >> 1, 1 << k, int(documents[k]), int(tokens[k]))
             for k in range(int(exponents.min()), len(documents))
         ],
     )
@@ -147,7 +147,9 @@ def packing_stats(
     if windows < 1:
         raise ConfigError(f"windows is {windows}; it must be at least 1")
     plans = {
-        mode: PackPlan(store, PlanOptions(seed=seed, window_tokens=window_tokens, packing=mode.packing, tail=mode.tail))
+        mode: PackPlan(
+            store, PackPlanOptions(seed=seed, window_tokens=window_tokens, packing=mode.packing, tail=mode.tail)
+        )
         for mode in packing_modes()
     }
     first = next(iter(plans.values()))

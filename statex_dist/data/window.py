@@ -24,26 +24,18 @@ def permutation(n: int, seed: int, *purpose: str | int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """The packs of one window; pack ``p`` consists of pieces ``bounds[p]..bounds[p + 1]``.
+    """The packs of one window; pack ``p`` consists of the rows ``bounds[p]..bounds[p + 1]`` of ``table``.
 
     Attributes:
         seq_len: Tokens of a pack, padding included.
         bounds: ``[packs + 1]``, the first piece of each pack.
-        shard: ``[pieces]``, shard of each piece.
-        document: ``[pieces]``, its document in the shard.
-        start: ``[pieces]``, its first token in the document.
-        stop: ``[pieces]``, one past its last token.
-        length: ``[pieces]``, tokens of the whole document.
-        carried: ``[packs]`` bool, whether the pack goes on where the one before it in its lane ends.
+        table: ``[pieces, 5]`` int64: shard, document, first token, one past the last, and the document's length.
+        carried: ``[packs]`` bool, whether the pack continues the one before it in its lane.
     """
 
     seq_len: int
     bounds: np.ndarray
-    shard: np.ndarray
-    document: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    length: np.ndarray
+    table: np.ndarray
     carried: np.ndarray
 
     def __len__(self) -> int:
@@ -51,28 +43,22 @@ class WindowPlan:
 
     def pieces(self, pack: int) -> list[tuple[int, int, int, int, int]]:
         """Return ``(shard, document, start, stop, document length)`` of each piece of ``pack``, in order."""
-        part = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
-        columns = (self.shard, self.document, self.start, self.stop, self.length)
-        return list(zip(*(column[part].tolist() for column in columns), strict=True))
+        return list(map(tuple, self.table[self.bounds[pack] : self.bounds[pack + 1]].tolist()))
 
     def tokens(self, pack: int) -> int:
         """Return the tokens of ``pack``, padding not counted."""
-        part = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
-        return int((self.stop[part] - self.start[part]).sum())
+        return self._tokens(self.bounds[pack], self.bounds[pack + 1])
 
     def tokens_before(self, pack: int) -> int:
         """Return the tokens of all packs before ``pack``."""
-        part = slice(0, int(self.bounds[pack]))
-        return int((self.stop[part] - self.start[part]).sum())
+        return self._tokens(0, self.bounds[pack])
+
+    def _tokens(self, begin: int, end: int) -> int:
+        return int((self.table[begin:end, 3] - self.table[begin:end, 2]).sum())
 
     def left_over(self, pack: int) -> np.ndarray:
-        """Return what the packs from ``pack`` on hold as spans ``[n, 5]``; neighbouring pieces are joined again.
-
-        The columns are shard, document, first token, one past the last, and the document's length.
-        """
-        part = slice(int(self.bounds[min(pack, len(self))]), None)
-        columns = (self.shard, self.document, self.start, self.stop, self.length)
-        pieces = np.stack([column[part] for column in columns], 1)
+        """Return what the packs from ``pack`` on hold, as ``[n, 5]`` like the table; neighbouring pieces are joined."""
+        pieces = self.table[self.bounds[min(pack, len(self))] :]
         pieces = pieces[np.lexsort((pieces[:, 2], pieces[:, 1], pieces[:, 0]))]
         begins = np.ones(len(pieces), bool)
         begins[1:] = (pieces[1:, :2] != pieces[:-1, :2]).any(1) | (pieces[1:, 2] != pieces[:-1, 3])
@@ -109,9 +95,10 @@ class PackReport:
         """Count over ``windows``, whose packs have ``seq_len`` tokens."""
         counts = np.zeros((0, 5), np.int64)
         for window in windows:  # one at a time: the plan keeps few
-            first, size = window.start == 0, window.stop - window.start
-            cut = first & (window.stop < window.length)
-            counts = np.vstack([counts, [len(window), len(first), first.sum(), cut.sum(), size.sum()]])
+            start, stop, length = window.table[:, 2:].T
+            cut = (start == 0) & (stop < length)
+            row = [len(window), len(start), (start == 0).sum(), cut.sum(), (stop - start).sum()]
+            counts = np.vstack([counts, row])
         packs, pieces, documents, cut_documents, tokens = counts.sum(0).tolist()
         return cls(
             seq_len=seq_len,
@@ -142,13 +129,13 @@ def arrange(
     Args:
         pieces: What stands in which pack.
         rank: ``[packs]`` the shuffled place of each pack.
-        lanes: Packs of a global step, where a pack that goes on where another ends must stand that many places after
+        lanes: Packs of a global step, where a pack that continues another must stand that many places after
             it; ``None`` where states are not carried over.
         offset: Places of the first step that are taken by what came before.
 
     Returns:
         ``[packs + 1]`` the first piece of each pack, ``[pieces]`` the pieces in that order, and ``[packs]`` whether a
-        pack goes on where the one ``lanes`` places before it ends.
+        pack continues the one ``lanes`` places before it.
     """
     num_packs = len(rank)
     carried = np.zeros(num_packs, bool)
@@ -190,7 +177,7 @@ def lane_places(num_packs: int, width: int, offset: int) -> np.ndarray:
 
 
 def _predecessors(pieces: Pieces, num_packs: int) -> np.ndarray:
-    """The pack at whose end each pack goes on, ``[packs]``; -1 where it begins with a document's beginning."""
+    """The pack that each pack continues, ``[packs]``; -1 where it begins with a document's beginning."""
     # In packs: those that must be first, then the order of the documents; as the final order has it.
     inside = np.lexsort((np.arange(len(pieces.pack)), ~pieces.first, pieces.pack))
     is_last = np.zeros(len(inside), bool)

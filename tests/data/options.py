@@ -10,7 +10,7 @@ from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.source import WorkOptions
 from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
 from statex_dist.data.mixture import Stage
-from statex_dist.data.plan import PackPlan, PlanOptions
+from statex_dist.data.plan import PackPlan, PackPlanOptions
 from statex_dist.data.store import ShardStore
 
 
@@ -25,12 +25,12 @@ def values(options: dict[str, Any], *classes: type) -> list[Any]:
 
 
 def make_plan(store: ShardStore, *, lanes: int = 1, **options) -> PackPlan:
-    return PackPlan(store, PlanOptions(**options), lanes=lanes)
+    return PackPlan(store, PackPlanOptions(**options), lanes=lanes)
 
 
 def make_loader(store: ShardStore | Mapping[str, ShardStore], *, seq_len=None, stages=None, **options) -> PackedLoader:
     stores = store if isinstance(store, Mapping) else {ONLY_SOURCE: store}
-    share, reading, plan = values(options, StepShare, LoaderOptions, PlanOptions)
+    share, reading, plan = values(options, StepShare, LoaderOptions, PackPlanOptions)
     return PackedLoader(stores, stages or [Stage(seq_len=seq_len)], share, reading, plan)
 
 

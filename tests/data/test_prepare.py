@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.cmd_prepare import add_arguments, run
-from statex_dist.data.corpus.documents import Unit, read_unit, split_units
+from statex_dist.data.corpus.documents import WorkUnit, read_unit, split_units
 from statex_dist.data.corpus.tokenize_units import _as_finished
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import _WRITERS
@@ -288,13 +288,13 @@ def test_killed_between_the_renames_of_an_overwrite_brings_the_old_dataset_back(
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
         "import multiprocessing, time\n"
-        "from statex_dist.data.corpus.documents import Unit, file_facts\n"
+        "from statex_dist.data.corpus.documents import WorkUnit, file_facts\n"
         "from statex_dist.data.corpus.document_rules import DocumentRules\n"
         "from statex_dist.data.corpus.tokenize_units import TokenizeTask, UnitJob\n"
         "from statex_dist.data.corpus.tokenize_units import tokenize_units\n"
         "if __name__ == '__main__':\n"
         f"    path = {str(tmp_path / 'a.txt')!r}\n"
-        "    jobs = [UnitJob(Unit('text', (path,)), (file_facts(path),), f'{path}{i}') for i in range(4)]\n"
+        "    jobs = [UnitJob(WorkUnit('text', (path,)), (file_facts(path),), f'{path}{i}') for i in range(4)]\n"
         "    for result in tokenize_units(jobs, TokenizeTask('bytes', 'uint16', DocumentRules()), 2):\n"
         "        print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)\n"
     )
@@ -410,4 +410,4 @@ def test_progress_says_how_long_it_will_take(monkeypatch, caplog):
 
 def test_missing_file_between_listing_and_reading():
     with pytest.raises(DataError, match="No such file"):
-        list(read_unit(Unit("text", ("/nowhere/a.txt",)), 258))
+        list(read_unit(WorkUnit("text", ("/nowhere/a.txt",)), 258))

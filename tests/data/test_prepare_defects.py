@@ -16,7 +16,7 @@ from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.corpus.json_lines import _object
 from statex_dist.data.corpus.parquet_rows import dictionary_bytes
 from statex_dist.data.corpus.records import BadRecordError, ReadReport
-from statex_dist.data.corpus.work import Part
+from statex_dist.data.corpus.work import WorkPart
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import BAD_RECORDS_NAME
 from statex_dist.errors import DataError
@@ -92,7 +92,7 @@ def test_the_list_is_bounded_and_the_same_for_parts_and_one_run(tmp_path, monkey
     assert (whole.documents, whole.bad_records, len(whole.bad_records_listed)) == (300, 301, 100)
     assert sum("left out: " in record.getMessage() for record in caplog.records) == 100
     rules = DocumentRules(skip_bad_records=True)
-    parts = [prepare_part([corpus], tmp_path / "out", "bytes", Part(i, 2), rules) for i in (1, 2)]
+    parts = [prepare_part([corpus], tmp_path / "out", "bytes", WorkPart(i, 2), rules) for i in (1, 2)]
     assert sum(part.bad_records for part in parts) == 301
     merged = prepare([corpus], tmp_path / "out", merge=True, skip_bad_records=True)
     assert merged.bad_records_listed == whole.bad_records_listed
@@ -304,7 +304,7 @@ def test_first_records_are_checked_before_anything_is_made(tmp_path, monkeypatch
 
 def test_a_wrong_field_leaves_the_finished_units_of_another_run(tmp_path):
     path = put(tmp_path / "a.jsonl", GOOD)
-    prepare_part([path], tmp_path / "out", "bytes", Part(1, 1), DocumentRules())
+    prepare_part([path], tmp_path / "out", "bytes", WorkPart(1, 1), DocumentRules())
     before = files_of(tmp_path / ".out.work" / "units")
     with pytest.raises(DataError, match="no field 'body'"):
         prepare([path], tmp_path / "out", text_field="body")

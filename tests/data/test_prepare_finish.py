@@ -13,7 +13,7 @@ import pytest
 from launch.cli import main
 from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.staging import Staging
-from statex_dist.data.corpus.work import Part, WorkDirectory
+from statex_dist.data.corpus.work import WorkDirectory, WorkPart
 from statex_dist.errors import ConfigError, StateXError
 from tests.data.options import prepare, prepare_part
 from tests.data.prepared import files_of, json_lines, put, split_small
@@ -83,7 +83,7 @@ def test_the_same_command_finishes_after_a_kill_at_any_step(tmp_path, corpus, wa
             options["overwrite"] = True
         elif way == "merge":
             for index in (1, 2):
-                prepare_part([corpus], out, "bytes", Part(index, 2), DocumentRules(), workers=1)
+                prepare_part([corpus], out, "bytes", WorkPart(index, 2), DocumentRules(), workers=1)
             options["merge"] = True
         elif way == "own work directory":
             options["work"] = place / "work"
@@ -182,7 +182,7 @@ def test_a_work_directory_that_another_command_has_taken_is_left(tmp_path, corpu
     work = tmp_path / "work"
     assert killed_at(3, (WorkDirectory, "remove"), lambda: prepare([corpus], tmp_path / "out", workers=1, work=work))
     shutil.rmtree(work)
-    prepare_part([corpus], tmp_path / "other", "bytes", Part(1, 2), DocumentRules(eos="none"), workers=1, work=work)
+    prepare_part([corpus], tmp_path / "other", "bytes", WorkPart(1, 2), DocumentRules(eos="none"), workers=1, work=work)
     units = sorted((work / "units").iterdir())
     assert prepare([corpus], tmp_path / "out", work=work).finished_before
     assert sorted((work / "units").iterdir()) == units
@@ -214,7 +214,7 @@ def test_a_full_disk_is_named(tmp_path, corpus):
     said = full_disk(lambda: prepare([large], tmp_path / "out", workers=1))
     assert f"{tmp_path / '.out.work'}" in said
     assert "raise the limit of file sizes" in said
-    prepare_part([corpus], tmp_path / "out", "bytes", Part(1, 1), DocumentRules())
+    prepare_part([corpus], tmp_path / "out", "bytes", WorkPart(1, 1), DocumentRules())
     said = full_disk(lambda: prepare([corpus], tmp_path / "out", merge=True))
     assert f"{tmp_path / '.out.partial-'}" in said
     assert len(said) <= 400
@@ -230,7 +230,7 @@ def test_a_part_that_was_killed_at_any_step_is_run_again(tmp_path, corpus):
         out.parent.mkdir()
 
         def run(index, out=out):
-            return prepare_part([corpus], out, "bytes", Part(index, 2), rules, workers=1)
+            return prepare_part([corpus], out, "bytes", WorkPart(index, 2), rules, workers=1)
 
         killed = killed_at(step, (WorkDirectory, "__enter__"), lambda: run(1))
         first = run(1)

@@ -18,7 +18,7 @@ from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.corpus.json_lines import _object
 from statex_dist.data.corpus.parquet_rows import row_group_sizes
 from statex_dist.data.corpus.records import BadRecordError, ReadReport
-from statex_dist.data.corpus.work import Part
+from statex_dist.data.corpus.work import WorkPart
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import DataError
@@ -265,7 +265,7 @@ def test_lines_are_counted_from_the_unit_where_others_are_of_another_part(tmp_pa
     path = bad_lines(tmp_path, 60)
     split_small(monkeypatch, 50)
     rules = DocumentRules(skip_bad_records=True)
-    prepare_part([path], tmp_path / "out", "bytes", Part(2, 2), rules, workers=1)
+    prepare_part([path], tmp_path / "out", "bytes", WorkPart(2, 2), rules, workers=1)
     content = path.read_bytes()
     found = [record.getMessage().removeprefix(f"left out: {path}:") for record in caplog.records]
     found = [message for message in found if message[0].isdigit()]
@@ -276,7 +276,7 @@ def test_lines_are_counted_from_the_unit_where_others_are_of_another_part(tmp_pa
         start = content.rindex(b"\n", 0, begin) + 1 if content[begin - 1 : begin] == b"\n" else begin
         start = begin if content[begin - 1 : begin] == b"\n" else content.index(b"\n", begin) + 1
         assert content[start:].split(b"\n")[int(line) - 1] == b'{"text": null}'
-    prepare_part([path], tmp_path / "out", "bytes", Part(1, 2), rules, workers=1)
+    prepare_part([path], tmp_path / "out", "bytes", WorkPart(1, 2), rules, workers=1)
     merged = prepare([path], tmp_path / "out", merge=True, skip_bad_records=True)
     assert merged.bad_records_listed == [f"{path}:{2 * i + 1}: field 'text' is null" for i in range(60)]
 

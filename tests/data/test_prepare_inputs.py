@@ -10,7 +10,7 @@ import pytest
 import zstd
 
 from statex_dist.data.corpus.document_rules import DocumentRules
-from statex_dist.data.corpus.documents import Unit, file_facts, find_files, read_unit, split_units
+from statex_dist.data.corpus.documents import WorkUnit, file_facts, find_files, read_unit, split_units
 from statex_dist.data.corpus.tokenize_units import TokenizeTask, UnitJob, UnitTokenizer
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
@@ -204,7 +204,7 @@ def test_parquet_reads_only_the_columns_needed(tmp_path, monkeypatch):
         return real(self, *args, columns=columns, **options)
 
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spied)
-    unit = Unit("parquet", (str(tmp_path / "a.parquet"),), 0, 1)
+    unit = WorkUnit("parquet", (str(tmp_path / "a.parquet"),), 0, 1)
     assert [r.text for r in read_unit(unit, 258, DocumentRules(where=("meta.n=3",)))] == ["bb"]
     assert asked == [["text", "meta.n"]]
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from launch.cli import main
 from statex_dist.data.corpus.document_rules import DocumentRules
-from statex_dist.data.corpus.work import Part
+from statex_dist.data.corpus.work import WorkPart
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
 from statex_dist.data.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ def test_the_first_marker_is_named_once_and_the_count_survives(tmp_path, corpus,
     assert [f"{corpus}:2: the text holds" in warnings[0].getMessage(), len(warnings)] == [True, 1]
     counts = []
     for index in (1, 2):
-        part = prepare_part([corpus], tmp_path / "parts", directory, Part(index, 2), DocumentRules())
+        part = prepare_part([corpus], tmp_path / "parts", directory, WorkPart(index, 2), DocumentRules())
         counts.append(part.special_token_documents)
     assert sum(counts) == 3
     with pytest.raises(ConfigError, match="special_tokens was 'split', now 'keep'"):

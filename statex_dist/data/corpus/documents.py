@@ -51,7 +51,7 @@ _RULES = DocumentRules()
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """A piece of work: whole text files, a byte range of a JSON-lines file or row groups of a parquet file.
 
     Attributes:
@@ -140,7 +140,7 @@ def _special(path: str | Path) -> str | None:
     return None if stat.S_ISREG(mode) else _SPECIAL.get(stat.S_IFMT(mode), "not a file")
 
 
-def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[list[Unit], int]:
+def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[list[WorkUnit], int]:
     """Return the units of ``files`` in order, and the files' bytes on disk.
 
     Args:
@@ -156,29 +156,29 @@ def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[l
         unit_bytes = _UNIT_BYTES
         while total > unit_bytes * _MANY_UNITS:
             unit_bytes *= 2
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     texts: list[str] = []
     waiting = 0
     for file, size in zip(files, sizes, strict=True):
         kind = _kind(file)
         if texts and (kind != "text" or waiting + size > unit_bytes or len(texts) == _UNIT_FILES):
-            units.append(Unit("text", tuple(texts)))
+            units.append(WorkUnit("text", tuple(texts)))
             texts, waiting = [], 0
         if kind == "text":
             texts.append(str(file))
             waiting += size
         elif kind == "jsonl":
             step = max(size, 1) if is_compressed(file.name) else unit_bytes
-            units.extend(Unit(kind, (str(file),), begin, min(begin + step, size)) for begin in range(0, size, step))
+            units.extend(WorkUnit(kind, (str(file),), begin, min(begin + step, size)) for begin in range(0, size, step))
         else:
             units.extend(_parquet_units(file, unit_bytes))
     if texts:
-        units.append(Unit("text", tuple(texts)))
+        units.append(WorkUnit("text", tuple(texts)))
     return units, total
 
 
 def read_unit(
-    unit: Unit,
+    unit: WorkUnit,
     vocab_size: int,
     rules: DocumentRules = _RULES,
     report: ReadReport | None = None,
@@ -215,7 +215,7 @@ def file_facts(path: str | Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def check_filterable(units: Sequence[Unit]) -> None:
+def check_filterable(units: Sequence[WorkUnit]) -> None:
     """Refuse units whose documents have no fields that ``--where`` could look at.
 
     Raises:
@@ -253,11 +253,11 @@ def _size(file: Path) -> int:
     return size
 
 
-def _parquet_units(file: Path, unit_bytes: int) -> Iterator[Unit]:
+def _parquet_units(file: Path, unit_bytes: int) -> Iterator[WorkUnit]:
     sizes = row_group_sizes(str(file))
     begin, waiting = 0, 0
     for i, size in enumerate(sizes):
         waiting += size
         if waiting >= unit_bytes or i == len(sizes) - 1:
-            yield Unit("parquet", (str(file),), begin, i + 1)
+            yield WorkUnit("parquet", (str(file),), begin, i + 1)
             begin, waiting = i + 1, 0

@@ -14,7 +14,7 @@ import numpy as np
 from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.documents import (
     DEFAULT_SUFFIXES,
-    Unit,
+    WorkUnit,
     check_filterable,
     find_files,
     read_unit,
@@ -25,7 +25,7 @@ from statex_dist.data.corpus.text_files import check_text
 from statex_dist.data.corpus.tokenize_units import TokenizeTask, tokenize_units
 from statex_dist.data.corpus.unit_files import UnitDocuments, UnitJob, UnitResult
 from statex_dist.data.corpus.unit_results import BadRecordLog, BadRecordNames, UnitResults, finished_units
-from statex_dist.data.corpus.work import Part, WorkDirectory
+from statex_dist.data.corpus.work import WorkDirectory, WorkPart
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
@@ -91,7 +91,7 @@ class Source:
         # A job of a scheduler may have fewer cores than the machine.
         self._workers = options.workers or (1 if total_bytes < _SERIAL_BYTES else len(os.sched_getaffinity(0)))
 
-    def open_work(self, out: str | Path, *, part: Part | None = None, merge: bool = False) -> WorkDirectory:
+    def open_work(self, out: str | Path, *, part: WorkPart | None = None, merge: bool = False) -> WorkDirectory:
         """Return the work directory of ``out``, not entered yet."""
         target = Path(out).resolve()
         path = Path(self.options.work) if self.options.work is not None else target.parent / f".{target.name}.work"
@@ -236,7 +236,7 @@ _FIRST_RECORDS = 16
 _FIRST_BYTES = 1 << 20
 
 
-def check_first_records(units: Sequence[Unit], vocab_size: int, rules: DocumentRules) -> None:
+def check_first_records(units: Sequence[WorkUnit], vocab_size: int, rules: DocumentRules) -> None:
     """Read the first records of up to 32 files, spread over all; warn if all are bad and bad ones are skipped.
 
     Raises:

@@ -45,7 +45,7 @@ class UnitTokenizer:
         # Whether records that were read, but not yet written, hold a marker of a special token.
         self._marked: deque[bool] = deque()
         self._marker = ""
-        # To name a line, a file is read from its start: this is done once in a process, not for every unit.
+        # To name a line, a file is read from its start: this is done once in a process, not forevery unit.
         self._named = False
         self._reading = ReadReport()
 
@@ -217,7 +217,7 @@ def _start_worker(task: TokenizeTask) -> None:
 
 
 def _die_with(sentinel: int) -> None:
-    # A pool's worker holds both ends of its own queue, so it would outlive a killed parent, waiting for work for ever.
+    # A pool's worker holds both ends of its own queue, so it would outlive a killed parent, waiting for work forever.
     wait_for_sentinels([sentinel])
     os._exit(1)
 

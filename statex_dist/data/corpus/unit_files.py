@@ -23,7 +23,7 @@ import numpy as np
 from statex_dist.checkpoint.descriptors import allow_open_files
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import sync
-from statex_dist.data.corpus.documents import Unit
+from statex_dist.data.corpus.documents import WorkUnit
 from statex_dist.data.corpus.records import ReadReport
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class UnitJob:
         base: Path of the result's files, without their suffixes.
     """
 
-    unit: Unit
+    unit: WorkUnit
     facts: tuple[tuple[int, int], ...]
     base: str
 

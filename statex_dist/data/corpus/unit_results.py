@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import Any
 
-from statex_dist.data.corpus.documents import Unit
+from statex_dist.data.corpus.documents import WorkUnit
 from statex_dist.data.corpus.records import LISTED, BadRecordError, ReadReport
 from statex_dist.data.corpus.rows import mixed
 from statex_dist.data.corpus.unit_files import UnitJob, UnitResult, load_result
@@ -22,7 +22,7 @@ class BadRecordNames:
     def __init__(self) -> None:
         self._file, self._end, self._lines = "", 0, 0
 
-    def of(self, unit: Unit, reading: ReadReport) -> list[str]:
+    def of(self, unit: WorkUnit, reading: ReadReport) -> list[str]:
         """Return a line for each bad record that ``reading`` lists.
 
         A unit of lines that does not follow the one before, as in a part, has its lines counted from where it begins.
@@ -51,7 +51,7 @@ class UnitResults:
         rows: For ``"text"`` and ``"tokens"``: the number of files, the names of the first, the columns that were read.
     """
 
-    def __init__(self, units: Sequence[Unit], limit: int | None):
+    def __init__(self, units: Sequence[WorkUnit], limit: int | None):
         self.before = 0
         self.rows: dict[str, Any] = {}
         self._last = ("", "")
@@ -73,7 +73,7 @@ class UnitResults:
                 self._take_kind(self._units[self._next], following.reading)
             self._next += 1
 
-    def _take_kind(self, unit: Unit, reading: ReadReport) -> None:
+    def _take_kind(self, unit: WorkUnit, reading: ReadReport) -> None:
         """Record the kind of a unit's rows; units of one file follow each other."""
         file, kind = unit.paths[0], reading.kind
         if file == self._last[0] and kind != self._last[1]:
@@ -152,7 +152,7 @@ class BadRecordLog:
         new: Those that are done now; the others' bad records were logged before.
     """
 
-    def __init__(self, units: Sequence[Unit], new: Collection[int]):
+    def __init__(self, units: Sequence[WorkUnit], new: Collection[int]):
         self._units = units
         self._new = new
         self._names = BadRecordNames()

@@ -18,7 +18,7 @@ class Pieces(NamedTuple):
         start: First token, counted from the beginning of the span.
         stop: One past the last.
         pack: Number of its pack.
-        first: Whether it has to be the first of its pack, because it goes on where another pack ends.
+        first: Whether it has to be the first of its pack, because it continues another pack.
     """
 
     span: np.ndarray
