@@ -128,7 +128,7 @@ def steps(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
 
     env = read_env()
     model = build_model(config)
-    loader = build_loader(config(config), model.config, env)
+    loader = build_loader(config, config.data.open_stores(), model.config, env)
     engine = build_engine(config, model, env, config.accumulation_steps(env.world_size))
     guard, batches, found = Guard(config.guard, run_dir, rank=env.rank), iter(loader), []
     for _ in range(STEPS):

@@ -31,7 +31,7 @@ def steps(config: RunConfig) -> list[dict[str, Any]]:
     """Run five steps of which the third is to be skipped and the fourth has a gradient that is not finite."""
     env = read_env()
     model = build_model(config)
-    loader = build_loader(config(config), model.config, env)
+    loader = build_loader(config, config.data.open_stores(), model.config, env)
     engine = build_engine(config, model, env, config.accumulation_steps(env.world_size))
     batches, found = iter(loader), []
     for number in range(1, 6):

@@ -308,7 +308,7 @@ def test_checkpoints_say_what_length_they_were_trained_at(tmp_path: Path, shards
         int(store.lengths(shard).max()) for store in [open_store(shards)] for shard in range(store.num_shards)
     )
     assert read_config(model).extra == {"train_length": min(256, longest)}
-    stages, stores = config.data.stages()(config)
+    stages, stores = config.data.stages(), config.data.open_stores()
     length = TrainedLength.of(stages, stores, carry=False)
     assert [length(0, 2), length(0, 3), length(2, 3), length(3, 3)] == [64, min(256, longest), min(256, longest), 0]
     assert TrainedLength.of(stages, stores, carry=True)(0, 1) == longest
