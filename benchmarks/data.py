@@ -25,9 +25,10 @@ from rich.table import Table
 
 from benchmarks import data_probes, data_readers
 from benchmarks.measure import cpu_name
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import prepare
-from statex_dist.data.stats import MODES, length_stats, packing_stats
+from statex_dist.data.stats import length_stats, packing_modes, packing_stats
 
 Result = TypeVar("Result")
 BASELINES = {
@@ -73,7 +74,7 @@ def packing(folder: Path, args: argparse.Namespace) -> list[Table]:
     )
     for title, min_tokens in (("all", 2), ("of 4,096 tokens and more", 4096)):
         out = folder / f"text-{min_tokens}"
-        prepare(inputs, out, min_tokens=min_tokens, skip_undecodable=True)
+        prepare(inputs, out, rules=DocumentRules(min_tokens=min_tokens, skip_undecodable=True))
         store = open_store(out)
         figures = packing_stats(store, [1 << 16])
         (concat,) = (figure.report.cut_documents for figure in figures if figure.mode.packing == "concat")
@@ -138,7 +139,7 @@ def planning(folder: Path, args: argparse.Namespace) -> list[Table]:
         ("packing", *(f"packs of {n:,}" for n in lengths)),
         left=1,
     )
-    for mode in MODES:
+    for mode in packing_modes():
         times = [alone(data_probes.planning, args.planned_documents, n, mode, args.repeats) for n in lengths]
         table.add_row(mode.title, *(f"{seconds:.2f}" for seconds in times))
     return [table]

@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data_readers import STEP_TOKENS, log_normal_lengths
+from statex_dist.data.config import ONLY_SOURCE
 from statex_dist.data.formats import open_store
-from statex_dist.data.loader import PackedLoader
+from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
 from statex_dist.data.manifest import DatasetManifest
-from statex_dist.data.plan import PackPlan
+from statex_dist.data.mixture import Stage
+from statex_dist.data.plan import PackPlan, PackPlanOptions
 from statex_dist.data.stats import PackingMode
 from statex_dist.data.storage.mds import MdsShardWriter, load_streaming
 from statex_dist.data.store import Piece
 
 _DOCUMENT = 24
-_SETTINGS: dict[str, Any] = {"seq_len": 4096, "global_packs": 8, "pad_id": 0}
+_SEQ_LEN = 4096
+_SHARE = StepShare(global_packs=8)
 
 
 def write_short_documents(path: Path, count: int) -> None:
@@ -74,7 +77,12 @@ def memory(path: Path, seq_len: int) -> dict[str, tuple[int, int]]:
     """Return anonymous and file-backed resident bytes along an epoch that is one window, by place."""
     global_packs = max(1, STEP_TOKENS // seq_len)
     store = open_store(path, cache_dir=path.parent / "cache")
-    loader = PackedLoader(store, seq_len=seq_len, global_packs=global_packs, pad_id=0, epochs=1)
+    loader = PackedLoader(
+        {ONLY_SOURCE: store},
+        [Stage(seq_len=seq_len)],
+        StepShare(global_packs=global_packs),
+        LoaderOptions(pad_id=0, epochs=1),
+    )
     (report,) = loader.report().values()
     steps = -(-report.packs // global_packs)
     places = {1: "first step", steps // 4: "a quarter", steps // 2: "the middle", steps: "the end"}
@@ -91,7 +99,8 @@ def planning(documents: int, seq_len: int, mode: PackingMode, repeats: int) -> f
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        PackPlan(store, window_tokens=store.num_tokens(0), **mode._asdict()).window(0, 0, seq_len)
+        options = PackPlanOptions(window_tokens=store.num_tokens(0), packing=mode.packing, tail=mode.tail)
+        PackPlan(store, options).window(0, 0, seq_len)
         times.append(time.perf_counter() - begin)
     return min(times)
 
@@ -132,7 +141,13 @@ class LengthStore:
 
 
 def _loader(path: Path, window_tokens: int) -> PackedLoader:
-    return PackedLoader(open_store(path, cache_dir=path.parent / "cache"), window_tokens=window_tokens, **_SETTINGS)
+    return PackedLoader(
+        {ONLY_SOURCE: open_store(path, cache_dir=path.parent / "cache")},
+        [Stage(seq_len=_SEQ_LEN)],
+        _SHARE,
+        LoaderOptions(pad_id=0),
+        PackPlanOptions(window_tokens=window_tokens),
+    )
 
 
 def _state_after(loader: PackedLoader, documents: int) -> dict[str, Any]:
@@ -140,7 +155,7 @@ def _state_after(loader: PackedLoader, documents: int) -> dict[str, Any]:
     place = loader.mixture.begin()
     seen = 0
     while seen < documents:
-        packs, place = loader.mixture.take(place, _SETTINGS["global_packs"])
+        packs, place = loader.mixture.take(place, _SHARE.global_packs)
         seen += sum(len(planned.window.pieces(planned.pack)) for planned in packs)
     return loader.mixture.state(place)
 

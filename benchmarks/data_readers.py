@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from statex_dist.data.config import ONLY_SOURCE
 from statex_dist.data.formats import open_store
-from statex_dist.data.loader import PackedLoader
+from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
+from statex_dist.data.mixture import Stage
 from statex_dist.data.storage.mds import MdsShardWriter, load_streaming
 from statex_dist.data.storage.tar import WdsShardWriter, load_webdataset
 
@@ -95,12 +97,10 @@ def ours(path: Path, seq_len: int, num_workers: int = 0) -> Iterator[int]:
     """Tokens, padding not counted, of each packed batch of one epoch."""
     store = open_store(path, cache_dir=path.parent / "cache")
     loader = PackedLoader(
-        store,
-        seq_len=seq_len,
-        global_packs=max(1, STEP_TOKENS // seq_len),
-        pad_id=0,
-        epochs=1,
-        num_workers=num_workers,
+        {ONLY_SOURCE: store},
+        [Stage(seq_len=seq_len)],
+        StepShare(global_packs=max(1, STEP_TOKENS // seq_len)),
+        LoaderOptions(pad_id=0, epochs=1, num_workers=num_workers),
     )
     # Counting the padding of each batch would cost more than some of the readers do.
     (report,) = loader.report().values()

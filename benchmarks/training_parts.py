@@ -16,6 +16,8 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from statex_dist.batch import PackedBatch
+from statex_dist.data.config import DataConfig
+from statex_dist.data.corpus.source import WorkOptions
 from statex_dist.data.prepare import prepare
 from statex_dist.distributed.context_group import ContextGroup, ParallelConfig
 from statex_dist.distributed.env import read_env
@@ -26,8 +28,8 @@ from statex_dist.engine.zero3 import Zero3Engine
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.registry import config_from_dict, make_plan
 from statex_dist.optim.schedule import ScheduleConfig
-from statex_dist.run import build_engine, build_loader, build_model, open_stores
-from statex_dist.run_config import DataSource, ModelSource, RunConfig
+from statex_dist.run import build_engine, build_loader, build_model
+from statex_dist.run_config import ModelSource, RunConfig
 from statex_dist.train.guard import Guard
 from statex_dist.train.loop import Observers, TrainConfig, Trainer
 from statex_dist.train.metrics import Metrics, read_metrics
@@ -45,7 +47,7 @@ def run(part: str, args: argparse.Namespace) -> None:
     config = _configure(args)
     while not (args.folder / "data" / "manifest.json").exists():
         time.sleep(0.05)
-    stores = open_stores(config)
+    stores = config.data.open_stores()
     model = build_model(config)
     loader = build_loader(config, stores, model.config, env)
     parameters = sum(p.numel() for p in model.parameters())
@@ -197,7 +199,7 @@ def _configure(args: argparse.Namespace) -> RunConfig:
     return RunConfig(
         run_dir=str(args.folder / "run"),
         model=ModelSource(config=json.loads(plan.to_json())),
-        data=DataSource(path=str(args.folder / "data"), seq_len=args.seq_len, packs_per_step=2),
+        data=DataConfig(path=str(args.folder / "data"), seq_len=args.seq_len, packs_per_step=2),
         train=TrainConfig(num_steps=10**6),
         engine=EngineConfig(precision="fp32"),
         parallel=ParallelConfig(),
@@ -213,4 +215,4 @@ def _make_data(folder: Path, seq_len: int) -> None:
         for length in generator.integers(50, seq_len, size=2000):
             text = bytes(generator.integers(97, 123, size=int(length), dtype=np.uint8)).decode()
             file.write(json.dumps({"text": text}) + "\n")
-    prepare([lines], folder / "data", workers=1)
+    prepare([lines], folder / "data", options=WorkOptions(workers=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,18 +108,15 @@ def _facts(dataset: str, store: Any, lengths: LengthStats) -> dict[str, Any]:
 def _figures(lengths: LengthStats, packings: Sequence[PackingStats]) -> dict[str, Any]:
     return {
         "lengths": {**lengths.percentiles, "mean": lengths.mean},
-        "histogram": [
-            {"start": b.start, "stop": b.stop, "documents": b.documents, "tokens": b.tokens} for b in lengths.buckets
-        ],
+        "histogram": [asdict(bucket) for bucket in lengths.buckets],
         "packings": [packing.to_dict() for packing in packings],
     }
 
 
 def _print(facts: dict[str, Any], lengths: LengthStats, packings: Sequence[PackingStats], plot: str | None) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(show_header=False)
+    table = _table(show_header=False)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in (facts["left_out"] or {}).items() if count)
     for name, value in {**facts, "loss_mask": "yes" if facts["loss_mask"] else None, "left_out": left_out}.items():
         if value not in (None, ""):
@@ -131,23 +129,25 @@ def _print(facts: dict[str, Any], lengths: LengthStats, packings: Sequence[Packi
         console.print(f"plot: {plot}", soft_wrap=True)
 
 
-def _percentiles(lengths: LengthStats) -> Table:
+def _table(*columns: str, **options: Any) -> Table:
     from rich.table import Table
 
-    table = Table(title="Tokens of a document")
-    for name in (*lengths.percentiles, "mean"):
-        table.add_column(name, justify="right")
+    table = Table(**options)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("", "packing") else "right")
+    return table
+
+
+def _percentiles(lengths: LengthStats) -> Table:
+    table = _table(*lengths.percentiles, "mean", title="Tokens of a document")
     table.add_row(*(f"{value:,}" for value in lengths.percentiles.values()), f"{lengths.mean:,.1f}")
     return table
 
 
 def _histogram(lengths: LengthStats) -> Table:
     from rich.bar import Bar
-    from rich.table import Table
 
-    table = Table(title="Histogram of lengths")
-    for name in ("tokens", "documents", "", "their tokens", ""):
-        table.add_column(name, justify="right" if name else "left")
+    table = _table("tokens", "documents", "", "their tokens", "", title="Histogram of lengths")
     documents = [bucket.documents / lengths.documents for bucket in lengths.buckets]
     tokens = [bucket.tokens / max(lengths.tokens, 1) for bucket in lengths.buckets]
     for bucket, of_documents, of_tokens in zip(lengths.buckets, documents, tokens, strict=True):
@@ -162,15 +162,12 @@ def _histogram(lengths: LengthStats) -> Table:
 
 
 def _packings(packings: Sequence[PackingStats]) -> Table:
-    from rich.table import Table
-
     report = packings[0].report
-    table = Table(
+    table = _table(
+        *("seq_len", "packing", "padding", "cut", "longer", "per pack", "packs"),
         title=f"Packing the first {report.tokens:,} tokens ({report.windows} window{'s' * (report.windows != 1)})",
         caption="cut: documents that are cut; longer: than a pack, so any packing cuts them",
     )
-    for name in ("seq_len", "packing", "padding", "cut", "longer", "per pack", "packs"):
-        table.add_column(name, justify="left" if name == "packing" else "right")
     for before, packing in zip([None, *packings], packings, strict=False):
         report = packing.report
         if before is not None and before.report.seq_len != report.seq_len:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import ArgumentParser
 
@@ -13,6 +15,8 @@ from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from statex_dist.data.prepare import PartSummary, PrepareSummary
+
+T = TypeVar("T")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -77,75 +81,35 @@ def run(args: Any) -> int:
     """
     if args.part is not None and args.merge:
         raise ConfigError("--part and --merge are given; run the parts first, then --merge")
-    summary = _prepare_part(args) if args.part is not None else _prepare(args)
-    if args.json:
-        sys.stdout.write(json.dumps(summary.as_dict()) + "\n")
+    from statex_dist.data.corpus.document_rules import DocumentRules
+    from statex_dist.data.corpus.source import WorkOptions
+    from statex_dist.data.corpus.work import parse_part
+    from statex_dist.data.prepare import ShardOptions, prepare, prepare_part
+
+    given = {
+        **vars(args),
+        "where": tuple(args.where),
+        "ignore_fields": tuple(args.ignore_field),
+        "max_document_bytes": parse_size(args.max_document_bytes, option="--max-document-bytes"),
+    }
+    data = (args.inputs, args.out, args.tokenizer)
+    if args.part is None:
+        given["shard_bytes"] = parse_size(args.shard_size, option="--shard-size")
+        shards = _taken(ShardOptions, given)
+        rules, options = _taken(DocumentRules, given), _taken(WorkOptions, given)
+        summary: Any = prepare(*data, rules=rules, shards=shards, options=options, merge=args.merge)
+        text = _describe(summary)
     else:
-        sys.stdout.write((_describe_part(summary) if args.part is not None else _describe(summary)) + "\n")
+        rules = _taken(DocumentRules, given)
+        summary = prepare_part(*data, parse_part(args.part), rules=rules, options=_taken(WorkOptions, given))
+        text = _describe_part(summary)
+    sys.stdout.write((json.dumps(summary.as_dict()) if args.json else text) + "\n")
     return 0
 
 
-def _prepare(args: Any) -> Any:
-    from statex_dist.data.prepare import prepare
-
-    return prepare(
-        args.inputs,
-        args.out,
-        args.tokenizer,
-        format=args.format,
-        workers=args.workers,
-        text_field=args.text_field,
-        where=args.where,
-        eos=args.eos,
-        bos=args.bos,
-        special_tokens=args.special_tokens,
-        seed=args.seed,
-        shard_bytes=parse_size(args.shard_size, option="--shard-size"),
-        compression=args.compression,
-        min_tokens=args.min_tokens,
-        max_tokens=args.max_tokens,
-        max_documents=args.max_documents,
-        skip_undecodable=args.skip_undecodable,
-        skip_bad_records=args.skip_bad_records,
-        rows=args.rows,
-        ignore_fields=tuple(args.ignore_field),
-        max_document_bytes=parse_size(args.max_document_bytes, option="--max-document-bytes"),
-        overwrite=args.overwrite,
-        work=args.work,
-        merge=args.merge,
-    )
-
-
-def _prepare_part(args: Any) -> Any:
-    from statex_dist.data.corpus.rules import DocumentRules
-    from statex_dist.data.corpus.work import parse_part
-    from statex_dist.data.prepare import prepare_part
-
-    rules = DocumentRules(
-        text_field=args.text_field,
-        where=tuple(args.where),
-        eos=args.eos,
-        bos=args.bos,
-        special_tokens=args.special_tokens,
-        min_tokens=args.min_tokens,
-        max_tokens=args.max_tokens,
-        skip_undecodable=args.skip_undecodable,
-        skip_bad_records=args.skip_bad_records,
-        rows=args.rows,
-        ignore_fields=tuple(args.ignore_field),
-        max_document_bytes=parse_size(args.max_document_bytes, option="--max-document-bytes"),
-    )
-    return prepare_part(
-        args.inputs,
-        args.out,
-        args.tokenizer,
-        parse_part(args.part),
-        rules,
-        workers=args.workers,
-        max_documents=args.max_documents,
-        overwrite=args.overwrite,
-        work=args.work,
-    )
+def _taken(cls: type[T], given: Mapping[str, Any]) -> T:
+    """Return a value object of the options that have the names of its fields."""
+    return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})  # type: ignore[arg-type]
 
 
 def _describe(summary: PrepareSummary) -> str:

@@ -15,12 +15,9 @@ import torch
 from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.checkpoint.json_file import config_text
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, TRAIN_LENGTH_KEY
-from statex_dist.config import flat, parse_size, to_dict
-from statex_dist.data.epochs import warn_of_repeats
-from statex_dist.data.formats import open_store
-from statex_dist.data.lengths import TrainedLength
+from statex_dist.config import flat, to_dict
+from statex_dist.data.forecast import warn_of_repeats
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.same_tokenizer import check_same_tokenizer
 from statex_dist.data.store import ShardStore
 from statex_dist.data.tokenizer import has_tokenizer, load_tokenizer
 from statex_dist.distributed.context_group import ContextGroup
@@ -32,7 +29,7 @@ from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.documents import Documents
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.engine.state_passing import StatePassing
-from statex_dist.errors import ConfigError, DataError, StateXError, failure_text
+from statex_dist.errors import ConfigError, StateXError, failure_text
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained
@@ -115,13 +112,13 @@ def _build_and_train(
     ranks, run_dir = Ranks(env.rank, env.world_size), Path(config.run_dir)
     # No rank claims the directory before all are ready: one that fails up to here knows that it is not its own.
     with fail_together(ranks.rank, ranks.gather, place=config.run_dir):
-        stores = open_stores(config)
+        stores = config.data.open_stores()
         model = build_model(config)
         loader = build_loader(config, stores, model.config, env)
         documents = Documents(
             model=describe_model(config, stores, model.config, rank=env.rank),
             settings=resolved(config),
-            trained_length=TrainedLength.of(config.data.stages(), stores, carry=config.data.long_documents == "carry"),
+            trained_length=config.data.trained_length(stores),
         )
     logger.info(
         "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
@@ -322,59 +319,17 @@ def prepare_model(model: RecurrentLM, config: RunConfig) -> None:
     model.max_state_bytes = config.engine.max_state_bytes
 
 
-def open_stores(config: RunConfig) -> dict[str, ShardStore]:
-    """Open every source of the data, by name."""
-    data = config.data
-    limit = None if data.cache_limit is None else parse_size(str(data.cache_limit), option="data.cache_limit")
-    return {
-        name: open_store(
-            path,
-            cache_dir=data.cache_dir,
-            cache_limit=limit,
-            download_retries=data.download_retries,
-            download_timeout=data.download_timeout,
-        )
-        for name, path in data.paths.items()
-    }
-
-
 def build_loader(config: RunConfig, stores: dict[str, ShardStore], model: ModelConfig, env: ProcessEnv) -> PackedLoader:
-    """Return this rank's loader.
-
-    Raises:
-        DataError: The data was tokenized with another tokenizer or for a larger vocabulary than the model's.
-    """
+    """Return this rank's loader; see :meth:`DataConfig.build`."""
     source = find_model(config.model.path) if config.model.path is not None else None
-    own = load_tokenizer(str(source)) if source is not None and has_tokenizer(source) else None
-    manifests = {
-        path: manifest for name, path in config.data.paths.items() if (manifest := stores[name].manifest) is not None
-    }
-    for path, manifest in manifests.items():
-        if manifest.vocab_size > model.vocab_size:
-            raise DataError(
-                f"{path} uses a vocabulary of {manifest.vocab_size} ({manifest.tokenizer}); "
-                f"the model's has {model.vocab_size}"
-            )
-    check_same_tokenizer(manifests, own)
-    pad = model.pad_token_id if model.pad_token_id is not None else 0
-    if not 0 <= pad < model.vocab_size:
-        raise ConfigError(f"pad_token_id={pad} of the model is outside its vocabulary of {model.vocab_size}")
-    data = config.data
-    return PackedLoader(
+    return config.data.build(
         stores,
-        stages=data.stages(),
-        global_packs=data.packs_per_step,
-        pad_id=pad,
+        vocab_size=model.vocab_size,
+        pad_token_id=model.pad_token_id,
+        tokenizer=load_tokenizer(str(source)) if source is not None and has_tokenizer(source) else None,
+        seed=config.seed,
         rank=env.rank // config.parallel.context,
         world_size=config.parallel.data_parallel_size(env.world_size),
-        seed=config.seed,
-        packing=data.packing,
-        tail=data.tail,
-        window_tokens=data.window_tokens,
-        long_documents=data.long_documents,
-        num_workers=data.num_workers,
-        vocab_size=model.vocab_size,
-        skip_corrupt=data.skip_corrupt,
     )
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from statex_dist.batch import num_segments
-from statex_dist.config import parse_size
-from statex_dist.data.loader import ONLY_SOURCE
-from statex_dist.data.mixture import Stage
+from statex_dist.data.config import DataConfig
 from statex_dist.distributed.context_group import ParallelConfig
 from statex_dist.engine.base import EngineConfig
 from statex_dist.errors import ConfigError
 from statex_dist.optim.groups import OptimizerConfig
 from statex_dist.optim.schedule import ScheduleConfig
-from statex_dist.redact import bare_url, holds_secret
 from statex_dist.train.guard import GuardConfig
 from statex_dist.train.loop import TrainConfig
 from statex_dist.train.metrics import MetricsConfig
@@ -47,129 +43,6 @@ class ModelSource:
 
 
 @dataclass(kw_only=True)
-class MixedSource:
-    """One source of a mixture.
-
-    Attributes:
-        path: Directory or URL of shards.
-        weight: Its share of the tokens, in any scale.
-    """
-
-    path: str
-    weight: float = 1.0
-
-
-@dataclass(kw_only=True)
-class CurriculumStage:
-    """What changes from a step on; what is not given stays as in ``data``.
-
-    Attributes:
-        from_step: First step of the stage.
-        seq_len: Tokens of a packed sequence.
-        weights: Share of the tokens by source; a source that is left out rests.
-    """
-
-    from_step: int
-    seq_len: int | None = None
-    weights: dict[str, float] | None = None
-
-
-@dataclass(kw_only=True)
-class DataSource:
-    """The training data.
-
-    Attributes:
-        path: Directory of shards, as ``statex prepare`` makes it, or a URL (``s3://bucket/dir`` and so on).
-        sources: Several of them by name, instead of ``path``.
-        seq_len: Tokens of a packed sequence.
-        packs_per_step: Packed sequences per optimizer step over all ranks; what one rank cannot hold at once becomes
-            gradient accumulation.
-        packing: ``best_fit`` (arXiv 2404.10830), ``concat`` (cut at the length) or ``one_document``.
-        tail: ``pad``, or ``split`` (with ``best_fit``): cut a few documents so that nearly nothing is padded.
-        window_tokens: Tokens within which documents are shuffled and packed together.
-        long_documents: A document longer than a sequence goes on in the next: ``restart`` from an empty state, or
-            ``carry`` the state over (no gradient through it).
-        curriculum: Sequence lengths and weights over steps, in order.
-        num_workers: Processes that build sequences; 0 builds them in a thread.
-        skip_corrupt: Count the tokens of damaged shards and go on without them, instead of stopping.
-        cache_dir: Where remote and compressed shards are kept; default ``~/.cache/statex``.
-        cache_limit: Size that they may take there, for example ``500GB``.
-        download_retries: Further attempts after a download that failed.
-        download_timeout: Seconds without a new byte after which a download has failed.
-        warn_epochs: A source that the run will see more often than this is named in a warning at the start.
-    """
-
-    path: str | None = None
-    sources: dict[str, MixedSource] | None = None
-    seq_len: int = 65536
-    packs_per_step: int = 8
-    packing: Literal["best_fit", "concat", "one_document"] = "best_fit"
-    tail: Literal["pad", "split"] = "pad"
-    window_tokens: int = 1 << 26
-    long_documents: Literal["restart", "carry"] = "restart"
-    curriculum: list[CurriculumStage] = field(default_factory=list)
-    num_workers: int = 0
-    skip_corrupt: bool = False
-    cache_dir: str | None = None
-    cache_limit: str | int | None = None
-    download_retries: int = 4
-    download_timeout: float = 60.0
-    warn_epochs: float = 4.0
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (not self.sources):
-            raise ConfigError("data: give either data.path (one source) or data.sources (a mixture)")
-        if named := [name for name in self.sources or {} if holds_secret(name)]:
-            raise ConfigError(f"data.sources: the name {named[0]} holds credentials, and names are shown; give a word")
-        for name in ("seq_len", "packs_per_step", "window_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("num_workers", "download_retries"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"data.{name} must be 0 or more, not {getattr(self, name)}")
-        if not 0 < self.download_timeout < math.inf:
-            raise ConfigError(f"data.download_timeout must be a number of seconds above 0, not {self.download_timeout}")
-        if not self.warn_epochs > 0:
-            raise ConfigError(f"data.warn_epochs must be above 0 (.inf for no warning), not {self.warn_epochs}")
-        self._tell_urls_apart()
-        if self.cache_limit is not None:
-            parse_size(str(self.cache_limit), option="data.cache_limit")
-
-    def _tell_urls_apart(self) -> None:
-        """Refuse two URLs that differ in what is taken for a secret alone: one dataset's files would serve both."""
-        known: dict[str, tuple[str, str]] = {}
-        for name, path in self.paths.items():
-            other, url = known.setdefault(bare_url(path) if "://" in path else path, (name, path))
-            if url != path:
-                raise ConfigError(
-                    f"data.sources.{other} and data.sources.{name} differ in the user, password, query or fragment of "
-                    "their URL alone, which do not name a dataset; give them different paths"
-                )
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """Where each source lies, by name."""
-        if self.path is not None:
-            return {ONLY_SOURCE: self.path}
-        assert self.sources is not None
-        return {name: source.path for name, source in self.sources.items()}
-
-    def stages(self) -> list[Stage]:
-        """Return the curriculum; without one, a single stage."""
-        weights = {name: source.weight for name, source in self.sources.items()} if self.sources else None
-        stages = [Stage(seq_len=self.seq_len, weights=weights)]
-        for given in self.curriculum:
-            stage = Stage(
-                from_step=given.from_step,
-                seq_len=stages[-1].seq_len if given.seq_len is None else given.seq_len,
-                weights=stages[-1].weights if given.weights is None else given.weights,
-            )
-            # A first stage from step 0 takes the place of what `data` itself says.
-            stages = [stage] if given is self.curriculum[0] and given.from_step == 0 else [*stages, stage]
-        return stages
-
-
-@dataclass(kw_only=True)
 class RunConfig:
     """A training run.
 
@@ -190,7 +63,7 @@ class RunConfig:
 
     run_dir: str
     model: ModelSource
-    data: DataSource
+    data: DataConfig
     train: TrainConfig
     seed: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import yaml
 
-from statex_dist.data.prepare import prepare
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, make_plan
+from tests.data.options import prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

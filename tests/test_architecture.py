@@ -282,7 +282,7 @@ def test_the_walk_sees_the_code():
 )
 def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     names = [
-        *("errors", "config", "run", "ops.naive", "data.types", "data.loader", "optim.groups", "models.hf"),
+        *("errors", "config", "run", "ops.naive", "batch", "data.loader", "optim.groups", "models.hf"),
         *("models.lm", "models.gla.mixer", "checkpoint.writer"),
     ]
     for name in names:

@@ -26,11 +26,12 @@ import torch
 from benchmarks.gpu.shapes import MODELS, TINY_MODELS, UNEXPANDED, expanded_config, expansions, random_model
 from benchmarks.measure import GIB, Record, Timing, figure, heading, machine, markdown, run_limited
 from statex_dist.batch import IGNORE_INDEX, PackedBatch
+from statex_dist.data.config import DataConfig
 from statex_dist.distributed.env import read_env
 from statex_dist.engine.base import EngineConfig
 from statex_dist.models.flops import training_flops_per_token
 from statex_dist.run import build_engine, prepare_model
-from statex_dist.run_config import DataSource, ModelSource, RunConfig
+from statex_dist.run_config import ModelSource, RunConfig
 from statex_dist.train.loop import TrainConfig
 from statex_dist.train.mfu import utilisation
 
@@ -64,7 +65,7 @@ def train_steps(model: dict[str, Any], expansion: str, args: argparse.Namespace)
     config = RunConfig(
         run_dir="not written",
         model=ModelSource(config=json.loads(settings.to_json())),
-        data=DataSource(path="synthetic", seq_len=args.tokens, packs_per_step=args.packs),
+        data=DataConfig(path="synthetic", seq_len=args.tokens, packs_per_step=args.packs),
         train=TrainConfig(num_steps=WARM_UP + args.steps),
         engine=EngineConfig(precision="bf16" if on_gpu else "fp32", activation_checkpointing=args.recompute),
     )

@@ -63,14 +63,7 @@ class PackParts:
 
 
 class PackReader:
-    """Reads the pieces of packs from the stores of all sources.
-
-    Args:
-        stores: The documents of each source.
-        pad_id: Id of padding.
-        vocab_size: Bound of the ids; ``None`` for no check.
-        skip_corrupt: Put padding in the place of a damaged shard's tokens, instead of raising.
-    """
+    """Reads the pieces of packs from the stores of all sources."""
 
     def __init__(self, stores: dict[str, ShardStore], *, pad_id: int, vocab_size: int | None, skip_corrupt: bool):
         self._stores = stores
@@ -141,11 +134,6 @@ def lay_out(specs: Sequence[PackSpec], parts: Sequence[PackParts], pad_id: int) 
 
     A document of ``n`` tokens gives ``n - 1`` targets: its EOS has none. Where a document goes on behind a piece, the
     piece's last token keeps its true target. A target whose ``loss_mask`` is 0 is ignored.
-
-    Args:
-        specs: The packs, all of one ``seq_len``.
-        parts: What was read for each.
-        pad_id: Id of the positions behind a pack's last piece.
 
     Returns:
         One batch for each pack; their tensors are parts of common ones.

@@ -21,19 +21,18 @@ from statex_dist.data.manifest import (
 from statex_dist.data.storage.cache import ShardCache
 from statex_dist.data.storage.disk_store import DiskStore, fetch_and_open, fingerprint
 from statex_dist.data.storage.files import DatasetFiles, LocalFiles, default_cache_dir, open_files, write_atomically
-from statex_dist.data.storage.mds_format import INDEX_NAME as MDS_INDEX_NAME
-from statex_dist.data.storage.mds_format import MdsShard
-from statex_dist.data.storage.mds_format import read_index as read_mds_index
+from statex_dist.data.storage.mds import INDEX_NAME as MDS_INDEX_NAME
+from statex_dist.data.storage.mds import MdsShard
+from statex_dist.data.storage.mds import read_index as read_mds_index
 from statex_dist.data.storage.npy import read_npy
 from statex_dist.data.storage.remote import RetryPolicy
-from statex_dist.data.storage.shards import LOSS_MASK, OpenShard, ShardEntry
-from statex_dist.data.storage.tar_foreign import find_tars, index_tars
-from statex_dist.data.storage.tar_format import HAS_LOSS_MASK, TarShard
+from statex_dist.data.storage.shards import LOSS_MASK, MappedShard, ShardEntry
+from statex_dist.data.storage.tar_format import HAS_LOSS_MASK, TarShard, find_tars, index_tars
 from statex_dist.data.storage.tar_format import INDEX_NAME as TAR_INDEX_NAME
 from statex_dist.data.storage.tar_format import read_index as read_tar_index
 from statex_dist.errors import DataError, reason
 
-OpenFunction = Callable[[Path, ShardEntry], OpenShard]
+OpenFunction = Callable[[Path, ShardEntry], MappedShard]
 
 # A few hundred bytes for each shard.
 _MAX_INDEX_BYTES = 10 * MAX_JSON_BYTES

@@ -11,139 +11,130 @@ what to read, some packs at a time, and answer in order: how many there are chan
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
-
 from statex_dist.batch import MAX_ORIGINS, Origin, PackedBatch
-from statex_dist.data.collate import PackParts, PackReader, PackSpec, PieceSpec, lay_out
-from statex_dist.data.epochs import Repeats, forecast
-from statex_dist.data.mixture import Mixture, Place, PlannedPack, Stage
-from statex_dist.data.plan import PackPlan, PackReport
-from statex_dist.data.prefetch import prefetch
+from statex_dist.data.collate import PackReader, PackSpec, lay_out
+from statex_dist.data.forecast import Repeats, forecast
+from statex_dist.data.mixture import Mixture, PlannedPack, Stage, StreamPosition
+from statex_dist.data.plan import PackPlan, PackPlanOptions
+from statex_dist.data.prefetch import Order, prefetch, read_in_workers
 from statex_dist.data.store import ShardStore
-from statex_dist.errors import ConfigError, DataError, StateXError
+from statex_dist.data.window import PackReport
+from statex_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-ONLY_SOURCE = "data"
 _PLANNED_STEPS = 8
-_ORDERS_AHEAD_OF_WORKER = 2
 _TOKENS_AT_ONCE = 1 << 16
 _MOST_WORKERS = 64
-_GRACE_SECONDS = 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShare:
+    """Which packs of a global step a rank builds.
+
+    Attributes:
+        global_packs: Packs of one optimizer step over all ranks; a multiple of ``world_size``.
+        rank: This rank.
+        world_size: Number of ranks that share the steps (data-parallel ranks).
+    """
+
+    global_packs: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        packs, ranks = self.global_packs, self.world_size
+        if ranks < 1 or not 0 <= self.rank < ranks:
+            raise ConfigError(f"rank {self.rank} of world size {ranks}; rank must be in 0..world_size - 1")
+        if packs < 1 or packs % ranks:
+            raise ConfigError(
+                f"global_packs is {packs} for {ranks} ranks; it must be a positive multiple of the number "
+                f"of ranks, for example {max(1, round(packs / ranks)) * ranks}"
+            )
+
+    @property
+    def mine(self) -> slice:
+        """This rank's packs of a step."""
+        count = self.global_packs // self.world_size
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderOptions:
+    """How packs are read.
+
+    Attributes:
+        pad_id: Id in the positions after a pack's last document.
+        vocab_size: Ids from here on are an error; ``None`` for no check.
+        skip_corrupt: Put padding in the place of a damaged shard's tokens and count them, instead of raising.
+        num_workers: Processes that read packs; 0 for none.
+        prefetch_steps: Global steps built ahead in a thread; 0 builds in the caller. Not used with workers.
+        epochs: Passes over the data; ``None`` for no end. Only with one source.
+    """
+
+    pad_id: int
+    vocab_size: int | None = None
+    skip_corrupt: bool = False
+    num_workers: int = 0
+    prefetch_steps: int = 1
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prefetch_steps", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.num_workers > (most := max(_MOST_WORKERS, os.cpu_count() or 1)):
+            raise ConfigError(f"num_workers is {self.num_workers}, for each rank; more than {most} cannot help here")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"epochs is {self.epochs}; it must be at least 1, or null for no end")
 
 
 class PackedLoader:
     """Iterates the packs of one or several stores; each item is the list of this rank's batches of one global step.
 
-    Iterating goes on from the current state: a fresh iterator continues where the last one stopped. All ranks get the
+    Iterating continues from the current state: a fresh iterator continues where the last one stopped. All ranks get the
     same number of items. A global step that is incomplete at the end of an epoch is filled from the next epoch, also
     at the end of the last one, so every document is seen in every epoch.
-
-    Args:
-        store: The documents, or those of each source by name.
-        seq_len: Tokens of a pack; not needed with ``stages``.
-        stages: The curriculum; default: one stage of ``seq_len`` and equal weights.
-        global_packs: Packs of one optimizer step over all ranks; a multiple of ``world_size``.
-        pad_id: Id in the positions after a pack's last document.
-        rank: This rank.
-        world_size: Number of ranks that share the steps (data-parallel ranks).
-        seed: Seed of the shuffles.
-        packing: See :class:`~statex_dist.data.plan.PackPlan`.
-        tail: See :class:`~statex_dist.data.plan.PackPlan`.
-        window_tokens: See :class:`~statex_dist.data.plan.PackPlan`.
-        long_documents: See :class:`~statex_dist.data.plan.PackPlan`.
-        epochs: Passes over the data; ``None`` for no end. Only with one source.
-        prefetch_steps: Global steps built ahead in a thread; 0 builds in the caller. Not used with workers.
-        num_workers: Processes that read packs; 0 for none.
-        vocab_size: Ids from here on are an error; ``None`` for no check.
-        skip_corrupt: Put padding in the place of a damaged shard's tokens and count them, instead of raising.
 
     Attributes:
         lost_tokens: Tokens of damaged shards in the batches handed out so far.
 
     Raises:
-        ConfigError: A value is out of its range, or ``global_packs`` is not a multiple of ``world_size``.
+        ConfigError: The stages do not fit the sources, or an end is given for a mixture.
     """
 
     def __init__(
         self,
-        store: ShardStore | Mapping[str, ShardStore],
-        *,
-        global_packs: int,
-        pad_id: int,
-        seq_len: int | None = None,
-        stages: Sequence[Stage] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        packing: str = "best_fit",
-        tail: str = "pad",
-        window_tokens: int = 1 << 26,
-        long_documents: str = "restart",
-        epochs: int | None = None,
-        prefetch_steps: int = 1,
-        num_workers: int = 0,
-        vocab_size: int | None = None,
-        skip_corrupt: bool = False,
+        stores: Mapping[str, ShardStore],
+        stages: Sequence[Stage],
+        share: StepShare,
+        options: LoaderOptions,
+        plan: PackPlanOptions | None = None,
     ):
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} of world size {world_size}; rank must be in 0..world_size - 1")
-        if global_packs < 1 or global_packs % world_size:
-            raise ConfigError(
-                f"global_packs is {global_packs} for {world_size} ranks; it must be a positive multiple of the number "
-                f"of ranks, for example {max(1, round(global_packs / world_size)) * world_size}"
-            )
-        for name, value in (("prefetch_steps", prefetch_steps), ("num_workers", num_workers)):
-            if value < 0:
-                raise ConfigError(f"{name} is {value}; it must be at least 0")
-        if num_workers > (most := max(_MOST_WORKERS, os.cpu_count() or 1)):
-            raise ConfigError(f"num_workers is {num_workers}, for each rank; more than {most} cannot help here")
-        self.stores = dict(store) if isinstance(store, Mapping) else {ONLY_SOURCE: store}
-        if epochs is not None and epochs < 1:
-            raise ConfigError(f"epochs is {epochs}; it must be at least 1, or null for no end")
-        if epochs is not None and len(self.stores) > 1:
+        self.stores = dict(stores)
+        if options.epochs is not None and len(self.stores) > 1:
             raise ConfigError("epochs is for one source; a mixture has no end")
-        if stages is None:
-            if seq_len is None:
-                raise ConfigError("give seq_len or stages")
-            stages = [Stage(seq_len=seq_len)]
-        plans = {
-            name: PackPlan(
-                store,
-                seed=seed,
-                packing=packing,
-                tail=tail,
-                window_tokens=window_tokens,
-                long_documents=long_documents,
-                lanes=global_packs,
-            )
-            for name, store in self.stores.items()
-        }
+        plans = {name: PackPlan(store, plan, lanes=share.global_packs) for name, store in self.stores.items()}
         self.mixture = Mixture(plans, stages)
-        self.epochs = epochs
         self.lost_tokens = 0
-        self._pad_id = pad_id
-        self._reader = PackReader(self.stores, pad_id=pad_id, vocab_size=vocab_size, skip_corrupt=skip_corrupt)
-        self._global_packs = global_packs
-        self._mine = slice(rank * (global_packs // world_size), (rank + 1) * (global_packs // world_size))
-        self._prefetch_steps = prefetch_steps
-        self._num_workers = num_workers
+        self._share = share
+        self._options = options
+        self._reader = PackReader(
+            self.stores, pad_id=options.pad_id, vocab_size=options.vocab_size, skip_corrupt=options.skip_corrupt
+        )
         self._place = self.mixture.begin()
         self._loads = 0
 
     def __iter__(self) -> Generator[list[PackedBatch], None, None]:
         while True:
             loads = self._loads
-            steps = self._with_workers() if self._num_workers else self._with_thread()
+            steps = self._with_workers() if self._options.num_workers else self._with_thread()
             try:
                 for place, batches in steps:
                     self._place = place
@@ -190,22 +181,24 @@ class PackedLoader:
 
     def forecast(self, num_steps: int, *, above: float) -> list[Repeats]:
         """Return the sources that will have been seen more than ``above`` times after ``num_steps`` global steps."""
-        return forecast(self.mixture, self._place, num_steps=num_steps, packs_per_step=self._global_packs, above=above)
+        return forecast(
+            self.mixture, self._place, num_steps=num_steps, packs_per_step=self._share.global_packs, above=above
+        )
 
-    def _planned(self) -> Iterator[tuple[Place, list[PackSpec]]]:
+    def _planned(self) -> Iterator[tuple[StreamPosition, list[PackSpec]]]:
         """This rank's packs of every step, and the place after it."""
         place = self._place
         fetched: dict[str, tuple[int, int]] = {}
         only = next(iter(self.stores))
-        while self.epochs is None or place.cursors[only].epoch < self.epochs:
+        while self._options.epochs is None or place.cursors[only].epoch < self._options.epochs:
             self._fetch_ahead(place, fetched)
-            packs, place = self.mixture.take(place, self._global_packs)
+            packs, place = self.mixture.take(place, self._share.global_packs)
             state = self.mixture.state(place)
-            yield place, [self._spec(pack, state) for pack in packs[self._mine]]
+            yield place, [self._spec(pack, state) for pack in packs[self._share.mine]]
 
     def _spec(self, planned: PlannedPack, state: dict[str, Any]) -> PackSpec:
         window, pack = planned.window, planned.pack
-        following = pack + self._global_packs
+        following = pack + self._share.global_packs
         pieces, name = window.pieces(pack), self.stores[planned.source].name
         return PackSpec(
             source=planned.source,
@@ -220,7 +213,7 @@ class PackedLoader:
             state=state,
         )
 
-    def _fetch_ahead(self, place: Place, fetched: dict[str, tuple[int, int]]) -> None:
+    def _fetch_ahead(self, place: StreamPosition, fetched: dict[str, tuple[int, int]]) -> None:
         """Have the shards of the window in hand and of the next one fetched, once for each window."""
         weights = self.mixture.stage(place.step).weights
         active = [name for name in self.mixture.plans if weights is None or weights.get(name)]
@@ -235,9 +228,9 @@ class PackedLoader:
             following = plan.windows(cursor.epoch + 1)[0] if last else windows[cursor.window + 1]
             self.stores[name].prefetch(shards + following.tolist(), share=1 / len(active))
 
-    def _with_thread(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
-        planned = prefetch(self._planned(), _PLANNED_STEPS if self._prefetch_steps else 0)
-        steps = prefetch(((place, self._build(specs)) for place, specs in planned), self._prefetch_steps)
+    def _with_thread(self) -> Generator[tuple[StreamPosition, list[PackedBatch]], None, None]:
+        planned = prefetch(self._planned(), _PLANNED_STEPS if self._options.prefetch_steps else 0)
+        steps = prefetch(((place, self._build(specs)) for place, specs in planned), self._options.prefetch_steps)
         try:
             yield from steps
         finally:
@@ -248,14 +241,16 @@ class PackedLoader:
         return [
             batch
             for some in _chunks(specs)
-            for batch in lay_out(some, [self._reader.read(spec.source, spec.pieces) for spec in some], self._pad_id)
+            for batch in lay_out(
+                some, [self._reader.read(spec.source, spec.pieces) for spec in some], self._options.pad_id
+            )
         ]
 
-    def _with_workers(self) -> Generator[tuple[Place, list[PackedBatch]], None, None]:
+    def _with_workers(self) -> Generator[tuple[StreamPosition, list[PackedBatch]], None, None]:
         planned = prefetch(self._planned(), _PLANNED_STEPS)
-        waiting: deque[tuple[Place, list[list[PackSpec]]]] = deque()
+        waiting: deque[tuple[StreamPosition, list[list[PackSpec]]]] = deque()
 
-        def orders() -> Iterator[_Order]:
+        def orders() -> Iterator[Order]:
             for place, specs in planned:
                 chunks = list(_chunks(specs))
                 waiting.append((place, chunks))
@@ -263,109 +258,20 @@ class PackedLoader:
                     yield [(spec.source, spec.pieces) for spec in some]
 
         # The workers are forked before the planning thread starts, which the first order does.
-        others = set(multiprocessing.active_children())
-        with _sigchld_as_it_is():
-            answers = iter(
-                DataLoader(
-                    _Reading(self._reader),
-                    sampler=_Once(orders()),
-                    batch_size=None,
-                    collate_fn=_unchanged,
-                    num_workers=self._num_workers,
-                    prefetch_factor=_ORDERS_AHEAD_OF_WORKER,
-                    multiprocessing_context="fork",
-                    worker_init_fn=_outlive_a_preemption,
-                )
-            )
-        workers = set(multiprocessing.active_children()) - others
+        found = read_in_workers(self._reader, orders(), self._options.num_workers)
         try:
-            while (answer := _next_answer(answers)) is not None:
+            for parts in found:
                 place, chunks = waiting.popleft()
-                batches = lay_out(chunks[0], answer, self._pad_id)
+                batches = lay_out(chunks[0], parts, self._options.pad_id)
                 for some in chunks[1:]:
-                    more = _next_answer(answers)
-                    assert more is not None, "a worker answers every order"
-                    batches += lay_out(some, more, self._pad_id)
+                    batches += lay_out(some, next(found), self._options.pad_id)
                 yield place, batches
         finally:
-            # They only read. One that was killed may have left a queue locked, so the rest cannot be asked to end.
-            for worker in workers:
-                worker.kill()
-            # One may have been looking at the event that tells them to end, and holds its lock for ever; the iterator
-            # sets it all the same, and would wait.
-            answers._workers_done_event = multiprocessing.get_context("fork").Event()  # type: ignore[attr-defined]
-            del answers
+            found.close()
             planned.close()
-
-
-_Order = list[tuple[str, list[PieceSpec]]]
 
 
 def _chunks(specs: list[PackSpec]) -> Iterator[list[PackSpec]]:
     """Split a step's packs (all of one length) into parts of some ten thousand tokens, which are built at once."""
     count = max(1, _TOKENS_AT_ONCE // specs[0].seq_len)
     return (specs[i : i + count] for i in range(0, len(specs), count))
-
-
-class _Reading(Dataset[list[PackParts] | StateXError]):
-    """Reads packs in a worker process; a user's error is handed over, not wrapped into a traceback."""
-
-    def __init__(self, reader: PackReader):
-        self._reader = reader
-
-    def __getitem__(self, order: Any) -> list[PackParts] | StateXError:
-        try:
-            return [self._reader.read(source, pieces) for source, pieces in order]
-        except StateXError as error:
-            return error
-
-
-class _Once:
-    """A sampler over a running iterator."""
-
-    def __init__(self, items: Iterator[_Order]):
-        self._items = items
-
-    def __iter__(self) -> Iterator[_Order]:
-        return self._items
-
-
-@contextmanager
-def _sigchld_as_it_is() -> Iterator[None]:
-    """Take back the handler that torch installs: it raises wherever the main thread is when a worker dies.
-
-    The DataLoader looks for dead workers by itself whenever an answer is late.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def _outlive_a_preemption(_worker: int) -> None:
-    # A pre-emption reaches every process of the job. The trainer still needs batches to end its step and save.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _next_answer(answers: Iterator[Any]) -> list[PackParts] | None:
-    """The next answer of the workers, in order; ``None`` at the end."""
-    try:
-        answer = next(answers, None)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a data worker ended by itself ({str(error).splitlines()[0]}); give it more memory, or set fewer workers"
-        ) from error
-    if isinstance(answer, StateXError):
-        raise answer
-    return answer

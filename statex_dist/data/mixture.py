@@ -35,7 +35,7 @@ class Stage:
     weights: Mapping[str, float] | None = None
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """A place in the mixed stream: what the next step begins with.
 
     Attributes:
@@ -51,13 +51,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlannedPack:
-    """One pack of the stream.
-
-    Attributes:
-        source: Name of its source.
-        window: The window that it belongs to.
-        pack: Its number in the window.
-    """
+    """One pack of the stream."""
 
     source: str
     window: WindowPlan = field(repr=False)
@@ -66,10 +60,6 @@ class PlannedPack:
 
 class Mixture:
     """The pack stream of one or several sources.
-
-    Args:
-        plans: The pack plan of each source, by name.
-        stages: The curriculum, in order; the first begins at step 0.
 
     Raises:
         ConfigError: The stages are not in order, or a weight is of an unknown source or not positive.
@@ -92,15 +82,15 @@ class Mixture:
         self.plans = dict(plans)
         self.stages = list(stages)
 
-    def begin(self) -> Place:
+    def begin(self) -> StreamPosition:
         """Return the place of the first step."""
-        return Place(0, {name: Cursor() for name in self.plans}, dict.fromkeys(self.plans, 0))
+        return StreamPosition(0, {name: Cursor() for name in self.plans}, dict.fromkeys(self.plans, 0))
 
     def stage(self, step: int) -> Stage:
         """Return the stage that ``step`` belongs to."""
         return next(stage for stage in reversed(self.stages) if stage.from_step <= step)
 
-    def take(self, place: Place, count: int) -> tuple[list[PlannedPack], Place]:
+    def take(self, place: StreamPosition, count: int) -> tuple[list[PlannedPack], StreamPosition]:
         """Return the ``count`` packs of the step at ``place``, and the place of the next step."""
         stage = self.stage(place.step)
         weights = self.weights(stage)
@@ -118,13 +108,13 @@ class Mixture:
             packs, cursors[name] = self.plans[name].take(cursors[name], batch, stage.seq_len)
             taken.extend(PlannedPack(name, window, pack) for window, pack in packs)
             tokens[name] += sum(window.tokens(pack) for window, pack in packs)
-        return taken, Place(place.step + 1, cursors, tokens)
+        return taken, StreamPosition(place.step + 1, cursors, tokens)
 
-    def passes(self, place: Place) -> dict[str, float]:
+    def passes(self, place: StreamPosition) -> dict[str, float]:
         """Return how often each source has been seen."""
         return {name: plan.passes(place.cursors[name]) for name, plan in self.plans.items()}
 
-    def state(self, place: Place) -> dict[str, Any]:
+    def state(self, place: StreamPosition) -> dict[str, Any]:
         """Return ``place`` as a JSON-able loader state that says which plans it belongs to."""
         sources = {}
         for name, plan in self.plans.items():
@@ -140,7 +130,7 @@ class Mixture:
         weights = self.weights(self.stage(place.step))
         return {"version": PLAN_VERSION, "step": place.step, "weights": weights, "sources": sources}
 
-    def place(self, state: dict[str, Any]) -> Place:
+    def place(self, state: dict[str, Any]) -> StreamPosition:
         """Return the place that ``state`` (of :meth:`state`) marks.
 
         Stages may have changed: what is left of a window is then laid into packs of the new length, and other shares
@@ -166,7 +156,7 @@ class Mixture:
             begin.tokens[name] = _integer(saved, "tokens")
         # Other shares than before begin anew: nothing has to catch up with what the old ones gave.
         same = state["weights"] == self.weights(self.stage(step))
-        return Place(step, begin.cursors, begin.tokens if same else dict.fromkeys(self.plans, 0))
+        return StreamPosition(step, begin.cursors, begin.tokens if same else dict.fromkeys(self.plans, 0))
 
     def weights(self, stage: Stage) -> dict[str, float]:
         """Return the share of the tokens of each source that does not rest in ``stage``."""

@@ -9,35 +9,25 @@
 Every rank computes the same plan without communication, so the place in the stream is a few integers, and what has
 been seen does not depend on the number of ranks. Where the sequence length changes inside a window, what is left of the
 window is laid into packs of the new length: the place then also says how many packs of which length went before.
-Permutations sort the raw output of Philox, keyed by a hash of their purpose; unlike ``Generator.permutation``, numpy
-promises that stream never to change.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from statex_dist.data.packing import Pieces, arrange, best_fit, concatenate, one_document
+from statex_dist.data.packing.registry import find_packing
 from statex_dist.data.store import ShardStore
+from statex_dist.data.window import PackReport, WindowPlan, arrange, permutation
 from statex_dist.errors import CheckpointError, ConfigError, DataError
 
 PLAN_VERSION = 2
-PACKINGS = ("best_fit", "concat", "one_document")
-TAILS = ("pad", "split")
 LONG_DOCUMENTS = ("restart", "carry")
 _KEPT_WINDOWS = 4
-
-
-def permutation(n: int, seed: int, *purpose: str | int) -> np.ndarray:
-    """Return a permutation of ``n`` numbers, ``[n]`` int64, that depends on nothing but the arguments."""
-    key = blake2b(repr((seed, *purpose)).encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
-    return np.argsort(raw, kind="stable")
 
 
 class Cursor(NamedTuple):
@@ -60,50 +50,6 @@ class Cursor(NamedTuple):
         return self._replace(taken=(*(run for run in self.taken if run[1]), (seq_len, 0)))
 
 
-@dataclass(frozen=True, slots=True)
-class WindowPlan:
-    """The packs of one window; pack ``p`` consists of pieces ``bounds[p]..bounds[p + 1]``.
-
-    Attributes:
-        seq_len: Tokens of a pack, padding included.
-        bounds: ``[packs + 1]``, the first piece of each pack.
-        shard: ``[pieces]``, shard of each piece.
-        document: ``[pieces]``, its document in the shard.
-        start: ``[pieces]``, its first token in the document.
-        stop: ``[pieces]``, one past its last token.
-        length: ``[pieces]``, tokens of the whole document.
-        carried: ``[packs]`` bool, whether the pack goes on where the one before it in its lane ends.
-    """
-
-    seq_len: int
-    bounds: np.ndarray
-    shard: np.ndarray
-    document: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    length: np.ndarray
-    carried: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def pieces(self, pack: int) -> list[tuple[int, int, int, int, int]]:
-        """Return ``(shard, document, start, stop, document length)`` of each piece of ``pack``, in order."""
-        part = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
-        columns = (self.shard, self.document, self.start, self.stop, self.length)
-        return list(zip(*(column[part].tolist() for column in columns), strict=True))
-
-    def tokens(self, pack: int) -> int:
-        """Return the tokens of ``pack``, padding not counted."""
-        part = slice(int(self.bounds[pack]), int(self.bounds[pack + 1]))
-        return int((self.stop[part] - self.start[part]).sum())
-
-    def tokens_before(self, pack: int) -> int:
-        """Return the tokens of all packs before ``pack``."""
-        part = slice(0, int(self.bounds[pack]))
-        return int((self.stop[part] - self.start[part]).sum())
-
-
 class _Epoch(NamedTuple):
     """The windows of an epoch: the shards of each, in the order of the plan; the tokens before each, and in all."""
 
@@ -112,36 +58,32 @@ class _Epoch(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackReport:
-    """What packing costs.
+class PackPlanOptions:
+    """How documents are shuffled and packed.
 
     Attributes:
-        seq_len: Tokens of a pack, padding included.
-        windows: Windows counted.
-        packs: Packs in them.
-        pieces: Segments in them, padding not counted.
-        documents: Documents in them.
-        cut_documents: Documents cut into several pieces.
-        tokens: Tokens in them, padding not counted.
+        seed: Seed of every permutation.
+        packing: A strategy of :mod:`statex_dist.data.packing.registry`.
+        tail: ``"pad"``, or ``"split"``: cut a few documents so that nearly nothing is padded.
+        window_tokens: Tokens planned (and shuffled) at once.
+        long_documents: ``"restart"``: a piece of a cut document is like a document of its own; ``"carry"``: it begins a
+            pack that stands ``lanes`` places after the one where the document was cut, so that its state can be
+            carried over.
     """
 
-    seq_len: int
-    windows: int
-    packs: int
-    pieces: int
-    documents: int
-    cut_documents: int
-    tokens: int
+    seed: int = 0
+    packing: str = "best_fit"
+    tail: str = "pad"
+    window_tokens: int = 1 << 26
+    long_documents: str = "restart"
 
-    @property
-    def waste(self) -> float:
-        """Fraction of all positions that is padding."""
-        return 1.0 - self.tokens / (self.packs * self.seq_len)
-
-    @property
-    def documents_per_pack(self) -> float:
-        """Mean number of whole or cut documents in a pack."""
-        return self.pieces / self.packs
+    def __post_init__(self) -> None:
+        if self.window_tokens < 1:
+            raise ConfigError(f"window_tokens is {self.window_tokens}; it must be at least 1")
+        find_packing(self.packing, self.tail)
+        if self.long_documents not in LONG_DOCUMENTS:
+            allowed = ", ".join(LONG_DOCUMENTS)
+            raise ConfigError(f"long_documents is {self.long_documents!r}; allowed: {allowed}")
 
 
 class PackPlan:
@@ -149,58 +91,20 @@ class PackPlan:
 
     Args:
         store: The documents; only their lengths are used here.
-        seed: Seed of every permutation.
-        packing: ``"best_fit"`` (cut only what is longer than a pack), ``"concat"`` (no padding, cut anywhere) or
-            ``"one_document"`` (every piece in a pack of its own).
-        tail: ``"pad"``, or ``"split"``: with ``best_fit``, cut a few documents so that nearly nothing is padded.
-        window_tokens: Tokens planned (and shuffled) at once.
-        long_documents: ``"restart"``: a piece of a cut document is like a document of its own; ``"carry"``: it begins a
-            pack that stands ``lanes`` places after the one where the document was cut, so that its state can be
-            carried over.
-        lanes: Packs of a global step; only used, and then fixed for a run, with ``"carry"``.
-
-    Raises:
-        ConfigError: A value is out of its range.
+        options: How they are shuffled and packed.
+        lanes: Packs of a global step; only used, and then fixed for a run, with ``long_documents="carry"``.
     """
 
-    def __init__(
-        self,
-        store: ShardStore,
-        *,
-        seed: int = 0,
-        packing: str = "best_fit",
-        tail: str = "pad",
-        window_tokens: int = 1 << 26,
-        long_documents: str = "restart",
-        lanes: int = 1,
-    ):
-        if window_tokens < 1:
-            raise ConfigError(f"window_tokens is {window_tokens}; it must be at least 1")
-        for name, value, allowed in (
-            ("packing", packing, PACKINGS),
-            ("tail", tail, TAILS),
-            ("long_documents", long_documents, LONG_DOCUMENTS),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        if tail == "split" and packing != "best_fit":
-            raise ConfigError(f"tail 'split' is for packing 'best_fit', not {packing!r}; leave it at 'pad'")
+    def __init__(self, store: ShardStore, options: PackPlanOptions | None = None, *, lanes: int = 1):
+        options = options or PackPlanOptions()
         self.store = store
-        self.seed = seed
-        self.packing = packing
-        self.tail = tail
-        self.window_tokens = window_tokens
-        self.carry = long_documents == "carry"
+        self.carry = options.long_documents == "carry"
+        self._seed = options.seed
+        self._window_tokens = options.window_tokens
+        self._split_tails = options.tail == "split"
+        self._lay_out = find_packing(options.packing).lay_out
         self._lanes = lanes if self.carry else 1
-        self.settings = {
-            "data": store.fingerprint,
-            "seed": seed,
-            "packing": packing,
-            "tail": tail,
-            "window_tokens": window_tokens,
-            "long_documents": long_documents,
-            "lanes": self._lanes,
-        }
+        self.settings = {"data": store.fingerprint, **asdict(options), "lanes": self._lanes}
         self.hash = blake2b(repr((PLAN_VERSION, sorted(self.settings.items()))).encode(), digest_size=16).hexdigest()
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: OrderedDict[tuple[Any, ...], WindowPlan] = OrderedDict()
@@ -278,23 +182,7 @@ class PackPlan:
     def report(self, seq_len: int, epoch: int = 0, max_windows: int | None = None) -> PackReport:
         """Return what packing costs over the first ``max_windows`` windows of ``epoch`` (default: all of them)."""
         windows = self.num_windows(epoch) if max_windows is None else min(max_windows, self.num_windows(epoch))
-        packs = pieces = documents = cut = tokens = 0
-        for w in range(windows):
-            plan = self.window(epoch, w, seq_len)
-            packs += len(plan)
-            pieces += len(plan.shard)
-            documents += int((plan.start == 0).sum())
-            cut += int(((plan.start == 0) & (plan.stop < plan.length)).sum())
-            tokens += int((plan.stop - plan.start).sum())
-        return PackReport(
-            seq_len=seq_len,
-            windows=windows,
-            packs=packs,
-            pieces=pieces,
-            documents=documents,
-            cut_documents=cut,
-            tokens=tokens,
-        )
+        return PackReport.of((self.window(epoch, w, seq_len) for w in range(windows)), seq_len)
 
     def windows(self, epoch: int) -> list[np.ndarray]:
         """Return the shards of each window of ``epoch``, in the order of the plan."""
@@ -316,14 +204,14 @@ class PackPlan:
     def _epoch(self, epoch: int) -> _Epoch:
         found = self._epochs.get(epoch)
         if found is None:
-            order = permutation(self.store.num_shards, self.seed, "shards", epoch)
+            order = permutation(self.store.num_shards, self._seed, "shards", epoch)
             ends = np.cumsum([self.store.num_tokens(int(shard)) for shard in order])
             if not len(order) or ends[-1] == 0:
                 raise DataError("the dataset holds no tokens; prepare it from non-empty documents")
             windows, before, begin = [], [0], 0
             while begin < len(order):
                 done = int(ends[begin - 1]) if begin else 0
-                stop = min(int(np.searchsorted(ends, done + self.window_tokens)) + 1, len(order))
+                stop = min(int(np.searchsorted(ends, done + self._window_tokens)) + 1, len(order))
                 if ends[-1] == ends[stop - 1]:
                     stop = len(order)  # shards without tokens at the end are no window of their own
                 windows.append(order[begin:stop])
@@ -339,35 +227,23 @@ class PackPlan:
     ) -> WindowPlan:
         purpose = (epoch, window, *(count for run in earlier for count in run))
         spans = self._left_over(epoch, window, earlier) if earlier else self._documents(epoch, window)
-        order = permutation(len(spans), self.seed, "documents", *purpose)
-        shard, document, begin, end, length = spans[order[spans[order, 3] > spans[order, 2]]].T
-        if not len(shard):
+        order = permutation(len(spans), self._seed, "documents", *purpose)
+        spans = spans[order[spans[order, 3] > spans[order, 2]]]
+        if not len(spans):
             # Every pack of the window was taken at the lengths before.
-            nothing = np.zeros(0, np.int64)
-            return WindowPlan(seq_len, np.zeros(1, np.int64), *(nothing,) * 5, np.zeros(0, bool))
-        pieces = self._lay_out(end - begin, seq_len)
-        num_packs = int(pieces.pack.max()) + 1
-        rank = np.empty(num_packs, np.int64)
-        rank[permutation(num_packs, self.seed, "packs", *purpose)] = np.arange(num_packs)
+            return WindowPlan(seq_len, np.zeros(1, np.int64), spans, np.zeros(0, bool))
+        length = spans[:, 3] - spans[:, 2]
+        pieces = self._lay_out(length, seq_len, split_tails=self._split_tails, chained=self.carry)
+        used = np.bincount(pieces.pack, weights=pieces.stop - pieces.start)
+        if used.sum() != length.sum() or used.max() > seq_len:
+            raise ConfigError(f"packing {self.settings['packing']!r} loses tokens or overfills packs; correct it")
+        rank = np.empty(len(used), np.int64)
+        rank[permutation(len(used), self._seed, "packs", *purpose)] = np.arange(len(used))
         bounds, order, carried = arrange(pieces, rank, lanes=self._lanes if self.carry else None, offset=offset)
-        span = pieces.span[order]
-        return WindowPlan(
-            seq_len,
-            bounds,
-            shard[span],
-            document[span],
-            begin[span] + pieces.start[order],
-            begin[span] + pieces.stop[order],
-            length[span],
-            carried,
-        )
-
-    def _lay_out(self, length: np.ndarray, seq_len: int) -> Pieces:
-        if self.packing == "concat":
-            return concatenate(length, seq_len)
-        if self.packing == "one_document":
-            return one_document(length, seq_len)
-        return best_fit(length, seq_len, split_tails=self.tail == "split", chained=self.carry)
+        table = spans[pieces.span[order]]
+        table[:, 3] = table[:, 2] + pieces.stop[order]
+        table[:, 2] += pieces.start[order]
+        return WindowPlan(seq_len, bounds, table, carried)
 
     def _documents(self, epoch: int, window: int) -> np.ndarray:
         """Whole documents as spans ``[n, 5]``: shard, document, first token, one past the last, document length."""
@@ -389,14 +265,4 @@ class PackPlan:
     def _left_over(self, epoch: int, window: int, earlier: tuple[tuple[int, int], ...]) -> np.ndarray:
         """What the packs taken so far have left of the window, as spans; neighbouring pieces are joined again."""
         (seq_len, packs), before = earlier[-1], earlier[:-1]
-        plan = self.window(epoch, window, seq_len, earlier=before, offset=self._offset(earlier))
-        part = slice(int(plan.bounds[min(packs, len(plan))]), None)
-        columns = (plan.shard, plan.document, plan.start, plan.stop, plan.length)
-        pieces = np.stack([column[part] for column in columns], 1)
-        pieces = pieces[np.lexsort((pieces[:, 2], pieces[:, 1], pieces[:, 0]))]
-        begins = np.ones(len(pieces), bool)
-        begins[1:] = (pieces[1:, :2] != pieces[:-1, :2]).any(1) | (pieces[1:, 2] != pieces[:-1, 3])
-        spans = pieces[begins]
-        if len(spans):
-            spans[:, 3] = pieces[np.append(np.flatnonzero(begins)[1:], len(pieces)) - 1, 3]
-        return spans
+        return self.window(epoch, window, seq_len, earlier=before, offset=self._offset(earlier)).left_over(packs)

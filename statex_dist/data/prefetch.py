@@ -1,20 +1,36 @@
-"""Run an iterator one step ahead of its consumer, in a thread."""
+"""Work ahead of its consumer: an iterator in a thread, and the reading of packs in worker processes.
+
+Workers are handed what to read and answer in order, so how many there are changes nothing.
+"""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import queue
+import signal
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from statex_dist.data.collate import PackParts, PackReader, PieceSpec
+from statex_dist.errors import DataError, StateXError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Order = list[tuple[str, list[PieceSpec]]]
+"""What a worker reads at once: the source and the pieces of some packs."""
+
 _END = object()
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 5.0
+_ORDERS_AHEAD_OF_WORKER = 2
+_GRACE_SECONDS = 30
 
 
 class _Failure:
@@ -97,3 +113,103 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
             yield item
     finally:
         maker.end()
+
+
+def read_in_workers(
+    reader: PackReader, orders: Iterator[Order], num_workers: int
+) -> Generator[list[PackParts], None, None]:
+    """Yield what worker processes read for each of ``orders``, in order.
+
+    Raises:
+        StateXError: What reading raised, or a worker ended by itself.
+    """
+    others = set(multiprocessing.active_children())
+    with _sigchld_as_it_is():
+        answers = iter(
+            DataLoader(
+                _ReadingDataset(reader),
+                sampler=_Once(orders),
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=num_workers,
+                prefetch_factor=_ORDERS_AHEAD_OF_WORKER,
+                multiprocessing_context="fork",
+                worker_init_fn=_outlive_a_preemption,
+            )
+        )
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        while (answer := _next_answer(answers)) is not None:
+            yield answer
+    finally:
+        # They only read. One that was killed may have left a queue locked, so the rest cannot be asked to end.
+        for worker in workers:
+            worker.kill()
+        # One may have been looking at the event that tells them to end, and holds its lock forever; the iterator
+        # sets it all the same, and would wait.
+        answers._workers_done_event = multiprocessing.get_context("fork").Event()  # type: ignore[attr-defined]
+        del answers
+
+
+class _ReadingDataset(Dataset[list[PackParts] | StateXError]):
+    """Reads packs in a worker process; a user's error is handed over, not wrapped into a traceback."""
+
+    def __init__(self, reader: PackReader):
+        self._reader = reader
+
+    def __getitem__(self, order: Any) -> list[PackParts] | StateXError:
+        try:
+            return [self._reader.read(source, pieces) for source, pieces in order]
+        except StateXError as error:
+            return error
+
+
+class _Once:
+    """A sampler over a running iterator."""
+
+    def __init__(self, items: Iterator[Order]):
+        self._items = items
+
+    def __iter__(self) -> Iterator[Order]:
+        return self._items
+
+
+@contextmanager
+def _sigchld_as_it_is() -> Iterator[None]:
+    """Take back the handler that torch installs: it raises wherever the main thread is when a worker dies.
+
+    The DataLoader looks for dead workers by itself whenever an answer is late.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _outlive_a_preemption(_worker: int) -> None:
+    # A pre-emption reaches every process of the job. The trainer still needs batches to end its step and save.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _next_answer(answers: Iterator[Any]) -> list[PackParts] | None:
+    """The next answer of the workers, in order; ``None`` at the end."""
+    try:
+        answer = next(answers, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data worker ended by itself ({str(error).splitlines()[0]}); give it more memory, or set fewer workers"
+        ) from error
+    if isinstance(answer, StateXError):
+        raise answer
+    return answer

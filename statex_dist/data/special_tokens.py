@@ -44,11 +44,7 @@ class CorpusEncoder(Protocol):
 
 
 class MarkerSearch:
-    """Finds the first of many strings in a text, in one pass.
-
-    Args:
-        markers: What to look for; empty ones are passed over.
-    """
+    """Finds the first of many strings in a text, in one pass."""
 
     def __init__(self, markers: Collection[str]):
         self._pattern = re.compile(_alternatives(sorted(filter(None, markers)))) if any(markers) else None
@@ -81,15 +77,17 @@ class ControlTokens:
     Args:
         backend: Its ``tokenizers.Tokenizer``, without truncation and padding.
         special: Ids of the special tokens by their markers.
+        keep: Leave markers in text to the tokenizer; otherwise they are encoded as plain pieces.
 
     Attributes:
         ordinary: Those that are pieces of plain text as well: single characters, bytes, what stands for the unknown.
             They are no control tokens, and their ids occur in every text that needs them.
     """
 
-    def __init__(self, backend: Any, special: Mapping[str, int]):
+    def __init__(self, backend: Any, special: Mapping[str, int], *, keep: bool = False):
         self._backend = backend
         self._special = special
+        self._keep = keep
         state = json.loads(backend.to_str())
         model = state["model"]
         unknown = {model.get("unk_token")}
@@ -111,21 +109,21 @@ class ControlTokens:
         """Return whether a control token is among ``ids``."""
         return bool(self._control[ids].any())
 
-    def encode_split(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of every text, ``[n]`` uint32, markers as plain pieces.
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of every text, ``[n]`` uint32.
 
         Raises:
-            DataError: A text has a control token all the same.
+            DataError: Markers are split, and a text has a control token all the same.
         """
-        backend = self._splitting
+        backend = self._backend if self._keep else self._splitting
         before = backend.encode_special_tokens
-        backend.encode_special_tokens = True
         try:
+            backend.encode_special_tokens = before or not self._keep
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = before
         found = [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
-        for ids in found:
+        for ids in [] if self._keep else found:
             if (control := self._control[ids]).any():
                 token = int(ids[control.argmax()])
                 raise DataError(
@@ -136,13 +134,7 @@ class ControlTokens:
 
 
 def _without_pieces(backend: Any, state: dict[str, Any], names: Mapping[str, str]) -> Any:
-    """Return ``backend``, or a copy with pieces renamed if text may be encoded as one of them.
-
-    Args:
-        backend: The tokenizer.
-        state: What it says of itself; changed here.
-        names: New names of pieces.
-    """
+    """Return ``backend``, or a copy with pieces renamed if text may be encoded as one of them."""
     model, kind = state["model"], state["model"]["type"]
     if kind == "BPE":
         prefix = len(model.get("continuing_subword_prefix") or "")

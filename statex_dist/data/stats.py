@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from statex_dist.data.plan import PackPlan, PackReport
+from statex_dist.data.packing.registry import strategies
+from statex_dist.data.plan import PackPlan, PackPlanOptions
 from statex_dist.data.store import ShardStore
+from statex_dist.data.window import PackReport
 from statex_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -35,24 +37,14 @@ class PackingMode(NamedTuple):
         return f"{self.packing}, tail split" if self.tail == "split" else self.packing
 
 
-MODES = (
-    PackingMode("best_fit", "pad"),
-    PackingMode("best_fit", "split"),
-    PackingMode("concat", "pad"),
-    PackingMode("one_document", "pad"),
-)
+def packing_modes() -> list[PackingMode]:
+    """Return every strategy with every way to fill tails that it takes."""
+    return [PackingMode(strategy.name, tail) for strategy in strategies() for tail in strategy.tails]
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """Documents of ``start <= n < stop`` tokens, the bounds powers of two.
-
-    Attributes:
-        start: Least length.
-        stop: One more than the largest length.
-        documents: How many documents.
-        tokens: Their tokens.
-    """
+class LengthBucket:
+    """Documents of ``start <= n < stop`` tokens, the bounds powers of two."""
 
     start: int
     stop: int
@@ -76,7 +68,7 @@ class LengthStats:
     tokens: int
     percentiles: dict[str, int]
     mean: float
-    buckets: list[Bucket]
+    buckets: list[LengthBucket]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +129,7 @@ def length_stats(store: ShardStore) -> LengthStats:
         percentiles={name: int(value) for name, value in zip(names, values, strict=True)},
         mean=float(lengths.mean()),
         buckets=[
-            Bucket((1 << k) >> 1, 1 << k, int(documents[k]), int(tokens[k]))
+            LengthBucket((1 << k) >> 1, 1 << k, int(documents[k]), int(tokens[k]))
             for k in range(int(exponents.min()), len(documents))
         ],
     )
@@ -154,13 +146,19 @@ def packing_stats(
     """
     if windows < 1:
         raise ConfigError(f"windows is {windows}; it must be at least 1")
-    plans = {mode: PackPlan(store, seed=seed, window_tokens=window_tokens, **mode._asdict()) for mode in MODES}
+    plans = {
+        mode: PackPlan(
+            store, PackPlanOptions(seed=seed, window_tokens=window_tokens, packing=mode.packing, tail=mode.tail)
+        )
+        for mode in packing_modes()
+    }
+    first = next(iter(plans.values()))
     found = []
     for seq_len in seq_lens:
         if seq_len < 1:
             raise ConfigError(f"seq_len is {seq_len}; it must be at least 1")
         # Windows are the same whatever the packing.
-        shards = [int(shard) for window in plans[MODES[0]].windows(0)[:windows] for shard in window]
+        shards = [int(shard) for window in first.windows(0)[:windows] for shard in window]
         long = sum(int((store.lengths(shard) > seq_len).sum()) for shard in shards)
         for mode, plan in plans.items():
             found.append(PackingStats(mode, plan.report(seq_len, max_windows=windows), long))
@@ -181,12 +179,6 @@ def check_plot_path(path: Path) -> None:
 
 def draw_stats(lengths: LengthStats, packings: Sequence[PackingStats], path: Path, *, title: str) -> None:
     """Draw the lengths by documents and by tokens, and each packing's padding and cuts, to ``path``.
-
-    Args:
-        lengths: Figures of the lengths.
-        packings: Figures of the packings.
-        path: File to write; its suffix decides the format.
-        title: Title of the figure.
 
     Raises:
         ConfigError: See :func:`check_plot_path`.
@@ -222,10 +214,11 @@ def _draw_lengths(axes: Axes, lengths: LengthStats, what: str, total: int) -> No
 
 def _draw_packings(axes: Axes, packings: Sequence[PackingStats], label: str, shares: Sequence[float]) -> None:
     seq_lens = list(dict.fromkeys(p.report.seq_len for p in packings))
-    width = 0.8 / len(MODES)
-    for k, mode in enumerate(MODES):
+    modes = list(dict.fromkeys(p.mode for p in packings))
+    width = 0.8 / len(modes)
+    for k, mode in enumerate(modes):
         values = [100 * share for p, share in zip(packings, shares, strict=True) if p.mode == mode]
-        bars = axes.bar(np.arange(len(seq_lens)) + (k - (len(MODES) - 1) / 2) * width, values, width, label=mode.title)
+        bars = axes.bar(np.arange(len(seq_lens)) + (k - (len(modes) - 1) / 2) * width, values, width, label=mode.title)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(seq_lens)), [f"{n:,}" for n in seq_lens])
     axes.set_xlabel("tokens of a pack")

@@ -2,15 +2,13 @@
 
 A document is a sequence of token ids that ends with EOS; a shard is a list of documents; a store is a list of shards.
 The planner needs only the lengths, the loader only slices, so any format with random access can stand behind
-:class:`ShardStore`: :class:`~statex_dist.data.storage.disk_store.DiskStore` for every format on disk or behind a URL,
-:class:`MemoryStore` for documents in memory.
+:class:`ShardStore`: :class:`~statex_dist.data.storage.disk_store.DiskStore` for every format on disk or behind a URL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -41,17 +39,10 @@ class ShardStore(Protocol):
         manifest: What ``prepare`` wrote, or ``None`` for shards of other origin.
     """
 
-    @property
-    def num_shards(self) -> int: ...  # noqa: D102 - documented by the class
-
-    @property
-    def fingerprint(self) -> str: ...  # noqa: D102
-
-    @property
-    def has_loss_mask(self) -> bool: ...  # noqa: D102
-
-    @property
-    def manifest(self) -> DatasetManifest | None: ...  # noqa: D102
+    num_shards: int
+    fingerprint: str
+    has_loss_mask: bool
+    manifest: DatasetManifest | None
 
     def name(self, shard: int) -> str:
         """Return what to call ``shard`` in a message."""
@@ -82,53 +73,6 @@ class ShardStore(Protocol):
             share: How much of a cache that has a limit they may take: other stores use it too.
         """
         ...
-
-
-class MemoryStore:
-    """Documents held in memory: synthetic data, probes and tests.
-
-    Args:
-        shards: For each shard its documents, each ``[n]`` integers that end with EOS.
-        loss_masks: The same nesting of ``[n]`` uint8 masks, or ``None``.
-    """
-
-    def __init__(
-        self, shards: Sequence[Sequence[np.ndarray]], loss_masks: Sequence[Sequence[np.ndarray]] | None = None
-    ):
-        self._shards = [[np.asarray(document) for document in shard] for shard in shards]
-        self._masks = None
-        if loss_masks is not None:
-            self._masks = [[np.asarray(mask, np.uint8) for mask in shard] for shard in loss_masks]
-        self._lengths = [np.array([len(document) for document in shard], np.int64) for shard in self._shards]
-        digest = blake2b(digest_size=16)
-        for shard in [*self._shards, *(self._masks or [])]:
-            for array in shard:
-                digest.update(f"{array.dtype} {len(array)} ".encode())
-                digest.update(array.tobytes())
-        self.fingerprint = digest.hexdigest()
-        self.num_shards = len(self._shards)
-        self.has_loss_mask = self._masks is not None
-        self.manifest: DatasetManifest | None = None
-
-    def name(self, shard: int) -> str:
-        """Return what to call ``shard`` in a message."""
-        return f"shard {shard}"
-
-    def lengths(self, shard: int) -> np.ndarray:
-        """Return the tokens of each document of ``shard``: ``[documents]`` int64."""
-        return self._lengths[shard]
-
-    def num_tokens(self, shard: int) -> int:
-        """Return the tokens of ``shard``."""
-        return int(self._lengths[shard].sum())
-
-    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
-        """Return tokens ``start..stop`` of document ``i`` of ``shard``."""
-        mask = None if self._masks is None else self._masks[shard][i][start:stop]
-        return Piece(self._shards[shard][i][start:stop], mask)
-
-    def prefetch(self, shards: Sequence[int], share: float = 1.0) -> None:
-        """There is nothing to fetch."""
 
 
 def sequential_documents(store: ShardStore) -> Iterator[Piece]:

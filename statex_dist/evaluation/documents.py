@@ -9,7 +9,7 @@ import numpy as np
 
 from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.formats import open_store
-from statex_dist.data.same_tokenizer import is_hash_of
+from statex_dist.data.manifest import is_hash_of
 from statex_dist.data.store import Piece, sequential_documents
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import DataError

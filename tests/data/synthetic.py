@@ -1,16 +1,65 @@
 """Small corpora made on the spot."""
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
+from statex_dist.data.manifest import DatasetManifest
 from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.storage.tar import WdsShardWriter
-from statex_dist.data.store import MemoryStore, ShardStore
+from statex_dist.data.store import Piece, ShardStore
 
 EOS = 256
 PAD = 257
+
+
+class MemoryStore:
+    """Documents held in memory: synthetic data, probes and tests.
+
+    Args:
+        shards: For each shard its documents, each ``[n]`` integers that end with EOS.
+        loss_masks: The same nesting of ``[n]`` uint8 masks, or ``None``.
+    """
+
+    def __init__(
+        self, shards: Sequence[Sequence[np.ndarray]], loss_masks: Sequence[Sequence[np.ndarray]] | None = None
+    ):
+        self._shards = [[np.asarray(document) for document in shard] for shard in shards]
+        self._masks = None
+        if loss_masks is not None:
+            self._masks = [[np.asarray(mask, np.uint8) for mask in shard] for shard in loss_masks]
+        self._lengths = [np.array([len(document) for document in shard], np.int64) for shard in self._shards]
+        digest = blake2b(digest_size=16)
+        for shard in [*self._shards, *(self._masks or [])]:
+            for array in shard:
+                digest.update(f"{array.dtype} {len(array)} ".encode())
+                digest.update(array.tobytes())
+        self.fingerprint = digest.hexdigest()
+        self.num_shards = len(self._shards)
+        self.has_loss_mask = self._masks is not None
+        self.manifest: DatasetManifest | None = None
+
+    def name(self, shard: int) -> str:
+        """Return what to call ``shard`` in a message."""
+        return f"shard {shard}"
+
+    def lengths(self, shard: int) -> np.ndarray:
+        """Return the tokens of each document of ``shard``: ``[documents]`` int64."""
+        return self._lengths[shard]
+
+    def num_tokens(self, shard: int) -> int:
+        """Return the tokens of ``shard``."""
+        return int(self._lengths[shard].sum())
+
+    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
+        """Return tokens ``start..stop`` of document ``i`` of ``shard``."""
+        mask = None if self._masks is None else self._masks[shard][i][start:stop]
+        return Piece(self._shards[shard][i][start:stop], mask)
+
+    def prefetch(self, shards: Sequence[int], share: float = 1.0) -> None:
+        """There is nothing to fetch."""
 
 
 def make_documents(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:

@@ -2,11 +2,10 @@ import json
 
 import pytest
 
-from statex_dist.data.loader import PackedLoader
 from statex_dist.data.mixture import Mixture, Stage
-from statex_dist.data.plan import PackPlan
 from statex_dist.errors import CheckpointError, ConfigError
 
+from .options import make_loader, make_plan
 from .synthetic import PAD, memory_store
 
 LENGTHS = [3, 40, 7, 16, 2, 9, 30, 5, 12, 17, 33, 4, 8, 21, 6, 11, 2, 14, 19, 10]
@@ -14,7 +13,7 @@ LENGTHS = [3, 40, 7, 16, 2, 9, 30, 5, 12, 17, 33, 4, 8, 21, 6, 11, 2, 14, 19, 10
 
 def mixture(stages, names=("books", "code"), **options) -> Mixture:
     plans = {
-        name: PackPlan(memory_store(LENGTHS[i:] * 3, shards=4), window_tokens=200, **options)
+        name: make_plan(memory_store(LENGTHS[i:] * 3, shards=4), window_tokens=200, **options)
         for i, name in enumerate(names)
     }
     return Mixture(plans, stages)
@@ -101,7 +100,7 @@ def test_a_new_source_begins_at_its_beginning_and_a_lost_one_is_refused():
     restored = two.place(one.state(place))
     assert restored.cursors["books"] == place.cursors["books"]
     assert restored.cursors["code"].epoch == restored.tokens["code"] == 0
-    with pytest.raises(ConfigError, match=r"has a source 'code' that is not in the data \(there are: books\)"):
+    with pytest.raises(ConfigError, match=r"'code' .*books"):
         one.place(two.state(two.begin()))
 
 
@@ -132,7 +131,7 @@ def test_the_loader_mixes_and_ranks_share_the_stream():
 
     def stream(world_size, count, state=None):
         loaders = [
-            PackedLoader(
+            make_loader(
                 stores,
                 stages=stages,
                 global_packs=4,
@@ -180,13 +179,13 @@ def test_bad_stages(stages, message):
 
 
 def test_states_are_not_carried_in_a_mixture():
-    with pytest.raises(ConfigError, match="'carry' works with one source"):
+    with pytest.raises(ConfigError, match="'carry'"):
         mixture([Stage(seq_len=8)], long_documents="carry")
 
 
 def single(stages=None, lengths=(5, 6, 7), **options) -> Mixture:
     stages = stages or [Stage(seq_len=8)]
-    return Mixture({"data": PackPlan(memory_store(list(lengths)), **{"seed": 3} | options)}, stages)
+    return Mixture({"data": make_plan(memory_store(list(lengths)), **{"seed": 3} | options)}, stages)
 
 
 def test_state_is_integers_and_hashes_and_is_checked():
@@ -203,7 +202,7 @@ def test_state_is_integers_and_hashes_and_is_checked():
         ({"long_documents": "carry"}, "long_documents was 'restart', now 'carry'"),
         ({"lengths": (5, 6, 8)}, "data was"),
     ):
-        with pytest.raises(ConfigError, match=f"is of another pack plan: .*{message}"):
+        with pytest.raises(ConfigError, match=message):
             single(**options).place(state)
     for change, message in (
         ({"epoch": "1"}, "epoch is '1'"),
@@ -219,7 +218,7 @@ def test_state_is_integers_and_hashes_and_is_checked():
         mix.place(state | {"sources": {"data": lacking}})
     with pytest.raises(CheckpointError, match="version 99"):
         mix.place(state | {"version": 99})
-    with pytest.raises(CheckpointError, match="it lacks version, step, weights or sources"):
+    with pytest.raises(CheckpointError, match="version, step, weights or sources"):
         mix.place({"epoch": 1})
 
 

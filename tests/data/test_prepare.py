@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 from launch.cmd_prepare import add_arguments, run
-from statex_dist.data.corpus.documents import Unit, read_unit, split_units
-from statex_dist.data.corpus.worker_pool import _as_finished
+from statex_dist.data.corpus.documents import WorkUnit, read_unit, split_units
+from statex_dist.data.corpus.tokenize_units import _as_finished
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
+from statex_dist.data.prepare import _WRITERS
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
+from tests.data.options import prepare
 from tests.data.prepared import EOS, files_of, json_lines, put, split_small, texts_of
 
 
@@ -152,11 +153,11 @@ def test_existing_output(corpus, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     prepare([corpus / "readme.md"], out)  # an empty directory is fine
-    with pytest.raises(ConfigError, match=r"exists and is not empty; choose another or give --overwrite"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], out)
     prepare([corpus], out, overwrite=True)
     assert len(texts_of(out)) == 231
-    with pytest.raises(ConfigError, match="is not a dataset, so it is not overwritten"):
+    with pytest.raises(ConfigError, match="not a dataset"):
         prepare([corpus / "readme.md"], corpus / "sub", overwrite=True)
     (out / "more.txt").write_text("more")
     with pytest.raises(ConfigError, match="holds the input"):
@@ -251,8 +252,8 @@ class Slow(p.MdsShardWriter):
     def write(self, *a):
         print("writing", flush=True); time.sleep(60)
 if __name__ == "__main__":
-    p.MdsShardWriter = Slow
-    p.prepare([sys.argv[1]], sys.argv[2], workers=2)
+    p._WRITERS["mds"] = Slow
+    p.prepare([sys.argv[1]], sys.argv[2], options=p.WorkOptions(workers=2))
 """
 
 
@@ -277,9 +278,9 @@ def test_killed_between_the_renames_of_an_overwrite_brings_the_old_dataset_back(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "out").rename(tmp_path / f".out.old-{socket.gethostname()}-{gone.pid}")
-    with pytest.raises(DataError, match="overwrite of it was killed; `statex prepare` into it again brings back"):
+    with pytest.raises(DataError, match="overwrite of it was killed"):
         open_store(tmp_path / "out")
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out")
     assert texts_of(tmp_path / "out") == ["# read me\r\n"]
 
@@ -287,13 +288,13 @@ def test_killed_between_the_renames_of_an_overwrite_brings_the_old_dataset_back(
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
         "import multiprocessing, time\n"
-        "from statex_dist.data.corpus.documents import Unit, file_facts\n"
-        "from statex_dist.data.corpus.rules import DocumentRules\n"
-        "from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob\n"
-        "from statex_dist.data.corpus.worker_pool import tokenize_units\n"
+        "from statex_dist.data.corpus.documents import WorkUnit, file_facts\n"
+        "from statex_dist.data.corpus.document_rules import DocumentRules\n"
+        "from statex_dist.data.corpus.tokenize_units import TokenizeTask, UnitJob\n"
+        "from statex_dist.data.corpus.tokenize_units import tokenize_units\n"
         "if __name__ == '__main__':\n"
         f"    path = {str(tmp_path / 'a.txt')!r}\n"
-        "    jobs = [UnitJob(Unit('text', (path,)), (file_facts(path),), f'{path}{i}') for i in range(4)]\n"
+        "    jobs = [UnitJob(WorkUnit('text', (path,)), (file_facts(path),), f'{path}{i}') for i in range(4)]\n"
         "    for result in tokenize_units(jobs, TokenizeTask('bytes', 'uint16', DocumentRules()), 2):\n"
         "        print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)\n"
     )
@@ -313,7 +314,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
 
 def test_workers_that_cannot_start_are_an_error_not_a_hang(corpus, tmp_path):
     call = f"prepare([{str(corpus)!r}], {str(tmp_path / 'out')!r}, workers=2)"
-    code = f"from statex_dist.data.prepare import prepare; {call}"
+    code = f"from tests.data.options import prepare; {call}"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-"]  # spawned processes cannot import a main module that came from stdin
     done = subprocess.run(command, input=code, capture_output=True, text=True, env=environment, timeout=60, check=False)
@@ -327,13 +328,13 @@ def test_output_that_appears_meanwhile_is_not_replaced(corpus, tmp_path, monkeyp
     class Interfered(MdsShardWriter):
         def finish(self):
             super().finish()
-            with pytest.raises(ConfigError, match="already being made by this process"):
+            with pytest.raises(ConfigError, match="by this process"):
                 prepare([corpus], out)
             out.mkdir()
             put(out / "theirs", b"theirs")
 
-    monkeypatch.setattr("statex_dist.data.prepare.MdsShardWriter", Interfered)
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    monkeypatch.setitem(_WRITERS, "mds", Interfered)
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], out)
     assert files_of(out) == {"theirs": b"theirs"}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.work", "corpus", "out"]  # nothing to tokenise again
@@ -378,7 +379,7 @@ def test_results_before_a_bad_unit_are_waited_for(monkeypatch):
             raise DataError(f"bad unit {job}")
         return f"result {job}"
 
-    monkeypatch.setattr("statex_dist.data.corpus.worker_pool._run_job", run)
+    monkeypatch.setattr("statex_dist.data.corpus.tokenize_units._run_job", run)
     found = []
 
     def collect(pool):
@@ -408,5 +409,5 @@ def test_progress_says_how_long_it_will_take(monkeypatch, caplog):
 
 
 def test_missing_file_between_listing_and_reading():
-    with pytest.raises(DataError, match="cannot be read: No such file"):
-        list(read_unit(Unit("text", ("/nowhere/a.txt",)), 258))
+    with pytest.raises(DataError, match="No such file"):
+        list(read_unit(WorkUnit("text", ("/nowhere/a.txt",)), 258))

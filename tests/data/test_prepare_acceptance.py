@@ -232,7 +232,7 @@ def killed(command, units):
     """Run a command in a child that is killed before it tokenises its ``units``-th unit."""
     if not (child := os.fork()):
         try:
-            from statex_dist.data.corpus.tokenize_unit import UnitTokenizer
+            from statex_dist.data.corpus.tokenize_units import UnitTokenizer
 
             real, left = UnitTokenizer.run, [units]
 

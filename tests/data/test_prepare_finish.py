@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from statex_dist.data.corpus.rules import DocumentRules
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.staging import Staging
-from statex_dist.data.corpus.work import Part, WorkDirectory
-from statex_dist.data.prepare import prepare, prepare_part
+from statex_dist.data.corpus.work import WorkDirectory, WorkPart
 from statex_dist.errors import ConfigError, StateXError
+from tests.data.options import prepare, prepare_part
 from tests.data.prepared import files_of, json_lines, put, split_small
 
 STEPS = ("unlink", "rmdir", "rename", "replace", "mkdir", "link", "fsync")
@@ -83,7 +83,7 @@ def test_the_same_command_finishes_after_a_kill_at_any_step(tmp_path, corpus, wa
             options["overwrite"] = True
         elif way == "merge":
             for index in (1, 2):
-                prepare_part([corpus], out, "bytes", Part(index, 2), DocumentRules(), workers=1)
+                prepare_part([corpus], out, "bytes", WorkPart(index, 2), DocumentRules(), workers=1)
             options["merge"] = True
         elif way == "own work directory":
             options["work"] = place / "work"
@@ -95,7 +95,7 @@ def test_the_same_command_finishes_after_a_kill_at_any_step(tmp_path, corpus, wa
         left = hidden(place) or (place / "work").exists()
         if not left and killed and way != "overwrite":
             assert out.exists()  # killed behind the last step
-            with pytest.raises(ConfigError, match="exists and is not empty"):
+            with pytest.raises(ConfigError, match="--overwrite"):
                 run()
         elif killed:
             finished.add(run().finished_before)
@@ -137,7 +137,7 @@ def test_the_command_says_complete(tmp_path, corpus, capsys):
 )
 def test_another_command_is_refused_as_ever(tmp_path, corpus, options):
     leave_work(tmp_path, corpus)
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out", **options)
     assert prepare([corpus], tmp_path / "out").finished_before
 
@@ -145,7 +145,7 @@ def test_another_command_is_refused_as_ever(tmp_path, corpus, options):
 def test_other_inputs_are_refused_as_ever(tmp_path, corpus):
     leave_work(tmp_path, corpus)
     put(corpus, corpus.read_bytes() + json_lines({"text": "one more"}))
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out")
     assert prepare([corpus], tmp_path / "out", overwrite=True).documents == 10
     assert hidden(tmp_path) == []
@@ -155,7 +155,7 @@ def test_a_dataset_that_was_changed_meanwhile_is_not_taken(tmp_path, corpus):
     leave_work(tmp_path, corpus)
     manifest = tmp_path / "out" / "manifest.json"
     put(manifest, manifest.read_bytes() + b"\n")
-    with pytest.raises(ConfigError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     assert not prepare([corpus], tmp_path / "out").finished_before
@@ -165,7 +165,7 @@ def test_a_damaged_note_of_the_commit_is_not_taken(tmp_path, corpus):
     leave_work(tmp_path, corpus)
     for content in (b"", b"[" * 100_000, b"\xff", b"[]", b'{"command": 1}'):
         put(tmp_path / ".out.committed", content)
-        with pytest.raises(ConfigError, match="exists and is not empty"):
+        with pytest.raises(ConfigError, match="--overwrite"):
             prepare([corpus], tmp_path / "out")
 
 
@@ -182,7 +182,7 @@ def test_a_work_directory_that_another_command_has_taken_is_left(tmp_path, corpu
     work = tmp_path / "work"
     assert killed_at(3, (WorkDirectory, "remove"), lambda: prepare([corpus], tmp_path / "out", workers=1, work=work))
     shutil.rmtree(work)
-    prepare_part([corpus], tmp_path / "other", "bytes", Part(1, 2), DocumentRules(eos="none"), workers=1, work=work)
+    prepare_part([corpus], tmp_path / "other", "bytes", WorkPart(1, 2), DocumentRules(eos="none"), workers=1, work=work)
     units = sorted((work / "units").iterdir())
     assert prepare([corpus], tmp_path / "out", work=work).finished_before
     assert sorted((work / "units").iterdir()) == units
@@ -214,7 +214,7 @@ def test_a_full_disk_is_named(tmp_path, corpus):
     said = full_disk(lambda: prepare([large], tmp_path / "out", workers=1))
     assert f"{tmp_path / '.out.work'}" in said
     assert "raise the limit of file sizes" in said
-    prepare_part([corpus], tmp_path / "out", "bytes", Part(1, 1), DocumentRules())
+    prepare_part([corpus], tmp_path / "out", "bytes", WorkPart(1, 1), DocumentRules())
     said = full_disk(lambda: prepare([corpus], tmp_path / "out", merge=True))
     assert f"{tmp_path / '.out.partial-'}" in said
     assert len(said) <= 400
@@ -230,7 +230,7 @@ def test_a_part_that_was_killed_at_any_step_is_run_again(tmp_path, corpus):
         out.parent.mkdir()
 
         def run(index, out=out):
-            return prepare_part([corpus], out, "bytes", Part(index, 2), rules, workers=1)
+            return prepare_part([corpus], out, "bytes", WorkPart(index, 2), rules, workers=1)
 
         killed = killed_at(step, (WorkDirectory, "__enter__"), lambda: run(1))
         first = run(1)

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.corpus.json_lines import _object
 from statex_dist.data.corpus.parquet_rows import row_group_sizes
 from statex_dist.data.corpus.records import BadRecordError, ReadReport
-from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.work import Part
+from statex_dist.data.corpus.work import WorkPart
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare, prepare_part
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import DataError
+from tests.data.options import prepare, prepare_part
 from tests.data.prepared import EOS, json_lines, put, split_small, texts_of
 
 TEXT = b"plain text " * 100
@@ -90,7 +90,7 @@ CONTENTS = {
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_other_formats_are_no_document(tmp_path, name):
     put(tmp_path / name, FILES[name])
-    with pytest.raises(DataError, match="is no file of text by its suffix"):
+    with pytest.raises(DataError, match=r"name it \.txt"):
         prepare([tmp_path / name], tmp_path / "out")
 
 
@@ -154,7 +154,7 @@ def test_rows_of_conversations_get_advice(tmp_path, row, advice, rows, form):
 )
 def test_a_key_twice_in_an_object_is_no_choice_of_ours(tmp_path, line):
     path = put(tmp_path / "a.jsonl", line + b"\n")
-    with pytest.raises(BadRecordError, match="stands in it more than once"):
+    with pytest.raises(BadRecordError, match="more than once"):
         prepare([path], tmp_path / "out")
     put(path, line + b"\n" + json_lines({"text": "good"}))
     assert prepare([path], tmp_path / "out", skip_bad_records=True).bad_records == 1
@@ -180,7 +180,7 @@ def test_arrays_and_indented_json_are_told_how_to_become_lines(tmp_path):
     rows = [{"text": "a"}, {"text": "b"}]
     for content in (json.dumps(rows), json.dumps(rows, indent=2), json.dumps(rows[0], indent=2)):
         path = put(tmp_path / "a.json", content.encode())
-        with pytest.raises(DataError, match=r"one object a line is needed: jq -c '\.\[\]'"):
+        with pytest.raises(DataError, match=r"jq -c '\.\[\]'"):
             prepare([path], tmp_path / "out")
 
 
@@ -199,7 +199,7 @@ def test_columns_of_one_name(tmp_path):
         parquet.write_table(table, tmp_path / "a.parquet")
 
     write(["text", "text"], "a", "b")
-    with pytest.raises(DataError, match="has 2 columns 'text'; which one is meant is not known"):
+    with pytest.raises(DataError, match="2 columns 'text'"):
         prepare([tmp_path / "a.parquet"], tmp_path / "out")
     write(["input_ids", "loss_mask", "loss_mask"], [1, 2], [1, 1], [0, 1])
     with pytest.raises(DataError, match="has 2 columns 'loss_mask'"):
@@ -233,7 +233,7 @@ def test_unknown_values_for_each_token_are_refused_whatever_their_type(tmp_path,
         "list": pa.array([[[1], [2]]]),
     }[kind]
     parquet.write_table(pa.table({"input_ids": [[1, 2]], "extra": column}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="column 'extra' holds a value for each token"):
+    with pytest.raises(DataError, match="'extra'"):
         prepare([tmp_path / "a.parquet"], tmp_path / "out")
     prepare([tmp_path / "a.parquet"], tmp_path / "out", ignore_fields=["extra"])
     assert documents(tmp_path / "out") == [([1, 2, EOS], None)]
@@ -265,7 +265,7 @@ def test_lines_are_counted_from_the_unit_where_others_are_of_another_part(tmp_pa
     path = bad_lines(tmp_path, 60)
     split_small(monkeypatch, 50)
     rules = DocumentRules(skip_bad_records=True)
-    prepare_part([path], tmp_path / "out", "bytes", Part(2, 2), rules, workers=1)
+    prepare_part([path], tmp_path / "out", "bytes", WorkPart(2, 2), rules, workers=1)
     content = path.read_bytes()
     found = [record.getMessage().removeprefix(f"left out: {path}:") for record in caplog.records]
     found = [message for message in found if message[0].isdigit()]
@@ -276,7 +276,7 @@ def test_lines_are_counted_from_the_unit_where_others_are_of_another_part(tmp_pa
         start = content.rindex(b"\n", 0, begin) + 1 if content[begin - 1 : begin] == b"\n" else begin
         start = begin if content[begin - 1 : begin] == b"\n" else content.index(b"\n", begin) + 1
         assert content[start:].split(b"\n")[int(line) - 1] == b'{"text": null}'
-    prepare_part([path], tmp_path / "out", "bytes", Part(1, 2), rules, workers=1)
+    prepare_part([path], tmp_path / "out", "bytes", WorkPart(1, 2), rules, workers=1)
     merged = prepare([path], tmp_path / "out", merge=True, skip_bad_records=True)
     assert merged.bad_records_listed == [f"{path}:{2 * i + 1}: field 'text' is null" for i in range(60)]
 
@@ -306,7 +306,7 @@ def test_lines_added_between_the_split_and_the_work_are_not_lost(tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr("statex_dist.data.corpus.source.split_units", split)
-        with pytest.raises(DataError, match="changed while its size was being read; run the command again"):
+        with pytest.raises(DataError, match="changed"):
             prepare([path], tmp_path / "out")
     assert prepare([path], tmp_path / "out").documents == 2
 
@@ -314,5 +314,5 @@ def test_lines_added_between_the_split_and_the_work_are_not_lost(tmp_path, monke
 def test_a_frame_with_a_window_that_is_too_large_is_told_from_damage(tmp_path):
     """A frame header that asks for 2 GiB, as ``zstd --long=31`` writes it for large inputs."""
     path = put(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"\x00" + b"\xa8" + b"\x01\x00\x00")
-    with pytest.raises(DataError, match="a window above 128 MiB; compress it again with zstd --long=27"):
+    with pytest.raises(DataError, match=r"128 MiB.*zstd --long=27"):
         prepare([path], tmp_path / "out")

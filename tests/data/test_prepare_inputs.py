@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import zstd
 
-from statex_dist.data.corpus.documents import Unit, file_facts, find_files, read_unit, split_units
-from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob, UnitTokenizer
+from statex_dist.data.corpus.document_rules import DocumentRules
+from statex_dist.data.corpus.documents import WorkUnit, file_facts, find_files, read_unit, split_units
+from statex_dist.data.corpus.tokenize_units import TokenizeTask, UnitJob, UnitTokenizer
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
+from tests.data.options import prepare
 from tests.data.prepared import EOS, files_of, json_lines, put, texts_of
 
 PACK = {".gz": gzip.compress, ".zst": zstd.compress}
@@ -68,18 +68,16 @@ def test_damaged_compressed_files(tmp_path, suffix, workers):
     bad = (packed[:-7], packed[: len(packed) // 2], packed + b"rubbish behind", b"no compressed file at all")
     for content in bad:
         path = put(tmp_path / f"a.jsonl{suffix}", content)
-        with pytest.raises(
-            DataError, match=rf"a\.jsonl\{suffix} is damaged or cut off behind line \d+: \w+"
-        ) as refused:
+        with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} .* line \d+: \w+") as refused:
             prepare([path], tmp_path / "out", workers=workers)
         assert "\n" not in str(refused.value)
     path = put(tmp_path / f"a.txt{suffix}", PACK[suffix](noise(9000))[:-3])
-    with pytest.raises(DataError, match=rf"a\.txt\{suffix} is damaged or cut off: "):
+    with pytest.raises(DataError, match=rf"a\.txt\{suffix} .*damaged"):
         prepare([path], tmp_path / "out")
-    with pytest.raises(DataError, match=rf"a\.txt\{suffix} has no byte, which no \{suffix} file has"):
+    with pytest.raises(DataError, match=rf"a\.txt\{suffix} has no byte"):
         prepare([put(path, b"")], tmp_path / "out")
     path = put(tmp_path / f"a.parquet{suffix}", PACK[suffix](b"PAR1"))
-    with pytest.raises(DataError, match=rf"is parquet inside \{suffix}; .* unpack the file"):
+    with pytest.raises(DataError, match=rf"parquet inside \{suffix}"):
         prepare([path], tmp_path / "out")
 
 
@@ -88,7 +86,7 @@ def test_bad_lines_of_compressed_files_are_named(tmp_path, suffix):
     with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}:3: no field 'text'"):
         prepare([path], tmp_path / "out")
     path = put(tmp_path / f"a.txt{suffix}", PACK[suffix](b"caf\xe9"))
-    with pytest.raises(DataError, match="is not UTF-8 text: byte 3"):
+    with pytest.raises(DataError, match=r"UTF-8.* byte 3"):
         prepare([path], tmp_path / "out")
 
 
@@ -144,7 +142,7 @@ def test_filters(tmp_path, kind, where, kept):
 
         parquet.write_table(pa.Table.from_pylist(list(RECORDS)), path)
     if not kept:
-        with pytest.raises(DataError, match=r"no documents in 1 input file \(0 shorter than 2 tokens, 5 did not meet"):
+        with pytest.raises(DataError, match=r"\(0 shorter than 2 tokens, 5 .*--where"):
             prepare([path], tmp_path / "out", where=where)
         return
     summary = prepare([path], tmp_path / "out", where=where)
@@ -188,7 +186,7 @@ def test_fields_that_cannot_be_compared(tmp_path, expression, message):
 
 def test_text_has_no_fields_to_filter_by(tmp_path):
     path = put(tmp_path / "a.txt", b"text")
-    with pytest.raises(ConfigError, match=r"--where looks at fields of \.jsonl and \.parquet; .*a\.txt is a text file"):
+    with pytest.raises(ConfigError, match=r"--where .*a\.txt"):
         prepare([path], tmp_path / "out", where=["language=en"])
 
 
@@ -206,7 +204,7 @@ def test_parquet_reads_only_the_columns_needed(tmp_path, monkeypatch):
         return real(self, *args, columns=columns, **options)
 
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spied)
-    unit = Unit("parquet", (str(tmp_path / "a.parquet"),), 0, 1)
+    unit = WorkUnit("parquet", (str(tmp_path / "a.parquet"),), 0, 1)
     assert [r.text for r in read_unit(unit, 258, DocumentRules(where=("meta.n=3",)))] == ["bb"]
     assert asked == [["text", "meta.n"]]
 
@@ -218,9 +216,9 @@ def test_long_documents_are_left_out(tmp_path):
     assert (summary.short_documents, summary.long_documents) == (1, 2)
     assert open_store(tmp_path / "out").manifest.left_out["long"] == 2
     for bad in (1, 0):
-        with pytest.raises(ConfigError, match=rf"max_tokens is {bad}; it must be at least min_tokens \(2\)"):
+        with pytest.raises(ConfigError, match=rf"max_tokens is {bad}\b.*min_tokens \(2\)"):
             prepare([path], tmp_path / "x", max_tokens=bad)
-    with pytest.raises(DataError, match=r"no documents in .* \(5 shorter than 8 tokens, 1 longer than 90 tokens\)"):
+    with pytest.raises(DataError, match=r"\(5 shorter than 8 tokens, 1 longer than 90 tokens\)"):
         prepare([path], tmp_path / "x", min_tokens=8, max_tokens=90)
 
 

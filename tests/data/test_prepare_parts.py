@@ -12,10 +12,10 @@ import pytest
 from launch.cli import build_parser, main
 from statex_dist.data.corpus.documents import find_files, split_units
 from statex_dist.data.corpus.lock import sign, try_lock
-from statex_dist.data.corpus.work import Part, parse_part
+from statex_dist.data.corpus.work import WorkPart, parse_part
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.errors import ConfigError
+from tests.data.options import prepare
 from tests.data.prepared import files_of, json_lines, put, split_small
 from tests.runs import REPOSITORY
 
@@ -188,7 +188,7 @@ def test_bad_parts(tmp_path, corpus, capsys, text):
 def test_part_and_merge_exclude_each_other(tmp_path, corpus, capsys):
     message = refused(capsys, corpus, tmp_path / "out", "--part", "1/2", "--merge")
     assert message == "error: --part and --merge are given; run the parts first, then --merge"
-    assert parse_part("3/8") == Part(3, 8)
+    assert parse_part("3/8") == WorkPart(3, 8)
 
 
 def test_parts_are_refused_where_the_merge_would_be(tmp_path, corpus, capsys):

@@ -16,11 +16,11 @@ import pytest
 from statex_dist.data.corpus.documents import split_units
 from statex_dist.data.corpus.lock import try_lock
 from statex_dist.data.corpus.records import ReadReport
-from statex_dist.data.corpus.tokenize_unit import UnitJob, UnitTokenizer
-from statex_dist.data.corpus.unit_files import Spill, UnitWriter, load_result
+from statex_dist.data.corpus.tokenize_units import UnitJob, UnitTokenizer
+from statex_dist.data.corpus.unit_files import UnitDocuments, UnitWriter, load_result
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.errors import ConfigError, DataError
+from tests.data.options import prepare
 from tests.data.prepared import files_of, json_lines, put, split_small, texts_of
 from tests.runs import REPOSITORY
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     setattr(target, name, killing)
     import statex_dist.data.corpus.source as source
     from statex_dist.data.corpus.documents import split_units
-    from statex_dist.data.prepare import prepare
+    from tests.data.options import prepare
     source.split_units = lambda files: split_units(files, unit_bytes=%d)
     prepare([root], out, workers=int(workers))
 """
@@ -125,9 +125,9 @@ def all_units(corpus: Path) -> int:
 @pytest.mark.parametrize(
     ("module", "owner", "name", "count", "when", "workers", "done"),
     [
-        ("corpus.spill", "UnitWriter", "_place", 1, "before", 1, 0),  # tokens under their temporary name
-        ("corpus.spill", "UnitWriter", "_place", 9, "after", 1, 4),  # a fifth unit has its tokens only
-        ("corpus.spill", "UnitWriter", "_place", 10, "after", 1, 5),
+        ("corpus.unit_files", "UnitWriter", "_place", 1, "before", 1, 0),  # tokens under their temporary name
+        ("corpus.unit_files", "UnitWriter", "_place", 9, "after", 1, 4),  # a fifth unit has its tokens only
+        ("corpus.unit_files", "UnitWriter", "_place", 10, "after", 1, 5),
         ("corpus.unit_results", "UnitResults", "add", 6, "after", 2, None),  # in the parent of a pool
         ("storage.mds", "MdsShardWriter", "write", 50, "after", 1, "all"),
         ("manifest", "DatasetManifest", "write", 1, "after", 1, "all"),
@@ -271,7 +271,7 @@ def test_a_work_directory_in_use_is_refused(tmp_path, corpus):
     command = [sys.executable, "-c", code, str(work / "lock")]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ConfigError, match=rf"is in use by a run \(process {process.pid} on .*\); wait for it, or"):
+        with pytest.raises(ConfigError, match=rf"\(process {process.pid} on "):
             prepare([corpus], tmp_path / "out", work=work)
         process.kill()
     prepare([corpus], tmp_path / "out", work=work)  # no stale lock
@@ -294,9 +294,9 @@ def test_a_lock_on_a_file_that_was_just_removed_is_taken_again(tmp_path, monkeyp
 
 
 def test_a_directory_of_something_else_is_not_taken_for_work(tmp_path, corpus):
-    with pytest.raises(ConfigError, match=r"work directory .*corpus holds .*\.jsonl, which is not ours; choose an emp"):
+    with pytest.raises(ConfigError, match=r"corpus holds .*\.jsonl"):
         prepare([corpus], tmp_path / "out", work=corpus)
-    with pytest.raises(ConfigError, match=r"d\.txt is a file; choose another with --work"):
+    with pytest.raises(ConfigError, match=r"d\.txt .*--work"):
         prepare([corpus], tmp_path / "out", work=corpus / "d.txt")
     assert len(list(corpus.iterdir())) == 4
 
@@ -309,7 +309,7 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path, corpus, mo
         real(self, *args, **options)
 
     monkeypatch.setattr(UnitWriter, "write", write)
-    with pytest.raises(DataError, match=r"d\.txt changed while it was being read; run the command again"):
+    with pytest.raises(DataError, match=r"d\.txt changed"):
         prepare([corpus / "d.txt"], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
@@ -321,15 +321,15 @@ def test_more_units_than_files_may_be_open(tmp_path):
         "import numpy as np\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
         "from statex_dist.data.corpus.records import ReadReport\n"
-        "from statex_dist.data.corpus.unit_files import Spill, UnitWriter\n"
+        "from statex_dist.data.corpus.unit_files import UnitDocuments, UnitWriter\n"
         "results = []\n"
         "for i in range(200):\n"
         "    writer = UnitWriter(f'{sys.argv[1]}/{i}', 'uint16')\n"
         "    writer.write(np.full(3, i), None, 256)\n"
         "    results.append(writer.finish(short=0, long=0, reading=ReadReport()))\n"
-        "spill = Spill(results, 'uint16', None)\n"
+        "documents = UnitDocuments(results, 'uint16', None)\n"
         "for i in [*range(200), *range(200)]:\n"
-        "    assert spill.read(i)[0].tolist() == [i, i, i, 256]\n"
+        "    assert documents.read(i)[0].tolist() == [i, i, i, 256]\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, check=True)
 
@@ -347,8 +347,8 @@ def test_masks_may_begin_late_in_a_unit(tmp_path):
     assert found is not None
     assert (found.short, found.long, found.reading) == (1, 2, ReadReport(filtered=3, bad=1, listed=["x"]))
     for one in (result, found):
-        spill = Spill([one], "uint32", None)
-        masks = [spill.read(i)[1].tolist() for i in range(4)]
+        documents = UnitDocuments([one], "uint32", None)
+        masks = [documents.read(i)[1].tolist() for i in range(4)]
         assert masks == [[1, 1, 1, 1], [0, 1, 0], [1, 0], [1]]
     assert load_result(str(tmp_path / "u"), "uint16") is None
     assert json.dumps(sorted(file.name for file in tmp_path.iterdir())) == '["u.done", "u.masks", "u.tokens"]'

@@ -7,9 +7,9 @@ import pytest
 import zstd
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
+from tests.data.options import prepare
 from tests.data.prepared import EOS, json_lines, put, split_small, texts_of
 
 IDS = [1, 2, 3, 4, 5, 6]
@@ -79,7 +79,7 @@ def test_what_datasets_writes(tmp_path, form):
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_with_text_and_ids_need_a_choice(tmp_path, name):
     path = write(tmp_path / name, [{"text": "ab", "input_ids": IDS, "labels": IDS}] * 2)
-    with pytest.raises(DataError, match=r"has both 'input_ids' and 'text'; choose .* --rows text or --rows tokens"):
+    with pytest.raises(DataError, match=r"'input_ids' and 'text'.*--rows text or --rows tokens"):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     prepare([path], tmp_path / "text", rows="text")
     assert texts_of(tmp_path / "text") == ["ab", "ab"]
@@ -98,7 +98,7 @@ def test_rows_with_text_and_ids_need_a_choice(tmp_path, name):
 )
 def test_a_file_with_rows_of_both_kinds_is_refused(tmp_path, name, rows):
     path = write(tmp_path / name, rows)
-    with pytest.raises(DataError, match=r"(:2|row 1): this row has .* a file must hold one kind: separate them"):
+    with pytest.raises(DataError, match=r"(:2|row 1): .*one kind"):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     assert prepare([path], tmp_path / "out", rows="text", skip_bad_records=True).bad_records == 1
     assert texts_of(tmp_path / "out") == ["ab"]
@@ -111,7 +111,7 @@ def test_kinds_are_compared_across_the_units_of_a_file(tmp_path, monkeypatch, wo
     split_small(monkeypatch, 60)
     rows = [{"text": "x" * 40}] * 30 + [{"input_ids": IDS}]
     path = put(tmp_path / "a.jsonl", json_lines(*rows))
-    with pytest.raises(DataError, match=r"a\.jsonl: rows have input_ids, but rows before have text"):
+    with pytest.raises(DataError, match=r"a\.jsonl: .*input_ids.*text"):
         prepare([path], tmp_path / "out", workers=workers)
     other = put(tmp_path / "b.jsonl", json_lines(*rows[:-1]))
     third = put(tmp_path / "c.jsonl", json_lines(rows[-1]))
@@ -147,7 +147,7 @@ def test_a_null_mask_is_not_a_missing_one(tmp_path):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_refused_column_is_named_and_can_be_ignored(tmp_path, name, caplog):
     path = write(tmp_path / name, [{"input_ids": IDS, "importance": [0.5] * 6}])
-    with pytest.raises(DataError, match="column 'importance' holds a value for each token"):
+    with pytest.raises(DataError, match="'importance'"):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     prepare([path], tmp_path / "out", ignore_fields=["importance"])
     assert documents(tmp_path / "out") == [([*IDS, EOS], None)]

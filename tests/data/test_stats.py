@@ -8,12 +8,10 @@ import pytest
 
 from launch.cli import main
 from launch.cmd_data_stats import parse_lengths
-from statex_dist.data.plan import PackPlan
-from statex_dist.data.prepare import prepare
-from statex_dist.data.stats import MODES, draw_stats, length_stats, packing_stats
-from statex_dist.data.store import MemoryStore
+from statex_dist.data.stats import draw_stats, length_stats, packing_modes, packing_stats
 from statex_dist.errors import ConfigError, DataError
-from tests.data.synthetic import make_documents, memory_store, write_mds
+from tests.data.options import make_plan, prepare
+from tests.data.synthetic import MemoryStore, make_documents, memory_store, write_mds
 
 LENGTHS = [2, 3, 3, 4, 7, 8, 9, 15, 16, 17, 40, 64, 100, 129, 500]
 
@@ -59,7 +57,7 @@ def test_empty_documents_have_a_bucket_of_their_own():
 @pytest.mark.parametrize("seq_len", [8, 64, 1024])
 def test_packings_are_those_counted_by_hand(seq_len: int):
     found = packing_stats(memory_store(LENGTHS), [seq_len])
-    assert [packing.mode for packing in found] == list(MODES)
+    assert [packing.mode for packing in found] == packing_modes()
     figures = {packing.mode.title: packing for packing in found}
     longer = sum(n > seq_len for n in LENGTHS)
     assert all(packing.report.tokens == sum(LENGTHS) for packing in found)
@@ -78,7 +76,7 @@ def test_packings_are_those_counted_by_hand(seq_len: int):
 
 def test_only_the_windows_asked_for_are_packed():
     store = memory_store(LENGTHS, shards=5)
-    windows = PackPlan(store, window_tokens=1).windows(0)
+    windows = make_plan(store, window_tokens=1).windows(0)
     expected = sum(store.num_tokens(int(shard)) for window in windows[:2] for shard in window)
     found = packing_stats(store, [16], windows=2, window_tokens=1)
     assert all(packing.report.tokens == expected for packing in found)
@@ -112,7 +110,7 @@ def test_the_command_prints_what_json_says(dataset: Path, tmp_path: Path, capsys
     assert figures["lengths"]["max"] == 500
     assert sum(bucket["tokens"] for bucket in figures["histogram"]) == sum(LENGTHS)
     assert [(p["seq_len"], p["packing"], p["tail"]) for p in figures["packings"]] == [
-        (seq_len, *mode) for seq_len in (16, 64) for mode in MODES
+        (seq_len, *mode) for seq_len in (16, 64) for mode in packing_modes()
     ]
     assert {"padding", "cut_documents", "cut_share", "long_documents", "documents_per_pack", "packs"} <= set(
         figures["packings"][0]
@@ -172,7 +170,7 @@ def test_bad_input_is_one_line(dataset: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_lengths_of_packs_are_never_guessed():
     assert parse_lengths(["4096, 64", "64", "8"]) == [4096, 64, 8]
-    with pytest.raises(ConfigError, match=r"'64K' is not a length"):
+    with pytest.raises(ConfigError, match="'64K'"):
         parse_lengths(["64K"])
     with pytest.raises(ConfigError, match="seq_len is 0"):
         packing_stats(memory_store([4]), [0])

@@ -103,7 +103,7 @@ def test_no_code_of_a_directory_runs_and_nobody_is_asked(tmp_path, fast_director
 
 
 def test_missing_and_damaged(tmp_path):
-    with pytest.raises(ConfigError, match=r"no such directory; allowed: 'bytes'"):
+    with pytest.raises(ConfigError, match="'bytes'"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"no tokenizer.json in it"):
         load_tokenizer(tmp_path)

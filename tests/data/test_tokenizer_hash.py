@@ -8,11 +8,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
-from statex_dist.data.same_tokenizer import check_same_tokenizer, is_hash_of
+from statex_dist.data.manifest import check_same_tokenizer, is_hash_of
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
 from statex_dist.errors import DataError
 from tests.data.fast_tokenizers import KINDS, NAMES, TEXTS, backend, save
+from tests.data.options import prepare
 from tests.data.prepared import json_lines, put
 
 PROBES = [*TEXTS, *(f"The Fox{name}ﬁ  é <tool>s ① {name}" for name in NAMES), "x" * 50, " lead", "a\u0301b\n\n漢", ""]
@@ -188,7 +188,7 @@ def test_random_ids_are_refused(tmp_path):
         if good:
             load_tokenizer(directory)
         else:
-            with pytest.raises(DataError, match=rf"BPE dropout {dropout:g} gives other ids every time; set 'dropout'"):
+            with pytest.raises(DataError, match=rf"dropout {dropout:g} .*'dropout'"):
                 load_tokenizer(directory)
 
 
@@ -217,7 +217,7 @@ def test_datasets_of_the_release_before_go_with_their_model(datasets, caplog):
     check_same_tokenizer({"old": old, "new": new}, own)
     assert any("old was prepared by an earlier release" in record.getMessage() for record in caplog.records)
     for version in (datasets["llama"], of_version_2(datasets["llama"]), datasets["bytes"]):
-        with pytest.raises(DataError, match="x was made with another tokenizer"):
+        with pytest.raises(DataError, match=r"x .*another tokenizer"):
             check_same_tokenizer({"x": version}, own)
 
 
@@ -225,7 +225,7 @@ def test_datasets_without_a_model_are_compared_with_each_other(datasets, caplog)
     check_same_tokenizer({"a": datasets["gpt2"], "b": datasets["gpt2"]}, None)
     assert not caplog.records
     for other in (datasets["llama"], datasets["bytes"], of_version_2(datasets["llama"])):
-        with pytest.raises(DataError, match="b was made with another tokenizer"):
+        with pytest.raises(DataError, match=r"b .*another tokenizer"):
             check_same_tokenizer({"a": datasets["gpt2"], "b": other}, None)
     check_same_tokenizer({"a": datasets["bytes"], "b": of_version_2(datasets["bytes"])}, None)
     caplog.clear()

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 
 from statex_dist.batch import PackedBatch
 from statex_dist.config import parse_config
-from statex_dist.data.loader import PackedLoader
 from statex_dist.data.storage.mds import load_streaming
 from statex_dist.distributed.env import read_env
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, family_of
-from statex_dist.run import build_engine, build_loader, build_model, open_stores
+from statex_dist.run import build_engine, build_loader, build_model
 from statex_dist.run_config import RunConfig
 from statex_dist.train.guard import Guard
+from tests.data.options import make_loader
 from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, save_model, write_run
 
@@ -91,8 +91,8 @@ def write_documents(directory: Path, lengths: list[int], masks: list[np.ndarray]
 
 def global_batches(config: RunConfig, model: RecurrentLM) -> Iterator[list[PackedBatch]]:
     """The packs of every step, of all ranks."""
-    stores = open_stores(config)
-    loader = PackedLoader(
+    stores = config.data.open_stores()
+    loader = make_loader(
         stores,
         seq_len=SEQ_LEN,
         global_packs=PACKS,
@@ -127,7 +127,7 @@ def steps(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
 
     env = read_env()
     model = build_model(config)
-    loader = build_loader(config, open_stores(config), model.config, env)
+    loader = build_loader(config, config.data.open_stores(), model.config, env)
     engine = build_engine(config, model, env, config.accumulation_steps(env.world_size))
     guard, batches, found = Guard(config.guard, run_dir, rank=env.rank), iter(loader), []
     for _ in range(STEPS):

@@ -14,10 +14,10 @@ import torch
 from checkpoints_tools.plan.memory import TrainingSettings, training_memory
 from launch.cmd_plan import count_activations
 from statex_dist.batch import PackedBatch
-from statex_dist.data.prepare import prepare
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.lm import RecurrentLM
+from tests.data.options import prepare
 from tests.runs import (
     GLA,
     MAMBA2,

@@ -11,7 +11,7 @@ import torch
 
 from statex_dist.config import parse_config
 from statex_dist.distributed.env import read_env
-from statex_dist.run import build_engine, build_loader, build_model, open_stores
+from statex_dist.run import build_engine, build_loader, build_model
 from statex_dist.run_config import RunConfig
 from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, expanded, make_shards, save_model, write_run
@@ -31,7 +31,7 @@ def steps(config: RunConfig) -> list[dict[str, Any]]:
     """Run five steps of which the third is to be skipped and the fourth has a gradient that is not finite."""
     env = read_env()
     model = build_model(config)
-    loader = build_loader(config, open_stores(config), model.config, env)
+    loader = build_loader(config, config.data.open_stores(), model.config, env)
     engine = build_engine(config, model, env, config.accumulation_steps(env.world_size))
     batches, found = iter(loader), []
     for number in range(1, 6):

@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from launch.cli import main
-from statex_dist.data.tokenizer import BytesTokenizer, HFTokenizer
+from statex_dist.data.hf_tokenizer import HFTokenizer
+from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.mqar_ids import choose_words
 from statex_dist.models.hf import save_pretrained

@@ -128,7 +128,7 @@ def test_max_tokens_cuts_the_last_document(max_tokens, tokens):
 
 
 def test_text_files_and_prepared_shards_give_the_same(tmp_path):
-    from statex_dist.data.prepare import prepare
+    from tests.data.options import prepare
 
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -188,7 +188,7 @@ def test_bad_data_is_refused(tmp_path):
 
 
 def test_shards_of_another_tokenizer_are_refused(tmp_path):
-    from statex_dist.data.prepare import prepare
+    from tests.data.options import prepare
 
     class Other(BytesTokenizer):
         spec, hash = "other", "0" * 32

@@ -5,7 +5,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from statex_dist.data.tokenizer import BytesTokenizer, HFTokenizer
+from statex_dist.data.hf_tokenizer import HFTokenizer
+from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.inference.text import TextStream, continuation_text, cut, end_ids, text_window
 from tests.inference.text_kinds import BYTES, KINDS, MARK, byte_level_bpe
 from tests.inference.text_kinds import llama as make_llama

@@ -3,7 +3,7 @@
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from statex_dist.data.tokenizer import HFTokenizer
+from statex_dist.data.hf_tokenizer import HFTokenizer
 
 TEXT = "the quick brown fox — naïve café, 東京 is big, 🙂🙃 and \n\n so on " * 4
 BYTES = [f"<0x{i:02X}>" for i in range(256)]

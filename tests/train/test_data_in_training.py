@@ -16,7 +16,6 @@ import torch
 from launch.cli import main
 from statex_dist.config import parse_config
 from statex_dist.data.formats import open_store
-from statex_dist.data.prepare import prepare
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError
 from statex_dist.models.hf import from_pretrained, save_pretrained
@@ -24,6 +23,7 @@ from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import read_metrics
 from statex_dist.train.status import read_status
+from tests.data.options import prepare
 from tests.runs import GLA, MAMBA2, command, environment, expanded, losses, run_training, save_model, write_run
 
 
@@ -102,9 +102,9 @@ def test_a_carried_state_makes_a_cut_document_whole(tmp_path: Path, model: Path,
 
 def sums(means: list[float], shards: Path, long_documents: str) -> float:
     """The summed loss of a run, from its mean losses and the packs' own counts of targets."""
-    from statex_dist.data.loader import PackedLoader
+    from tests.data.options import make_loader
 
-    loader = PackedLoader(
+    loader = make_loader(
         open_store(shards),
         seq_len=64,
         global_packs=1,

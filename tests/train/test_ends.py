@@ -17,7 +17,7 @@ import pytest
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.config import parse_config
 from statex_dist.data.loader import PackedLoader
-from statex_dist.data.storage.mds_format import MdsShard
+from statex_dist.data.storage.mds import MdsShard
 from statex_dist.engine import checkpoints as checkpoints_module
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.errors import CheckpointError, DataError, StateXError

@@ -13,8 +13,8 @@ from statex_dist.batch import PackedBatch
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.checkpoint.manifest import FileRecord, Manifest
 from statex_dist.config import parse_config
+from statex_dist.data.forecast import TrainedLength
 from statex_dist.data.formats import open_store
-from statex_dist.data.lengths import TrainedLength
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.engine.plain import PlainEngine
 from statex_dist.engine.segment_states import CarriedStates
@@ -22,7 +22,7 @@ from statex_dist.engine.snapshot import FileWriter
 from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, read_config
-from statex_dist.run import open_stores, train
+from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
 from statex_dist.train.run_lock import claim
@@ -308,7 +308,7 @@ def test_checkpoints_say_what_length_they_were_trained_at(tmp_path: Path, shards
         int(store.lengths(shard).max()) for store in [open_store(shards)] for shard in range(store.num_shards)
     )
     assert read_config(model).extra == {"train_length": min(256, longest)}
-    stages, stores = config.data.stages(), open_stores(config)
+    stages, stores = config.data.stages(), config.data.open_stores()
     length = TrainedLength.of(stages, stores, carry=False)
     assert [length(0, 2), length(0, 3), length(2, 3), length(3, 3)] == [64, min(256, longest), min(256, longest), 0]
     assert TrainedLength.of(stages, stores, carry=True)(0, 1) == longest

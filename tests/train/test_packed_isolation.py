@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from statex_dist.batch import IGNORE_INDEX
-from statex_dist.data.loader import PackedLoader
+from tests.data.options import make_loader
 from tests.data.synthetic import PAD, memory_store
 from tests.models.tiny import CONFIGS, build
 
@@ -18,7 +18,7 @@ LENGTHS = [9, 23, 5, 14, 2, 40, 7]
 
 def one_pack(vocab_size: int):
     store = memory_store(LENGTHS, shards=1)
-    loader = PackedLoader(store, seq_len=112, global_packs=1, pad_id=PAD, prefetch_steps=0)
+    loader = make_loader(store, seq_len=112, global_packs=1, pad_id=PAD, prefetch_steps=0)
     (batch,) = next(iter(loader))
     return batch.input_ids % vocab_size, batch
 

@@ -16,7 +16,7 @@ from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.config import parse_config
-from statex_dist.data.lengths import TrainedLength
+from statex_dist.data.forecast import TrainedLength
 from statex_dist.data.mixture import Stage
 from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine import checkpoints as saving

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from statex_dist.data.corpus.compressed import inner_name, is_compressed
-from statex_dist.data.corpus.foreign_files import by_name
+from statex_dist.data.compression import inner_name, is_compressed
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.json_lines import read_lines
-from statex_dist.data.corpus.parquet_rows import Wanted, read_rows, row_group_sizes
+from statex_dist.data.corpus.parquet_rows import read_rows, row_group_sizes
 from statex_dist.data.corpus.records import ReadReport, Record
-from statex_dist.data.corpus.row_parser import RowParser
-from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.text_files import read_texts
+from statex_dist.data.corpus.rows import RowParser
+from statex_dist.data.corpus.text_files import by_name, read_texts
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ _RULES = DocumentRules()
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """A piece of work: whole text files, a byte range of a JSON-lines file or row groups of a parquet file.
 
     Attributes:
@@ -141,7 +140,7 @@ def _special(path: str | Path) -> str | None:
     return None if stat.S_ISREG(mode) else _SPECIAL.get(stat.S_IFMT(mode), "not a file")
 
 
-def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[list[Unit], int]:
+def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[list[WorkUnit], int]:
     """Return the units of ``files`` in order, and the files' bytes on disk.
 
     Args:
@@ -157,29 +156,29 @@ def split_units(files: Sequence[Path], unit_bytes: int | None = None) -> tuple[l
         unit_bytes = _UNIT_BYTES
         while total > unit_bytes * _MANY_UNITS:
             unit_bytes *= 2
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     texts: list[str] = []
     waiting = 0
     for file, size in zip(files, sizes, strict=True):
         kind = _kind(file)
         if texts and (kind != "text" or waiting + size > unit_bytes or len(texts) == _UNIT_FILES):
-            units.append(Unit("text", tuple(texts)))
+            units.append(WorkUnit("text", tuple(texts)))
             texts, waiting = [], 0
         if kind == "text":
             texts.append(str(file))
             waiting += size
         elif kind == "jsonl":
             step = max(size, 1) if is_compressed(file.name) else unit_bytes
-            units.extend(Unit(kind, (str(file),), begin, min(begin + step, size)) for begin in range(0, size, step))
+            units.extend(WorkUnit(kind, (str(file),), begin, min(begin + step, size)) for begin in range(0, size, step))
         else:
             units.extend(_parquet_units(file, unit_bytes))
     if texts:
-        units.append(Unit("text", tuple(texts)))
+        units.append(WorkUnit("text", tuple(texts)))
     return units, total
 
 
 def read_unit(
-    unit: Unit,
+    unit: WorkUnit,
     vocab_size: int,
     rules: DocumentRules = _RULES,
     report: ReadReport | None = None,
@@ -187,13 +186,6 @@ def read_unit(
     sample: bool = False,
 ) -> Iterator[Record]:
     """Yield the documents of ``unit``.
-
-    Args:
-        unit: What to read.
-        vocab_size: Bound of the ids in records that are tokenised already.
-        rules: The field that is read, and the rules for leaving records out.
-        report: Takes counts of records left out, and the kind of rows read.
-        sample: Read only the records at its begin: about 1 MiB of lines, or a batch of rows.
 
     Raises:
         DataError: A file cannot be read or decoded, or a record is not a document; the message names file and place.
@@ -203,13 +195,11 @@ def read_unit(
     most = rules.max_document_bytes
     if unit.kind == "text":
         return read_texts(unit.paths, report, most, skip_undecodable=rules.skip_undecodable)
-    conditions = rules.conditions()
-    parse = RowParser(vocab_size, rules.text_field, rules.rows, rules.ignore_fields, conditions, report)
+    parse = RowParser(vocab_size, rules, report)
     if unit.kind == "jsonl":
         end = _SAMPLE_BYTES if sample else None if is_compressed(unit.paths[0]) else unit.end
         return read_lines(unit.paths[0], unit.begin, end, parse, report, most)
-    wanted = Wanted(rules.text_field, rules.rows, [condition.field for condition in conditions], most)
-    return read_rows(unit.paths[0], unit.begin, unit.end, wanted, parse, report, sample=sample)
+    return read_rows(unit.paths[0], unit.begin, unit.end, rules, parse, report, sample=sample)
 
 
 def file_facts(path: str | Path) -> tuple[int, int]:
@@ -225,7 +215,7 @@ def file_facts(path: str | Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def check_filterable(units: Sequence[Unit]) -> None:
+def check_filterable(units: Sequence[WorkUnit]) -> None:
     """Refuse units whose documents have no fields that ``--where`` could look at.
 
     Raises:
@@ -263,11 +253,11 @@ def _size(file: Path) -> int:
     return size
 
 
-def _parquet_units(file: Path, unit_bytes: int) -> Iterator[Unit]:
+def _parquet_units(file: Path, unit_bytes: int) -> Iterator[WorkUnit]:
     sizes = row_group_sizes(str(file))
     begin, waiting = 0, 0
     for i, size in enumerate(sizes):
         waiting += size
         if waiting >= unit_bytes or i == len(sizes) - 1:
-            yield Unit("parquet", (str(file),), begin, i + 1)
+            yield WorkUnit("parquet", (str(file),), begin, i + 1)
             begin, waiting = i + 1, 0

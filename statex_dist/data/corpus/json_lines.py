@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from statex_dist.checkpoint.json_file import parse_json
-from statex_dist.data.corpus.compressed import DamagedStreamError, open_stream
+from statex_dist.data.compression import DamagedStreamError, open_stream
 from statex_dist.data.corpus.records import BadRecordError, Parse, ReadReport, Record
 from statex_dist.data.corpus.text_files import refuse_other_encodings
 from statex_dist.errors import DataError, shown

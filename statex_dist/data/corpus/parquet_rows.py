@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from statex_dist.data.columns import BESIDE_TEXT, TOKENS, ZEROS_ONLY, advice
+from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.records import BadRecordError, Parse, ReadReport, Record, first_line
 from statex_dist.errors import DataError
 
@@ -22,23 +22,6 @@ _PAGE_BYTES = 1 << 16
 _THRIFT_I32 = 0x15
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The columns and limits for reading rows.
-
-    Attributes:
-        text_field: Column of the text, or a dotted path into a nested one.
-        rows: ``"auto"``, ``"text"`` or ``"tokens"``.
-        fields: Columns, or dotted paths, that conditions look at.
-        most: Bytes that a row may have.
-    """
-
-    text_field: str
-    rows: str
-    fields: Sequence[str]
-    most: int
-
-
 def row_group_sizes(path: str) -> list[int]:
     """Return the raw bytes of every row group of the file at ``path``.
 
@@ -50,42 +33,30 @@ def row_group_sizes(path: str) -> list[int]:
 
 
 def read_rows(
-    path: str, begin: int, end: int, wanted: Wanted, parse: Parse, report: ReadReport, *, sample: bool = False
+    path: str, begin: int, end: int, rules: DocumentRules, parse: Parse, report: ReadReport, *, sample: bool = False
 ) -> Iterator[Record]:
     """Yield the documents of every row of the row groups ``begin <= i < end``.
-
-    Args:
-        path: The file.
-        begin: First row group.
-        end: One past the last.
-        wanted: Which columns.
-        parse: Makes the documents of a row.
-        report: Takes bad rows, if they are to be skipped.
-        sample: Read only the first batch of rows.
 
     Raises:
         DataError: The file cannot be read, has no column of documents, or ``parse`` refuses a row; the message names
             file and row.
     """
+    most = rules.max_document_bytes
     with _open(path) as parquet:
-        columns = _columns(path, parquet, wanted, report)
+        columns = _columns(path, parquet, rules, report)
         row = sum(parquet.metadata.row_group(i).num_rows for i in range(begin))
         for group in range(begin, end):
             rows = parquet.metadata.row_group(group).num_rows
             size, largest = _group_bytes(path, parquet.metadata.row_group(group), columns)
             # Rows that are larger than allowed are read one by one to find the others, within reason.
-            if (
-                rows
-                and size > (wanted.most + _PAGE_BYTES) * rows
-                and not (report.skip and size <= _MOST_TIMES * wanted.most)
-            ):
-                reason = f"row group {group} has {rows} rows with {size} bytes, more than {wanted.most} each"
+            if rows and size > (most + _PAGE_BYTES) * rows and not (report.skip and size <= _MOST_TIMES * most):
+                reason = f"row group {group} has {rows} rows with {size} bytes, more than {most} each"
                 report.leave_out(f"{path}: row {row}", f"{reason}; {BadRecordError.LARGER}", rows)
                 row += rows
                 continue
             count = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(size // max(rows, 1), largest, 1)))
             for batch in _batches(path, parquet, group, columns, count):
-                for fields in _rows(batch, wanted.most):
+                for fields in _rows(batch, most):
                     found: list[Record] = []
                     try:
                         if isinstance(fields, BadRecordError):
@@ -102,21 +73,22 @@ def read_rows(
                     return
 
 
-def _columns(path: str, parquet: Any, wanted: Wanted, report: ReadReport) -> list[str]:
+def _columns(path: str, parquet: Any, rules: DocumentRules, report: ReadReport) -> list[str]:
     """Return the columns to read: the text alone, or the ids and every column that could change the training."""
     names = parquet.schema_arrow.names
-    text = wanted.text_field
-    columns = [text] if wanted.rows != "tokens" and _holds(parquet.schema_arrow, text) else []
-    if wanted.rows != "text" and TOKENS in names:
+    text = rules.text_field
+    columns = [text] if rules.rows != "tokens" and _holds(parquet.schema_arrow, text) else []
+    if rules.rows != "text" and TOKENS in names:
         columns += [field.name for field in parquet.schema_arrow if _matters(field)]
     elif not columns:
-        allowed = {"tokens": repr(TOKENS), "text": repr(text)}.get(wanted.rows, f"{text!r} or {TOKENS!r}")
+        allowed = {"tokens": repr(TOKENS), "text": repr(text)}.get(rules.rows, f"{text!r} or {TOKENS!r}")
         raise DataError(f"{path}: no column {allowed} (there are: {', '.join(names) or 'none'}){advice(names)}")
     if TOKENS not in columns:
         report.unused += sorted(BESIDE_TEXT.intersection(names))
     else:
         report.unused += sorted(set(names).difference(columns))
-    columns += [field for field in wanted.fields if field in names or field.split(".")[0] in names]
+    fields = [condition.field for condition in rules.conditions()]
+    columns += [field for field in fields if field in names or field.split(".")[0] in names]
     columns = list(dict.fromkeys(columns))
     for name in columns:
         if (count := names.count(name.split(".")[0]) if name not in names else names.count(name)) > 1:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from statex_dist.data.corpus.documents import Unit, check_filterable, find_files, split_units
-from statex_dist.data.corpus.first_records import check_first_records
-from statex_dist.data.corpus.records import LISTED, ReadReport
-from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.tokenize_unit import TokenizeTask, UnitJob
-from statex_dist.data.corpus.unit_files import UnitResult
-from statex_dist.data.corpus.unit_results import BadRecordNames, UnitResults, finished_units
-from statex_dist.data.corpus.work import Part, WorkDirectory
-from statex_dist.data.corpus.worker_pool import tokenize_units
+from statex_dist.data.corpus.document_rules import DocumentRules
+from statex_dist.data.corpus.documents import (
+    DEFAULT_SUFFIXES,
+    WorkUnit,
+    check_filterable,
+    find_files,
+    read_unit,
+    split_units,
+)
+from statex_dist.data.corpus.records import BadRecordError, ReadReport
+from statex_dist.data.corpus.text_files import check_text
+from statex_dist.data.corpus.tokenize_units import TokenizeTask, tokenize_units
+from statex_dist.data.corpus.unit_files import UnitDocuments, UnitJob, UnitResult
+from statex_dist.data.corpus.unit_results import BadRecordLog, BadRecordNames, UnitResults, finished_units
+from statex_dist.data.corpus.work import WorkDirectory, WorkPart
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.progress import ProgressLine
 from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
@@ -35,45 +42,46 @@ _MARKER_FATES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkOptions:
+    """How the work is done; but for ``max_documents``, the result does not depend on it.
+
+    Attributes:
+        workers: Processes; ``None``: one for each core, one in all for small inputs.
+        max_documents: Documents that are enough, in input order; ``None`` for all.
+        suffixes: Suffixes taken from directories, each also with ``.gz`` or ``.zst`` behind it.
+        overwrite: Replace an existing dataset.
+        work: Work directory; ``None``: ``.{name}.work`` beside the dataset. Removed when the dataset is complete.
+    """
+
+    workers: int | None = None
+    max_documents: int | None = None
+    suffixes: Sequence[str] = DEFAULT_SUFFIXES
+    overwrite: bool = False
+    work: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_documents"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
 class Source:
     """The inputs, found and split, and what tokenises them.
 
-    Args:
-        inputs: Files, directories or globs.
-        tokenizer: What :func:`load_tokenizer` takes.
-        rules: How records become documents.
-        suffixes: Suffixes taken from directories.
-        workers: Processes; ``None``: one for each core, one in all for small inputs.
-        max_documents: Documents that are enough, in input order; ``None`` for all.
-
-    Attributes:
-        files: The input files.
-        dtype: Type of the tokens.
-
     Raises:
-        ConfigError: An argument is out of its range.
+        ConfigError: The tokenizer lacks a token that the rules need.
         DataError: An input is missing or unreadable.
     """
 
-    def __init__(
-        self,
-        inputs: Sequence[str | Path],
-        tokenizer: str | Path,
-        rules: DocumentRules,
-        suffixes: Sequence[str],
-        workers: int | None,
-        max_documents: int | None,
-    ):
-        for name, value in (("workers", workers), ("max_documents", max_documents)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+    def __init__(self, inputs: Sequence[str | Path], tokenizer: str | Path, rules: DocumentRules, options: WorkOptions):
         self._loaded: Tokenizer = load_tokenizer(tokenizer)
-        self._rules = rules
+        self.rules = rules
+        self.options = options
         _check_added(self._loaded, rules)
-        self._limit = max_documents
         self._honoured: set[str] = set()
         self._unused: set[str] = set()
-        self.files = find_files(inputs, suffixes)
+        self.files = find_files(inputs, options.suffixes)
         self._units, total_bytes = split_units(self.files)
         if rules.where:
             check_filterable(self._units)
@@ -81,15 +89,13 @@ class Source:
         self._warned = False
         self._task = TokenizeTask(str(tokenizer), self.dtype, rules)
         # A job of a scheduler may have fewer cores than the machine.
-        self._workers = workers or (1 if total_bytes < _SERIAL_BYTES else len(os.sched_getaffinity(0)))
+        self._workers = options.workers or (1 if total_bytes < _SERIAL_BYTES else len(os.sched_getaffinity(0)))
 
-    def open_work(
-        self, out: str | Path, work: str | Path | None, *, part: Part | None = None, merge: bool = False
-    ) -> WorkDirectory:
+    def open_work(self, out: str | Path, *, part: WorkPart | None = None, merge: bool = False) -> WorkDirectory:
         """Return the work directory of ``out``, not entered yet."""
         target = Path(out).resolve()
-        path = Path(work) if work is not None else target.parent / f".{target.name}.work"
-        settings = {"tokenizer_hash": self._loaded.hash, "dtype": self.dtype, **self._rules.as_dict()}
+        path = Path(self.options.work) if self.options.work is not None else target.parent / f".{target.name}.work"
+        settings = {"tokenizer_hash": self._loaded.hash, "dtype": self.dtype, **self.rules.as_dict()}
         return WorkDirectory(path, settings, self._units, part=part, merge=merge)
 
     def check_first_records(self) -> None:
@@ -99,8 +105,8 @@ class Source:
             DataError: An input is unreadable or malformed.
         """
         # With enough documents in the first unit, later inputs are not read: they must not fail the run.
-        units = self._units if self._limit is None else self._units[:1]
-        check_first_records(units, self._loaded.vocab_size, self._rules)
+        units = self._units if self.options.max_documents is None else self._units[:1]
+        check_first_records(units, self._loaded.vocab_size, self.rules)
 
     def tokenize(self, jobs: Sequence[UnitJob]) -> UnitResults:
         """Do what is left to do of ``jobs``.
@@ -108,13 +114,13 @@ class Source:
         Raises:
             DataError: An input is unreadable or malformed.
         """
-        results, todo = finished_units(jobs, self.dtype, self._limit)
+        results, todo = finished_units(jobs, self.dtype, self.options.max_documents)
         self._warn(results.taken())
         if results.before:
             log.info("resuming: %d of %d units are done", results.before, len(jobs))
         if results.enough:
             return results
-        log_bad = _BadRecordLog([job.unit for job in jobs], set(todo))
+        log_bad = BadRecordLog([job.unit for job in jobs], set(todo))
         with ProgressLine("tokenize", len(jobs), "units", done=results.before) as progress:
             for k, result in tokenize_units([jobs[i] for i in todo], self._task, self._workers):
                 self._report(result.reading)
@@ -144,7 +150,7 @@ class Source:
         Raises:
             DataError: A part has units to do.
         """
-        results, missing = finished_units(work.jobs, self.dtype, self._limit)
+        results, missing = finished_units(work.jobs, self.dtype, self.options.max_documents)
         if results.enough:
             self._warn(results.taken())
             return results
@@ -153,7 +159,7 @@ class Source:
         lacking = []
         for index in range(1, work.parts + 1):
             jobs = work.jobs[index - 1 :: work.parts]
-            if to_do := finished_units(jobs, self.dtype, self._limit)[0].missing:
+            if to_do := finished_units(jobs, self.dtype, self.options.max_documents)[0].missing:
                 lacking.append(f"part {index}/{work.parts} has {to_do} of {len(jobs)} units to do")
         raise DataError(f"{'; '.join(lacking)}; run {'it' if len(lacking) == 1 else 'them'} again, then --merge")
 
@@ -162,20 +168,19 @@ class Source:
         first = next((result.marker for result in results if result.marker), "")
         if first and not self._warned:
             self._warned = True
-            log.warning("%s; %s; all such documents are counted", first, _MARKER_FATES[self._rules.special_tokens])
+            log.warning("%s; %s; all such documents are counted", first, _MARKER_FATES[self.rules.special_tokens])
 
     def manifest(
         self,
+        documents: UnitDocuments,
+        found: UnitResults,
+        lengths: np.ndarray,
+        shard_documents: list[int],
+        *,
         format: str,
         seed: int,
-        lengths: np.ndarray,
-        loss_mask: bool,
-        marked: int,
-        shard_documents: list[int],
-        left_out: dict[str, int],
-        rows: dict[str, Any],
     ) -> DatasetManifest:
-        """Return the manifest of documents with ``lengths``, in stored order."""
+        """Return the manifest of ``documents``, whose ``lengths`` ``[documents]`` are in stored order."""
         powers = np.frexp(lengths.astype(np.float64))[1] - 1
         ends = np.cumsum(shard_documents)
         return DatasetManifest(
@@ -184,47 +189,23 @@ class Source:
             tokenizer_hash=self._loaded.hash,
             vocab_size=self._loaded.vocab_size,
             eos_token_id=self._loaded.eos_token_id,
-            eos=self._rules.eos,
+            eos=self.rules.eos,
             bos_token_id=self._loaded.bos_token_id,
-            bos=self._rules.bos,
-            special_tokens=self._rules.special_tokens,
-            special_token_documents=marked,
+            bos=self.rules.bos,
+            special_tokens=self.rules.special_tokens,
+            special_token_documents=documents.marked,
             documents=len(lengths),
             tokens=int(lengths.sum()),
             dtype=self.dtype,
-            loss_mask=loss_mask,
+            loss_mask=documents.has_masks,
             seed=seed,
             shard_documents=shard_documents,
             shard_tokens=[int(part.sum()) for part in np.split(lengths, ends[:-1])],
             lengths_hash=hash_lengths(lengths),
             length_histogram=np.bincount(powers).tolist(),
-            left_out=left_out,
-            rows=rows,
+            left_out=found.left_out(),
+            rows=found.rows,
         )
-
-
-class _BadRecordLog:
-    """Logs the bad records of units in input order, up to a bound.
-
-    Args:
-        units: All units.
-        new: Those that are done now; the others' bad records were logged before.
-    """
-
-    def __init__(self, units: Sequence[Unit], new: Collection[int]):
-        self._units = units
-        self._new = new
-        self._names = BadRecordNames()
-        self._next = self._logged = 0
-
-    def follow(self, results: UnitResults) -> None:
-        """Log those of the units taken, as far as they are not logged yet."""
-        for result in results.taken(self._next):
-            for name in self._names.of(self._units[self._next], result.reading):
-                if self._next in self._new and self._logged < LISTED:
-                    self._logged += 1
-                    log.warning("left out: %s", name)
-            self._next += 1
 
 
 def _check_added(tokenizer: Tokenizer, rules: DocumentRules) -> None:
@@ -248,3 +229,43 @@ def _check_added(tokenizer: Tokenizer, rules: DocumentRules) -> None:
         names = ", ".join(f"{tokenizer.token_name(token)} (id {token})" for token in start)
         advice = "; --bos prepend begins documents with it" if start == [tokenizer.bos_token_id] else ""
         log.info("tokenizer %s puts %s in front of a text; --bos none leaves it out%s", tokenizer.spec, names, advice)
+
+
+_MOST_FILES = 32
+_FIRST_RECORDS = 16
+_FIRST_BYTES = 1 << 20
+
+
+def check_first_records(units: Sequence[WorkUnit], vocab_size: int, rules: DocumentRules) -> None:
+    """Read the first records of up to 32 files, spread over all; warn if all are bad and bad ones are skipped.
+
+    Raises:
+        DataError: A record is no document, or a file is not readable.
+    """
+    firsts = [unit for unit in units if not unit.begin]
+    count = min(len(firsts), _MOST_FILES)
+    bad: list[str] = []
+    good = 0
+    for i in range(count):
+        unit = firsts[i * len(firsts) // count]
+        if unit.kind == "text":
+            good += _check_text(unit.paths[0], rules)
+            continue
+        report = ReadReport()
+        for _ in islice(read_unit(unit, vocab_size, rules, report, sample=True), _FIRST_RECORDS):
+            good += 1
+        good += report.filtered
+        bad += BadRecordNames().of(unit, report)
+    if bad and not good:
+        log.warning("all of the first records are bad: %s", bad[0])
+
+
+def _check_text(path: str, rules: DocumentRules) -> bool:
+    """Return whether the start of a text file is good; raise if bad ones are not skipped."""
+    try:
+        check_text(path, _FIRST_BYTES)
+    except BadRecordError:
+        if not (rules.skip_bad_records or rules.skip_undecodable):
+            raise
+        return False
+    return True

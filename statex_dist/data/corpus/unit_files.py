@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import json
+import logging
 import os
 import socket
 import zipfile
@@ -22,11 +23,29 @@ import numpy as np
 from statex_dist.checkpoint.formats.raw_io import allow_open_files
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import sync
+from statex_dist.data.corpus.documents import WorkUnit
 from statex_dist.data.corpus.records import ReadReport
+
+log = logging.getLogger(__name__)
 
 DONE_SUFFIX = ".done"
 _BUFFER_BYTES = 1 << 20
 _MAX_MAPS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class UnitJob:
+    """A unit to tokenise.
+
+    Attributes:
+        unit: What to read.
+        facts: Size and modification time of each of its files when the run began.
+        base: Path of the result's files, without their suffixes.
+    """
+
+    unit: WorkUnit
+    facts: tuple[tuple[int, int], ...]
+    base: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +75,7 @@ class UnitResult:
 
 
 class UnitWriter:
-    """Writes the files of one unit, a document at a time; memory holds lengths only.
-
-    Args:
-        base: Path of the files, without their suffixes; the directory exists.
-        dtype: Type of the tokens.
-    """
+    """Writes the files of one unit, a document at a time; memory holds lengths only."""
 
     def __init__(self, base: str, dtype: str):
         self._base = base
@@ -170,13 +184,8 @@ def load_result(base: str, dtype: str) -> UnitResult | None:
         return None
 
 
-class Spill:
+class UnitDocuments:
     """Random access to the documents of all units, in input order, through memory maps.
-
-    Args:
-        results: The units' results, in order.
-        dtype: Type of the tokens.
-        limit: Documents taken from the front; ``None`` for all.
 
     Attributes:
         lengths: ``[documents]`` int64, tokens of each document.

@@ -1,17 +1,19 @@
-"""Which units are done, and whether they are enough."""
+"""Which units are done and whether they are enough, what was left out of them, and the names of their bad records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import Any
 
-from statex_dist.data.corpus.documents import Unit
+from statex_dist.data.corpus.documents import WorkUnit
 from statex_dist.data.corpus.records import LISTED, BadRecordError, ReadReport
-from statex_dist.data.corpus.row_parser import mixed
-from statex_dist.data.corpus.tokenize_unit import UnitJob
-from statex_dist.data.corpus.unit_files import UnitResult, load_result
+from statex_dist.data.corpus.rows import mixed
+from statex_dist.data.corpus.unit_files import UnitJob, UnitResult, load_result
 from statex_dist.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class BadRecordNames:
@@ -20,7 +22,7 @@ class BadRecordNames:
     def __init__(self) -> None:
         self._file, self._end, self._lines = "", 0, 0
 
-    def of(self, unit: Unit, reading: ReadReport) -> list[str]:
+    def of(self, unit: WorkUnit, reading: ReadReport) -> list[str]:
         """Return a line for each bad record that ``reading`` lists.
 
         A unit of lines that does not follow the one before, as in a part, has its lines counted from where it begins.
@@ -49,7 +51,7 @@ class UnitResults:
         rows: For ``"text"`` and ``"tokens"``: the number of files, the names of the first, the columns that were read.
     """
 
-    def __init__(self, units: Sequence[Unit], limit: int | None):
+    def __init__(self, units: Sequence[WorkUnit], limit: int | None):
         self.before = 0
         self.rows: dict[str, Any] = {}
         self._last = ("", "")
@@ -71,7 +73,7 @@ class UnitResults:
                 self._take_kind(self._units[self._next], following.reading)
             self._next += 1
 
-    def _take_kind(self, unit: Unit, reading: ReadReport) -> None:
+    def _take_kind(self, unit: WorkUnit, reading: ReadReport) -> None:
         """Record the kind of a unit's rows; units of one file follow each other."""
         file, kind = unit.paths[0], reading.kind
         if file == self._last[0] and kind != self._last[1]:
@@ -107,6 +109,26 @@ class UnitResults:
         """Return the results of the first units, up to enough documents, from unit ``begin`` on."""
         return [result for result in self._found[begin : self._next] if result is not None]
 
+    def left_out(self) -> dict[str, int]:
+        """Return how many documents of the units taken were left out, by reason."""
+        results = self.taken()
+        return {
+            "short": sum(result.short for result in results),
+            "long": sum(result.long for result in results),
+            "filtered": sum(result.reading.filtered for result in results),
+            "undecodable": sum(len(result.reading.undecodable) for result in results),
+            "bad": sum(result.reading.bad for result in results),
+        }
+
+    def warn_of_joined(self) -> None:
+        """Log how many rows of token ids hold several documents whose borders are not given."""
+        if rows := sum(result.reading.joined for result in self.taken()):
+            log.warning(
+                "%d row%s of token ids with EOS before the end: each row is one document, whose state is not reset at "
+                "EOS; give position_ids, seq_lengths or a numbered attention_mask to separate its documents",
+                *(rows, "s" * (rows != 1)),
+            )
+
 
 def finished_units(jobs: Sequence[UnitJob], dtype: str, limit: int | None) -> tuple[UnitResults, list[int]]:
     """Return the results that lie in the work directory, and which units have none."""
@@ -120,3 +142,27 @@ def finished_units(jobs: Sequence[UnitJob], dtype: str, limit: int | None) -> tu
             results.add(i, result)
             results.before += 1
     return results, missing
+
+
+class BadRecordLog:
+    """Logs the bad records of units in input order, up to a bound.
+
+    Args:
+        units: All units.
+        new: Those that are done now; the others' bad records were logged before.
+    """
+
+    def __init__(self, units: Sequence[WorkUnit], new: Collection[int]):
+        self._units = units
+        self._new = new
+        self._names = BadRecordNames()
+        self._next = self._logged = 0
+
+    def follow(self, results: UnitResults) -> None:
+        """Log those of the units taken, as far as they are not logged yet."""
+        for result in results.taken(self._next):
+            for name in self._names.of(self._units[self._next], result.reading):
+                if self._next in self._new and self._logged < LISTED:
+                    self._logged += 1
+                    log.warning("left out: %s", name)
+            self._next += 1

@@ -23,10 +23,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from statex_dist.checkpoint.json_file import MAX_JSON_BYTES, read_json
-from statex_dist.data.corpus.documents import Unit, file_facts
+from statex_dist.data.corpus.documents import WorkUnit, file_facts
 from statex_dist.data.corpus.lock import holder, sign, try_lock
-from statex_dist.data.corpus.tokenize_unit import UnitJob
-from statex_dist.data.corpus.unit_files import DONE_SUFFIX
+from statex_dist.data.corpus.unit_files import DONE_SUFFIX, UnitJob
 from statex_dist.errors import ConfigError, DataError, shown, writing
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ _MAX_SETTINGS_BYTES = 10 * MAX_JSON_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WorkPart:
     """A share of the units.
 
     Attributes:
@@ -56,7 +55,7 @@ class Part:
         return f"{self.index}/{self.count}"
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> WorkPart:
     """Return the part that ``text`` names, for example ``3/8``.
 
     Raises:
@@ -68,7 +67,7 @@ def parse_part(text: str) -> Part:
             f"--part {text!r} is not I/N with I from 1 to N, such as 3/8 "
             "(in a Slurm job of --array=1-8: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT)"
         )
-    return Part(int(match[1]), int(match[2]))
+    return WorkPart(int(match[1]), int(match[2]))
 
 
 class WorkDirectory:
@@ -91,7 +90,13 @@ class WorkDirectory:
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], units: Sequence[Unit], *, part: Part | None, merge: bool = False
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        units: Sequence[WorkUnit],
+        *,
+        part: WorkPart | None,
+        merge: bool = False,
     ):
         self.path = path.absolute()
         self.parts: int | None = None
@@ -166,7 +171,7 @@ class WorkDirectory:
             finally:
                 self._unlock()
 
-    def _job(self, unit: Unit, facts: tuple[tuple[int, int], ...]) -> UnitJob:
+    def _job(self, unit: WorkUnit, facts: tuple[tuple[int, int], ...]) -> UnitJob:
         files = [[os.path.abspath(name), *found] for name, found in zip(unit.paths, facts, strict=True)]  # noqa: PTH100
         identity = json.dumps([self._settings, unit.kind, files, unit.begin, unit.end], sort_keys=True)
         digest = blake2b(identity.encode(), digest_size=16).hexdigest()

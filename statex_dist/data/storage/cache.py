@@ -29,7 +29,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from statex_dist.data.storage.download_errors import is_disk_full
+from statex_dist.data.storage.schemes import is_disk_full
 from statex_dist.data.storage.shards import ShardEntry
 from statex_dist.errors import ConfigError, DataError, ShardError
 

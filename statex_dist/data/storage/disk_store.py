@@ -21,7 +21,7 @@ from statex_dist.checkpoint.formats.raw_io import MOST_OPEN_FILES, allow_open_fi
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.storage.cache import CacheFullError
 from statex_dist.data.storage.files import DatasetFiles
-from statex_dist.data.storage.shards import OpenShard, ShardEntry
+from statex_dist.data.storage.shards import MappedShard, ShardEntry
 from statex_dist.data.store import Piece
 from statex_dist.errors import CorruptShardError, DataError, ShardError
 
@@ -32,22 +32,13 @@ _STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
 
 
 class DiskStore:
-    """A :class:`~statex_dist.data.store.ShardStore` over shard files.
-
-    Args:
-        files: Where the files are.
-        entries: What the index says of each shard.
-        open_shard: Maps a raw file; raises :class:`DataError` where it is not what the entry says.
-        lengths: ``[documents]`` integers, of all shards in order.
-        has_loss_mask: Whether the shards carry masks.
-        manifest: What ``prepare`` wrote, if it did.
-    """
+    """A :class:`~statex_dist.data.store.ShardStore` over shard files."""
 
     def __init__(
         self,
         files: DatasetFiles,
         entries: Sequence[ShardEntry],
-        open_shard: Callable[[Path, ShardEntry], OpenShard],
+        open_shard: Callable[[Path, ShardEntry], MappedShard],
         *,
         lengths: np.ndarray,
         has_loss_mask: bool,
@@ -65,7 +56,7 @@ class DiskStore:
             raise DataError(f"{files.origin}: {len(lengths)} lengths for {self._begin[-1]} documents; prepare it again")
         self._lengths = lengths
         self._tokens = [int(self.lengths(shard).sum()) for shard in range(self.num_shards)]
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, MappedShard] = OrderedDict()
         self._paths: dict[int, Path] = {}
         self._compared: dict[int, tuple[int, int, int]] = {}
         self._tidied = time.monotonic()
@@ -93,7 +84,7 @@ class DiskStore:
         """Begin to fetch ``shards`` in the background, in this order, into ``share`` of the cache."""
         self.files.prefetch([self.entries[shard] for shard in shards], share)
 
-    def _shard(self, index: int) -> OpenShard:
+    def _shard(self, index: int) -> MappedShard:
         with self._lock:
             shard = self._open.get(index)
             if shard is None:
@@ -105,7 +96,7 @@ class DiskStore:
                 self._open.move_to_end(index)
             return shard
 
-    def _opened(self, index: int) -> OpenShard:
+    def _opened(self, index: int) -> MappedShard:
         # Only what is fetched removes others from a cache, here or in the background: no reason to look at all of them
         # for each shard that is mapped again.
         tidy = not self.files.holds(self.entries[index]) or time.monotonic() - self._tidied >= _TIDY_SECONDS
@@ -126,7 +117,7 @@ class DiskStore:
         for index in [index for index in self._open if not self._paths[index].exists()]:
             del self._open[index]
 
-    def _checked(self, index: int) -> OpenShard:
+    def _checked(self, index: int) -> MappedShard:
         self._paths[index], shard = fetch_and_open(self.files, self.entries[index], self._open_shard)
         file = _identity(self._paths[index])
         if file is None or self._compared.get(index) != file:
@@ -168,15 +159,11 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def fetch_and_open(
-    files: DatasetFiles, entry: ShardEntry, open_shard: Callable[[Path, ShardEntry], OpenShard], attempts: int = 3
-) -> tuple[Path, OpenShard]:
+    files: DatasetFiles, entry: ShardEntry, open_shard: Callable[[Path, ShardEntry], MappedShard], attempts: int = 3
+) -> tuple[Path, MappedShard]:
     """Return the raw file of a shard and the shard, open.
 
-    Args:
-        files: Where the files are.
-        entry: What the index says of the shard.
-        open_shard: Maps a raw file.
-        attempts: How often to fetch it: another process that makes room in the cache may remove it before it is mapped.
+    It is fetched again where another process that makes room in the cache removed it before it was mapped.
 
     Raises:
         CorruptShardError: It is missing or damaged where it comes from, or is not what the entry says.

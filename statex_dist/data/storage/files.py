@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from statex_dist.data.codecs import CODECS, open_codec
+from statex_dist.data.compression import CODECS, open_codec
 from statex_dist.data.storage.cache import ShardCache, bytes_needed
 from statex_dist.data.storage.remote import (
     DamagedObjectError,
     MissingObjectError,
     RemoteDirectory,
     RetryPolicy,
-    split_url,
 )
+from statex_dist.data.storage.schemes import split_url
 from statex_dist.data.storage.shards import FileEntry, ShardEntry
 from statex_dist.errors import CorruptShardError, DataError, ShardError
 
@@ -35,54 +34,6 @@ log = logging.getLogger(__name__)
 
 _BACKGROUND_THREADS = 4
 _PIECE_BYTES = 1 << 20
-
-
-class DatasetFiles(Protocol):
-    """The files of one dataset.
-
-    Attributes:
-        origin: The directory or URL, for messages.
-    """
-
-    @property
-    def origin(self) -> str: ...  # noqa: D102 - documented by the class
-
-    def small(self, name: str) -> Path | None:
-        """Return a local copy of a small file beside the shards (index, manifest, lengths), or ``None`` if missing.
-
-        Raises:
-            DataError: It is there but cannot be fetched.
-        """
-        ...
-
-    def fetch(self, shard: ShardEntry) -> Path:
-        """Return the verified raw file of ``shard``, with its companion beside it; fetch it where needed.
-
-        Raises:
-            CorruptShardError: It is missing or damaged where it comes from.
-            ShardError: It cannot be fetched.
-        """
-        ...
-
-    def holds(self, shard: ShardEntry) -> bool:
-        """Return whether ``shard`` is there, so that fetching it removes no other from the cache."""
-        ...
-
-    def require_room(self, shards: Sequence[ShardEntry]) -> None:
-        """Check that the cache's limit lets one of ``shards`` be fetched while another is read.
-
-        Raises:
-            ConfigError: It does not.
-        """
-        ...
-
-    def used(self, shards: Sequence[ShardEntry]) -> None:
-        """Note that ``shards``, in this order, were read lately: a cache with a limit removes others first."""
-        ...
-
-    def prefetch(self, shards: Sequence[ShardEntry], share: float = 1.0) -> None:
-        """Begin to fetch ``shards`` in the background, in this order, into ``share`` of the cache."""
-        ...
 
 
 def open_files(path: str | Path, cache: ShardCache, policy: RetryPolicy) -> DatasetFiles:
@@ -118,12 +69,7 @@ def write_atomically(target: Path, content: bytes) -> None:
 
 
 class LocalFiles:
-    """A dataset in a directory of this machine; shards that are there only compressed are unpacked into the cache.
-
-    Args:
-        directory: The dataset.
-        cache: Where unpacked shards go.
-    """
+    """A dataset in a directory of this machine; shards that are there only compressed are unpacked into the cache."""
 
     def __init__(self, directory: Path, cache: ShardCache):
         self.directory = directory
@@ -132,12 +78,17 @@ class LocalFiles:
         self._checked: set[Path] = set()
 
     def small(self, name: str) -> Path | None:
-        """Return the path of ``name``, or ``None`` if it is missing."""
+        """Return the path of a small file beside the shards (index, manifest, lengths), or ``None`` if missing."""
         path = self.directory / name
         return path if path.is_file() else None
 
     def fetch(self, shard: ShardEntry) -> Path:
-        """Return the verified raw file of ``shard``."""
+        """Return the verified raw file of ``shard``, with its companion beside it; unpack it where needed.
+
+        Raises:
+            CorruptShardError: It is missing or damaged.
+            ShardError: It cannot be read.
+        """
         path = self.directory / shard.raw.name
         try:
             if path.exists():
@@ -156,7 +107,7 @@ class LocalFiles:
         raise CorruptShardError(f"{self.directory}: shard {wanted} is missing; restore it or prepare the dataset again")
 
     def holds(self, shard: ShardEntry) -> bool:
-        """Return whether ``shard`` can be read where it is, or is unpacked."""
+        """Return whether ``shard`` is readable where it is or unpacked, so that no other leaves the cache for it."""
         return (self.directory / shard.raw.name).exists() or self._cache.holds(self._identity, shard)
 
     def require_room(self, shards: Sequence[ShardEntry]) -> None:
@@ -164,7 +115,7 @@ class LocalFiles:
         self._cache.require_room([shard for shard in shards if shard.packed is not None])
 
     def used(self, shards: Sequence[ShardEntry]) -> None:
-        """Note that ``shards`` are in use."""
+        """Note that ``shards``, in this order, were read lately: a cache with a limit removes others first."""
         self._cache.touch(self._identity, [shard for shard in shards if shard.packed is not None])
 
     def prefetch(self, shards: Sequence[ShardEntry], share: float = 1.0) -> None:
@@ -193,12 +144,7 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """A dataset behind a URL; its shards are downloaded into the cache.
-
-    Args:
-        remote: The dataset.
-        cache: Where downloaded shards go.
-    """
+    """A dataset behind a URL; its shards are downloaded into the cache."""
 
     def __init__(self, remote: RemoteDirectory, cache: ShardCache):
         self.origin = remote.origin
@@ -223,7 +169,12 @@ class RemoteFiles:
             ) from error
 
     def fetch(self, shard: ShardEntry) -> Path:
-        """Return the verified raw file of ``shard``; download it where needed."""
+        """Return the verified raw file of ``shard``, with its companion beside it; download it where needed.
+
+        Raises:
+            CorruptShardError: It is missing or damaged where it comes from.
+            ShardError: It cannot be fetched.
+        """
         return self._fetch(shard, urgent=True)
 
     def _fetch(self, shard: ShardEntry, urgent: bool) -> Path:
@@ -238,7 +189,7 @@ class RemoteFiles:
         self._cache.require_room(shards)
 
     def used(self, shards: Sequence[ShardEntry]) -> None:
-        """Note that ``shards`` are in use."""
+        """Note that ``shards``, in this order, were read lately: a cache with a limit removes others first."""
         self._cache.touch(self.origin, shards)
 
     def prefetch(self, shards: Sequence[ShardEntry], share: float = 1.0) -> None:
@@ -287,6 +238,10 @@ class RemoteFiles:
                 log.warning("%s; downloading it again", reason)
 
 
+DatasetFiles = LocalFiles | RemoteFiles
+"""The files of one dataset; ``origin`` is its directory or URL, for messages."""
+
+
 class _Background:
     """Fetches ahead of need, in daemon threads: they keep no process alive, and a forked child starts its own.
 
@@ -328,11 +283,6 @@ class _Background:
 
 def decompress(shard: ShardEntry, source: Path, target: Path) -> None:
     """Write the raw file of ``shard`` from its compressed one; never more of it than the index says.
-
-    Args:
-        shard: What the index says.
-        source: The compressed file.
-        target: Where the raw one goes.
 
     Raises:
         CorruptShardError: The file is not of that compression or unpacks to too much.

@@ -17,14 +17,7 @@ _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 @dataclass(frozen=True, slots=True)
 class NpyHeader:
-    """What an array says of itself.
-
-    Attributes:
-        dtype: Type of its values.
-        shape: Its dimensions, as claimed.
-        fortran_order: Whether its first dimension varies fastest.
-        size: Bytes of the header; the values follow.
-    """
+    """What an array says of itself."""
 
     dtype: np.dtype
     shape: tuple[int, ...]

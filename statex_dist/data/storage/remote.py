@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -24,35 +23,25 @@ from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from statex_dist.data.storage.download_errors import (
+from statex_dist.data.storage.mds import load_streaming
+from statex_dist.data.storage.schemes import (
+    HTTP,
+    PACKAGES,
+    check_credentials,
     cure,
     http_status,
     is_disk_error,
     is_missing,
     is_worth_retrying,
     root_of,
+    split_url,
 )
-from statex_dist.data.storage.mds import load_streaming
 from statex_dist.errors import ConfigError, DataError, bounded_line
-from statex_dist.redact import MARK, bare_url, holds_secret, remember
+from statex_dist.redact import bare_url, remember
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = {
-    "s3": "'statex-dist[s3]'",
-    "gs": "'statex-dist[gs]'",
-    "azure": "'statex-dist[azure]'",
-    "azure-dl": "'statex-dist[azure]'",
-    "oci": "'statex-dist[oci]'",
-    "hf": "huggingface_hub",
-    "sftp": "'statex-dist[sftp]'",
-    "dbfs": "databricks-sdk",
-    "alipan": "alipcs-py",
-}
-"""What to install for each scheme of streaming's."""
-_HTTP = ("http", "https")
 _BLOCK = 1 << 16
-_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+-]+):(/+)(.*)", re.DOTALL)
 
 
 class MissingObjectError(DataError):
@@ -92,60 +81,6 @@ class RetryPolicy:
             raise ConfigError(f"download_timeout {self.timeout} s is not positive; give seconds, such as 60")
 
 
-def split_url(path: str | Path) -> tuple[str, str] | None:
-    """Return the scheme and the whole of a URL, or ``None`` for a path of this machine.
-
-    Raises:
-        ConfigError: It is a URL of a scheme that is not known here.
-    """
-    found = _URL.fullmatch(str(path))
-    if found is None:
-        return None
-    scheme, slashes, rest = found[1].lower(), found[2], found[3]
-    if scheme not in (*_HTTP, *_PACKAGES, "local", "file"):
-        allowed = ", ".join([*_HTTP, *_PACKAGES, "local", "file"])
-        raise ConfigError(f"{path}: URLs of {scheme!r} are not known; allowed: {allowed}, or a directory")
-    if len(slashes) == 1 and scheme != "dbfs":
-        slashes = "//" if scheme not in ("local", "file") else "///"  # a Path folds them
-    return scheme, f"{scheme}:{slashes}{rest}"
-
-
-_ELSEWHERE = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "gs": "GCS_KEY and GCS_SECRET, or GOOGLE_APPLICATION_CREDENTIALS",
-    "azure": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
-    "azure-dl": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
-    "oci": "~/.oci/config",
-    "hf": "HF_TOKEN",
-    "dbfs": "DATABRICKS_HOST and DATABRICKS_TOKEN",
-}
-"""Where the SDK of each scheme looks for credentials."""
-
-
-def check_credentials(scheme: str, url: str) -> None:
-    """Raise if a URL holds credentials that are not used or cannot be read.
-
-    Raises:
-        ConfigError: It was redacted, its scheme takes no credentials, or its password is not percent-encoded.
-    """
-    if MARK in url:
-        raise ConfigError(f"{url} is without its credentials ({MARK}), as run directories show it; give the whole URL")
-    if scheme in _HTTP or scheme == "sftp":
-        parts = urlsplit(url)
-        try:
-            whole = parts.hostname is not None and (parts.port or True)
-        except ValueError:
-            whole = False
-        if not whole:
-            raise ConfigError(
-                f"{url}: host and port cannot be told from the rest; write / ? # and @ in a user name or password as "
-                "%2F %3F %23 and %40"
-            )
-    elif holds_secret(url):
-        where = f"set {_ELSEWHERE[scheme]}" if scheme in _ELSEWHERE else "use the configuration of its SDK"
-        raise ConfigError(f"{url}: URLs of {scheme} take no user, query or fragment; {where} instead")
-
-
 class RemoteDirectory:
     """A directory of objects behind a URL.
 
@@ -171,7 +106,7 @@ class RemoteDirectory:
         self.origin = bare_url(self._url).rstrip("/")
         self._idle: list[Any] = []
         self._pid = os.getpid()
-        if self._scheme not in _HTTP:
+        if self._scheme not in HTTP:
             load_streaming()  # imports torch, which no download's timeout should count
 
     def download(self, name: str, target: Path, size: int | None = None) -> None:
@@ -223,7 +158,7 @@ class RemoteDirectory:
 
     def _join(self, name: str) -> tuple[str, str]:
         shown = f"{self.origin}/{name}"
-        if self._scheme not in _HTTP:
+        if self._scheme not in HTTP:
             return f"{self._url.rstrip('/')}/{name}", shown
         parts = urlsplit(self._url)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}")), shown
@@ -232,7 +167,7 @@ class RemoteDirectory:
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".arriving-"))
         try:
             arriving = work / target.name
-            get = self._http_get if self._scheme in _HTTP else self._cloud_get
+            get = self._http_get if self._scheme in HTTP else self._cloud_get
             try:
                 _watched(lambda: get(url, arriving), work, self._policy.timeout)
             except Exception as error:
@@ -280,7 +215,7 @@ class RemoteDirectory:
                 downloader._create_s3_client(unsigned=True, timeout=self._policy.timeout)
                 downloader.download(url, str(target), self._policy.timeout)
         except ImportError as error:
-            package = _PACKAGES[self._scheme]
+            package = PACKAGES[self._scheme]
             raise ConfigError(
                 f"{self._scheme}:// needs the package {error.name}, which is not installed: pip install {package}"
             ) from error

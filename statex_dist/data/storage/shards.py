@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.data.store import Piece
-from statex_dist.errors import CorruptShardError, DataError, ShardError
+from statex_dist.errors import CorruptShardError, DataError, ShardError, reason
 
 TOKENS = "tokens"
 LOSS_MASK = "loss_mask"
@@ -114,19 +115,73 @@ class ShardEntry:
             raise DataError(f"files of one shard have one name: {', '.join(names)}")
 
 
-class OpenShard(Protocol):
-    """A shard that is open for random access.
+class MappedShard:
+    """A raw shard, mapped for random access: a format says where each document's values begin.
 
     Attributes:
-        lengths: ``[documents]`` integers, tokens of each document.
+        lengths: ``[documents]`` int64, tokens of each document.
+
+    Raises:
+        OSError: It cannot be mapped.
+        ValueError: It is empty.
     """
 
-    @property
-    def lengths(self) -> np.ndarray: ...  # noqa: D102 - documented by the class
+    lengths: np.ndarray
+
+    def __init__(self, path: Path, dtype: str):
+        self._dtype = np.dtype(dtype)
+        self._map = np.memmap(path, np.uint8, mode="r")
+
+    def _place(self, begin: np.ndarray, lengths: np.ndarray, mask_begin: np.ndarray | None) -> None:
+        """Set, ``[documents]`` each: first byte of the tokens, their number, first byte of the mask or -1 for none."""
+        self._begin, self.lengths = begin, lengths
+        self._mask_begin = np.full(len(lengths), -1) if mask_begin is None else mask_begin
 
     def read(self, i: int, start: int, stop: int) -> Piece:
-        """Return tokens ``start..stop`` of document ``i``, as views of the mapped file."""
-        ...
+        """Return tokens ``start..stop`` of document ``i``, as views of the map."""
+        if not 0 <= start <= stop <= self.lengths[i]:
+            raise IndexError(f"tokens {start}..{stop} of a document of {self.lengths[i]}")
+        n, mask_begin = stop - start, int(self._mask_begin[i])
+        tokens = np.frombuffer(self._map, self._dtype, n, int(self._begin[i]) + start * self._dtype.itemsize)
+        return Piece(tokens, np.frombuffer(self._map, np.uint8, n, mask_begin + start) if mask_begin >= 0 else None)
+
+
+def parse_index(
+    content: bytes, origin: str, kind: str, check: Callable[[Any], str | None], parse: Callable[[Any], ShardEntry]
+) -> list[ShardEntry]:
+    """Return the shards that an index describes.
+
+    Args:
+        content: Its bytes.
+        origin: Its path or URL, for messages.
+        kind: What messages call an entry, such as ``"MDS entry"``.
+        check: Returns what is wrong with the index as a whole.
+        parse: Returns the entry of one shard; may raise KeyError, TypeError and AttributeError for what is damaged.
+
+    Raises:
+        DataError: It is damaged, empty or of another version.
+    """
+    try:
+        index = parse_json(content)
+        shards = index["shards"]
+        if not isinstance(shards, list):
+            raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
+        wrong = check(index)
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{kind.split()[0]} index"
+        raise DataError(f"{origin} is not a readable {what} ({reason(error)}); prepare the data again") from error
+    if wrong:
+        raise DataError(f"{origin}: {wrong}; prepare the data again")
+    entries = []
+    for number, shard in enumerate(shards):
+        where = f"{origin}: shard {number}"
+        try:
+            entries.append(parse(shard))
+        except DataError as error:
+            raise DataError(f"{where}: {error}; restore the index or prepare the data again") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where} is not a readable {kind} ({reason(error)}); prepare the data again") from error
+    return entries
 
 
 def check_count(what: str, value: object) -> None:

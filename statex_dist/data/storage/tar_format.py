@@ -1,8 +1,8 @@
 """Webdataset's tar shards, read at random: the index and a shard's file. Needs numpy and xxhash, not ``webdataset``.
 
 Webdataset itself reads tars only from front to end and cannot resume. With the place of every document known, a tar is
-as random access as MDS: ``prepare`` writes these places beside each shard, for tars of other origin they are found once
-(:mod:`statex_dist.data.storage.tar_foreign`).
+as random access as MDS: ``prepare`` writes these places beside each shard, for tars of other origin they are found
+once, and kept in ``tar-index/`` of the cache by the tar's path, size and time of change.
 
 Layout of our datasets::
 
@@ -17,19 +17,31 @@ ordinary text takes 2.67 bytes a token instead of 2.
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
+import os
 import reprlib
+import shutil
+import time
+import zlib
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from statex_dist.checkpoint.json_file import parse_json
+from statex_dist.checkpoint.json_file import read_json
+from statex_dist.data.storage.files import write_atomically
 from statex_dist.data.storage.npy import read_npy
-from statex_dist.data.storage.shards import TOKEN_DTYPES, FileEntry, ShardEntry
-from statex_dist.data.store import Piece
-from statex_dist.errors import DataError, reason
+from statex_dist.data.storage.schemes import is_disk_error
+from statex_dist.data.storage.shards import TOKEN_DTYPES, FileEntry, MappedShard, ShardEntry, hash_file, parse_index
+from statex_dist.data.storage.tar_members import scan_tar
+from statex_dist.errors import DataError
+
+log = logging.getLogger(__name__)
 
 FORMAT = "wds"
 INDEX_NAME = "shards.json"
@@ -42,24 +54,16 @@ MEMBERS_PATH = "members_path"
 """Keys of :attr:`ShardEntry.details`; the last only where the member index does not lie beside the shard."""
 
 
-class TarShard:
+class TarShard(MappedShard):
     """One open raw shard: the memory map and, for each document, where its values begin and how many there are.
-
-    Args:
-        path: The raw tar.
-        entry: Its entry in the index.
-
-    Attributes:
-        lengths: ``[documents]`` int64, tokens of each document.
 
     Raises:
         DataError: The member index is unreadable or not of this tar.
     """
 
     def __init__(self, path: Path, entry: ShardEntry):
-        self._dtype = np.dtype(entry.details[DTYPE])
         try:
-            self._map = np.memmap(path, np.uint8, mode="r")
+            super().__init__(path, entry.details[DTYPE])
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable tar ({error}); restore it or prepare the data again") from error
         if MEMBERS_PATH in entry.details:
@@ -68,7 +72,7 @@ class TarShard:
             assert entry.companion is not None
             members = path.with_name(entry.companion.name)
         rows = read_members(members, entry.documents)
-        self._begin, self.lengths, self._mask_begin = np.ascontiguousarray(rows.T)
+        self._place(*np.ascontiguousarray(rows.T))
         size = len(self._map)
         room = (size - self._begin) // self._dtype.itemsize
         wrong = (self._begin < 0) | (self.lengths < 0) | (self.lengths > room)
@@ -78,16 +82,6 @@ class TarShard:
                 f"{members} does not fit {path}: document {int(wrong.argmax())} lies outside of its {size} bytes; "
                 "restore both or prepare the data again"
             )
-
-    def read(self, i: int, start: int, stop: int) -> Piece:
-        """Return tokens ``start..stop`` of document ``i``, as views of the map."""
-        if not 0 <= start <= stop <= self.lengths[i]:
-            raise IndexError(f"tokens {start}..{stop} of a document of {self.lengths[i]}")
-        n = stop - start
-        tokens = np.frombuffer(self._map, self._dtype, n, int(self._begin[i]) + start * self._dtype.itemsize)
-        if self._mask_begin[i] < 0:
-            return Piece(tokens)
-        return Piece(tokens, np.frombuffer(self._map, np.uint8, n, int(self._mask_begin[i]) + start))
 
 
 def read_members(path: Path, documents: int) -> np.ndarray:
@@ -107,37 +101,20 @@ def read_members(path: Path, documents: int) -> np.ndarray:
 def read_index(content: bytes, origin: str) -> list[ShardEntry]:
     """Return the shards that ``content``, a ``shards.json``, describes.
 
-    Args:
-        content: Its bytes.
-        origin: Its path or URL, for messages.
-
     Raises:
         DataError: It is damaged, empty or of another version.
     """
-    try:
-        index = parse_json(content)
-        shards, format, version = index["shards"], index["format"], index["version"]
-        if not isinstance(shards, list):
-            raise TypeError(f"its shards are {reprlib.repr(shards)}, not a list")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{origin} is not a readable tar index ({reason(error)}); prepare the data again") from error
-    if format != FORMAT or version != INDEX_VERSION or not shards:
-        raise DataError(
-            f"{origin}: format {reprlib.repr(format)}, version {reprlib.repr(version)}, {len(shards)} shards; needed: "
-            f"{FORMAT!r}, {INDEX_VERSION} and at least one; prepare the data again"
-        )
-    return [_entry(f"{origin}: shard {number}", shard) for number, shard in enumerate(shards)]
+    return parse_index(content, origin, "tar index entry", _wrong_format, entry_from_record)
 
 
-def _entry(where: str, record: Any) -> ShardEntry:
-    try:
-        return entry_from_record(record)
-    except DataError as error:
-        raise DataError(f"{where}: {error}; restore the index or prepare the data again") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where} is not a readable tar index entry ({reason(error)}); prepare the data again"
-        ) from error
+def _wrong_format(index: Mapping[str, Any]) -> str | None:
+    format, version = index["format"], index["version"]
+    if format == FORMAT and version == INDEX_VERSION and index["shards"]:
+        return None
+    return (
+        f"format {reprlib.repr(format)}, version {reprlib.repr(version)}, {len(index['shards'])} shards; needed: "
+        f"{FORMAT!r}, {INDEX_VERSION} and at least one"
+    )
 
 
 def pack_index(entries: Sequence[ShardEntry]) -> bytes:
@@ -197,3 +174,123 @@ def _file_to_record(file: FileEntry) -> dict[str, Any]:
 
 def _file_from_record(record: Mapping[str, Any]) -> FileEntry:
     return FileEntry(record["file"], record["bytes"], record["hashes"])
+
+
+# Increased when tars are walked in another way, so that the caches of older versions are not used.
+_VERSION = 2
+_HASH = "xxh64"
+_REPORT_SECONDS = 10.0
+
+
+def find_tars(directory: Path) -> list[Path]:
+    """Return the ``*.tar`` and ``*.tar.gz`` in ``directory``, by name.
+
+    Raises:
+        DataError: One is there in both forms.
+    """
+    tars = sorted(path for path in directory.iterdir() if path.name.endswith((".tar", ".tar.gz")) and path.is_file())
+    names = {path.name for path in tars}
+    if both := sorted(name for name in names if f"{name}.gz" in names):
+        raise DataError(f"{directory} holds {both[0]} and {both[0]}.gz; remove one of them")
+    return tars
+
+
+def index_tars(tars: list[Path], cache: Path) -> tuple[list[ShardEntry], np.ndarray]:
+    """Find the documents of ``tars``; what is known from an earlier call is not searched again.
+
+    Returns:
+        An entry for each tar that has documents, and the tokens of each document: ``[documents]`` int64.
+
+    Raises:
+        DataError: A tar is unreadable, or none has documents.
+    """
+    kept = cache / "tar-index"
+    entries: list[ShardEntry] = []
+    lengths: list[np.ndarray] = []
+    reported = time.monotonic()
+    for done, path in enumerate(tars, 1):
+        try:
+            entry, found = _index_tar(path, kept)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be indexed ({error}); make it readable and the cache {cache} writable, or set "
+                "cache_dir to another directory"
+            ) from error
+        if entry.documents:
+            entries.append(entry)
+            lengths.append(found)
+        else:
+            log.warning("%s holds no documents", path)
+        if time.monotonic() - reported >= _REPORT_SECONDS:
+            log.info("%s: %d of %d tars indexed", path.parent, done, len(tars))
+            reported = time.monotonic()
+    if not entries:
+        raise DataError(f"{tars[0].parent}: its {len(tars)} tars hold no documents; give tars of token ids")
+    return entries, np.concatenate(lengths)
+
+
+def _index_tar(path: Path, kept: Path) -> tuple[ShardEntry, np.ndarray]:
+    """The tar's entry and its documents' lengths."""
+    kept.mkdir(parents=True, exist_ok=True)
+    stat = path.stat()
+    identity = (_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    name = f"{path.name}-{blake2b(repr(identity).encode(), digest_size=8).hexdigest()}"
+    members, summary = kept / (name + MEMBERS_SUFFIX), kept / f"{name}.json"
+    # The processes of a machine all come here at once; one of them works.
+    with FileLock(kept / f"{name}.lock"):
+        try:
+            return _known_entry(path, members, summary)
+        except FileNotFoundError:
+            log.info("indexing %s", path)
+        except (DataError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is damaged (%s); indexing %s again", summary, error, path)
+        _keep(path, members, summary)
+        return _known_entry(path, members, summary)
+
+
+def _known_entry(path: Path, members: Path, summary: Path) -> tuple[ShardEntry, np.ndarray]:
+    known = read_json(summary)
+    rows = read_members(members, known["documents"])
+    packed = FileEntry(path.name, path.stat().st_size) if path.suffix == ".gz" else None
+    entry = ShardEntry(
+        raw=FileEntry(path.name.removesuffix(".gz"), known["bytes"], known["hashes"]),
+        packed=packed,
+        compression="gz" if packed else None,
+        documents=known["documents"],
+        details=array_details(known) | {MEMBERS_PATH: str(members)},
+    )
+    return entry, rows[:, 1]
+
+
+def _keep(path: Path, members: Path, summary: Path) -> None:
+    """Walk the tar and write what is found."""
+    unpacked = members.with_suffix(".unpacked") if path.suffix == ".gz" else None
+    try:
+        if unpacked is not None:
+            _unpack(path, unpacked)
+        raw = unpacked or path
+        found = scan_tar(raw, shown=path)
+        known = {
+            "bytes": raw.stat().st_size,
+            "hashes": {} if unpacked is None else {_HASH: hash_file(raw, _HASH)},
+            "documents": len(found.rows),
+            DTYPE: found.dtype,
+            HAS_LOSS_MASK: bool((found.rows[:, 2] >= 0).any()),
+        }
+    finally:
+        if unpacked is not None:
+            unpacked.unlink(missing_ok=True)
+    partial = members.with_suffix(f".{os.getpid()}.npy")
+    np.save(partial, found.rows)
+    partial.replace(members)
+    write_atomically(summary, json.dumps(known).encode())
+
+
+def _unpack(source: Path, target: Path) -> None:
+    try:
+        with gzip.open(source) as packed, target.open("wb") as out:
+            shutil.copyfileobj(packed, out, 1 << 20)
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and is_disk_error(error):
+            raise
+        raise DataError(f"{source} cannot be unpacked ({error}); restore it or write it again") from error

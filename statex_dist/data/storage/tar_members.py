@@ -88,10 +88,10 @@ def scan_tar(path: Path, shown: Path | None = None) -> MemberIndex:
     if not path.stat().st_size:
         raise DataError(f"{shown or path} is empty, not even an empty tar; restore it or write it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _Scan(shown or path, content).run()
+        return _TarScan(shown or path, content).run()
 
 
-class _Scan:
+class _TarScan:
     """One walk over one tar."""
 
     def __init__(self, path: Path, content: mmap.mmap):

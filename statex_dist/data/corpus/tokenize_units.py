@@ -1,17 +1,24 @@
-"""One work unit, tokenised: what a worker process does."""
+"""Work units, tokenised by worker processes."""
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_sentinels
 
 import numpy as np
 
-from statex_dist.data.corpus.documents import Unit, file_facts, read_unit
+from statex_dist.data.corpus.document_rules import DocumentRules
+from statex_dist.data.corpus.documents import file_facts, read_unit
 from statex_dist.data.corpus.records import ReadReport, Record
-from statex_dist.data.corpus.rules import DocumentRules
-from statex_dist.data.corpus.unit_files import UnitResult, UnitWriter
+from statex_dist.data.corpus.unit_files import UnitJob, UnitResult, UnitWriter
 from statex_dist.data.tokenizer import load_tokenizer
 from statex_dist.errors import DataError, shown, writing
 
@@ -21,32 +28,11 @@ _BATCH_SIZE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class TokenizeTask:
-    """What is the same for all units.
-
-    Attributes:
-        tokenizer: What :func:`load_tokenizer` takes.
-        dtype: Type of the tokens.
-        rules: How a record becomes a document.
-    """
+    """What is the same for all units."""
 
     tokenizer: str
     dtype: str
     rules: DocumentRules
-
-
-@dataclass(frozen=True, slots=True)
-class UnitJob:
-    """A unit to tokenise.
-
-    Attributes:
-        unit: What to read.
-        facts: Size and modification time of each of its files when the run began.
-        base: Path of the result's files, without their suffixes.
-    """
-
-    unit: Unit
-    facts: tuple[tuple[int, int], ...]
-    base: str
 
 
 class UnitTokenizer:
@@ -59,7 +45,7 @@ class UnitTokenizer:
         # Whether records that were read, but not yet written, hold a marker of a special token.
         self._marked: deque[bool] = deque()
         self._marker = ""
-        # To name a line, a file is read from its start: this is done once in a process, not for every unit.
+        # To name a line, a file is read from its start: this is done once in a process, not forevery unit.
         self._named = False
         self._reading = ReadReport()
 
@@ -162,3 +148,80 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+_WAITING_JOBS = 4
+
+
+def tokenize_units(jobs: Sequence[UnitJob], task: TokenizeTask, workers: int) -> Iterator[tuple[int, UnitResult]]:
+    """Yield the index and the result of every job, as they finish.
+
+    A bad unit raises only after the results of all units before it, so that the error (or, where the caller has
+    enough by then, its absence) does not depend on the number of workers. One worker is this process.
+
+    Raises:
+        DataError: The first bad unit's error, or a process that ended by itself.
+    """
+    workers = min(workers, max(1, len(jobs)))
+    if workers == 1:
+        tokenizer = UnitTokenizer(task)
+        for i, job in enumerate(jobs):
+            yield i, tokenizer.run(job)
+        return
+    # spawn: a fork of a process that runs threads (torch, a progress bar) may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
+        try:
+            yield from _as_finished(pool, jobs, workers)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process ended by itself (out of memory, or a script without a main guard); use 1 worker"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _as_finished(pool: ProcessPoolExecutor, jobs: Sequence[UnitJob], workers: int) -> Iterator[tuple[int, UnitResult]]:
+    pending: dict[Future[UnitResult], int] = {}
+    source = iter(enumerate(jobs))
+    first_bad: tuple[int, BaseException] | None = None
+    while True:
+        if first_bad is None:
+            for i, job in itertools.islice(source, _WAITING_JOBS * workers - len(pending)):
+                pending[pool.submit(_run_job, job)] = i
+        if not pending or (first_bad is not None and min(pending.values()) > first_bad[0]):
+            break
+        finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+        for future in sorted(finished, key=lambda future: pending[future]):
+            i = pending.pop(future)
+            error = future.exception()
+            if error is None:
+                yield i, future.result()
+            elif first_bad is None or i < first_bad[0]:
+                first_bad = i, error
+    if first_bad is not None:
+        raise first_bad[1]
+
+
+_tokenizer: UnitTokenizer | None = None
+
+
+def _start_worker(task: TokenizeTask) -> None:
+    global _tokenizer
+    # Workers are the parallelism; threads inside each of them would only compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    _tokenizer = UnitTokenizer(task)
+
+
+def _die_with(sentinel: int) -> None:
+    # A pool's worker holds both ends of its own queue, so it would outlive a killed parent, waiting for work forever.
+    wait_for_sentinels([sentinel])
+    os._exit(1)
+
+
+def _run_job(job: UnitJob) -> UnitResult:
+    assert _tokenizer is not None
+    return _tokenizer.run(job)

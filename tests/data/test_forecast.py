@@ -7,10 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from statex_dist.data.epochs import warn_of_repeats
+from statex_dist.data.forecast import warn_of_repeats
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.mixture import Stage
-from statex_dist.data.store import MemoryStore
+from tests.data.options import make_loader
+from tests.data.synthetic import MemoryStore
 
 SIZES = {"big": 4000, "small": 150}
 
@@ -33,7 +34,7 @@ CURRICULUM = [
 
 
 def loader(stages=CURRICULUM, *, world_size: int = 1, rank: int = 0, stores=STORES, **options) -> PackedLoader:
-    return PackedLoader(
+    return make_loader(
         stores, stages=stages, global_packs=4, pad_id=0, world_size=world_size, rank=rank, window_tokens=900, **options
     )
 

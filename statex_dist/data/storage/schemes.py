@@ -1,16 +1,36 @@
-"""What went wrong with a download, told from the exceptions of many SDKs, most of which are not installed.
+"""URL schemes of remote datasets: their packages and credentials, and what the exceptions of their SDKs mean.
 
-They have no common base class, so an exception is known by its HTTP status, wherever its SDK keeps that, or by name.
+Most SDKs are not installed, and their exceptions have no common base class: one is known by its HTTP status, wherever
+its SDK keeps that, or by name.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 
 from statex_dist.errors import ConfigError, DataError
+from statex_dist.redact import MARK, holds_secret
+
+PACKAGES = {
+    "s3": "'statex-dist[s3]'",
+    "gs": "'statex-dist[gs]'",
+    "azure": "'statex-dist[azure]'",
+    "azure-dl": "'statex-dist[azure]'",
+    "oci": "'statex-dist[oci]'",
+    "hf": "huggingface_hub",
+    "sftp": "'statex-dist[sftp]'",
+    "dbfs": "databricks-sdk",
+    "alipan": "alipcs-py",
+}
+"""What to install for each scheme of streaming's."""
+HTTP = ("http", "https")
+_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+-]+):(/+)(.*)", re.DOTALL)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORTH_RETRYING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
@@ -95,3 +115,57 @@ def cure(error: BaseException) -> str:
     if is_worth_retrying(error):
         return "check the network, or raise download_retries or download_timeout"
     return "check the URL and the credentials"
+
+
+def split_url(path: str | Path) -> tuple[str, str] | None:
+    """Return the scheme and the whole of a URL, or ``None`` for a path of this machine.
+
+    Raises:
+        ConfigError: It is a URL of a scheme that is not known here.
+    """
+    found = _URL.fullmatch(str(path))
+    if found is None:
+        return None
+    scheme, slashes, rest = found[1].lower(), found[2], found[3]
+    if scheme not in (*HTTP, *PACKAGES, "local", "file"):
+        allowed = ", ".join([*HTTP, *PACKAGES, "local", "file"])
+        raise ConfigError(f"{path}: URLs of {scheme!r} are not known; allowed: {allowed}, or a directory")
+    if len(slashes) == 1 and scheme != "dbfs":
+        slashes = "//" if scheme not in ("local", "file") else "///"  # a Path folds them
+    return scheme, f"{scheme}:{slashes}{rest}"
+
+
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "GCS_KEY and GCS_SECRET, or GOOGLE_APPLICATION_CREDENTIALS",
+    "azure": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
+    "azure-dl": "AZURE_ACCOUNT_NAME and AZURE_ACCOUNT_ACCESS_KEY",
+    "oci": "~/.oci/config",
+    "hf": "HF_TOKEN",
+    "dbfs": "DATABRICKS_HOST and DATABRICKS_TOKEN",
+}
+"""Where the SDK of each scheme looks for credentials."""
+
+
+def check_credentials(scheme: str, url: str) -> None:
+    """Raise if a URL holds credentials that are not used or cannot be read.
+
+    Raises:
+        ConfigError: It was redacted, its scheme takes no credentials, or its password is not percent-encoded.
+    """
+    if MARK in url:
+        raise ConfigError(f"{url} is without its credentials ({MARK}), as run directories show it; give the whole URL")
+    if scheme in HTTP or scheme == "sftp":
+        parts = urlsplit(url)
+        try:
+            whole = parts.hostname is not None and (parts.port or True)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ConfigError(
+                f"{url}: host and port cannot be told from the rest; write / ? # and @ in a user name or password as "
+                "%2F %3F %23 and %40"
+            )
+    elif holds_secret(url):
+        where = f"set {_CREDENTIALS[scheme]}" if scheme in _CREDENTIALS else "use the configuration of its SDK"
+        raise ConfigError(f"{url}: URLs of {scheme} take no user, query or fragment; {where} instead")

@@ -1,12 +1,14 @@
-"""Forecast how often a run will see each source, from the plan and the curriculum."""
+"""What a run will see of its data: how often each source, and the longest text, from the plan and the curriculum."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from statex_dist.data.mixture import Mixture, Place, Stage
+from statex_dist.data.mixture import Mixture, Stage, StreamPosition
+from statex_dist.data.store import ShardStore
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +30,13 @@ class Repeats:
     stages: tuple[tuple[int, int, float], ...]
 
 
-def forecast(mixture: Mixture, place: Place, *, num_steps: int, packs_per_step: int, above: float) -> list[Repeats]:
+def forecast(
+    mixture: Mixture, place: StreamPosition, *, num_steps: int, packs_per_step: int, above: float
+) -> list[Repeats]:
     """Return the sources that will have been seen more than ``above`` times after ``num_steps`` steps.
 
     Passes before ``place`` are exact. Those after it are computed from the weights, with the padding of the
     first window of each source.
-
-    Args:
-        mixture: The sources and the curriculum.
-        place: Where the run begins.
-        num_steps: Steps of the whole run.
-        packs_per_step: Packs of a global step.
-        above: Sources with fewer passes than this are left out.
     """
     tokens = {
         name: sum(map(plan.store.num_tokens, range(plan.store.num_shards))) for name, plan in mixture.plans.items()
@@ -71,7 +68,7 @@ def warn_of_repeats(repeats: list[Repeats], *, num_steps: int, limit: float) -> 
         )
 
 
-def _stages_to_come(mixture: Mixture, place: Place, num_steps: int) -> list[tuple[Stage, int, int]]:
+def _stages_to_come(mixture: Mixture, place: StreamPosition, num_steps: int) -> list[tuple[Stage, int, int]]:
     """Return the stages that remain of the curriculum, each with its first step and the step after its last."""
     ends = [stage.from_step for stage in mixture.stages[1:]] + [num_steps]
     spans = [
@@ -104,3 +101,46 @@ def _passes(
         per_step = packs_per_step * stage.seq_len * weights[name] / positions
         found.append((first, end, (end - first) * per_step / tokens[name]))
     return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedLength:
+    """The longest text that a model reads without its state being emptied, by steps.
+
+    That is the longest document of the sources that are read, cut at the length of a pack.
+
+    Attributes:
+        stages: The curriculum, in order.
+        longest: Tokens of the longest document of each source.
+        carry: Whether the state is kept where a document is cut, so that the whole document is one text.
+    """
+
+    stages: Sequence[Stage]
+    longest: Mapping[str, int]
+    carry: bool
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage], stores: Mapping[str, ShardStore], *, carry: bool) -> TrainedLength:
+        """Read the documents' lengths of every source."""
+        longest = {
+            name: max((int(store.lengths(shard).max(initial=0)) for shard in range(store.num_shards)), default=0)
+            for name, store in stores.items()
+        }
+        return cls(stages=stages, longest=longest, carry=carry)
+
+    def __call__(self, after: int, step: int) -> int:
+        """Return the longest text, in tokens, of the steps above ``after`` up to ``step``; 0 where there are none."""
+        ends = [stage.from_step for stage in self.stages[1:]] + [step]
+        return max(
+            (
+                self._of(stage)
+                for stage, end in zip(self.stages, ends, strict=True)
+                if max(stage.from_step, after) < min(end, step)
+            ),
+            default=0,
+        )
+
+    def _of(self, stage: Stage) -> int:
+        read = self.longest if stage.weights is None else [name for name, weight in stage.weights.items() if weight]
+        longest = max((self.longest[name] for name in read), default=0)
+        return longest if self.carry else min(longest, stage.seq_len)

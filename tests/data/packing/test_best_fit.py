@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statex_dist.data.packing import MIN_ROOM, arrange, best_fit, concatenate, lane_places, one_document
+from statex_dist.data.packing.best_fit import MIN_ROOM, best_fit
+from statex_dist.data.packing.pieces import concatenate, one_document
+from statex_dist.data.window import arrange, lane_places
 
 lengths_strategy = st.lists(st.integers(1, 90), min_size=1, max_size=60).map(np.array)
 

@@ -1,4 +1,6 @@
-"""Turn tokenised rows (ids and the columns beside them) into documents of ids and masks.
+"""Turn the fields of a row into documents, by one rule for all rows of a file.
+
+A row holds text, or token ids with columns beside them:
 
 1. Tokens with ``attention_mask`` 0 are removed, at either end or between documents. Values above 1 number the documents
    of a packed row.
@@ -13,20 +15,123 @@ from typing import Any
 
 import numpy as np
 
-from statex_dist.data.columns import HARMLESS, HONOURED, MASKS, TOKENS, ZEROS_ONLY, meaning
-from statex_dist.data.corpus.records import BadRecordError, Record
+from statex_dist.data.columns import BESIDE_TEXT, HARMLESS, HONOURED, MASKS, TOKENS, ZEROS_ONLY, advice, meaning
+from statex_dist.data.corpus.document_rules import DocumentRules, find_field
+from statex_dist.data.corpus.records import BadRecordError, ReadReport, Record
 from statex_dist.errors import DataError, shown
+
+_MOST_UNUSED = 20
+
+
+class RowParser:
+    """Makes the documents of the rows of one file, or of a part of it."""
+
+    def __init__(self, vocab_size: int, rules: DocumentRules, report: ReadReport):
+        self._vocab_size = vocab_size
+        self._text_field = rules.text_field
+        self._rows = rules.rows
+        self._ignore = frozenset(rules.ignore_fields)
+        self._conditions = rules.conditions()
+        self._report = report
+
+    def __call__(self, row: dict[str, Any]) -> list[Record]:
+        """Return the documents of ``row``.
+
+        Raises:
+            BadRecordError: It is none.
+            DataError: It is not of the kind of the rows before, or a column cannot be honoured.
+        """
+        if not all(condition.holds(row) for condition in self._conditions):
+            self._report.filtered += 1
+            return []
+        kind, text = self._kind(row)
+        if self._report.kind != kind:
+            if self._report.kind:
+                raise DataError(f"this row has {mixed(self._report.kind, kind)}")
+            self._report.kind = kind
+        if kind == "text":
+            if not BESIDE_TEXT.isdisjoint(row):
+                self._note(self._report.unused, BESIDE_TEXT.intersection(row) - self._ignore)
+            return [Record(text=self._text(text))]
+        documents = token_documents(row, self._vocab_size, self._ignore)
+        names = row.keys() - self._ignore
+        self._note(self._report.columns, names.intersection(HONOURED[1:]))
+        self._note(self._report.unused, names.difference(HONOURED))
+        return documents
+
+    def _kind(self, row: dict[str, Any]) -> tuple[str, Any]:
+        """Return the kind of a row, and its text."""
+        tokens = row.get(TOKENS) is not None
+        if self._rows == "tokens":
+            if not tokens:
+                raise BadRecordError(_absent(row, TOKENS, TOKENS in row))
+            return "tokens", None
+        found, text = find_field(row, self._text_field)
+        if self._rows == "text":
+            if text is None:
+                raise BadRecordError(_absent(row, self._text_field, found))
+            return "text", text
+        if tokens and text is not None:
+            raise DataError(
+                f"the row has both {TOKENS!r} and {self._text_field!r}; choose one: `statex prepare` with "
+                "--rows text or --rows tokens"
+            )
+        if tokens:
+            return "tokens", None
+        if text is None:
+            if found or TOKENS in row:
+                raise BadRecordError(_absent(row, self._text_field if found else TOKENS, True))
+            raise BadRecordError(
+                f"no field {self._text_field!r} or {TOKENS!r} (there are: {', '.join(map(str, row)) or 'none'})"
+                f"{advice(row)}"
+            )
+        return "text", text
+
+    def _text(self, text: Any) -> str:
+        if isinstance(text, bytes):
+            try:
+                return text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadRecordError(
+                    f"field {self._text_field!r} is not UTF-8: byte {error.start} ({error.reason})"
+                ) from error
+        if not isinstance(text, str):
+            raise BadRecordError(f"field {self._text_field!r} is {type(text).__name__}, a string is needed")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise BadRecordError(
+                    f"field {self._text_field!r} has a lone surrogate at character {error.start}"
+                ) from error
+        return text
+
+    @staticmethod
+    def _note(names: list[str], found: Any) -> None:
+        if found and len(names) < _MOST_UNUSED:
+            names += [name for name in sorted(found) if name not in names]
+
+
+def mixed(before: str, now: str) -> str:
+    """Say how a row differs in kind from the rows before it."""
+    names = {"text": "text", "tokens": TOKENS}
+    return (
+        f"{names[now]}, but rows before have {names[before]}; a file must hold one kind: separate them, or "
+        "take one kind with --rows text or --rows tokens (and --skip-bad-records)"
+    )
+
+
+def _absent(row: dict[str, Any], name: str, null: bool) -> str:
+    if null:
+        return f"field {name!r} is null"
+    return f"no field {name!r} (there are: {', '.join(map(str, row)) or 'none'}){advice(row)}"
+
 
 IGNORED_LABEL = -100
 
 
 def token_documents(row: Mapping[str, Any], vocab_size: int, ignore: Collection[str] = ()) -> list[Record]:
     """Return the documents of a row with ``input_ids``: several if it is packed.
-
-    Args:
-        row: Its columns.
-        vocab_size: Bound of the ids.
-        ignore: Columns that the user chose to leave out.
 
     Raises:
         BadRecordError: A value is of the wrong type, or two columns contradict each other.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.data.corpus.records import BadRecordError
-from statex_dist.data.corpus.token_rows import token_documents
+from statex_dist.data.corpus.rows import token_documents
 from statex_dist.errors import DataError
 
 VOCABULARY = 100
@@ -193,7 +193,7 @@ def test_rows_that_contradict_themselves(row, message):
     ],
 )
 def test_columns_that_could_change_what_is_learned_are_refused_by_name(name, value):
-    with pytest.raises(DataError, match=f"column '{name}' holds .* --ignore-field {name}") as refused:
+    with pytest.raises(DataError, match=f"'{name}' .*--ignore-field {name}") as refused:
         read(input_ids=IDS, **{name: value})
     assert not isinstance(refused.value, BadRecordError), "of all rows, not of one"
     found = token_documents({"input_ids": IDS, name: value}, VOCABULARY, ignore=(name,))

@@ -1,14 +1,32 @@
-"""Gzip and zstd files as streams of bytes: several members or frames in a row, never more than a buffer in memory."""
+"""Compressed files as streams of bytes: several members or frames in a row, never more than a buffer in memory."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from statex_dist.data.codecs import open_codec
 from statex_dist.data.corpus.records import first_line
+
+CODECS = ("zstd", "gz", "bz2")
+
+
+def open_codec(path: Path, codec: str) -> BinaryIO:
+    """Open a compressed file for reading; several members or frames in a row are read on.
+
+    Raises:
+        OSError: It cannot be opened. What is found wrong while reading has a type of each codec's own.
+    """
+    if codec == "zstd":
+        # pyarrow reads frame after frame and tells a cut-off one; the `zstd` package cannot stream at all.
+        import pyarrow
+
+        return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return cast(BinaryIO, gzip.open(path) if codec == "gz" else bz2.open(path))
+
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _BUFFER_BYTES = 1 << 20

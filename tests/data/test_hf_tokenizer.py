@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from statex_dist.data.token_runs import tokens_in_runs
+from statex_dist.data.hf_tokenizer import tokens_in_runs
 
 VOCABULARY = {"a": 0, "<0x0A>": 1, "<0xfF>": 2, "<0x0>": 3, "x<0x0A>": 4}
 MARKS = decoders.Replace("\u2581", " ")

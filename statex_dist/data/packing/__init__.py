@@ -1,0 +1,1 @@
+"""Packing strategies: how spans of documents are laid into packs of a fixed length."""
