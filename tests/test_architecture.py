@@ -111,8 +111,8 @@ ENGINES = {
     "streaming": ("statex_dist.data.storage.mds",),
     "webdataset": ("statex_dist.data.storage.tar",),
     "fla": ("statex_dist.ops.fla_api",),
-    "mamba_ssm": ("statex_dist.ops.mamba_api",),
-    "causal_conv1d": ("statex_dist.ops.conv_api",),
+    "mamba_ssm": ("statex_dist.ops.ssd.mamba_api",),
+    "causal_conv1d": ("statex_dist.ops.conv.causal_conv1d_api",),
     "megatron": ("statex_dist.models.tensor_parallel.model", "statex_dist.models.tensor_parallel.share"),
     "wandb": ("statex_dist.train.wandb_run",),
     "lm_eval": ("statex_dist.evaluation.lm_eval_api",),
@@ -237,10 +237,10 @@ def test_the_walk_sees_the_code():
     """A walk that finds nothing would pass for ever."""
     edges = graph(ROOT)
     assert len(edges) > 40
-    assert "statex_dist.ops.naive" in edges["statex_dist.ops.dispatch"]
+    assert "statex_dist.ops.gla.torch_forms" in edges["statex_dist.ops.gla.dispatch"]
     assert "fla.ops.gla" in edges["statex_dist.ops.fla_api"], "an import inside a function"
-    assert "mamba_ssm" in edges["statex_dist.ops.mamba_api"] or any(
-        target.startswith("mamba_ssm") for target in edges["statex_dist.ops.mamba_api"]
+    assert "mamba_ssm" in edges["statex_dist.ops.ssd.mamba_api"] or any(
+        target.startswith("mamba_ssm") for target in edges["statex_dist.ops.ssd.mamba_api"]
     )
     assert "statex_dist.batch" in edges["statex_dist.models.lm"]
 
@@ -250,8 +250,8 @@ def test_the_walk_sees_the_code():
     [
         (
             "statex_dist/state/a.py",
-            "from statex_dist.ops.naive import x",
-            "(floor 1) imports statex_dist.ops.naive (floor 2)",
+            "from statex_dist.ops.norm import x",
+            "(floor 1) imports statex_dist.ops.norm (floor 2)",
         ),
         ("statex_dist/errors.py", "import statex_dist.config", "(floor 0) imports statex_dist.config (floor 1)"),
         ("statex_dist/data/a.py", "def f():\n    from statex_dist.models import lm", "do not know each other"),
@@ -291,7 +291,7 @@ def test_the_walk_sees_the_code():
 )
 def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     names = [
-        *("errors", "config", "run", "ops.naive", "data.types", "data.loader", "optim.groups", "models.hf"),
+        *("errors", "config", "run", "ops.norm", "data.types", "data.loader", "optim.groups", "models.hf"),
         *("models.lm", "models.gla.mixer", "checkpoint.writer"),
     ]
     for name in names:

@@ -15,6 +15,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from statex_dist.errors import ConfigError
+from statex_dist.ops.decay import SMALLEST_BLOCK
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkLayout:
@@ -156,6 +159,25 @@ def pick_chunk_size(lengths: tuple[int, ...], sizes: tuple[int, ...] = CHUNK_SIZ
     return sizes[-1]
 
 
+def power_of_two_chunks(
+    lengths: tuple[int, ...],
+    chunk_size: int | None,
+    *,
+    smallest: int = SMALLEST_BLOCK,
+    sizes: tuple[int, ...] = CHUNK_SIZES,
+) -> int:
+    """Return the chunk size to use: the one asked for, or the one of ``sizes`` that fits the sequences.
+
+    Raises:
+        ConfigError: The one asked for is not a power of two from ``smallest``.
+    """
+    if chunk_size is None:
+        return pick_chunk_size(lengths, sizes)
+    if chunk_size < smallest or chunk_size & (chunk_size - 1):
+        raise ConfigError(f"chunk_size must be a power of two from {smallest}, not {chunk_size}")
+    return chunk_size
+
+
 def index_tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """Return numbers of a layout that is kept: made under inference mode, no later training step could use them."""
     with torch.inference_mode(False):
@@ -201,3 +223,8 @@ def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device
         rank=index_tensor(rank, device),
         identity=len(gather) == total and bool((gather == np.arange(total)).all()),
     )
+
+
+def join_blocks(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Return value blocks side by side, without a copy where there is one."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)

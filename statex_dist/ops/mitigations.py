@@ -7,7 +7,7 @@ and the loss rises. Each remedy changes the recurrence ``h_t = a_t h_{t-1} + k_t
 - state normalisation: ``h <- h min(1, p / ||h||)`` for each head;
 - sliding window: ``h_t - a_{t-r+1} ... a_t h_{t-r}``, the state of a recurrence that saw the last ``r`` tokens alone.
 
-``scan`` stands for the scan or the step of :mod:`statex_dist.ops.dispatch`: it takes inputs ``[B, T, ...]`` and a state
+``scan`` stands for the scan or the step of a recurrence: it takes inputs ``[B, T, ...]`` and a state
 (None for zero), and returns outputs and the state after them (None only where nobody asks).
 """
 
@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from statex_dist.ops.decay import reverse_cumsum
 
 Tensors = tuple[torch.Tensor, ...]
 Scan = Callable[[Tensors, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
@@ -131,7 +133,7 @@ def window_sums(x: torch.Tensor, width: int) -> torch.Tensor:
     # Where the window is one whole block, the start of the next is its empty start.
     num_blocks = num_windows // width + 2
     blocks = _pad_tokens(x, 0, num_blocks * width - x.shape[1]).unflatten(1, (num_blocks, width))
-    ends = blocks.flip(2).cumsum(2).flip(2).flatten(1, 2)
+    ends = reverse_cumsum(blocks, 2).flatten(1, 2)
     starts = _pad_tokens(blocks[:, :, :-1].cumsum(2).flatten(0, 1), 1, 0).unflatten(0, (-1, num_blocks)).flatten(1, 2)
     return ends[:, :num_windows] + starts[:, width : width + num_windows]
 
@@ -155,7 +157,7 @@ def windowed_gla(
     only as a random walk does, where nothing is ever forgotten.
 
     Args:
-        scan: Gated linear attention over ``q, k, v, g``, shapes as in :func:`statex_dist.ops.dispatch.gla`.
+        scan: Gated linear attention over ``q, k, v, g``, shapes as in :func:`statex_dist.ops.gla.gla`.
         inputs: ``q, k, v, g``; what leaves has to be what entered, so they should be fp32 or float64.
         state: Of the window before the segment, or None.
         memory: ``k, v, g`` of the last ``width`` tokens, ``[B, width, ...]``, zeros where there were none; or empty.
@@ -182,7 +184,7 @@ def windowed_ssd(
 
     Args:
         scan: The Mamba2 scan over ``x, dt, B, C`` without the skip term, shapes as in
-            :func:`statex_dist.ops.dispatch.ssd`.
+            :func:`statex_dist.ops.ssd.ssd`.
         inputs: ``x, dt, B, C``.
         A: ``[H]`` negative decay rates.
         state: Of the window before the segment, or None.

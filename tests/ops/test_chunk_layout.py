@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.ops.chunk_layout import chunk_layout
-from statex_dist.ops.chunked import chunked_gla
+from statex_dist.ops.gla.torch_forms import chunked_gla
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,108 @@
+"""The one rule by which a recurrence picks its backend, and the scan that mixing and context parallelism go around.
+
+``auto`` takes the GPU kernels for CUDA tensors where they are installed and fit the case, and the chunked PyTorch form
+otherwise; ``naive`` is for tests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+
+from statex_dist.distributed.context_group import ContextShare
+from statex_dist.errors import ConfigError
+from statex_dist.ops.head_mixing import mix_outputs, partner_values, spread_values
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "kernel", "triton", "chunked", "naive"]
+"""``kernel`` is another library's (fla-core, mamba_ssm), ``triton`` our own for large GLA states."""
+
+Form = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def takes_kernels(x: torch.Tensor, has_kernels: Callable[[], bool]) -> bool:
+    """Return whether kernels of another library are to run on ``x``: on a GPU, and never in float64."""
+    return x.is_cuda and x.dtype != torch.float64 and has_kernels()
+
+
+def pick_backend(
+    backend: Backend, x: torch.Tensor, has_kernels: Callable[[], bool], *, fits_triton: bool | None = None
+) -> Backend:
+    """Return the backend that runs, never ``auto``.
+
+    Args:
+        backend: The one asked for.
+        x: An input of the recurrence.
+        has_kernels: Whether the library of ``kernel`` is installed.
+        fits_triton: Whether ``auto`` prefers our own kernels here; None where the recurrence has none.
+
+    Raises:
+        ConfigError: The backend is unknown.
+    """
+    allowed = [name for name in get_args(Backend) if fits_triton is not None or name != "triton"]
+    if backend not in allowed:
+        raise ConfigError(f"scan backend {backend!r} is not one of {', '.join(allowed)}")
+    if backend != "auto":
+        return backend
+    if fits_triton:
+        return "triton"
+    return "kernel" if takes_kernels(x, has_kernels) else "chunked"
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it is given."""
+    logger.warning(message)
+
+
+def mixed_scan(
+    backend: Backend,
+    forms: Mapping[str, Form],
+    across: Form,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    mix: torch.Tensor | None,
+    chunk_size: int | None,
+    context: ContextShare | None,
+    initial_state: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one form of a recurrence, plain or mixed, over a whole sequence or a rank's share of it.
+
+    Only the chunked form keeps the values of a head's partners apart. Of a context share the scan starts from zero, and
+    what the state before the share adds is added.
+
+    Args:
+        backend: From :func:`pick_backend`.
+        forms: The implementations by backend; they take queries, keys, values and what else the recurrence has.
+        across: What carries a state across ranks.
+        inputs: ``q, k, v`` and the rest.
+        mix: ``[H, r]`` mixing matrix or None.
+        chunk_size: Of the chunked form.
+        context: This rank's share or None.
+        initial_state: ``[S, H, K, r V]`` or None for zero.
+        options: Further options of the forms, ``scale`` among them.
+    """
+    q, k, v, *rest = inputs
+    options["initial_state"] = initial_state if context is None else None
+    partners = 1 if mix is None else mix.shape[1]
+    if backend == "chunked":
+        o, state = forms[backend](q, k, partner_values(v, partners), *rest, chunk_size=chunk_size, **options)
+    else:
+        o, state = forms[backend](q, k, v if mix is None else spread_values(v, partners), *rest, **options)
+    if context is not None:
+        added, state = across(context, inputs, state[-1:], initial_state, scale=options["scale"])
+        o = add_to_first(o, added)
+    return (o if mix is None else mix_outputs(o, mix)), state
+
+
+def add_to_first(o: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """Return ``o [1, T, ...]`` with ``added [1, L, ...]`` on its first tokens."""
+    count = added.shape[1]
+    first = o[:, :count] + added.to(o.dtype)
+    return first if count == o.shape[1] else torch.cat([first, o[:, count:]], dim=1)
