@@ -17,10 +17,16 @@ def reverse_cumsum(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.flip(dim).cumsum(dim=dim).flip(dim)
 
 
-def causal_decay(b: torch.Tensor) -> torch.Tensor:
-    """Return ``exp(b_t - b_u)`` for ``u <= t``, else 0: ``[..., C, C]`` from cumulative log decays ``b [..., C]``."""
-    later = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).triu(1)
-    return (b.unsqueeze(-1) - b.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+def causal_decay(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return ``exp(b_t - b_u)`` for ``u <= t``, else 0, ``[..., C, C]``.
+
+    Args:
+        rows: ``[..., C, 1]`` cumulative log decays ``b``.
+        columns: The same, ``[..., 1, C]``.
+    """
+    difference = rows - columns
+    later = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
+    return difference.masked_fill(later, -torch.inf).exp()
 
 
 def decayed_products(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -35,7 +41,7 @@ def decayed_products(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch
         b: ``[..., C, K]`` or ``[..., C, 1]`` log decays, summed so far.
     """
     if b.shape[-1] < q.shape[-1]:
-        return (q @ k.transpose(-1, -2)) * causal_decay(b.squeeze(-1))
+        return (q @ k.transpose(-1, -2)) * causal_decay(b, b.transpose(-1, -2))
     chunk_size = q.shape[-2]
     matrix = _diagonal_blocks(q, k, b)
     size = SMALLEST_BLOCK

@@ -153,7 +153,8 @@ def chunked_ssd(
     B, C = (layout.to_chunks(y).to(work_dtype) for y in (B, C))
     b = decay_log.cumsum(dim=-1)
     total = b[..., -1:]
-    scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * causal_decay(b).unflatten(1, (num_groups, -1))
+    decay = causal_decay(b.unsqueeze(-1), b.unsqueeze(-2))
+    scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * decay.unflatten(1, (num_groups, -1))
     within = scores.flatten(1, 2) @ x_dt
     # [chunks, G, (H/G) P, C] @ [chunks, G, C, N]
     decayed = _fold_heads(x_dt * (total - b).exp().unsqueeze(-1), num_groups)
