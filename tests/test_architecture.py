@@ -250,8 +250,8 @@ def test_the_walk_sees_the_code():
     [
         (
             "statex_dist/state/a.py",
-            "from statex_dist.ops.norm import x",
-            "(floor 1) imports statex_dist.ops.norm (floor 2)",
+            "from statex_dist.ops.precision import x",
+            "(floor 1) imports statex_dist.ops.precision (floor 2)",
         ),
         ("statex_dist/errors.py", "import statex_dist.config", "(floor 0) imports statex_dist.config (floor 1)"),
         ("statex_dist/data/a.py", "def f():\n    from statex_dist.models import lm", "do not know each other"),
@@ -291,7 +291,7 @@ def test_the_walk_sees_the_code():
 )
 def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     names = [
-        *("errors", "config", "run", "ops.norm", "data.types", "data.loader", "optim.groups", "models.hf"),
+        *("errors", "config", "run", "ops.precision", "data.types", "data.loader", "optim.groups", "models.hf"),
         *("models.lm", "models.gla.mixer", "checkpoint.writer"),
     ]
     for name in names:

@@ -7,9 +7,9 @@ otherwise; ``naive`` is for tests.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -22,7 +22,23 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "kernel", "triton", "chunked", "naive"]
 """``kernel`` is another library's (fla-core, mamba_ssm), ``triton`` our own for large GLA states."""
 
-Form = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Scan = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class Forms(NamedTuple):
+    """The implementations of one recurrence over queries, keys, values and what else it takes.
+
+    Attributes:
+        naive: Token by token.
+        kernel: Another library's.
+        chunked: In PyTorch; takes ``chunk_size`` too, and values as a list of each partner's.
+        across: What carries a state across ranks.
+    """
+
+    naive: Scan
+    kernel: Scan
+    chunked: Scan
+    across: Scan
 
 
 def takes_kernels(x: torch.Tensor, has_kernels: Callable[[], bool]) -> bool:
@@ -62,8 +78,7 @@ def warn_once(message: str) -> None:
 
 def mixed_scan(
     backend: Backend,
-    forms: Mapping[str, Form],
-    across: Form,
+    forms: Forms,
     inputs: tuple[torch.Tensor, ...],
     *,
     mix: torch.Tensor | None,
@@ -79,8 +94,7 @@ def mixed_scan(
 
     Args:
         backend: From :func:`pick_backend`.
-        forms: The implementations by backend; they take queries, keys, values and what else the recurrence has.
-        across: What carries a state across ranks.
+        forms: The implementations of the recurrence.
         inputs: ``q, k, v`` and the rest.
         mix: ``[H, r]`` mixing matrix or None.
         chunk_size: Of the chunked form.
@@ -90,13 +104,14 @@ def mixed_scan(
     """
     q, k, v, *rest = inputs
     options["initial_state"] = initial_state if context is None else None
-    partners = 1 if mix is None else mix.shape[1]
     if backend == "chunked":
-        o, state = forms[backend](q, k, partner_values(v, partners), *rest, chunk_size=chunk_size, **options)
+        values = v if mix is None else partner_values(v, mix.shape[1])
+        o, state = forms.chunked(q, k, values, *rest, chunk_size=chunk_size, **options)
     else:
-        o, state = forms[backend](q, k, v if mix is None else spread_values(v, partners), *rest, **options)
+        scan = forms.naive if backend == "naive" else forms.kernel
+        o, state = scan(q, k, v if mix is None else spread_values(v, mix.shape[1]), *rest, **options)
     if context is not None:
-        added, state = across(context, inputs, state[-1:], initial_state, scale=options["scale"])
+        added, state = forms.across(context, inputs, state[-1:], initial_state, scale=options["scale"])
         o = add_to_first(o, added)
     return (o if mix is None else mix_outputs(o, mix)), state
 

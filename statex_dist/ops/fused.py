@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import torch
 
-from statex_dist.ops import backends, norm
+from statex_dist.ops import backends
 from statex_dist.ops.fla_api import fla_gated_rms_norm, fla_rms_norm, fla_swiglu, has_fla
+from statex_dist.ops.precision import torch_gated_rms_norm, torch_rms_norm, torch_swiglu
 
 _ROW_BYTES = 65536
 """The norms' kernels hold a whole row at once and raise above this."""
@@ -31,7 +32,7 @@ _ROW_BYTES = 65536
 
 def takes_kernels(x: torch.Tensor) -> bool:
     """Return whether flash-linear-attention's kernels are to run on ``x``."""
-    return x.numel() > 0 and backends.takes_kernels(x, has_fla)
+    return x.is_cuda and x.numel() > 0 and backends.takes_kernels(x, has_fla)
 
 
 def _row_fits(x: torch.Tensor) -> bool:
@@ -51,7 +52,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tens
     """
     if takes_kernels(x) and _row_fits(x):
         return fla_rms_norm(x, weight, eps=eps)
-    return norm.rms_norm(x, weight, eps=eps)
+    return torch_rms_norm(x, weight, eps=eps)
 
 
 def gated_rms_norm(
@@ -80,11 +81,11 @@ def gated_rms_norm(
     """
     if num_groups == 1 and takes_kernels(x) and _row_fits(x) and (norm_before_gate or not sigmoid):
         return fla_gated_rms_norm(x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, sigmoid=sigmoid)
-    return norm.gated_rms_norm(
+    return torch_gated_rms_norm(
         x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, sigmoid=sigmoid, num_groups=num_groups
     )
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` (arXiv 2002.05202), all ``[..., I]``."""
-    return fla_swiglu(gate, up) if takes_kernels(gate) else norm.swiglu(gate, up)
+    return fla_swiglu(gate, up) if takes_kernels(gate) else torch_swiglu(gate, up)

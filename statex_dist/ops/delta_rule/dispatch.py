@@ -6,7 +6,7 @@ import torch
 
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
-from statex_dist.ops.backends import Backend, mixed_scan, pick_backend, warn_once
+from statex_dist.ops.backends import Backend, Forms, mixed_scan, pick_backend, warn_once
 from statex_dist.ops.delta_rule.torch_forms import chunked_delta_rule, naive_delta_rule
 from statex_dist.ops.fla_api import delta_backward_obstacle, fla_delta_rule, has_fla
 
@@ -48,17 +48,9 @@ def delta_rule(
         ConfigError: The backend is unknown, or ``kernel`` cannot compute the gradients on this machine.
     """
     inputs = (q, k, v, g, beta)
-    picked = pick_backend(backend, q, has_fla)
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if picked == "kernel" and needs_gradients and g.shape[-1] == 1 and (obstacle := delta_backward_obstacle()):
-        if backend == "kernel":
-            raise ConfigError(f"scan backend 'kernel' cannot train this model: {obstacle}")
-        warn_once(f"the gated delta rule is trained with the slower PyTorch form: {obstacle}")
-        picked = "chunked"
     return mixed_scan(
-        picked,
-        {"naive": naive_delta_rule, "kernel": fla_delta_rule, "chunked": chunked_delta_rule},
-        delta_across,
+        _trainable(pick_backend(backend, q, has_fla), backend, inputs),
+        Forms(naive=naive_delta_rule, kernel=fla_delta_rule, chunked=chunked_delta_rule, across=delta_across),
         inputs,
         mix=mix,
         chunk_size=chunk_size,
@@ -67,6 +59,24 @@ def delta_rule(
         scale=q.shape[-1] ** -0.5,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _trainable(picked: Backend, asked: Backend, inputs: tuple[torch.Tensor, ...]) -> Backend:
+    """Return the picked backend, or ``chunked`` where it cannot compute gradients that are needed.
+
+    Raises:
+        ConfigError: The kernel was asked for by name and cannot.
+    """
+    if picked != "kernel" or inputs[3].shape[-1] > 1:  # KDA has another backward pass
+        return picked
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    obstacle = delta_backward_obstacle() if needs_gradients else None
+    if obstacle is None:
+        return picked
+    if asked == "kernel":
+        raise ConfigError(f"scan backend 'kernel' cannot train this model: {obstacle}")
+    warn_once(f"the gated delta rule is trained with the slower PyTorch form: {obstacle}")
+    return "chunked"
 
 
 def delta_across(

@@ -20,11 +20,9 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.chunk_layout import chunk_layout, join_blocks, power_of_two_chunks
-from statex_dist.ops.cu_seqlens import sequence_lengths
-from statex_dist.ops.decay import decayed_products
+from statex_dist.ops.cu_seqlens import chunk_layout, join_blocks, power_of_two_chunks, sequence_lengths
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
-from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops.precision import decayed_products, wide_dtype
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from statex_dist.distributed.context_group import ContextShare
-from statex_dist.ops.backends import Backend, add_to_first, mixed_scan, pick_backend
+from statex_dist.ops.backends import Backend, Forms, add_to_first, mixed_scan, pick_backend
 from statex_dist.ops.fla_api import fla_gla, has_fla
 from statex_dist.ops.gla.torch_forms import chunked_gla, naive_gla
 from statex_dist.ops.gla.triton.expanded import SMALLEST_CHUNK, expanded_gla
@@ -61,8 +61,7 @@ def gla(
     if backend != "triton":
         o, state = mixed_scan(
             backend,
-            {"naive": naive_gla, "kernel": fla_gla, "chunked": chunked_gla},
-            gla_across,
+            Forms(naive=naive_gla, kernel=fla_gla, chunked=chunked_gla, across=gla_across),
             (q, k, v, g),
             mix=mix,
             chunk_size=chunk_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ import torch
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.ops.backends import Backend, add_to_first, pick_backend
 from statex_dist.ops.cu_seqlens import read_borders
-from statex_dist.ops.decay import reverse_cumsum
-from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops.precision import reverse_cumsum, wide_dtype
 from statex_dist.ops.ssd.mamba_api import has_mamba_ssm, mamba_ssd
 from statex_dist.ops.ssd.torch_forms import add_skip, chunked_ssd, naive_ssd
 
@@ -54,13 +52,16 @@ def ssd(
         Output ``[B, T, H, P]`` and final states ``[S, H, P, N]`` (None unless asked for).
     """
     backend = pick_backend(backend, x, has_mamba_ssm)
-    forms: dict[str, Callable[..., Any]] = {"naive": naive_ssd, "kernel": mamba_ssd, "chunked": chunked_ssd}
-    options: dict[str, Any] = {"initial_state": initial_state if context is None else None, "cu_seqlens": cu_seqlens}
-    if backend == "chunked":
-        options["chunk_size"] = chunk_size
-    if backend == "kernel":
-        options |= {"seq_idx": seq_idx, "output_final_state": output_final_state and context is None}
-    y, state = forms[backend](x, dt, A, B, C, **options)
+    initial = initial_state if context is None else None
+    state: torch.Tensor | None
+    if backend == "naive":
+        y, state = naive_ssd(x, dt, A, B, C, initial_state=initial, cu_seqlens=cu_seqlens)
+    elif backend == "kernel":
+        wants_state = output_final_state and context is None
+        options: dict[str, Any] = {"seq_idx": seq_idx, "output_final_state": wants_state}
+        y, state = mamba_ssd(x, dt, A, B, C, initial_state=initial, cu_seqlens=cu_seqlens, **options)
+    else:
+        y, state = chunked_ssd(x, dt, A, B, C, initial_state=initial, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
     if D is not None:
         y = add_skip(y, x, D)
     if context is not None:

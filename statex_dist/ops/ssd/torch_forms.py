@@ -10,10 +10,8 @@ from __future__ import annotations
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.chunk_layout import chunk_layout, pick_chunk_size
-from statex_dist.ops.cu_seqlens import sequence_lengths
-from statex_dist.ops.decay import causal_decay
-from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops.cu_seqlens import chunk_layout, pick_chunk_size, sequence_lengths
+from statex_dist.ops.precision import causal_decay, wide_dtype
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 

@@ -31,8 +31,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.chunk_layout import power_of_two_chunks
-from statex_dist.ops.cu_seqlens import sequence_lengths
+from statex_dist.ops.cu_seqlens import power_of_two_chunks, sequence_lengths
 from statex_dist.ops.gla.triton import reference
 from statex_dist.ops.gla.triton.segments import Segment, cut_segments
 from statex_dist.ops.head_mixing import gather_blocks, mix_blocks, mix_scores, spread, unmix_scores, weigh_blocks

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from statex_dist.ops.decay import decayed_products, reverse_cumsum
 from statex_dist.ops.gla.triton.segments import Segment
-from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops.precision import decayed_products, reverse_cumsum, wide_dtype
 
 
 def pregate(

@@ -7,14 +7,13 @@ zeros (a zero key and no decay change nothing). A segment is a run of chunks who
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from statex_dist.ops.chunk_layout import index_tensor
+from statex_dist.ops.cu_seqlens import cut_chunks, index_tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,16 +79,11 @@ def cut_segments(
         chunks_per_segment: Most chunks of a segment.
         device: Where the index tensors live.
     """
-    counts = [-(-length // chunk_size) for length in lengths]
-    sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
-    within = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, dtype=np.int64)]).astype(np.int64)
-    ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-    start = (ends - lengths)[sequence] + within * chunk_size
-    length = np.minimum(chunk_size, ends[sequence] - start).astype(np.int32)
-    is_first, is_last = within == 0, start + length == ends[sequence]
+    sequence, position, start, length = cut_chunks(lengths, chunk_size)
+    is_first, is_last = position == 0, start + length == np.cumsum(np.asarray(lengths, dtype=np.int64))[sequence]
 
     segments = []
-    for low, high in _runs(len(sequence), chunks_per_segment):
+    for low, high in itertools.pairwise([*range(0, len(sequence), chunks_per_segment), len(sequence)]):
         offsets = np.arange(chunk_size)
         inside = (offsets < length[low:high, None]).ravel()
         places = np.zeros(0, dtype=np.int64) if inside.all() else np.flatnonzero(inside)
@@ -97,8 +91,8 @@ def cut_segments(
             Segment(
                 chunk_size=chunk_size,
                 start=index_tensor(start[low:high], device),
-                length=index_tensor(length[low:high], device),
-                sequence=index_tensor(sequence[low:high], device),
+                length=index_tensor(length[low:high].astype(np.int32), device),
+                sequence=index_tensor(sequence[low:high].astype(np.int32), device),
                 is_first=index_tensor(is_first[low:high].astype(np.int32), device),
                 is_last=index_tensor(is_last[low:high].astype(np.int32), device),
                 places=index_tensor(places, device),
@@ -106,8 +100,3 @@ def cut_segments(
             )
         )
     return tuple(segments)
-
-
-def _runs(total: int, size: int) -> Iterator[tuple[int, int]]:
-    marks = [*range(0, total, size), total]
-    return itertools.pairwise(marks)
