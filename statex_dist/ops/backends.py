@@ -90,7 +90,7 @@ def mixed_scan(
     """Run one form of a recurrence, plain or mixed, over a whole sequence or a rank's share of it.
 
     Only the chunked form keeps the values of a head's partners apart. Of a context share the scan starts from zero, and
-    what the state before the share adds is added.
+    the contribution of the state before the share is added.
 
     Args:
         backend: From :func:`pick_backend`.

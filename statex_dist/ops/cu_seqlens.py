@@ -9,7 +9,7 @@ are sorted by length and chunks ordered by their position within the sequence: t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -96,6 +96,33 @@ class ChunkLayout:
         if not self.identity:
             flat = _Rearrange.apply(flat, self.scatter, self.gather)
         return flat.unflatten(0, (batch, -1))
+
+    def scan_values(
+        self,
+        v: torch.Tensor | Sequence[torch.Tensor],
+        initial_state: torch.Tensor | None,
+        scan: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a chunked scan over values ``[B, T, H, V]``, or over several that stand side by side, each by itself.
+
+        Args:
+            v: The values.
+            initial_state: ``[S, H, K, V]``, side by side as the values are, or None.
+            scan: Takes values in chunks and the state before them; returns outputs in chunks and the final state.
+
+        Returns:
+            Outputs ``[B, T, H, V]`` in the values' dtype and final states, side by side.
+        """
+        values = [v] if isinstance(v, torch.Tensor) else v
+        states = [None] * len(values) if initial_state is None else initial_state.chunk(len(values), dim=-1)
+        outputs, finals = [], []
+        for value, state in zip(values, states, strict=True):
+            out, final = scan(self.to_chunks(value), state)
+            outputs.append(self.from_chunks(out, len(value)).to(value.dtype))
+            finals.append(final)
+        if len(values) == 1:
+            return outputs[0], finals[0]
+        return torch.cat(outputs, dim=-1), torch.cat(finals, dim=-1)
 
     def carry(
         self, decay: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor | None
@@ -271,8 +298,3 @@ def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device
         rank=index_tensor(rank, device),
         identity=len(gather) == total and bool((gather == np.arange(total)).all()),
     )
-
-
-def join_blocks(blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Return value blocks side by side, without a copy where there is one."""
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)

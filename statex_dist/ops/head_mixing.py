@@ -65,7 +65,7 @@ def weigh_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
 
 
 def gather_blocks(x: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
-    """Return ``[H, n, C, V]``, the sum of what is meant for each head: the transpose of :func:`spread`."""
+    """Return ``[H, n, C, V]``, the sum of each head's parts: the transpose of :func:`spread`."""
     return x if mix is None else sum_over_partners(x.chunk(mix.shape[1], dim=-1), head_dim=0)
 
 

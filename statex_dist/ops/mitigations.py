@@ -1,7 +1,7 @@
-"""Remedies against state collapse that need no training (arXiv 2410.07145, section 4.2), around any form of the scans.
+"""Mitigations of state collapse that need no training (arXiv 2410.07145, section 4.2), around any form of the scans.
 
 A model whose state is too large for its training length never learned to forget; past that length the state fills up
-and the loss rises. Each remedy changes the recurrence ``h_t = a_t h_{t-1} + k_t v_t^T`` and not a weight:
+and the loss rises. Each mitigation changes the recurrence ``h_t = a_t h_{t-1} + k_t v_t^T`` and not a weight:
 
 - forget more, remember less: ``log a' = log a - delta``, and the input that is inserted times a factor below 1;
 - state normalisation: ``h <- h min(1, p / ||h||)`` for each head;

@@ -86,7 +86,7 @@ def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def normalize_groups(x: torch.Tensor, num_groups: int, eps: float) -> torch.Tensor:
-    """Return :func:`normalize` of each of so many groups of channels by itself."""
+    """Return :func:`normalize` of each of ``num_groups`` groups of channels."""
     return normalize(x, eps) if num_groups == 1 else normalize(x.unflatten(-1, (num_groups, -1)), eps).flatten(-2)
 
 

@@ -1,4 +1,4 @@
-"""Memory of the GPU scan of large GLA states (``statex_dist/ops/triton``): what it is held to, and what plans count."""
+"""Memory of our GPU scan of large GLA states (``statex_dist/ops/gla/triton``): its bound, and what plans count."""
 
 from __future__ import annotations
 

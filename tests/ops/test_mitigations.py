@@ -1,4 +1,4 @@
-"""The remedies against state collapse, each against its equation, token by token in float64."""
+"""The mitigations of state collapse, each against its equation, token by token in float64."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def convolve_sequences(
         tail: :func:`causal_conv`'s ``initial_state``.
         seq_idx: ``[1, T]`` int32, the borders in causal-conv1d's form, which saves its kernel deriving them.
         output_tail: Whether to return the state after ``x``.
-        context: How ``x`` hangs together with the tokens of other ranks; the states are then those before and after
-            the whole pack, ``[1, D, W - 1]``.
+        context: This rank's share of a pack that ranks share, or None; the states are then those before and after the
+            whole pack, ``[1, D, W - 1]``.
         silu: Whether a SiLU follows the convolution; a kernel computes both at once.
 
     Returns:

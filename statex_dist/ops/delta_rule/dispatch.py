@@ -1,4 +1,4 @@
-"""The gated delta rule as models call it: the best backend for the tensors at hand, and states carried across ranks."""
+"""The gated delta rule as models call it: the choice of a backend, and states carried across ranks."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def delta_rule(
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the chunked form; None picks one.
-        context: How the tokens hang together with those of other ranks, or None. States are then those before and
-            after the whole pack, of one sequence.
+        context: This rank's share of a pack that ranks share, or None. States are then those before and after the whole
+            pack, of one sequence.
 
     Returns:
         Output ``[B, T, HV, V]`` and final states ``[S, HV, K, r V]``.

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.cu_seqlens import chunk_layout, join_blocks, power_of_two_chunks, sequence_lengths
+from statex_dist.ops.cu_seqlens import chunk_layout, power_of_two_chunks, sequence_lengths
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
 from statex_dist.ops.precision import decayed_products, wide_dtype
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
@@ -119,14 +119,14 @@ def naive_delta_rule(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the gated delta rule token by token: the oracle of the chunked form and of the kernels.
+    """Run :func:`delta_step` token by token: the oracle of the chunked form and of the kernels.
 
     Args:
-        q: ``[B, T, H, K]`` queries.
-        k: ``[B, T, H, K]`` keys.
-        v: ``[B, T, HV, V]`` values.
-        g: ``[B, T, HV, 1]`` or ``[B, T, HV, K]`` log decays, at most 0.
-        beta: ``[B, T, HV]`` strengths of the writes.
+        q: ``[B, T, H, K]``, as all others with ``T`` tokens.
+        k: Keys.
+        v: Values.
+        g: Log decays.
+        beta: Strengths of the writes.
         scale: Factor of the queries.
         initial_state: ``[S, HV, K, V]``, zero where None.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
@@ -160,18 +160,15 @@ def chunked_delta_rule(
     Raises:
         ConfigError: ``chunk_size`` is not a power of two from 4.
     """
-    values = [v] if isinstance(v, torch.Tensor) else list(v)
-    batch, num_tokens, heads = values[0].shape[:3]
-    lengths = sequence_lengths(batch, num_tokens, cu_seqlens)
+    heads = g.shape[2]
+    lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
     chunk_size = power_of_two_chunks(lengths, chunk_size)
-    layout = chunk_layout(lengths, chunk_size, q.device)
-    out_dtype, work_dtype = values[0].dtype, wide_dtype(q.dtype)
+    layout, dtype = chunk_layout(lengths, chunk_size, q.device), wide_dtype(q.dtype)
     q, k = (y.repeat_interleave(heads // y.shape[2], dim=2) for y in (q * scale, k))
-    q, k, g = (layout.to_chunks(y).to(work_dtype) for y in (q, k, g))
-    beta = layout.to_chunks(beta.unsqueeze(-1)).to(work_dtype)
+    q, k, g, beta = (layout.to_chunks(y).to(dtype) for y in (q, k, g, beta.unsqueeze(-1)))
     b = g.cumsum(dim=2)
     total = b[:, :, -1:]
-    identity = torch.eye(chunk_size, dtype=work_dtype, device=q.device)
+    identity = torch.eye(chunk_size, dtype=dtype, device=q.device)
     system = identity + (beta * decayed_products(k, k, b)).tril(-1)
     inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
     attention, erase = decayed_products(q, k, b), inverse @ (beta * k * b.exp())
@@ -181,16 +178,11 @@ def chunked_delta_rule(
         new = write - erase @ state
         return state * decay + keys.transpose(-1, -2) @ new, attention @ new + queries @ state
 
-    states = [None] * len(values) if initial_state is None else initial_state.chunk(len(values), dim=-1)
-    outputs, finals = [], []
-    for value, initial in zip(values, states, strict=True):
-        value = layout.to_chunks(value).to(work_dtype)
-        like = value.new_zeros(0, heads, q.shape[-1], value.shape[-1])
-        out, final = layout.scan(
-            step,
-            layout.first_state(like, initial),
-            *(inverse @ (beta * value), erase, attention, queries, keys, decay),
-        )
-        outputs.append(layout.from_chunks(value if out is None else out, batch).to(out_dtype))
-        finals.append(final)
-    return join_blocks(outputs), join_blocks(finals)
+    def scan(values: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        values = values.to(q.dtype)
+        first = layout.first_state(values.new_zeros(0, heads, q.shape[-1], values.shape[-1]), state)
+        per_chunk = inverse @ (beta * values), erase, attention, queries, keys, decay
+        outputs, final = layout.scan(step, first, *per_chunk)
+        return values if outputs is None else outputs, final
+
+    return layout.scan_values(v, initial_state, scan)

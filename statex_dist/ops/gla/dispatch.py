@@ -1,4 +1,4 @@
-"""Gated linear attention as models call it: the best backend for the tensors at hand, and states across ranks."""
+"""Gated linear attention as models call it: the choice of a backend, and states carried across ranks."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def gla(
         chunk_size: Tokens per chunk of the forms ``triton`` and ``chunked``; None picks one.
         max_state_bytes: Bound of the chunk states that ``triton`` holds at once; None for its default.
         output_final_state: Whether the final states are needed.
-        context: How the tokens hang together with those of other ranks, or None. States are then those before and
-            after the whole pack, of one sequence.
+        context: This rank's share of a pack that ranks share, or None. States are then those before and after the whole
+            pack, of one sequence.
 
     Returns:
         Output ``[B, T, H, V]`` and final states ``[S, H, K, r V]`` (None unless asked for).
@@ -93,9 +93,9 @@ def gla(
 
 def _is_expanded(q: torch.Tensor, v: torch.Tensor, mix: torch.Tensor | None) -> bool:
     """Return whether a head's state is larger than those that fla's kernels are quick and lean for."""
-    numbers = q.shape[-1] * v.shape[-1] * (1 if mix is None else mix.shape[1])
+    elements = q.shape[-1] * v.shape[-1] * (1 if mix is None else mix.shape[1])
     fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float32) and q.shape[1] >= SMALLEST_CHUNK
-    return fits and numbers > LARGEST_PLAIN_HEAD
+    return fits and elements > LARGEST_PLAIN_HEAD
 
 
 def gla_across(

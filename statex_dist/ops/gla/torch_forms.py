@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.cu_seqlens import chunk_layout, join_blocks, power_of_two_chunks, sequence_lengths
+from statex_dist.ops.cu_seqlens import chunk_layout, power_of_two_chunks, sequence_lengths
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
 from statex_dist.ops.precision import decayed_products, wide_dtype
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
@@ -95,13 +95,13 @@ def naive_gla(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run gated linear attention token by token.
+    """Run :func:`gla_step` token by token: the oracle of all other forms.
 
     Args:
-        q: ``[B, T, H, K]`` queries.
-        k: ``[B, T, H, K]`` keys.
-        v: ``[B, T, H, V]`` values.
-        g: ``[B, T, H, K]`` log decays, at most 0.
+        q: ``[B, T, H, K]``, as all others with ``T`` tokens.
+        k: Keys.
+        v: Values.
+        g: Log decays.
         scale: Factor of the queries.
         initial_state: ``[S, H, K, V]``, zero where None; ``S`` is the batch, or the number of packed sequences.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
@@ -139,22 +139,17 @@ def chunked_gla(
     Raises:
         ConfigError: ``chunk_size`` is not a power of two from 4.
     """
-    batch, num_tokens = q.shape[:2]
-    lengths = sequence_lengths(batch, num_tokens, cu_seqlens)
-    chunk_size = power_of_two_chunks(lengths, chunk_size)
-    layout = chunk_layout(lengths, chunk_size, q.device)
-    values = [v] if isinstance(v, torch.Tensor) else list(v)
-    out_dtype, work_dtype = values[0].dtype, wide_dtype(q.dtype)
-    q, k, g = (layout.to_chunks(x).to(work_dtype) for x in (q * scale, k, g))
+    lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
+    layout = chunk_layout(lengths, power_of_two_chunks(lengths, chunk_size), q.device)
+    q, k, g = (layout.to_chunks(x).to(wide_dtype(q.dtype)) for x in (q * scale, k, g))
     b = g.cumsum(dim=2)
     total = b[:, :, -1:]
     decay, keys, queries = total.transpose(-1, -2).exp(), k * (total - b).exp(), q * b.exp()
     attention = decayed_products(q, k, b)
-    states = [None] * len(values) if initial_state is None else initial_state.chunk(len(values), dim=-1)
-    outputs, finals = [], []
-    for value, state in zip(values, states, strict=True):
-        value = layout.to_chunks(value).to(work_dtype)
-        starts, final = layout.carry(decay, keys.transpose(-1, -2) @ value, state)
-        outputs.append(layout.from_chunks(attention @ value + queries @ starts, batch).to(out_dtype))
-        finals.append(final)
-    return join_blocks(outputs), join_blocks(finals)
+
+    def scan(values: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        values = values.to(q.dtype)
+        starts, final = layout.carry(decay, keys.transpose(-1, -2) @ values, state)
+        return attention @ values + queries @ starts, final
+
+    return layout.scan_values(v, initial_state, scan)

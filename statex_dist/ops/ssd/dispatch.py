@@ -1,4 +1,4 @@
-"""The Mamba2 scan as models call it: the best backend for the tensors at hand, and states carried across ranks."""
+"""The Mamba2 scan as models call it: the choice of a backend, and states carried across ranks."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def ssd(
         output_final_state: Whether the final states are needed.
         backend: Which implementation runs.
         chunk_size: Tokens per chunk of the chunked form; None picks one.
-        context: How the tokens hang together with those of other ranks, or None. States are then those before and
-            after the whole pack, of one sequence.
+        context: This rank's share of a pack that ranks share, or None. States are then those before and after the whole
+            pack, of one sequence.
 
     Returns:
         Output ``[B, T, H, P]`` and final states ``[S, H, P, N]`` (None unless asked for).
@@ -85,15 +85,7 @@ def ssd_across(
     The final state is computed here, of the last sequence alone: asked of the scan, it would cost mamba_ssm's one call
     over packed sequences (:mod:`statex_dist.ops.ssd.mamba_api`).
 
-    Args:
-        context: This rank's share.
-        x: ``[1, T, H, P]`` inputs.
-        dt: ``[1, T, H]`` step sizes.
-        A: ``[H]`` negative decay rates.
-        B: ``[1, T, G, N]`` input projections.
-        C: ``[1, T, G, N]`` output projections.
-        cu_seqlens: ``[S + 1]`` borders of the share's sequences.
-        initial: ``[1, H, P, N]`` state before the whole pack, or None for zero.
+    Arguments are those of :func:`ssd` for a share, ``initial`` the state ``[1, H, P, N]`` before the whole pack.
 
     Returns:
         What to add to the first outputs ``[1, L, H, P]``, and the state after the whole pack.

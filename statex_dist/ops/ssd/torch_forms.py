@@ -100,14 +100,14 @@ def naive_ssd(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the Mamba2 recurrence token by token (without the D term).
+    """Run :func:`ssd_step` token by token: the oracle of all other forms.
 
     Args:
-        x: ``[B, T, H, P]`` inputs.
-        dt: ``[B, T, H]`` step sizes, after softplus.
+        x: ``[B, T, H, P]``, as all others but ``A`` with ``T`` tokens.
+        dt: Step sizes.
         A: ``[H]`` negative decay rates.
-        B: ``[B, T, G, N]`` input projections.
-        C: ``[B, T, G, N]`` output projections.
+        B: Input projections.
+        C: Output projections.
         initial_state: ``[S, H, P, N]``, zero where None.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; the batch must be 1.
 

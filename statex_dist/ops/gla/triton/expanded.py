@@ -78,23 +78,14 @@ def expanded_gla(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run gated linear attention, plain, merged or mixed, with bounded memory for the states.
 
+    Arguments and results are those of :func:`statex_dist.ops.gla.gla`, with these limits:
+
     Args:
-        q: ``[B, T, H, K]`` queries, fp32 or bf16 (float64 too, in PyTorch).
-        k: ``[B, T, H, K]`` keys.
-        v: ``[B, T, H, V]`` values.
-        g: ``[B, T, H, K]`` log decays, finite and at most 0.
-        scale: Factor of the queries.
-        mix: ``[H, r]`` mixing matrix, or None.
-        initial_state: ``[S, H, K, r V]``, or None for zero.
-        cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
+        q: fp32 or bf16 (float64 too, in PyTorch).
+        g: Finite and at most 0.
         chunk_size: Tokens per chunk, a power of two from 16; None picks 256, or less for short sequences.
         max_state_bytes: Bound of the chunk states held at once, of the forward pass and their gradients together; None
             for 256 MiB. Those of the square root of all chunks are held in any case.
-        output_final_state: Whether the final states are needed: of many packed sequences they are large.
-
-    Returns:
-        Output ``[B, T, H, V]`` in ``v``'s dtype and final states ``[S, H, K, r V]`` in fp32 (float64 for
-        float64; None unless asked for).
 
     Raises:
         ConfigError: ``chunk_size`` or ``max_state_bytes`` is not allowed, or the dtype is not supported.

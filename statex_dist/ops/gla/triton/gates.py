@@ -23,7 +23,7 @@ def block_rows(chunk_size: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Return Triton's precision for products of gated rows, which are fp32 but as rough as what they came from."""
+    """Return Triton's precision for products of gated rows, which are fp32 but as precise as the inputs."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
