@@ -33,12 +33,14 @@ class Forms(NamedTuple):
         kernel: Another library's.
         chunked: In PyTorch; takes ``chunk_size`` too, and values as a list of each partner's.
         across: What carries a state across ranks.
+        triton: Our own kernels, or None; they take the mixing matrix themselves.
     """
 
     naive: Scan
     kernel: Scan
     chunked: Scan
     across: Scan
+    triton: Callable[..., tuple[torch.Tensor, Any]] | None = None
 
 
 def takes_kernels(x: torch.Tensor, has_kernels: Callable[[], bool]) -> bool:
@@ -104,7 +106,10 @@ def mixed_scan(
     """
     q, k, v, *rest = inputs
     options["initial_state"] = initial_state if context is None else None
-    if backend == "chunked":
+    if backend == "triton":
+        assert forms.triton is not None
+        o, state = forms.triton(q, k, v, *rest, mix=mix, chunk_size=chunk_size, **options)
+    elif backend == "chunked":
         values = v if mix is None else partner_values(v, mix.shape[1])
         o, state = forms.chunked(q, k, values, *rest, chunk_size=chunk_size, **options)
     else:
@@ -112,8 +117,10 @@ def mixed_scan(
         o, state = scan(q, k, v if mix is None else spread_values(v, mix.shape[1]), *rest, **options)
     if context is not None:
         added, state = forms.across(context, inputs, state[-1:], initial_state, scale=options["scale"])
+        if backend == "triton" and mix is not None:
+            added = mix_outputs(added, mix)
         o = add_to_first(o, added)
-    return (o if mix is None else mix_outputs(o, mix)), state
+    return (o if mix is None or backend == "triton" else mix_outputs(o, mix)), state
 
 
 def add_to_first(o: torch.Tensor, added: torch.Tensor) -> torch.Tensor:

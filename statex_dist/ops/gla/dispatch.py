@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from statex_dist.distributed.context_group import ContextShare
-from statex_dist.ops.backends import Backend, Forms, add_to_first, mixed_scan, pick_backend
+from statex_dist.ops.backends import Backend, Forms, mixed_scan, pick_backend
 from statex_dist.ops.fla_api import fla_gla, has_fla
 from statex_dist.ops.gla.torch_forms import chunked_gla, naive_gla
 from statex_dist.ops.gla.triton.expanded import SMALLEST_CHUNK, expanded_gla
-from statex_dist.ops.head_mixing import mix_outputs
 from statex_dist.state.geometry import LARGEST_PLAIN_HEAD
 
 
@@ -56,39 +57,25 @@ def gla(
     Raises:
         ConfigError: The backend is unknown, or ``chunk_size`` or ``max_state_bytes`` not allowed.
     """
-    backend = pick_backend(backend, q, has_fla, fits_triton=_is_expanded(q, v, mix))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend != "triton":
-        o, state = mixed_scan(
-            backend,
-            Forms(naive=naive_gla, kernel=fla_gla, chunked=chunked_gla, across=gla_across),
-            (q, k, v, g),
-            mix=mix,
-            chunk_size=chunk_size,
-            context=context,
-            initial_state=initial_state,
-            scale=scale,
-            cu_seqlens=cu_seqlens,
-        )
-        return o, state if output_final_state else None
-    o, final = expanded_gla(
-        q,
-        k,
-        v,
-        g,
-        scale=scale,
+    wants_state = output_final_state or context is not None
+    o, state = mixed_scan(
+        pick_backend(backend, q, has_fla, fits_triton=_is_expanded(q, v, mix)),
+        Forms(
+            naive=naive_gla,
+            kernel=fla_gla,
+            chunked=chunked_gla,
+            across=gla_across,
+            triton=partial(expanded_gla, max_state_bytes=max_state_bytes, output_final_state=wants_state),
+        ),
+        (q, k, v, g),
         mix=mix,
-        initial_state=initial_state if context is None else None,
-        cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
-        max_state_bytes=max_state_bytes,
-        output_final_state=output_final_state or context is not None,
+        context=context,
+        initial_state=initial_state,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        cu_seqlens=cu_seqlens,
     )
-    if context is not None:
-        assert final is not None
-        added, final = gla_across(context, (q, k, v, g), final[-1:], initial_state, scale=scale)
-        o = add_to_first(o, added if mix is None else mix_outputs(added, mix))
-    return o, final if output_final_state else None
+    return o, state if output_final_state else None
 
 
 def _is_expanded(q: torch.Tensor, v: torch.Tensor, mix: torch.Tensor | None) -> bool:

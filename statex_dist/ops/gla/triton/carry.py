@@ -141,25 +141,10 @@ def carry_states(
 ) -> None:
     """Run :func:`statex_dist.ops.gla.triton.reference.carry_states` in Triton."""
     heads, n, height, width = update.shape
-    carry_states_kernel[(triton.cdiv(width, _COLUMNS), triton.cdiv(height, _ROWS), heads)](
-        total,
-        update,
-        carried,
-        initial,
-        final,
-        segment.sequence,
-        segment.is_first,
-        segment.is_last,
-        n,
-        heads,
-        height,
-        width,
-        HAS_INITIAL=initial is not None,
-        HAS_FINAL=final is not None,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        num_warps=4,
-    )
+    grid = triton.cdiv(width, _COLUMNS), triton.cdiv(height, _ROWS), heads
+    tensors = total, update, carried, initial, final, segment.sequence, segment.is_first, segment.is_last
+    flags = {"HAS_INITIAL": initial is not None, "HAS_FINAL": final is not None}
+    carry_states_kernel[grid](*tensors, n, heads, height, width, **flags, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4)
 
 
 def carry_gradients(
@@ -180,31 +165,9 @@ def carry_gradients(
     # Every tile of columns writes a sum of its own: no atomics, whose order would change the last bits.
     dtotal = total.new_empty(heads, n, height, grid[0])
     dmix = None if mix is None else total.new_empty(heads, partners, tiles * grid[1])
-    carry_gradients_kernel[grid](
-        total,
-        starts,
-        reads,
-        mix,
-        carried,
-        dfinal,
-        dinitial,
-        dtotal,
-        dmix,
-        segment.sequence,
-        segment.is_first,
-        segment.is_last,
-        n,
-        heads,
-        height,
-        width,
-        width // partners,
-        partners,
-        tiles,
-        HAS_MIX=mix is not None,
-        HAS_INITIAL=dinitial is not None,
-        HAS_FINAL=dfinal is not None,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        num_warps=4,
-    )
+    tensors = total, starts, reads, mix, carried, dfinal, dinitial, dtotal, dmix
+    places = segment.sequence, segment.is_first, segment.is_last
+    sizes = n, heads, height, width, width // partners, partners, tiles
+    flags = {"HAS_MIX": mix is not None, "HAS_INITIAL": dinitial is not None, "HAS_FINAL": dfinal is not None}
+    carry_gradients_kernel[grid](*tensors, *places, *sizes, **flags, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4)
     return dtotal.sum(-1), None if dmix is None else dmix.sum(-1)

@@ -117,23 +117,8 @@ def pregate(
     prefix = q.new_empty(heads, n, size, width, dtype=torch.float32)
     queries, keys = (q.new_empty(heads, n, size, width) for _ in range(2))
     total = q.new_empty(heads, n, width, dtype=torch.float32)
-    pregate_kernel[(triton.cdiv(width, _COLUMNS), n, heads)](
-        q,
-        k,
-        g,
-        prefix,
-        queries,
-        keys,
-        total,
-        segment.start,
-        segment.length,
-        float(scale),
-        n,
-        heads,
-        width,
-        CHUNK=size,
-        BLOCK=block_rows(size),
-        COLUMNS=_COLUMNS,
-        num_warps=8,
-    )
+    tensors = q, k, g, prefix, queries, keys, total, segment.start, segment.length
+    constants = {"CHUNK": size, "BLOCK": block_rows(size), "COLUMNS": _COLUMNS}
+    grid = triton.cdiv(width, _COLUMNS), n, heads
+    pregate_kernel[grid](*tensors, float(scale), n, heads, width, **constants, num_warps=8)
     return prefix, queries, keys, total

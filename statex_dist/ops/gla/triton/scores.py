@@ -209,21 +209,9 @@ def scores(q: torch.Tensor, k: torch.Tensor, prefix: torch.Tensor, segment: Segm
     (_, heads, width), n, size = q.shape, segment.num_chunks, segment.chunk_size
     out = q.new_empty(heads, n, size, size)
     rows = block_rows(size)
-    scores_kernel[((size // rows) ** 2, n, heads)](
-        q,
-        k,
-        prefix,
-        out,
-        segment.start,
-        segment.length,
-        float(scale),
-        n,
-        heads,
-        width,
-        CHUNK=size,
-        BLOCK=rows,
-        PRECISION=dot_precision(q.dtype),
-    )
+    constants = {"CHUNK": size, "BLOCK": rows, "PRECISION": dot_precision(q.dtype)}
+    tensors = q, k, prefix, out, segment.start, segment.length
+    scores_kernel[((size // rows) ** 2, n, heads)](*tensors, float(scale), n, heads, width, **constants)
     return out
 
 
@@ -245,22 +233,6 @@ def input_gradients(
     def grid(meta: dict) -> tuple[int, int, int]:
         return triton.cdiv(width, meta["COLUMNS"]), n, heads
 
-    input_gradients_kernel[grid](
-        q,
-        k,
-        prefix,
-        dscores,
-        dqueries,
-        dkeys,
-        dtotal,
-        *out,
-        segment.start,
-        segment.length,
-        float(scale),
-        n,
-        heads,
-        width,
-        CHUNK=size,
-        BLOCK=block_rows(size),
-        PRECISION=dot_precision(q.dtype),
-    )
+    constants = {"CHUNK": size, "BLOCK": block_rows(size), "PRECISION": dot_precision(q.dtype)}
+    tensors = q, k, prefix, dscores, dqueries, dkeys, dtotal, *out, segment.start, segment.length
+    input_gradients_kernel[grid](*tensors, float(scale), n, heads, width, **constants)
