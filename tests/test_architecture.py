@@ -119,6 +119,16 @@ ENGINES = {
 }
 """The only importers of each external engine."""
 
+TORCH_FORMS = (
+    "statex_dist.ops.cu_seqlens",
+    "statex_dist.ops.head_mixing",
+    "statex_dist.ops.mitigations",
+    "statex_dist.ops.precision",
+    "statex_dist.ops.token_steps",
+    "statex_dist.ops.*.torch_forms",
+)
+"""What an export takes along of the operators: no kernel, no dispatch."""
+
 IMPORTING_CALLS = ("import_module", "find_spec", "__import__", "import_from_bare")
 
 
@@ -231,6 +241,19 @@ def test_every_import_keeps_to_its_floor():
 
 def test_no_module_cycle():
     assert cycle(graph(ROOT)) is None
+
+
+def test_torch_forms_import_torch_and_each_other_alone():
+    edges = {name: targets for name, targets in graph(ROOT).items() if fits(name, TORCH_FORMS)}
+    assert len(edges) == 9
+    known = {*edges, "statex_dist.errors"}
+    foreign = {
+        (name, target)
+        for name, targets in edges.items()
+        for target in targets - known
+        if target.split(".")[0] not in {*sys.stdlib_module_names, "torch", "numpy"}
+    }
+    assert foreign == set()
 
 
 def test_the_walk_sees_the_code():

@@ -1,1 +1,1 @@
-"""Operators: one folder per recurrence (PyTorch forms, kernels, dispatch), and what the recurrences share."""
+"""Operators: one folder per recurrence (PyTorch forms, kernels, dispatch) beside the modules that they share."""

@@ -1,4 +1,4 @@
-"""Packed sequences by their borders ``cu_seqlens [S + 1]``: as numbers of this process, by token, and cut into chunks.
+"""Packed sequences by their borders ``cu_seqlens [S + 1]``: read, looked up by token, and cut into chunks.
 
 Every sequence starts a chunk of its own, so that its initial and final states are simply those at its first and after
 its last chunk; the tail of its last chunk is filled with tokens that change nothing (zero keys, zero decay). Sequences
@@ -22,7 +22,7 @@ from statex_dist.ops.precision import SMALLEST_BLOCK
 
 
 def read_borders(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
-    """Return borders as numbers. Every layer asks for those of the same tensor: a GPU is waited for only once."""
+    """Return borders as integers; those of one tensor are copied from its device once, though every layer asks."""
     if cu_seqlens.is_inference():  # its changes are not counted
         return tuple(cu_seqlens.tolist())
     version = cu_seqlens._version
@@ -246,7 +246,7 @@ def power_of_two_chunks(
 
 
 def index_tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return numbers of a layout that is kept: made under inference mode, no later training step could use them."""
+    """Return an index of a cached layout; one made under inference mode could not serve a later training step."""
     with torch.inference_mode(False):
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 OFFSETS = 2**31
-"""Numbers from which on the kernel's 32-bit offsets are no longer certain to fit."""
+"""Elements from which on the kernel's 32-bit offsets are no longer certain to fit."""
 
 
 @cache

@@ -28,7 +28,7 @@ from statex_dist.ops.cu_seqlens import read_borders, sequence_index
 
 CHUNK_SIZE = 256
 INT32_NUMBERS = 2**31
-"""Numbers of one buffer from which on the kernels' offsets overflow."""
+"""Elements of one buffer from which on the kernels' offsets overflow."""
 GRID_PROGRAMS = 65535
 """Programs along the second and the third axis of a CUDA grid."""
 
@@ -44,7 +44,7 @@ def _scan_kernel() -> Any:
     return import_from_bare("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
 
 
-class _Scan(NamedTuple):
+class _ScanInputs(NamedTuple):
     """The inputs of one scan: ``x [B, T, H, P]``, ``dt [B, T, H]``, ``A [H]``, ``B, C [B, T, G, N]``."""
 
     x: torch.Tensor
@@ -53,13 +53,13 @@ class _Scan(NamedTuple):
     B: torch.Tensor
     C: torch.Tensor
 
-    def rows(self, rows: slice) -> _Scan:
+    def rows(self, rows: slice) -> _ScanInputs:
         """Return some sequences of the batch."""
-        return _Scan(self.x[rows], self.dt[rows], self.A, self.B[rows], self.C[rows])
+        return _ScanInputs(self.x[rows], self.dt[rows], self.A, self.B[rows], self.C[rows])
 
-    def tokens(self, tokens: slice) -> _Scan:
+    def tokens(self, tokens: slice) -> _ScanInputs:
         """Return the same tokens of every sequence."""
-        return _Scan(self.x[:, tokens], self.dt[:, tokens], self.A, self.B[:, tokens], self.C[:, tokens])
+        return _ScanInputs(self.x[:, tokens], self.dt[:, tokens], self.A, self.B[:, tokens], self.C[:, tokens])
 
 
 def mamba_ssd(
@@ -101,7 +101,7 @@ def mamba_ssd(
         raise ConfigError("mamba_ssm computes in float32 at most, not in float64; use backend 'chunked'")
     # Cutting along tokens shortens an offset only where tokens are the slowest axis of a sequence.
     x, dt, B, C = (y if y.stride(1) >= y.stride(2) else y.contiguous() for y in (x, dt, B, C))
-    scan = _Scan(x, dt, A, B, C)
+    scan = _ScanInputs(x, dt, A, B, C)
     if cu_seqlens is None:
         y, state = _run(scan, initial_state, None, chunk_size)
         return y, state if output_final_state else None
@@ -114,7 +114,7 @@ def mamba_ssd(
 
 
 def _run(
-    scan: _Scan, initial_state: torch.Tensor | None, seq_idx: torch.Tensor | None, chunk_size: int
+    scan: _ScanInputs, initial_state: torch.Tensor | None, seq_idx: torch.Tensor | None, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scan with as few kernel calls as its limits allow; ``initial_state`` and ``seq_idx`` as the kernel takes them."""
     batch, num_tokens = scan.x.shape[:2]
@@ -147,14 +147,14 @@ def _run(
     return torch.cat(outputs, dim=1), state
 
 
-def _chunks_per_call(scan: _Scan, chunk_size: int) -> int:
+def _chunks_per_call(scan: _ScanInputs, chunk_size: int) -> int:
     """Return how many chunks one call may hold.
 
     What the kernels allocate, per chunk, forward and backward (the names are mamba_ssm's). ``dB``, ``dC`` and ``dCB``
     have one more axis, of groups of heads, but only while a call has fewer chunks than the GPU has multiprocessors.
     """
     heads, head_dim, groups, d_state = *scan.x.shape[2:], *scan.B.shape[2:]
-    numbers = max(
+    elements = max(
         *(chunk_size * y.stride(1) for y in scan if y is not scan.A),  # x, B and C are slices of one wider row
         chunk_size * heads * head_dim,  # out, dx
         chunk_size * groups * d_state,  # dB, dC
@@ -163,17 +163,17 @@ def _chunks_per_call(scan: _Scan, chunk_size: int) -> int:
         heads * chunk_size * -(-chunk_size // 32),  # ddA_cumsum, one per 32 tokens
         heads * chunk_size * -(-max(head_dim, d_state) // 32),  # ddt, ddA_cumsum in deterministic mode
     )
-    chunks = min((INT32_NUMBERS - 1) // numbers, GRID_PROGRAMS // groups)
+    chunks = min((INT32_NUMBERS - 1) // elements, GRID_PROGRAMS // groups)
     if chunks == 0:
         raise ConfigError(
-            f"one chunk of {chunk_size} tokens takes {numbers} numbers, and mamba_ssm counts to {INT32_NUMBERS}; "
+            f"one chunk of {chunk_size} tokens takes {elements} numbers, and mamba_ssm counts to {INT32_NUMBERS}; "
             "use backend 'chunked'"
         )
     return chunks
 
 
 def _call(
-    scan: _Scan, initial_state: torch.Tensor | None, seq_idx: torch.Tensor | None, chunk_size: int
+    scan: _ScanInputs, initial_state: torch.Tensor | None, seq_idx: torch.Tensor | None, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, state = _scan_kernel()(
         *scan, chunk_size=chunk_size, initial_states=initial_state, seq_idx=seq_idx, return_final_states=True
@@ -185,7 +185,7 @@ def _call(
 
 
 def _run_documents(
-    scan: _Scan, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor, chunk_size: int
+    scan: _ScanInputs, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scan packed sequences that have states, with sequences of equally many chunks as the rows of one batch.
 
@@ -221,9 +221,9 @@ def _run_documents(
     return y, torch.cat(states).index_select(0, torch.tensor(order).argsort().to(device))
 
 
-def _gather(scan: _Scan, index: torch.Tensor, real: torch.Tensor) -> _Scan:
+def _gather(scan: _ScanInputs, index: torch.Tensor, real: torch.Tensor) -> _ScanInputs:
     """Return the tokens ``index [S, L]`` of one packed row as a batch; those that are not real get ``dt = 0``."""
     x, dt, B, C = (
         y[0].index_select(0, index.flatten()).unflatten(0, index.shape) for y in (scan.x, scan.dt, scan.B, scan.C)
     )
-    return _Scan(x, dt * real.unsqueeze(-1), scan.A, B, C)
+    return _ScanInputs(x, dt * real.unsqueeze(-1), scan.A, B, C)

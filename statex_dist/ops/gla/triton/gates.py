@@ -31,8 +31,8 @@ def dot_precision(dtype: torch.dtype) -> str:
 def load_tokens(x, first, rows, count, offset, stride, cols, width):
     """Return the fp32 tile ``[rows, cols]`` of a chunk that begins at token ``first`` of ``x [tokens, H, width]``.
 
-    ``offset`` is the head's place in a token and ``stride`` the numbers per token. ``first`` is 64-bit, and with it all
-    offsets.
+    ``offset`` is the head's place in a token and ``stride`` the elements per token. As ``first`` is 64-bit, all
+    offsets are.
     """
     inside = (rows < count)[:, None] & (cols < width)[None, :]
     return tl.load(x + (first + rows)[:, None] * stride + (offset + cols)[None, :], mask=inside, other=0.0).to(
@@ -42,7 +42,7 @@ def load_tokens(x, first, rows, count, offset, stride, cols, width):
 
 @triton.jit
 def load_places(x, chunk, rows, cols, width):
-    """Return the fp32 tile ``[rows, cols]`` of one chunk; ``chunk`` is its 64-bit place in ``x``, in numbers."""
+    """Return the fp32 tile ``[rows, cols]`` of one chunk; ``chunk`` is its 64-bit offset in ``x``, in elements."""
     return tl.load(x + chunk + rows[:, None] * width + cols[None, :], mask=(cols < width)[None, :], other=0.0).to(
         tl.float32
     )
