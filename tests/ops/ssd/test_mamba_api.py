@@ -49,7 +49,7 @@ def test_transformers_does_not_see_the_kernels_that_we_import():
         "print(torch.isfinite(transformers.Mamba2ForCausalLM(config)(torch.arange(9)[None]).logits).all().item())\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == ["transformers.models.mamba2.modeling_mamba2", "True"]
