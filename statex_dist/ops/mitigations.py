@@ -167,8 +167,7 @@ def windowed_gla(
         Outputs, the window's state and its memory after the segment.
     """
     q, *tokens = inputs
-    before = _memory_before(tokens, memory, width)
-    leaving, last = _move_window(tokens, before)
+    before, leaving, last = _move_window(tokens, memory, width)
     fade = window_sums(torch.cat([before[-1][:, 1:], tokens[-1]], dim=1), width).exp()
     o, state = scan(inputs, state)
     assert state is not None
@@ -195,8 +194,7 @@ def windowed_ssd(
         Outputs, the window's state and its memory after the segment.
     """
     *tokens, C = inputs
-    before = _memory_before(tokens, memory, width)
-    leaving, last = _move_window(tokens, before)
+    before, leaving, last = _move_window(tokens, memory, width)
     fade = window_sums(torch.cat([before[1][:, 1:], tokens[1]], dim=1) * A, width).exp()
     y, state = scan(inputs, state)
     assert state is not None
@@ -206,22 +204,22 @@ def windowed_ssd(
     return y - left_y * fade.unsqueeze(-1).to(y.dtype), state - left * fade_state, last
 
 
-def _memory_before(tokens: Sequence[torch.Tensor], memory: Tensors, width: int) -> Tensors:
-    """Return the ``width`` tokens before a segment, zeros at the start of a text."""
+def _move_window(tokens: Sequence[torch.Tensor], memory: Tensors, width: int) -> tuple[Tensors, Tensors, Tensors]:
+    """Return the ``width`` tokens before a segment, those that leave the window during it, and those in it afterwards.
+
+    At the start of a text the tokens before are zeros. What is in the window afterwards is never a view.
+    """
     if memory:
-        return tuple(old.to(new.dtype) for old, new in zip(memory, tokens, strict=True))
-    return tuple(new.new_zeros(new.shape[0], width, *new.shape[2:]) for new in tokens)
-
-
-def _move_window(tokens: Sequence[torch.Tensor], before: Tensors) -> tuple[Tensors, Tensors]:
-    """Return what leaves a window while ``tokens`` enter it, and what is in it then; the latter never as a view."""
-    num_tokens, width = tokens[0].shape[1], before[0].shape[1]
+        before = tuple(old.to(new.dtype) for old, new in zip(memory, tokens, strict=True))
+    else:
+        before = tuple(new.new_zeros(new.shape[0], width, *new.shape[2:]) for new in tokens)
+    num_tokens = tokens[0].shape[1]
     pairs = list(zip(before, tokens, strict=True))
     if num_tokens <= width:
         leaving = tuple(old[:, :num_tokens] for old, _ in pairs)
-        return leaving, tuple(torch.cat([old[:, num_tokens:], new], dim=1) for old, new in pairs)
+        return before, leaving, tuple(torch.cat([old[:, num_tokens:], new], dim=1) for old, new in pairs)
     leaving = tuple(torch.cat([old, new[:, :-width]], dim=1) for old, new in pairs)
-    return leaving, tuple(new[:, -width:].clone() for new in tokens)
+    return before, leaving, tuple(new[:, -width:].clone() for new in tokens)
 
 
 def _zero_for_step(inputs: torch.Tensor, state: torch.Tensor) -> torch.Tensor | None:

@@ -43,18 +43,13 @@ def cuda_causal_conv(
     seq_idx: torch.Tensor | None = None,
     silu: bool = False,
 ) -> torch.Tensor:
-    """Run the convolution on causal-conv1d's kernel.
+    """Run the convolution on causal-conv1d's kernel. Arguments and result are those of ``causal_conv``, but for these.
 
     Args:
-        x: ``[B, T, D]``; may be a slice of a wider row.
-        weight: ``[D, 1, W]``.
-        bias: ``[D]`` or None.
-        initial_state: ``[B, D, W - 1]`` or None for zero; not beside ``seq_idx``.
+        x: May be a slice of a wider row.
+        initial_state: Not beside ``seq_idx``.
         seq_idx: ``[1, T]`` int32 index of each token's packed sequence, or None.
         silu: Whether a SiLU follows, in the same kernel.
-
-    Returns:
-        ``[B, T, D]``.
     """
     from causal_conv1d import causal_conv1d_fn
 

@@ -77,20 +77,12 @@ def mamba_ssd(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the Mamba2 scan on mamba_ssm's Triton kernels, right for every length, packing and state.
 
+    Arguments and results are those of ``naive_ssd``, but for these:
+
     Args:
-        x: ``[B, T, H, P]``; the other tensors as in ``naive_ssd``.
-        dt: ``[B, T, H]`` step sizes.
-        A: ``[H]`` negative decay rates.
-        B: ``[B, T, G, N]`` input projections.
-        C: ``[B, T, G, N]`` output projections.
-        initial_state: ``[S, H, P, N]`` or None for zero.
-        cu_seqlens: ``[S + 1]`` borders of packed sequences; the batch must be 1.
         seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form; derived from ``cu_seqlens`` where None.
         output_final_state: Whether the final states are needed. Packed sequences cost less without.
         chunk_size: Tokens per chunk.
-
-    Returns:
-        Output ``[B, T, H, P]`` and the states ``[S, H, P, N]`` after each sequence (None unless asked for).
 
     Raises:
         ConfigError: mamba_ssm is not installed, the inputs are float64, or a single chunk is too large for it.
