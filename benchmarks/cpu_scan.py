@@ -34,7 +34,9 @@ from benchmarks.measure import Record, alone, figure, heading, machine, markdown
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.mamba2.mixer import Mamba2Mixer
 from statex_dist.models.sequence import Sequences
-from statex_dist.ops.dispatch import delta_rule, gla, ssd
+from statex_dist.ops.delta_rule import delta_rule
+from statex_dist.ops.gla import gla
+from statex_dist.ops.ssd import ssd
 
 LONG, SHORT = 4096, 256
 OURS = "chunked"

@@ -102,13 +102,23 @@ ENGINES = {
     "streaming": ("statex_dist.data.storage.mds",),
     "webdataset": ("statex_dist.data.storage.tar",),
     "fla": ("statex_dist.ops.fla_api",),
-    "mamba_ssm": ("statex_dist.ops.mamba_api",),
-    "causal_conv1d": ("statex_dist.ops.conv_api",),
+    "mamba_ssm": ("statex_dist.ops.ssd.mamba_api",),
+    "causal_conv1d": ("statex_dist.ops.conv.causal_conv1d_api",),
     "megatron": ("statex_dist.models.tensor_parallel.model", "statex_dist.models.tensor_parallel.share"),
     "wandb": ("statex_dist.train.wandb_run",),
     "lm_eval": ("statex_dist.evaluation.lm_eval_api",),
 }
 """The only importers of each external engine."""
+
+TORCH_FORMS = (
+    "statex_dist.ops.cu_seqlens",
+    "statex_dist.ops.head_mixing",
+    "statex_dist.ops.mitigations",
+    "statex_dist.ops.precision",
+    "statex_dist.ops.token_steps",
+    "statex_dist.ops.*.torch_forms",
+)
+"""What an export takes along of the operators: no kernel, no dispatch."""
 
 IMPORTING_CALLS = ("import_module", "find_spec", "__import__", "import_from_bare")
 
@@ -224,14 +234,27 @@ def test_no_module_cycle():
     assert cycle(graph(ROOT)) is None
 
 
+def test_torch_forms_import_torch_and_each_other_alone():
+    edges = {name: targets for name, targets in graph(ROOT).items() if fits(name, TORCH_FORMS)}
+    assert len(edges) == 9
+    known = {*edges, "statex_dist.errors"}
+    foreign = {
+        (name, target)
+        for name, targets in edges.items()
+        for target in targets - known
+        if target.split(".")[0] not in {*sys.stdlib_module_names, "torch", "numpy"}
+    }
+    assert foreign == set()
+
+
 def test_the_walk_sees_the_code():
     """A walk that finds no import would pass every other test."""
     edges = graph(ROOT)
     assert len(edges) > 40
-    assert "statex_dist.ops.naive" in edges["statex_dist.ops.dispatch"]
+    assert "statex_dist.ops.gla.torch_forms" in edges["statex_dist.ops.gla.dispatch"]
     assert "fla.ops.gla" in edges["statex_dist.ops.fla_api"], "an import inside a function"
-    assert "mamba_ssm" in edges["statex_dist.ops.mamba_api"] or any(
-        target.startswith("mamba_ssm") for target in edges["statex_dist.ops.mamba_api"]
+    assert "mamba_ssm" in edges["statex_dist.ops.ssd.mamba_api"] or any(
+        target.startswith("mamba_ssm") for target in edges["statex_dist.ops.ssd.mamba_api"]
     )
     assert "statex_dist.batch" in edges["statex_dist.models.lm"]
 
@@ -241,8 +264,8 @@ def test_the_walk_sees_the_code():
     [
         (
             "statex_dist/state/a.py",
-            "from statex_dist.ops.naive import x",
-            "(floor 1) imports statex_dist.ops.naive (floor 2)",
+            "from statex_dist.ops.precision import x",
+            "(floor 1) imports statex_dist.ops.precision (floor 2)",
         ),
         ("statex_dist/errors.py", "import statex_dist.config", "(floor 0) imports statex_dist.config (floor 1)"),
         ("statex_dist/data/a.py", "def f():\n    from statex_dist.models import lm", "do not know each other"),
@@ -282,7 +305,7 @@ def test_the_walk_sees_the_code():
 )
 def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     names = [
-        *("errors", "config", "run", "ops.naive", "batch", "data.loader", "optim.groups", "models.hf"),
+        *("errors", "config", "run", "ops.precision", "batch", "data.loader", "optim.groups", "models.hf"),
         *("models.lm", "models.gla.mixer", "checkpoint.writer"),
     ]
     for name in names:

@@ -16,9 +16,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from benchmarks.gpu.cost import ScanCost, Work, batched_products, chunk_gla, mamba_scan
-from statex_dist.ops.dispatch import gla, ssd
 from statex_dist.ops.fla_api import has_fla
-from statex_dist.ops.mamba_api import has_mamba_ssm
+from statex_dist.ops.gla import gla
+from statex_dist.ops.ssd import ssd
+from statex_dist.ops.ssd.mamba_api import has_mamba_ssm
 from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES
 
 Tensors = dict[str, torch.Tensor]

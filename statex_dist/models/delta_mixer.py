@@ -12,7 +12,7 @@ from statex_dist.models.layout import HeldHeads
 from statex_dist.models.mitigated import mitigated_delta
 from statex_dist.models.mixed_head_tp import PartnerHeads
 from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.dispatch import delta_decode, delta_rule
+from statex_dist.ops.delta_rule import delta_decode, delta_rule
 from statex_dist.ops.precision import wide_dtype
 
 _NORM_EPS = 1e-6

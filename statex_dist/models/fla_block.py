@@ -14,8 +14,8 @@ from statex_dist.models.mixed_head_tp import PartnerHeads
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import convolve_sequences
-from statex_dist.ops.dispatch import gla, gla_decode
 from statex_dist.ops.fused import swiglu
+from statex_dist.ops.gla import gla, gla_decode
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.state.geometry import StateGeometry
 
@@ -123,7 +123,7 @@ def linear_attention(
     mix: torch.Tensor | None = None,
     memory: LayerState = (),
 ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
-    """Run :func:`statex_dist.ops.dispatch.gla` over a segment, or its step where the segment is one token.
+    """Run :func:`statex_dist.ops.gla.gla` over a segment, or its step where the segment is one token.
 
     Args:
         q: ``[B, T, H, K]`` queries.

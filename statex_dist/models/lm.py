@@ -196,7 +196,7 @@ class RecurrentLM(nn.Module):
             overwrite_states: Whether a step of one token may write the states after it over ``states``, which saves as
                 much memory as they take and most of the step's time; without autograd alone.
             logits_to_keep: Return the logits of so many last tokens only; None returns all. Not with ``labels``.
-            backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
+            backend: Scan implementation (``statex_dist.ops.backends.Backend``).
             chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
             context: How ``input_ids`` hang together with the tokens of other ranks, or None. ``states`` are then those
                 before and after the whole pack, ``[1, ...]``.

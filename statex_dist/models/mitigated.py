@@ -37,7 +37,7 @@ def mitigated_gla(
 
     Args:
         mitigation: The remedy.
-        scan: Takes ``q, k, v, g`` (shapes of :func:`statex_dist.ops.dispatch.gla`) and a state.
+        scan: Takes ``q, k, v, g`` (shapes of :func:`statex_dist.ops.gla.gla`) and a state.
         inputs: ``q, k, v, g``.
         state: Before the inputs, or None.
         memory: What the remedy had added to the layer's state, or empty.
@@ -60,7 +60,7 @@ def mitigated_ssd(
 
     Args:
         mitigation: The remedy.
-        scan: Takes ``x, dt, A, B, C`` (shapes of :func:`statex_dist.ops.dispatch.ssd`) and a state.
+        scan: Takes ``x, dt, A, B, C`` (shapes of :func:`statex_dist.ops.ssd.ssd`) and a state.
         inputs: ``x, dt, A, B, C``.
         state: Before the inputs, or None.
         memory: What the remedy had added to the layer's state, or empty.

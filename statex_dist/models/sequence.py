@@ -23,7 +23,7 @@ class Sequences:
         cu_seqlens: ``[S + 1]`` int32 borders of packed sequences (batch 1), or None: every row is one sequence.
         seq_idx: ``[1, T]`` int32, the same borders in mamba_ssm's form.
         output_states: Whether layers return their final states.
-        backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
+        backend: Scan implementation (``statex_dist.ops.backends.Backend``).
         chunk_size: Tokens per chunk of our own scans; None picks one.
         max_state_bytes: Bound of the chunk states that the scan of expanded GLA layers holds at once; None for its
             default.

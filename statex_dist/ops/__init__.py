@@ -1,1 +1,1 @@
-"""Scans: naive recurrences (the oracle), chunked PyTorch (CPU, any gate) and dispatch to the GPU kernels."""
+"""Operators: one folder per recurrence (PyTorch forms, kernels, dispatch) beside the modules that they share."""

@@ -1,15 +1,28 @@
-"""Packed sequences by their borders ``cu_seqlens [S + 1]``: as numbers of this process, and token by token."""
+"""Packed sequences by their borders ``cu_seqlens [S + 1]``: read, looked up by token, and cut into chunks.
+
+Every sequence starts a chunk of its own, so that its initial and final states are simply those at its first and after
+its last chunk; the tail of its last chunk is filled with tokens that change nothing (zero keys, zero decay). Sequences
+are sorted by length and chunks ordered by their position within the sequence: the sequences still running at position
+``p`` are then a prefix, and one loop over ``p`` carries all of them at once. Fifty short documents cost a few steps.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from statex_dist.errors import ConfigError
+from statex_dist.ops.precision import SMALLEST_BLOCK
+
 
 def read_borders(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
-    """Return borders as numbers. Every layer asks for those of the same tensor: a GPU is waited for only once."""
+    """Return borders as integers; those of one tensor are copied from its device once, though every layer asks."""
     if cu_seqlens.is_inference():  # its changes are not counted
         return tuple(cu_seqlens.tolist())
     version = cu_seqlens._version
@@ -44,3 +57,244 @@ def sequence_index(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return the index of each token's sequence, ``[T]`` int64 (mamba_ssm's ``seq_idx``, but for the dtype)."""
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].to(index.dtype), index, right=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkLayout:
+    """Positions of ``num_chunks x chunk_size`` places in a flat row of tokens.
+
+    Attributes:
+        num_chunks: Number of chunks.
+        chunk_size: Tokens per chunk.
+        gather: ``[num_chunks * chunk_size]`` index of each place's token; filler places hold the number of tokens.
+        scatter: ``[num_tokens]`` place of each token.
+        active: Number of sequences that have a chunk at position 0, 1, ...
+        order: ``[S]`` sequence of each rank, longest first.
+        rank: ``[S]`` rank of each sequence.
+        identity: Whether ``gather`` is 0, 1, 2, ..., so that a view suffices.
+    """
+
+    num_chunks: int
+    chunk_size: int
+    gather: torch.Tensor
+    scatter: torch.Tensor
+    active: tuple[int, ...]
+    order: torch.Tensor
+    rank: torch.Tensor
+    identity: bool
+
+    def to_chunks(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``[num_chunks, H, chunk_size, ...]`` from ``x [B, T, H, ...]``, fillers zero."""
+        flat = x.flatten(0, 1)
+        if not self.identity:
+            flat = _Rearrange.apply(flat, self.gather, self.scatter)
+        return flat.unflatten(0, (self.num_chunks, self.chunk_size)).transpose(1, 2)
+
+    def from_chunks(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return ``[B, T, H, ...]`` from ``x [num_chunks, H, chunk_size, ...]``: the inverse of :meth:`to_chunks`."""
+        flat = x.transpose(1, 2).flatten(0, 1)
+        if not self.identity:
+            flat = _Rearrange.apply(flat, self.scatter, self.gather)
+        return flat.unflatten(0, (batch, -1))
+
+    def scan_values(
+        self,
+        v: torch.Tensor | Sequence[torch.Tensor],
+        initial_state: torch.Tensor | None,
+        scan: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a chunked scan over values ``[B, T, H, V]``, or over several that stand side by side, each by itself.
+
+        Args:
+            v: The values.
+            initial_state: ``[S, H, K, V]``, side by side as the values are, or None.
+            scan: Takes values in chunks and the state before them; returns outputs in chunks and the final state.
+
+        Returns:
+            Outputs ``[B, T, H, V]`` in the values' dtype and final states, side by side.
+        """
+        values = [v] if isinstance(v, torch.Tensor) else v
+        states = [None] * len(values) if initial_state is None else initial_state.chunk(len(values), dim=-1)
+        outputs, finals = [], []
+        for value, state in zip(values, states, strict=True):
+            out, final = scan(self.to_chunks(value), state)
+            outputs.append(self.from_chunks(out, len(value)).to(value.dtype))
+            finals.append(final)
+        if len(values) == 1:
+            return outputs[0], finals[0]
+        return torch.cat(outputs, dim=-1), torch.cat(finals, dim=-1)
+
+    def carry(
+        self, decay: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run ``S <- decay * S + update`` over the chunks of every sequence.
+
+        Args:
+            decay: Per chunk ``[num_chunks, ...]``, broadcastable to ``update``.
+            update: Per chunk ``[num_chunks, ...state]``.
+            initial_state: ``[S, ...state]`` or None for zero.
+
+        Returns:
+            The state at the start of each chunk ``[num_chunks, ...state]`` and final states ``[S, ...state]``.
+        """
+        state = self.first_state(update, initial_state)
+        starts, final = self.scan(lambda S, d, u: (torch.addcmul(u, S, d), S), state, decay, update)
+        return (starts if starts is not None else update), final
+
+    def first_state(self, like: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
+        """Return the states ``[S, ...]`` before each sequence's first chunk, in the order of :meth:`scan`.
+
+        Args:
+            like: Per chunk ``[num_chunks, ...state]``.
+            initial_state: ``[S, ...state]`` or None for zero.
+        """
+        if initial_state is None:
+            return like.new_zeros(len(self.order), *like.shape[1:])
+        return initial_state.to(like.dtype).index_select(0, self.order)
+
+    def scan(
+        self,
+        step: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        state: torch.Tensor,
+        *per_chunk: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Run a recurrence over the chunks of every sequence, all sequences at once.
+
+        Args:
+            step: Called with the states of the running sequences and their chunks' slices of ``per_chunk``; returns
+                the states after these chunks and an output per chunk.
+            state: From :meth:`first_state`.
+            per_chunk: Tensors ``[num_chunks, ...]``.
+
+        Returns:
+            The outputs ``[num_chunks, ...]`` (None without chunks) and final states ``[S, ...]``.
+        """
+        outputs: list[torch.Tensor] = []
+        ended: list[torch.Tensor] = []
+        sizes = list(self.active)
+        for count, *slices in zip(sizes, *(x.split(sizes) for x in per_chunk), strict=True):
+            if count < len(state):
+                ended.append(state[count:])
+                state = state[:count]
+            state, output = step(state, *slices)
+            outputs.append(output)
+        ended.append(state)
+        return (torch.cat(outputs) if outputs else None), torch.cat(ended[::-1]).index_select(0, self.rank)
+
+
+class _Rearrange(torch.autograd.Function):
+    """``y[i] = x[index[i]]``, zero where the index is out of range.
+
+    No row is read twice, so the gradient is a gather by the inverse index: autograd's own backward of index_select
+    would add row by row.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index, inverse)
+        return _gather_rows(x, index)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        index, inverse = ctx.saved_tensors
+        return _Rearrange.apply(grad, inverse, index), None, None
+
+
+def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    filler = x.new_zeros(1, *x.shape[1:])
+    return torch.cat([x, filler]).index_select(0, index.clamp(max=x.shape[0]))
+
+
+CHUNK_SIZES = (64, 32, 16)
+"""The first is fastest on a CPU for long sequences."""
+_LARGEST_FILL = 0.25
+
+
+def pick_chunk_size(lengths: tuple[int, ...], sizes: tuple[int, ...] = CHUNK_SIZES) -> int:
+    """Return the largest chunk whose fillers stay below a quarter of the tokens, or the smallest there is.
+
+    A pack of short documents would be mostly fillers.
+
+    Args:
+        lengths: Tokens of each sequence.
+        sizes: Sizes to choose from, the largest first.
+    """
+    total = sum(lengths)
+    for size in sizes:
+        if sum(-(-length // size) * size for length in lengths) <= (1 + _LARGEST_FILL) * total:
+            return size
+    return sizes[-1]
+
+
+def power_of_two_chunks(
+    lengths: tuple[int, ...],
+    chunk_size: int | None,
+    *,
+    smallest: int = SMALLEST_BLOCK,
+    sizes: tuple[int, ...] = CHUNK_SIZES,
+) -> int:
+    """Return the chunk size to use: the one asked for, or the one of ``sizes`` that fits the sequences.
+
+    Raises:
+        ConfigError: The one asked for is not a power of two from ``smallest``.
+    """
+    if chunk_size is None:
+        return pick_chunk_size(lengths, sizes)
+    if chunk_size < smallest or chunk_size & (chunk_size - 1):
+        raise ConfigError(f"chunk_size must be a power of two from {smallest}, not {chunk_size}")
+    return chunk_size
+
+
+def index_tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return an index of a cached layout; one made under inference mode could not serve a later training step."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+
+def cut_chunks(lengths: tuple[int, ...], chunk_size: int) -> tuple[np.ndarray, ...]:
+    """Cut sequences that lie one behind the other into chunks, each of one sequence.
+
+    Returns:
+        Of each chunk, in the order of tokens and all int64: its sequence, its position among the sequence's chunks,
+        its first token, and its number of tokens.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    chunks = -(-sizes // chunk_size)
+    sequence = np.repeat(np.arange(len(sizes)), chunks)
+    position = np.arange(len(sequence)) - (np.cumsum(chunks) - chunks)[sequence]
+    ends = np.cumsum(sizes)
+    start = (ends - sizes)[sequence] + position * chunk_size
+    return sequence, position, start, np.minimum(chunk_size, ends[sequence] - start)
+
+
+@lru_cache(maxsize=64)
+def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device) -> ChunkLayout:
+    """Return the layout of sequences that lie one behind the other.
+
+    Args:
+        lengths: Tokens of each sequence; 0 is allowed.
+        chunk_size: Tokens per chunk.
+        device: Where the index tensors live.
+    """
+    sequence, position, start, count = cut_chunks(lengths, chunk_size)
+    total = sum(lengths)
+    order = np.argsort(-np.bincount(sequence, minlength=len(lengths)), kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    by_position = np.lexsort((rank[sequence], position))
+    offsets = np.arange(chunk_size)
+    places = np.where(offsets < count[:, None], start[:, None] + offsets, total)
+    gather = places[by_position].ravel()
+    scatter = np.empty(total, dtype=np.int64)
+    valid = gather < total
+    scatter[gather[valid]] = np.flatnonzero(valid)
+    return ChunkLayout(
+        num_chunks=len(sequence),
+        chunk_size=chunk_size,
+        gather=index_tensor(gather, device),
+        scatter=index_tensor(scatter, device),
+        active=tuple(np.bincount(position).tolist()),
+        order=index_tensor(order, device),
+        rank=index_tensor(rank, device),
+        identity=len(gather) == total and bool((gather == np.arange(total)).all()),
+    )

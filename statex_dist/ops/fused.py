@@ -21,10 +21,10 @@ rows above 64 KiB stay with PyTorch. The kernels' offsets have 64 bits, so no le
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from statex_dist.ops import backends
 from statex_dist.ops.fla_api import fla_gated_rms_norm, fla_rms_norm, fla_swiglu, has_fla
-from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops.precision import torch_gated_rms_norm, torch_rms_norm, torch_swiglu
 
 _ROW_BYTES = 65536
 """The norms' kernels hold a whole row at once and raise above this."""
@@ -32,22 +32,11 @@ _ROW_BYTES = 65536
 
 def takes_kernels(x: torch.Tensor) -> bool:
     """Return whether flash-linear-attention's kernels are to run on ``x``."""
-    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and has_fla()
+    return x.is_cuda and x.numel() > 0 and backends.takes_kernels(x, has_fla)
 
 
 def _row_fits(x: torch.Tensor) -> bool:
     return x.shape[-1] * x.element_size() <= _ROW_BYTES
-
-
-def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return ``x`` over its root mean square along the last dimension, in fp32 (float64 for float64)."""
-    x = x.to(wide_dtype(x.dtype))
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-def normalize_groups(x: torch.Tensor, num_groups: int, eps: float) -> torch.Tensor:
-    """Return :func:`normalize` of each of so many groups of channels by itself."""
-    return normalize(x, eps) if num_groups == 1 else normalize(x.unflatten(-1, (num_groups, -1)), eps).flatten(-2)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
@@ -63,7 +52,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tens
     """
     if takes_kernels(x) and _row_fits(x):
         return fla_rms_norm(x, weight, eps=eps)
-    return (weight * normalize(x, eps).to(x.dtype)).to(x.dtype)
+    return torch_rms_norm(x, weight, eps=eps)
 
 
 def gated_rms_norm(
@@ -92,13 +81,11 @@ def gated_rms_norm(
     """
     if num_groups == 1 and takes_kernels(x) and _row_fits(x) and (norm_before_gate or not sigmoid):
         return fla_gated_rms_norm(x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, sigmoid=sigmoid)
-    activation = torch.sigmoid if sigmoid else F.silu
-    gate = activation(gate.to(wide_dtype(gate.dtype)))
-    if norm_before_gate:
-        return (weight * normalize_groups(x, num_groups, eps) * gate).to(x.dtype)
-    return (weight * normalize_groups(x.to(gate.dtype) * gate, num_groups, eps).to(x.dtype)).to(x.dtype)
+    return torch_gated_rms_norm(
+        x, gate, weight, eps=eps, norm_before_gate=norm_before_gate, sigmoid=sigmoid, num_groups=num_groups
+    )
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` (arXiv 2002.05202), all ``[..., I]``."""
-    return fla_swiglu(gate, up) if takes_kernels(gate) else F.silu(gate) * up
+    return fla_swiglu(gate, up) if takes_kernels(gate) else torch_swiglu(gate, up)

@@ -1,13 +1,13 @@
-"""Remedies against state collapse that need no training (arXiv 2410.07145, section 4.2), around any form of the scans.
+"""Mitigations of state collapse that need no training (arXiv 2410.07145, section 4.2), around any form of the scans.
 
 A model whose state is too large for its training length never learned to forget; past that length the state fills up
-and the loss rises. Each remedy changes the recurrence ``h_t = a_t h_{t-1} + k_t v_t^T`` and not a weight:
+and the loss rises. Each mitigation changes the recurrence ``h_t = a_t h_{t-1} + k_t v_t^T`` and not a weight:
 
 - forget more, remember less: ``log a' = log a - delta``, and the input that is inserted times a factor below 1;
 - state normalisation: ``h <- h min(1, p / ||h||)`` for each head;
 - sliding window: ``h_t - a_{t-r+1} ... a_t h_{t-r}``, the state of a recurrence that saw the last ``r`` tokens alone.
 
-``scan`` stands for the scan or the step of :mod:`statex_dist.ops.dispatch`: it takes inputs ``[B, T, ...]`` and a state
+``scan`` stands for the scan or the step of a recurrence: it takes inputs ``[B, T, ...]`` and a state
 (None for zero), and returns outputs and the state after them (None only where nobody asks).
 """
 
@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from statex_dist.ops.precision import reverse_cumsum
 
 Tensors = tuple[torch.Tensor, ...]
 Scan = Callable[[Tensors, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
@@ -131,7 +133,7 @@ def window_sums(x: torch.Tensor, width: int) -> torch.Tensor:
     # Where the window is one whole block, the start of the next is its empty start.
     num_blocks = num_windows // width + 2
     blocks = _pad_tokens(x, 0, num_blocks * width - x.shape[1]).unflatten(1, (num_blocks, width))
-    ends = blocks.flip(2).cumsum(2).flip(2).flatten(1, 2)
+    ends = reverse_cumsum(blocks, 2).flatten(1, 2)
     starts = _pad_tokens(blocks[:, :, :-1].cumsum(2).flatten(0, 1), 1, 0).unflatten(0, (-1, num_blocks)).flatten(1, 2)
     return ends[:, :num_windows] + starts[:, width : width + num_windows]
 
@@ -155,7 +157,7 @@ def windowed_gla(
     only as a random walk does, where nothing is ever forgotten.
 
     Args:
-        scan: Gated linear attention over ``q, k, v, g``, shapes as in :func:`statex_dist.ops.dispatch.gla`.
+        scan: Gated linear attention over ``q, k, v, g``, shapes as in :func:`statex_dist.ops.gla.gla`.
         inputs: ``q, k, v, g``; what leaves has to be what entered, so they should be fp32 or float64.
         state: Of the window before the segment, or None.
         memory: ``k, v, g`` of the last ``width`` tokens, ``[B, width, ...]``, zeros where there were none; or empty.
@@ -165,8 +167,7 @@ def windowed_gla(
         Outputs, the window's state and its memory after the segment.
     """
     q, *tokens = inputs
-    before = _memory_before(tokens, memory, width)
-    leaving, last = _move_window(tokens, before)
+    before, leaving, last = _move_window(tokens, memory, width)
     fade = window_sums(torch.cat([before[-1][:, 1:], tokens[-1]], dim=1), width).exp()
     o, state = scan(inputs, state)
     assert state is not None
@@ -182,7 +183,7 @@ def windowed_ssd(
 
     Args:
         scan: The Mamba2 scan over ``x, dt, B, C`` without the skip term, shapes as in
-            :func:`statex_dist.ops.dispatch.ssd`.
+            :func:`statex_dist.ops.ssd.ssd`.
         inputs: ``x, dt, B, C``.
         A: ``[H]`` negative decay rates.
         state: Of the window before the segment, or None.
@@ -193,8 +194,7 @@ def windowed_ssd(
         Outputs, the window's state and its memory after the segment.
     """
     *tokens, C = inputs
-    before = _memory_before(tokens, memory, width)
-    leaving, last = _move_window(tokens, before)
+    before, leaving, last = _move_window(tokens, memory, width)
     fade = window_sums(torch.cat([before[1][:, 1:], tokens[1]], dim=1) * A, width).exp()
     y, state = scan(inputs, state)
     assert state is not None
@@ -204,22 +204,22 @@ def windowed_ssd(
     return y - left_y * fade.unsqueeze(-1).to(y.dtype), state - left * fade_state, last
 
 
-def _memory_before(tokens: Sequence[torch.Tensor], memory: Tensors, width: int) -> Tensors:
-    """Return the ``width`` tokens before a segment, zeros at the start of a text."""
+def _move_window(tokens: Sequence[torch.Tensor], memory: Tensors, width: int) -> tuple[Tensors, Tensors, Tensors]:
+    """Return the ``width`` tokens before a segment, those that leave the window during it, and those in it afterwards.
+
+    At the start of a text the tokens before are zeros. What is in the window afterwards is never a view.
+    """
     if memory:
-        return tuple(old.to(new.dtype) for old, new in zip(memory, tokens, strict=True))
-    return tuple(new.new_zeros(new.shape[0], width, *new.shape[2:]) for new in tokens)
-
-
-def _move_window(tokens: Sequence[torch.Tensor], before: Tensors) -> tuple[Tensors, Tensors]:
-    """Return what leaves a window while ``tokens`` enter it, and what is in it then; the latter never as a view."""
-    num_tokens, width = tokens[0].shape[1], before[0].shape[1]
+        before = tuple(old.to(new.dtype) for old, new in zip(memory, tokens, strict=True))
+    else:
+        before = tuple(new.new_zeros(new.shape[0], width, *new.shape[2:]) for new in tokens)
+    num_tokens = tokens[0].shape[1]
     pairs = list(zip(before, tokens, strict=True))
     if num_tokens <= width:
         leaving = tuple(old[:, :num_tokens] for old, _ in pairs)
-        return leaving, tuple(torch.cat([old[:, num_tokens:], new], dim=1) for old, new in pairs)
+        return before, leaving, tuple(torch.cat([old[:, num_tokens:], new], dim=1) for old, new in pairs)
     leaving = tuple(torch.cat([old, new[:, :-width]], dim=1) for old, new in pairs)
-    return leaving, tuple(new[:, -width:].clone() for new in tokens)
+    return before, leaving, tuple(new[:, -width:].clone() for new in tokens)
 
 
 def _zero_for_step(inputs: torch.Tensor, state: torch.Tensor) -> torch.Tensor | None:

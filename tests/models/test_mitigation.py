@@ -17,7 +17,7 @@ from statex_dist.models.mamba2 import mixer as mamba2_mixer
 from statex_dist.models.mitigated import mitigated_gla
 from statex_dist.models.mitigation import ForgetMore, SlidingWindow, StateNorm, parse_mitigation
 from statex_dist.models.sequence import Sequences
-from statex_dist.ops.dispatch import gla
+from statex_dist.ops.gla import gla
 from tests.models.tiny import CONFIGS, build, tokens
 from tests.ops.scan_cases import borders, gla_inputs
 

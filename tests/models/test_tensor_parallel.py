@@ -1,6 +1,6 @@
 """Tensor-parallel ranks, simulated in float64: the shares of a layer's weights compute the layer.
 
-Each rank runs the layer's equations on its slices alone (token by token, :mod:`statex_dist.ops.naive`); what ranks
+Each rank runs the layer's equations on its slices alone (token by token, ``naive_gla`` and ``naive_ssd``); what ranks
 would all-reduce is added up in between: the sums of squares of an output norm, and the outputs. The whole layer is the
 oracle. GLA and Mamba2 are written out here; tests/models/test_tensor_parallel_needs.py goes through every family.
 """
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from statex_dist.models.layout import shard_ranges
 from statex_dist.models.registry import family_of
 from statex_dist.models.sequence import Sequences
-from statex_dist.ops.conv import causal_conv
-from statex_dist.ops.naive import naive_gla, naive_ssd
+from statex_dist.ops.conv.torch_forms import causal_conv
+from statex_dist.ops.gla.torch_forms import naive_gla
+from statex_dist.ops.ssd.torch_forms import naive_ssd
 from tests.models.tiny import build, expanded, gla_config, mamba2_config
 
 LAYER = 0

@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from statex_dist.ops.dispatch import delta_rule, gla
+from statex_dist.ops.delta_rule import delta_rule
+from statex_dist.ops.gla import gla
 from tests.ops.interpreter import enter_interpreter
 from tests.ops.scan_cases import assert_close, borders, delta_inputs, gla_inputs, run_with_gradients
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from statex_dist.ops import conv, mamba_api
-from statex_dist.ops.conv_api import has_causal_conv1d
-from statex_dist.ops.dispatch import delta_rule, gla, ssd
+from statex_dist.ops.conv import dispatch as conv_dispatch
+from statex_dist.ops.conv.causal_conv1d_api import has_causal_conv1d
+from statex_dist.ops.delta_rule import delta_rule
 from statex_dist.ops.fla_api import has_fla
-from statex_dist.ops.mamba_api import has_mamba_ssm
+from statex_dist.ops.gla import gla
+from statex_dist.ops.ssd import mamba_api, ssd
+from statex_dist.ops.ssd.mamba_api import has_mamba_ssm
 from tests.ops.scan_cases import borders, delta_inputs, gla_inputs, run_with_gradients, ssd_inputs
 
 pytestmark = [
@@ -160,7 +162,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("case", ["batch with states", "packed", "packed with states", "slice"])
 @pytest.mark.parametrize("kernel", CONVOLUTIONS)
 def test_convolution(kernel, case, dtype, monkeypatch):
-    monkeypatch.setattr(conv, "has_causal_conv1d", lambda: kernel == "causal_conv1d")
+    monkeypatch.setattr(conv_dispatch, "has_causal_conv1d", lambda: kernel == "causal_conv1d")
     rng, lengths = torch.Generator().manual_seed(0), [5, 0, 1, 64, 200]
     packed = case.startswith("packed")
     shapes = {"x": (1 if packed else 2, 270, 256), "weight": (256, 1, 4), "bias": (256,)}
@@ -175,7 +177,7 @@ def test_convolution(kernel, case, dtype, monkeypatch):
             if case == "slice":
                 tensors["x"] = F.pad(tensors["x"], (3, 2))[..., 3:-2]
             borders_here = borders(lengths).cuda() if packed else None
-            out, after = conv.convolve_sequences(
+            out, after = conv_dispatch.convolve_sequences(
                 **tensors, tail=tail, cu_seqlens=borders_here, output_tail=True, silu=silu
             )
             return out, after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from statex_dist.ops.dispatch import gla
+from statex_dist.ops.gla import gla
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
 from tests.ops.scan_cases import assert_close, borders, gla_inputs, run_with_gradients
 

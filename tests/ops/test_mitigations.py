@@ -1,4 +1,4 @@
-"""The remedies against state collapse, each against its equation, token by token in float64."""
+"""The mitigations of state collapse, each against its equation, token by token in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statex_dist.ops.delta import delta_step
-from statex_dist.ops.dispatch import delta_rule, gla, gla_decode, ssd, ssd_decode
+from statex_dist.ops.delta_rule import delta_rule
+from statex_dist.ops.delta_rule.torch_forms import delta_step
+from statex_dist.ops.gla import gla, gla_decode
+from statex_dist.ops.gla.torch_forms import gla_step, naive_gla
 from statex_dist.ops.mitigations import (
     forget_more_delta,
     forget_more_gla,
@@ -22,7 +24,8 @@ from statex_dist.ops.mitigations import (
     windowed_gla,
     windowed_ssd,
 )
-from statex_dist.ops.naive import gla_step, naive_gla, naive_ssd, ssd_step
+from statex_dist.ops.ssd import ssd, ssd_decode
+from statex_dist.ops.ssd.torch_forms import naive_ssd, ssd_step
 from tests.ops.scan_cases import delta_inputs, gla_inputs, ssd_inputs
 
 GATES = ("soft", "constant:-50", "constant:0", "bursty")

@@ -8,7 +8,8 @@ import torch
 from statex_dist.models.gla.config import GLAConfig
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.registry import make_plan
-from statex_dist.ops.dispatch import gla, ssd
+from statex_dist.ops.gla import gla
+from statex_dist.ops.ssd import ssd
 from statex_dist.state.geometry import StateGeometry
 
 GLA_1B3 = GLAConfig(vocab_size=32000, hidden_size=2048, num_hidden_layers=24, num_heads=4)

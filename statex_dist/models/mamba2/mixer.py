@@ -18,8 +18,8 @@ from statex_dist.models.mitigated import mitigated_ssd
 from statex_dist.models.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 from statex_dist.ops.conv import convolve_sequences
-from statex_dist.ops.dispatch import ssd, ssd_decode
 from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops.ssd import ssd, ssd_decode
 
 
 class Mamba2Mixer(nn.Module):
@@ -106,7 +106,7 @@ def _scan(
     state: torch.Tensor | None,
     skip: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run :func:`statex_dist.ops.dispatch.ssd` over a segment, or its step where the segment is one token.
+    """Run :func:`statex_dist.ops.ssd.ssd` over a segment, or its step where the segment is one token.
 
     Args:
         sequences: Borders of packed sequences and the scan's backend.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.paths import TINY, batched_path, gla_paths, gla_tensors, ssd_paths, virtual_heads
-from statex_dist.ops.dispatch import gla
+from statex_dist.ops.gla import gla
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,159 @@
+"""The pieces of :mod:`~statex_dist.ops.gla.triton.expanded` in PyTorch: the kernels' oracle, and what runs on a CPU.
+
+Each function has a twin of the same name and arguments in :mod:`gates`, :mod:`scores` or :mod:`carry`, but for the
+first result of :func:`pregate`, which only the other pieces of the same kind read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from statex_dist.ops.gla.triton.segments import Segment
+from statex_dist.ops.precision import decayed_products, reverse_cumsum, wide_dtype
+
+
+def pregate(
+    q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, segment: Segment, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what a chunk's queries and keys are to the states at its borders.
+
+    Args:
+        q: ``[tokens, H, K]`` queries.
+        k: ``[tokens, H, K]`` keys.
+        g: ``[tokens, H, K]`` log decays.
+        segment: The chunks to read.
+        scale: Factor of the queries.
+
+    Returns:
+        The cumulative log decays ``b [H, n, C, K]``, gated queries ``s q e^b`` and keys ``k e^{b_C - b}``
+        ``[H, n, C, K]`` in ``q``'s dtype, and the chunks' total log decays ``b_C [H, n, K]`` in fp32.
+    """
+    wide = wide_dtype(q.dtype)
+    q_wide, k_wide, g_wide = (segment.take(x).to(wide) for x in (q, k, g))
+    b = g_wide.cumsum(dim=2)
+    later = reverse_cumsum(g_wide, 2) - g_wide
+    return b, (q_wide * b.exp() * scale).to(q.dtype), (k_wide * later.exp()).to(q.dtype), b[:, :, -1]
+
+
+def scores(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor, segment: Segment, scale: float) -> torch.Tensor:
+    """Return ``A [H, n, C, C]``: ``A[t, u] = s sum_c q_tc k_uc exp(b_tc - b_uc)`` for ``u <= t``, else 0."""
+    wide = b.dtype
+    return decayed_products(segment.take(q).to(wide) * scale, segment.take(k).to(wide), b).to(q.dtype)
+
+
+def carry_states(
+    total: torch.Tensor,
+    update: torch.Tensor,
+    carried: torch.Tensor,
+    initial: torch.Tensor | None,
+    final: torch.Tensor | None,
+    segment: Segment,
+) -> None:
+    """Run ``S <- e^{b_C} S + update`` over a segment's chunks, from the state before its first one.
+
+    Args:
+        total: ``[H, n, K]`` log decays of the chunks.
+        update: ``[H, n, K, W]`` what each chunk adds; overwritten by the state before each chunk.
+        carried: ``[H, K, W]`` fp32 state before the segment; overwritten by the one after it.
+        initial: ``[S, H, K, W]`` fp32 states before each sequence, or None for zero.
+        final: ``[S, H, K, W]`` fp32, filled for the sequences that end in the segment; or None.
+        segment: Says where sequences begin and end.
+    """
+    state = carried.clone()
+    sequences, firsts, lasts = (x.tolist() for x in (segment.sequence, segment.is_first, segment.is_last))
+    for i, (sequence, is_first, is_last) in enumerate(zip(sequences, firsts, lasts, strict=True)):
+        if is_first:
+            state = torch.zeros_like(state) if initial is None else initial[sequence].clone()
+        added = update[:, i].to(state.dtype, copy=True)
+        update[:, i] = state
+        state = state * total[:, i].exp().unsqueeze(-1) + added
+        if is_last and final is not None:
+            final[sequence] = state
+    carried.copy_(state)
+
+
+def carry_gradients(
+    total: torch.Tensor,
+    starts: torch.Tensor,
+    reads: torch.Tensor,
+    mix: torch.Tensor | None,
+    carried: torch.Tensor,
+    dfinal: torch.Tensor | None,
+    dinitial: torch.Tensor | None,
+    segment: Segment,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the gradient of :func:`carry_states` backwards over a segment's chunks.
+
+    Args:
+        total: ``[H, n, K]`` log decays of the chunks.
+        starts: ``[H, n, K, W]`` state before each chunk.
+        reads: ``[H, n, K, W]`` gradient that each chunk's outputs give to the state before it, without ``mix``;
+            overwritten by the gradient of the state after each chunk.
+        mix: ``[H, r]`` weights of the ``r`` blocks of ``W``, or None for one of weight 1.
+        carried: ``[H, K, W]`` fp32 gradient of the state after the segment; overwritten by that before it.
+        dfinal: ``[S, H, K, W]`` fp32 gradient of the sequences' final states, or None for zero.
+        dinitial: ``[S, H, K, W]`` fp32, filled for the sequences that begin in the segment; or None.
+        segment: Says where sequences begin and end.
+
+    Returns:
+        The gradients of ``total`` ``[H, n, K]`` and of ``mix`` through the states ``[H, r]``, in fp32.
+    """
+    grad = carried.clone()
+    partners = 1 if mix is None else mix.shape[1]
+    weights = grad.new_ones(grad.shape[0], 1) if mix is None else mix.to(grad.dtype)
+    dtotal, dmix = torch.empty_like(total), torch.zeros_like(weights)
+    sequences, firsts, lasts = (x.tolist() for x in (segment.sequence, segment.is_first, segment.is_last))
+    for i in reversed(range(segment.num_chunks)):
+        if lasts[i]:
+            grad = torch.zeros_like(grad) if dfinal is None else dfinal[sequences[i]].clone()
+        start, read = (x[:, i].to(grad.dtype, copy=True).unflatten(-1, (partners, -1)) for x in (starts, reads))
+        reads[:, i] = grad
+        decayed = grad * total[:, i].exp().unsqueeze(-1)
+        dtotal[:, i] = (start.flatten(-2) * decayed).sum(-1)
+        dmix += (start * read).sum((1, 3))
+        grad = decayed + (read * weights[:, None, :, None]).flatten(-2)
+        if firsts[i] and dinitial is not None:
+            dinitial[sequences[i]] = grad
+    carried.copy_(grad)
+    return dtotal, dmix
+
+
+def input_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    b: torch.Tensor,
+    dscores: torch.Tensor,
+    dqueries: torch.Tensor,
+    dkeys: torch.Tensor,
+    dtotal: torch.Tensor,
+    segment: Segment,
+    scale: float,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Write the gradients of queries, keys and log decays.
+
+    Args:
+        q: ``[tokens, H, K]`` queries.
+        k: ``[tokens, H, K]`` keys.
+        b: From :func:`pregate`.
+        dscores: ``[H, n, C, C]`` gradient of :func:`scores`; what is above the diagonal is not read.
+        dqueries: ``[H, n, C, K]`` gradient of the gated queries.
+        dkeys: ``[H, n, C, K]`` gradient of the gated keys.
+        dtotal: ``[H, n, K]`` gradient of the chunks' total log decays through the carried states.
+        segment: The chunks.
+        scale: Factor of the queries.
+        out: ``dq, dk, dg [tokens, H, K]``, written at the segment's tokens.
+    """
+    wide = b.dtype
+    leaves = [x.detach().to(wide).requires_grad_() for x in (segment.take(q), segment.take(k), b)]
+    with torch.enable_grad():
+        products = decayed_products(leaves[0] * scale, leaves[1], leaves[2])
+    dq, dk, db = torch.autograd.grad(products, leaves, dscores.to(wide).tril())
+    q_wide, k_wide, _ = (x.detach() for x in leaves)
+    dq_inter = dqueries.to(wide) * b.exp() * scale
+    dk_inter = dkeys.to(wide) * (b[:, :, -1:] - b).exp()
+    db = db + q_wide * dq_inter - k_wide * dk_inter
+    dlast = dtotal.unsqueeze(2) + (k_wide * dk_inter).sum(2, keepdim=True)
+    dg = reverse_cumsum(db, 2) + dlast
+    for x, target in zip((dq + dq_inter, dk + dk_inter, dg), out, strict=True):
+        segment.put(x.to(target.dtype), target)

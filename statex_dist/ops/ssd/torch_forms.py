@@ -1,0 +1,169 @@
+"""The Mamba2 recurrence (SSD) in PyTorch: token by token (the oracle), one step of decoding, and chunk by chunk.
+
+Shapes follow mamba_ssm: ``B`` batch, ``T`` tokens, ``H`` heads, ``G`` groups, ``P`` head channels, ``N`` state rows
+(``d_state``). Packing and dtypes are those of :mod:`statex_dist.ops.gla.torch_forms`; outputs come back in the dtype of
+``x``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from statex_dist.errors import ConfigError
+from statex_dist.ops.cu_seqlens import chunk_layout, pick_chunk_size, sequence_lengths
+from statex_dist.ops.precision import causal_decay, wide_dtype
+from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
+
+
+def ssd_step(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advance the Mamba2 state-space recurrence by one token (arXiv 2405.21060, section 7; without the D term).
+
+    Args:
+        x: ``[B, H, P]`` inputs.
+        dt: ``[B, H]`` step sizes, after softplus.
+        A: ``[H]`` negative decay rates.
+        B: ``[B, G, N]`` input projections, shared by the ``H / G`` heads of a group.
+        C: ``[B, G, N]`` output projections.
+        state: ``[B, H, P, N]``.
+
+    Returns:
+        Output ``[B, H, P]`` and the new state.
+    """
+    out_dtype = x.dtype
+    x, dt, A, B, C = (y.to(state.dtype) for y in (x, dt, A, B, C))
+    heads_per_group = x.shape[1] // B.shape[1]
+    B = B.repeat_interleave(heads_per_group, dim=1)
+    C = C.repeat_interleave(heads_per_group, dim=1)
+    decay = (dt * A).exp()[..., None, None]
+    state = state * decay + (x * dt.unsqueeze(-1)).unsqueeze(-1) * B.unsqueeze(-2)
+    return torch.einsum("bhpn,bhn->bhp", state, C).to(out_dtype), state
+
+
+def ssd_step_(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
+) -> torch.Tensor:
+    """Run :func:`ssd_step` over a contiguous ``state``, which it overwrites; return the output ``[B, H, P]``."""
+    out_dtype, shape = x.dtype, x.shape
+    x, dt, A, B, C = (y.to(state.dtype) for y in (x, dt, A, B, C))
+    decay = (dt * A).exp().flatten()[:, None, None]
+    inserted = (x * dt.unsqueeze(-1)).flatten(0, 1).unsqueeze(-1)
+    B, C = (y.repeat_interleave(shape[1] // y.shape[1], dim=1).flatten(0, 1) for y in (B, C))
+
+    def advance(heads: torch.Tensor, decay, inserted, B, C) -> torch.Tensor:
+        return heads.mul_(decay).addcmul_(inserted, B) @ C
+
+    inputs = decay, inserted, B.unsqueeze(-2), C.unsqueeze(-1)
+    return step_in_blocks(advance, state, inputs).view(shape).to(out_dtype)
+
+
+def ssd_decode(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    D: torch.Tensor | None = None,
+    overwrite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advance ``ssd`` by one token: ``x [B, H, P]``, ``dt [B, H]``, ``B, C [B, G, N]``, ``state [B, H, P, N]``.
+
+    With ``overwrite`` the new state takes the old one's place in memory: without autograd, and if the caller owns it.
+    """
+    if overwrite and state.is_contiguous():
+        y = ssd_step_(x, dt, A, B, C, state)
+    else:
+        y, state = ssd_step(x, dt, A, B, C, state)
+    return (y if D is None else add_skip(y, x, D)), state
+
+
+def add_skip(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    """Return ``y + D x``: ``y, x [..., H, P]``, ``D [H]``."""
+    return y + x * D.to(x.dtype).unsqueeze(-1)
+
+
+def naive_ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run :func:`ssd_step` token by token: the oracle of all other forms.
+
+    Args:
+        x: ``[B, T, H, P]``, as all others but ``A`` with ``T`` tokens.
+        dt: Step sizes.
+        A: ``[H]`` negative decay rates.
+        B: Input projections.
+        C: Output projections.
+        initial_state: ``[S, H, P, N]``, zero where None.
+        cu_seqlens: ``[S + 1]`` borders of packed sequences; the batch must be 1.
+
+    Returns:
+        Output ``[B, T, H, P]`` and final states ``[S, H, P, N]``.
+    """
+
+    def step(x, dt, B, C, state) -> tuple[torch.Tensor, torch.Tensor]:
+        return ssd_step(x, dt, A, B, C, state)
+
+    state_shape = (*x.shape[2:], B.shape[3])
+    return scan_tokens(step, (x, dt, B, C), x, state_shape, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def chunked_ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the Mamba2 recurrence chunk by chunk. Arguments and results are those of ``naive_ssd``.
+
+    The decay is one number per head, so ``exp(b_t - b_u)`` is formed directly (masked before the exponential), and the
+    products of B and C are made once per group, its heads folded into the width of the other factor.
+    """
+    batch, num_tokens, num_heads, head_dim = x.shape
+    num_groups = B.shape[2]
+    lengths = sequence_lengths(batch, num_tokens, cu_seqlens)
+    chunk_size = pick_chunk_size(lengths) if chunk_size is None else chunk_size
+    if chunk_size < 1:
+        raise ConfigError(f"chunk_size must be 1 or more, not {chunk_size}")
+    layout = chunk_layout(lengths, chunk_size, x.device)
+    out_dtype, work_dtype = x.dtype, wide_dtype(x.dtype)
+    decay_log = layout.to_chunks((dt * A).unsqueeze(-1)).to(work_dtype).squeeze(-1)
+    x_dt = layout.to_chunks(x * dt.unsqueeze(-1)).to(work_dtype)
+    B, C = (layout.to_chunks(y).to(work_dtype) for y in (B, C))
+    b = decay_log.cumsum(dim=-1)
+    total = b[..., -1:]
+    decay = causal_decay(b.unsqueeze(-1), b.unsqueeze(-2))
+    scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * decay.unflatten(1, (num_groups, -1))
+    within = scores.flatten(1, 2) @ x_dt
+    # [chunks, G, (H/G) P, C] @ [chunks, G, C, N]
+    decayed = _fold_heads(x_dt * (total - b).exp().unsqueeze(-1), num_groups)
+    update = (decayed.transpose(-1, -2) @ B).flatten(1, 2).unflatten(1, (num_heads, head_dim))
+    starts, final = layout.carry(total.exp().unsqueeze(-1), update, initial_state)
+    folded = starts.flatten(1, 2).unflatten(1, (num_groups, -1))
+    across = (C @ folded.transpose(-1, -2)).unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+    y = within + across * b.exp().unsqueeze(-1)
+    return layout.from_chunks(y, batch).to(out_dtype), final
+
+
+def _fold_heads(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Return ``[chunks, G, C, (H/G) P]`` from ``[chunks, H, C, P]``."""
+    return x.unflatten(1, (num_groups, -1)).transpose(2, 3).flatten(-2, -1)
