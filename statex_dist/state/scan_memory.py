@@ -1,4 +1,4 @@
-"""Memory limits of the GPU scan of large GLA states (``statex_dist/ops/gla/triton``); memory predictions use them too."""
+"""Memory limits of the GPU scan of large GLA states (``ops/gla/triton``); memory predictions use them too."""
 
 from __future__ import annotations
 
