@@ -40,7 +40,7 @@ def run(args: Any) -> int:
         StateXError: A directory holds nothing to report, a file is damaged, or the page cannot be written where it is
             to go.
     """
-    from statex_dist.checkpoint.manifest import write_durably
+    from statex_dist.durable.files import write_durably
     from statex_dist.evaluation.page.inputs import read_inputs
     from statex_dist.evaluation.page.whole import make_report, to_dict
 

@@ -84,7 +84,7 @@ def run_suite(
     Raises:
         StateXError: The options, the model or the data are wrong.
     """
-    from statex_dist.evaluation.journal import Journal, work
+    from statex_dist.evaluation.journal import UnitJournal, work
     from statex_dist.evaluation.ranks import OtherRankError, open_ranks
 
     try:
@@ -105,7 +105,7 @@ def run_suite(
                 **_end_tokens(loaded),
                 **(given or {}),
             }
-            with Journal(Path(args.out), suite, fingerprint, ranks=ranks, overwrite=args.overwrite) as journal:
+            with UnitJournal(Path(args.out), suite, fingerprint, ranks=ranks, overwrite=args.overwrite) as journal:
                 if journal.found:
                     log.info("%s: %d units were done before; going on", suite, journal.found)
                 records = work(todo, journal, title=suite)

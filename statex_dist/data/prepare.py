@@ -32,8 +32,8 @@ from statex_dist.data.corpus.unit_files import Spill, UnitResult
 from statex_dist.data.corpus.work import Part
 from statex_dist.data.manifest import LENGTHS_NAME, MANIFEST_NAME, DatasetManifest, pack_lengths, parse_manifest
 from statex_dist.data.plan import permutation
-from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
+from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError, bounded_line, writing
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import ConfigError
 
 RESULT_VERSION = 2

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from statex_dist.errors import ConfigError, DataError, StateXError
-from statex_dist.evaluation.journal import Journal, Unit, model_fingerprint, work
+from statex_dist.evaluation.journal import Unit, UnitJournal, model_fingerprint, work
 from statex_dist.evaluation.ranks import Ranks
 
 SETTINGS = {"settings": {"seed": 0, "lengths": (4, 8)}, "model": {"fingerprint": "abc"}}
@@ -31,7 +31,7 @@ def units(count=7, *, ran=None, die_at=None):
 
 
 def evaluate(directory, *, settings=SETTINGS, overwrite=False, finish=True, **options):
-    with Journal(directory, "suite", settings, overwrite=overwrite) as journal:
+    with UnitJournal(directory, "suite", settings, overwrite=overwrite) as journal:
         records = work(units(**options), journal)
         if finish:
             (directory / "suite.json").write_text(json.dumps(records))
@@ -90,8 +90,8 @@ def test_ranks_share_the_units_and_rank_0_puts_them_in_order(tmp_path, monkeypat
     for rank in (2, 1, 0):
         shares[rank] = []
         if rank == 2:  # rank 0 makes the directory first
-            Journal(tmp_path, "suite", SETTINGS, ranks=Ranks(rank=0, world_size=3)).close()
-        with Journal(tmp_path, "suite", SETTINGS, ranks=Ranks(rank=rank, world_size=3)) as journal:
+            UnitJournal(tmp_path, "suite", SETTINGS, ranks=Ranks(rank=0, world_size=3)).close()
+        with UnitJournal(tmp_path, "suite", SETTINGS, ranks=Ranks(rank=rank, world_size=3)) as journal:
             records = work(units(ran=shares[rank]), journal)
         assert records == (work(units()) if rank == 0 else None)
     assert shares == {2: [2, 5], 1: [1, 4], 0: [0, 3, 6]}
@@ -132,7 +132,7 @@ def test_results_are_kept_unless_told_and_the_same_command_goes_on_replacing_the
     for name in ("suite.jsonl", "suite_a.png", "suite_notes.png"):
         (tmp_path / name).write_text("of before")
     (tmp_path / "suite.json").write_text(json.dumps({"plots": ["suite_a.png", "../" + tmp_path.name + "/suite.jsonl"]}))
-    with Journal(tmp_path, "suite", SETTINGS, overwrite=True) as journal:
+    with UnitJournal(tmp_path, "suite", SETTINGS, overwrite=True) as journal:
         journal.add("unit 0", units()[0].run(), seconds=1.0)  # and there it ends
     assert sorted(path.name for path in tmp_path.iterdir()) == ["suite.unfinished", "suite_notes.png"]
     ran = []
@@ -152,7 +152,7 @@ def test_directories_that_are_something_else_are_refused(tmp_path):
 
 def test_two_processes_do_not_share_a_part(tmp_path):
     with (
-        Journal(tmp_path, "suite", SETTINGS),
+        UnitJournal(tmp_path, "suite", SETTINGS),
         pytest.raises(ConfigError, match="another process is evaluating into"),
     ):
         evaluate(tmp_path)
@@ -193,15 +193,15 @@ def test_a_change_of_one_small_tensor_in_a_large_file_is_seen(tmp_path, monkeypa
 
 
 def test_a_journal_that_is_being_written_is_not_removed(tmp_path):
-    with Journal(tmp_path, "suite", SETTINGS) as journal:
+    with UnitJournal(tmp_path, "suite", SETTINGS) as journal:
         journal.add("unit 0", units()[0].run(), seconds=1.0)
         for settings in ({**SETTINGS, "data": "other"}, SETTINGS):
             (tmp_path / "suite.json").write_text("{}")
             with pytest.raises(ConfigError, match=f"another process is evaluating into {tmp_path}; wait for it"):
-                Journal(tmp_path, "suite", settings, overwrite=True)
+                UnitJournal(tmp_path, "suite", settings, overwrite=True)
             (tmp_path / "suite.json").unlink()
         with pytest.raises(ConfigError, match="another process is evaluating into"):
-            Journal(tmp_path, "suite", {**SETTINGS, "data": "other"}, overwrite=True)
+            UnitJournal(tmp_path, "suite", {**SETTINGS, "data": "other"}, overwrite=True)
         assert work(units(), journal) == work(units())
 
 
