@@ -85,6 +85,7 @@ TOOLS_MAY_READ = (
     "statex_dist.checkpoint.torch_pickle",
     "statex_dist.checkpoint.tp_layout",
     "statex_dist.checkpoint.trainer_dirs",
+    "statex_dist.evaluation.suites.registry",
     "statex_dist.models",
     "statex_dist.models.config",
     "statex_dist.models.layout",

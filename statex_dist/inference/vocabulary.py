@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.data.tokenizer import Tokenizer, has_tokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.source import find_model
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,20 @@ def token_outside(token: int, vocab_size: int, what: str) -> DataError:
         f"{what} holds token {token}, the model's vocabulary ends at {vocab_size - 1}; "
         "use the tokenizer that the model was trained with"
     )
+
+
+def tokenizer_of(model: str, tokenizer: str | None) -> str:
+    """Return what was given as tokenizer, or the model's directory if it holds one.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if tokenizer:
+        return tokenizer
+    model_dir = find_model(model)
+    if not has_tokenizer(model_dir):
+        raise ConfigError(f"model {model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
+    return str(model_dir)
 
 
 def check_vocabulary(model: RecurrentLM, tokenizer: Tokenizer) -> None:

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from launch.cli import main
-from launch.eval_options import parse_numbers
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError
+from statex_dist.evaluation.suites.base import parse_numbers
 from statex_dist.models.hf import save_pretrained
 from tests.evaluation.stand_ins import tiny_model
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from launch.eval_lm_eval import add_arguments, run
+from launch.cmd_eval import add_suite_options, run_suite
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.evaluation import lm_eval_api
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM, load_tasks, sampling_of
 from statex_dist.evaluation.lm_eval_suite import LmEvalSettings, _figures, units_of
+from statex_dist.evaluation.suites.lm_eval import LmEvalSuite
 from statex_dist.models.hf import save_pretrained
 from tests.evaluation.stand_ins import Says, tiny_model
 from tests.inference.text_kinds import MARK, llama
@@ -92,9 +93,9 @@ def few_names(monkeypatch):
 
 
 def evaluate(*arguments):
-    parser = ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(argument) for argument in arguments]))
+    parser, suite = ArgumentParser(), LmEvalSuite()
+    add_suite_options(parser, suite)
+    return run_suite(suite, parser.parse_args([str(argument) for argument in arguments]))
 
 
 def plain_logprob(model, context, continuation):

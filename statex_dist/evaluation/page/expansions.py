@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from statex_dist.evaluation.page.figures import Figure, add_legend, finish, look_of, new_axes, styled
-from statex_dist.evaluation.page.html import Section, details, figures, heading, table
+from statex_dist.evaluation.page.html import Blocks, Section, details, figures, heading, table
 from statex_dist.evaluation.page.inputs import Expansion
 from statex_dist.models.config import ModelConfig
 
@@ -19,7 +19,7 @@ def plan_section(expansions: Sequence[Expansion]) -> Section:
     alike: dict[str, list[Expansion]] = {}
     for expansion in expansions:
         alike.setdefault(expansion.config.to_json(), []).append(expansion)
-    body = ""
+    body: Blocks = []
     for same in alike.values():
         names, first = ", ".join(expansion.name for expansion in same), same[0]
         lines = layer_lines(first.config)

@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, complete_tags
 from statex_dist.errors import DataError, reason
 from statex_dist.evaluation.page.runs import TrainingRun, distinct_names, read_json, read_runs
 from statex_dist.evaluation.report import RESULT_VERSION
+from statex_dist.evaluation.suites.base import Result
+from statex_dist.evaluation.suites.registry import find_suite, suite_names
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.registry import config_from_dict
 from statex_dist.train.metrics import METRICS_NAME
-
-SUITES = ("recall", "mqar", "icl", "perplexity", "collapse", "capacity", "laws", "lm-eval")
-"""Suites whose results are drawn, in the order of the page."""
 
 DEPTH = 3
 """Levels below a directory that are searched."""
@@ -31,41 +29,6 @@ EXPANSION_REPORT = "expansion_report.json"
 
 _MOST_DIRECTORIES = 5000
 _TELLS_LITTLE = (MODEL_DIR, "checkpoint", "final", "latest")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """What a suite found of a model.
-
-    Attributes:
-        suite: Of :data:`SUITES`.
-        model: What to call the model; results of one model share it.
-        path: The summary, ``SUITE.json``.
-        summary: Its contents.
-    """
-
-    suite: str
-    model: str
-    path: Path
-    summary: Mapping[str, Any]
-
-    def samples(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Yield the records of this ``kind`` beside the summary.
-
-        Raises:
-            DataError: A line is damaged.
-        """
-        path = self.path.with_suffix(".jsonl")
-        if not path.is_file():
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    record = parse_json(line)
-                    if record["kind"] == kind:
-                        yield record
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}, line {number} is damaged: {reason(error)}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +52,7 @@ class Inputs:
 
     Attributes:
         runs: Training runs.
-        results: Results, by suite in the order of :data:`SUITES`.
+        results: Results, by suite in the order of the registry.
         models: Names of the evaluated models, as they were found.
         expansions: Expanded models.
         notes: What was left out, and why.
@@ -141,7 +104,7 @@ def read_inputs(directories: Sequence[Path]) -> Inputs:
                     runs.setdefault(place.resolve(), place)
                 else:
                     notes.append(f"{place} is a training run that has not finished a step")
-            for suite in SUITES:
+            for suite in suite_names():
                 path = place / f"{suite}.json"
                 if not path.is_file() or (summary := read_json(path)).get("suite") != suite:
                     continue
@@ -161,8 +124,8 @@ def read_inputs(directories: Sequence[Path]) -> Inputs:
     found, named = read_runs(list(runs.values())), _named(results)
     return Inputs(
         runs=found,
-        results=sorted(named, key=lambda result: SUITES.index(result.suite)),
-        models=list(dict.fromkeys(result.model for result in named if result.suite != "laws")),
+        results=sorted(named, key=lambda result: suite_names().index(result.suite)),
+        models=list(dict.fromkeys(result.model for result in named if find_suite(result.suite).of_model)),
         expansions=[*_of_models(list(expanded.values())), *_of_runs(found)],
         notes=notes,
     )
@@ -193,7 +156,7 @@ def _unreadable(summary: Mapping[str, Any]) -> str | None:
     """Return why a summary is not one of this release, or None."""
     if summary.get("version") != RESULT_VERSION:
         return f"has version {summary.get('version')!r}, this release reads {RESULT_VERSION}"
-    if summary["suite"] != "laws" and not isinstance(summary.get("model"), dict):
+    if find_suite(summary["suite"]).of_model and not isinstance(summary.get("model"), dict):
         return "does not say which model it is of"
     return None
 

@@ -7,9 +7,8 @@ from typing import Any
 from statex_dist.evaluation.page.expansions import plan_section
 from statex_dist.evaluation.page.html import Section, make_html, paragraph, table
 from statex_dist.evaluation.page.inputs import Inputs
-from statex_dist.evaluation.page.measures import measured
 from statex_dist.evaluation.page.runs import make_page, runs_section, summarise
-from statex_dist.evaluation.page.suites import headline_lines, suite_sections
+from statex_dist.evaluation.page.suites import headline_lines, measured, suite_sections
 
 
 def make_report(inputs: Inputs) -> str:
@@ -34,7 +33,7 @@ def make_report(inputs: Inputs) -> str:
         (len(inputs.expansions), "expansion"),
     )
     found = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
-    notes = "".join(paragraph(note, strong="Left out") for note in inputs.notes)
+    notes = [block for note in inputs.notes for block in paragraph(note, strong="Left out")]
     named = [*(run.name for run in inputs.runs), *inputs.models, *(expansion.name for expansion in inputs.expansions)]
     title = f"Report on {named[0]}" if len(set(named)) == 1 else "Report"
     return make_html(title, sections, lead=paragraph(", ".join(found)) + notes)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.eval_capacity import _table, describe
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.health.capacity import (
@@ -20,6 +19,7 @@ from statex_dist.evaluation.health.capacity import (
 )
 from statex_dist.evaluation.health.laws import find_results, fit_laws, forget_points, recall_points
 from statex_dist.evaluation.journal import work
+from statex_dist.evaluation.suites.capacity import CapacitySuite, describe
 from statex_dist.models.hf import save_pretrained
 from tests.evaluation.stand_ins import PasskeyReader, tiny_model
 
@@ -56,7 +56,9 @@ def test_a_single_prompt_has_an_exact_interval_only():
     assert (ladder[0]["exact_low"], ladder[0]["exact_high"]) == pytest.approx((0.025, 1.0))
     model = {"model_type": "gla", "parameters": 1, "state_numbers": 1}
     settings = {"threshold": 0.95}
-    table = _table({"model": model, "ladder": ladder, "capacity": capacity_of(ladder, 0.95), "settings": settings})
+    table = CapacitySuite().table(
+        {"model": model, "ladder": ladder, "capacity": capacity_of(ladder, 0.95), "settings": settings}
+    )
     assert list(table.columns[2].cells) == ["1 sample"]
 
 

@@ -508,7 +508,7 @@ def test_what_was_found_of_another_text_does_not_count(tmp_path: Path):
 
 
 def test_the_training_length_may_stand_in_the_config(saved, tmp_path: Path, capsys):
-    from launch.eval_collapse import training_length
+    from statex_dist.evaluation.suites.collapse import training_length
 
     (tmp_path / "config.json").write_text(json.dumps({**GLA, "train_length": 4096}))
     assert training_length(SimpleNamespace(model=str(tmp_path), train_length=None)) == (4096, "config.json")
