@@ -70,8 +70,7 @@ def run(args: Any) -> int:
     try:
         from statex_dist.inference.end_tokens import log_end_tokens
         from statex_dist.inference.serving.app import build_app
-        from statex_dist.inference.serving.limits import Limits
-        from statex_dist.inference.serving.rlimit import connections_allowed
+        from statex_dist.inference.serving.limits import Limits, connections_allowed
         from statex_dist.inference.serving.server import Server, address_of, bind
         from statex_dist.inference.serving.service import Service
     except ModuleNotFoundError as error:

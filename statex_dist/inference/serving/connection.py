@@ -20,11 +20,10 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from statex_dist.inference.serving.completion_response import ABORT_EXTENSION
+from statex_dist.inference.serving.app import ABORT_EXTENSION, error_response
+from statex_dist.inference.serving.limits import RESERVE
 from statex_dist.inference.serving.protocol import RequestError
-from statex_dist.inference.serving.rlimit import RESERVE
 from statex_dist.inference.serving.service import RETRY_AFTER_SECONDS, Service
-from statex_dist.inference.serving.sse_writer import error_response
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +243,7 @@ class Connection(H11Protocol):
         return self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
 
     def _end_with(self, error: RequestError) -> None:
-        """Answer with an error, unless another answer has begun, and close."""
+        """RequestState with an error, unless another answer has begun, and close."""
         state = self.conn.our_state
         if state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body()).encode()

@@ -9,8 +9,7 @@ from http.client import HTTPResponse
 import pytest
 import requests
 
-from statex_dist.inference.serving.metrics import Metrics
-from statex_dist.inference.serving.rlimit import RESERVE
+from statex_dist.inference.serving.limits import RESERVE, Metrics
 from tests.evaluation.stand_ins import tiny_model
 from tests.inference.serving.running import (
     PATIENCE_SECONDS,

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from statex_dist.errors import ConfigError
-from statex_dist.inference.serving.rlimit import connections_allowed
+from statex_dist.inference.serving.limits import connections_allowed
 
 
 @pytest.fixture
