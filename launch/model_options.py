@@ -130,8 +130,7 @@ def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
         CheckpointError: The model's ``generation_config.json`` is damaged.
     """
     from statex_dist.data.tokenizer import load_tokenizer
-    from statex_dist.inference.end_tokens import use_end_tokens
-    from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer, tokenizer_of
+    from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer, tokenizer_of, use_end_tokens
     from statex_dist.models.source import find_model
 
     tokenizer = load_tokenizer(tokenizer_of(args.model, args.tokenizer))

@@ -17,8 +17,7 @@ from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, write_results
-from statex_dist.evaluation.settings import check_reading
+from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, check_reading, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 

@@ -27,10 +27,22 @@ from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.mqar_ids import check_ids, listed_ids, shown_ids
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.settings import check_different, check_reading
-from statex_dist.inference.not_finite import explain_not_finite
-from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating, rows_that_fit
+from statex_dist.evaluation.report import (
+    RESULT_VERSION,
+    Estimate,
+    bootstrap,
+    check_different,
+    check_reading,
+    plot_curve,
+    write_results,
+)
+from statex_dist.inference.prefill import (
+    DEFAULT_SEGMENT_LENGTH,
+    device_of,
+    evaluating,
+    explain_not_finite,
+    rows_that_fit,
+)
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 

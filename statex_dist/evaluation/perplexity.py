@@ -1,7 +1,7 @@
 """The ``perplexity`` suite: how well a model predicts text, and where in it.
 
 Documents are read from their first token to their EOS with a carried state, so that a document of any length is one
-context; several run side by side (:mod:`~statex_dist.evaluation.document_rows`).
+context; several run side by side (:mod:`~statex_dist.evaluation.documents`).
 
 A document of ``n`` tokens has ``n - 1`` targets: all but its first token, its EOS included. Packed, the same documents
 are joined and cut into sequences of equal length, each one context; a document's first token is no target there either.
@@ -24,11 +24,9 @@ import xxhash
 from statex_dist.data.store import Piece
 from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.document_rows import FIRST_EDGE, DocumentRow, read_rows
-from statex_dist.evaluation.documents import pack, up_to
+from statex_dist.evaluation.documents import FIRST_EDGE, DocumentRow, pack, read_rows, up_to
 from statex_dist.evaluation.journal import Record, Unit, work
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.settings import check_reading
+from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, check_reading, plot_curve, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 

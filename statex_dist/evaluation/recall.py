@@ -21,8 +21,8 @@ import xxhash
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle, ruler
-from statex_dist.evaluation.greedy import decode_greedily
-from statex_dist.evaluation.haystack import (
+from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.needle import (
     SentenceSource,
     fresh_sentences,
     made_up_sentences,
@@ -30,9 +30,16 @@ from statex_dist.evaluation.haystack import (
     running_text,
     split_sentences,
 )
-from statex_dist.evaluation.journal import Record, Unit
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_heat_map, write_results
-from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.evaluation.report import (
+    RESULT_VERSION,
+    Estimate,
+    bootstrap,
+    check_different,
+    check_reading,
+    plot_heat_map,
+    write_results,
+)
+from statex_dist.evaluation.scoring import decode_greedily
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating
 from statex_dist.inference.text import continuation_text, text_window
 from statex_dist.inference.vocabulary import check_vocabulary

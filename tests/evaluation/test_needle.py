@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.needle import (
     INSTRUCTION,
     NEEDLE,
@@ -17,6 +16,7 @@ from statex_dist.evaluation.needle import (
     file_haystack,
     min_length,
 )
+from statex_dist.evaluation.scoring import decode_greedily
 from statex_dist.inference.prefill import evaluating
 from tests.evaluation.stand_ins import MergingTokenizer, PasskeyReader, tiny_model
 

@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import ruler
-from statex_dist.evaluation.haystack import fresh_sentences, made_up_sentences, running_text, split_sentences
-from statex_dist.evaluation.needle import depth_values
+from statex_dist.evaluation.needle import (
+    depth_values,
+    fresh_sentences,
+    made_up_sentences,
+    running_text,
+    split_sentences,
+)
 from statex_dist.evaluation.ruler import NOISE, RULER_TASKS, build_ruler_prompt, min_length, score_answer
 from tests.evaluation.stand_ins import MergingTokenizer
 

@@ -8,8 +8,8 @@ import torch
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError, DataError
 from statex_dist.evaluation.scoring import score_continuations
+from statex_dist.inference.decoding import Sampling
 from statex_dist.inference.generate import generate_continuations
-from statex_dist.inference.sampling import Sampling
 from statex_dist.models.mitigation import parse_mitigation
 from tests.evaluation.stand_ins import StandIn, overflowing_model, tiny_model
 

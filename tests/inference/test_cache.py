@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
 from statex_dist.inference.cache import load_prefix, save_prefix
+from statex_dist.inference.decoding import Sampling
 from statex_dist.inference.generate import read_prefix, stream_continuations
-from statex_dist.inference.sampling import Sampling
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import parse_mitigation
 from statex_dist.models.registry import make_plan

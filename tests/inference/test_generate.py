@@ -8,9 +8,9 @@ import torch
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError, DataError
+from statex_dist.inference.decoding import Sampling
 from statex_dist.inference.generate import generate_continuations, read_prefix, stream_continuations
 from statex_dist.inference.prefill import evaluating, read_contexts
-from statex_dist.inference.sampling import Sampling
 from statex_dist.models.lm import LMOutput
 from statex_dist.models.mitigation import parse_mitigation
 from tests.evaluation.stand_ins import VOCAB, StandIn, overflowing_model, tiny_model

@@ -5,7 +5,7 @@ import torch
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
-from statex_dist.evaluation.greedy import decode_greedily
+from statex_dist.evaluation.scoring import decode_greedily
 from statex_dist.inference import prefill as prefill_module
 from statex_dist.inference.prefill import evaluating, prefill, read_contexts, rows_that_fit
 from statex_dist.inference.vocabulary import doubt_tokenizer

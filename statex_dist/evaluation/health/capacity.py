@@ -19,11 +19,10 @@ import xxhash
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle
-from statex_dist.evaluation.haystack import read_haystack
 from statex_dist.evaluation.health.plots import plot_ladder
 from statex_dist.evaluation.journal import Record, Unit
-from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, write_results
-from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.evaluation.needle import read_haystack
+from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, check_different, check_reading, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 

@@ -31,7 +31,7 @@ from statex_dist.evaluation.documents import read_documents
 from statex_dist.evaluation.health.retention import RetentionProbe
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.needle import filler_haystack
-from statex_dist.evaluation.settings import check_reading
+from statex_dist.evaluation.report import check_reading
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating, rows_that_fit
 from statex_dist.inference.vocabulary import token_outside
 from statex_dist.models.lm import RecurrentLM

@@ -9,9 +9,8 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequenc
 from contextlib import contextmanager
 
 from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.inference.decoding import Progress, Row
+from statex_dist.inference.decoding import Progress, Row, Sampling
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens
-from statex_dist.inference.sampling import Sampling
 from statex_dist.inference.serving.batch import ContinuousBatch, Prompt, StepResult, Worker
 from statex_dist.inference.serving.limits import BoundedExecutor, Limits, Metrics
 from statex_dist.inference.serving.protocol import BusyError, CompletionRequest, RequestError, parse_request, shown
