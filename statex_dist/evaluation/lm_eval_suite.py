@@ -17,7 +17,7 @@ from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, check_reading, write_results
+from statex_dist.evaluation.report import Estimate, bootstrap, check_reading, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
@@ -127,27 +127,13 @@ def write_lm_eval(
     model: Mapping[str, Any],
     timing: Mapping[str, Any],
 ) -> list[Path]:
-    """Let the harness score the answers, and write ``lm-eval.json`` and ``lm-eval.jsonl``.
-
-    Args:
-        records: What the units of :func:`units_of` returned.
-        directory: An existing directory.
-        harness: The tasks.
-        settings: What was evaluated.
-        model: What is known of the model.
-        timing: What is known of the time.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Let the harness score the answers, and write ``lm-eval.json`` and ``lm-eval.jsonl``."""
     answers: dict[str, list[Any]] = {kind: [None] * len(requests) for kind, requests in harness.requests.items()}
     for record in records:
         answers[record["kind"]][record["request"]] = record["answer"]
     results = harness.score(answers, bootstrap_iters=settings.bootstrap_iters)
     samples = results.pop("samples")
     summary = {
-        "version": RESULT_VERSION,
-        "suite": SUITE,
         "model": model,
         "settings": asdict(settings),
         "timing": timing,

@@ -28,7 +28,6 @@ from statex_dist.errors import ConfigError
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.mqar_ids import check_ids, listed_ids, shown_ids
 from statex_dist.evaluation.report import (
-    RESULT_VERSION,
     Estimate,
     bootstrap,
     check_different,
@@ -290,19 +289,7 @@ def write_mqar(
     timing: Mapping[str, Any] | None = None,
     vocabulary: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``mqar.json``, ``mqar.jsonl``, ``mqar.png`` (accuracy) and ``mqar_capacity.png`` (pairs recalled).
-
-    Args:
-        records: What the units of :func:`mqar_units` found.
-        directory: An existing directory.
-        settings: What was asked for.
-        model: What is known of the model.
-        timing: How long it took.
-        vocabulary: What is known of the keys and values besides their ids.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``mqar.json``, ``mqar.jsonl``, ``mqar.png`` (accuracy) and ``mqar_capacity.png`` (pairs recalled)."""
     result = summarise_mqar(records, settings)
     pairs = sorted(result)
     plot = plot_curve(
@@ -333,8 +320,6 @@ def write_mqar(
     )
     held = [n for n in pairs if result[n].mean >= NEAR_PERFECT]
     summary = {
-        "version": RESULT_VERSION,
-        "suite": "mqar",
         "model": model,
         "by_num_pairs": {
             str(n): {

@@ -26,7 +26,7 @@ from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.documents import FIRST_EDGE, DocumentRow, pack, read_rows, up_to
 from statex_dist.evaluation.journal import Record, Unit, work
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, check_reading, plot_curve, write_results
+from statex_dist.evaluation.report import Estimate, bootstrap, check_reading, plot_curve, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
@@ -250,19 +250,7 @@ def write_perplexity(
     data: str,
     timing: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``perplexity.json``, ``perplexity.jsonl`` and ``perplexity.png`` (loss by position).
-
-    Args:
-        result: What :func:`summarise_perplexity` returned.
-        directory: An existing directory.
-        records: What the units of :func:`perplexity_units` found.
-        model: What is known of the model.
-        data: Where the documents came from.
-        timing: How long it took.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``perplexity.json``, ``perplexity.jsonl`` and ``perplexity.png`` (loss by position)."""
     what = "document" if result.settings.packed_length is None else "packed sequence"
     plot = plot_curve(
         [bucket.end for bucket in result.buckets],
@@ -272,9 +260,5 @@ def write_perplexity(
         y_label="nats per token (band: 95 % interval)",
         reference=([result.loss.mean] * len(result.buckets), f"all positions: {result.loss.mean:.3f}"),
     )
-    summary = {
-        **{"version": RESULT_VERSION, "suite": "perplexity", "model": model, "data": data},
-        **result.to_dict(),
-        "timing": timing or {},
-    }
+    summary = {"model": model, "data": data, **result.to_dict(), "timing": timing or {}}
     return write_results(directory, "perplexity", summary, records, {"perplexity.png": plot})

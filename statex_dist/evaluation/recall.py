@@ -31,7 +31,6 @@ from statex_dist.evaluation.needle import (
     split_sentences,
 )
 from statex_dist.evaluation.report import (
-    RESULT_VERSION,
     Estimate,
     bootstrap,
     check_different,
@@ -298,18 +297,7 @@ def write_recall(
     model: Mapping[str, Any],
     timing: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``recall.json``, ``recall.jsonl`` and a heat map ``recall_TASK.png`` for each task.
-
-    Args:
-        records: What the units of :func:`recall_units` found.
-        directory: An existing directory.
-        settings: What was asked for.
-        model: What is known of the model.
-        timing: How long it took.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``recall.json``, ``recall.jsonl`` and a heat map ``recall_TASK.png`` for each task."""
     results = summarise_recall(records, settings)
     lengths, depths = sorted(settings.lengths), needle.depth_values(settings.depths)
     plots = {
@@ -324,8 +312,6 @@ def write_recall(
         for task, result in results.items()
     }
     summary = {
-        "version": RESULT_VERSION,
-        "suite": "recall",
         "model": model,
         "tasks": {
             task: {

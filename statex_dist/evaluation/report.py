@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.durable.files import write_durably
+from statex_dist.durable.files import write_durably, write_json
 from statex_dist.errors import ConfigError
 
 
@@ -127,7 +127,7 @@ def open_target(directory: Path, *, overwrite: bool) -> None:
 def write_results(
     directory: Path,
     suite: str,
-    summary: Mapping[str, Any],
+    found: Mapping[str, Any],
     rows: Iterable[Mapping[str, Any]],
     plots: Mapping[str, bytes],
 ) -> list[Path]:
@@ -136,7 +136,8 @@ def write_results(
     Args:
         directory: An existing directory.
         suite: Stem of ``SUITE.json`` and ``SUITE.jsonl``.
-        summary: Contents of ``SUITE.json``, which is removed first and written last; the plots' names are added.
+        found: Contents of ``SUITE.json``, which is removed first and written last; its version and the names of the
+            suite and the plots are added.
         rows: One record a sample.
         plots: PNG by file name.
 
@@ -149,8 +150,8 @@ def write_results(
     write_durably(samples, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
     for name, content in plots.items():
         write_durably(directory / name, content)
-    whole = {**summary, "plots": list(plots)}
-    write_durably(target, json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    whole = {"version": RESULT_VERSION, "suite": suite, **found, "plots": list(plots)}
+    write_json(target, whole, indent=2, ensure_ascii=False)
     return [target, samples, *(directory / name for name in plots)]
 
 

@@ -222,7 +222,7 @@ def test_generation_options_are_read_as_the_harness_means_them():
     assert sampling_of({"do_sample": False, "temperature": 0.7}).temperature == 0
     assert sampling_of({"temperature": 0.7, "top_k": 4, "top_p": 0.5}).temperature == 0.7
     assert sampling_of({}).max_tokens == 256
-    with pytest.raises(ConfigError, match=r"option 'num_beams' is not supported; allowed in generation_kwargs: until"):
+    with pytest.raises(ConfigError, match=r"'num_beams'.*generation_kwargs"):
         sampling_of({"num_beams": 4})
 
 
@@ -269,7 +269,7 @@ def test_a_task_file_can_be_named_by_its_path(tasks, few_names):
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
     monkeypatch.delitem(sys.modules, "statex_dist.evaluation.lm_eval_api")
-    with pytest.raises(ConfigError, match=r"lm-evaluation-harness .*; run: pip install 'statex-dist\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"'statex-dist\[eval\]'"):
         importlib.import_module("statex_dist.evaluation.lm_eval_api")
 
 

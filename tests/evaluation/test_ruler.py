@@ -106,9 +106,7 @@ def test_scoring_is_containment_whatever_the_case():
 def test_a_length_below_the_prompt_is_refused(name):
     longest = min_length(name, TOKENIZER)
     build(name, longest + 1)
-    with pytest.raises(
-        ConfigError, match=rf"{name}: length 150 leaves no room .*alone takes \d+ tokens: set --lengths"
-    ):
+    with pytest.raises(ConfigError, match=rf"{name}.*150.*\d+.*--lengths"):
         build(name, 150)
 
 

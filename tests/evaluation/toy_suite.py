@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from statex_dist.evaluation.suites.base import Evaluation, Suite, estimate_of, option, reading_options
+from statex_dist.evaluation.suites.base import Evaluation, Suite, estimate_of, option, settings_of
 
 
 @dataclass
@@ -36,9 +36,9 @@ class ToySuite(Suite):
 
     def prepare(self, args):
         from statex_dist.evaluation.journal import Unit
-        from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, write_results
+        from statex_dist.evaluation.report import bootstrap, write_results
 
-        settings = Settings(count=args.count, **reading_options(args))
+        settings = settings_of(Settings, args)
 
         def units(model, tokenizer):
             import torch
@@ -51,7 +51,7 @@ class ToySuite(Suite):
 
         def write(records, directory, *, model, timing):
             share = bootstrap([record["even"] for record in records]).to_dict()
-            summary = {"version": RESULT_VERSION, "suite": "toy", "model": model, "even": share, "timing": timing}
+            summary = {"model": model, "even": share, "timing": timing}
             return write_results(directory, "toy", {**summary, "settings": asdict(settings)}, records, {})
 
         return Evaluation(settings=settings, units=units, write=write)

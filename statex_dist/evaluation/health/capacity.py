@@ -22,7 +22,7 @@ from statex_dist.evaluation import needle
 from statex_dist.evaluation.health.plots import plot_ladder
 from statex_dist.evaluation.journal import Record, Unit
 from statex_dist.evaluation.needle import read_haystack
-from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, check_different, check_reading, write_results
+from statex_dist.evaluation.report import bootstrap, check_different, check_reading, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
@@ -191,15 +191,9 @@ def write_capacity(
     model: Mapping[str, Any],
     timing: Mapping[str, Any],
 ) -> list[Path]:
-    """Write ``capacity.json``, ``capacity.jsonl`` (a prompt a line) and ``capacity.png``.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``capacity.json``, ``capacity.jsonl`` (a prompt a line) and ``capacity.png``."""
     ladder = climb(records, settings)
     summary = {
-        "version": RESULT_VERSION,
-        "suite": "capacity",
         "model": dict(model),
         "settings": {**dataclasses.asdict(settings), "lengths": list(settings.lengths)},
         "timing": dict(timing),

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.errors import ConfigError, DataError, reason
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from statex_dist.evaluation.journal import Unit
+
+T = TypeVar("T")
 
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 
@@ -200,9 +202,10 @@ class Suite(ABC):
         return ((figure.name, figure.text) for figure in self.measured(summary))
 
 
-def reading_options(args: Any) -> dict[str, int]:
-    """Return the fields of a suite's settings that every suite has as options."""
-    return {name: getattr(args, name) for name in ("batch_size", "segment_length", "seed")}
+def settings_of(kind: type[T], args: Any, **given: Any) -> T:
+    """Return a suite's settings: ``given``, and for all other fields the option of the same name."""
+    names = [field.name for field in fields(kind) if field.name not in given]  # type: ignore[arg-type]
+    return kind(**given, **{name: getattr(args, name) for name in names})
 
 
 def number(value: float | None) -> str:

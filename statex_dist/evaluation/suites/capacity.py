@@ -17,7 +17,7 @@ from statex_dist.evaluation.suites.base import (
     interval_text,
     option,
     parse_numbers,
-    reading_options,
+    settings_of,
     short_number,
     title_of,
 )
@@ -51,14 +51,7 @@ class CapacitySuite(Suite):
         """Return the evaluation that the options ask for."""
         from statex_dist.evaluation.health.capacity import CapacitySettings, capacity_units, write_capacity
 
-        settings = CapacitySettings(
-            lengths=parse_numbers(args.lengths, "--lengths"),
-            depths=args.depths,
-            num_samples=args.num_samples,
-            threshold=args.threshold,
-            haystack=args.haystack,
-            **reading_options(args),
-        )
+        settings = settings_of(CapacitySettings, args, lengths=parse_numbers(args.lengths, "--lengths"))
         return Evaluation(
             settings=settings,
             units=lambda model, tokenizer: capacity_units(model, settings, tokenizer),

@@ -20,7 +20,7 @@ from statex_dist.evaluation.suites.base import (
     number,
     one_number,
     option,
-    reading_options,
+    settings_of,
     side_by_side,
     title_of,
     words,
@@ -68,18 +68,13 @@ class CollapseSuite(Suite):
         mitigation = None if args.mitigation is None else parse_mitigation(args.mitigation)
         prompts = args.prompts or ("newlines,text" if args.data is None else "newlines,data")
         train_length, said_by = training_length(args)
-        settings = CollapseSettings(
+        settings = settings_of(
+            CollapseSettings,
+            args,
             train_length=train_length,
             length=None if args.length is None else one_number(args.length, "--length"),
             prompts=tuple(words(prompts)),
-            data=args.data,
-            sequences=args.sequences,
-            points=args.points,
             every=mitigation.every if isinstance(mitigation, StateNorm) else 1,
-            variance_factor=args.variance_factor,
-            loss_rise=args.loss_rise,
-            sustained=args.sustained,
-            **reading_options(args),
         )
         return Evaluation(
             settings=settings,

@@ -20,7 +20,7 @@ from statex_dist.evaluation.suites.base import (
     number,
     option,
     parse_numbers,
-    reading_options,
+    settings_of,
     title_of,
 )
 
@@ -58,14 +58,7 @@ class IclSuite(Suite):
         from statex_dist.evaluation.icl import icl_units, write_icl
         from statex_dist.evaluation.icl_tasks import MADE_UP_LABELS, IclSettings, read_examples
 
-        settings = IclSettings(
-            shots=parse_numbers(args.shots, "--shots"),
-            num_trials=args.num_trials,
-            num_queries=args.num_queries,
-            num_labels=args.num_labels,
-            permute_labels=args.permute_labels,
-            **reading_options(args),
-        )
+        settings = settings_of(IclSettings, args, shots=parse_numbers(args.shots, "--shots"))
         examples = None if args.data is None else read_examples(Path(args.data))
         labels = sorted({e.label for e in examples}) if examples is not None else MADE_UP_LABELS[: settings.num_labels]
         return Evaluation(

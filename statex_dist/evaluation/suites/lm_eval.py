@@ -16,7 +16,7 @@ from statex_dist.evaluation.suites.base import (
     interval,
     number,
     option,
-    reading_options,
+    settings_of,
     title_of,
     words,
 )
@@ -52,16 +52,7 @@ class LmEvalSuite(Suite):
         """Return the evaluation that the options ask for."""
         from statex_dist.evaluation import lm_eval_suite as suite
 
-        settings = suite.LmEvalSettings(
-            tasks=tuple(words(args.tasks)),
-            include_path=args.include_path,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            max_length=args.max_length,
-            bootstrap_iters=args.bootstrap_iters,
-            fewshot_seed=args.fewshot_seed,
-            **reading_options(args),
-        )
+        settings = settings_of(suite.LmEvalSettings, args, tasks=tuple(words(args.tasks)))
         harness = settings.harness()
         return Evaluation(
             settings=settings,

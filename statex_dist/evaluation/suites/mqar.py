@@ -21,7 +21,6 @@ from statex_dist.evaluation.suites.base import (
     number,
     option,
     parse_numbers,
-    reading_options,
     title_of,
 )
 
@@ -67,7 +66,8 @@ class MqarSuite(Suite):
         both = args.key_ids is not None and args.value_ids is not None
         has_one = not both or args.tokenizer is not None or has_tokenizer(args.model)
         ids, vocabulary = _choose_ids(args, max(num_pairs, default=1))
-        settings = MqarSettings(num_pairs=num_pairs, num_samples=args.num_samples, **ids | reading_options(args))
+        reading = {name: getattr(args, name) for name in ("batch_size", "segment_length", "seed")}
+        settings = MqarSettings(num_pairs=num_pairs, num_samples=args.num_samples, **ids | reading)
         return Evaluation(
             settings=settings,
             units=lambda model, tokenizer: mqar_units(model, settings, tokenizer),

@@ -21,7 +21,7 @@ from statex_dist.evaluation.suites.base import (
     interval_text,
     number,
     option,
-    reading_options,
+    settings_of,
     title_of,
 )
 
@@ -65,11 +65,7 @@ class PerplexitySuite(Suite):
 
         if not args.data:
             raise ConfigError("perplexity needs text; set --data to a directory of `statex prepare`, or to text files")
-        settings = PerplexitySettings(
-            packed_length=args.packed_length,
-            max_tokens=args.max_tokens,
-            **reading_options(args),
-        )
+        settings = settings_of(PerplexitySettings, args)
         tokenizers: list[Tokenizer] = []
 
         def units(model: RecurrentLM, tokenizer: Tokenizer) -> Iterable[Unit]:

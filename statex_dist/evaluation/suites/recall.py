@@ -19,7 +19,7 @@ from statex_dist.evaluation.suites.base import (
     interval_text,
     option,
     parse_numbers,
-    reading_options,
+    settings_of,
     short_number,
     title_of,
     words,
@@ -59,15 +59,8 @@ class RecallSuite(Suite):
         """Return the evaluation that the options ask for."""
         from statex_dist.evaluation.recall import RecallSettings, recall_units, write_recall
 
-        settings = RecallSettings(
-            tasks=tuple(words(ALL_TASKS if args.tasks == "all" else args.tasks)),
-            lengths=parse_numbers(args.lengths, "--lengths"),
-            depths=args.depths,
-            num_samples=args.num_samples,
-            haystack=args.haystack,
-            max_new_tokens=args.max_new_tokens,
-            **reading_options(args),
-        )
+        tasks = tuple(words(ALL_TASKS if args.tasks == "all" else args.tasks))
+        settings = settings_of(RecallSettings, args, tasks=tasks, lengths=parse_numbers(args.lengths, "--lengths"))
         return Evaluation(
             settings=settings,
             units=lambda model, tokenizer: recall_units(model, settings, tokenizer),

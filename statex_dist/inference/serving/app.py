@@ -313,13 +313,13 @@ async def _read_body(request: Request, most: int) -> bytes:
     Raises:
         RequestError: It is (413).
     """
+    body, announced = bytearray(), int(request.headers.get("content-length", "0"))
+    if announced <= most:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                break
+    if max(announced, len(body)) <= most:
+        return bytes(body)
     # What comes after the answer is received and thrown away: many clients read an answer only when they have sent all.
-    too_large = RequestError(413, f"the body is larger than {most} bytes; send less at once", code="too_large")
-    if int(request.headers.get("content-length", "0")) > most:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise too_large
-    return bytes(body)
+    raise RequestError(413, f"the body is larger than {most} bytes; send less at once", code="too_large")

