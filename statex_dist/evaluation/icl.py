@@ -28,7 +28,7 @@ from statex_dist.evaluation.icl_tasks import (
     draw_trial,
     made_up_examples,
 )
-from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.journal import EvalUnit, Record
 from statex_dist.evaluation.report import Estimate, bootstrap, plot_curve, write_results
 from statex_dist.evaluation.scoring import score_continuations
 from statex_dist.inference.prefill import Tokens, device_of, evaluating, prefill
@@ -43,7 +43,7 @@ QUERY = "Input: {text}\nLabel:"
 
 def icl_units(
     model: RecurrentLM, settings: IclSettings, tokenizer: Tokenizer, examples: Sequence[Example] | None = None
-) -> list[Unit]:
+) -> list[EvalUnit]:
     """Return the suite's units: a trial each.
 
     Args:
@@ -73,7 +73,9 @@ def icl_units(
     tokens = sum(len(_shown(tokenizer, shot)) for shot in first.shots)
     asked = sum(len(_encode(tokenizer, QUERY.format(text=query.text))) for query in first.queries)
     tokens += len(settings.shots) * asked
-    return [Unit(key=f"trial {i}", run=functools.partial(run, i), tokens=tokens) for i in range(settings.num_trials)]
+    return [
+        EvalUnit(key=f"trial {i}", run=functools.partial(run, i), tokens=tokens) for i in range(settings.num_trials)
+    ]
 
 
 def _run_trial(

@@ -33,7 +33,7 @@ from statex_dist.durable.journal import JournalDamageError, JsonlJournal, read_j
 from statex_dist.durable.lock import LockHeldError, acquire
 from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError, reason
-from statex_dist.evaluation.ranks import Ranks
+from statex_dist.evaluation.ranks import EvalRanks
 from statex_dist.evaluation.report import open_target
 
 Record = dict[str, Any]
@@ -45,7 +45,7 @@ _SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 256, 256 << 10, 16 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
+class EvalUnit:
     """A piece of an evaluation.
 
     Attributes:
@@ -85,10 +85,10 @@ class UnitJournal:
         suite: str,
         fingerprint: Mapping[str, Any],
         *,
-        ranks: Ranks | None = None,
+        ranks: EvalRanks | None = None,
         overwrite: bool = False,
     ):
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or EvalRanks()
         self.path = directory / f"{suite}.unfinished"
         self.seconds = 0.0
         self._part: JsonlJournal | None = None
@@ -243,7 +243,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-def work(units: Iterable[Unit], journal: UnitJournal | None = None, *, title: str = "") -> list[Record] | None:
+def work(units: Iterable[EvalUnit], journal: UnitJournal | None = None, *, title: str = "") -> list[Record] | None:
     """Do this rank's units that are not done, and put together what all ranks found.
 
     Args:
@@ -280,7 +280,7 @@ def work(units: Iterable[Unit], journal: UnitJournal | None = None, *, title: st
 
 
 @contextmanager
-def _progress(units: Iterable[Unit], journal: UnitJournal, title: str) -> Iterator[Callable[[int], None]]:
+def _progress(units: Iterable[EvalUnit], journal: UnitJournal, title: str) -> Iterator[Callable[[int], None]]:
     """Yield what to call with the tokens of each unit done: a bar where the number of units is known, else lines."""
     if journal.ranks.rank != 0:
         yield lambda tokens: None

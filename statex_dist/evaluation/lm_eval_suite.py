@@ -15,7 +15,7 @@ from typing import Any
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.journal import EvalUnit, Record
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM
 from statex_dist.evaluation.report import Estimate, bootstrap, check_reading, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
@@ -79,7 +79,7 @@ class LmEvalSettings:
         )
 
 
-def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tokenizer: Tokenizer) -> list[Unit]:
+def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tokenizer: Tokenizer) -> list[EvalUnit]:
     """Return all requests as units of a few batches; those that share a context stand in one unit.
 
     Args:
@@ -97,7 +97,7 @@ def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tok
         seed=settings.seed,
     )
 
-    def unit(kind: str, start: int, numbers: Sequence[int]) -> Unit:
+    def unit(kind: str, start: int, numbers: Sequence[int]) -> EvalUnit:
         asked = [harness.requests[kind][i] for i in numbers]
 
         def run() -> list[Record]:
@@ -105,7 +105,7 @@ def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tok
             return [{"kind": kind, "request": i, "answer": a} for i, a in zip(numbers, answers, strict=True)]
 
         tokens = sum(len(lm.tok_encode(text)) for text in {request.args[0] for request in asked})
-        return Unit(key=f"{kind}:{start}", run=run, tokens=tokens)
+        return EvalUnit(key=f"{kind}:{start}", run=run, tokens=tokens)
 
     units = []
     for kind, requests in harness.requests.items():

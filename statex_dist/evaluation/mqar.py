@@ -25,7 +25,7 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.journal import EvalUnit, Record
 from statex_dist.evaluation.mqar_ids import check_ids, listed_ids, shown_ids
 from statex_dist.evaluation.report import (
     Estimate,
@@ -220,7 +220,7 @@ def _documents(num_pairs: int, settings: MqarSettings) -> tuple[npt.NDArray[np.i
     )
 
 
-def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer | None = None) -> list[Unit]:
+def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer | None = None) -> list[EvalUnit]:
     """Return the suite's units: a batch of documents each.
 
     Args:
@@ -252,12 +252,12 @@ def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer 
             for i, share in enumerate(shares.tolist(), start=samples.start)
         ]
 
-    units: list[Unit] = []
+    units: list[EvalUnit] = []
     for num_pairs in settings.num_pairs:
         for start in range(0, settings.num_samples, settings.batch_size):
             samples = slice(start, min(start + settings.batch_size, settings.num_samples))
             units.append(
-                Unit(
+                EvalUnit(
                     key=f"{num_pairs} pairs, documents {samples.start}..{samples.stop - 1}",
                     run=functools.partial(run, num_pairs, samples),
                     tokens=4 * num_pairs * (samples.stop - samples.start),

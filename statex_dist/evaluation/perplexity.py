@@ -25,7 +25,7 @@ from statex_dist.data.store import Piece
 from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.documents import FIRST_EDGE, DocumentRow, pack, read_rows, up_to
-from statex_dist.evaluation.journal import Record, Unit, work
+from statex_dist.evaluation.journal import EvalUnit, Record, work
 from statex_dist.evaluation.report import Estimate, bootstrap, check_reading, plot_curve, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
@@ -63,7 +63,7 @@ class PerplexitySettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bucket:
+class LossBucket:
     """Loss of the targets at positions ``start <= p < end`` of their contexts (position 0 is never a target).
 
     Attributes:
@@ -106,7 +106,7 @@ class PerplexityResult:
     loss_sum: float
     tokens: int
     bits_per_byte: float | None
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[LossBucket, ...]
     documents: tuple[tuple[int, float], ...]
     seconds: float = 0.0
 
@@ -131,7 +131,9 @@ class PerplexityResult:
         }
 
 
-def perplexity_units(model: RecurrentLM, documents: Iterable[Piece], settings: PerplexitySettings) -> Iterator[Unit]:
+def perplexity_units(
+    model: RecurrentLM, documents: Iterable[Piece], settings: PerplexitySettings
+) -> Iterator[EvalUnit]:
     """Yield the suite's units: some documents each, enough to fill batches, with a digest of their tokens in the key.
 
     Args:
@@ -157,12 +159,12 @@ def perplexity_units(model: RecurrentLM, documents: Iterable[Piece], settings: P
         yield _unit(model, rows, settings, tokens)
 
 
-def _unit(model: RecurrentLM, rows: list[DocumentRow], settings: PerplexitySettings, tokens: int) -> Unit:
+def _unit(model: RecurrentLM, rows: list[DocumentRow], settings: PerplexitySettings, tokens: int) -> EvalUnit:
     digest = xxhash.xxh3_64()
     for row in rows:
         digest.update(np.ascontiguousarray(row.piece.tokens, np.int64).tobytes())
         digest.update(b"" if row.piece.loss_mask is None else np.ascontiguousarray(row.piece.loss_mask).tobytes())
-    return Unit(
+    return EvalUnit(
         key=f"documents {rows[0].number}..{rows[-1].number}, {digest.hexdigest()}",
         run=functools.partial(_read, model, rows, settings),
         tokens=tokens,
@@ -223,7 +225,7 @@ def summarise_perplexity(
         if isinstance(tokenizer, BytesTokenizer) and num_bytes
         else None,
         buckets=tuple(
-            Bucket(
+            LossBucket(
                 start=start,
                 end=max(2 * start, FIRST_EDGE),
                 tokens=sum(n for n, _ in parts),

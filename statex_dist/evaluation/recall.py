@@ -21,7 +21,7 @@ import xxhash
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle, ruler
-from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.journal import EvalUnit, Record
 from statex_dist.evaluation.needle import (
     SentenceSource,
     fresh_sentences,
@@ -100,7 +100,7 @@ class _Asked:
     positions: tuple[int, ...]
 
 
-def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokenizer) -> list[Unit]:
+def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokenizer) -> list[EvalUnit]:
     """Return the suite's units: a batch of prompts of one task, length and depth each.
 
     Args:
@@ -173,7 +173,7 @@ def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokeni
 
     for task in settings.tasks:
         _check_answers(task, prompts(task, min(settings.lengths), 0, range(1))[0], tokenizer)
-    units: list[Unit] = []
+    units: list[EvalUnit] = []
     for task in settings.tasks:
         for length in settings.lengths:
             for depth in range(settings.depths):
@@ -181,7 +181,7 @@ def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokeni
                     samples = range(start, min(start + settings.batch_size, settings.num_samples))
                     name = f"{task}, length {length}, depth {depth}, samples {samples.start}..{samples.stop - 1}"
                     units.append(
-                        Unit(
+                        EvalUnit(
                             key=f"{name}, haystack {digest}",
                             run=functools.partial(run, task, length, depth, samples),
                             tokens=length * len(samples),

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from statex_dist.errors import ConfigError, DataError, StateXError
-from statex_dist.evaluation.journal import Unit, UnitJournal, model_fingerprint, work
-from statex_dist.evaluation.ranks import Ranks
+from statex_dist.evaluation.journal import EvalUnit, UnitJournal, model_fingerprint, work
+from statex_dist.evaluation.ranks import EvalRanks
 
 SETTINGS = {"settings": {"seed": 0, "lengths": (4, 8)}, "model": {"fingerprint": "abc"}}
 
@@ -27,7 +27,7 @@ def units(count=7, *, ran=None, die_at=None):
             ran.append(i)
         return [{"unit": i, "value": 0.1 * i + j} for j in range(i % 3 + 1)]
 
-    return [Unit(key=f"unit {i}", run=lambda i=i: run(i)) for i in range(count)]
+    return [EvalUnit(key=f"unit {i}", run=lambda i=i: run(i)) for i in range(count)]
 
 
 def evaluate(directory, *, settings=SETTINGS, overwrite=False, finish=True, **options):
@@ -85,13 +85,13 @@ def test_parts_of_other_ranks_are_found(tmp_path):
 
 
 def test_ranks_share_the_units_and_rank_0_puts_them_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(Ranks, "together", lambda self: nullcontext())  # here one after the other
+    monkeypatch.setattr(EvalRanks, "together", lambda self: nullcontext())  # here one after the other
     shares = {}
     for rank in (2, 1, 0):
         shares[rank] = []
         if rank == 2:  # rank 0 makes the directory first
-            UnitJournal(tmp_path, "suite", SETTINGS, ranks=Ranks(rank=0, world_size=3)).close()
-        with UnitJournal(tmp_path, "suite", SETTINGS, ranks=Ranks(rank=rank, world_size=3)) as journal:
+            UnitJournal(tmp_path, "suite", SETTINGS, ranks=EvalRanks(rank=0, world_size=3)).close()
+        with UnitJournal(tmp_path, "suite", SETTINGS, ranks=EvalRanks(rank=rank, world_size=3)) as journal:
             records = work(units(ran=shares[rank]), journal)
         assert records == (work(units()) if rank == 0 else None)
     assert shares == {2: [2, 5], 1: [1, 4], 0: [0, 3, 6]}
@@ -216,5 +216,5 @@ def test_a_rank_that_waited_says_whether_the_other_ended_or_was_silent(monkeypat
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     monkeypatch.setattr("statex_dist.evaluation.ranks.time.monotonic", lambda: next(clock))
     with pytest.raises(StateXError, match=f"{what}"):  # noqa: SIM117
-        with Ranks(rank=0, world_size=2).together():
+        with EvalRanks(rank=0, world_size=2).together():
             pass

@@ -35,7 +35,7 @@ class ToySuite(Suite):
     options = Options
 
     def prepare(self, args):
-        from statex_dist.evaluation.journal import Unit
+        from statex_dist.evaluation.journal import EvalUnit
         from statex_dist.evaluation.report import bootstrap, write_results
 
         settings = settings_of(Settings, args)
@@ -47,7 +47,7 @@ class ToySuite(Suite):
                 token = model(torch.tensor([[i]])).logits[0, -1].argmax().item()
                 return [{"kind": "byte", "byte": i, "even": int(token % 2 == 0)}]
 
-            return [Unit(key=f"byte {i}", run=lambda i=i: run(i), tokens=1) for i in range(settings.count)]
+            return [EvalUnit(key=f"byte {i}", run=lambda i=i: run(i), tokens=1) for i in range(settings.count)]
 
         def write(records, directory, *, model, timing):
             share = bootstrap([record["even"] for record in records]).to_dict()

@@ -16,7 +16,7 @@ from statex_dist.evaluation.page.figures import Figure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
+class PageBlock:
     """A piece of a section.
 
     Attributes:
@@ -33,10 +33,10 @@ class Block:
     strong: str = ""
     lines: Sequence[Sequence[str]] = ()
     drawn: Sequence[tuple[str, str]] = ()
-    inside: Sequence[Block] = ()
+    inside: Sequence[PageBlock] = ()
 
 
-Blocks = list[Block]
+Blocks = list[PageBlock]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ class Section:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
-def make_html(title: str, sections: Sequence[Section], *, lead: Sequence[Block] = ()) -> str:
+def make_html(title: str, sections: Sequence[Section], *, lead: Sequence[PageBlock] = ()) -> str:
     """Return the page; from two headings on, with links to them at its top.
 
     Args:
@@ -82,31 +82,31 @@ def _template() -> Any:
 
 def heading(text: str) -> Blocks:
     """Return a heading inside a section."""
-    return [Block(kind="heading", text=text)]
+    return [PageBlock(kind="heading", text=text)]
 
 
 def paragraph(text: str, *, strong: str = "") -> Blocks:
     """Return a paragraph, with some words in bold before it."""
-    return [Block(kind="paragraph", text=text, strong=strong)]
+    return [PageBlock(kind="paragraph", text=text, strong=strong)]
 
 
 def table(lines: Sequence[Sequence[str]], *, caption: str = "") -> Blocks:
     """Return a table in a box of its own, which scrolls where the page is too narrow for it."""
-    return [Block(kind="table", text=caption, lines=lines)]
+    return [PageBlock(kind="table", text=caption, lines=lines)]
 
 
 def figures(drawn: Iterable[Figure]) -> Blocks:
     """Return drawings beside and below each other; nothing where there is none."""
     # Images of their own: inlined, the figures' elements would share their ids.
     found = [(base64.b64encode(figure.svg.encode()).decode(), figure.text) for figure in drawn]
-    return [Block(kind="figures", drawn=found)] if found else []
+    return [PageBlock(kind="figures", drawn=found)] if found else []
 
 
-def details(title: str, body: Sequence[Block]) -> Blocks:
+def details(title: str, body: Sequence[PageBlock]) -> Blocks:
     """Return what is shown when its title is opened."""
-    return [Block(kind="details", text=title, inside=body)]
+    return [PageBlock(kind="details", text=title, inside=body)]
 
 
 def preformatted(text: str) -> Blocks:
     """Return a text as it is."""
-    return [Block(kind="pre", text=text)]
+    return [PageBlock(kind="pre", text=text)]

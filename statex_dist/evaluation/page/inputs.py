@@ -32,7 +32,7 @@ _TELLS_LITTLE = (MODEL_DIR, "checkpoint", "final", "latest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Expansion:
+class ExpandedModel:
     """An expanded model.
 
     Attributes:
@@ -61,7 +61,7 @@ class Inputs:
     runs: Sequence[TrainingRun]
     results: Sequence[Result]
     models: Sequence[str]
-    expansions: Sequence[Expansion]
+    expansions: Sequence[ExpandedModel]
     notes: Sequence[str]
 
 
@@ -190,19 +190,19 @@ def _model_key(summary: Mapping[str, Any]) -> tuple[str, str]:
     return str(model.get("fingerprint") or model.get("directory", "")), str(model.get("mitigation") or "")
 
 
-def _of_models(directories: Sequence[Path]) -> Iterator[Expansion]:
+def _of_models(directories: Sequence[Path]) -> Iterator[ExpandedModel]:
     names = distinct_names([directory.resolve() for directory in directories], tells_little=_TELLS_LITTLE)
     for name, directory in zip(names, directories, strict=True):
         account = read_json(directory / EXPANSION_REPORT)
         with reading(directory / EXPANSION_REPORT):
             counts = (int(account["parameters_before"]), int(account["parameters_after"])) if account else None
-        yield Expansion(name=name, config=config_from_dict(read_json(directory / CONFIG_NAME)), parameters=counts)
+        yield ExpandedModel(name=name, config=config_from_dict(read_json(directory / CONFIG_NAME)), parameters=counts)
 
 
-def _of_runs(runs: Sequence[TrainingRun]) -> Iterator[Expansion]:
+def _of_runs(runs: Sequence[TrainingRun]) -> Iterator[ExpandedModel]:
     for run in runs:
         checkpoints = run.directory / CHECKPOINTS_DIR
         for tag in complete_tags(checkpoints)[:1]:
             values = read_json(checkpoints / tag / MODEL_DIR / CONFIG_NAME)
             if values.get("statex") and values.get("model_type"):
-                yield Expansion(name=run.name, config=config_from_dict(values), parameters=None)
+                yield ExpandedModel(name=run.name, config=config_from_dict(values), parameters=None)

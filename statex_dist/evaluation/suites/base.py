@@ -20,7 +20,7 @@ from statex_dist.errors import ConfigError, DataError, reason
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from statex_dist.evaluation.journal import Unit
+    from statex_dist.evaluation.journal import EvalUnit
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class Evaluation:
     """
 
     settings: Any
-    units: Callable[[Any, Any], Iterable[Unit]]
+    units: Callable[[Any, Any], Iterable[EvalUnit]]
     write: Callable[..., list[Path]]
     tokenizer: bool = True
     given: Mapping[str, Any] = field(default_factory=dict)

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     lengths: str = option("256,512,1K,2K,4K,8K,16K", help="tokens of a prompt: the ladder")
     depths: int = option(5, help="depths of the passkey at each length")
     num_samples: int = option(20, help="prompts for each length and depth")
@@ -38,8 +36,6 @@ class Options:
 
 
 class CapacitySuite(Suite):
-    """The longest context recalled."""
-
     name = "capacity"
     help = "the longest context with near-perfect passkey recall"
     title = "State health: capacity"
@@ -48,7 +44,6 @@ class CapacitySuite(Suite):
     batch_size = 32
 
     def prepare(self, args: Any) -> Evaluation:
-        """Return the evaluation that the options ask for."""
         from statex_dist.evaluation.health.capacity import CapacitySettings, capacity_units, write_capacity
 
         settings = settings_of(CapacitySettings, args, lengths=parse_numbers(args.lengths, "--lengths"))
@@ -59,7 +54,6 @@ class CapacitySuite(Suite):
         )
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``capacity.json``."""
         from rich.table import Table
 
         table = Table(
@@ -77,7 +71,6 @@ class CapacitySuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield the capacity and the ladder."""
         found = summary["capacity"]
         tokens, low, high = found["tokens"], found["low"], found["high"]
         if tokens is None:
@@ -93,13 +86,11 @@ class CapacitySuite(Suite):
             yield estimate_of(f"accuracy, {short_number(step['length'])} tokens", exact)
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield passkey recall over length."""
         from statex_dist.evaluation.page.health_figures import capacity_figures
 
         return capacity_figures(results, looks)
 
     def card(self, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield the capacity."""
         found = summary["capacity"]
         tokens = found["tokens"]
         told = "below the shortest tried" if tokens is None else f"{'at least ' * found['at_least']}{tokens:,}"

@@ -35,8 +35,6 @@ _SHOWN = 5
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     train_length: str | None = option(None, help="longest document trained on, such as 2048 or 64K tokens")
     length: str | None = option(None, help="tokens of a prompt (default: 8 training lengths)")
     prompts: str | None = option(
@@ -51,8 +49,6 @@ class Options:
 
 
 class CollapseSuite(Suite):
-    """State collapse."""
-
     name = "collapse"
     help = "states and loss far past the training length: which head collapses, and where"
     title = "State health: collapse"
@@ -60,7 +56,6 @@ class CollapseSuite(Suite):
     options = Options
 
     def prepare(self, args: Any) -> Evaluation:
-        """Return the evaluation that the options ask for."""
         from statex_dist.evaluation.health.collapse import CollapseSettings, collapse_units
         from statex_dist.evaluation.health.collapse_results import write_collapse
         from statex_dist.models.mitigation import StateNorm, parse_mitigation
@@ -83,7 +78,6 @@ class CollapseSuite(Suite):
         )
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``collapse.json``."""
         from rich.table import Table
         from rich.text import Text
 
@@ -128,7 +122,6 @@ class CollapseSuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield where the model and its heads collapse."""
         verdict = summary["verdict"]
         yield _position("collapse", verdict["collapsed"], verdict["position"], f" ({verdict['prompt']})", headline=True)
         heads = f"{verdict['heads_collapsed']} of {verdict['heads']}"
@@ -145,13 +138,11 @@ class CollapseSuite(Suite):
             yield Measured(name=f"{prompt}: loss past the training length, ratio", value=ratio)
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield loss and states by position."""
         from statex_dist.evaluation.page.health_figures import collapse_figures
 
         return collapse_figures(results, looks)
 
     def details(self, results: Sequence[Result]) -> Iterator[tuple[str, Lines]]:
-        """Yield the loss by position on each prompt, the models side by side, then each model's worst heads."""
         for prompt in dict.fromkeys(prompt for result in results for prompt in result.summary["prompts"]):
             columns = []
             for result in (r for r in results if prompt in r.summary["prompts"]):
@@ -170,7 +161,6 @@ class CollapseSuite(Suite):
             yield f"Heads nearest to collapse: {result.model}", lines
 
     def card(self, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield where the model and its heads collapse."""
         verdict = summary["verdict"]
         position = verdict["position"]
         seen = "at an unknown position" if position is None else f"at {position:,} tokens"

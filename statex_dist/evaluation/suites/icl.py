@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     data: str | None = option(
         None, metavar="FILE", help='examples, one {"text": ..., "label": ...} a line (default: made-up words)'
     )
@@ -43,8 +41,6 @@ class Options:
 
 
 class IclSuite(Suite):
-    """In-context classification."""
-
     name = "icl"
     help = "in-context classification by number of shots"
     title = "In-context learning"
@@ -54,7 +50,6 @@ class IclSuite(Suite):
     ragged = True
 
     def prepare(self, args: Any) -> Evaluation:
-        """Return the evaluation that the options ask for."""
         from statex_dist.evaluation.icl import icl_units, write_icl
         from statex_dist.evaluation.icl_tasks import MADE_UP_LABELS, IclSettings, read_examples
 
@@ -69,7 +64,6 @@ class IclSuite(Suite):
         )
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``icl.json``."""
         from rich.table import Table
 
         table = Table(
@@ -92,20 +86,17 @@ class IclSuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield accuracies by number of shots."""
         last = max(summary["by_shots"], key=int)
         for shots, e in summary["by_shots"].items():
             yield estimate_of(f"accuracy, {shots} shots", e, headline=shots == last)
         yield Measured(name="chance", value=summary["chance"])
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield accuracy by shots."""
         from statex_dist.evaluation.page.suite_figures import icl_figures
 
         return icl_figures(results, looks)
 
     def card(self, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield accuracies by number of shots."""
         for shots, entry in summary["by_shots"].items():
             yield f"accuracy, {shots} shots", accuracy(entry)
         yield "accuracy by chance", number(summary["chance"])

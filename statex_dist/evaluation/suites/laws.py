@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     results: tuple[str, ...] = option(
         metavar="DIR", help="results of collapse and capacity, one directory or many", positional=True
     )
@@ -25,8 +23,6 @@ class Options:
 
 
 class LawsSuite(Suite):
-    """Fits over several models."""
-
     name = "laws"
     help = "fits of training length and recall to the state size, from results of collapse and capacity"
     title = "State health: laws"
@@ -35,7 +31,6 @@ class LawsSuite(Suite):
     of_model = False
 
     def run_alone(self, args: Any) -> list[Path]:
-        """Fit the laws and write the files."""
         from statex_dist.evaluation.health.laws import JUDGES, find_results, fit_laws, write_laws
         from statex_dist.evaluation.report import open_target
 
@@ -47,7 +42,6 @@ class LawsSuite(Suite):
         return write_laws(laws, Path(args.out), judge=args.judge)
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``laws.json``."""
         from rich.table import Table
 
         table = Table("law", "state (M)", "tokens", "", title=_title(summary))
@@ -61,7 +55,6 @@ class LawsSuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield the fitted parameters."""
         for law in ("forget", "recall"):
             fit = summary[law]
             if fit is None:
@@ -74,13 +67,11 @@ class LawsSuite(Suite):
             yield Measured(name=f"{law}: R squared", value=fit["r_squared"])
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield each fitted law with the points that it was fitted to."""
         from statex_dist.evaluation.page.health_figures import law_figures
 
         return law_figures(results)
 
     def details(self, results: Sequence[Result]) -> Iterator[tuple[str, Lines]]:
-        """Yield what each law was fitted to."""
         for result in results:
             for law in ("forget", "recall"):
                 lines = [["state numbers", "tokens", "used"]]

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     tasks: str = option(metavar="NAMES", help="tasks, groups, tags, patterns or .yaml files")
     include_path: str | None = option(None, metavar="DIR", help="a directory with more task files")
     num_fewshot: int | None = option(None, help="examples before a question (default: each task's own)")
@@ -39,8 +37,6 @@ class Options:
 
 
 class LmEvalSuite(Suite):
-    """Tasks of the harness."""
-
     name = "lm-eval"
     help = "tasks of lm-evaluation-harness, read with a recurrent state"
     title = "lm-evaluation-harness"
@@ -49,7 +45,6 @@ class LmEvalSuite(Suite):
     ragged = True
 
     def prepare(self, args: Any) -> Evaluation:
-        """Return the evaluation that the options ask for."""
         from statex_dist.evaluation import lm_eval_suite as suite
 
         settings = settings_of(suite.LmEvalSettings, args, tasks=tuple(words(args.tasks)))
@@ -62,7 +57,6 @@ class LmEvalSuite(Suite):
         )
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``lm-eval.json``."""
         from rich.table import Column, Table
 
         table = Table(
@@ -85,7 +79,6 @@ class LmEvalSuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield the harness's figures."""
         for f in summary["figures"]:
             name = f"{f['task']} {f['metric']}" + ("" if f["filter"] == "none" else f" ({f['filter']})")
             words = None
@@ -94,13 +87,11 @@ class LmEvalSuite(Suite):
             yield Measured(name=name, value=f["value"], low=f["low"], high=f["high"], samples=f["samples"], words=words)
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield the figures between 0 and 1 as dots."""
         from statex_dist.evaluation.page.suite_figures import lm_eval_figures
 
         return lm_eval_figures(results, looks)
 
     def card(self, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield the harness's figures."""
         for figure in summary["figures"]:
             filtered = "" if figure["filter"] == "none" else f" ({figure['filter']})"
             yield (

@@ -38,8 +38,6 @@ def _ids(name: str, of_bytes: str) -> Any:
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     num_pairs: str = option("8,16,32,64", help="numbers of key-value pairs")
     num_samples: int = option(256, help="documents for each number of pairs")
     key_ids: str | None = _ids("key", "128:192")
@@ -47,8 +45,6 @@ class Options:
 
 
 class MqarSuite(Suite):
-    """Key-value pairs."""
-
     name = "mqar"
     help = "associative recall by number of key-value pairs: the state's capacity"
     title = "Recall: key-value pairs"
@@ -57,7 +53,6 @@ class MqarSuite(Suite):
     batch_size = 32
 
     def prepare(self, args: Any) -> Evaluation:
-        """Return the evaluation that the options ask for."""
         from statex_dist.data.tokenizer import has_tokenizer
         from statex_dist.evaluation.mqar import MqarSettings, mqar_units, write_mqar
 
@@ -76,7 +71,6 @@ class MqarSuite(Suite):
         )
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``mqar.json``."""
         from rich.table import Table
 
         columns = ("pairs", "accuracy", "95 % interval", "guessing", "eliminating", "pairs recalled")
@@ -88,7 +82,6 @@ class MqarSuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield accuracies by number of pairs, and what they say of the capacity."""
         last = max(summary["by_num_pairs"], key=int)
         for pairs, e in summary["by_num_pairs"].items():
             yield estimate_of(f"accuracy, {pairs} pairs", e, headline=pairs == last)
@@ -107,13 +100,11 @@ class MqarSuite(Suite):
         yield Measured(name=name, value=most, words="none" if most is None else str(most))
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield the capacity curve."""
         from statex_dist.evaluation.page.suite_figures import mqar_figures
 
         return mqar_figures(results, looks)
 
     def details(self, results: Sequence[Result]) -> Iterator[tuple[str, Lines]]:
-        """Yield what is right without recall, by number of pairs."""
         from statex_dist.evaluation.page.suite_figures import LEVELS
 
         for result in results:
@@ -123,7 +114,6 @@ class MqarSuite(Suite):
             yield f"Right without recall: {result.model}", lines
 
     def card(self, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield accuracies by number of pairs."""
         for pairs, entry in summary["by_num_pairs"].items():
             yield f"accuracy, {pairs} pairs", accuracy(entry)
 

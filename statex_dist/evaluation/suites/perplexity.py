@@ -29,14 +29,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from statex_dist.data.tokenizer import Tokenizer
-    from statex_dist.evaluation.journal import Record, Unit
+    from statex_dist.evaluation.journal import EvalUnit, Record
     from statex_dist.models.lm import RecurrentLM
 
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     data: str | None = option(None, metavar="PATH", help="shards or text files")
     packed_length: int | None = option(
         None, help="join the documents and cut sequences of so many tokens (default: whole documents)"
@@ -45,8 +43,6 @@ class Options:
 
 
 class PerplexitySuite(Suite):
-    """Loss on text."""
-
     name = "perplexity"
     help = "loss on text, by position in the context"
     title = "Perplexity"
@@ -54,7 +50,6 @@ class PerplexitySuite(Suite):
     options = Options
 
     def prepare(self, args: Any) -> Evaluation:
-        """Return the evaluation that the options ask for."""
         from statex_dist.evaluation.documents import read_documents
         from statex_dist.evaluation.perplexity import (
             PerplexitySettings,
@@ -68,7 +63,7 @@ class PerplexitySuite(Suite):
         settings = settings_of(PerplexitySettings, args)
         tokenizers: list[Tokenizer] = []
 
-        def units(model: RecurrentLM, tokenizer: Tokenizer) -> Iterable[Unit]:
+        def units(model: RecurrentLM, tokenizer: Tokenizer) -> Iterable[EvalUnit]:
             tokenizers.append(tokenizer)
             made = perplexity_units(model, read_documents(Path(args.data), tokenizer), settings)
             # The first unit is made at once, so that a wrong path is found before the directory is.
@@ -87,7 +82,6 @@ class PerplexitySuite(Suite):
         return Evaluation(settings=settings, units=units, write=write, given={"data": args.data})
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``perplexity.json``."""
         from rich.table import Table
 
         what = "documents" if summary["settings"]["packed_length"] is None else "packed sequences"
@@ -105,7 +99,6 @@ class PerplexitySuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield perplexity, loss and loss by position."""
         loss, low, high = (summary[key] for key in ("loss", "loss_low", "loss_high"))
         ends = [math.exp(value) if value is not None and value < 700 else None for value in (low, high)]
         documents = summary["documents"]
@@ -120,13 +113,11 @@ class PerplexitySuite(Suite):
             yield estimate_of(f"loss at {bucket['start']} .. {bucket['end'] - 1}", bucket, key="loss")
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield loss by position."""
         from statex_dist.evaluation.page.suite_figures import perplexity_figures
 
         return perplexity_figures(results, looks)
 
     def card(self, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield perplexity and loss."""
         yield "perplexity", number(summary["perplexity"])
         yield "loss (nats per token)", interval(summary["loss"], summary["loss_low"], summary["loss_high"])
         if summary["bits_per_byte"] is not None:

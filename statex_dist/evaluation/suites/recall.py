@@ -35,8 +35,6 @@ ALL_TASKS = f"{DEFAULT_TASKS},niah_multikey_1,niah_multikey_2,niah_multikey_3,ni
 
 @dataclass
 class Options:
-    """Options of the suite."""
-
     tasks: str = option(DEFAULT_TASKS, help=f"all, or some of {ALL_TASKS}")
     lengths: str = option("4K,8K,16K", help="tokens of a prompt, such as 4K,256K")
     depths: int = option(5, help="number of depths")
@@ -46,8 +44,6 @@ class Options:
 
 
 class RecallSuite(Suite):
-    """Needles in a haystack."""
-
     name = "recall"
     help = "passkey and RULER's needles in a haystack, by context length and depth"
     title = "Recall: needles in a haystack"
@@ -56,7 +52,6 @@ class RecallSuite(Suite):
     batch_size = 32
 
     def prepare(self, args: Any) -> Evaluation:
-        """Return the evaluation that the options ask for."""
         from statex_dist.evaluation.recall import RecallSettings, recall_units, write_recall
 
         tasks = tuple(words(ALL_TASKS if args.tasks == "all" else args.tasks))
@@ -68,7 +63,6 @@ class RecallSuite(Suite):
         )
 
     def table(self, summary: dict[str, Any]) -> Table:
-        """Return the printed table of ``recall.json``."""
         from rich.table import Table
 
         title = title_of("recall", summary["model"])
@@ -80,20 +74,17 @@ class RecallSuite(Suite):
         return table
 
     def measured(self, summary: Mapping[str, Any]) -> Iterator[Measured]:
-        """Yield accuracies by task and length."""
         for task, found in summary["tasks"].items():
             yield estimate_of(f"{task}, all lengths", found["overall"], headline=True)
             for length, estimate in found["by_length"].items():
                 yield estimate_of(f"{task}, {short_number(int(length))} tokens", estimate)
 
     def figures(self, results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-        """Yield heat maps and curves by length."""
         from statex_dist.evaluation.page.suite_figures import recall_figures
 
         return recall_figures(results, looks)
 
     def details(self, results: Sequence[Result]) -> Iterator[tuple[str, Lines]]:
-        """Yield the cells of each heat map with their intervals, by depth and length."""
         for result in results:
             for task, found in result.summary["tasks"].items():
                 cells = {(cell["length"], cell["depth"]): estimate_of("", cell).text for cell in found["cells"]}
@@ -103,7 +94,6 @@ class RecallSuite(Suite):
                 yield f"{task} by depth and length: {result.model}", lines
 
     def card(self, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield accuracies by task and length."""
         for task, found in summary["tasks"].items():
             yield f"{task}: accuracy, all lengths", accuracy(found["overall"])
             for length, entry in found["by_length"].items():

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from statex_dist.inference.decoding import Progress
-from statex_dist.inference.serving.limits import Metrics
+from statex_dist.inference.serving.limits import ServerMetrics
 from statex_dist.inference.serving.protocol import (
     RequestError,
     choice_body,
@@ -285,7 +285,7 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=Metrics.CONTENT_TYPE)
+        return Response(service.metrics.text(), media_type=ServerMetrics.CONTENT_TYPE)
 
     app.include_router(v1)
 

@@ -45,7 +45,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
+class BatchStepResult:
     """What an iteration did.
 
     Attributes:
@@ -60,7 +60,7 @@ class StepResult:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Reading:
+class _PromptReading:
     prompt: Prompt
     rows: list[Row]
     """Those that have not started."""
@@ -94,9 +94,9 @@ class ContinuousBatch:
         self._model, self._segment_length, self._max_rows = model, segment_length, max_rows
         self._device = device_of(model)
         self._loop = DecodingLoop(model, tokenizer)
-        self._admitted: list[_Reading] = []
+        self._admitted: list[_PromptReading] = []
         """Prompts with rows that have not started, as they came."""
-        self._reading: deque[_Reading] = deque()
+        self._reading: deque[_PromptReading] = deque()
         """Those that are not read yet, the next in front."""
 
     @property
@@ -123,7 +123,7 @@ class ContinuousBatch:
         """Read a prompt, and give its rows the slots that are free and those that come free next."""
         assert len(prompt.tokens)
         assert self.free > 0
-        reading = _Reading(prompt=prompt, rows=list(prompt.rows))
+        reading = _PromptReading(prompt=prompt, rows=list(prompt.rows))
         self._admitted.append(reading)
         self._reading.append(reading)
 
@@ -134,12 +134,12 @@ class ContinuousBatch:
             reading.rows = [row for row in reading.rows if row.key not in keys]
         self._forget_started()
 
-    def step(self) -> StepResult:
+    def step(self) -> BatchStepResult:
         """Read a piece of what is to be read, and take one step."""
         failed, tokens_read = self._read()
         self._start()
         rows = self.running
-        return StepResult(progress=failed + self._loop.step(), tokens_read=tokens_read, rows=rows)
+        return BatchStepResult(progress=failed + self._loop.step(), tokens_read=tokens_read, rows=rows)
 
     def _read(self) -> tuple[list[Progress], int]:
         """Read up to a segment of tokens in a few passes; return the rows whose prompt the model cannot take."""
@@ -157,7 +157,7 @@ class ContinuousBatch:
             tokens_read += len(piece)
         return failed, tokens_read
 
-    def _read_piece(self, reading: _Reading, piece: Tokens) -> list[Progress]:
+    def _read_piece(self, reading: _PromptReading, piece: Tokens) -> list[Progress]:
         ids = torch.tensor([list(piece)], device=self._device)
         try:
             logits, states = prefill(
@@ -216,7 +216,7 @@ class Worker:
         batch: ContinuousBatch,
         *,
         max_open: int,
-        on_step: Callable[[StepResult], None],
+        on_step: Callable[[BatchStepResult], None],
         on_death: Callable[[], None],
     ):
         self._model, self._batch, self._max_open = model, batch, max_open

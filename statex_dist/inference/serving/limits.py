@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.inference.serving.batch import ContinuousBatch, StepResult
+from statex_dist.inference.serving.batch import BatchStepResult, ContinuousBatch
 from statex_dist.inference.serving.protocol import DEFAULT_MAX_TOKENS, BusyError, CompletionRequest, RequestError
 
 DEFAULT_MAX_CONNECTIONS = 1024
@@ -210,13 +210,21 @@ _TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-class Metrics:
+class ServerMetrics:
     """Counters of one server, each with its own registry: several servers may live in a process.
 
     Args:
         batch: Asked at every scrape for what it holds.
         waiting: Rows that wait for a slot, likewise.
         preparing: Requests that are parsed and tokenized or wait for it, likewise.
+
+    Attributes:
+        first_token: Seconds that a request waited for its first token.
+        per_token: Seconds that a completion waited for its next token.
+        connections: Open connections.
+        refused_connections: Connections for which there was no place.
+        timed_out_connections: By what they waited for: ``head``, ``body``, ``answer`` (to be read) or ``close``.
+        bad_http: Requests that no route can answer.
     """
 
     CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -229,13 +237,13 @@ class Metrics:
             self._requests.labels(outcome)
         self._prompt_tokens = Counter("statex_prompt_tokens", "Tokens of prompts that were read", registry=registry)
         self._generated_tokens = Counter("statex_generated_tokens", "Tokens that were produced", registry=registry)
-        self._first_token = Histogram(
+        self.first_token = Histogram(
             "statex_time_to_first_token_seconds",
             "From a request's arrival to its first token",
             buckets=_FIRST_TOKEN_BUCKETS,
             registry=registry,
         )
-        self._per_token = Histogram(
+        self.per_token = Histogram(
             "statex_time_per_output_token_seconds",
             "From a token to the next of the same completion",
             buckets=_TOKEN_BUCKETS,
@@ -244,21 +252,21 @@ class Metrics:
         self._batch_size = Histogram(
             "statex_batch_size", "Completions that took a step together", buckets=_BATCH_BUCKETS, registry=registry
         )
-        self._connections = Gauge("statex_connections", "Open connections", registry=registry)
-        self._refused_connections = Counter(
+        self.connections = Gauge("statex_connections", "Open connections", registry=registry)
+        self.refused_connections = Counter(
             "statex_connections_refused",
             "Connections that got 503 or were cut because the limit was reached",
             registry=registry,
         )
-        self._timed_out_connections = Counter(
+        self.timed_out_connections = Counter(
             "statex_connections_timed_out",
             "Connections that were cut because what they waited for did not come",
             ["waiting_for"],
             registry=registry,
         )
         for phase in ("head", "body", "answer", "close"):
-            self._timed_out_connections.labels(phase)
-        self._bad_http = Counter("statex_bad_http", "Requests that were no HTTP, or too large", registry=registry)
+            self.timed_out_connections.labels(phase)
+        self.bad_http = Counter("statex_bad_http", "Requests that were no HTTP, or too large", registry=registry)
         gauges: dict[str, tuple[str, Callable[[], int]]] = {
             "statex_running": ("Completions that are being written", lambda: batch.running),
             "statex_reading": (
@@ -277,36 +285,12 @@ class Metrics:
         assert outcome in OUTCOMES, outcome
         self._requests.labels(outcome).inc()
 
-    def see_step(self, result: StepResult) -> None:
+    def see_step(self, result: BatchStepResult) -> None:
         """Count what an iteration did."""
         self._prompt_tokens.inc(result.tokens_read)
         self._generated_tokens.inc(sum(progress.token is not None for progress in result.progress))
         if result.rows:
             self._batch_size.observe(result.rows)
-
-    def see_first_token(self, seconds: float) -> None:
-        """Record how long a request waited for its first token."""
-        self._first_token.observe(seconds)
-
-    def see_token(self, seconds: float) -> None:
-        """Record how long a completion waited for its next token."""
-        self._per_token.observe(seconds)
-
-    def see_connections(self, number: int) -> None:
-        """Record how many connections are open."""
-        self._connections.set(number)
-
-    def count_refused_connection(self) -> None:
-        """Count a connection for which there was no place."""
-        self._refused_connections.inc()
-
-    def count_timed_out_connection(self, waiting_for: str) -> None:
-        """Count a connection that waited too long for a ``head``, a ``body``, an ``answer`` to be read, or to close."""
-        self._timed_out_connections.labels(waiting_for).inc()
-
-    def count_bad_http(self) -> None:
-        """Count a request that no route can answer."""
-        self._bad_http.inc()
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

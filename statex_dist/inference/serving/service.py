@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.inference.decoding import Progress, Row, Sampling
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens
-from statex_dist.inference.serving.batch import ContinuousBatch, Prompt, StepResult, Worker
-from statex_dist.inference.serving.limits import BoundedExecutor, Limits, Metrics
+from statex_dist.inference.serving.batch import BatchStepResult, ContinuousBatch, Prompt, Worker
+from statex_dist.inference.serving.limits import BoundedExecutor, Limits, ServerMetrics
 from statex_dist.inference.serving.protocol import BusyError, CompletionRequest, RequestError, parse_request, shown
 from statex_dist.inference.text import stop_with_special_token
 from statex_dist.models.lm import RecurrentLM
@@ -73,14 +73,14 @@ class RequestState:
             for place, tokens in enumerate(self.prompts)
         ]
 
-    def take(self, progress: Progress, now: float, metrics: Metrics) -> None:
+    def take(self, progress: Progress, now: float, metrics: ServerMetrics) -> None:
         """Take the progress of a completion."""
         index = index_of(progress)
         if progress.token is not None:
             if index in self._last:
-                metrics.see_token(now - self._last[index])
+                metrics.per_token.observe(now - self._last[index])
             elif not self._last:
-                metrics.see_first_token(now - self.arrived)
+                metrics.first_token.observe(now - self.arrived)
             self._last[index] = now
         if progress.error is not None:
             self.fail(RequestError(500, str(progress.error)))
@@ -169,7 +169,7 @@ class Service:
         )
         self._short = BoundedExecutor("requests", places=limits.max_open)
         self._long = BoundedExecutor("long requests", places=min(LONG_PLACES, limits.max_open))
-        self.metrics = Metrics(batch, lambda: self._worker.waiting, lambda: len(self._short) + len(self._long))
+        self.metrics = ServerMetrics(batch, lambda: self._worker.waiting, lambda: len(self._short) + len(self._long))
         self._answers: dict[int, RequestState] = {}
         self._num_requests = 0
         self._closed = ""
@@ -318,7 +318,7 @@ class Service:
         for answer in self._answers.values():
             answer.fail(RequestError(status, message))
 
-    def _hand_over(self, result: StepResult) -> None:
+    def _hand_over(self, result: BatchStepResult) -> None:
         """Bring an iteration's results from the decoding thread to the event loop, in one call for all rows."""
         self.metrics.see_step(result)
         if result.progress:
