@@ -127,7 +127,7 @@ def run_suite(suite: Suite, args: Any) -> int:
                     journal.finish()
             if records is not None:
                 _print(suite, read_json(files[0]), args)
-    except OtherRankError as error:  # that rank says what is wrong
+    except OtherRankError as error:  # that rank reports the error
         return error.exit_code
     return 0
 

@@ -1,4 +1,4 @@
-"""JSONL journals: what a job has finished, one record a line, so that a killed job can go on.
+"""JSONL journals: what a job has finished, one record a line, so that a killed job can continue.
 
 A line counts when its newline is on disk; a last line without one was cut by the end of its process, and is dropped.
 """

@@ -141,7 +141,7 @@ def _try_lock(descriptor: int, path: Path, *, shared: bool, required: bool) -> b
 
 
 def holder_of(path: Path) -> str | None:
-    """Return who holds the lock of a file, as far as it says so; None if nobody does."""
+    """Return who holds the lock of a file, as far as the file says it; None if no process does."""
     try:
         acquire(path, create=False, shared=True).release()
     except FileNotFoundError:

@@ -72,7 +72,7 @@ def running_text(sentences: Sequence[str], tokenizer: Tokenizer) -> SentenceSour
 
 
 def fresh_sentences(make: Callable[[np.random.Generator, int], list[str]], tokenizer: Tokenizer) -> SentenceSource:
-    """Return a source whose sentences are made anew for each draw.
+    """Return a source whose sentences are new in each draw.
 
     Args:
         make: Returns a number of sentences, each with what separates it from the one before.

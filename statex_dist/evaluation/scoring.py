@@ -146,7 +146,7 @@ def _score_tokens(
 
 
 Stop = Callable[[int, list[int]], bool]
-"""Says whether a row needs no more tokens, given its index and what it has produced."""
+"""Returns whether a row needs no more tokens, from its index and its tokens so far."""
 
 
 def decode_greedily(

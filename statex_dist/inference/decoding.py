@@ -33,9 +33,9 @@ class Sampling:
         max_tokens: Tokens at most.
         until: Strings that end a continuation and are no part of it. EOS always does, unless ``ignore_eos``.
         temperature: 0 takes the most likely token.
-        top_k: Draw from the so many most likely tokens only; 0 for all.
+        top_k: Draw from this number of most likely tokens only; 0 for all.
         top_p: Draw from the fewest tokens whose probability is at least this (arXiv 1904.09751).
-        ignore_eos: Whether a continuation goes on behind EOS, always to ``max_tokens`` (for measurements).
+        ignore_eos: Whether a continuation continues after EOS, always to ``max_tokens`` (for measurements).
     """
 
     max_tokens: int

@@ -43,7 +43,7 @@ def test_a_killed_write_leaves_the_old_or_the_new_contents(tmp_path, fsync):
         call += 1
     assert seen == (["old", "old", "old", "new"] if fsync else ["old", "old"])
     assert path.read_text() == "new"
-    assert [file.name for file in tmp_path.iterdir()] == ["a"], "the next write takes the place of what is left"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"], "the next write replaces the leftovers"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Journals of killed jobs are read up to the last whole line, and go on from there."""
+"""Journals of killed jobs are read up to the last whole line, and continued there."""
 
 import os
 import signal

@@ -45,7 +45,7 @@ def option(default: Any = MISSING, *, help: str, metavar: str | None = None, pos
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A drawing and what it shows, in words."""
+    """A drawing and its description in words."""
 
     svg: str
     text: str
@@ -61,7 +61,7 @@ class Evaluation:
         write: Called with ``(records, directory, model=facts, timing=...)`` on rank 0: writes the result files and
             returns them, the summary first.
         tokenizer: Whether it needs one; else ``units`` is given None.
-        given: Further facts that an interrupted evaluation must share to go on, such as where the data came from.
+        given: Further facts that an interrupted evaluation must share to continue, such as the origin of the data.
     """
 
     settings: Any

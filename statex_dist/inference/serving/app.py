@@ -81,7 +81,7 @@ class SseWriter:
         self.started = True
         await self._send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
         await self._send({"type": "http.response.body", "body": response.body, "more_body": True})
-        # Every sending waits for what was sent before: without this one, a client that does not read would be done.
+        # Every sending waits for the one before: without this one, a client that does not read would be done.
         await self._send({"type": "http.response.body"})
 
     async def send_error(self, error: RequestError) -> None:
@@ -154,7 +154,7 @@ def abort_of(scope: Scope) -> Callable[[], None]:
 class CompletionResponse(Response):
     """Parses, tokenizes and answers a request, and watches its client: one that leaves frees its places at once.
 
-    A client that is there but does not read blocks whoever sends. A while after the deadline its connection is cut.
+    A client that is there but does not read blocks its sender. Some seconds after the deadline its connection is cut.
 
     Args:
         service: Answers the request.

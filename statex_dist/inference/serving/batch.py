@@ -196,14 +196,14 @@ class ContinuousBatch:
 logger = logging.getLogger(__name__)
 
 LAST_STEP_SECONDS = 30.0
-"""An iteration is a segment and a step at most; one that takes longer hangs, and would keep the process for ever."""
+"""An iteration is a segment and a step at most; one that takes longer hangs, and would never let the process end."""
 
 
 class Worker:
     """Decodes in a thread of its own, first come, first served.
 
     Args:
-        model: The model, used by nobody else from :meth:`start` to :meth:`stop`.
+        model: The model, used by no other thread from :meth:`start` to :meth:`stop`.
         batch: Its batch.
         max_open: Rows that may be in the batch or wait for a slot.
         on_step: Told of every iteration, in the thread; it must not wait.
@@ -252,7 +252,7 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, keys: Collection[Hashable]) -> None:
-        """Free the places of rows that nobody waits for any more, those of a prompt all together.
+        """Free the places of rows that no client waits for any more, those of a prompt all together.
 
         Places in the queue are free at once, slots when the iteration that runs is over.
         """
@@ -285,7 +285,7 @@ class Worker:
                 while self._prepare():
                     result = self._batch.step()
                     with self._changed:
-                        if self._stopping:  # and nobody may be there any more
+                        if self._stopping:  # and no listener may be there any more
                             return
                         self._open.difference_update(p.key for p in result.progress if p.finish_reason is not None)
                     self._on_step(result)

@@ -1,4 +1,4 @@
-"""What the server takes and what it counts: limits of requests, connections and waiting work, and metrics.
+"""Limits of requests, connections and waiting work, and the metrics of the server.
 
 The only importer of ``prometheus_client``.
 """
@@ -137,7 +137,7 @@ def connections_allowed(wanted: int | None) -> int:
     """Return how many connections may be open at a time.
 
     Args:
-        wanted: Of ``--max-connections``, or None for the default or, where that is less, for what the files allow.
+        wanted: Of ``--max-connections``, or None for the default or for the number that the limit of files allows, if that is less.
 
     Raises:
         ConfigError: The limit of open files is too small (``RLIMIT_NOFILE``).
@@ -214,7 +214,7 @@ class ServerMetrics:
     """Counters of one server, each with its own registry: several servers may live in a process.
 
     Args:
-        batch: Asked at every scrape for what it holds.
+        batch: Its sizes are read at every scrape.
         waiting: Rows that wait for a slot, likewise.
         preparing: Requests that are parsed and tokenized or wait for it, likewise.
 
@@ -223,7 +223,7 @@ class ServerMetrics:
         per_token: Seconds that a completion waited for its next token.
         connections: Open connections.
         refused_connections: Connections for which there was no place.
-        timed_out_connections: By what they waited for: ``head``, ``body``, ``answer`` (to be read) or ``close``.
+        timed_out_connections: By phase: ``head``, ``body``, ``answer`` (to be read) or ``close``.
         bad_http: Requests that no route can answer.
     """
 
