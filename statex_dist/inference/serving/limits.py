@@ -137,7 +137,7 @@ def connections_allowed(wanted: int | None) -> int:
     """Return how many connections may be open at a time.
 
     Args:
-        wanted: Of ``--max-connections``, or None for the default or for the number that the limit of files allows, if that is less.
+        wanted: Of ``--max-connections``, or None for the default (less where the limit of open files allows less).
 
     Raises:
         ConfigError: The limit of open files is too small (``RLIMIT_NOFILE``).
