@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks.experiment_stats import machine
 from launch.cli import main as statex
 from launch.demo_data import library_pieces, recall_documents, write_sources
-from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.models.mitigation import parse_mitigation
 

@@ -25,10 +25,9 @@ import torch
 
 from benchmarks.measure import Record, alone, figure, heading, machine, markdown, resident_peak, time_cpu
 from statex_dist.data.tokenizer import BytesTokenizer
-from statex_dist.inference.decoding import DecodingLoop, Row
+from statex_dist.inference.decoding import DecodingLoop, Row, Sampling
 from statex_dist.inference.generate import stream_continuations
 from statex_dist.inference.prefill import evaluating, prefill
-from statex_dist.inference.sampling import Sampling
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, make_plan
 

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from benchmarks.experiment_lab import Experiment, Lab
 from benchmarks.experiment_stats import device, interval, shown
-from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import parse_config
 from statex_dist.data.tokenizer import load_tokenizer
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import ConfigError, StateXError, one_line
 from statex_dist.evaluation.documents import read_documents
 from statex_dist.evaluation.mqar import generate_mqar, score_mqar

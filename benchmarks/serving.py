@@ -27,9 +27,8 @@ from openai import OpenAI
 
 from benchmarks.measure import Record, alone, figure, heading, machine, markdown
 from statex_dist.data.tokenizer import BytesTokenizer
-from statex_dist.inference.decoding import DecodingLoop, Row
+from statex_dist.inference.decoding import DecodingLoop, Row, Sampling
 from statex_dist.inference.prefill import evaluating, read_contexts
-from statex_dist.inference.sampling import Sampling
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict

@@ -25,9 +25,8 @@ from statex_dist.errors import ConfigError, DataError, StateXError
 
 if TYPE_CHECKING:
     from statex_dist.data.tokenizer import Tokenizer
-    from statex_dist.inference.decoding import Progress
+    from statex_dist.inference.decoding import Progress, Sampling
     from statex_dist.inference.generate import Prefix
-    from statex_dist.inference.sampling import Sampling
     from statex_dist.models.lm import RecurrentLM
     from statex_dist.models.tensor_parallel.share import TensorShare
 
@@ -135,7 +134,7 @@ def _check_prompts(args: Any, prompts: list[str]) -> list[str]:
 
 def _read_options(args: Any, ranks: int) -> Sampling | None:
     """Return how texts are drawn; None where the prompt is only to be read."""
-    from statex_dist.inference.sampling import Sampling
+    from statex_dist.inference.decoding import Sampling
 
     for option in ("batch_size", "segment_length", "n"):
         if getattr(args, option) < 1:
@@ -262,8 +261,8 @@ class _Session:
 
     def write(self, out: Callable[[str], Any] | None) -> None:
         """Continue all prompts; with ``out`` hand each piece of text on as it comes."""
-        from statex_dist.inference.end_tokens import log_end_tokens
         from statex_dist.inference.generate import stream_continuations
+        from statex_dist.inference.vocabulary import log_end_tokens
 
         assert self.sampling is not None
         if not self.args.ignore_eos and self.share.rank == 0:

@@ -40,7 +40,7 @@ def run(args: Any) -> int:
         StateXError: A directory holds nothing to report, a file is damaged, or the page cannot be written where it is
             to go.
     """
-    from statex_dist.checkpoint.manifest import write_durably
+    from statex_dist.durable.files import write_durably
     from statex_dist.evaluation.page.inputs import read_inputs
     from statex_dist.evaluation.page.whole import make_report, to_dict
 
@@ -64,7 +64,7 @@ def _print(inputs: Inputs, out: Path | None) -> None:
 
     from statex_dist.evaluation.page.expansions import total_lines
     from statex_dist.evaluation.page.runs import summary_lines
-    from statex_dist.evaluation.page.suites import headline_lines
+    from statex_dist.evaluation.page.whole import headline_lines
 
     # A pipe has no width: 100 columns hold a few runs.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)

@@ -68,12 +68,11 @@ def run(args: Any) -> int:
         StateXError: The options, the port or the model are wrong, a package is missing, or the decoding thread died.
     """
     try:
-        from statex_dist.inference.end_tokens import log_end_tokens
         from statex_dist.inference.serving.app import build_app
-        from statex_dist.inference.serving.limits import Limits
-        from statex_dist.inference.serving.rlimit import connections_allowed
+        from statex_dist.inference.serving.limits import Limits, connections_allowed
         from statex_dist.inference.serving.server import Server, address_of, bind
         from statex_dist.inference.serving.service import Service
+        from statex_dist.inference.vocabulary import log_end_tokens
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve needs a web framework ({error}); run: .venv/bin/pip install -e '.[serve]'") from None
 

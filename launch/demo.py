@@ -28,7 +28,7 @@ from rich.console import Console
 
 from launch.demo_data import library_pieces, recall_documents, write_sources
 from launch.demo_report import ARMS, NUM_PAIRS, draw_plot, make_table
-from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.models.registry import family_of, read_config
 from statex_dist.train.metrics import read_metrics

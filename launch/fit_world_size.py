@@ -20,7 +20,8 @@ from statex_dist.checkpoint.layout import (
     step_of,
     tag_of,
 )
-from statex_dist.checkpoint.manifest import Manifest, commit_directory, record_file, write_durably
+from statex_dist.checkpoint.manifest import Manifest, commit_directory, record_file
+from statex_dist.durable.files import write_durably
 from statex_dist.engine.checkpoint_retention import withdraw
 from statex_dist.errors import CheckpointError
 

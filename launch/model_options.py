@@ -130,11 +130,10 @@ def load_matching_tokenizer(args: Any, model: RecurrentLM) -> Tokenizer:
         CheckpointError: The model's ``generation_config.json`` is damaged.
     """
     from statex_dist.data.tokenizer import load_tokenizer
-    from statex_dist.inference.end_tokens import use_end_tokens
-    from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer
+    from statex_dist.inference.vocabulary import check_vocabulary, doubt_tokenizer, tokenizer_of, use_end_tokens
     from statex_dist.models.source import find_model
 
-    tokenizer = load_tokenizer(tokenizer_of(args))
+    tokenizer = load_tokenizer(tokenizer_of(args.model, args.tokenizer))
     check_vocabulary(model, tokenizer)
     doubt_tokenizer(model, tokenizer)
     use_end_tokens(tokenizer, model.config, find_model(args.model))
@@ -177,23 +176,6 @@ def check_ragged(mitigation: Mitigation | None, what: str) -> None:
             f"{what} ends forward passes wherever a text ends, where {mitigation} would change the states: its "
             f"results would depend on what is read together; allowed: {mitigation.NAME} with every=1, or another remedy"
         ) from None
-
-
-def tokenizer_of(args: Any) -> str:
-    """Return what was given as tokenizer, or the model's directory if it holds one.
-
-    Raises:
-        ConfigError: Neither.
-    """
-    from statex_dist.data.tokenizer import has_tokenizer
-    from statex_dist.models.source import find_model
-
-    if args.tokenizer:
-        return args.tokenizer
-    model_dir = find_model(args.model)
-    if not has_tokenizer(model_dir):
-        raise ConfigError(f"model {args.model} comes without a tokenizer; give --tokenizer bytes or --tokenizer DIR")
-    return str(model_dir)
 
 
 def load_model(

@@ -8,11 +8,9 @@ and under its final name. A torn last line is ignored.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.json_file import parse_json
-from statex_dist.checkpoint.manifest import FileRecord, write_durably
+from statex_dist.checkpoint.manifest import FileRecord
+from statex_dist.durable.files import write_durably
+from statex_dist.durable.journal import JournalDamageError, JsonlJournal, read_journal
+from statex_dist.durable.lock import LockHeldError, acquire
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def fingerprint(facts: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-class Journal:
+class TargetJournal:
     """The journal of one temporary directory, held by one process at a time.
 
     Args:
@@ -62,7 +63,13 @@ class Journal:
         self.files: dict[str, FileRecord] = {}
         self.tensors: dict[str, WrittenTensor] = {}
         self._write = threading.Lock()
-        self._lock = _lock(directory)
+        self._run = run
+        try:
+            self._lock = acquire(directory, directory=True, required=False)
+        except LockHeldError:
+            raise CheckpointError(
+                f"another process is writing {directory}; wait for it, or choose another target"
+            ) from None
         try:
             self._begin(run, resume)
         except BaseException:
@@ -86,6 +93,7 @@ class Journal:
                     self.files[str(line["file"])] = FileRecord(**line["record"])
         else:
             write_durably(path, json.dumps({"run": run}) + "\n")
+        self._journal = JsonlJournal(path)
 
     def settle(self, files: Mapping[str, int], tensors: Mapping[str, Collection[str]]) -> None:
         """Forget what turns out not to be there any more, and remove what belongs to nothing.
@@ -108,10 +116,10 @@ class Journal:
                 del self.tensors[key]
         missing = {file for key, names in tensors.items() if key not in self.tensors for file in names}
         self.files = {name: record for name, record in self.files.items() if name not in missing}
-        text = (self.directory / JOURNAL_NAME).read_text(encoding="utf-8").splitlines()[0] + "\n"
-        text += _line({"tensors": _plain(self.tensors)}) if self.tensors else ""
-        text += "".join(_line({"file": name, "record": asdict(record)}) for name, record in self.files.items())
-        write_durably(self.directory / JOURNAL_NAME, text)
+        lines: list[dict[str, Any]] = [{"run": self._run}]
+        if self.tensors:
+            lines.append({"tensors": _plain(self.tensors)})
+        self._journal.rewrite([*lines, *({"file": n, "record": asdict(record)} for n, record in self.files.items())])
         kept = {*self.files, *(name + PARTIAL_SUFFIX for name in partial if self.tensors), JOURNAL_NAME}
         for left in sorted(self.directory.rglob("*"), reverse=True):
             name = str(left.relative_to(self.directory))
@@ -140,51 +148,15 @@ class Journal:
             line |= {"file": file, "record": asdict(record)}
         if tensors:
             line |= {"tensors": _plain(tensors)}
-        with self._write, (self.directory / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
-            journal.write(_line(line))
-            journal.flush()
-            os.fsync(journal.fileno())
+        with self._write:
+            self._journal.append(line)
             self.tensors |= tensors
             if file is not None and record is not None:
                 self.files[file] = record
 
     def close(self) -> None:
         """Let other processes write here."""
-        os.close(self._lock)
-
-
-def _lock(directory: Path) -> int:
-    """Make a directory and lock it; return the descriptor that holds the lock.
-
-    Raises:
-        CheckpointError: Another process has it.
-    """
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise CheckpointError(
-                f"another process is writing {directory}; wait for it, or choose another target"
-            ) from None
-        except OSError as error:
-            # Some cluster file systems have no locks; the work can be done, if only one process does it.
-            logger.warning(
-                "%s cannot be locked (%s): make sure that nothing else writes there", directory, error.strerror
-            )
-            return descriptor
-        try:
-            if os.path.samestat(os.fstat(descriptor), directory.stat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # its last owner renamed or removed it between our two calls
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values) + "\n"
+        self._lock.release()
 
 
 def _plain(tensors: Mapping[str, WrittenTensor]) -> dict[str, dict[str, Any]]:
@@ -197,21 +169,19 @@ def _tensors_of(line: dict[str, Any]) -> dict[str, WrittenTensor]:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the journal's lines up to the first that is torn or damaged."""
-    try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
     lines: list[dict[str, Any]] = []
-    for text in texts:
-        try:
-            line = parse_json(text)
-            if lines:
-                _tensors_of(line)
-                if "file" in line:
-                    FileRecord(**line["record"])
-            else:
-                str(line["run"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            break
-        lines.append(line)
+
+    def parse(text: bytes) -> dict[str, Any]:
+        line = parse_json(text.decode("utf-8", errors="replace"))
+        if not lines:
+            str(line["run"])
+        else:
+            _tensors_of(line)
+            if "file" in line:
+                FileRecord(**line["record"])
+        return line
+
+    with contextlib.suppress(JournalDamageError):
+        for line in read_journal(path, parse):
+            lines.append(line)
     return lines

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.io.documents import carried_files, encoded
-from checkpoints_tools.io.journal import JOURNAL_NAME, PARTIAL_SUFFIX, Journal, WrittenTensor, fingerprint
+from checkpoints_tools.io.journal import JOURNAL_NAME, PARTIAL_SUFFIX, TargetJournal, WrittenTensor, fingerprint
 from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.target_writer import Places, WriteOptions, files_of_tensors, write_files
 from checkpoints_tools.io.tensor_stream import TensorJob
@@ -106,7 +106,7 @@ def write_target(
     journal = None
     try:
         refuse_target(target, overwrite=options.overwrite)
-        journal = Journal(temporary_for(target), run=run, resume=options.resume)
+        journal = TargetJournal(temporary_for(target), run=run, resume=options.resume)
         refuse_target(target, overwrite=options.overwrite)  # again: another process may just have finished it
         files_of = files_of_tensors(plan.jobs, plan.places)
         journal.settle({file.name: file.size for file in plan.files}, files_of)
@@ -192,7 +192,7 @@ def _check_unchanged(source: TensorSource, before: dict[Path, FileState]) -> Non
             raise CheckpointError(f"{path} changed while it was being read; run again when nothing writes to it")
 
 
-def _check_space(journal: Journal, files: Sequence[TargetFile]) -> None:
+def _check_space(journal: TargetJournal, files: Sequence[TargetFile]) -> None:
     """Raise unless the unfinished files fit on the disk."""
     begun = sum(path.stat().st_blocks * 512 for path in journal.directory.rglob("*" + PARTIAL_SUFFIX))
     needed = sum(file.size for file in files if file.name not in journal.files) - begun
@@ -201,7 +201,7 @@ def _check_space(journal: Journal, files: Sequence[TargetFile]) -> None:
         raise OSError(errno.ENOSPC, f"No space left on device: {needed} bytes are needed, {free} are free")
 
 
-def _write_documents(journal: Journal, source: TensorSource, plan: TargetPlan) -> dict[str, FileRecord]:
+def _write_documents(journal: TargetJournal, source: TensorSource, plan: TargetPlan) -> dict[str, FileRecord]:
     """Write documents and carried files; return the record of every file, by its path relative to the target."""
     files = dict(journal.files)
     for name, content in plan.documents(journal.tensors).items():
@@ -217,7 +217,9 @@ def _write_documents(journal: Journal, source: TensorSource, plan: TargetPlan) -
     return files
 
 
-def _write_manifest(journal: Journal, plan: TargetPlan, files: Mapping[str, FileRecord], facts: dict[str, Any]) -> None:
+def _write_manifest(
+    journal: TargetJournal, plan: TargetPlan, files: Mapping[str, FileRecord], facts: dict[str, Any]
+) -> None:
     folder = journal.directory / plan.folder
     records = {str((journal.directory / name).relative_to(folder)): record for name, record in files.items()}
     tensors: dict[str, TensorRecord] = {}

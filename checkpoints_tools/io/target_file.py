@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from checkpoints_tools.io.journal import PARTIAL_SUFFIX, Journal
+from checkpoints_tools.io.journal import PARTIAL_SUFFIX, TargetJournal
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.crc import CrcLedger, crc_of_zeros, directory_digest
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, Descriptors, read_from, write_from
@@ -57,7 +57,7 @@ class TargetFile:
 class OpenFile:
     """One file while it is written."""
 
-    def __init__(self, layout: TargetFile, journal: Journal, descriptors: Descriptors):
+    def __init__(self, layout: TargetFile, journal: TargetJournal, descriptors: Descriptors):
         self.layout, self._descriptors = layout, descriptors
         self._final = journal.directory / layout.name
         self._partial = journal.directory / (layout.name + PARTIAL_SUFFIX)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from checkpoints_tools.io.journal import Journal, WrittenTensor
+from checkpoints_tools.io.journal import TargetJournal, WrittenTensor
 from checkpoints_tools.io.target_file import OpenFile, TargetFile
 from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs, window_of
@@ -60,7 +60,7 @@ Places = Callable[[TensorJob], Sequence[Piece]]
 
 
 def write_files(
-    journal: Journal,
+    journal: TargetJournal,
     source: TensorSource,
     files: Sequence[TargetFile],
     jobs: Sequence[TensorJob],
@@ -117,7 +117,7 @@ class _Writer:
 
     def __init__(
         self,
-        journal: Journal,
+        journal: TargetJournal,
         files: Sequence[TargetFile],
         jobs: Sequence[TensorJob],
         places: Places,

@@ -26,6 +26,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from statex_dist.durable.files import TEMPORARY_PREFIX as TEMPORARY_PREFIX
+
 CHECKPOINTS_DIR = "checkpoints"
 LATEST_NAME = "latest"
 MANIFEST_NAME = "MANIFEST.json"
@@ -40,7 +42,6 @@ TRAIN_LENGTH_KEY = "train_length"
 SETTINGS_NAME = "config.yaml"
 HISTORY_NAME = "training.json"
 PLAIN_STATE_NAME = "plain_state.pt"
-TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
 STATUS_NAME = "status.json"
 STACKS_DIR = "stacks"

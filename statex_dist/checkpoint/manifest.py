@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,8 @@ import xxhash
 
 from statex_dist.checkpoint.formats.crc import check_crcs, directory_digest
 from statex_dist.checkpoint.json_file import read_json
-from statex_dist.checkpoint.layout import MANIFEST_NAME, TEMPORARY_PREFIX
+from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.durable.files import TEMPORARY_PREFIX, rename_durably, sync, write_durably
 from statex_dist.errors import CheckpointError, reason, shown
 
 logger = logging.getLogger(__name__)
@@ -199,30 +199,6 @@ def record_file(path: Path) -> FileRecord:
     return FileRecord(size=path.stat().st_size, xxh3_128=digest_file(path), directory_xxh3_128=directory)
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or a directory's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a file's contents: a reader sees the old or the new ones, also after a power cut. Text becomes UTF-8."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
 def commit_directory(temporary: Path, target: Path) -> None:
     """Rename a finished directory to its final name, durably.
 
@@ -231,9 +207,7 @@ def commit_directory(temporary: Path, target: Path) -> None:
     """
     if target.exists() and any(target.iterdir()):
         raise CheckpointError(f"{target} exists; a complete directory is not replaced")
-    sync(temporary)
-    temporary.replace(target)
-    sync(target.parent)
+    rename_durably(temporary, target)
 
 
 def temporary_for(target: Path) -> Path:

@@ -20,7 +20,7 @@ from statex_dist.data.manifest import (
 )
 from statex_dist.data.storage.cache import ShardCache
 from statex_dist.data.storage.disk_store import DiskStore, fetch_and_open, fingerprint
-from statex_dist.data.storage.files import DatasetFiles, LocalFiles, default_cache_dir, open_files, write_atomically
+from statex_dist.data.storage.files import DatasetFiles, LocalFiles, default_cache_dir, open_files
 from statex_dist.data.storage.mds import INDEX_NAME as MDS_INDEX_NAME
 from statex_dist.data.storage.mds import MdsShard
 from statex_dist.data.storage.mds import read_index as read_mds_index
@@ -30,6 +30,7 @@ from statex_dist.data.storage.shards import LOSS_MASK, MappedShard, ShardEntry
 from statex_dist.data.storage.tar_format import HAS_LOSS_MASK, TarShard, find_tars, index_tars
 from statex_dist.data.storage.tar_format import INDEX_NAME as TAR_INDEX_NAME
 from statex_dist.data.storage.tar_format import read_index as read_tar_index
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import DataError, reason
 
 OpenFunction = Callable[[Path, ShardEntry], MappedShard]
@@ -162,7 +163,8 @@ def _lengths(
     parts = [fetch_and_open(files, entry, open_shard)[1].lengths for entry in entries]
     lengths = np.concatenate([*parts, np.zeros(0, np.int64)])
     with contextlib.suppress(OSError):  # kept only to spare the same work the next time
-        write_atomically(kept, pack_lengths(lengths))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(kept, pack_lengths(lengths), fsync=False, many_writers=True)
     return lengths
 
 

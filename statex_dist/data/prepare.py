@@ -31,10 +31,10 @@ from statex_dist.data.corpus.unit_files import UnitDocuments
 from statex_dist.data.corpus.unit_results import UnitResults
 from statex_dist.data.corpus.work import WorkPart
 from statex_dist.data.manifest import LENGTHS_NAME, MANIFEST_NAME, DatasetManifest, pack_lengths, parse_manifest
-from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.storage.tar import WdsShardWriter
 from statex_dist.data.window import permutation
+from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError, bounded_line, writing
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 from statex_dist.checkpoint.history import Span, extended, history_text, read_history
 from statex_dist.checkpoint.json_file import config_text, parse_config
 from statex_dist.checkpoint.layout import CONFIG_NAME, HISTORY_NAME, MODEL_DIR, TRAIN_LENGTH_KEY
-from statex_dist.checkpoint.manifest import FileRecord, record_file, write_durably
+from statex_dist.checkpoint.manifest import FileRecord, record_file
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import shown
 
 logger = logging.getLogger(__name__)

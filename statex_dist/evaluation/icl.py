@@ -28,8 +28,8 @@ from statex_dist.evaluation.icl_tasks import (
     draw_trial,
     made_up_examples,
 )
-from statex_dist.evaluation.journal import Record, Unit
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
+from statex_dist.evaluation.journal import EvalUnit, Record
+from statex_dist.evaluation.report import Estimate, bootstrap, plot_curve, write_results
 from statex_dist.evaluation.scoring import score_continuations
 from statex_dist.inference.prefill import Tokens, device_of, evaluating, prefill
 from statex_dist.inference.vocabulary import check_vocabulary
@@ -43,7 +43,7 @@ QUERY = "Input: {text}\nLabel:"
 
 def icl_units(
     model: RecurrentLM, settings: IclSettings, tokenizer: Tokenizer, examples: Sequence[Example] | None = None
-) -> list[Unit]:
+) -> list[EvalUnit]:
     """Return the suite's units: a trial each.
 
     Args:
@@ -73,7 +73,9 @@ def icl_units(
     tokens = sum(len(_shown(tokenizer, shot)) for shot in first.shots)
     asked = sum(len(_encode(tokenizer, QUERY.format(text=query.text))) for query in first.queries)
     tokens += len(settings.shots) * asked
-    return [Unit(key=f"trial {i}", run=functools.partial(run, i), tokens=tokens) for i in range(settings.num_trials)]
+    return [
+        EvalUnit(key=f"trial {i}", run=functools.partial(run, i), tokens=tokens) for i in range(settings.num_trials)
+    ]
 
 
 def _run_trial(
@@ -170,20 +172,7 @@ def write_icl(
     model: Mapping[str, Any],
     timing: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``icl.json``, ``icl.jsonl`` and ``icl.png`` (accuracy by number of shots).
-
-    Args:
-        records: What the units of :func:`icl_units` found.
-        directory: An existing directory.
-        settings: What was asked for.
-        labels: All labels.
-        data: Where the examples came from; None for the made-up task.
-        model: What is known of the model.
-        timing: How long it took.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``icl.json``, ``icl.jsonl`` and ``icl.png`` (accuracy by number of shots)."""
     result, chance = summarise_icl(records, settings), 1 / len(labels)
     plot = plot_curve(
         [max(shots, 0.5) for shots in result],
@@ -196,8 +185,7 @@ def write_icl(
         tick_labels=[str(shots) for shots in result],
     )
     summary = {
-        **{"version": RESULT_VERSION, "suite": "icl", "model": model, "data": data},
-        **{"labels": list(labels), "chance": chance},
+        **{"model": model, "data": data, "labels": list(labels), "chance": chance},
         "by_shots": {
             str(shots): {
                 **estimate.to_dict(),

@@ -11,7 +11,7 @@ import numpy as np
 
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.errors import ConfigError, DataError, reason
-from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.evaluation.report import check_different, check_reading
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 
 MADE_UP_LABELS = ("gold", "blue", "pink", "teal", "rose", "navy", "ruby", "jade")

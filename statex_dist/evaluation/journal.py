@@ -12,10 +12,7 @@ same, bit for bit, however often it was interrupted and however many ranks share
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -31,13 +28,13 @@ from statex_dist.checkpoint.formats.detect import open_files
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
 from statex_dist.checkpoint.json_file import parse_json, read_json
 from statex_dist.checkpoint.layout import CONFIG_NAME
-from statex_dist.checkpoint.manifest import sync, write_durably
-from statex_dist.data.progress import ProgressLine
+from statex_dist.durable.files import sync, write_json
+from statex_dist.durable.journal import JournalDamageError, JsonlJournal, read_journal
+from statex_dist.durable.lock import LockHeldError, acquire
+from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError, reason
-from statex_dist.evaluation.ranks import Ranks
+from statex_dist.evaluation.ranks import EvalRanks
 from statex_dist.evaluation.report import open_target
-
-log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """What is known of one sample: JSON-able, without NaN."""
@@ -45,11 +42,10 @@ Record = dict[str, Any]
 _SETTINGS = "settings.json"
 _SAMPLED_BYTES = 64 << 20
 _SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 256, 256 << 10, 16 << 10
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
+class EvalUnit:
     """A piece of an evaluation.
 
     Attributes:
@@ -63,7 +59,7 @@ class Unit:
     tokens: int = 0
 
 
-class Journal:
+class UnitJournal:
     """What is done of an evaluation; a context manager, to be opened by all ranks.
 
     Args:
@@ -89,25 +85,26 @@ class Journal:
         suite: str,
         fingerprint: Mapping[str, Any],
         *,
-        ranks: Ranks | None = None,
+        ranks: EvalRanks | None = None,
         overwrite: bool = False,
     ):
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or EvalRanks()
         self.path = directory / f"{suite}.unfinished"
         self.seconds = 0.0
-        self._part: BinaryIO | None = None
+        self._part: JsonlJournal | None = None
         wanted = json.loads(json.dumps(fingerprint, sort_keys=True, allow_nan=False))
         with self.ranks.together():
             if self.ranks.rank == 0:
                 _open_directory(directory, suite, wanted, overwrite=overwrite)
         with self.ranks.together():
             done = self.read()
-            self._part = self._open_part()
+            with _refuse_held(directory):
+                self._part = JsonlJournal(self.path / f"part-{self.ranks.rank}.jsonl", exclusive=True)
         # Nothing is written before every rank has read, so that all of them have found the same.
         self._done = set(done)
         self.found = len(done)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> UnitJournal:
         return self
 
     def __exit__(
@@ -116,7 +113,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Close the part file; what it holds stays."""
+        """Let other processes have this rank's part; what it holds stays."""
         if self._part is not None:
             self._part.close()
             self._part = None
@@ -128,10 +125,7 @@ class Journal:
     def add(self, key: str, records: list[Record], *, seconds: float) -> None:
         """Write down durably what a unit found."""
         assert self._part is not None, "the journal is closed"
-        line = {"unit": key, "seconds": round(seconds, 6), "records": records}
-        self._part.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._part.flush()
-        os.fsync(self._part.fileno())
+        self._part.append({"unit": key, "seconds": round(seconds, 6), "records": records})
         self._done.add(key)
 
     def read(self) -> dict[str, dict[str, Any]]:
@@ -140,18 +134,20 @@ class Journal:
         Raises:
             DataError: A line is damaged.
         """
+
+        def parse(text: bytes) -> tuple[str, dict[str, Any]]:
+            line = parse_json(text)
+            return line["unit"], line
+
         lines: dict[str, dict[str, Any]] = {}
-        for part in sorted(self.path.glob("part-*.jsonl")):
-            content = part.read_bytes()
-            for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-                try:
-                    line = parse_json(text)
-                    lines[line["unit"]] = line
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"{part}, line {number} is damaged ({reason(error)}); delete {self.path} to start the "
-                        "evaluation anew"
-                    ) from None
+        try:
+            for part in sorted(self.path.glob("part-*.jsonl")):
+                lines.update(read_journal(part, parse))
+        except JournalDamageError as error:
+            raise DataError(
+                f"{error.path}, line {error.line} is damaged ({reason(error.cause)}); delete {self.path} to start the "
+                "evaluation anew"
+            ) from None
         return lines
 
     def finish(self) -> None:
@@ -161,32 +157,23 @@ class Journal:
             shutil.rmtree(self.path)
             sync(self.path.parent)
 
-    def _open_part(self) -> BinaryIO:
-        part = _locked(self.path / f"part-{self.ranks.rank}.jsonl")
-        part.seek(0)
-        part.truncate(part.read().rfind(b"\n") + 1)
-        sync(self.path)
-        return part
 
-
-def _locked(path: Path) -> BinaryIO:
-    """Open a part for one process alone, until it is closed."""
-    part = path.open("a+b")
+@contextmanager
+def _refuse_held(directory: Path) -> Iterator[None]:
+    """Say that another process evaluates into a directory, where it holds a part."""
     try:
-        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        part.close()
+        yield
+    except LockHeldError:
         raise ConfigError(
-            f"another process is evaluating into {path.parent.parent}; wait for it, or give another --out"
+            f"another process is evaluating into {directory}; wait for it, or give another --out"
         ) from None
-    return part
 
 
 def _remove_journal(journal: Path) -> None:
     """Remove a journal that nobody is writing; else nothing of it."""
-    with ExitStack() as parts:
+    with ExitStack() as parts, _refuse_held(journal.parent):
         for path in sorted({journal / "part-0.jsonl", *journal.glob("part-*.jsonl")}):
-            parts.enter_context(_locked(path))
+            parts.enter_context(acquire(path, required=False))
         shutil.rmtree(journal)
 
 
@@ -213,7 +200,7 @@ def _open_directory(directory: Path, suite: str, wanted: dict[str, Any], *, over
         _remove_journal(journal)
     open_target(directory, overwrite=overwrite)
     journal.mkdir()
-    write_durably(journal / _SETTINGS, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+    write_json(journal / _SETTINGS, wanted, ensure_ascii=False)
 
 
 def _remove_results(directory: Path, suite: str) -> None:
@@ -256,7 +243,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-def work(units: Iterable[Unit], journal: Journal | None = None, *, title: str = "") -> list[Record] | None:
+def work(units: Iterable[EvalUnit], journal: UnitJournal | None = None, *, title: str = "") -> list[Record] | None:
     """Do this rank's units that are not done, and put together what all ranks found.
 
     Args:
@@ -293,27 +280,17 @@ def work(units: Iterable[Unit], journal: Journal | None = None, *, title: str = 
 
 
 @contextmanager
-def _progress(units: Iterable[Unit], journal: Journal, title: str) -> Iterator[Callable[[int], None]]:
+def _progress(units: Iterable[EvalUnit], journal: UnitJournal, title: str) -> Iterator[Callable[[int], None]]:
     """Yield what to call with the tokens of each unit done: a bar where the number of units is known, else lines."""
     if journal.ranks.rank != 0:
         yield lambda tokens: None
-    elif isinstance(units, Sequence):
+        return
+    total, found = None, 0
+    if isinstance(units, Sequence):
         mine = [unit for i, unit in enumerate(units) if journal.ranks.owns(i)]
-        found = sum(journal.is_done(unit.key) for unit in mine)
-        with ProgressLine(title, len(mine), "units", done=found) as progress:
-            yield lambda tokens: progress.advance(1, tokens)
-    else:
-        begin = spoken = time.monotonic()
-        done = read = 0
-
-        def advance(tokens: int) -> None:
-            nonlocal spoken, done, read
-            done, read, now = done + 1, read + tokens, time.monotonic()
-            if now - spoken > _SECONDS_BETWEEN_LINES:
-                spoken = now
-                log.info("%s: %d units, %d tokens, %.0f tokens/s", title, done, read, read / (now - begin))
-
-        yield advance
+        total, found = len(mine), sum(journal.is_done(unit.key) for unit in mine)
+    with ProgressLine(title, total, "units", done=found) as progress:
+        yield lambda tokens: progress.advance(1, tokens)
 
 
 def model_fingerprint(directory: Path) -> str:

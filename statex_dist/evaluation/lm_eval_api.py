@@ -24,9 +24,9 @@ import numpy as np
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.scoring import score_continuations
+from statex_dist.inference.decoding import Sampling
 from statex_dist.inference.generate import generate_continuations
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
-from statex_dist.inference.sampling import Sampling
 from statex_dist.models.lm import RecurrentLM
 
 try:

@@ -15,10 +15,9 @@ from typing import Any
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.journal import EvalUnit, Record
 from statex_dist.evaluation.lm_eval_api import Harness, StateXLM
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, write_results
-from statex_dist.evaluation.settings import check_reading
+from statex_dist.evaluation.report import Estimate, bootstrap, check_reading, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
@@ -80,7 +79,7 @@ class LmEvalSettings:
         )
 
 
-def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tokenizer: Tokenizer) -> list[Unit]:
+def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tokenizer: Tokenizer) -> list[EvalUnit]:
     """Return all requests as units of a few batches; those that share a context stand in one unit.
 
     Args:
@@ -98,7 +97,7 @@ def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tok
         seed=settings.seed,
     )
 
-    def unit(kind: str, start: int, numbers: Sequence[int]) -> Unit:
+    def unit(kind: str, start: int, numbers: Sequence[int]) -> EvalUnit:
         asked = [harness.requests[kind][i] for i in numbers]
 
         def run() -> list[Record]:
@@ -106,7 +105,7 @@ def units_of(harness: Harness, settings: LmEvalSettings, model: RecurrentLM, tok
             return [{"kind": kind, "request": i, "answer": a} for i, a in zip(numbers, answers, strict=True)]
 
         tokens = sum(len(lm.tok_encode(text)) for text in {request.args[0] for request in asked})
-        return Unit(key=f"{kind}:{start}", run=run, tokens=tokens)
+        return EvalUnit(key=f"{kind}:{start}", run=run, tokens=tokens)
 
     units = []
     for kind, requests in harness.requests.items():
@@ -128,27 +127,13 @@ def write_lm_eval(
     model: Mapping[str, Any],
     timing: Mapping[str, Any],
 ) -> list[Path]:
-    """Let the harness score the answers, and write ``lm-eval.json`` and ``lm-eval.jsonl``.
-
-    Args:
-        records: What the units of :func:`units_of` returned.
-        directory: An existing directory.
-        harness: The tasks.
-        settings: What was evaluated.
-        model: What is known of the model.
-        timing: What is known of the time.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Let the harness score the answers, and write ``lm-eval.json`` and ``lm-eval.jsonl``."""
     answers: dict[str, list[Any]] = {kind: [None] * len(requests) for kind, requests in harness.requests.items()}
     for record in records:
         answers[record["kind"]][record["request"]] = record["answer"]
     results = harness.score(answers, bootstrap_iters=settings.bootstrap_iters)
     samples = results.pop("samples")
     summary = {
-        "version": RESULT_VERSION,
-        "suite": SUITE,
         "model": model,
         "settings": asdict(settings),
         "timing": timing,

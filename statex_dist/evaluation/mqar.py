@@ -25,12 +25,23 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.journal import EvalUnit, Record
 from statex_dist.evaluation.mqar_ids import check_ids, listed_ids, shown_ids
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.settings import check_different, check_reading
-from statex_dist.inference.not_finite import explain_not_finite
-from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating, rows_that_fit
+from statex_dist.evaluation.report import (
+    Estimate,
+    bootstrap,
+    check_different,
+    check_reading,
+    plot_curve,
+    write_results,
+)
+from statex_dist.inference.prefill import (
+    DEFAULT_SEGMENT_LENGTH,
+    device_of,
+    evaluating,
+    explain_not_finite,
+    rows_that_fit,
+)
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
 
@@ -209,7 +220,7 @@ def _documents(num_pairs: int, settings: MqarSettings) -> tuple[npt.NDArray[np.i
     )
 
 
-def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer | None = None) -> list[Unit]:
+def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer | None = None) -> list[EvalUnit]:
     """Return the suite's units: a batch of documents each.
 
     Args:
@@ -241,12 +252,12 @@ def mqar_units(model: RecurrentLM, settings: MqarSettings, tokenizer: Tokenizer 
             for i, share in enumerate(shares.tolist(), start=samples.start)
         ]
 
-    units: list[Unit] = []
+    units: list[EvalUnit] = []
     for num_pairs in settings.num_pairs:
         for start in range(0, settings.num_samples, settings.batch_size):
             samples = slice(start, min(start + settings.batch_size, settings.num_samples))
             units.append(
-                Unit(
+                EvalUnit(
                     key=f"{num_pairs} pairs, documents {samples.start}..{samples.stop - 1}",
                     run=functools.partial(run, num_pairs, samples),
                     tokens=4 * num_pairs * (samples.stop - samples.start),
@@ -278,19 +289,7 @@ def write_mqar(
     timing: Mapping[str, Any] | None = None,
     vocabulary: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``mqar.json``, ``mqar.jsonl``, ``mqar.png`` (accuracy) and ``mqar_capacity.png`` (pairs recalled).
-
-    Args:
-        records: What the units of :func:`mqar_units` found.
-        directory: An existing directory.
-        settings: What was asked for.
-        model: What is known of the model.
-        timing: How long it took.
-        vocabulary: What is known of the keys and values besides their ids.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``mqar.json``, ``mqar.jsonl``, ``mqar.png`` (accuracy) and ``mqar_capacity.png`` (pairs recalled)."""
     result = summarise_mqar(records, settings)
     pairs = sorted(result)
     plot = plot_curve(
@@ -321,8 +320,6 @@ def write_mqar(
     )
     held = [n for n in pairs if result[n].mean >= NEAR_PERFECT]
     summary = {
-        "version": RESULT_VERSION,
-        "suite": "mqar",
         "model": model,
         "by_num_pairs": {
             str(n): {

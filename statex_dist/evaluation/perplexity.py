@@ -1,7 +1,7 @@
 """The ``perplexity`` suite: how well a model predicts text, and where in it.
 
 Documents are read from their first token to their EOS with a carried state, so that a document of any length is one
-context; several run side by side (:mod:`~statex_dist.evaluation.document_rows`).
+context; several run side by side (:mod:`~statex_dist.evaluation.documents`).
 
 A document of ``n`` tokens has ``n - 1`` targets: all but its first token, its EOS included. Packed, the same documents
 are joined and cut into sequences of equal length, each one context; a document's first token is no target there either.
@@ -24,11 +24,9 @@ import xxhash
 from statex_dist.data.store import Piece
 from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.document_rows import FIRST_EDGE, DocumentRow, read_rows
-from statex_dist.evaluation.documents import pack, up_to
-from statex_dist.evaluation.journal import Record, Unit, work
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_curve, write_results
-from statex_dist.evaluation.settings import check_reading
+from statex_dist.evaluation.documents import FIRST_EDGE, DocumentRow, pack, read_rows, up_to
+from statex_dist.evaluation.journal import EvalUnit, Record, work
+from statex_dist.evaluation.report import Estimate, bootstrap, check_reading, plot_curve, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
@@ -65,7 +63,7 @@ class PerplexitySettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bucket:
+class LossBucket:
     """Loss of the targets at positions ``start <= p < end`` of their contexts (position 0 is never a target).
 
     Attributes:
@@ -108,7 +106,7 @@ class PerplexityResult:
     loss_sum: float
     tokens: int
     bits_per_byte: float | None
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[LossBucket, ...]
     documents: tuple[tuple[int, float], ...]
     seconds: float = 0.0
 
@@ -133,7 +131,9 @@ class PerplexityResult:
         }
 
 
-def perplexity_units(model: RecurrentLM, documents: Iterable[Piece], settings: PerplexitySettings) -> Iterator[Unit]:
+def perplexity_units(
+    model: RecurrentLM, documents: Iterable[Piece], settings: PerplexitySettings
+) -> Iterator[EvalUnit]:
     """Yield the suite's units: some documents each, enough to fill batches, with a digest of their tokens in the key.
 
     Args:
@@ -159,12 +159,12 @@ def perplexity_units(model: RecurrentLM, documents: Iterable[Piece], settings: P
         yield _unit(model, rows, settings, tokens)
 
 
-def _unit(model: RecurrentLM, rows: list[DocumentRow], settings: PerplexitySettings, tokens: int) -> Unit:
+def _unit(model: RecurrentLM, rows: list[DocumentRow], settings: PerplexitySettings, tokens: int) -> EvalUnit:
     digest = xxhash.xxh3_64()
     for row in rows:
         digest.update(np.ascontiguousarray(row.piece.tokens, np.int64).tobytes())
         digest.update(b"" if row.piece.loss_mask is None else np.ascontiguousarray(row.piece.loss_mask).tobytes())
-    return Unit(
+    return EvalUnit(
         key=f"documents {rows[0].number}..{rows[-1].number}, {digest.hexdigest()}",
         run=functools.partial(_read, model, rows, settings),
         tokens=tokens,
@@ -225,7 +225,7 @@ def summarise_perplexity(
         if isinstance(tokenizer, BytesTokenizer) and num_bytes
         else None,
         buckets=tuple(
-            Bucket(
+            LossBucket(
                 start=start,
                 end=max(2 * start, FIRST_EDGE),
                 tokens=sum(n for n, _ in parts),
@@ -252,19 +252,7 @@ def write_perplexity(
     data: str,
     timing: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``perplexity.json``, ``perplexity.jsonl`` and ``perplexity.png`` (loss by position).
-
-    Args:
-        result: What :func:`summarise_perplexity` returned.
-        directory: An existing directory.
-        records: What the units of :func:`perplexity_units` found.
-        model: What is known of the model.
-        data: Where the documents came from.
-        timing: How long it took.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``perplexity.json``, ``perplexity.jsonl`` and ``perplexity.png`` (loss by position)."""
     what = "document" if result.settings.packed_length is None else "packed sequence"
     plot = plot_curve(
         [bucket.end for bucket in result.buckets],
@@ -274,9 +262,5 @@ def write_perplexity(
         y_label="nats per token (band: 95 % interval)",
         reference=([result.loss.mean] * len(result.buckets), f"all positions: {result.loss.mean:.3f}"),
     )
-    summary = {
-        **{"version": RESULT_VERSION, "suite": "perplexity", "model": model, "data": data},
-        **result.to_dict(),
-        "timing": timing or {},
-    }
+    summary = {"model": model, "data": data, **result.to_dict(), "timing": timing or {}}
     return write_results(directory, "perplexity", summary, records, {"perplexity.png": plot})

@@ -15,14 +15,14 @@ from statex_dist.distributed.error_sync import OtherRankError, all_or_none
 from statex_dist.distributed.joining import join_processes
 from statex_dist.errors import StateXError
 
-__all__ = ["OtherRankError", "Ranks", "open_ranks"]
+__all__ = ["EvalRanks", "OtherRankError", "open_ranks"]
 
 WAIT_LIMIT = timedelta(hours=12)
 """Longest wait for a slower rank. A rank that dies ends the wait at once: its connections close."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ranks:
+class EvalRanks:
     """This process among those of an evaluation; alone it is rank 0 of 1.
 
     Attributes:
@@ -62,7 +62,7 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks() -> Iterator[Ranks]:
+def open_ranks() -> Iterator[EvalRanks]:
     """Join the processes that a launcher (torchrun, deepspeed) started; without one, this process is alone.
 
     Raises:
@@ -70,11 +70,11 @@ def open_ranks() -> Iterator[Ranks]:
     """
     env = read_env()
     if env.world_size == 1:
-        yield Ranks()
+        yield EvalRanks()
         return
     # gloo whatever the device: only words are exchanged, never tensors.
     join_processes(env, "gloo", join_limit=WAIT_LIMIT, wait_limit=WAIT_LIMIT)
     try:
-        yield Ranks(rank=env.rank, world_size=env.world_size)
+        yield EvalRanks(rank=env.rank, world_size=env.world_size)
     finally:
         dist.destroy_process_group()

@@ -21,8 +21,8 @@ import xxhash
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle, ruler
-from statex_dist.evaluation.greedy import decode_greedily
-from statex_dist.evaluation.haystack import (
+from statex_dist.evaluation.journal import EvalUnit, Record
+from statex_dist.evaluation.needle import (
     SentenceSource,
     fresh_sentences,
     made_up_sentences,
@@ -30,9 +30,15 @@ from statex_dist.evaluation.haystack import (
     running_text,
     split_sentences,
 )
-from statex_dist.evaluation.journal import Record, Unit
-from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, plot_heat_map, write_results
-from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.evaluation.report import (
+    Estimate,
+    bootstrap,
+    check_different,
+    check_reading,
+    plot_heat_map,
+    write_results,
+)
+from statex_dist.evaluation.scoring import decode_greedily
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating
 from statex_dist.inference.text import continuation_text, text_window
 from statex_dist.inference.vocabulary import check_vocabulary
@@ -94,7 +100,7 @@ class _Asked:
     positions: tuple[int, ...]
 
 
-def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokenizer) -> list[Unit]:
+def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokenizer) -> list[EvalUnit]:
     """Return the suite's units: a batch of prompts of one task, length and depth each.
 
     Args:
@@ -167,7 +173,7 @@ def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokeni
 
     for task in settings.tasks:
         _check_answers(task, prompts(task, min(settings.lengths), 0, range(1))[0], tokenizer)
-    units: list[Unit] = []
+    units: list[EvalUnit] = []
     for task in settings.tasks:
         for length in settings.lengths:
             for depth in range(settings.depths):
@@ -175,7 +181,7 @@ def recall_units(model: RecurrentLM, settings: RecallSettings, tokenizer: Tokeni
                     samples = range(start, min(start + settings.batch_size, settings.num_samples))
                     name = f"{task}, length {length}, depth {depth}, samples {samples.start}..{samples.stop - 1}"
                     units.append(
-                        Unit(
+                        EvalUnit(
                             key=f"{name}, haystack {digest}",
                             run=functools.partial(run, task, length, depth, samples),
                             tokens=length * len(samples),
@@ -291,18 +297,7 @@ def write_recall(
     model: Mapping[str, Any],
     timing: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``recall.json``, ``recall.jsonl`` and a heat map ``recall_TASK.png`` for each task.
-
-    Args:
-        records: What the units of :func:`recall_units` found.
-        directory: An existing directory.
-        settings: What was asked for.
-        model: What is known of the model.
-        timing: How long it took.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``recall.json``, ``recall.jsonl`` and a heat map ``recall_TASK.png`` for each task."""
     results = summarise_recall(records, settings)
     lengths, depths = sorted(settings.lengths), needle.depth_values(settings.depths)
     plots = {
@@ -317,8 +312,6 @@ def write_recall(
         for task, result in results.items()
     }
     summary = {
-        "version": RESULT_VERSION,
-        "suite": "recall",
         "model": model,
         "tasks": {
             task: {

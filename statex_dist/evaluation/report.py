@@ -1,4 +1,4 @@
-"""What all suites share: intervals, crash-safe result files and plots."""
+"""What all suites share: checks of settings, intervals, crash-safe result files and plots."""
 
 from __future__ import annotations
 
@@ -12,8 +12,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.durable.files import write_durably, write_json
 from statex_dist.errors import ConfigError
+
+
+def check_reading(settings: Any, *counts: str) -> None:
+    """Raise unless the settings that all suites have make sense: ``batch_size``, ``segment_length`` and ``seed``.
+
+    Args:
+        settings: A suite's settings.
+        counts: Further fields that must be 1 or more.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    for name in (*counts, "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {getattr(settings, name)}")
+    if settings.segment_length < 1:
+        raise ConfigError(f"segment length must be 1 or more, not {settings.segment_length}")
+    if settings.seed < 0:
+        raise ConfigError(f"seed must be 0 or more, not {settings.seed}")
+
+
+def check_different(name: str, numbers: Sequence[int], *, least: int = 1) -> None:
+    """Raise unless ``numbers``, called ``name``, are one or more different numbers of ``least`` or more.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if not numbers or min(numbers) < least or len(set(numbers)) != len(numbers):
+        raise ConfigError(f"{name} must be different numbers of {least} or more, not {list(numbers)}")
+
 
 RESULT_VERSION = 2
 """Version of the JSON files' layout."""
@@ -97,7 +127,7 @@ def open_target(directory: Path, *, overwrite: bool) -> None:
 def write_results(
     directory: Path,
     suite: str,
-    summary: Mapping[str, Any],
+    found: Mapping[str, Any],
     rows: Iterable[Mapping[str, Any]],
     plots: Mapping[str, bytes],
 ) -> list[Path]:
@@ -106,7 +136,8 @@ def write_results(
     Args:
         directory: An existing directory.
         suite: Stem of ``SUITE.json`` and ``SUITE.jsonl``.
-        summary: Contents of ``SUITE.json``, which is removed first and written last; the plots' names are added.
+        found: Contents of ``SUITE.json``, which is removed first and written last; its version and the names of the
+            suite and the plots are added.
         rows: One record a sample.
         plots: PNG by file name.
 
@@ -119,8 +150,8 @@ def write_results(
     write_durably(samples, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
     for name, content in plots.items():
         write_durably(directory / name, content)
-    whole = {**summary, "plots": list(plots)}
-    write_durably(target, json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    whole = {"version": RESULT_VERSION, "suite": suite, **found, "plots": list(plots)}
+    write_json(target, whole, indent=2, ensure_ascii=False)
     return [target, samples, *(directory / name for name in plots)]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.haystack import IntArray, SentenceSource, fresh_sentences, running_text
+from statex_dist.evaluation.needle import IntArray, SentenceSource, fresh_sentences, running_text
 
 Kind = Literal["words", "numbers", "uuids"]
 

@@ -6,15 +6,23 @@ the states, not on how long a context is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from statex_dist.errors import DataError
-from statex_dist.inference.not_finite import explain_row
-from statex_dist.inference.prefill import Tokens, evaluating, read_contexts, rows_that_fit, take_rows
+from statex_dist.inference.prefill import (
+    DEFAULT_SEGMENT_LENGTH,
+    Tokens,
+    evaluating,
+    explain_row,
+    prefill,
+    read_contexts,
+    rows_that_fit,
+    take_rows,
+)
 from statex_dist.inference.vocabulary import check_token_ids
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.sequence import LayerState
@@ -135,3 +143,45 @@ def _score_tokens(
     logprobs = wide.gather(-1, targets[..., None])[..., 0] - wide.logsumexp(dim=-1)
     sums = torch.where(counted, logprobs, 0).double().sum(dim=1)
     return sums, ((wide.argmax(dim=-1) == targets) | ~counted).all(dim=1)
+
+
+Stop = Callable[[int, list[int]], bool]
+"""Returns whether a row needs no more tokens, from its index and its tokens so far."""
+
+
+def decode_greedily(
+    model: RecurrentLM,
+    input_ids: torch.Tensor,
+    num_tokens: int,
+    *,
+    segment_length: int = DEFAULT_SEGMENT_LENGTH,
+    stop: Stop | None = None,
+) -> torch.Tensor:
+    """Continue prompts with the most likely tokens, one recurrent step each.
+
+    Args:
+        model: The model.
+        input_ids: ``[B, T]`` int64 prompts of equal length.
+        num_tokens: Tokens to produce.
+        segment_length: Tokens per forward pass while the prompt is read.
+        stop: Asked after each step about each row that it has not yet stopped; when all are, decoding ends.
+
+    Returns:
+        ``[B, n]`` int64, ``n <= num_tokens``; a row that was stopped before others holds further tokens behind.
+
+    Raises:
+        CheckpointError: The logits are not finite; layer and position are named.
+    """
+    length = input_ids.shape[1]
+    logits, states = prefill(model, input_ids, segment_length=segment_length)
+    produced = logits.argmax(dim=-1)[:, None]
+    running = list(range(len(input_ids)))
+    while produced.shape[1] < num_tokens:
+        if stop is not None:
+            texts = produced.tolist()
+            running = [row for row in running if not stop(row, texts[row])]
+            if not running:
+                break
+        logits, states = prefill(model, produced[:, -1:], states=states, position=length + produced.shape[1] - 1)
+        produced = torch.cat([produced, logits.argmax(dim=-1)[:, None]], dim=1)
+    return produced

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from statex_dist.checkpoint.layout import STATES_FORMAT
-from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.data.tokenizer import Tokenizer
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import CheckpointError
 from statex_dist.inference.generate import Prefix
 from statex_dist.inference.prefill import device_of

@@ -10,7 +10,7 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import DataError
-from statex_dist.inference.decoding import Agree, DecodingLoop, Progress, Row
+from statex_dist.inference.decoding import Agree, DecodingLoop, Progress, Row, Sampling
 from statex_dist.inference.prefill import (
     DEFAULT_SEGMENT_LENGTH,
     Tokens,
@@ -20,7 +20,6 @@ from statex_dist.inference.prefill import (
     rows_that_fit,
     take_rows,
 )
-from statex_dist.inference.sampling import Sampling
 from statex_dist.inference.text import stop_with_special_token, text_window
 from statex_dist.inference.vocabulary import check_token_ids
 from statex_dist.models.lm import RecurrentLM

@@ -14,7 +14,8 @@ from huggingface_hub import save_torch_state_dict
 
 from statex_dist.checkpoint.formats.piece_io import WholeReader
 from statex_dist.checkpoint.formats.tensor_io import TensorSource
-from statex_dist.checkpoint.manifest import finish_target, prepare_target, sync
+from statex_dist.checkpoint.manifest import finish_target, prepare_target
+from statex_dist.durable.files import sync
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.lm import RecurrentLM

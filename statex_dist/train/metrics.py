@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.json_file import parse_json
-from statex_dist.checkpoint.manifest import sync, write_durably
+from statex_dist.durable.files import sync, write_durably
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.train.console import StepLines
 from statex_dist.train.mfu import Utilisation

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from statex_dist.durable.lock import HeldLock, LockHeldError, acquire
 from statex_dist.errors import ConfigError, refusal
 
 LOCK_NAME = ".lock"
@@ -25,7 +22,7 @@ def claim(
     *,
     lock_name: str = LOCK_NAME,
     taken: str = TAKEN,
-) -> FileLock:
+) -> HeldLock:
     """Make the run's directory and return a held lock on it, which the system releases when this process ends.
 
     Args:
@@ -37,14 +34,11 @@ def claim(
         ConfigError: The directory cannot be made, or another process holds the lock.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / lock_name)
-        lock.acquire(timeout=_WAIT_SECONDS, poll_interval=0.1)
-    except Timeout:
+        return acquire(run_dir / lock_name, wait=_WAIT_SECONDS, holder="statex", required=False)
+    except LockHeldError:
         raise ConfigError(taken_text(run_dir, taken)) from None
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written: {refusal(error)}") from None
-    return lock
 
 
 def taken_text(run_dir: Path, taken: str = TAKEN) -> str:
@@ -61,10 +55,8 @@ def not_held(run_dir: Path) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         free = True
         try:
-            descriptor = os.open(run_dir / LOCK_NAME, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(acquire(run_dir / LOCK_NAME, create=False, shared=True))
+        except LockHeldError:
             free = False
         except OSError:
             pass  # no lock was ever made there, or the file system has none

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from statex_dist.checkpoint.layout import SETTINGS_NAME
-from statex_dist.checkpoint.manifest import write_durably
 from statex_dist.config import flat
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import bounded_line, shown
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ that is still alive somewhere, is not taken for the news of this one.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from statex_dist.checkpoint.json_file import read_json
-from statex_dist.checkpoint.layout import STATUS_NAME, TEMPORARY_PREFIX
-from statex_dist.checkpoint.manifest import sync, write_durably
+from statex_dist.checkpoint.layout import STATUS_NAME
+from statex_dist.durable.files import write_json
 from statex_dist.errors import StateXError
 
 logger = logging.getLogger(__name__)
@@ -82,10 +81,7 @@ class RunStatus:
 
 def write_status(run_dir: Path, status: RunStatus) -> None:
     """Replace ``status.json`` durably; several processes may do so at once."""
-    draft = run_dir / f"{TEMPORARY_PREFIX}{STATUS_NAME}-{os.uname().nodename}-{os.getpid()}"
-    write_durably(draft, json.dumps(asdict(status), indent=1) + "\n")
-    draft.replace(run_dir / STATUS_NAME)
-    sync(run_dir)
+    write_json(run_dir / STATUS_NAME, asdict(status), many_writers=True)
 
 
 def write_failure(

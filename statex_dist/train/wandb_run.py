@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.manifest import write_durably
+from statex_dist.durable.files import write_durably
 from statex_dist.redact import holds_remembered, redact
 from statex_dist.train.wandb_files import is_offline, read_records, segments, synced_marker
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from statex_dist.checkpoint.layout import complete_tags, rank_of, step_of, tag_of
-from statex_dist.checkpoint.manifest import Manifest, finish_target, prepare_target, record_file, write_durably
+from statex_dist.checkpoint.manifest import Manifest, finish_target, prepare_target, record_file
+from statex_dist.durable.files import write_durably
 from statex_dist.errors import CheckpointError
 
 

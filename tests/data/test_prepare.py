@@ -18,9 +18,9 @@ from statex_dist.data.corpus.documents import WorkUnit, read_unit, split_units
 from statex_dist.data.corpus.tokenize_units import _as_finished
 from statex_dist.data.formats import open_store
 from statex_dist.data.prepare import _WRITERS
-from statex_dist.data.progress import ProgressLine
 from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.store import sequential_documents
+from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError
 from tests.data.options import prepare
 from tests.data.prepared import EOS, files_of, json_lines, put, split_small, texts_of
@@ -393,10 +393,13 @@ def test_results_before_a_bad_unit_are_waited_for(monkeypatch):
 
 def test_progress_says_how_long_it_will_take(monkeypatch, caplog):
     now = 100.0
-    monkeypatch.setattr("statex_dist.data.progress.time.monotonic", lambda: now)
-    monkeypatch.setattr("statex_dist.data.progress.log.propagate", True)
-    monkeypatch.setattr("statex_dist.data.progress.log.parent", logging.getLogger())
-    with caplog.at_level("INFO", "statex_dist.data.progress"), ProgressLine("tokenize", 120, "units", 20) as progress:
+    monkeypatch.setattr("statex_dist.durable.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("statex_dist.durable.progress.log.propagate", True)
+    monkeypatch.setattr("statex_dist.durable.progress.log.parent", logging.getLogger())
+    with (
+        caplog.at_level("INFO", "statex_dist.durable.progress"),
+        ProgressLine("tokenize", 120, "units", 20) as progress,
+    ):
         progress.advance(1, 10)  # too early for a line
         now += 13.0
         progress.advance(9, 54_600_000)

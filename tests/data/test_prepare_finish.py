@@ -14,6 +14,7 @@ from launch.cli import main
 from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.staging import Staging
 from statex_dist.data.corpus.work import WorkDirectory, WorkPart
+from statex_dist.durable.lock import acquire
 from statex_dist.errors import ConfigError, StateXError
 from tests.data.options import prepare, prepare_part
 from tests.data.prepared import files_of, json_lines, put, split_small
@@ -171,9 +172,7 @@ def test_a_damaged_note_of_the_commit_is_not_taken(tmp_path, corpus):
 
 def test_a_work_directory_in_use_is_left(tmp_path, corpus):
     leave_work(tmp_path, corpus)
-    from statex_dist.data.corpus.lock import try_lock
-
-    with try_lock(tmp_path / ".out.work" / "lock"), pytest.raises(ConfigError, match="is in use by"):
+    with acquire(tmp_path / ".out.work" / "lock"), pytest.raises(ConfigError, match="is in use by"):
         prepare([corpus], tmp_path / "out")
     assert (tmp_path / ".out.work").exists()
 

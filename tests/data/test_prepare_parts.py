@@ -11,9 +11,9 @@ import pytest
 
 from launch.cli import build_parser, main
 from statex_dist.data.corpus.documents import find_files, split_units
-from statex_dist.data.corpus.lock import sign, try_lock
 from statex_dist.data.corpus.work import WorkPart, parse_part
 from statex_dist.data.formats import open_store
+from statex_dist.durable.lock import acquire
 from statex_dist.errors import ConfigError
 from tests.data.options import prepare
 from tests.data.prepared import files_of, json_lines, put, split_small
@@ -163,18 +163,16 @@ def test_max_documents_with_parts(tmp_path, corpus, limit):
 def test_running_parts_are_not_disturbed(tmp_path, corpus, capsys):
     out, work = tmp_path / "out", tmp_path / ".out.work"
     assert statex(corpus, out, "--part", "1/2") == 0
-    shared = try_lock(work / "lock", shared=True)
-    own = try_lock(work / "lock-part-2-of-2")
-    sign(own, "part 2/2")
+    shared = acquire(work / "lock", shared=True)
+    own = acquire(work / "lock-part-2-of-2", holder="part 2/2")
     for options in (("--merge",), (), ("--eos", "none"), ("--part", "2/2")):
         assert f"is in use by part 2/2 (process {os.getpid()} on " in refused(capsys, corpus, out, *options)
     assert statex(corpus, out, "--part", "1/2") == 0
-    own.close()
-    shared.close()
-    alone = try_lock(work / "lock")
-    sign(alone, "a run")
+    own.release()
+    shared.release()
+    alone = acquire(work / "lock", holder="a run")
     assert "is in use by a run (process" in refused(capsys, corpus, out, "--part", "2/2")
-    alone.close()
+    alone.release()
 
 
 @pytest.mark.parametrize("text", ["0/8", "9/8", "3", "3/0", "a/b", "-1/2", "1/8/2", "", "/8"])

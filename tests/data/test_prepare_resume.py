@@ -1,7 +1,6 @@
 """``statex prepare`` killed at any moment, and gone on with."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from statex_dist.data.corpus.documents import split_units
-from statex_dist.data.corpus.lock import try_lock
 from statex_dist.data.corpus.records import ReadReport
 from statex_dist.data.corpus.tokenize_units import UnitJob, UnitTokenizer
 from statex_dist.data.corpus.unit_files import UnitDocuments, UnitWriter, load_result
@@ -266,8 +264,8 @@ def test_unreadable_settings_begin_again(tmp_path, corpus):
 
 def test_a_work_directory_in_use_is_refused(tmp_path, corpus):
     work = tmp_path / "work"
-    code = "import sys\nfrom pathlib import Path\nfrom statex_dist.data.corpus.lock import sign, try_lock\n"
-    code += "file = try_lock(Path(sys.argv[1]))\nsign(file, 'a run')\nprint('locked', flush=True)\nsys.stdin.read()"
+    code = "import sys\nfrom pathlib import Path\nfrom statex_dist.durable.lock import acquire\n"
+    code += "lock = acquire(Path(sys.argv[1]), holder='a run')\nprint('locked', flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-c", code, str(work / "lock")]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
@@ -276,21 +274,6 @@ def test_a_work_directory_in_use_is_refused(tmp_path, corpus):
         process.kill()
     prepare([corpus], tmp_path / "out", work=work)  # no stale lock
     assert not work.exists()
-
-
-def test_a_lock_on_a_file_that_was_just_removed_is_taken_again(tmp_path, monkeypatch):
-    path, real, calls = tmp_path / "lock", fcntl.flock, []
-
-    def flock(file, how):
-        if not calls:
-            path.unlink()
-        calls.append(how)
-        real(file, how)
-
-    monkeypatch.setattr("statex_dist.data.corpus.lock.fcntl.flock", flock)
-    with try_lock(path) as file:
-        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
-    assert len(calls) == 2
 
 
 def test_a_directory_of_something_else_is_not_taken_for_work(tmp_path, corpus):

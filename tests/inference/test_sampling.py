@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.errors import ConfigError
-from statex_dist.inference.sampling import Sampling, choose_tokens
+from statex_dist.inference.decoding import Sampling, choose_tokens
 
 
 def generators(count, seed=0):

@@ -11,8 +11,8 @@ import pytest
 from checkpoints_tools.reshard.reshard import reshard
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
+from statex_dist.inference.decoding import Sampling
 from statex_dist.inference.generate import generate_continuations
-from statex_dist.inference.sampling import Sampling
 from statex_dist.models.hf import from_pretrained
 from tests.runs import GLA, MAMBA2, environment, expanded, save_model
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from filelock import FileLock
 
 from launch.supervisor import processes
 from launch.supervisor.attempt import TRAIN, Attempt
@@ -19,6 +18,7 @@ from launch.supervisor.loop import Policy, Supervisor, Verdict
 from statex_dist.checkpoint.layout import complete_tags, tag_of
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.config import parse_config
+from statex_dist.durable.lock import acquire
 from statex_dist.errors import ConfigError
 from statex_dist.run_config import RunConfig
 from statex_dist.train.status import ATTEMPT_VARIABLE, RunStatus, read_status
@@ -210,7 +210,7 @@ def test_the_number_of_ranks_divides_a_step(tmp_path: Path):
 def test_a_second_supervisor_is_refused(tmp_path: Path):
     job = make(tmp_path)
     job.run_dir.mkdir()
-    with FileLock(job.run_dir / ".supervise.lock"), pytest.raises(ConfigError, match="another supervisor watches it"):
+    with acquire(job.run_dir / ".supervise.lock"), pytest.raises(ConfigError, match="another supervisor watches it"):
         job.run()
 
 

@@ -10,8 +10,8 @@ import torch
 
 from statex_dist.data.store import Piece
 from statex_dist.errors import ConfigError
-from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
+from statex_dist.evaluation.scoring import decode_greedily
 from statex_dist.models import fla_block, mitigation
 from statex_dist.models.mamba2 import mixer as mamba2_mixer
 from statex_dist.models.mitigated import mitigated_gla

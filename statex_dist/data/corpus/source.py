@@ -27,8 +27,8 @@ from statex_dist.data.corpus.unit_files import UnitDocuments, UnitJob, UnitResul
 from statex_dist.data.corpus.unit_results import BadRecordLog, BadRecordNames, UnitResults, finished_units
 from statex_dist.data.corpus.work import WorkDirectory, WorkPart
 from statex_dist.data.manifest import DatasetManifest, hash_lengths
-from statex_dist.data.progress import ProgressLine
 from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
+from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 
 from statex_dist.checkpoint.json_file import read_bytes, read_json
-from statex_dist.checkpoint.manifest import sync
 from statex_dist.data.manifest import MANIFEST_NAME, DatasetManifest
+from statex_dist.durable.files import sync
 from statex_dist.errors import ConfigError, refusal, writing
 
 log = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ import numpy as np
 
 from statex_dist.checkpoint.formats.raw_io import allow_open_files
 from statex_dist.checkpoint.json_file import parse_json
-from statex_dist.checkpoint.manifest import sync
 from statex_dist.data.corpus.documents import WorkUnit
 from statex_dist.data.corpus.records import ReadReport
+from statex_dist.durable.files import rename_durably
 
 log = logging.getLogger(__name__)
 
@@ -160,12 +160,8 @@ class UnitWriter:
             count -= size
 
     def _place(self, file: BinaryIO, suffix: str) -> None:
-        file.flush()
-        os.fsync(file.fileno())
         file.close()
-        final = Path(self._base + suffix)
-        Path(self._base + suffix + self._temporary).replace(final)
-        sync(final.parent)
+        rename_durably(Path(self._base + suffix + self._temporary), Path(self._base + suffix))
 
 
 def load_result(base: str, dtype: str) -> UnitResult | None:

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from statex_dist.checkpoint.json_file import MAX_JSON_BYTES, read_json
 from statex_dist.data.corpus.documents import WorkUnit, file_facts
-from statex_dist.data.corpus.lock import holder, sign, try_lock
 from statex_dist.data.corpus.unit_files import DONE_SUFFIX, UnitJob
+from statex_dist.durable.lock import HeldLock, LockHeldError, acquire, holder_of
 from statex_dist.errors import ConfigError, DataError, shown, writing
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class WorkDirectory:
         self._settings = {"version": _VERSION, **settings}
         self._part = part
         self._merge = merge
-        self._locks: list[TextIO] = []
+        self._locks: list[HeldLock] = []
         facts = {name: file_facts(name) for unit in units for name in unit.paths}
         self._inputs = {os.path.abspath(name): list(found) for name, found in facts.items()}  # noqa: PTH100 - many files
         # Lines that another process has added since the files were split are in no unit.
@@ -186,30 +186,31 @@ class WorkDirectory:
             raise ConfigError(f"work directory {self.path} holds {strange[0]}, which is not ours; choose an empty one")
 
     def _lock(self) -> None:
-        file = try_lock(self.path / _LOCK_NAME, shared=self._part is not None)
-        if file is None:
+        path, part = self.path / _LOCK_NAME, self._part
+        try:
+            self._locks.append(acquire(path, shared=part is not None, holder="" if part else "a run"))
+            if part is not None:
+                path = self.path / f"{_LOCK_NAME}-part-{part.index}-of-{part.count}"
+                self._locks.append(acquire(path, holder=f"part {part}"))
+        except LockHeldError as error:
+            held = bool(self._locks)
+            self._unlock()
+            if held:
+                raise ConfigError(
+                    f"work directory {self.path} is in use by {error.holder}; a part cannot be run twice at once"
+                ) from None
             paths = sorted(self.path.glob(f"{_LOCK_NAME}*"), key=lambda path: -len(path.name))
-            who = next((name for path in paths if (name := holder(path)) is not None), "another process")
+            who = next((name for path in paths if (name := holder_of(path)) is not None), "another process")
             raise ConfigError(
                 f"work directory {self.path} is in use by {who}; wait for it, or choose another with --work"
-            )
-        self._locks.append(file)
-        if self._part is None:
-            sign(file, "a run")
-            return
-        path = self.path / f"{_LOCK_NAME}-part-{self._part.index}-of-{self._part.count}"
-        own = try_lock(path)
-        if own is None:
+            ) from None
+        except OSError as error:
             self._unlock()
-            raise ConfigError(
-                f"work directory {self.path} is in use by {holder(path)}; a part cannot be run twice at once"
-            )
-        sign(own, f"part {self._part}")
-        self._locks.append(own)
+            raise ConfigError(f"{path} cannot be locked: {error.strerror}; choose a directory elsewhere") from error
 
     def _unlock(self) -> None:
-        for file in self._locks:
-            file.close()
+        for lock in self._locks:
+            lock.release()
         self._locks.clear()
 
     def _agree(self) -> None:

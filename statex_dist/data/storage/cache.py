@@ -27,10 +27,9 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from statex_dist.data.storage.schemes import is_disk_full
 from statex_dist.data.storage.shards import ShardEntry
+from statex_dist.durable.lock import LockHeldError, acquire
 from statex_dist.errors import ConfigError, DataError, ShardError
 
 log = logging.getLogger(__name__)
@@ -218,7 +217,7 @@ class ShardCache:
         for partial in self.directory.glob(f"*/*{_PARTIAL}"):
             if partial == _partial_of(place):
                 continue
-            with contextlib.suppress(Timeout), FileLock(_lock_of(partial.with_suffix("")), timeout=0):
+            with contextlib.suppress(LockHeldError), acquire(_lock_of(partial.with_suffix(""))):
                 if partial.exists():  # else its process has just put the shard into its place
                     log.warning("removing %s, left by a process that ended while it fetched", partial)
                     shutil.rmtree(partial, ignore_errors=True)
@@ -278,14 +277,11 @@ def _digest(text: str) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
-    lock = FileLock(path, timeout=_PATIENCE_SECONDS, poll_interval=_POLL_SECONDS)
     while True:
         try:
-            lock.acquire()
+            lock = acquire(path, wait=_PATIENCE_SECONDS, poll=_POLL_SECONDS)
             break
-        except Timeout:
+        except LockHeldError:
             log.warning("still waiting for another process: %s (%s)", what, path)
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

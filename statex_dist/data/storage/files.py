@@ -56,18 +56,6 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statex"
 
 
-def write_atomically(target: Path, content: bytes) -> None:
-    """Write a file of the cache; processes that write the same one at once do not disturb each other."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(target)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 class LocalFiles:
     """A dataset in a directory of this machine; shards that are there only compressed are unpacked into the cache."""
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import os
 import reprlib
 import shutil
@@ -31,14 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from statex_dist.checkpoint.json_file import read_json
-from statex_dist.data.storage.files import write_atomically
 from statex_dist.data.storage.npy import read_npy
 from statex_dist.data.storage.schemes import is_disk_error
 from statex_dist.data.storage.shards import TOKEN_DTYPES, FileEntry, MappedShard, ShardEntry, hash_file, parse_index
 from statex_dist.data.storage.tar_members import scan_tar
+from statex_dist.durable.files import write_durably
+from statex_dist.durable.lock import acquire
 from statex_dist.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ def _index_tar(path: Path, kept: Path) -> tuple[ShardEntry, np.ndarray]:
     name = f"{path.name}-{blake2b(repr(identity).encode(), digest_size=8).hexdigest()}"
     members, summary = kept / (name + MEMBERS_SUFFIX), kept / f"{name}.json"
     # The processes of a machine all come here at once; one of them works.
-    with FileLock(kept / f"{name}.lock"):
+    with acquire(kept / f"{name}.lock", wait=math.inf):
         try:
             return _known_entry(path, members, summary)
         except FileNotFoundError:
@@ -283,7 +284,7 @@ def _keep(path: Path, members: Path, summary: Path) -> None:
     partial = members.with_suffix(f".{os.getpid()}.npy")
     np.save(partial, found.rows)
     partial.replace(members)
-    write_atomically(summary, json.dumps(known).encode())
+    write_durably(summary, json.dumps(known), fsync=False, many_writers=True)
 
 
 def _unpack(source: Path, target: Path) -> None:

@@ -19,11 +19,10 @@ import xxhash
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation import needle
-from statex_dist.evaluation.haystack import read_haystack
 from statex_dist.evaluation.health.plots import plot_ladder
-from statex_dist.evaluation.journal import Record, Unit
-from statex_dist.evaluation.report import RESULT_VERSION, bootstrap, write_results
-from statex_dist.evaluation.settings import check_different, check_reading
+from statex_dist.evaluation.journal import EvalUnit, Record
+from statex_dist.evaluation.needle import read_haystack
+from statex_dist.evaluation.report import bootstrap, check_different, check_reading, write_results
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH
 from statex_dist.models.lm import RecurrentLM
 
@@ -61,7 +60,7 @@ class CapacitySettings:
             raise ConfigError(f"threshold must be a share above 0 and at most 1, not {self.threshold}")
 
 
-def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: Tokenizer) -> list[Unit]:
+def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: Tokenizer) -> list[EvalUnit]:
     """Return the suite's work: a unit for each batch of prompts of a length and depth, with a digest of the haystack.
 
     Raises:
@@ -80,7 +79,7 @@ def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: To
         haystack = needle.file_haystack(Path(settings.haystack), tokenizer)
         text = read_haystack(Path(settings.haystack), tokenizer)
         digest = xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
-    units: list[Unit] = []
+    units: list[EvalUnit] = []
     for length in sorted(settings.lengths):
         for depth in needle.depth_values(settings.depths):
             for first in range(0, settings.num_samples, settings.batch_size):
@@ -110,7 +109,7 @@ def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: To
                     ]
 
                 key = f"{length}/{depth:.6f}/{first}, haystack {digest}"
-                units.append(Unit(key=key, run=run, tokens=count * length))
+                units.append(EvalUnit(key=key, run=run, tokens=count * length))
     return units
 
 
@@ -192,15 +191,9 @@ def write_capacity(
     model: Mapping[str, Any],
     timing: Mapping[str, Any],
 ) -> list[Path]:
-    """Write ``capacity.json``, ``capacity.jsonl`` (a prompt a line) and ``capacity.png``.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``capacity.json``, ``capacity.jsonl`` (a prompt a line) and ``capacity.png``."""
     ladder = climb(records, settings)
     summary = {
-        "version": RESULT_VERSION,
-        "suite": "capacity",
         "model": dict(model),
         "settings": {**dataclasses.asdict(settings), "lengths": list(settings.lengths)},
         "timing": dict(timing),

@@ -29,9 +29,9 @@ from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.documents import read_documents
 from statex_dist.evaluation.health.retention import RetentionProbe
-from statex_dist.evaluation.journal import Record, Unit
+from statex_dist.evaluation.journal import EvalUnit, Record
 from statex_dist.evaluation.needle import filler_haystack
-from statex_dist.evaluation.settings import check_reading
+from statex_dist.evaluation.report import check_reading
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating, rows_that_fit
 from statex_dist.inference.vocabulary import token_outside
 from statex_dist.models.lm import RecurrentLM
@@ -193,7 +193,7 @@ def state_statistics(state: torch.Tensor) -> dict[str, npt.NDArray[np.float64]]:
     return {name: value.cpu().numpy() for name, value in values.items()}
 
 
-def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: Tokenizer) -> list[Unit]:
+def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: Tokenizer) -> list[EvalUnit]:
     """Return the suite's work: one unit for each batch of sequences of a prompt, a digest of given text in its key.
 
     A unit's records are its sequences: ``{"prompt", "sequence", "loss": [P], "states": {statistic: [[[P], heads],
@@ -209,7 +209,7 @@ def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: To
         DataError: The data is too short, or holds tokens outside the vocabulary.
     """
     batch_size = rows_that_fit(model, min(settings.segment_length, settings.tokens), settings.batch_size)
-    units: list[Unit] = []
+    units: list[EvalUnit] = []
     for prompt in settings.prompts:
         sequences = 1 if prompt == "newlines" else settings.sequences
         data = _cut_data(model, settings, tokenizer) if prompt == "data" else None
@@ -224,7 +224,7 @@ def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: To
 
             # Text that has changed since is another unit: what was found of the old one does not count.
             text = "" if data is None else f", text {xxhash.xxh3_64_hexdigest(data[numbers].tobytes())}"
-            units.append(Unit(key=f"{prompt}/{first}{text}", run=run, tokens=len(numbers) * settings.tokens))
+            units.append(EvalUnit(key=f"{prompt}/{first}{text}", run=run, tokens=len(numbers) * settings.tokens))
     return units
 
 

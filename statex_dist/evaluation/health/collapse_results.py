@@ -19,7 +19,7 @@ from statex_dist.evaluation.health.verdict import (
     worst_heads,
 )
 from statex_dist.evaluation.journal import Record
-from statex_dist.evaluation.report import RESULT_VERSION, write_results
+from statex_dist.evaluation.report import write_results
 
 
 def write_collapse(
@@ -31,23 +31,9 @@ def write_collapse(
     timing: Mapping[str, Any],
     train_length_from: str,
 ) -> list[Path]:
-    """Write ``collapse.json``, ``collapse.jsonl``, ``collapse_loss.png`` and ``collapse_norm.png``.
-
-    Args:
-        records: Of the units of :func:`~statex_dist.evaluation.health.collapse.collapse_units`.
-        settings: What was asked for.
-        directory: An existing directory.
-        model: What is known of the model.
-        timing: Seconds and ranks.
-        train_length_from: Who said the training length: ``--train-length`` or ``config.json``.
-
-    Returns:
-        The files, the summary first.
-    """
+    """Write ``collapse.json``, ``collapse.jsonl``, ``collapse_loss.png`` and ``collapse_norm.png``."""
     judged = judge(records, settings)
     summary: dict[str, Any] = {
-        "version": RESULT_VERSION,
-        "suite": "collapse",
         "model": dict(model),
         "settings": {**asdict(settings), "prompts": list(settings.prompts), "length": settings.tokens},
         "train_length_from": train_length_from,

@@ -293,12 +293,8 @@ def _fit(
 
 
 def write_laws(laws: Laws, directory: Path, *, judge: Judge = "model") -> list[Path]:
-    """Write ``laws.json``, ``laws.jsonl`` (a state size a line) and ``laws.png``.
-
-    Returns:
-        The files, the summary first.
-    """
-    summary = {"version": RESULT_VERSION, "suite": "laws", "settings": {"judge": judge}, **laws.to_dict()}
+    """Write ``laws.json``, ``laws.jsonl`` (a state size a line) and ``laws.png``."""
+    summary = {"settings": {"judge": judge}, **laws.to_dict()}
     rows = [
         {"law": law, **asdict(point)}
         for law, points in (("forget", laws.forget_points), ("recall", laws.recall_points))

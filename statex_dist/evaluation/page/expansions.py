@@ -7,19 +7,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from statex_dist.evaluation.page.figures import Figure, add_legend, finish, look_of, new_axes, styled
-from statex_dist.evaluation.page.html import Section, details, figures, heading, table
-from statex_dist.evaluation.page.inputs import Expansion
+from statex_dist.evaluation.page.html import Blocks, Section, details, figures, heading, table
+from statex_dist.evaluation.page.inputs import ExpandedModel
 from statex_dist.models.config import ModelConfig
 
 _MOST_BARS = 64
 
 
-def plan_section(expansions: Sequence[Expansion]) -> Section:
+def plan_section(expansions: Sequence[ExpandedModel]) -> Section:
     """Return what a page says of expanded models; those with the same plan are told together."""
-    alike: dict[str, list[Expansion]] = {}
+    alike: dict[str, list[ExpandedModel]] = {}
     for expansion in expansions:
         alike.setdefault(expansion.config.to_json(), []).append(expansion)
-    body = ""
+    body: Blocks = []
     for same in alike.values():
         names, first = ", ".join(expansion.name for expansion in same), same[0]
         lines = layer_lines(first.config)
@@ -31,7 +31,7 @@ def plan_section(expansions: Sequence[Expansion]) -> Section:
     return Section(title="Expansion plan", body=body)
 
 
-def total_lines(expansion: Expansion) -> list[list[str]]:
+def total_lines(expansion: ExpandedModel) -> list[list[str]]:
     """Return the model's figures before and after, for :func:`~statex_dist.evaluation.page.html.table`."""
     before, after = expansion.config.replace(statex=None), expansion.config
     rows = [("state numbers", before.state_numbers, after.state_numbers)]

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from statex_dist.evaluation.suites.base import Figure, short_number
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -63,14 +65,6 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 9.5,
     "legend.frameon": False,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A drawing and what it shows, in words."""
-
-    svg: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +174,6 @@ def length_ticks(axes: Axes, positions: Sequence[float], *, name: Callable[[floa
             kept.append(position)
     axes.set_xticks(kept, [(name or short_number)(value) for value in kept])
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def short_number(value: float) -> str:
-    """Return ``4K`` for 4096, ``1M`` for 1024 K, and the number itself where it is no multiple of 1024."""
-    for unit, suffix in ((1 << 20, "M"), (1 << 10, "K")):
-        if value >= unit and value % unit == 0:
-            return f"{value / unit:g}{suffix}"
-    return f"{value:g}"
 
 
 def cells_figure(

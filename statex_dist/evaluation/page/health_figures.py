@@ -19,11 +19,10 @@ from statex_dist.evaluation.page.figures import (
     look_of,
     new_axes,
     shade,
-    short_number,
     styled,
 )
-from statex_dist.evaluation.page.inputs import Result
 from statex_dist.evaluation.page.suite_figures import Series, draw_curves
+from statex_dist.evaluation.suites.base import Result, short_number
 
 _DRAWN_HEADS = 40
 _NAMED_LAYERS = 6

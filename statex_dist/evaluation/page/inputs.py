@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, MODEL_DIR, complete_tags
 from statex_dist.errors import DataError, reason
 from statex_dist.evaluation.page.runs import TrainingRun, distinct_names, read_json, read_runs
 from statex_dist.evaluation.report import RESULT_VERSION
+from statex_dist.evaluation.suites.base import Result
+from statex_dist.evaluation.suites.registry import find_suite, suite_names
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.registry import config_from_dict
 from statex_dist.train.metrics import METRICS_NAME
-
-SUITES = ("recall", "mqar", "icl", "perplexity", "collapse", "capacity", "laws", "lm-eval")
-"""Suites whose results are drawn, in the order of the page."""
 
 DEPTH = 3
 """Levels below a directory that are searched."""
@@ -34,42 +32,7 @@ _TELLS_LITTLE = (MODEL_DIR, "checkpoint", "final", "latest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """What a suite found of a model.
-
-    Attributes:
-        suite: Of :data:`SUITES`.
-        model: What to call the model; results of one model share it.
-        path: The summary, ``SUITE.json``.
-        summary: Its contents.
-    """
-
-    suite: str
-    model: str
-    path: Path
-    summary: Mapping[str, Any]
-
-    def samples(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Yield the records of this ``kind`` beside the summary.
-
-        Raises:
-            DataError: A line is damaged.
-        """
-        path = self.path.with_suffix(".jsonl")
-        if not path.is_file():
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    record = parse_json(line)
-                    if record["kind"] == kind:
-                        yield record
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}, line {number} is damaged: {reason(error)}") from None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Expansion:
+class ExpandedModel:
     """An expanded model.
 
     Attributes:
@@ -89,7 +52,7 @@ class Inputs:
 
     Attributes:
         runs: Training runs.
-        results: Results, by suite in the order of :data:`SUITES`.
+        results: Results, by suite in the order of the registry.
         models: Names of the evaluated models, as they were found.
         expansions: Expanded models.
         notes: What was left out, and why.
@@ -98,7 +61,7 @@ class Inputs:
     runs: Sequence[TrainingRun]
     results: Sequence[Result]
     models: Sequence[str]
-    expansions: Sequence[Expansion]
+    expansions: Sequence[ExpandedModel]
     notes: Sequence[str]
 
 
@@ -141,7 +104,7 @@ def read_inputs(directories: Sequence[Path]) -> Inputs:
                     runs.setdefault(place.resolve(), place)
                 else:
                     notes.append(f"{place} is a training run that has not finished a step")
-            for suite in SUITES:
+            for suite in suite_names():
                 path = place / f"{suite}.json"
                 if not path.is_file() or (summary := read_json(path)).get("suite") != suite:
                     continue
@@ -161,8 +124,8 @@ def read_inputs(directories: Sequence[Path]) -> Inputs:
     found, named = read_runs(list(runs.values())), _named(results)
     return Inputs(
         runs=found,
-        results=sorted(named, key=lambda result: SUITES.index(result.suite)),
-        models=list(dict.fromkeys(result.model for result in named if result.suite != "laws")),
+        results=sorted(named, key=lambda result: suite_names().index(result.suite)),
+        models=list(dict.fromkeys(result.model for result in named if find_suite(result.suite).of_model)),
         expansions=[*_of_models(list(expanded.values())), *_of_runs(found)],
         notes=notes,
     )
@@ -193,7 +156,7 @@ def _unreadable(summary: Mapping[str, Any]) -> str | None:
     """Return why a summary is not one of this release, or None."""
     if summary.get("version") != RESULT_VERSION:
         return f"has version {summary.get('version')!r}, this release reads {RESULT_VERSION}"
-    if summary["suite"] != "laws" and not isinstance(summary.get("model"), dict):
+    if find_suite(summary["suite"]).of_model and not isinstance(summary.get("model"), dict):
         return "does not say which model it is of"
     return None
 
@@ -227,19 +190,19 @@ def _model_key(summary: Mapping[str, Any]) -> tuple[str, str]:
     return str(model.get("fingerprint") or model.get("directory", "")), str(model.get("mitigation") or "")
 
 
-def _of_models(directories: Sequence[Path]) -> Iterator[Expansion]:
+def _of_models(directories: Sequence[Path]) -> Iterator[ExpandedModel]:
     names = distinct_names([directory.resolve() for directory in directories], tells_little=_TELLS_LITTLE)
     for name, directory in zip(names, directories, strict=True):
         account = read_json(directory / EXPANSION_REPORT)
         with reading(directory / EXPANSION_REPORT):
             counts = (int(account["parameters_before"]), int(account["parameters_after"])) if account else None
-        yield Expansion(name=name, config=config_from_dict(read_json(directory / CONFIG_NAME)), parameters=counts)
+        yield ExpandedModel(name=name, config=config_from_dict(read_json(directory / CONFIG_NAME)), parameters=counts)
 
 
-def _of_runs(runs: Sequence[TrainingRun]) -> Iterator[Expansion]:
+def _of_runs(runs: Sequence[TrainingRun]) -> Iterator[ExpandedModel]:
     for run in runs:
         checkpoints = run.directory / CHECKPOINTS_DIR
         for tag in complete_tags(checkpoints)[:1]:
             values = read_json(checkpoints / tag / MODEL_DIR / CONFIG_NAME)
             if values.get("statex") and values.get("model_type"):
-                yield Expansion(name=run.name, config=config_from_dict(values), parameters=None)
+                yield ExpandedModel(name=run.name, config=config_from_dict(values), parameters=None)

@@ -27,6 +27,7 @@ from statex_dist.checkpoint.layout import (
 from statex_dist.config import flat
 from statex_dist.errors import DataError
 from statex_dist.evaluation.page.html import (
+    Blocks,
     Section,
     details,
     figures,
@@ -231,7 +232,7 @@ def make_page(runs: Sequence[TrainingRun]) -> str:
 def runs_section(runs: Sequence[TrainingRun], *, title: str = "") -> Section:
     """Return what a page says of ``runs``: their figures, how they ended, where they differ, and their curves."""
     body = table(summary_lines(runs), caption="The runs in figures") + _difference_table(runs) + _messages(runs)
-    body += "".join(_change_table(run) for run in runs)
+    body += [block for run in runs for block in _change_table(run)]
     return Section(title=title, body=body + figures(draw_runs(runs)) + _configs(runs))
 
 
@@ -267,17 +268,17 @@ def summary_lines(runs: Sequence[TrainingRun]) -> list[list[str]]:
     return [["", *rows], *([title, *(row.get(title, "") for row in rows.values())] for title in titles)]
 
 
-def _difference_table(runs: Sequence[TrainingRun]) -> str:
+def _difference_table(runs: Sequence[TrainingRun]) -> Blocks:
     """Return the settings in which the runs differ."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     lines = [[key, *(str(run.settings.get(key, "")) for run in runs)] for key in keys]
     lines = [line for line in lines if len(set(line[1:])) > 1]
     if not lines:
-        return ""
+        return []
     return heading("Settings that differ") + table([["", *(run.name for run in runs)], *lines])
 
 
-def _change_table(run: TrainingRun) -> str:
+def _change_table(run: TrainingRun) -> Blocks:
     """Return the settings that changed in the course of a run, with the steps of each value."""
     spans = list(run.history)[-_SHOWN_SPANS:]
     parts = [(f"steps {span.first_step:,} to {span.last_step:,}", flat(span.settings)) for span in spans]
@@ -287,16 +288,17 @@ def _change_table(run: TrainingRun) -> str:
     lines = [[key, *(redact(str(settings.get(key, ""))) for _, settings in parts)] for key in keys]
     lines = [line for line in lines if len(set(line[1:])) > 1]
     if not lines:
-        return ""
+        return []
     return heading(f"Settings that changed in {run.name}") + table([["", *(steps for steps, _ in parts)], *lines])
 
 
-def _messages(runs: Sequence[TrainingRun]) -> str:
+def _messages(runs: Sequence[TrainingRun]) -> Blocks:
     """Return what the runs say of their end."""
     said = [(run.name, run.status["message"]) for run in runs if run.status.get("message")]
-    return "".join(paragraph(str(text), strong=name) for name, text in said)
+    return [block for name, text in said for block in paragraph(str(text), strong=name)]
 
 
-def _configs(runs: Sequence[TrainingRun]) -> str:
+def _configs(runs: Sequence[TrainingRun]) -> Blocks:
     named = [(run.name, run.config) for run in runs if run.config]
-    return "".join(details(f"Configuration of {name}, of its last start", preformatted(text)) for name, text in named)
+    titles = [(f"Configuration of {name}, of its last start", text) for name, text in named]
+    return [block for title, text in titles for block in details(title, preformatted(text))]

@@ -19,15 +19,14 @@ from statex_dist.evaluation.page.figures import (
     length_ticks,
     look_of,
     new_axes,
-    short_number,
     styled,
 )
-from statex_dist.evaluation.page.inputs import Result
+from statex_dist.evaluation.suites.base import Result, short_number
 
 NO_SHOT = 0.5
 """Where a logarithmic axis of shots has its 0."""
 
-MQAR_LEVELS = {
+LEVELS = {
     "guessing": "a random value of the context",
     "eliminating": "the commonest value not yet answered",
 }
@@ -238,7 +237,7 @@ def mqar_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterato
         title="Associative recall",
         x_label="key-value pairs in the context",
         y_label="accuracy",
-        references=dict(chain.from_iterable(_levels(results, key, name) for key, name in MQAR_LEVELS.items())),
+        references=dict(chain.from_iterable(_levels(results, key, name) for key, name in LEVELS.items())),
     )
 
 

@@ -20,11 +20,10 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from statex_dist.inference.serving.completion_response import ABORT_EXTENSION
+from statex_dist.inference.serving.app import ABORT_EXTENSION, error_response
+from statex_dist.inference.serving.limits import RESERVE
 from statex_dist.inference.serving.protocol import RequestError
-from statex_dist.inference.serving.rlimit import RESERVE
 from statex_dist.inference.serving.service import RETRY_AFTER_SECONDS, Service
-from statex_dist.inference.serving.sse_writer import error_response
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class OpenConnections:
     def enter(self, connection: Connection) -> None:
         """Take a new connection. Above the limit, cut the one that has waited longest for its client."""
         self._open.add(connection)
-        self.metrics.see_connections(len(self._open))
+        self.metrics.connections.set(len(self._open))
         if len(self._open) > self._most + RESERVE:
             next(iter(self._waiting), connection).evict()
 
@@ -91,7 +90,7 @@ class OpenConnections:
         self._open.discard(connection)
         self._waiting.pop(connection, None)
         self._with_request.discard(connection)
-        self.metrics.see_connections(len(self._open))
+        self.metrics.connections.set(len(self._open))
 
     def wait(self, connection: Connection) -> None:
         """Note that a connection waits for its client, if that is new."""
@@ -112,7 +111,7 @@ class OpenConnections:
         if len(self._with_request) >= self._most:
             longest = next((other for other in self._waiting if other in self._with_request), None)
             if longest is None:
-                self.metrics.count_refused_connection()
+                self.metrics.refused_connections.inc()
                 logger.warning("refused a request: %d connections have one, which is the limit", self._most)
                 raise _full()
             longest.evict()
@@ -197,13 +196,13 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP (uvicorn), also where an answer has begun: uvicorn's own raises an error there."""
-        self._others.metrics.count_bad_http()
+        self._others.metrics.bad_http.inc()
         self._end_with(RequestError(400, "the request is not HTTP/1.1, or its head is too large", code="bad_http"))
 
     def evict(self) -> None:
         """Cut the connection, so that another one has its place."""
         self._others.leave(self)
-        self._others.metrics.count_refused_connection()
+        self._others.metrics.refused_connections.inc()
         logger.warning("cut the connection that has waited longest for its client: the limit of connections is reached")
         if self._has_part_of_a_request():
             self._end_with(_full())
@@ -234,7 +233,7 @@ class Connection(H11Protocol):
     def _expire(self) -> None:
         assert self._phase is not None
         name, seconds = self._phase.value, self._others.seconds(self._phase)
-        self._others.metrics.count_timed_out_connection(name)
+        self._others.metrics.timed_out_connections.labels(name).inc()
         logger.info("closed a connection that waited %g s for its client (%s)", seconds, name)
         if self._phase is Phase.HEAD and self._has_part_of_a_request():
             self._end_with(RequestError(408, f"the head did not arrive in {seconds:g} s", code="timeout"))
@@ -244,7 +243,7 @@ class Connection(H11Protocol):
         return self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
 
     def _end_with(self, error: RequestError) -> None:
-        """Answer with an error, unless another answer has begun, and close."""
+        """RequestState with an error, unless another answer has begun, and close."""
         state = self.conn.our_state
         if state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body()).encode()
@@ -312,7 +311,7 @@ class Connection(H11Protocol):
             error = RequestError(431, f"{text}; allowed are {MAX_HEAD_BYTES} and {MAX_HEADERS}", code="too_large")
         else:
             return
-        self._others.metrics.count_bad_http()
+        self._others.metrics.bad_http.inc()
         raise error
 
 

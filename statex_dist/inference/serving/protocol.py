@@ -63,6 +63,10 @@ class RequestError(StateXError):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+class BusyError(StateXError):
+    """Slots and queue are full; the same request may be taken later."""
+
+
 class StreamOptions(BaseModel):
     """What a stream holds besides text."""
 

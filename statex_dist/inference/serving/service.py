@@ -4,21 +4,121 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.inference.decoding import Progress
+from statex_dist.inference.decoding import Progress, Row, Sampling
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens
-from statex_dist.inference.serving.batch import ContinuousBatch, Turn
-from statex_dist.inference.serving.bounded_executor import Lane
-from statex_dist.inference.serving.limits import Limits
-from statex_dist.inference.serving.metrics import Metrics
-from statex_dist.inference.serving.protocol import CompletionRequest, RequestError, parse_request, shown
-from statex_dist.inference.serving.request_state import Answer
-from statex_dist.inference.serving.worker import BusyError, Worker
+from statex_dist.inference.serving.batch import BatchStepResult, ContinuousBatch, Prompt, Worker
+from statex_dist.inference.serving.limits import BoundedExecutor, Limits, ServerMetrics
+from statex_dist.inference.serving.protocol import BusyError, CompletionRequest, RequestError, parse_request, shown
 from statex_dist.inference.text import stop_with_special_token
 from statex_dist.models.lm import RecurrentLM
+
+
+class RequestState:
+    """What becomes of a request, as it comes. It belongs to the event loop.
+
+    Args:
+        number: Of the request; a completion's key is the number and its index.
+        request: The request.
+        prompts: Tokens of its prompts.
+        max_tokens: Tokens of a completion at most.
+        arrived: When the request arrived, on the event loop's clock.
+
+    Attributes:
+        seed: Of the first completion; the i-th is drawn with ``seed + i``.
+        unfinished: Keys of the completions that are not at their end.
+    """
+
+    def __init__(
+        self, number: int, request: CompletionRequest, prompts: Sequence[Tokens], *, max_tokens: int, arrived: float
+    ):
+        self.number, self.request, self.prompts, self.arrived = number, request, prompts, arrived
+        self.seed = secrets.randbits(63) if request.seed is None else request.seed
+        self.unfinished: set[Hashable] = {(number, index) for index in range(len(prompts) * request.num_choices)}
+        self._max_tokens = max_tokens
+        self._last: dict[int, float] = {}
+        """When each completion got its last token."""
+        self._items: asyncio.Queue[Progress | RequestError] = asyncio.Queue()
+
+    def to_do(self) -> list[Prompt]:
+        """Return the prompts with the rows that are drawn of them."""
+        request = self.request
+        sampling = Sampling(
+            max_tokens=self._max_tokens,
+            until=request.stops,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_k=request.top_k or 0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            ignore_eos=bool(request.ignore_eos),
+        )
+        count = request.num_choices
+        return [
+            Prompt(
+                tokens=tokens,
+                rows=[
+                    Row(
+                        key=(self.number, index),
+                        sampling=sampling,
+                        seed=(self.seed + index) % (1 << 64),
+                        position=len(tokens),
+                        context=tokens,
+                    )
+                    for index in range(place * count, (place + 1) * count)
+                ],
+            )
+            for place, tokens in enumerate(self.prompts)
+        ]
+
+    def take(self, progress: Progress, now: float, metrics: ServerMetrics) -> None:
+        """Take the progress of a completion."""
+        index = index_of(progress)
+        if progress.token is not None:
+            if index in self._last:
+                metrics.per_token.observe(now - self._last[index])
+            elif not self._last:
+                metrics.first_token.observe(now - self.arrived)
+            self._last[index] = now
+        if progress.error is not None:
+            self.fail(RequestError(500, str(progress.error)))
+            return
+        if progress.finish_reason is not None:
+            self.unfinished.discard(progress.key)
+        self._items.put_nowait(progress)
+
+    def fail(self, error: RequestError) -> None:
+        """End the answer with an error, behind the progress that it has made."""
+        self._items.put_nowait(error)
+
+    async def progress(self) -> AsyncIterator[list[Progress]]:
+        """Yield what is there, as often as there is something, to the end of all completions.
+
+        Raises:
+            RequestError: The answer failed.
+        """
+        left = len(self.unfinished)
+        while left:
+            items = [await self._items.get()]
+            while not self._items.empty():
+                items.append(self._items.get_nowait())
+            ready = [item for item in items if isinstance(item, Progress)]
+            if ready:
+                yield ready
+            left -= sum(item.finish_reason is not None for item in ready)
+            if left:
+                for item in items:
+                    if isinstance(item, RequestError):
+                        raise item
+
+
+def index_of(progress: Progress) -> int:
+    """Return the index of a completion among those of its request."""
+    assert isinstance(progress.key, tuple)
+    return progress.key[1]
+
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +165,12 @@ class Service:
         self._vocab_size = model.config.vocab_size
         batch = ContinuousBatch(model, tokenizer, max_rows=limits.max_batch_size, segment_length=segment_length)
         self._worker = Worker(
-            model, batch, max_open=limits.max_open, on_turn=self._hand_over, on_death=self._hand_over_death
+            model, batch, max_open=limits.max_open, on_step=self._hand_over, on_death=self._hand_over_death
         )
-        self._short = Lane("requests", places=limits.max_open)
-        self._long = Lane("long requests", places=min(LONG_PLACES, limits.max_open))
-        self.metrics = Metrics(batch, lambda: self._worker.waiting, lambda: len(self._short) + len(self._long))
-        self._answers: dict[int, Answer] = {}
+        self._short = BoundedExecutor("requests", places=limits.max_open)
+        self._long = BoundedExecutor("long requests", places=min(LONG_PLACES, limits.max_open))
+        self.metrics = ServerMetrics(batch, lambda: self._worker.waiting, lambda: len(self._short) + len(self._long))
+        self._answers: dict[int, RequestState] = {}
         self._num_requests = 0
         self._closed = ""
         """Why nothing is taken any more."""
@@ -172,7 +272,9 @@ class Service:
         return request, self.limits.encode(request.prompts, self.tokenizer, self._vocab_size)
 
     @contextmanager
-    def answer(self, request: CompletionRequest, prompts: Sequence[Tokens], *, arrived: float) -> Iterator[Answer]:
+    def answer(
+        self, request: CompletionRequest, prompts: Sequence[Tokens], *, arrived: float
+    ) -> Iterator[RequestState]:
         """Give the answer to a request. When it is left, finished or not, its slots are free.
 
         Args:
@@ -186,7 +288,7 @@ class Service:
         self.check_health()
         self._num_requests += 1
         max_tokens = self.limits.completion_tokens(request)
-        answer = Answer(self._num_requests, request, prompts, max_tokens=max_tokens, arrived=arrived)
+        answer = RequestState(self._num_requests, request, prompts, max_tokens=max_tokens, arrived=arrived)
         try:
             self._worker.submit(answer.to_do())
         except BusyError as error:
@@ -203,7 +305,7 @@ class Service:
             if not self._answers:
                 self._settled.set()
 
-    def _expire(self, answer: Answer) -> None:
+    def _expire(self, answer: RequestState) -> None:
         # The slots are freed here: a client that does not read what it is sent must not keep them.
         self._worker.cancel(answer.unfinished)
         answer.fail(self._too_late())
@@ -216,11 +318,11 @@ class Service:
         for answer in self._answers.values():
             answer.fail(RequestError(status, message))
 
-    def _hand_over(self, turn: Turn) -> None:
-        """Bring a turn from the decoding thread to the event loop, in one call for all rows."""
-        self.metrics.see_turn(turn)
-        if turn.progress:
-            self._event_loop.call_soon_threadsafe(self._dispatch, turn.progress)
+    def _hand_over(self, result: BatchStepResult) -> None:
+        """Bring an iteration's results from the decoding thread to the event loop, in one call for all rows."""
+        self.metrics.see_step(result)
+        if result.progress:
+            self._event_loop.call_soon_threadsafe(self._dispatch, result.progress)
 
     def _dispatch(self, progress: Sequence[Progress]) -> None:
         now = self._event_loop.time()

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from statex_dist.evaluation.page.health_figures import collapse_figures, law_figures
-from statex_dist.evaluation.page.inputs import Result
+from statex_dist.evaluation.suites.base import Result
 from statex_dist.state.laws import fit_exponential
 from tests.evaluation.page.fixtures import collapse, laws
 

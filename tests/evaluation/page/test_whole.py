@@ -15,8 +15,7 @@ import pytest
 from launch.cli import main
 from statex_dist.evaluation.page.figures import ROLES, length_ticks, look_of, new_axes, styled
 from statex_dist.evaluation.page.inputs import DEPTH, read_inputs
-from statex_dist.evaluation.page.suites import headline_lines
-from statex_dist.evaluation.page.whole import make_report
+from statex_dist.evaluation.page.whole import headline_lines, make_report
 from statex_dist.models.registry import make_plan
 from tests.evaluation.page.fixtures import SUITES, icl, laws, lm_eval, model_of, mqar, write_result, write_results
 from tests.evaluation.page.test_runs import NOT_DRAWN, Page, make_run

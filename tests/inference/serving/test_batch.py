@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.inference import decoding
-from statex_dist.inference.decoding import Row
+from statex_dist.inference.decoding import Row, Sampling
 from statex_dist.inference.prefill import evaluating, take_rows
-from statex_dist.inference.sampling import Sampling
 from statex_dist.inference.serving.batch import MAX_PASSES, ContinuousBatch, Prompt
 from statex_dist.inference.text import cut
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
@@ -44,7 +43,7 @@ def run_schedule(batch, arrivals, leavers=()):
             batch.drop({key for at, key in leavers if at == turn})
             while waiting and waiting[0][0] <= turn and batch.free > 0:
                 batch.admit(waiting.pop(0)[1])
-            done = batch.turn()
+            done = batch.step()
             assert done.rows <= 4
             for progress in done.progress:
                 if progress.finish_reason is not None:
@@ -117,9 +116,9 @@ def test_a_long_prompt_holds_up_running_rows_by_a_segment_a_turn():
     batch = make_batch()
     batch.admit(make_prompt("running", max_tokens=100))
     with evaluating(exact_model()):
-        batch.turn()
+        batch.step()
         batch.admit(make_prompt("long", LONG))
-        turns = [batch.turn() for _ in range(10)]
+        turns = [batch.step() for _ in range(10)]
     assert [turn.tokens_read for turn in turns] == [SEGMENT] * 10
     assert all(any(progress.key == ("running", 0) for progress in turn.progress) for turn in turns)
     assert [turn.rows for turn in turns] == [1] * 9 + [2]
@@ -131,7 +130,7 @@ def test_a_short_prompt_overtakes_a_long_one_in_reading():
     batch.admit(make_prompt("short", 3, max_tokens=2))
     with evaluating(exact_model()):
         ended = [
-            progress.key for _ in range(4) for progress in batch.turn().progress if progress.finish_reason is not None
+            progress.key for _ in range(4) for progress in batch.step().progress if progress.finish_reason is not None
         ]
     assert ended == [("short", 0)]
     assert batch.reading == 1
@@ -142,19 +141,19 @@ def test_short_prompts_are_read_several_a_turn_within_bounds():
     for i in range(10):
         batch.admit(make_prompt(i))
     with evaluating(exact_model()):
-        assert [batch.turn().tokens_read for _ in range(2)] == [MAX_PASSES, 10 - MAX_PASSES]
+        assert [batch.step().tokens_read for _ in range(2)] == [MAX_PASSES, 10 - MAX_PASSES]
     batch.drop({(i, 0) for i in range(10)})
     for i in range(3):
         batch.admit(make_prompt(i, 6))
     with evaluating(exact_model()):
-        assert [batch.turn().tokens_read for _ in range(2)] == [12, 6]  # three would be more than a segment
+        assert [batch.step().tokens_read for _ in range(2)] == [12, 6]  # three would be more than a segment
 
 
 def test_all_completions_of_a_prompt_share_one_reading():
     batch = make_batch()
     batch.admit(make_prompt("both", 9, n=3, max_tokens=4))
     with evaluating(exact_model()):
-        turns = [batch.turn() for _ in range(4)]
+        turns = [batch.step() for _ in range(4)]
     assert sum(turn.tokens_read for turn in turns) == 9
     texts = {tuple(progress.tokens) for progress in turns[-1].progress}
     assert len(texts) == 3
@@ -164,11 +163,11 @@ def test_rows_start_as_slots_come_free_and_nobody_passes_them():
     batch = make_batch()
     batch.admit(make_prompt("first", n=2, max_tokens=3))
     with evaluating(exact_model()):
-        batch.turn()
+        batch.step()
         batch.admit(make_prompt("long", 3 * SEGMENT, max_tokens=3))
         batch.admit(make_prompt("wide", 2, n=3, max_tokens=4))
         assert batch.free == -2
-        turns = [[progress.key for progress in batch.turn().progress] for _ in range(6)]
+        turns = [[progress.key for progress in batch.step().progress] for _ in range(6)]
     long, wide, first = ("long", 0), [("wide", i) for i in range(3)], [("first", i) for i in range(2)]
     assert turns[:2] == [first, [*first, wide[0]]]
     # "long" has the slot that it was promised, though "wide", behind it, was read before.
@@ -182,8 +181,8 @@ def test_slots_and_bytes_are_counted():
     batch.admit(make_prompt("short"))
     assert (batch.free, batch.reading, batch.running) == (1, 3, 0)
     with evaluating(exact_model()):
-        batch.turn()
-        batch.turn()  # the short one is read behind the first segment of the long one, and writes
+        batch.step()
+        batch.step()  # the short one is read behind the first segment of the long one, and writes
     assert (batch.free, batch.reading, batch.running) == (1, 2, 1)
     one = batch.state_bytes
     assert one > 0
@@ -193,7 +192,7 @@ def test_slots_and_bytes_are_counted():
     assert (batch.free, batch.reading) == (3, 0)
     batch.admit(make_prompt("other", 2))
     with evaluating(exact_model()):
-        batch.turn()
+        batch.step()
     assert batch.state_bytes == 2 * one
     batch.drop({("short", 0), ("other", 0)})
     assert (batch.free, batch.state_bytes) == (4, 0)
@@ -204,7 +203,7 @@ def test_the_place_of_numbers_that_are_not_finite_counts_all_segments():
     batch = make_batch(overflowing_model(1, token=200))
     batch.admit(Prompt(tokens=tokens, rows=make_prompt("ill").rows))
     with evaluating(exact_model()):
-        [], [progress] = (batch.turn().progress for _ in range(2))
+        [], [progress] = (batch.step().progress for _ in range(2))
     assert f"layer 1 at position {SEGMENT + 3}" in str(progress.error)
     assert (batch.reading, batch.free) == (0, 4)
 
@@ -226,7 +225,7 @@ def test_numbers_that_are_not_finite_fail_one_row_alone(where):
     ended = {}
     with evaluating(model):
         while batch.running or batch.reading:
-            ended |= {p.key: p for p in batch.turn().progress if p.finish_reason is not None}
+            ended |= {p.key: p for p in batch.step().progress if p.finish_reason is not None}
     assert ended["well", 0].finish_reason == "length"
     failed = {key for key, progress in ended.items() if progress.finish_reason == "error"}
     assert failed == {row.key for row in ill.rows}

@@ -9,8 +9,7 @@ from http.client import HTTPResponse
 import pytest
 import requests
 
-from statex_dist.inference.serving.metrics import Metrics
-from statex_dist.inference.serving.rlimit import RESERVE
+from statex_dist.inference.serving.limits import RESERVE, ServerMetrics
 from tests.evaluation.stand_ins import tiny_model
 from tests.inference.serving.running import (
     PATIENCE_SECONDS,
@@ -231,7 +230,7 @@ def test_a_client_that_does_not_read_its_metrics_is_cut(monkeypatch):
     with serving(tiny_model(), request_timeout=0.2) as server, connect(server) as connection:
         server.service.last_words_seconds = 0.1
         with monkeypatch.context() as patch:
-            patch.setattr(Metrics, "text", lambda self: b"#" * (16 << 20))
+            patch.setattr(ServerMetrics, "text", lambda self: b"#" * (16 << 20))
             connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
             # The first answer is in the buffer, the second waits for it.
             time.sleep(0.1)
@@ -246,7 +245,7 @@ def test_a_connection_whose_last_answer_is_not_read_does_not_close_for_ever(monk
         connect(server) as connection,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(Metrics, "text", lambda self: b"#" * (16 << 20))
+            patch.setattr(ServerMetrics, "text", lambda self: b"#" * (16 << 20))
             connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n")
             assert connection.recv(1) == b"H"
         server.wait_for(**{'connections_timed_out_total{waiting_for="close"}': 1, "connections": 1})

