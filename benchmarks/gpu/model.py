@@ -28,7 +28,7 @@ from benchmarks.measure import GIB, Record, Timing, figure, heading, machine, ma
 from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.distributed.env import read_env
 from statex_dist.engine.base import EngineConfig
-from statex_dist.models.flops import training_flops_per_token
+from statex_dist.models.registry import training_flops_per_token
 from statex_dist.run import build_engine, prepare_model
 from statex_dist.run_config import DataSource, ModelSource, RunConfig
 from statex_dist.train.loop import TrainConfig

@@ -21,8 +21,8 @@ from statex_dist.evaluation.journal import Record
 from statex_dist.inference.not_finite import explain_row
 from statex_dist.inference.prefill import device_of, evaluating, rows_that_fit
 from statex_dist.inference.vocabulary import token_outside
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
 
 FIRST_EDGE = 64

@@ -31,8 +31,8 @@ from statex_dist.evaluation.report import RESULT_VERSION, Estimate, bootstrap, p
 from statex_dist.evaluation.settings import check_different, check_reading
 from statex_dist.inference.not_finite import explain_not_finite
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating, rows_that_fit
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 DEFAULT_KEYS = range(128, 192)
 """Keys under the bytes tokenizer: ids that never start a UTF-8 character, so that text hardly uses them alone."""

@@ -20,8 +20,8 @@ from statex_dist.inference.not_finite import explain_step
 from statex_dist.inference.prefill import join_rows, take_rows
 from statex_dist.inference.sampling import Sampling, choose_tokens
 from statex_dist.inference.text import TextStream, end_ids
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 FinishReason = Literal["stop", "length", "error"]
 """Why a row ended: EOS or a stop string, its ``max_tokens``, or numbers that are not finite."""

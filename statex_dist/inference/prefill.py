@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from statex_dist.inference.not_finite import explain_not_finite, first_not_finite
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 DEFAULT_SEGMENT_LENGTH = 1024
 """Tokens per forward pass."""

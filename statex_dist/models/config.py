@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from statex_dist.checkpoint.config_json import config_text, decode_floats, parse_config
 from statex_dist.checkpoint.json_file import read_text
@@ -19,6 +19,9 @@ from statex_dist.models.config_keys import check_other_keys
 from statex_dist.models.plan_keys import OUR_CODE_PREFIX, ours, own_keys, with_plan_entry, without_plan
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan, LayerExpansion
+
+Recurrence = Literal["gla", "delta_rule", "ssd"]
+"""The equations of a layer's state (:mod:`statex_dist.ops.dispatch`)."""
 
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
@@ -45,6 +48,8 @@ class ModelConfig:
     MODEL_TYPE: ClassVar[str]
     OPS: ClassVar[tuple[str, ...]] = ()
     """Expansions that the family knows, the default one first."""
+    RECURRENCE: ClassVar[Recurrence] = "gla"
+    """The equation of its layers' states."""
     DERIVED: ClassVar[tuple[str, ...]] = (".inv_freq", ".cos_cached", ".sin_cached", "position_ids")
     """Endings of tensors that a checkpoint may hold and that follow from the configuration: never needed, kept."""
     ALIASES: ClassVar[Mapping[str, str]] = {}

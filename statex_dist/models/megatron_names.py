@@ -14,30 +14,11 @@ from dataclasses import dataclass
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.layout import TensorSpec
-from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.registry import family_of
-
-MEGATRON_FAMILIES = ("mamba2", "mamba2_state_spaces")
-"""``model_type`` of the families of which megatron-core has a module."""
 
 EMBEDDINGS = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_norm.weight"
 HEAD = "output_layer.weight"
-
-MAMBA_LAYER = {
-    "norm.weight": "mixer.in_proj.layer_norm_weight",
-    "mixer.dt_bias": "mixer.dt_bias",
-    "mixer.A_log": "mixer.A_log",
-    "mixer.D": "mixer.D",
-    "mixer.in_proj.weight": "mixer.in_proj.weight",
-    "mixer.in_proj.bias": "mixer.in_proj.bias",
-    "mixer.conv1d.weight": "mixer.conv1d.weight",
-    "mixer.conv1d.bias": "mixer.conv1d.bias",
-    "mixer.norm.weight": "mixer.norm.weight",
-    "mixer.out_proj.weight": "mixer.out_proj.weight",
-    "mixer.out_proj.bias": "mixer.out_proj.bias",
-}
-"""Tensors of a Mamba2 layer and their names below ``decoder.layers.{i}.``; biases of projections are not Megatron's."""
 
 OTHER_STATE = ("optimizer.", "chained_")
 """How the names of tensors begin that Megatron keeps beside the weights."""
@@ -58,7 +39,7 @@ NameMap = Mapping[str, tuple[Part, ...]]
 
 def has_megatron_names(config: ModelConfig) -> bool:
     """Return whether a model gets Megatron's names, not ours."""
-    return config.MODEL_TYPE in MEGATRON_FAMILIES and not config.is_mixed
+    return family_of(config.MODEL_TYPE).megatron is not None and not config.is_mixed
 
 
 def name_map(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
@@ -82,15 +63,16 @@ def megatron_name(config: ModelConfig, name: str) -> str:
     Raises:
         CheckpointError: It has none.
     """
-    names = family_of(config.MODEL_TYPE).names
+    family = family_of(config.MODEL_TYPE)
+    names, layer_names = family.names, family.megatron.names if family.megatron is not None else {}
     norm, head = names.behind_layers
     outside = {names.embeddings: EMBEDDINGS, norm: FINAL_NORM, head: HEAD}
     if name in outside:
         return outside[name]
     place = names.split(name)
-    if place is None or place[1] not in MAMBA_LAYER:
+    if place is None or place[1] not in layer_names:
         raise CheckpointError(f"tensor '{name}' of a {config.MODEL_TYPE} model has no name in Megatron")
-    return f"decoder.layers.{place[0]}.{MAMBA_LAYER[place[1]]}"
+    return f"decoder.layers.{place[0]}.{layer_names[place[1]]}"
 
 
 def _parts(name: str, spec: TensorSpec) -> tuple[Part, ...]:
@@ -113,17 +95,7 @@ def megatron_notes(config: ModelConfig | None) -> list[str]:
     """Return what has to be known about a model's weights before Megatron gets them."""
     if config is None:
         return ["Megatron has no module of this model: tensors keep their names"]
-    if not has_megatron_names(config):
+    megatron = family_of(config.MODEL_TYPE).megatron
+    if megatron is None or config.is_mixed:
         return [f"Megatron has no module of {config.MODEL_TYPE} models: tensors keep our names"]
-    assert isinstance(config, Mamba2Config)
-    notes = []
-    if config.use_bias:
-        notes.append("Megatron's MambaMixer has no bias in its projections; this model has")
-    if not config.use_conv_bias:
-        notes.append("Megatron's MambaMixer asks for conv1d.bias, which this model has not")
-    states = {config.layer_geometry(layer).key_dim for layer in config.recurrent_layers}
-    if len(states) > 1:
-        notes.append(f"Megatron has one mamba_state_dim for all layers; this model's layers have {sorted(states)}")
-    if config.n_groups == 1:
-        notes.append("n_groups is 1: Megatron runs the model with tensor parallelism of size 1 only")
-    return notes
+    return megatron.notes(config)

@@ -42,7 +42,7 @@ def run_limited(
 
 def _main(path: str, memory: int, seconds: int, files: int) -> None:
     from launch.cli import main
-    from statex_dist.models import kinds  # noqa: F401 - what the commands import counts as used before
+    from statex_dist.models import registry  # noqa: F401 - what the commands import counts as used before
 
     base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (base + memory, base + memory))

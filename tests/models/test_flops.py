@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from statex_dist.models.flops import forward_flops_per_token, training_flops_per_token
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import make_plan
+from statex_dist.models.registry import forward_flops_per_token, make_plan, training_flops_per_token
 from tests.models.tiny import gla_config, mamba2_config
 
 

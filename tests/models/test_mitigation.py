@@ -12,11 +12,10 @@ from statex_dist.data.store import Piece
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
-from statex_dist.models import fla_block, mitigation
-from statex_dist.models.mamba2 import mixer as mamba2_mixer
-from statex_dist.models.mitigated import mitigated_gla
+from statex_dist.models import mitigation
+from statex_dist.models.core.mixer import DeltaRule, LinearAttention, StateSpace
+from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.mitigation import ForgetMore, SlidingWindow, StateNorm, parse_mitigation
-from statex_dist.models.sequence import Sequences
 from statex_dist.ops.dispatch import gla
 from tests.models.tiny import CONFIGS, build, tokens
 from tests.ops.scan_cases import borders, gla_inputs
@@ -185,7 +184,7 @@ def test_remedies_that_change_nothing_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["gla", "mamba2", "kda"])
-def test_without_a_remedy_nothing_of_it_runs(name, monkeypatch):
+def test_without_a_mitigation_nothing_of_it_runs(name, monkeypatch):
     model, ids = model_under(name), tokens(2, 12)
     before = whole(model, ids)
     model.mitigation = ForgetMore()
@@ -195,9 +194,8 @@ def test_without_a_remedy_nothing_of_it_runs(name, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("called")
 
-    monkeypatch.setattr(fla_block, "mitigated_gla", fail)
-    monkeypatch.setattr(mamba2_mixer, "mitigated_ssd", fail)
-    monkeypatch.setattr("statex_dist.models.delta_mixer.mitigated_delta", fail)
+    for recurrence in (LinearAttention, StateSpace, DeltaRule):
+        monkeypatch.setattr(recurrence, "mitigated", fail)
     after = whole(model, ids)
     assert torch.equal(after.logits, before.logits)
     assert not torch.equal(changed, before.logits)
@@ -314,7 +312,7 @@ def test_outputs_of_a_window_are_differences_of_wide_numbers():
     def scan(inputs, state):
         return gla(*inputs, initial_state=state, scale=1.0)
 
-    o, _, _ = mitigated_gla(SlidingWindow(tokens=16), scan, inputs, None, ())
+    o, _, _ = SlidingWindow(tokens=16).gla(scan, inputs, None, ())
     alone, _ = gla(*(y[:, -16:] for y in inputs), scale=1.0)
     assert o.dtype == torch.bfloat16
     assert_close(o[:, -1].double(), alone[:, -1].double(), 2**-7)

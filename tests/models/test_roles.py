@@ -5,8 +5,7 @@ from typing import get_args
 import pytest
 
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import make_plan
-from statex_dist.models.roles import Role, parameter_roles
+from statex_dist.models.registry import Role, make_plan, parameter_roles
 from statex_dist.optim.groups import ROLES
 from tests.models.tiny import CONFIGS, gla_config, mamba2_config
 

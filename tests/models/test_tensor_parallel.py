@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.layout import shard_ranges
 from statex_dist.models.registry import family_of
-from statex_dist.models.sequence import Sequences
 from statex_dist.ops.conv import causal_conv
 from statex_dist.ops.naive import naive_gla, naive_ssd
 from tests.models.tiny import build, expanded, gla_config, mamba2_config

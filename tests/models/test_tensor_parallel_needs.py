@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statex_dist.models.core.norm import RMSNorm
+from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.layout import Units, shard_ranges
-from statex_dist.models.norm import RMSNorm
-from statex_dist.models.sequence import Sequences
 from tests.models.tiny import (
     CONFIGS,
     build,

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from statex_dist.models.core.mixed_head_tp import PartnerHeads
 from statex_dist.models.layout import HeldHeads, TensorSpec, Units, rows_by_part, shard_ranges
-from statex_dist.models.mixed_head_tp import PartnerHeads
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
 from statex_dist.ops.naive import naive_gla
 from statex_dist.state.geometry import StateGeometry

@@ -31,6 +31,11 @@ class PartnerHeads:
         """Return the pairs of a mixed layer that is not all here, else None."""
         return cls(heads) if heads.partners > 1 and not heads.all_here else None
 
+    def inputs(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Return a scan's inputs ``q, k, v, ...`` for the pairs; all but the values belong to keys."""
+        q, k, v, *rest = inputs
+        return (self.by_key(q), self.by_key(k), self.by_value(v), *(self.by_key(y) for y in rest))
+
     def by_key(self, y: torch.Tensor) -> torch.Tensor:
         """Return ``[B, T, pairs, ...]`` from what there is per key or decay, ``[B, T, H, ...]`` for all heads."""
         indices = _key_heads(self.heads, y.device)

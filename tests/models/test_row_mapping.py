@@ -20,8 +20,17 @@ from statex_dist.models.distributions import (
     describe,
     generator_for,
 )
-from statex_dist.models.recipe import Fresh, Keep, Recipe, added, from_blocks, grown_groups, redrawn, repeated
-from statex_dist.models.surgery import Surgery
+from statex_dist.models.row_mapping import (
+    Fresh,
+    Keep,
+    RowMapping,
+    TensorMapping,
+    added,
+    from_blocks,
+    grown_groups,
+    redrawn,
+    repeated,
+)
 
 DISTRIBUTIONS = [
     Constant(0.5),
@@ -34,16 +43,16 @@ DISTRIBUTIONS = [
 ]
 
 
-def surgery(*blocks, columns=3, seed=1, name="a"):
+def tensor_mapping(*blocks, columns=3, seed=1, name="a"):
     rows = sum(block.rows for block in blocks)
-    recipe = Recipe(shape=(rows, columns), blocks=blocks, source_rows=100)
-    return Surgery(name=name, layer=0, recipe=recipe, seed=seed)
+    mapping = RowMapping(shape=(rows, columns), blocks=blocks, source_rows=100)
+    return TensorMapping(name=name, layer=0, rows=mapping, seed=seed)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda d: type(d).__name__)
 @given(sizes=st.integers(1, 70))
 def test_values_do_not_depend_on_the_size_of_the_pieces(distribution, sizes):
-    change = surgery(Keep(0, 2), Fresh(20, distribution))
+    change = tensor_mapping(Keep(0, 2), Fresh(20, distribution))
     whole = np.concatenate([*change.draw(1, size=1000)])
     pieces = [*change.draw(1, size=sizes)]
     assert max(len(piece) for piece in pieces) <= sizes
@@ -55,7 +64,7 @@ def test_values_do_not_depend_on_the_size_of_the_pieces(distribution, sizes):
 
 def test_seed_name_and_block_decide():
     def first(seed=1, name="a", block=0):
-        return next(surgery(Fresh(4, Normal(1)), Fresh(4, Normal(1)), seed=seed, name=name).draw(block, size=12))
+        return next(tensor_mapping(Fresh(4, Normal(1)), Fresh(4, Normal(1)), seed=seed, name=name).draw(block, size=12))
 
     assert np.array_equal(first(), first())
     for other in (first(seed=2), first(name="b"), first(block=1)):
@@ -92,10 +101,10 @@ def test_grown_groups_keep_every_old_row_once_in_order(groups, rows, factor, bef
         Keep(0, before),
         *grown_groups(before, groups=groups, rows=rows, factor=factor, new=None if copies else Constant(-1)),
     ]
-    recipe = from_blocks(source.shape, blocks)
-    assert recipe.shape == (before + groups * rows * factor,)
+    mapping = from_blocks(source.shape, blocks)
+    assert mapping.shape == (before + groups * rows * factor,)
     result = np.concatenate(
-        [source[b.start : b.stop] if isinstance(b, Keep) else np.full(b.rows, -1) for b in recipe.blocks]
+        [source[b.start : b.stop] if isinstance(b, Keep) else np.full(b.rows, -1) for b in mapping.blocks]
     )
     old = source[before:].reshape(groups, rows)
     new = np.tile(old, (1, factor)) if copies else np.pad(old, ((0, 0), (0, rows * (factor - 1))), constant_values=-1)
@@ -103,15 +112,15 @@ def test_grown_groups_keep_every_old_row_once_in_order(groups, rows, factor, bef
 
 
 def test_neighbouring_blocks_are_joined():
-    recipe = from_blocks(
+    mapping = from_blocks(
         (9, 2), [Keep(0, 2), Keep(2, 4), Keep(4, 4), Fresh(1, Normal(1)), Fresh(2, Normal(1)), Keep(4, 9)]
     )
-    assert recipe.blocks == (Keep(0, 4), Fresh(3, Normal(1)), Keep(4, 9))
-    assert recipe.shape == (12, 2)
+    assert mapping.blocks == (Keep(0, 4), Fresh(3, Normal(1)), Keep(4, 9))
+    assert mapping.shape == (12, 2)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "change"),
+    ("mapping", "change"),
     [
         (from_blocks((4, 2), [Keep(0, 4)]), "kept"),
         (repeated((4,), 3), "grown"),
@@ -120,17 +129,17 @@ def test_neighbouring_blocks_are_joined():
         (from_blocks((4,), [Keep(0, 4), Fresh(1, Constant(0))]), "grown"),
     ],
 )
-def test_the_word_for_a_change(recipe, change):
-    assert recipe.change == change
+def test_the_word_for_a_change(mapping, change):
+    assert mapping.change == change
 
 
 def test_the_report_says_rows_and_distributions():
-    recipe = from_blocks((4, 2), [Keep(1, 4), Fresh(2, Uniform(0.5))])
-    assert recipe.to_list() == [{"rows": 3, "from": [1, 4]}, {"rows": 2, "distribution": "Uniform", "bound": 0.5}]
+    mapping = from_blocks((4, 2), [Keep(1, 4), Fresh(2, Uniform(0.5))])
+    assert mapping.to_list() == [{"rows": 3, "from": [1, 4]}, {"rows": 2, "distribution": "Uniform", "bound": 0.5}]
     assert describe(TimeStep(1, 2, 3)) == {"distribution": "TimeStep", "low": 1, "high": 2, "floor": 3}
 
 
 @pytest.mark.parametrize("blocks", [(Keep(0, 3),), (Keep(0, 5),), (Keep(2, 6),)])
 def test_a_recipe_that_does_not_add_up_is_a_programming_error(blocks):
     with pytest.raises(AssertionError):
-        Recipe(shape=(4,), blocks=blocks, source_rows=5)
+        RowMapping(shape=(4,), blocks=blocks, source_rows=5)
