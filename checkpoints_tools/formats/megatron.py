@@ -23,8 +23,15 @@ from statex_dist.checkpoint.formats.dcp.reader import CHECKPOINT_CONFIG, COMMON_
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.megatron_names import Part, has_megatron_names, megatron_name, megatron_notes, name_map, whole
-from statex_dist.models.megatron_source import of_part
+from statex_dist.models.megatron import (
+    Part,
+    has_megatron_names,
+    megatron_name,
+    megatron_notes,
+    name_map,
+    of_part,
+    whole,
+)
 
 _CHECKPOINT_VERSION = 3.0  # of older ones Megatron-LM reorders queries and keys
 

@@ -150,9 +150,15 @@ class ModelConfig:
             )
 
     @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention in place of a recurrence."""
+        return ()
+
+    @property
     def recurrent_layers(self) -> tuple[int, ...]:
-        """Layers with a recurrent state of this family; the others (attention, MLP) are never touched."""
-        return tuple(range(self.num_hidden_layers))
+        """Layers with a recurrent state of this family; the others are never touched."""
+        attention = frozenset(self.attention_layers)
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
     def state_numbers(self) -> int:
@@ -161,8 +167,8 @@ class ModelConfig:
 
     @property
     def obstacle(self) -> str | None:
-        """Why the model can be expanded and resharded here but not run, or None if it can be run."""
-        return None
+        """Why the model can be expanded and resharded here but not run, or None: softmax attention is not run."""
+        return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None
 
     def require_runnable(self) -> None:
         """Raise if the model cannot be run here.
@@ -291,7 +297,7 @@ class ModelConfig:
 
 
 def check_layer_list(what: str, layers: Sequence[Any], num_layers: int) -> None:
-    """Raise if a list of a ``config.json`` names more layers than the model has.
+    """Raise if a list of a ``config.json`` names more layers than the model has (each may be wrong by itself).
 
     Raises:
         CheckpointError: It does.

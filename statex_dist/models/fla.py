@@ -95,17 +95,6 @@ class FLAConfig(ModelConfig):
         return tuple(sorted(layer for group in self._attention_groups for layer in group["layers"]))
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """All but the attention layers."""
-        attention = frozenset(self.attention_layers)
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Softmax attention is not run here."""
-        return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None
-
-    @property
     def mlp_size(self) -> int:
         """Inner size of the MLP: ``intermediate_size``, or 2/3 of the ratio rounded up to a multiple of 256."""
         if self.intermediate_size is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.evaluation.greedy import decode_greedily
 from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
 from statex_dist.models import mitigation
+from statex_dist.models.core.mitigation import Scanned
 from statex_dist.models.core.mixer import DeltaRule, LinearAttention, StateSpace
 from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.mitigation import ForgetMore, SlidingWindow, StateNorm, parse_mitigation
@@ -316,3 +319,30 @@ def test_outputs_of_a_window_are_differences_of_wide_numbers():
     alone, _ = gla(*(y[:, -16:] for y in inputs), scale=1.0)
     assert o.dtype == torch.bfloat16
     assert_close(o[:, -1].double(), alone[:, -1].double(), 2**-7)
+
+
+def test_a_mitigation_is_added_by_one_class_and_one_call():
+    @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+    class HalfValues(mitigation.Mitigation):
+        NAME: ClassVar[str] = "half-values"
+        EXAMPLE: ClassVar[str] = "half-values:factor=0.5"
+        TRAINS: ClassVar[bool] = True
+
+        factor: float = 0.5
+
+        def gla(self, scan, inputs, state, memory):
+            q, k, v, g = inputs
+            return Scanned(*scan((q, k, v * self.factor, g), state), ())
+
+    mitigation.register(HalfValues)
+    try:
+        model, ids = model_under("gla", "half-values"), tokens(2, 12)
+        assert str(model.mitigation) == "half-values:factor=0.5"
+        halved = whole(model, ids)
+        model.mitigation = None
+        plain = whole(model, ids)
+        assert_close(halved.states[0][0], plain.states[0][0] / 2)
+        with pytest.raises(ConfigError, match="half-values"):
+            model_under("gla", "no-such")
+    finally:
+        del mitigation.MITIGATIONS["half-values"]

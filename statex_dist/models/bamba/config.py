@@ -94,10 +94,9 @@ class BambaConfig(ModelConfig):
         )
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """The Mamba2 layers."""
-        attention = frozenset(self.attn_layer_indices or ())
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention."""
+        return tuple(self.attn_layer_indices or ())
 
     @property
     def obstacle(self) -> str | None:

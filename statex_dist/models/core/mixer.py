@@ -36,6 +36,8 @@ from statex_dist.ops.mitigations import Scan, Tensors
 from statex_dist.ops.precision import wide_dtype
 from statex_dist.state.geometry import StateGeometry
 
+State = torch.Tensor | None
+
 
 class Tokens(NamedTuple):
     """What a mixer has computed of a segment before the recurrence.
@@ -98,9 +100,7 @@ class RecurrentMixer(nn.Module):
         """Return the inputs of the recurrence, ``[B, T, heads, ...]`` each."""
         raise NotImplementedError
 
-    def scan(
-        self, inputs: Tensors, before: torch.Tensor | None, *, sequences: Sequences, mix: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
         """Run the recurrence over a segment, or its step where the segment is one token.
 
         Args:
@@ -111,9 +111,7 @@ class RecurrentMixer(nn.Module):
         """
         raise NotImplementedError
 
-    def mitigated(
-        self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: torch.Tensor | None, memory: Tensors
-    ) -> Scanned:
+    def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation."""
         raise NotImplementedError
 
@@ -199,34 +197,18 @@ def mixer_of(layer: nn.Module) -> RecurrentMixer:
 class LinearAttention(RecurrentMixer):
     """Gated linear attention: ``scan_inputs`` returns ``q, k, v, g``, log decays ``g`` per key channel."""
 
-    def scan(
-        self, inputs: Tensors, before: torch.Tensor | None, *, sequences: Sequences, mix: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
         """Run :func:`statex_dist.ops.dispatch.gla` or its step."""
         if before is not None and sequences.is_step(inputs[0]):
             q, k, v, g = (y.squeeze(1) for y in inputs)
             o, after = gla_decode(q, k, v, g, before, scale=self.scale, mix=mix, overwrite=sequences.overwrites)
             return o.unsqueeze(1), after
         q, k, v, g = inputs
-        return gla(
-            q,
-            k,
-            v,
-            g.to(wide_dtype(q.dtype)),
-            scale=self.scale,
-            mix=mix,
-            initial_state=before,
-            cu_seqlens=sequences.cu_seqlens,
-            backend=sequences.scan_backend,  # type: ignore[arg-type]
-            chunk_size=sequences.chunk_size,
-            max_state_bytes=sequences.max_state_bytes,
-            output_final_state=sequences.scan_returns_state,
-            context=sequences.context,
-        )
+        options = {**sequences.scan_options, "output_final_state": sequences.scan_returns_state}
+        options["max_state_bytes"] = sequences.max_state_bytes
+        return gla(q, k, v, g.to(wide_dtype(q.dtype)), scale=self.scale, mix=mix, initial_state=before, **options)
 
-    def mitigated(
-        self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: torch.Tensor | None, memory: Tensors
-    ) -> Scanned:
+    def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation."""
         return mitigation.gla(scan, inputs, state, memory)
 
@@ -234,32 +216,16 @@ class LinearAttention(RecurrentMixer):
 class DeltaRule(RecurrentMixer):
     """The gated delta rule: ``scan_inputs`` returns ``q, k, v, g, beta``, queries and keys normalised."""
 
-    def scan(
-        self, inputs: Tensors, before: torch.Tensor | None, *, sequences: Sequences, mix: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
         """Run :func:`statex_dist.ops.dispatch.delta_rule` or its step."""
         if before is not None and sequences.is_step(inputs[0]):
             q, k, v, g, beta = (y.squeeze(1) for y in inputs)
             o, after = delta_decode(q, k, v, g, beta, before, mix=mix, overwrite=sequences.overwrites)
             return o.unsqueeze(1), after
         q, k, v, g, beta = inputs
-        return delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            mix=mix,
-            initial_state=before,
-            cu_seqlens=sequences.cu_seqlens,
-            backend=sequences.scan_backend,  # type: ignore[arg-type]
-            chunk_size=sequences.chunk_size,
-            context=sequences.context,
-        )
+        return delta_rule(q, k, v, g, beta, mix=mix, initial_state=before, **sequences.scan_options)
 
-    def mitigated(
-        self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: torch.Tensor | None, memory: Tensors
-    ) -> Scanned:
+    def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation."""
         return mitigation.delta_rule(scan, inputs, state, memory)
 
@@ -269,9 +235,7 @@ class StateSpace(RecurrentMixer):
 
     D: nn.Parameter
 
-    def scan(
-        self, inputs: Tensors, before: torch.Tensor | None, *, sequences: Sequences, mix: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
         """Run :func:`statex_dist.ops.dispatch.ssd` or its step."""
         x, dt, A, B, C = inputs
         skip = self.D if sequences.mitigation is None else None
@@ -279,25 +243,10 @@ class StateSpace(RecurrentMixer):
             x, dt, B, C = (y.squeeze(1) for y in (x, dt, B, C))
             y, after = ssd_decode(x, dt, A, B, C, before, D=skip, overwrite=sequences.overwrites)
             return y.unsqueeze(1), after
-        return ssd(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D=skip,
-            initial_state=before,
-            cu_seqlens=sequences.cu_seqlens,
-            seq_idx=sequences.seq_idx,
-            output_final_state=sequences.scan_returns_state,
-            backend=sequences.scan_backend,  # type: ignore[arg-type]
-            chunk_size=sequences.chunk_size,
-            context=sequences.context,
-        )
+        options = {**sequences.scan_options, "output_final_state": sequences.scan_returns_state}
+        return ssd(x, dt, A, B, C, D=skip, initial_state=before, seq_idx=sequences.seq_idx, **options)
 
-    def mitigated(
-        self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: torch.Tensor | None, memory: Tensors
-    ) -> Scanned:
+    def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation, and add the skip term behind it.
 
         What is inserted into the state may be less than the input; what passes it by is not.

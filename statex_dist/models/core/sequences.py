@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -117,3 +117,13 @@ class Sequences:
     def scan_backend(self) -> str:
         """The scan to ask for: where nothing else is, the mitigation may choose."""
         return self.mitigation.BACKEND if self.backend == "auto" and self.mitigation is not None else self.backend
+
+    @property
+    def scan_options(self) -> dict[str, Any]:
+        """Arguments that every scan takes."""
+        return {
+            "cu_seqlens": self.cu_seqlens,
+            "backend": self.scan_backend,
+            "chunk_size": self.chunk_size,
+            "context": self.context,
+        }

@@ -138,15 +138,9 @@ class LightningConfig(ModelConfig):
         return [LINEAR if layer % 2 else FULL for layer in range(self.num_hidden_layers)]
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """The layers with Lightning attention."""
-        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == LINEAR)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Softmax attention is not run here."""
-        full = [layer for layer, kind in enumerate(self.kinds) if kind == FULL]
-        return f"layers {full} are softmax attention" if full else None
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == FULL)
 
     @property
     def head_size(self) -> int:

@@ -129,17 +129,15 @@ class StateSpacesConfig(Mamba2Config):
         return self.with_plan(dict(self.original))
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """All but the attention layers."""
-        attention = frozenset(self.attention)
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention."""
+        return tuple(self.attention)
 
     @property
     def obstacle(self) -> str | None:
         """Attention and MLP layers are not run here."""
-        if self.attention:
-            return f"layers {self.attention} are softmax attention"
-        return "layers with an MLP (d_intermediate)" if self.original.get("d_intermediate") else None
+        has_mlp = bool(self.original.get("d_intermediate"))
+        return super().obstacle or ("layers with an MLP (d_intermediate)" if has_mlp else None)
 
     def plain_keys(self) -> dict[str, Any]:
         """Return the grown ``ssm_cfg.d_state`` where every layer grows by the same factor."""

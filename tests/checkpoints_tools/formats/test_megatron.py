@@ -33,7 +33,7 @@ from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
-from statex_dist.models.megatron_names import megatron_notes, name_map
+from statex_dist.models.megatron import megatron_notes, name_map
 from statex_dist.models.registry import FAMILIES, config_from_dict, family_of
 from statex_dist.models.source import interpret, open_source
 from tests.checkpoints_tools.builders import (
