@@ -162,7 +162,7 @@ class ModelConfig:
 
     @property
     def state_numbers(self) -> int:
-        """State numbers of all recurrent layers together."""
+        """State elements of all recurrent layers together."""
         return sum(self.layer_geometry(layer).numbers for layer in self.recurrent_layers)
 
     @property

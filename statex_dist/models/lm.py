@@ -129,7 +129,7 @@ class RecurrentLM(nn.Module):
             logits_to_keep: Return the logits of so many last tokens only; None returns all. Not with ``labels``.
             backend: Scan implementation (``statex_dist.ops.dispatch.Backend``).
             chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
-            context: How ``input_ids`` hang together with the tokens of other ranks, or None. ``states`` are then those
+            context: How ``input_ids`` connect to the tokens of other ranks, or None. ``states`` are then those
                 before and after the whole pack, ``[1, ...]``.
 
         Raises:

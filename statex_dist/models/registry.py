@@ -1,7 +1,7 @@
-"""The families, by the ``model_type`` of their ``config.json``, and what is asked of any of them.
+"""The families, by the ``model_type`` of their ``config.json``, and functions over any of them.
 
-Adding a family is a folder and one row here, or a call of :func:`register`. This module and what it imports need numpy
-and nothing heavier: a family's mixer is imported when a model is built.
+Adding a family is a folder and one row here, or a call of :func:`register`. This module and its imports need numpy
+alone: a family's mixer is imported when a model is built.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def expand_state_dict(
 def parameter_roles(config: ModelConfig) -> dict[str, Role]:
     """Return the part that every parameter plays in an expansion, so that an optimizer can treat them apart.
 
-    ``mix``: a mixing matrix M. ``new``: another tensor that an expansion added, grew or drew anew. ``expanded``: the
+    ``mix``: a mixing matrix M. ``new``: another tensor that an expansion added, grew or redrew. ``expanded``: the
     other tensors of expanded layers. ``base``: all the rest, and everything in a model without a plan.
 
     Args:

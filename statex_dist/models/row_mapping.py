@@ -165,7 +165,7 @@ def grown_groups(start: int, *, groups: int, rows: int, factor: int, new: Distri
         start: First row of the first group in the original tensor.
         groups: Number of groups, one behind the other.
         rows: Rows of a group in the original.
-        factor: How many times as many a group gets.
+        factor: Growth factor of a group's rows.
         new: Distribution of the new rows; None makes them copies of the old ones.
     """
     blocks: list[Block] = []
@@ -176,59 +176,50 @@ def grown_groups(start: int, *, groups: int, rows: int, factor: int, new: Distri
     return blocks
 
 
-def mixed_heads(expansion: LayerExpansion, num_heads: int, name: str) -> dict[str, RowMapping]:
-    """Return the mapping of the mixing matrix ``M [num_heads, factor]``, called ``name``; nothing for other operations.
-
-    Column 0 reads a head's own values, column ``s`` those of the head ``s`` places on (cyclically). ``lossless`` starts
-    at the identity, other modes at ``1/sqrt(factor)``, StateX's merge expressed in M.
-    """
-    if expansion.op != "mix_heads":
-        return {}
-    factor = expansion.factor
-    start: Distribution = FirstColumn(factor) if expansion.init == "lossless" else Constant(factor**-0.5)
-    return {name: added((num_heads, factor), start)}
-
-
-def renewed_norms(
+def head_mappings(
     expansion: LayerExpansion,
     before: Mapping[str, TensorSpec],
     after: Mapping[str, TensorSpec],
+    first_value: Callable[[str, tuple[int, ...]], Distribution],
     *,
-    norm: str,
-    output_norm: str,
+    num_heads: int,
+    mix: str,
+    redrawn_names: Collection[str],
+    norms: tuple[str, str],
+    dynamics: Collection[str] = (),
 ) -> dict[str, RowMapping]:
-    """Return mappings that set a layer's norms to 1 where the plan resets the dynamics (nothing otherwise).
+    """Return what every family with heads does, by tensors' names without the layer's prefix.
 
-    The authors' script renews the norm before the token mixing always, the output norm with the layer (``reinit``).
+    *mix_heads* adds a matrix ``M [num_heads, factor]``. Column 0 reads a head's own values, column ``s`` those of the
+    head ``s`` places on (cyclically). ``lossless`` starts at the identity, other modes at ``1/sqrt(factor)``, StateX's
+    merge expressed in M. Where the plan resets the dynamics, norms become 1: as in the authors' script the norm before
+    the token mixing always, the output norm with the layer (``reinit``).
 
     Args:
         expansion: What is done to the layer.
         before: The original layer's tensors.
         after: The expanded layer's tensors.
-        norm: Name of the norm before the token mixing.
-        output_norm: Name of the norm behind it.
-    """
-    if not expansion.reset_dynamics:
-        return {}
-    names = [norm, output_norm] if expansion.init == "reinit" else [norm]
-    return redrawn_tensors(before, after, names, lambda name, shape: Constant(1.0))
-
-
-def redrawn_tensors(
-    before: Mapping[str, TensorSpec],
-    after: Mapping[str, TensorSpec],
-    names: Collection[str],
-    first_value: Callable[[str, tuple[int, ...]], Distribution],
-) -> dict[str, RowMapping]:
-    """Return mappings that draw the named tensors anew, at the expanded layer's shapes.
-
-    Args:
-        before: The original layer's tensors.
-        after: The expanded layer's tensors.
-        names: Tensors to draw, by name without the layer's prefix.
         first_value: Returns a tensor's distribution in a fresh model.
+        num_heads: Heads of the original layer.
+        mix: Name of the mixing matrix.
+        redrawn_names: Tensors that ``reinit`` draws again.
+        norms: Names of the norm before the token mixing and of the output norm.
+        dynamics: Further tensors that are drawn again where the plan resets the dynamics.
     """
-    return {
-        name: redrawn(after[name].shape, first_value(name, after[name].shape), source_rows=before[name].shape[0])
-        for name in names
-    }
+    result = {}
+    if expansion.op == "mix_heads":
+        factor = expansion.factor
+        start: Distribution = FirstColumn(factor) if expansion.init == "lossless" else Constant(factor**-0.5)
+        result[mix] = added((num_heads, factor), start)
+    names = dict.fromkeys(redrawn_names, first_value) if expansion.init == "reinit" else {}
+    if expansion.reset_dynamics:
+        names |= dict.fromkeys(dynamics, first_value)
+        names |= dict.fromkeys(norms if expansion.init == "reinit" else norms[:1], _one)
+    for name, first in names.items():
+        shape = after[name].shape
+        result[name] = redrawn(shape, first(name, shape), source_rows=before[name].shape[0])
+    return result
+
+
+def _one(name: str, shape: tuple[int, ...]) -> Distribution:
+    return Constant(1.0)

@@ -1,4 +1,4 @@
-"""Models under a remedy against state collapse: every family and expansion, every way to feed a text, every refusal."""
+"""Models under a mitigation of state collapse: every family and expansion, every way to feed a text, every refusal."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_delta_rule_in_segments_and_steps_equals_the_whole(name, text):
 
 
 @pytest.mark.parametrize("name", ["gla-mixed", "mamba2-grown", "retnet"])
-def test_remedies_that_change_nothing_change_nothing(name):
+def test_mitigations_that_change_nothing_change_nothing(name):
     model, ids = model_under(name), tokens(2, 12)
     expected = whole(model, ids).logits
     for text in ("forget-more:decay=0,insert=1", "state-norm:limit=1e9,every=4", "sliding-window:tokens=12"):
@@ -281,7 +281,7 @@ def test_forget_more_trains_and_packs(name):
 
 
 @pytest.mark.parametrize("text", ["state-norm:limit=1", "sliding-window:tokens=4"])
-def test_remedies_for_evaluation_refuse_training_and_packing(text):
+def test_mitigations_for_evaluation_refuse_training_and_packing(text):
     model, ids = model_under("gla", text), tokens(1, 8)
     with pytest.raises(
         ConfigError, match=r"not for packed sequences \(give one text per row\); forget-more is for both"
@@ -299,7 +299,7 @@ def test_a_delta_rule_has_no_sliding_window(name):
     assert model.mitigation == ForgetMore()
 
 
-def test_states_of_a_model_without_the_remedy_are_refused():
+def test_states_of_a_model_without_the_mitigation_are_refused():
     model, ids = model_under("gla"), tokens(1, 8)
     states = whole(model, ids).states
     model.mitigation = SlidingWindow(tokens=4)

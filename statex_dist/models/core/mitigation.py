@@ -22,7 +22,7 @@ MITIGATIONS: dict[str, type[Mitigation]] = {}
 
 
 class Scanned(NamedTuple):
-    """Outputs ``[B, T, ...]``, the state after them, and what the mitigation adds to the layer's state."""
+    """Outputs ``[B, T, ...]``, the state after them, and the mitigation's part of the layer's state."""
 
     outputs: torch.Tensor
     state: torch.Tensor | None
@@ -36,8 +36,8 @@ class Mitigation:
     ``str()`` gives the text form ``NAME:key=value,...``, every value written out.
 
     :meth:`gla`, :meth:`delta_rule` and :meth:`ssd` run a recurrence under the mitigation. Their ``scan`` is the plain
-    one (:mod:`statex_dist.ops.dispatch` says the shapes), ``state`` the one before the inputs or None, and ``memory``
-    what the mitigation had added to the layer's state, or empty.
+    one (shapes as in :mod:`statex_dist.ops.dispatch`), ``state`` is the state before the inputs or None, and ``memory``
+    is the mitigation's part of the layer's state, or empty.
     """
 
     NAME: ClassVar[str]

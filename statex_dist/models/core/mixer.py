@@ -249,7 +249,7 @@ class StateSpace(RecurrentMixer):
     def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation, and add the skip term behind it.
 
-        What is inserted into the state may be less than the input; what passes it by is not.
+        A mitigation may reduce the input of the state. It must not reduce the skip term.
         """
         y, after, memory = mitigation.ssd(scan, inputs, state, memory)
         return Scanned(y + inputs[0] * self.D.to(inputs[0].dtype).unsqueeze(-1), after, memory)

@@ -1,4 +1,4 @@
-"""What a mixer needs to know of the sequences in a batch, and what it hands on to the next segment."""
+"""The sequences in a batch as a mixer sees them, and the state that a layer passes to the next segment."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Sequences:
         chunk_size: Tokens per chunk of our own scans; None picks one.
         max_state_bytes: Bound of the chunk states that the scan of expanded GLA layers holds at once; None for its
             default.
-        context: How the tokens hang together with those of other ranks, or None. States before and after the tokens
+        context: How the tokens connect to those of other ranks, or None. States before and after the tokens
             are then those before and after the whole pack, ``[1, ...]``.
         mitigation: Mitigation of state collapse, or None.
         overwrite_states: Whether a step of one token may write new matrix states over those that it is given.

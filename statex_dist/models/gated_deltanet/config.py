@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models import fla
@@ -23,7 +23,7 @@ from statex_dist.models.distributions import Distribution, LogUniform, TimeStep
 from statex_dist.models.family import Family
 from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, mix_tensor
 from statex_dist.models.layout import LayerUnits, TensorSpec, layer_units
-from statex_dist.models.row_mapping import RowMapping, mixed_heads, redrawn_tensors, renewed_norms
+from statex_dist.models.row_mapping import RowMapping, head_mappings
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -128,29 +128,33 @@ def conv_tensors(config: DeltaRuleConfig, units: LayerUnits) -> dict[str, Tensor
 
 
 def mixing_mappings(
+    layer_tensors: Callable[[Any, int], dict[str, TensorSpec]],
+    first_value: Callable[..., Distribution],
     config: DeltaRuleConfig,
+    after: DeltaRuleConfig,
     expansion: LayerExpansion,
-    before: dict[str, TensorSpec],
-    after: dict[str, TensorSpec],
-    first_value: Callable[[str, tuple[int, ...]], Distribution],
 ) -> dict[str, RowMapping]:
     """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix.
 
     Args:
+        layer_tensors: The family's.
+        first_value: The family's.
         config: Configuration of the original model.
+        after: Configuration of the expanded model.
         expansion: What is done to the layer.
-        before: Tensors of the original layer.
-        after: Tensors of the expanded layer.
-        first_value: Returns a tensor's distribution in a fresh model.
     """
-    mappings = mixed_heads(expansion, config.value_heads, MIX_NAME)
-    if expansion.init == "reinit":
-        names = [n for n in before if n.startswith("attn.") and "norm" not in n and n not in DYNAMICS]
-        mappings |= redrawn_tensors(before, after, names, first_value)
-    if expansion.reset_dynamics:
-        mappings |= redrawn_tensors(before, after, DYNAMICS, first_value)
-    norms = renewed_norms(expansion, before, after, norm="attn_norm.weight", output_norm="attn.o_norm.weight")
-    return mappings | norms
+    before = layer_tensors(config, expansion.layer)
+    return head_mappings(
+        expansion,
+        before,
+        layer_tensors(after, expansion.layer),
+        partial(first_value, config=config),
+        num_heads=config.value_heads,
+        mix=MIX_NAME,
+        redrawn_names=[n for n in before if n.startswith("attn.") and "norm" not in n and n not in DYNAMICS],
+        norms=("attn_norm.weight", "attn.o_norm.weight"),
+        dynamics=DYNAMICS,
+    )
 
 
 @dataclass(kw_only=True)
@@ -203,24 +207,11 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: GatedDeltaNetCon
     return fla.first_value(suffix, shape, config=config)
 
 
-def layer_mappings(
-    config: GatedDeltaNetConfig, after: GatedDeltaNetConfig, expansion: LayerExpansion
-) -> dict[str, RowMapping]:
-    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
-    return mixing_mappings(
-        config,
-        expansion,
-        layer_tensors(config, expansion.layer),
-        layer_tensors(after, expansion.layer),
-        partial(first_value, config=config),
-    )
-
-
 FAMILY = Family(
     config=GatedDeltaNetConfig,
     names=fla.NAMES,
     layer_tensors=layer_tensors,
     first_value=first_value,
-    layer_mappings=layer_mappings,
+    layer_mappings=partial(mixing_mappings, layer_tensors, first_value),
     mixer="statex_dist.models.gated_deltanet.mixer",
 )

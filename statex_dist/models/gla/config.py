@@ -23,9 +23,7 @@ from statex_dist.models.row_mapping import (
     RowMapping,
     from_blocks,
     grown_groups,
-    mixed_heads,
-    redrawn_tensors,
-    renewed_norms,
+    head_mappings,
     repeated,
 )
 from statex_dist.state.geometry import StateGeometry
@@ -184,17 +182,20 @@ def layer_mappings(config: GLAConfig, after: GLAConfig, expansion: LayerExpansio
         expansion: What is done to the layer.
     """
     before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
-    first = partial(first_value, config=config, layer_default=expansion.reset_dynamics)
-    mappings = mixed_heads(expansion, config.num_heads, MIX_NAME)
     norm = gate_norm_name(config)
-    if expansion.op == "merge_heads":
-        mappings[norm] = repeated(before[norm].shape, expansion.factor)
-    if expansion.init == "reinit":
-        names = [name for name in before if name.startswith("attn.") and name.split(".")[1] in TOKEN_MIXING]
-        mappings |= redrawn_tensors(before, target, names, first)
-    elif expansion.op == "grow_state":
+    mappings = {norm: repeated(before[norm].shape, expansion.factor)} if expansion.op == "merge_heads" else {}
+    if expansion.op == "grow_state" and expansion.init != "reinit":
         mappings |= _grown(config, expansion)
-    return mappings | renewed_norms(expansion, before, target, norm="attn_norm.weight", output_norm=norm)
+    return mappings | head_mappings(
+        expansion,
+        before,
+        target,
+        partial(first_value, config=config, layer_default=expansion.reset_dynamics),
+        num_heads=config.num_heads,
+        mix=MIX_NAME,
+        redrawn_names=[name for name in before if name.startswith("attn.") and name.split(".")[1] in TOKEN_MIXING],
+        norms=("attn_norm.weight", norm),
+    )
 
 
 def _grown(config: GLAConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:

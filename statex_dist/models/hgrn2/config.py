@@ -15,7 +15,7 @@ from statex_dist.models import fla
 from statex_dist.models.family import Family
 from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
 from statex_dist.models.layout import TensorSpec, layer_units
-from statex_dist.models.row_mapping import RowMapping, mixed_heads, redrawn_tensors, renewed_norms
+from statex_dist.models.row_mapping import RowMapping, head_mappings
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -123,13 +123,17 @@ def layer_mappings(config: HGRN2Config, after: HGRN2Config, expansion: LayerExpa
         after: Configuration of the expanded model.
         expansion: What is done to the layer.
     """
-    before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
-    mappings = mixed_heads(expansion, config.heads, MIX_NAME)
-    if expansion.init == "reinit":
-        names = [name for name in before if name.startswith("attn.") and "norm" not in name]
-        mappings |= redrawn_tensors(before, target, names, partial(fla.first_value, config=config))
-    norms = renewed_norms(expansion, before, target, norm="attn_norm.weight", output_norm="attn.g_norm.weight")
-    return mappings | norms
+    before = layer_tensors(config, expansion.layer)
+    return head_mappings(
+        expansion,
+        before,
+        layer_tensors(after, expansion.layer),
+        partial(fla.first_value, config=config),
+        num_heads=config.heads,
+        mix=MIX_NAME,
+        redrawn_names=[name for name in before if name.startswith("attn.") and "norm" not in name],
+        norms=("attn_norm.weight", "attn.g_norm.weight"),
+    )
 
 
 FAMILY = Family(

@@ -13,8 +13,6 @@ from statex_dist.models.family import Family
 from statex_dist.models.fla import block_tensors, mix_tensor
 from statex_dist.models.gated_deltanet.config import DeltaRuleConfig, conv_tensors, mixing_mappings
 from statex_dist.models.layout import TensorSpec, layer_units
-from statex_dist.models.row_mapping import RowMapping
-from statex_dist.state.plan import LayerExpansion
 
 
 @dataclass(kw_only=True)
@@ -75,22 +73,11 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: KDAConfig) -> Di
     return fla.first_value(suffix, shape, config=config)
 
 
-def layer_mappings(config: KDAConfig, after: KDAConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
-    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
-    return mixing_mappings(
-        config,
-        expansion,
-        layer_tensors(config, expansion.layer),
-        layer_tensors(after, expansion.layer),
-        partial(first_value, config=config),
-    )
-
-
 FAMILY = Family(
     config=KDAConfig,
     names=fla.NAMES,
     layer_tensors=layer_tensors,
     first_value=first_value,
-    layer_mappings=layer_mappings,
+    layer_mappings=partial(mixing_mappings, layer_tensors, first_value),
     mixer="statex_dist.models.kda.mixer",
 )

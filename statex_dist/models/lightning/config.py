@@ -27,9 +27,7 @@ from statex_dist.models.row_mapping import (
     Keep,
     RowMapping,
     from_blocks,
-    mixed_heads,
-    redrawn_tensors,
-    renewed_norms,
+    head_mappings,
 )
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
@@ -225,13 +223,19 @@ def layer_mappings(config: LightningConfig, after: LightningConfig, expansion: L
         expansion: What is done to the layer.
     """
     before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
-    mappings = mixed_heads(expansion, config.num_attention_heads, MIX_NAME)
-    if expansion.init == "reinit":
-        mappings |= redrawn_tensors(before, target, TOKEN_MIXING, partial(first_value, config=config))
-    elif expansion.op == "grow_state":
+    mappings = {}
+    if expansion.op == "grow_state" and expansion.init != "reinit":
         mappings[QKV] = _grown_qkv(config, expansion, before[QKV].shape)
-    norms = renewed_norms(expansion, before, target, norm="input_layernorm.weight", output_norm="self_attn.norm.weight")
-    return mappings | norms
+    return mappings | head_mappings(
+        expansion,
+        before,
+        target,
+        partial(first_value, config=config),
+        num_heads=config.num_attention_heads,
+        mix=MIX_NAME,
+        redrawn_names=TOKEN_MIXING,
+        norms=("input_layernorm.weight", "self_attn.norm.weight"),
+    )
 
 
 def _grown_qkv(config: LightningConfig, expansion: LayerExpansion, shape: tuple[int, ...]) -> RowMapping:

@@ -7,7 +7,7 @@ B and C of every group get new rows behind their old ones, in ``in_proj`` and in
 * ``inherit``: the old rows are kept, the new ones drawn;
 * ``lossless``: the same, but the new C rows of ``in_proj`` are zero: the new state columns are written but not yet
   read, so the function is unchanged; C receives gradient at once and B from the second step on. (Both zero, the
-  authors' ``merge_zero``, is a saddle with zero gradient for ever.)
+  authors' ``merge_zero``, is a saddle point: its gradient stays zero.)
 * ``copy``: the new rows are copies of the old ones (the authors' ``merge_copy``: C.B grows by the factor).
 
 The dynamics (``dt_bias``, ``A_log``) and the gated norm are kept in every mode unless the plan resets them, as the

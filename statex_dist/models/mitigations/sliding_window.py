@@ -24,8 +24,8 @@ class SlidingWindow(Mitigation):
     NAME: ClassVar[str] = "sliding-window"
     EXAMPLE: ClassVar[str] = "sliding-window:tokens=2048"
     BACKEND: ClassVar[str] = "chunked"
-    """It computes in full fp32. What leaves the window is subtracted, and a kernel may round it and what had entered to
-    tf32, each in its way."""
+    """It computes in full fp32. Tokens that leave the window are subtracted; a kernel may round them to tf32, and
+    differently than when they entered."""
 
     tokens: int
 

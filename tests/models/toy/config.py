@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from statex_dist.models import fla
@@ -10,7 +11,7 @@ from statex_dist.models.distributions import Constant, Distribution
 from statex_dist.models.family import Family
 from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
 from statex_dist.models.layout import TensorSpec, layer_units
-from statex_dist.models.row_mapping import RowMapping, mixed_heads, redrawn_tensors
+from statex_dist.models.row_mapping import RowMapping, head_mappings
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
@@ -53,12 +54,17 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: ToyConfig) -> Di
 
 
 def layer_mappings(before: ToyConfig, after: ToyConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
-    mappings = mixed_heads(expansion, before.num_heads, MIX_NAME)
-    if expansion.init == "reinit":
-        old, new = layer_tensors(before, expansion.layer), layer_tensors(after, expansion.layer)
-        names = [name for name in old if name.endswith("_proj.weight") and name.startswith("attn.")]
-        mappings |= redrawn_tensors(old, new, names, lambda name, shape: first_value(name, shape, config=before))
-    return mappings
+    old, new = layer_tensors(before, expansion.layer), layer_tensors(after, expansion.layer)
+    return head_mappings(
+        expansion,
+        old,
+        new,
+        partial(first_value, config=before),
+        num_heads=before.num_heads,
+        mix=MIX_NAME,
+        redrawn_names=[name for name in old if name.endswith("_proj.weight") and name.startswith("attn.")],
+        norms=("attn_norm.weight", "mlp_norm.weight"),
+    )
 
 
 FAMILY = Family(
