@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from statex_dist.models.core.norm import RMSNorm
+from statex_dist.models.core.layers import RMSNorm
 from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.layout import Units, shard_ranges
 from tests.models.tiny import (

@@ -20,7 +20,7 @@ asks for tensors and never for a projection by its name.
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -33,8 +33,9 @@ from statex_dist.ops.conv import convolve_sequences
 from statex_dist.ops.cu_seqlens import borders_of
 from statex_dist.ops.dispatch import delta_decode, delta_rule, gla, gla_decode, ssd, ssd_decode
 from statex_dist.ops.mitigations import Scan, Tensors
-from statex_dist.ops.precision import wide_dtype
-from statex_dist.state.geometry import StateGeometry
+
+if TYPE_CHECKING:
+    from statex_dist.state.geometry import StateGeometry
 
 State = torch.Tensor | None
 
@@ -134,7 +135,9 @@ class RecurrentMixer(nn.Module):
             ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
         """
         has_conv = self.geometry.conv_kernel > 0
-        before = LayerParts.split(state, sequences.mitigation, has_position=self.HAS_POSITIONS, has_tail=has_conv)
+        before = LayerParts()
+        if state:
+            before = LayerParts.split(state, sequences.mitigation, has_position=self.HAS_POSITIONS, has_tail=has_conv)
         projected, others = self.project(x)
         tail = position = positions = None
         if has_conv:
@@ -169,7 +172,8 @@ class RecurrentMixer(nn.Module):
 
     def _recur(self, inputs: Tensors, before: LayerParts, sequences: Sequences) -> Scanned:
         """Run the recurrence as the model's mitigation and the heads in this process ask for."""
-        pairs, mix = PartnerHeads.where_needed(self.heads), self.mix
+        mix = self.mix
+        pairs = None if mix is None else PartnerHeads.where_needed(self.heads)
         if pairs is not None:
             inputs, mix = pairs.inputs(inputs), None
         scan = partial(self.scan, sequences=sequences, mix=mix)
@@ -195,7 +199,7 @@ def mixer_of(layer: nn.Module) -> RecurrentMixer:
 
 
 class LinearAttention(RecurrentMixer):
-    """Gated linear attention: ``scan_inputs`` returns ``q, k, v, g``, log decays ``g`` per key channel."""
+    """Gated linear attention: ``scan_inputs`` returns ``q, k, v, g``, wide log decays ``g`` per key channel."""
 
     def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
         """Run :func:`statex_dist.ops.dispatch.gla` or its step."""
@@ -204,9 +208,8 @@ class LinearAttention(RecurrentMixer):
             o, after = gla_decode(q, k, v, g, before, scale=self.scale, mix=mix, overwrite=sequences.overwrites)
             return o.unsqueeze(1), after
         q, k, v, g = inputs
-        options = {**sequences.scan_options, "output_final_state": sequences.scan_returns_state}
-        options["max_state_bytes"] = sequences.max_state_bytes
-        return gla(q, k, v, g.to(wide_dtype(q.dtype)), scale=self.scale, mix=mix, initial_state=before, **options)
+        options = {**sequences.scan_options, "max_state_bytes": sequences.max_state_bytes}
+        return gla(q, k, v, g, scale=self.scale, mix=mix, initial_state=before, **options)
 
     def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation."""
@@ -223,7 +226,8 @@ class DeltaRule(RecurrentMixer):
             o, after = delta_decode(q, k, v, g, beta, before, mix=mix, overwrite=sequences.overwrites)
             return o.unsqueeze(1), after
         q, k, v, g, beta = inputs
-        return delta_rule(q, k, v, g, beta, mix=mix, initial_state=before, **sequences.scan_options)
+        options = {name: value for name, value in sequences.scan_options.items() if name != "output_final_state"}
+        return delta_rule(q, k, v, g, beta, mix=mix, initial_state=before, **options)  # which always returns the state
 
     def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation."""
@@ -243,8 +247,8 @@ class StateSpace(RecurrentMixer):
             x, dt, B, C = (y.squeeze(1) for y in (x, dt, B, C))
             y, after = ssd_decode(x, dt, A, B, C, before, D=skip, overwrite=sequences.overwrites)
             return y.unsqueeze(1), after
-        options = {**sequences.scan_options, "output_final_state": sequences.scan_returns_state}
-        return ssd(x, dt, A, B, C, D=skip, initial_state=before, seq_idx=sequences.seq_idx, **options)
+        options = {**sequences.scan_options, "seq_idx": sequences.seq_idx}
+        return ssd(x, dt, A, B, C, D=skip, initial_state=before, **options)
 
     def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation, and add the skip term behind it.

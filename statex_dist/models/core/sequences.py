@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
 from statex_dist.models.core.mitigation import Mitigation
+
+if TYPE_CHECKING:
+    from statex_dist.distributed.context_group import ContextShare
 
 LayerState = tuple[torch.Tensor, ...]
 """State of one layer after its last token, the tensors of :class:`LayerParts` in their order, ``[S, ...]`` each. Zeros
@@ -33,12 +35,12 @@ class LayerParts(NamedTuple):
 
     @classmethod
     def split(
-        cls, state: LayerState | None, mitigation: Mitigation | None, *, has_position: bool, has_tail: bool
+        cls, state: LayerState, mitigation: Mitigation | None, *, has_position: bool, has_tail: bool
     ) -> LayerParts:
-        """Return the parts of a layer's state, empty where there is no state.
+        """Return the parts of a layer's state.
 
         Args:
-            state: The state, or None.
+            state: The state.
             mitigation: What the model is run under, or None.
             has_position: Whether the layer has a position.
             has_tail: Whether the layer has a convolution.
@@ -46,8 +48,6 @@ class LayerParts(NamedTuple):
         Raises:
             ConfigError: The state was left by a model with another mitigation, or of another kind.
         """
-        if not state:
-            return cls()
         added = 0 if mitigation is None else mitigation.num_tensors
         if added and len(state) <= added:
             raise ConfigError(
@@ -120,10 +120,11 @@ class Sequences:
 
     @property
     def scan_options(self) -> dict[str, Any]:
-        """Arguments that every scan takes."""
+        """Arguments that scans take."""
         return {
             "cu_seqlens": self.cu_seqlens,
             "backend": self.scan_backend,
             "chunk_size": self.chunk_size,
             "context": self.context,
+            "output_final_state": self.scan_returns_state,
         }

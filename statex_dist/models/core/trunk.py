@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statex_dist.batch import IGNORE_INDEX
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.core.norm import RMSNorm
+from statex_dist.models.core.layers import RMSNorm
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.layout import Names
 from statex_dist.ops.loss import LOSS_CHUNK_TOKENS, linear_cross_entropy

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.core.block import FLABlock
+from statex_dist.models.core.layers import FLABlock, GatedRMSNorm, RMSNorm
 from statex_dist.models.core.mixer import DeltaRule, Tokens, depthwise
-from statex_dist.models.core.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.gated_deltanet.config import DeltaRuleConfig, GatedDeltaNetConfig
 from statex_dist.ops.mitigations import Tensors
 from statex_dist.ops.precision import wide_dtype

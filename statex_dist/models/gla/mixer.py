@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.core.block import FLABlock
+from statex_dist.models.core.layers import FLABlock, GatedRMSNorm
 from statex_dist.models.core.mixer import LinearAttention, Tokens, depthwise
-from statex_dist.models.core.norm import GatedRMSNorm
 from statex_dist.models.gla.config import GATE_LOW_RANK_DIM, GLAConfig
 from statex_dist.ops.mitigations import Tensors
 from statex_dist.ops.precision import wide_dtype

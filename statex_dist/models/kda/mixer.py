@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.core.block import FLABlock
-from statex_dist.models.core.norm import GatedRMSNorm
+from statex_dist.models.core.layers import FLABlock, GatedRMSNorm
 from statex_dist.models.gated_deltanet.mixer import DeltaAttention
 from statex_dist.models.kda.config import KDAConfig
 from statex_dist.ops.precision import wide_dtype

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.core.block import SparseExperts
+from statex_dist.models.core.layers import RMSNorm, SparseExperts
 from statex_dist.models.core.mixer import LinearAttention, Tokens
-from statex_dist.models.core.norm import RMSNorm
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.ops.mitigations import Tensors

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from statex_dist.models.core.layers import GatedRMSNorm, RMSNorm
 from statex_dist.models.core.mixer import StateSpace, Tokens
-from statex_dist.models.core.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.mamba2.tensors import conv_parts, in_proj_parts
 from statex_dist.ops.mitigations import Tensors
 from statex_dist.ops.precision import wide_dtype
 
@@ -29,8 +28,8 @@ class Mamba2Mixer(StateSpace):
     def __init__(self, config: Mamba2Config, layer: int):
         super().__init__(config.layer_geometry(layer))
         self.time_step_limit = config.time_step_limit
-        num_rows = sum(rows for _, rows in in_proj_parts(config, layer))
-        channels = sum(rows for _, rows in conv_parts(config, layer))
+        channels = self.geometry.conv_channels
+        num_rows = config.inner_size + channels + config.num_heads
         self.in_proj = nn.Linear(config.hidden_size, num_rows, bias=config.use_bias)
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(config.num_heads))

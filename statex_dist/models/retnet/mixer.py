@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from statex_dist.models.core.block import FLABlock
+from statex_dist.models.core.layers import FLABlock
 from statex_dist.models.core.mixer import Tokens
 from statex_dist.models.gla.mixer import GatedLinearAttention
 from statex_dist.models.retnet.config import RetNetConfig

@@ -18,10 +18,9 @@ from torch import nn
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.core.block import Expert, SparseExperts
+from statex_dist.models.core.layers import Expert, GatedRMSNorm, RMSNorm, SparseExperts
 from statex_dist.models.core.mitigation import Mitigation
 from statex_dist.models.core.mixer import RecurrentMixer, mixer_of
-from statex_dist.models.core.norm import GatedRMSNorm, RMSNorm
 from statex_dist.models.core.trunk import LMHead
 from statex_dist.models.layout import HeldHeads, TensorSpec
 from statex_dist.models.lm import RecurrentLM

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.core.block import FLABlock
+from statex_dist.models.core.layers import FLABlock
 from statex_dist.models.core.mixer import LinearAttention, Tokens, depthwise
 from tests.models.toy.config import ToyConfig
 
