@@ -51,7 +51,7 @@ def whole_layer(config, index):
     """A layer, its tensors' specs and what it is called with."""
     model = build(config)
     x = torch.randn(2, 7, config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    shared = [values[index] for values in model.family.shared_inputs(model.trunk)]
+    shared = [values[index] for values in model.trunk.shared_inputs()]
     return model.trunk.layers[index], model.family.layer_tensors(config, index), (x, Sequences(), None, *shared)
 
 

@@ -47,7 +47,7 @@ class Trunk(nn.Module):
         shared_inputs: SharedInputs | None = None,
     ):
         super().__init__()
-        self.config, self.shared_inputs = config, shared_inputs
+        self.config, self._shared_inputs = config, shared_inputs
         self.embedding_name, self.final_norm_name = names.embedding, names.final_norm
         self.add_module(names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
         for name, shape in (shared or {}).items():
@@ -66,6 +66,10 @@ class Trunk(nn.Module):
         """The norm behind the layers, under whatever name the family's checkpoints have for it."""
         return getattr(self, self.final_norm_name)
 
+    def shared_inputs(self) -> Sequence[Sequence[torch.Tensor | None]]:
+        """Return further arguments of the layers, each one per layer, from the parameters that they share."""
+        return () if self._shared_inputs is None else self._shared_inputs(self)
+
     def _recomputes(self, layer: int) -> bool:
         if self.recompute == "expanded":
             return self.config.statex is not None and self.config.statex.get(layer) is not None
@@ -77,7 +81,7 @@ class Trunk(nn.Module):
         """Return the final hidden states ``[B, T, hidden]`` and the layers' states."""
         hidden = self.embedding_table(input_ids)
         new_states: list[LayerState] = []
-        shared = self.shared_inputs(self) if self.shared_inputs is not None else ()
+        shared = self.shared_inputs()
         for index, layer in enumerate(self.layers):
             inputs = (hidden, sequences, states[index] if states else None, *(x[index] for x in shared))
             if self.training and self._recomputes(index):
