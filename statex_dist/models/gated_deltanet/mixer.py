@@ -16,12 +16,7 @@ KEY_NORM_EPS = 1e-6
 
 
 class DeltaAttention(DeltaRule):
-    """Token mixing of one layer; a family adds its decays (``log_decays``) and its output gate (``gated``).
-
-    Args:
-        config: The model's configuration with its plan.
-        layer: Index of the layer.
-    """
+    """Token mixing of one layer; a family adds its decays (``log_decays``) and its output gate (``gated``)."""
 
     def __init__(self, config: DeltaRuleConfig, layer: int):
         super().__init__(config.layer_geometry(layer))

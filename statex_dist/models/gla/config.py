@@ -174,13 +174,7 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: GLAConfig, layer
 
 
 def layer_mappings(config: GLAConfig, after: GLAConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
-    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix.
-
-    Args:
-        config: Configuration of the original model.
-        after: Configuration of the expanded model.
-        expansion: What is done to the layer.
-    """
+    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
     before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
     norm = gate_norm_name(config)
     mappings = {norm: repeated(before[norm].shape, expansion.factor)} if expansion.op == "merge_heads" else {}

@@ -18,12 +18,7 @@ from statex_dist.ops.precision import wide_dtype
 
 
 class GatedLinearAttention(LinearAttention):
-    """Token mixing of one layer (arXiv 2312.06635, section 4.4).
-
-    Args:
-        config: The model's configuration with its plan.
-        layer: Index of the layer.
-    """
+    """Token mixing of one layer (arXiv 2312.06635, section 4.4)."""
 
     g_norm: GatedRMSNorm
     g_norm_swish_gate: GatedRMSNorm

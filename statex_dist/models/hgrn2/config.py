@@ -116,13 +116,7 @@ def layer_tensors(config: HGRN2Config, layer: int) -> dict[str, TensorSpec]:
 
 
 def layer_mappings(config: HGRN2Config, after: HGRN2Config, expansion: LayerExpansion) -> dict[str, RowMapping]:
-    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix.
-
-    Args:
-        config: Configuration of the original model.
-        after: Configuration of the expanded model.
-        expansion: What is done to the layer.
-    """
+    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
     before = layer_tensors(config, expansion.layer)
     return head_mappings(
         expansion,

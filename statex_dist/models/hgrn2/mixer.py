@@ -31,12 +31,7 @@ def shared_inputs(trunk: nn.Module) -> list[list[torch.Tensor | None]]:
 
 
 class HGRN2Attention(LinearAttention):
-    """Token mixing of one layer (arXiv 2404.07904, section 3); its one shared input is the forget gate's lower bound.
-
-    Args:
-        config: The model's configuration with its plan.
-        layer: Index of the layer.
-    """
+    """Token mixing of one layer (arXiv 2404.07904, section 3); the trunk gives it the forget gate's lower bound."""
 
     CONV_SILU = False
 

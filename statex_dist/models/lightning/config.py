@@ -215,13 +215,7 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: LightningConfig)
 
 
 def layer_mappings(config: LightningConfig, after: LightningConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
-    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix.
-
-    Args:
-        config: Configuration of the original model.
-        after: Configuration of the expanded model.
-        expansion: What is done to the layer.
-    """
+    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
     before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
     mappings = {}
     if expansion.op == "grow_state" and expansion.init != "reinit":

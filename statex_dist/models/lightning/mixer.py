@@ -22,12 +22,7 @@ OUTPUT_NORM_EPS = 1e-6
 
 
 class LightningAttention(LinearAttention):
-    """Token mixing of one layer (arXiv 2401.04658; gate and norm of MiniMax-01, arXiv 2501.08313).
-
-    Args:
-        config: The model's configuration with its plan.
-        layer: Index of the layer.
-    """
+    """Token mixing of one layer (arXiv 2401.04658; gate and norm of MiniMax-01, arXiv 2501.08313)."""
 
     def __init__(self, config: LightningConfig, layer: int):
         geometry, heads = config.layer_geometry(layer), config.num_attention_heads

@@ -18,12 +18,7 @@ from statex_dist.ops.precision import wide_dtype
 
 
 class Mamba2Mixer(StateSpace):
-    """Token mixing of one layer (arXiv 2405.21060, figure 6).
-
-    Args:
-        config: The model's configuration with its plan.
-        layer: Index of the layer.
-    """
+    """Token mixing of one layer (arXiv 2405.21060, figure 6)."""
 
     def __init__(self, config: Mamba2Config, layer: int):
         super().__init__(config.layer_geometry(layer))

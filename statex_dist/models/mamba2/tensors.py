@@ -136,13 +136,7 @@ def first_value(
 
 
 def layer_mappings(config: Mamba2Config, after: Mamba2Config, expansion: LayerExpansion) -> dict[str, RowMapping]:
-    """Return a row mapping for each tensor of an expanded layer that changes, by name without the prefix.
-
-    Args:
-        config: Configuration of the original model.
-        after: Configuration of the expanded model.
-        expansion: What is done to the layer.
-    """
+    """Return a row mapping for each tensor of an expanded layer that changes, by name without the prefix."""
     first = partial(first_value, config=config, layer_default=expansion.reset_dynamics)
     mappings = {}
     for name, spec in layer_tensors(config, expansion.layer).items():
