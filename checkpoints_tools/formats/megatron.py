@@ -24,7 +24,7 @@ from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.megatron import (
-    Part,
+    MegatronPart,
     has_megatron_names,
     megatron_name,
     megatron_notes,
@@ -82,7 +82,7 @@ def megatron_plan(
     )
 
 
-def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[str, tuple[Part, ...]]:
+def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[str, tuple[MegatronPart, ...]]:
     """Return the parts of every tensor that is written, by our name."""
     table = name_map(config) if config is not None else {}
     found = {}

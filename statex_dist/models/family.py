@@ -60,8 +60,8 @@ class Family:
         first_value: Takes such a name, a shape and ``config=``; returns the tensor's distribution in a fresh model.
         layer_mappings: Takes the configs before and after and a layer's expansion; returns the row mappings of the
             tensors that change or are new, by name without the prefix.
-        mixer: Module with the layer class ``Block`` and perhaps ``shared_inputs``; None where other software runs the
-            models.
+        block: ``module:Class`` of the layer; a function ``shared_inputs`` may stand beside it. None where other
+            software runs the models.
         shared_tensors: Takes a config; returns parameters that the layers share, by full name.
         megatron: Names of megatron-core's module; None where it has none.
     """
@@ -71,7 +71,7 @@ class Family:
     layer_tensors: Callable[[Any, int], dict[str, TensorSpec]]
     first_value: Callable[..., Distribution]
     layer_mappings: Callable[[Any, Any, LayerExpansion], dict[str, RowMapping]]
-    mixer: str | None
+    block: str | None
     shared_tensors: Callable[[Any], dict[str, TensorSpec]] = field(default=no_tensors)
     megatron: MegatronLayer | None = None
 
@@ -81,12 +81,14 @@ class Family:
         return self.config.MODEL_TYPE
 
     def _mixer_module(self) -> ModuleType:
-        assert self.mixer is not None, f"{self.model_type} is run by other software"
-        return importlib.import_module(self.mixer)
+        assert self.block is not None, f"{self.model_type} is run by other software"
+        return importlib.import_module(self.block.partition(":")[0])
 
     def block_classes(self, config: ModelConfig) -> list[type[nn.Module]]:
         """Import and return the class of each layer."""
-        return [self._mixer_module().Block] * config.num_hidden_layers
+        module = self._mixer_module()
+        assert self.block is not None
+        return [getattr(module, self.block.partition(":")[2])] * config.num_hidden_layers
 
     def shared_inputs(self) -> SharedInputs | None:
         """Return the function that makes further arguments of the layers of the shared parameters, or None."""

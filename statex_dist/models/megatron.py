@@ -34,7 +34,7 @@ OTHER_STATE = ("optimizer.", "chained_")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MegatronPart:
     """Rows ``start .. stop`` of one of our tensors, and the name under which they are a tensor there."""
 
     name: str
@@ -42,7 +42,7 @@ class Part:
     stop: int
 
 
-NameMap = Mapping[str, tuple[Part, ...]]
+NameMap = Mapping[str, tuple[MegatronPart, ...]]
 """The parts of each of our tensors, in order and without gaps, by our name."""
 
 
@@ -51,7 +51,7 @@ def has_megatron_names(config: ModelConfig) -> bool:
     return family_of(config.MODEL_TYPE).megatron is not None and not config.is_mixed
 
 
-def name_map(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+def name_map(config: ModelConfig) -> dict[str, tuple[MegatronPart, ...]]:
     """Return the parts of every tensor of a model, in the family's order; no two parts have the same name.
 
     Raises:
@@ -84,20 +84,20 @@ def megatron_name(config: ModelConfig, name: str) -> str:
     return f"decoder.layers.{place[0]}.{layer_names[place[1]]}"
 
 
-def _parts(name: str, spec: TensorSpec) -> tuple[Part, ...]:
+def _parts(name: str, spec: TensorSpec) -> tuple[MegatronPart, ...]:
     # Parts that come round after round stay together: cut anywhere between rounds, the tensor is still whole heads.
     if not spec.parts or spec.blocks > 1:
         return (whole(name, spec.shape),)
     found, row = [], 0
     for part, rows in spec.parts:
-        found.append(Part(f"{name}.{part}", row, row + rows))
+        found.append(MegatronPart(f"{name}.{part}", row, row + rows))
         row += rows
     return tuple(found)
 
 
-def whole(name: str, shape: tuple[int, ...]) -> Part:
+def whole(name: str, shape: tuple[int, ...]) -> MegatronPart:
     """Return a tensor that is not taken apart."""
-    return Part(name, 0, shape[0] if shape else 1)
+    return MegatronPart(name, 0, shape[0] if shape else 1)
 
 
 def megatron_notes(config: ModelConfig | None) -> list[str]:
@@ -160,7 +160,7 @@ def _joined(
 
 
 def _join(
-    name: str, parts: Sequence[Part], infos: Mapping[str, TensorInfo], places: Places, directory: Path
+    name: str, parts: Sequence[MegatronPart], infos: Mapping[str, TensorInfo], places: Places, directory: Path
 ) -> tuple[TensorInfo, list[Piece | Strided]]:
     """Return one tensor and where it lies."""
     if missing := [part.name for part in parts if part.name not in infos]:
@@ -189,7 +189,7 @@ def _join(
     return TensorInfo(name=name, shape=shape, dtype=first.dtype), found
 
 
-def of_part(info: TensorInfo, part: Part) -> TensorInfo:
+def of_part(info: TensorInfo, part: MegatronPart) -> TensorInfo:
     """Return a part of a tensor as a tensor of its own."""
     shape = (part.stop - part.start, *info.shape[1:]) if info.shape else ()
     return TensorInfo(name=part.name, shape=shape, dtype=info.dtype)

@@ -148,5 +148,5 @@ FAMILY = Family(
     layer_tensors=layer_tensors,
     first_value=first_value,
     layer_mappings=layer_mappings,
-    mixer=None,
+    block=None,
 )

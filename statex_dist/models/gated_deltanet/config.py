@@ -213,5 +213,5 @@ FAMILY = Family(
     layer_tensors=layer_tensors,
     first_value=first_value,
     layer_mappings=partial(mixing_mappings, layer_tensors, first_value),
-    mixer="statex_dist.models.gated_deltanet.mixer",
+    block="statex_dist.models.gated_deltanet.mixer:GatedDeltaNetBlock",
 )

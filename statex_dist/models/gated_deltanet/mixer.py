@@ -98,7 +98,7 @@ class GatedDeltaNet(DeltaAttention):
         return self.o_norm(o, self.g_proj(x).unflatten(-1, o.shape[-2:])) if self.use_gate else self.o_norm(o)
 
 
-class Block(FLABlock):
+class GatedDeltaNetBlock(FLABlock):
     """One pre-norm Gated DeltaNet layer."""
 
     mixing = GatedDeltaNet

@@ -76,7 +76,7 @@ class GatedLinearAttention(LinearAttention):
         return self.o_proj(norm(o, gate).flatten(-2))
 
 
-class Block(FLABlock):
+class GLABlock(FLABlock):
     """One pre-norm GLA layer."""
 
     mixing = GatedLinearAttention

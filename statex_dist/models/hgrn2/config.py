@@ -137,5 +137,5 @@ FAMILY = Family(
     first_value=fla.first_value,
     layer_mappings=layer_mappings,
     shared_tensors=shared_tensors,
-    mixer="statex_dist.models.hgrn2.mixer",
+    block="statex_dist.models.hgrn2.mixer:HGRN2Block",
 )

@@ -73,7 +73,7 @@ class HGRN2Attention(LinearAttention):
         return self.o_proj(self.g_norm(o.flatten(-2)))
 
 
-class Block(FLABlock):
+class HGRN2Block(FLABlock):
     """One pre-norm HGRN2 layer."""
 
     mixing = HGRN2Attention

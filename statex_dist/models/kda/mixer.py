@@ -39,7 +39,7 @@ class KimiDeltaAttention(DeltaAttention):
         return self.o_norm(o, self.g_proj(x).unflatten(-1, o.shape[-2:]))
 
 
-class Block(FLABlock):
+class KDABlock(FLABlock):
     """One pre-norm KDA layer."""
 
     mixing = KimiDeltaAttention

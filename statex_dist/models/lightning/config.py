@@ -251,5 +251,5 @@ FAMILY = Family(
     layer_tensors=layer_tensors,
     first_value=first_value,
     layer_mappings=layer_mappings,
-    mixer="statex_dist.models.lightning.mixer",
+    block="statex_dist.models.lightning.mixer:LightningBlock",
 )

@@ -64,7 +64,7 @@ class LightningAttention(LinearAttention):
         return self.out_proj(torch.sigmoid(self.output_gate(tokens.x)) * self.norm(o.flatten(-2)))
 
 
-class Block(nn.Module):
+class LightningBlock(nn.Module):
     """One layer; residuals branch off behind the norms, with MiniMax's factors."""
 
     def __init__(self, config: LightningConfig, layer: int):

@@ -65,7 +65,7 @@ class Mamba2Mixer(StateSpace):
         return self.out_proj(self.norm(o.flatten(-2), tokens.others[0]))
 
 
-class Block(nn.Module):
+class Mamba2Block(nn.Module):
     """One pre-norm Mamba2 layer."""
 
     def __init__(self, config: Mamba2Config, layer: int):

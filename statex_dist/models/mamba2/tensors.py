@@ -189,6 +189,6 @@ FAMILY = Family(
     layer_tensors=layer_tensors,
     first_value=first_value,
     layer_mappings=layer_mappings,
-    mixer="statex_dist.models.mamba2.mixer",
+    block="statex_dist.models.mamba2.mixer:Mamba2Block",
     megatron=MegatronLayer(names=MEGATRON_NAMES, notes=megatron_notes),
 )

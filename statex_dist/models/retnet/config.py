@@ -65,5 +65,5 @@ FAMILY = Family(
     layer_tensors=layer_tensors,
     first_value=fla.first_value,
     layer_mappings=layer_mappings,
-    mixer="statex_dist.models.retnet.mixer",
+    block="statex_dist.models.retnet.mixer:RetNetBlock",
 )

@@ -50,7 +50,7 @@ def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
-class Block(FLABlock):
+class RetNetBlock(FLABlock):
     """One pre-norm RetNet layer."""
 
     mixing = Retention

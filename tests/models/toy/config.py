@@ -73,5 +73,5 @@ FAMILY = Family(
     layer_tensors=layer_tensors,
     first_value=first_value,
     layer_mappings=layer_mappings,
-    mixer="tests.models.toy.mixer",
+    block="tests.models.toy.mixer:ToyBlock",
 )

@@ -40,5 +40,5 @@ class ToyAttention(LinearAttention):
         return self.o_proj(o.flatten(-2))
 
 
-class Block(FLABlock):
+class ToyBlock(FLABlock):
     mixing = ToyAttention
