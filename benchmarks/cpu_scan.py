@@ -31,9 +31,9 @@ import torch
 from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.measure import Record, alone, figure, heading, machine, markdown, resident_peak, time_cpu
+from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.mamba2.mixer import Mamba2Mixer
-from statex_dist.models.sequence import Sequences
 from statex_dist.ops.delta_rule import delta_rule
 from statex_dist.ops.gla import gla
 from statex_dist.ops.ssd import ssd

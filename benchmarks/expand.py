@@ -67,7 +67,7 @@ from checkpoints_tools.plan.options import PlanOptions, plan_model
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from statex_dist.models.registry import read_config
-from statex_dist.models.surgery import expand_state_dict
+from statex_dist.models.registry import expand_state_dict
 source, target, plan = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 before = read_config(source)
 options = {key.removeprefix("--"): value for key, value in zip(plan[::2], plan[1::2])}

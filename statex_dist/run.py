@@ -31,11 +31,9 @@ from statex_dist.engine.plain import PlainEngine
 from statex_dist.engine.state_passing import StatePassing
 from statex_dist.errors import ConfigError, StateXError, failure_text
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
-from statex_dist.models.flops import training_flops_per_token
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import config_from_dict, family_of
-from statex_dist.models.roles import parameter_roles
+from statex_dist.models.registry import config_from_dict, family_of, parameter_roles, training_flops_per_token
 from statex_dist.models.source import find_model
 from statex_dist.optim.groups import build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import build_schedule, log_schedule, schedule_facts, warn_of_changed_rates

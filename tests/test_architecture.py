@@ -58,7 +58,7 @@ TOOL_FLOORS = {
 
 APART = ("data", "models", "optim", "engine")
 """Folders that do not know each other,"""
-SHARED = {"statex_dist.models.lm": ("statex_dist.batch",), "statex_dist.engine.*": ("statex_dist.batch",)}
+SHARED = {"statex_dist.models.core.trunk": ("statex_dist.batch",), "statex_dist.engine.*": ("statex_dist.batch",)}
 """but for these."""
 
 TOOLS_MAY_READ = (
@@ -83,17 +83,14 @@ TOOLS_MAY_READ = (
     "statex_dist.models.plan_keys",
     "statex_dist.models.registry",
     "statex_dist.models.distributions",
-    "statex_dist.models.flops",
-    "statex_dist.models.megatron_names",
-    "statex_dist.models.megatron_source",
+    "statex_dist.models.family",
+    "statex_dist.models.fla",
+    "statex_dist.models.megatron",
     "statex_dist.models.model_check",
-    "statex_dist.models.recipe",
+    "statex_dist.models.row_mapping",
     "statex_dist.models.source",
-    "statex_dist.models.surgery",
     "statex_dist.models.*.config",
-    "statex_dist.models.*.expand",
-    "statex_dist.models.*.layout",
-    "statex_dist.models.*.init",
+    "statex_dist.models.*.tensors",
     "checkpoints_tools*",
 )
 
@@ -259,7 +256,7 @@ def test_the_walk_sees_the_code():
     assert "mamba_ssm" in edges["statex_dist.ops.ssd.mamba_api"] or any(
         target.startswith("mamba_ssm") for target in edges["statex_dist.ops.ssd.mamba_api"]
     )
-    assert "statex_dist.batch" in edges["statex_dist.models.lm"]
+    assert "statex_dist.batch" in edges["statex_dist.models.core.trunk"]
 
 
 @pytest.mark.parametrize(

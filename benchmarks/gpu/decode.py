@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.gpu.shapes import MODELS, TINY_MODELS, UNEXPANDED, expanded_config, expansions, random_model
 from benchmarks.measure import GIB, Ceilings, Record, figure, free, heading, machine, markdown, time_call
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 BATCHES = (1, 8, 32, 128, 256)
 TINY_BATCHES = (1, 4)

@@ -29,7 +29,7 @@ from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.data.config import DataConfig
 from statex_dist.distributed.env import read_env
 from statex_dist.engine.base import EngineConfig
-from statex_dist.models.flops import training_flops_per_token
+from statex_dist.models.registry import training_flops_per_token
 from statex_dist.run import build_engine, prepare_model
 from statex_dist.run_config import ModelSource, RunConfig
 from statex_dist.train.loop import TrainConfig

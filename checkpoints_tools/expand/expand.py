@@ -22,9 +22,9 @@ from statex_dist.checkpoint.manifest import refuse_target
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.model_check import check_apart, check_names
-from statex_dist.models.registry import config_from_dict, family_of
+from statex_dist.models.registry import config_from_dict, family_of, tensor_mappings
+from statex_dist.models.row_mapping import TensorMapping
 from statex_dist.models.source import open_model
-from statex_dist.models.surgery import Surgery, surgeries
 
 logger = logging.getLogger(__name__)
 
@@ -214,26 +214,26 @@ def plan_expansion(
         CheckpointError: Tensors are missing, unknown or of another shape, or new rows cannot be drawn in their dtype.
     """
     names = check_names(source, before)
-    changed = surgeries(before, after)
+    changed = tensor_mappings(before, after)
     _check_unknown_tensors(names, changed, before, source)
     embeddings = family_of(before.MODEL_TYPE).names.embeddings
     own = source.info(embeddings if embeddings in names else names[0]).dtype
     jobs = [_job(source.info(name), source.natural_dtype(name), changed.get(name), dtype) for name in names]
-    for name, surgery in changed.items():
-        if surgery.recipe.source_rows is None:
+    for name, mapping in changed.items():
+        if mapping.rows.source_rows is None:
             _check_drawable(name, own)
-            info = TensorInfo(name=name, shape=surgery.recipe.shape, dtype=stored_dtype(own, dtype))
-            jobs.append(TensorJob(info=info, source=None, surgery=surgery))
+            info = TensorInfo(name=name, shape=mapping.rows.shape, dtype=stored_dtype(own, dtype))
+            jobs.append(TensorJob(info=info, source=None, mapping=mapping))
     return Expansion(source=source, values=values, before=before, after=after, jobs=jobs, dtype=dtype)
 
 
 def _check_unknown_tensors(
-    names: list[str], changed: dict[str, Surgery], config: ModelConfig, source: TensorSource
+    names: list[str], changed: dict[str, TensorMapping], config: ModelConfig, source: TensorSource
 ) -> None:
     """Raise if a module that is to be expanded holds tensors that the family does not know: they would not fit."""
     family = family_of(config.MODEL_TYPE)
     known = family.tensors(config)
-    prefixes = {name: family.names.layer(surgery.layer) for name, surgery in changed.items()}
+    prefixes = {name: family.names.layer(mapping.layer) for name, mapping in changed.items()}
     modules = {prefix + name.removeprefix(prefix).split(".")[0] + "." for name, prefix in prefixes.items()}
     unknown = [
         name
@@ -248,13 +248,13 @@ def _check_unknown_tensors(
         )
 
 
-def _job(info: TensorInfo, natural: str, surgery: Surgery | None, dtype: str | None) -> TensorJob:
+def _job(info: TensorInfo, natural: str, mapping: TensorMapping | None, dtype: str | None) -> TensorJob:
     """Return the job of one tensor of the source; ``natural`` is its dtype where none is asked for."""
-    if surgery is None:
+    if mapping is None:
         return TensorJob.copy(info, dtype=stored_dtype(natural, dtype))
     _check_drawable(info.name, info.dtype)
-    stored = TensorInfo(name=info.name, shape=surgery.recipe.shape, dtype=stored_dtype(info.dtype, dtype))
-    return TensorJob(info=stored, source=info, surgery=surgery)
+    stored = TensorInfo(name=info.name, shape=mapping.rows.shape, dtype=stored_dtype(info.dtype, dtype))
+    return TensorJob(info=stored, source=info, mapping=mapping)
 
 
 def _check_drawable(name: str, dtype: str) -> None:

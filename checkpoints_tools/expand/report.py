@@ -15,8 +15,8 @@ from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.recipe import Change
 from statex_dist.models.registry import family_of, new_expansions
+from statex_dist.models.row_mapping import Change
 from statex_dist.state.plan import LayerExpansion
 
 REPORT_VERSION = 2
@@ -168,14 +168,14 @@ def make_report(
 
 
 def _change(job: TensorJob, written: WrittenTensor | None) -> TensorChange:
-    recipe = job.surgery.recipe if job.surgery else None
+    rows = job.mapping.rows if job.mapping else None
     return TensorChange(
-        change=recipe.change if recipe else "kept",
+        change=rows.change if rows else "kept",
         shape_before=job.source.shape if job.source else None,
         shape_after=job.info.shape,
         dtype=job.info.dtype,
-        rows=recipe.to_list() if recipe else None,
-        seed=job.surgery.seed if job.surgery else None,
+        rows=rows.to_list() if rows else None,
+        seed=job.mapping.seed if job.mapping else None,
         xxh3_128=written.xxh3_128 if written else None,
         source_xxh3_128=written.source_xxh3_128 if written else None,
     )

@@ -33,8 +33,15 @@ from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo
 from statex_dist.checkpoint.formats.torch_archive.pickle import STORAGES, Remembered, Size, named, new_tensor
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.megatron_names import Part, has_megatron_names, megatron_name, megatron_notes, name_map, whole
-from statex_dist.models.megatron_source import of_part
+from statex_dist.models.megatron import (
+    MegatronPart,
+    has_megatron_names,
+    megatron_name,
+    megatron_notes,
+    name_map,
+    of_part,
+    whole,
+)
 
 _VERSION = "1.0.0"
 _ALIGNMENT = 64
@@ -149,7 +156,7 @@ def _shards(groups: Sequence[Sequence[TensorInfo]], max_shard_size: int) -> Iter
 _CHECKPOINT_VERSION = 3.0  # of older ones Megatron-LM reorders queries and keys
 
 
-def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[str, tuple[Part, ...]]:
+def _parts_of(infos: Sequence[TensorInfo], config: ModelConfig | None) -> dict[str, tuple[MegatronPart, ...]]:
     """Return the parts of every tensor that is written, by our name."""
     table = name_map(config) if config is not None else {}
     found = {}

@@ -1,6 +1,6 @@
 """Tensor-parallel shards: one safetensors file a rank, and ``tp_layout.json``, which says what each rank holds.
 
-Which rows or columns of a tensor belong together is written in ``models/<family>/layout.py`` (an equal cut of Mamba2's
+Which rows or columns of a tensor belong together is written in ``models/<family>`` (an equal cut of Mamba2's
 ``in_proj`` would tear z, x, B, C and dt apart); what each rank got is written into the layout file, so that merging
 needs no knowledge of the family.
 """

@@ -150,8 +150,7 @@ def _identity(source: TensorSource, plan: TargetPlan, options: WriteOptions) -> 
     """Return what decides the bytes of a target: sources, tensors and their recipes, documents and options."""
     carried = carried_files(source.facts.model_dir)
     tensors = [
-        (j.key, j.info.dtype, j.info.shape, j.surgery and [j.surgery.seed, j.surgery.recipe.to_list()])
-        for j in plan.jobs
+        (j.key, j.info.dtype, j.info.shape, j.mapping and [j.mapping.seed, j.mapping.rows.to_list()]) for j in plan.jobs
     ]
     return {
         "kind": plan.kind,

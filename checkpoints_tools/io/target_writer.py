@@ -145,7 +145,7 @@ class _Writer:
     def write(self, job: TensorJob, stream: TensorStream) -> None:
         """Write one tensor to all its places, and complete the files of which it was the last."""
         # Of what is copied as it is, the stream knows the digest already.
-        copied = job.surgery is None and job.source is not None and job.source.dtype == job.info.dtype
+        copied = job.mapping is None and job.source is not None and job.source.dtype == job.info.dtype
         digest = None if copied else xxhash.xxh3_128()
         item, position = job.info.item_bytes, 0
         places = self._places(job)
@@ -157,7 +157,7 @@ class _Writer:
             position += len(block) // item
             self.counter.advance(len(block))
         assert position == job.info.numel, f"{job.info}: {position} elements"
-        source = stream.source_digest() if job.surgery is None else None
+        source = stream.source_digest() if job.mapping is None else None
         stored = digest.hexdigest() if digest is not None else stream.source_digest()
         with self._lock:
             self._pending[job.key] = WrittenTensor(xxh3_128=stored, source_xxh3_128=source)

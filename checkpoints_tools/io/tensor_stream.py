@@ -20,8 +20,7 @@ from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
 from statex_dist.checkpoint.formats.tensor_io import Piece, Pieces, Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.errors import CheckpointError
-from statex_dist.models.recipe import Keep
-from statex_dist.models.surgery import Surgery
+from statex_dist.models.row_mapping import Keep, TensorMapping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,13 +30,13 @@ class TensorJob:
     Attributes:
         info: As it is to be stored.
         source: As the source holds it; None for a tensor that the source has not.
-        surgery: What becomes of its rows; None where all values are kept.
+        mapping: What becomes of its rows; None where all values are kept.
         state: Of which optimizer state it is; None for the weights themselves.
     """
 
     info: TensorInfo
     source: TensorInfo | None
-    surgery: Surgery | None = None
+    mapping: TensorMapping | None = None
     state: str | None = None
 
     @classmethod
@@ -79,23 +78,23 @@ class TensorStream:
                 says, a value is not finite, or a dtype cannot be converted.
         """
         self._digest, self._width = xxhash.xxh3_128(), width
-        if job.surgery is None:
+        if job.mapping is None:
             assert job.source is not None
             yield from self._copied(job, 0, job.source.numel)
             self._check_digest(job, self._digest.hexdigest())
             return
-        recipe = job.surgery.recipe
-        for index, block in enumerate(recipe.blocks):
+        rows = job.mapping.rows
+        for index, block in enumerate(rows.blocks):
             if isinstance(block, Keep):
                 assert job.source is not None
-                yield from self._copied(job, block.start * recipe.row_numel, block.stop * recipe.row_numel)
+                yield from self._copied(job, block.start * rows.row_numel, block.stop * rows.row_numel)
             elif job.state is not None:
                 # What the optimizer remembers of a new row is nothing.
-                yield from self._zeros(block.rows * recipe.row_numel * job.info.item_bytes)
+                yield from self._zeros(block.rows * rows.row_numel * job.info.item_bytes)
             else:
                 # New values are rounded to the source's dtype first, so that --dtype rounds what it would have kept.
                 dtype = job.source.dtype if job.source is not None else job.info.dtype
-                for values in job.surgery.draw(index, size=BLOCK_BYTES // 4):
+                for values in job.mapping.draw(index, size=BLOCK_BYTES // 4):
                     made = cast(encode(values, dtype), dtype, job.info.dtype)
                     self._check(made, job.info.dtype, job, "among its new rows")
                     yield made

@@ -1,7 +1,7 @@
 """What an expansion costs, before anything is done: states, parameters, FLOPs and the memory of training.
 
-FLOPs are those of a forward pass for one token (:mod:`statex_dist.models.flops`); memory is that of one rank under
-ZeRO-3 (:mod:`checkpoints_tools.plan.memory`).
+FLOPs are those of a forward pass for one token (:func:`~statex_dist.models.registry.forward_flops_per_token`); memory
+is that of one rank under ZeRO-3 (:mod:`checkpoints_tools.plan.memory`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 from checkpoints_tools.plan.forgetting import Evidence, Forgetting, judge_forgetting
 from checkpoints_tools.plan.memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.flops import forward_flops_per_token
-from statex_dist.models.registry import family_of
+from statex_dist.models.registry import family_of, forward_flops_per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ class Pair:
     @property
     def kind(self) -> str:
         """What was to become of the tensor."""
-        return self.job.surgery.recipe.change if self.job.surgery else "kept"
+        return self.job.mapping.rows.change if self.job.mapping else "kept"
 
 
 @dataclass(frozen=True, slots=True)

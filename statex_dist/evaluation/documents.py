@@ -22,8 +22,8 @@ from statex_dist.errors import DataError
 from statex_dist.evaluation.journal import Record
 from statex_dist.inference.prefill import device_of, evaluating, explain_row, rows_that_fit
 from statex_dist.inference.vocabulary import token_outside
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
 
 

@@ -33,8 +33,8 @@ from statex_dist.evaluation.report import Estimate, bootstrap, plot_curve, write
 from statex_dist.evaluation.scoring import score_continuations
 from statex_dist.inference.prefill import Tokens, device_of, evaluating, prefill
 from statex_dist.inference.vocabulary import check_vocabulary
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 EXAMPLE = "Input: {text}\nLabel: {label}\n\n"
 QUERY = "Input: {text}\nLabel:"

@@ -42,8 +42,8 @@ from statex_dist.inference.prefill import (
     explain_not_finite,
     rows_that_fit,
 )
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 DEFAULT_KEYS = range(128, 192)
 """Keys under the bytes tokenizer: ids that never start a UTF-8 character, so that text hardly uses them alone."""

@@ -24,8 +24,8 @@ from statex_dist.inference.prefill import (
     take_rows,
 )
 from statex_dist.inference.vocabulary import check_token_ids
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
 
 

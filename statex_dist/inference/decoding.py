@@ -21,8 +21,8 @@ from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.inference.prefill import explain_step, join_rows, take_rows
 from statex_dist.inference.text import TextStream, end_ids
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,8 +22,8 @@ from statex_dist.inference.prefill import (
 )
 from statex_dist.inference.text import stop_with_special_token, text_window
 from statex_dist.inference.vocabulary import check_token_ids
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 log = logging.getLogger(__name__)
 

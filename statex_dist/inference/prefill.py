@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from statex_dist.errors import CheckpointError
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 
 def explain_not_finite(

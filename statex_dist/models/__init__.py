@@ -1,1 +1,1 @@
-"""Model families, one folder each: config (geometry), layout (tensor names), expand (surgery), mixer (forward)."""
+"""Model families, one folder each: ``config`` (geometry, tensors, values, expansion) and ``mixer`` (forward)."""

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from statex_dist.checkpoint.json_file import config_text, decode_floats, parse_config, read_text
 from statex_dist.checkpoint.layout import CONFIG_NAME
@@ -18,6 +18,9 @@ from statex_dist.models.config_keys import check_other_keys
 from statex_dist.models.plan_keys import OUR_CODE_PREFIX, ours, own_keys, with_plan_entry, without_plan
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan, LayerExpansion
+
+Recurrence = Literal["gla", "delta_rule", "ssd"]
+"""The equations of a layer's state (:mod:`statex_dist.ops`)."""
 
 LARGEST_SIZE = 2**40
 """No axis of a model is longer; arithmetic on what a damaged file says stays exact below."""
@@ -44,6 +47,8 @@ class ModelConfig:
     MODEL_TYPE: ClassVar[str]
     OPS: ClassVar[tuple[str, ...]] = ()
     """Expansions that the family knows, the default one first."""
+    RECURRENCE: ClassVar[Recurrence] = "gla"
+    """The equation of its layers' states."""
     DERIVED: ClassVar[tuple[str, ...]] = (".inv_freq", ".cos_cached", ".sin_cached", "position_ids")
     """Endings of tensors that a checkpoint may hold and that follow from the configuration: never needed, kept."""
     ALIASES: ClassVar[Mapping[str, str]] = {}
@@ -144,19 +149,25 @@ class ModelConfig:
             )
 
     @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention in place of a recurrence."""
+        return ()
+
+    @property
     def recurrent_layers(self) -> tuple[int, ...]:
-        """Layers with a recurrent state of this family; the others (attention, MLP) are never touched."""
-        return tuple(range(self.num_hidden_layers))
+        """Layers with a recurrent state of this family; the others are never touched."""
+        attention = frozenset(self.attention_layers)
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
     def state_numbers(self) -> int:
-        """State numbers of all recurrent layers together."""
+        """State elements of all recurrent layers together."""
         return sum(self.layer_geometry(layer).numbers for layer in self.recurrent_layers)
 
     @property
     def obstacle(self) -> str | None:
-        """Why the model can be expanded and resharded here but not run, or None if it can be run."""
-        return None
+        """Why the model can be expanded and resharded here but not run, or None: softmax attention is not run."""
+        return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None
 
     def require_runnable(self) -> None:
         """Raise if the model cannot be run here.
@@ -285,7 +296,7 @@ class ModelConfig:
 
 
 def check_layer_list(what: str, layers: Sequence[Any], num_layers: int) -> None:
-    """Raise if a list of a ``config.json`` names more layers than the model has.
+    """Raise if a list of a ``config.json`` names more layers than the model has (each may be wrong by itself).
 
     Raises:
         CheckpointError: It does.

@@ -1,9 +1,9 @@
 """Where new values come from: distributions as plain data, drawn with numpy.
 
-An expansion *describes* its new values (``models/<family>/expand.py``), so that a report can name them, a verifier can
-draw them again and nothing heavier than numpy is imported to write them. Each block of new values has a generator of
-its own, fixed by the plan's seed and the tensor's name: shards, workers and the size of the write buffer do not matter.
-Values are drawn in fp32, so that every dtype rounds the same numbers.
+An expansion *describes* its new values (:mod:`statex_dist.models.row_mapping`), so that a report can name them, a
+verifier can draw them again and nothing heavier than numpy is imported to write them. Each block of new values has a
+generator of its own, fixed by the plan's seed and the tensor's name: shards, workers and the size of the write buffer
+do not matter. Values are drawn in fp32, so that every dtype rounds the same numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the models of flash-linear-attention have in common: configuration keys and tensors around the token mixing.
+"""What the models of flash-linear-attention have in common: configuration keys, tensors, first values.
 
 Every one of them is a stack of pre-norm blocks ``attn_norm, attn, mlp_norm, mlp`` with a SwiGLU MLP, and any of them
 may have softmax attention in some layers (``attn`` in its config). Those layers are passed through by the offline
@@ -7,12 +7,14 @@ tools; a model that has them cannot be run here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
+from statex_dist.models.distributions import Constant, Distribution, Normal, Uniform
 from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
@@ -93,17 +95,6 @@ class FLAConfig(ModelConfig):
         return tuple(sorted(layer for group in self._attention_groups for layer in group["layers"]))
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """All but the attention layers."""
-        attention = frozenset(self.attention_layers)
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Softmax attention is not run here."""
-        return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None
-
-    @property
     def mlp_size(self) -> int:
         """Inner size of the MLP: ``intermediate_size``, or 2/3 of the ratio rounded up to a multiple of 256."""
         if self.intermediate_size is not None:
@@ -162,8 +153,26 @@ def block_tensors(config: FLAConfig, mixing: dict[str, TensorSpec]) -> dict[str,
     }
 
 
-def mix_tensor(num_heads: int, values_per_key: int) -> dict[str, TensorSpec]:
+def mix_tensor(geometry: StateGeometry, name: str = MIX_NAME) -> dict[str, TensorSpec]:
     """Return the mixing matrix's entry of a layer's table, empty where the layer does not mix."""
-    if values_per_key == 1:
+    if geometry.values_per_key == 1:
         return {}
-    return {MIX_NAME: TensorSpec(shape=(num_heads, values_per_key), decay=False)}
+    return {name: TensorSpec(shape=(geometry.num_heads, geometry.values_per_key), decay=False, role="mix")}
+
+
+def first_value(suffix: str, shape: tuple[int, ...], *, config: FLAConfig) -> Distribution:
+    """Return the distribution of the tensor ``suffix`` (name without the layer's prefix).
+
+    Matrices are N(0, initializer_range^2), biases 0, norms 1; convolutions take torch's own uniform rule, because at
+    ``initializer_range`` four taps would all but silence keys and values. The mixing matrix starts at ``1/sqrt(r)``,
+    StateX's merge of ``r`` heads expressed in M.
+    """
+    if "norm" in suffix:
+        return Constant(1.0)
+    if suffix == MIX_NAME:
+        return Constant(shape[1] ** -0.5)
+    if suffix.endswith(".bias"):
+        return Constant(0.0)
+    if "conv1d" in suffix:
+        return Uniform(1 / math.sqrt(shape[-1]))
+    return Normal(config.initializer_range)

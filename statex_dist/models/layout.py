@@ -1,4 +1,4 @@
-"""How a family names its tensors: the vocabulary in which ``models/<family>/layout.py`` is written.
+"""How a family names its tensors: the vocabulary in which families describe their layers.
 
 The same table says how tensor-parallel ranks share a layer. Values are cut, keys are not: state columns are independent
 of each other, so a rank that holds some value channels needs the keys of their head and nothing of other ranks. As long
@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from statex_dist.errors import ConfigError
 from statex_dist.state.geometry import StateGeometry
@@ -169,6 +169,7 @@ class TensorSpec:
         axis: The axis that ranks share: 0 for outputs, 1 for a matrix whose inputs they share and outputs they add up.
         units: What stays together, for each part (all its blocks read as one), or for the one piece; empty for a
             tensor that every rank holds.
+        role: What an optimizer may treat apart: ``mix``, a mixing matrix.
     """
 
     shape: tuple[int, ...]
@@ -178,6 +179,7 @@ class TensorSpec:
     trunk: bool = True
     axis: int = 0
     units: tuple[Units, ...] = ()
+    role: Literal["mix"] | None = None
 
     def __post_init__(self) -> None:
         assert not self.parts or self.blocks * sum(rows for _, rows in self.parts) == self.shape[0], self

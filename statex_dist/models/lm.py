@@ -1,25 +1,20 @@
-"""The language model around any family's layers: embeddings, blocks, final norm, head, loss."""
+"""The language model of any family: trunk and head, mitigation, first values."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from statex_dist.batch import IGNORE_INDEX
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.core.mitigation import Mitigation
+from statex_dist.models.core.sequences import LayerState, Sequences
+from statex_dist.models.core.trunk import LMHead, Trunk
 from statex_dist.models.distributions import Constant, Distribution, Normal, generator_for
-from statex_dist.models.mitigation import Mitigation
-from statex_dist.models.norm import RMSNorm
-from statex_dist.models.registry import Family, family_of
-from statex_dist.models.sequence import LayerState, Sequences
-from statex_dist.ops.loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
-
-Recompute = Literal["none", "block", "expanded"]
-"""Layers that keep only their input for the backward pass and compute the rest again: none, each, or the expanded."""
+from statex_dist.models.family import Family
+from statex_dist.models.registry import family_of
 
 
 class LMOutput(NamedTuple):
@@ -36,80 +31,6 @@ class LMOutput(NamedTuple):
     states: list[LayerState] | None = None
 
 
-class Trunk(nn.Module):
-    """Embeddings, layers and final norm under the attribute names of the family's checkpoints."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        config.require_runnable()
-        family = family_of(config.MODEL_TYPE)
-        block, self.config = family.block_class(), config
-        self.embedding_name = family.names.embedding
-        self.add_module(self.embedding_name, nn.Embedding(config.vocab_size, config.hidden_size))
-        for name, spec in family.shared_tensors(config).items():
-            self.register_parameter(name.removeprefix(f"{family.names.trunk}."), nn.Parameter(torch.zeros(spec.shape)))
-        self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
-        self.final_norm_name = family.names.final_norm
-        self.add_module(self.final_norm_name, RMSNorm(config.hidden_size, eps=config.final_norm_eps))
-        self.recompute: Recompute = "none"
-
-    @property
-    def embedding_table(self) -> nn.Embedding:
-        """The embedding table, under whatever name the family's checkpoints have for it."""
-        return self.get_submodule(self.embedding_name)  # type: ignore[return-value]
-
-    def _recomputes(self, layer: int) -> bool:
-        if self.recompute == "expanded":
-            return self.config.statex is not None and self.config.statex.get(layer) is not None
-        return self.recompute == "block"
-
-    def forward(
-        self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
-    ) -> tuple[torch.Tensor, list[LayerState]]:
-        """Return the final hidden states ``[B, T, hidden]`` and the layers' states."""
-        hidden = self.embedding_table(input_ids)
-        new_states: list[LayerState] = []
-        shared = family_of(self.config.MODEL_TYPE).shared_inputs(self)
-        for index, layer in enumerate(self.layers):
-            inputs = (hidden, sequences, states[index] if states else None, *(x[index] for x in shared))
-            if self.training and self._recomputes(index):
-                hidden, new_state = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                hidden, new_state = layer(*inputs)
-            if new_state is not None:
-                new_states.append(new_state)
-        norm = self.get_submodule(self.final_norm_name)
-        weight: torch.Tensor = norm.weight  # type: ignore[assignment]
-        return norm(hidden.to(weight.dtype)), new_states
-
-
-class LMHead(nn.Linear):
-    """Hidden states to logits, or to their summed cross entropy without ever holding all logits.
-
-    Attributes:
-        chunk_tokens: Tokens whose logits are held at once with labels; 0 holds them all.
-    """
-
-    def __init__(self, hidden_size: int, vocab_size: int):
-        super().__init__(hidden_size, vocab_size, bias=False)
-        self.chunk_tokens = LOSS_CHUNK_TOKENS
-
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Return logits ``[B, T, vocab]``; with ``labels [B, T]`` the sum of the cross entropy in nats.
-
-        One call, whatever the number of chunks: ZeRO-3 gathers the weight once for it.
-        """
-        if labels is None:
-            return super().forward(hidden)
-        return linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.weight,
-            labels.flatten(),
-            ignore_index=IGNORE_INDEX,
-            chunk_tokens=self.chunk_tokens,
-        )
-
-
 class RecurrentLM(nn.Module):
     """A causal language model with recurrent layers.
 
@@ -123,8 +44,18 @@ class RecurrentLM(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        self.add_module(self.family.names.trunk, Trunk(config))
+        config.require_runnable()
+        family = family_of(config.MODEL_TYPE)
+        self.config, self.trunk_name = config, family.names.trunk
+        prefix = f"{family.names.trunk}."
+        trunk = Trunk(
+            config,
+            names=family.names,
+            blocks=family.block_classes(config),
+            shared={name.removeprefix(prefix): spec.shape for name, spec in family.shared_tensors(config).items()},
+            shared_inputs=family.shared_inputs(),
+        )
+        self.add_module(self.trunk_name, trunk)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.trunk.embedding_table.weight
@@ -133,7 +64,7 @@ class RecurrentLM(nn.Module):
 
     @property
     def mitigation(self) -> Mitigation | None:
-        """Remedy against state collapse that the layers apply, or None.
+        """Mitigation of state collapse that the layers apply, or None.
 
         Raises:
             ConfigError: Set to one whose equation does not hold for the model.
@@ -147,7 +78,7 @@ class RecurrentLM(nn.Module):
         self._mitigation = mitigation
 
     def check_mitigation(self, mitigation: Mitigation) -> None:
-        """Raise if a remedy's equation does not hold for the model.
+        """Raise if a mitigation's equation does not hold for the model.
 
         Raises:
             ConfigError: It does not.
@@ -166,7 +97,7 @@ class RecurrentLM(nn.Module):
     @property
     def trunk(self) -> Trunk:
         """Embeddings, layers and final norm."""
-        return self.get_submodule(self.family.names.trunk)  # type: ignore[return-value]
+        return getattr(self, self.trunk_name)
 
     def forward(
         self,
@@ -198,7 +129,7 @@ class RecurrentLM(nn.Module):
             logits_to_keep: Return the logits of so many last tokens only; None returns all. Not with ``labels``.
             backend: Scan implementation (``statex_dist.ops.backends.Backend``).
             chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
-            context: How ``input_ids`` hang together with the tokens of other ranks, or None. ``states`` are then those
+            context: How ``input_ids`` connect to the tokens of other ranks, or None. ``states`` are then those
                 before and after the whole pack, ``[1, ...]``.
 
         Raises:

@@ -1,136 +1,47 @@
-"""The families, by the ``model_type`` of their ``config.json``. Adding one touches no other file.
+"""The families, by the ``model_type`` of their ``config.json``, and functions over any of them.
 
-A family is a folder with ``config``, ``layout``, ``init``, ``expand`` and (unless other software runs its models)
-``mixer``. Mixers pull in torch and the scan kernels, so they are imported when a model is built, never when a
-checkpoint is only read: this module and what it imports need numpy and nothing heavier.
+Adding a family is a folder and one row here, or a call of :func:`register`. This module and its imports need numpy
+alone: a family's mixer is imported when a model is built.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from statex_dist.errors import CheckpointError, ConfigError, shown
-from statex_dist.models.bamba.config import BambaConfig
+from statex_dist.models.bamba.config import FAMILY as BAMBA
 from statex_dist.models.config import ModelConfig, read_config_dict
-from statex_dist.models.distributions import Distribution
-from statex_dist.models.gated_deltanet.config import GatedDeltaNetConfig
-from statex_dist.models.gla.config import GLAConfig
-from statex_dist.models.hgrn2.config import HGRN2Config
-from statex_dist.models.kda.config import KDAConfig
-from statex_dist.models.layout import Names, TensorSpec
-from statex_dist.models.lightning.config import LightningConfig
-from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.recipe import Recipe
-from statex_dist.models.retnet.config import RetNetConfig
-from statex_dist.models.state_spaces.config import StateSpacesConfig
+from statex_dist.models.family import Family
+from statex_dist.models.gated_deltanet.config import FAMILY as GATED_DELTANET
+from statex_dist.models.gla.config import FAMILY as GLA
+from statex_dist.models.hgrn2.config import FAMILY as HGRN2
+from statex_dist.models.kda.config import FAMILY as KDA
+from statex_dist.models.lightning.config import FAMILY as LIGHTNING
+from statex_dist.models.mamba2.tensors import FAMILY as MAMBA2
+from statex_dist.models.retnet.config import FAMILY as RETNET
+from statex_dist.models.row_mapping import Keep, TensorMapping
+from statex_dist.models.state_spaces.config import FAMILY as STATE_SPACES
 from statex_dist.state.plan import ExpansionPlan, Init, LayerExpansion, Op, extend_plan, select_layers
 
 if TYPE_CHECKING:
     import torch
 
+Role = Literal["base", "expanded", "new", "mix"]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """One model family.
-
-    Attributes:
-        config: Its config class, which names its ``model_type``.
-        folder: Its folder below ``statex_dist/models``.
-    """
-
-    config: type[ModelConfig]
-    folder: str
-
-    def _module(self, name: str) -> ModuleType:
-        return importlib.import_module(f"statex_dist.models.{self.folder}.{name}")
-
-    @property
-    def model_type(self) -> str:
-        """The ``model_type`` of its configs."""
-        return self.config.MODEL_TYPE
-
-    @property
-    def names(self) -> Names:
-        """Where the family keeps embeddings, layers and head."""
-        return self._module("layout").NAMES
-
-    @property
-    def mixer(self) -> ModuleType:
-        """The module with the family's ``Block`` (and, where layers share parameters, ``shared_inputs``)."""
-        return self._module("mixer")
-
-    def block_class(self) -> type[torch.nn.Module]:
-        """Import and return the family's layer."""
-        return self.mixer.Block
-
-    def first_value(self, suffix: str, shape: tuple[int, ...], *, config: ModelConfig) -> Distribution:
-        """Return the distribution of a layer's tensor in a fresh model, by name without the layer's prefix."""
-        return self._module("init").first_value(suffix, shape, config=config)
-
-    def outside_tensors(self, config: ModelConfig) -> dict[str, TensorSpec]:
-        """Return the tensors outside the layers, by full name: embeddings, final norm, head, shared parameters."""
-        specs = self.names.outside_layers(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, tied=config.tie_word_embeddings
-        )
-        return {**self.shared_tensors(config), **specs}
-
-    def shared_tensors(self, config: ModelConfig) -> dict[str, TensorSpec]:
-        """Return parameters that the layers share, by full name; most families have none."""
-        layout = self._module("layout")
-        return layout.shared_tensors(config) if hasattr(layout, "shared_tensors") else {}
-
-    def shared_inputs(self, trunk: torch.nn.Module) -> Sequence[Sequence[torch.Tensor | None]]:
-        """Return what the shared parameters give each layer: further arguments of its forward, each one per layer."""
-        return self.mixer.shared_inputs(trunk) if hasattr(self.mixer, "shared_inputs") else ()
-
-    def layer_tensors(self, config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
-        """Return the tensors of one recurrent layer, by name without the layer's prefix."""
-        return self._module("layout").layer_tensors(config, layer)
-
-    def tensors(self, config: ModelConfig) -> dict[str, TensorSpec]:
-        """Return every tensor of a model that the family knows, by full name (of a mixed model, not those between).
-
-        Their order is that of the built model's ``named_parameters()``, in which a ZeRO-3 checkpoint is flat.
-        """
-        specs = self.outside_tensors(config)
-        behind = {name: specs.pop(name) for name in self.names.behind_layers if name in specs}
-        for layer in config.recurrent_layers:
-            prefix = self.names.layer(layer)
-            specs.update({prefix + name: spec for name, spec in self.layer_tensors(config, layer).items()})
-        return {**specs, **behind}
-
-    def layer_recipes(self, before: ModelConfig, after: ModelConfig, expansion: LayerExpansion) -> dict[str, Recipe]:
-        """Return what becomes of a layer's tensors, by name without the prefix; those not named are kept.
-
-        Raises:
-            AssertionError: The recipes do not make the tensors that the layout of the expanded model asks for.
-        """
-        recipes: dict[str, Recipe] = self._module("expand").layer_recipes(before, after, expansion)
-        old, new = self.layer_tensors(before, expansion.layer), self.layer_tensors(after, expansion.layer)
-        made = {name: spec.shape for name, spec in old.items()} | {name: r.shape for name, r in recipes.items()}
-        assert made == {name: spec.shape for name, spec in new.items()}, f"{self.folder}: {expansion}"
-        return recipes
+FAMILIES: dict[str, Family] = {}
 
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family(config=GLAConfig, folder="gla"),
-        Family(config=Mamba2Config, folder="mamba2"),
-        Family(config=StateSpacesConfig, folder="state_spaces"),
-        Family(config=HGRN2Config, folder="hgrn2"),
-        Family(config=RetNetConfig, folder="retnet"),
-        Family(config=LightningConfig, folder="lightning"),
-        Family(config=GatedDeltaNetConfig, folder="gated_deltanet"),
-        Family(config=KDAConfig, folder="kda"),
-        Family(config=BambaConfig, folder="bamba"),
-    )
-}
+def register(family: Family) -> None:
+    """Add a family; its ``model_type`` must be new."""
+    assert family.model_type not in FAMILIES, family.model_type
+    FAMILIES[family.model_type] = family
+
+
+for row in (GLA, MAMBA2, STATE_SPACES, HGRN2, RETNET, LIGHTNING, GATED_DELTANET, KDA, BAMBA):
+    register(row)
 
 
 def family_of(model_type: Any) -> Family:
@@ -156,7 +67,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         shown = repr(values.get("architectures"))[:80]
         raise CheckpointError(
             f"config.json has no model_type (architectures: {shown}); add the one that the model's class has, such as "
-            f"{', '.join(kind for kind in FAMILIES if kind != StateSpacesConfig.MODEL_TYPE)}"
+            f"{', '.join(kind for kind in FAMILIES if kind != STATE_SPACES.model_type)}"
         )
     return (family or family_of(values["model_type"])).config.from_dict(values)
 
@@ -218,3 +129,101 @@ def new_expansions(source: ModelConfig, target: ModelConfig) -> ExpansionPlan:
     assert target.statex is not None
     done = {e.layer for e in source.statex.layers} if source.statex else set()
     return ExpansionPlan(layers=tuple(e for e in target.statex.layers if e.layer not in done))
+
+
+def tensor_mappings(before: ModelConfig, after: ModelConfig) -> dict[str, TensorMapping]:
+    """Return what becomes of each tensor that an expansion changes or makes, by full name; the others are kept.
+
+    Args:
+        before: Config of the original model.
+        after: The same with a plan (:func:`make_plan`).
+    """
+    family = family_of(before.MODEL_TYPE)
+    result = {}
+    for expansion in new_expansions(before, after).layers:
+        prefix = family.names.layer(expansion.layer)
+        for suffix, rows in family.checked_mappings(before, after, expansion).items():
+            name = prefix + suffix
+            result[name] = TensorMapping(name=name, layer=expansion.layer, rows=rows, seed=expansion.seed)
+    return result
+
+
+def expand_state_dict(
+    tensors: dict[str, torch.Tensor], before: ModelConfig, after: ModelConfig
+) -> dict[str, torch.Tensor]:
+    """Expand a model in memory, by the same mappings as the offline tool.
+
+    Args:
+        tensors: The original model's tensors by full name.
+        before: The original model's config.
+        after: The expanded model's config.
+
+    Returns:
+        The tensors of the expanded model; those that are kept are the same objects.
+    """
+    import torch
+
+    dtype = tensors[family_of(before.MODEL_TYPE).names.embeddings].dtype
+    result = dict(tensors)
+    for name, mapping in tensor_mappings(before, after).items():
+        rows, old = mapping.rows, tensors.get(name)
+        pieces = []
+        for index, block in enumerate(rows.blocks):
+            if isinstance(block, Keep):
+                assert old is not None
+                pieces.append(old[block.start : block.stop])
+            else:
+                size = block.rows * rows.row_numel
+                values = torch.from_numpy(np.concatenate([*mapping.draw(index, size=max(size, 1))]))
+                shape = (block.rows, *rows.shape[1:])
+                pieces.append(values.to(dtype if old is None else old.dtype).view(shape))
+        result[name] = torch.cat(pieces)
+    return result
+
+
+def parameter_roles(config: ModelConfig) -> dict[str, Role]:
+    """Return the part that every parameter plays in an expansion, so that an optimizer can treat them apart.
+
+    ``mix``: a mixing matrix M. ``new``: another tensor that an expansion added, grew or redrew. ``expanded``: the
+    other tensors of expanded layers. ``base``: all the rest, and everything in a model without a plan.
+
+    Args:
+        config: The model's configuration with its plan.
+
+    Returns:
+        Roles by full name.
+    """
+    family, plan = family_of(config.MODEL_TYPE), config.statex
+    layers = {expansion.layer for expansion in plan.layers} if plan else set()
+    mappings = tensor_mappings(config.replace(statex=None), config) if plan else {}
+    roles: dict[str, Role] = {}
+    for name, spec in family.tensors(config).items():
+        place = family.names.split(name)
+        if place is None or place[0] not in layers:
+            roles[name] = "base"
+        elif name not in mappings or mappings[name].rows.change == "kept":
+            roles[name] = "expanded"
+        else:
+            roles[name] = spec.role or "new"
+    return roles
+
+
+def forward_flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of a forward pass for one token; a multiplication and an addition are two.
+
+    ``2`` per element of every matrix and convolution that multiplies the token (embedding tables do not), and the
+    chunked scan's of every recurrent layer (:attr:`statex_dist.state.geometry.StateGeometry.scan_flops`). Norms, gates
+    and the softmax are left out. Of a mixed model only what the family knows is counted.
+    """
+    specs = family_of(config.MODEL_TYPE).tensors(config)
+    matrices = sum(spec.numel for spec in specs.values() if spec.trunk and len(spec.shape) >= 2)
+    return 2 * matrices + sum(config.layer_geometry(layer).scan_flops for layer in config.recurrent_layers)
+
+
+def training_flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of forward and backward for one token: three times the forward's.
+
+    A backward pass computes two products for each of the forward's. What activation checkpointing computes again does
+    not count: a model FLOPs utilisation (arXiv 2204.02311, appendix B) measures what the model needs.
+    """
+    return 3 * forward_flops_per_token(config)

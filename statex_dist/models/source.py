@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.formats.detect import check_records, find_model_dir, has_weights, open_files, recognise
-from statex_dist.checkpoint.formats.tensor_io import TensorSource
-from statex_dist.errors import CheckpointError
+from statex_dist.checkpoint.formats.places import run_dirs_of
+from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
+from statex_dist.checkpoint.json_file import parse_config
+from statex_dist.errors import CheckpointError, StateXError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
 from statex_dist.models.model_check import (
     check_not_quantised,
@@ -17,9 +20,13 @@ from statex_dist.models.model_check import (
     check_whole,
     find_prefix,
 )
-from statex_dist.models.registry import config_from_dict, find_family, read_config
+from statex_dist.models.registry import config_from_dict, family_of, find_family, read_config
 
 logger = logging.getLogger(__name__)
+
+_FOLDERS = ("", "configs", "config")
+_MOST_FILES = 256
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +76,7 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     """
     in_parts = source.in_parts
     if in_parts and source.facts.model_dir is None:
-        from statex_dist.models.run_configs import with_config_of_run  # only of other trainers' runs
-
-        source.facts = with_config_of_run(source)
+        source.facts = _with_config_of_run(source)
     if not describe:
         for note in source.facts.notes:
             logger.warning("%s: %s", source.facts.path, note)
@@ -79,7 +84,7 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     values = read_config_dict(model_dir) if model_dir is not None else dict(found) if found is not None else None
     config = config_from_dict(values) if values is not None and find_family(values) else None
     if config is not None and in_parts:
-        from statex_dist.models.megatron_source import join_parts  # only where there are parts to join
+        from statex_dist.models.megatron import join_parts  # only where there are parts to join
 
         source = join_parts(source, config)
     check_records(source)
@@ -144,3 +149,64 @@ def _check_gathered(source: TensorSource) -> None:
             f"{source.facts.path}: tensor '{empty[0]}' is an empty placeholder ({len(empty)} in all): the weights were "
             "not gathered when they were saved under ZeRO-3; give the ZeRO checkpoint (the directory with 'latest')"
         )
+
+
+def _with_config_of_run(source: TensorSource) -> SourceFacts:
+    """Return the facts of a torch distributed checkpoint with the configuration that fits its tensors, if there is one.
+
+    flame's train.sh copies its folder ``configs`` to the directory of a run, and notes nowhere which of the files was
+    used. Only the conversion at the end of a run writes ``config.json``.
+
+    Raises:
+        CheckpointError: Several fit.
+    """
+    facts = source.facts
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for path, values in _candidates(facts.path):
+        fitted = _fitted(values, source)
+        if fitted is not None and all(fitted != other for _, other in found):
+            found.append((path, fitted))
+    if not found:
+        return facts
+    run = found[0][0].parent
+    if len(found) > 1:
+        names = ", ".join(path.name for path, _ in found[:4])
+        raise CheckpointError(
+            f"{facts.path} has no {CONFIG_NAME}, and several in {run} fit its tensors: {names}; copy the one that was "
+            f"trained to {CONFIG_NAME} beside the checkpoint"
+        )
+    path, values = found[0]
+    sizes = f", with vocab_size {values['vocab_size']}" if values not in [v for _, v in _candidates(facts.path)] else ""
+    note = f"no {CONFIG_NAME}: {run.name}/{path.name} is taken, of which the tensors are{sizes}"
+    return replace(facts, config=values).with_notes(note)
+
+
+def _candidates(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield configurations of families of ours in the directories of a run, nearest first."""
+    folders = [root / name for root in (directory, *run_dirs_of(directory)) for name in _FOLDERS]
+    paths = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.json"))]
+    for path in paths[:_MOST_FILES]:
+        try:
+            values = parse_config(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MOST_BYTES else None
+        except (OSError, ValueError, RecursionError):
+            continue  # some other JSON file
+        if isinstance(values, dict) and find_family(values):
+            yield path, values
+
+
+def _fitted(values: dict[str, Any], source: TensorSource) -> dict[str, Any] | None:
+    """Return a configuration if a source's tensors are its model's, with the vocabulary that they have."""
+    try:
+        config = config_from_dict(values)
+        names = family_of(config.MODEL_TYPE).names
+        shape = source.info(names.embeddings).shape if names.embeddings in source else ()
+        if shape and shape[0] != config.vocab_size and "vocab_size" in values:
+            values = {**values, "vocab_size": shape[0]}
+            config = config_from_dict(values)
+    except StateXError:
+        return None  # a model that we cannot have, and so not this one
+    specs = family_of(config.MODEL_TYPE).tensors(config)
+    held = {name for name in source.keys() if not name.endswith(config.DERIVED)}  # noqa: SIM118 - not a mapping
+    held -= {names.head} if config.tie_word_embeddings else set()
+    fits = held == specs.keys() and all(source.info(name).shape == spec.shape for name, spec in specs.items())
+    return values if fits else None

@@ -2,7 +2,7 @@
 
 The groups are made from parameter *names*: under ZeRO-3 a partitioned parameter is flat, so that the usual rule "decay
 what has two dimensions" would decay everything or nothing. What an expansion made of a parameter comes in as its *role*
-(:mod:`statex_dist.models.roles`): ``base``, ``expanded``, ``new`` or ``mix``.
+(:func:`statex_dist.models.registry.parameter_roles`): ``base``, ``expanded``, ``new`` or ``mix``.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ import torch
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import family_of, make_plan
-from statex_dist.models.surgery import expand_state_dict
+from statex_dist.models.registry import expand_state_dict, family_of, make_plan
 from tests.models.tiny import build, expanded, gla_config, mamba2_config, tokens
 
 GLA = gla_config(use_short_conv=True)

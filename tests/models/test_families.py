@@ -19,8 +19,7 @@ from safetensors import safe_open
 from statex_dist.errors import ConfigError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import family_of, make_plan
-from statex_dist.models.surgery import expand_state_dict
+from statex_dist.models.registry import expand_state_dict, family_of, make_plan
 from tests.models.tiny import (
     build,
     gated_deltanet_config,

@@ -22,7 +22,7 @@ from statex_dist.models import config_keys
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.config_keys import SHARED_KEYS
 from statex_dist.models.hf import from_pretrained, save_pretrained
-from statex_dist.models.mamba2 import fla_keys
+from statex_dist.models.mamba2.config import has_fla_keys
 from statex_dist.models.registry import FAMILIES, config_from_dict, make_plan
 from statex_dist.models.state_spaces import config as state_spaces
 from tests.models.tiny import build, gla_config, hgrn2_config, mamba2_config, minimax_config, retnet_config, tokens
@@ -329,6 +329,6 @@ def test_step_limits_of_state_spaces_are_those_of_transformers(tmp_path):
 
 
 def test_fla_keys_are_told_from_those_of_transformers():
-    assert fla_keys.has_fla_keys(FLA_MAMBA2)
-    assert not fla_keys.has_fla_keys(MAMBA2)
-    assert not fla_keys.has_fla_keys(transformers.Mamba2Config().to_dict())
+    assert has_fla_keys(FLA_MAMBA2)
+    assert not has_fla_keys(MAMBA2)
+    assert not has_fla_keys(transformers.Mamba2Config().to_dict())

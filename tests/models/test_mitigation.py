@@ -1,8 +1,10 @@
-"""Models under a remedy against state collapse: every family and expansion, every way to feed a text, every refusal."""
+"""Models under a mitigation of state collapse: every family and expansion, every way to feed a text, every refusal."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,11 +14,11 @@ from statex_dist.data.store import Piece
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
 from statex_dist.evaluation.scoring import decode_greedily
-from statex_dist.models import fla_block, mitigation
-from statex_dist.models.mamba2 import mixer as mamba2_mixer
-from statex_dist.models.mitigated import mitigated_gla
+from statex_dist.models import mitigation
+from statex_dist.models.core.mitigation import Scanned
+from statex_dist.models.core.mixer import DeltaRule, LinearAttention, StateSpace
+from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.mitigation import ForgetMore, SlidingWindow, StateNorm, parse_mitigation
-from statex_dist.models.sequence import Sequences
 from statex_dist.ops.gla import gla
 from tests.models.tiny import CONFIGS, build, tokens
 from tests.ops.scan_cases import borders, gla_inputs
@@ -176,7 +178,7 @@ def test_a_delta_rule_in_segments_and_steps_equals_the_whole(name, text):
 
 
 @pytest.mark.parametrize("name", ["gla-mixed", "mamba2-grown", "retnet"])
-def test_remedies_that_change_nothing_change_nothing(name):
+def test_mitigations_that_change_nothing_change_nothing(name):
     model, ids = model_under(name), tokens(2, 12)
     expected = whole(model, ids).logits
     for text in ("forget-more:decay=0,insert=1", "state-norm:limit=1e9,every=4", "sliding-window:tokens=12"):
@@ -185,7 +187,7 @@ def test_remedies_that_change_nothing_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["gla", "mamba2", "kda"])
-def test_without_a_remedy_nothing_of_it_runs(name, monkeypatch):
+def test_without_a_mitigation_nothing_of_it_runs(name, monkeypatch):
     model, ids = model_under(name), tokens(2, 12)
     before = whole(model, ids)
     model.mitigation = ForgetMore()
@@ -195,9 +197,8 @@ def test_without_a_remedy_nothing_of_it_runs(name, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("called")
 
-    monkeypatch.setattr(fla_block, "mitigated_gla", fail)
-    monkeypatch.setattr(mamba2_mixer, "mitigated_ssd", fail)
-    monkeypatch.setattr("statex_dist.models.delta_mixer.mitigated_delta", fail)
+    for recurrence in (LinearAttention, StateSpace, DeltaRule):
+        monkeypatch.setattr(recurrence, "mitigated", fail)
     after = whole(model, ids)
     assert torch.equal(after.logits, before.logits)
     assert not torch.equal(changed, before.logits)
@@ -280,7 +281,7 @@ def test_forget_more_trains_and_packs(name):
 
 
 @pytest.mark.parametrize("text", ["state-norm:limit=1", "sliding-window:tokens=4"])
-def test_remedies_for_evaluation_refuse_training_and_packing(text):
+def test_mitigations_for_evaluation_refuse_training_and_packing(text):
     model, ids = model_under("gla", text), tokens(1, 8)
     with pytest.raises(
         ConfigError, match=r"not for packed sequences \(give one text per row\); forget-more is for both"
@@ -298,7 +299,7 @@ def test_a_delta_rule_has_no_sliding_window(name):
     assert model.mitigation == ForgetMore()
 
 
-def test_states_of_a_model_without_the_remedy_are_refused():
+def test_states_of_a_model_without_the_mitigation_are_refused():
     model, ids = model_under("gla"), tokens(1, 8)
     states = whole(model, ids).states
     model.mitigation = SlidingWindow(tokens=4)
@@ -314,7 +315,34 @@ def test_outputs_of_a_window_are_differences_of_wide_numbers():
     def scan(inputs, state):
         return gla(*inputs, initial_state=state, scale=1.0)
 
-    o, _, _ = mitigated_gla(SlidingWindow(tokens=16), scan, inputs, None, ())
+    o, _, _ = SlidingWindow(tokens=16).gla(scan, inputs, None, ())
     alone, _ = gla(*(y[:, -16:] for y in inputs), scale=1.0)
     assert o.dtype == torch.bfloat16
     assert_close(o[:, -1].double(), alone[:, -1].double(), 2**-7)
+
+
+def test_a_mitigation_is_added_by_one_class_and_one_call():
+    @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+    class HalfValues(mitigation.Mitigation):
+        NAME: ClassVar[str] = "half-values"
+        EXAMPLE: ClassVar[str] = "half-values:factor=0.5"
+        TRAINS: ClassVar[bool] = True
+
+        factor: float = 0.5
+
+        def gla(self, scan, inputs, state, memory):
+            q, k, v, g = inputs
+            return Scanned(*scan((q, k, v * self.factor, g), state), ())
+
+    mitigation.register(HalfValues)
+    try:
+        model, ids = model_under("gla", "half-values"), tokens(2, 12)
+        assert str(model.mitigation) == "half-values:factor=0.5"
+        halved = whole(model, ids)
+        model.mitigation = None
+        plain = whole(model, ids)
+        assert_close(halved.states[0][0], plain.states[0][0] / 2)
+        with pytest.raises(ConfigError, match="half-values"):
+            model_under("gla", "no-such")
+    finally:
+        del mitigation.MITIGATIONS["half-values"]

@@ -1,4 +1,4 @@
-"""The StateX authors' four modes, written here as their script's surgery on whole modules, against our recipes.
+"""The StateX authors' four modes, written here as their script's mapping on whole modules, against our recipes.
 
 What the authors keep must be equal, what they draw must have their shapes and their distribution, and nothing else may
 change. Their released scripts: GLA ``drop_prop=6, drop_mode=gla`` (or ``merge``), Mamba2 ``drop_prop=1,
@@ -14,7 +14,7 @@ import torch
 
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.surgery import expand_state_dict
+from statex_dist.models.registry import expand_state_dict
 from tests.models.tiny import build, gla_config, mamba2_config
 
 GLA = gla_config(num_hidden_layers=8, use_short_conv=True, hidden_size=64, expand_k=0.5, expand_v=1.0)

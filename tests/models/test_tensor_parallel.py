@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.layout import shard_ranges
 from statex_dist.models.registry import family_of
-from statex_dist.models.sequence import Sequences
 from statex_dist.ops.conv.torch_forms import causal_conv
 from statex_dist.ops.gla.torch_forms import naive_gla
 from statex_dist.ops.ssd.torch_forms import naive_ssd

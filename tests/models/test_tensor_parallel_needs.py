@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statex_dist.models.core.layers import RMSNorm
+from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.layout import Units, shard_ranges
-from statex_dist.models.norm import RMSNorm
-from statex_dist.models.sequence import Sequences
 from tests.models.tiny import (
     CONFIGS,
     build,
@@ -51,7 +51,7 @@ def whole_layer(config, index):
     """A layer, its tensors' specs and what it is called with."""
     model = build(config)
     x = torch.randn(2, 7, config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    shared = [values[index] for values in model.family.shared_inputs(model.trunk)]
+    shared = [values[index] for values in model.trunk.shared_inputs()]
     return model.trunk.layers[index], model.family.layer_tensors(config, index), (x, Sequences(), None, *shared)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.models.core.layers import GatedRMSNorm, RMSNorm
 from statex_dist.ops import fused
 from statex_dist.ops.fla_api import has_fla
 from tests.ops.fused_cases import (

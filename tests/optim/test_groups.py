@@ -9,8 +9,7 @@ from statex_dist.engine.base import keep_hyperparameters
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import config_from_dict, family_of, make_plan
-from statex_dist.models.roles import parameter_roles
+from statex_dist.models.registry import config_from_dict, family_of, make_plan, parameter_roles
 from statex_dist.optim.groups import OptimizerConfig, build_optimizer, freeze_parameters
 from statex_dist.optim.schedule import ScheduleConfig, build_schedule
 from tests.runs import GLA, MAMBA2, expanded

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.config import parse_config
-from statex_dist.models.registry import read_config
-from statex_dist.models.roles import parameter_roles
+from statex_dist.models.registry import parameter_roles, read_config
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from tests.runs import GLA, expanded, losses, make_shards, run_training, save_model, write_run

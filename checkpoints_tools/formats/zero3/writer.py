@@ -57,7 +57,7 @@ def zero3_plan(
         TensorJob(
             info=replace(by_name[name].info, dtype="F32"),
             source=None if (source := by_name[name].source) is None else replace(source, dtype="F32"),
-            surgery=by_name[name].surgery,
+            mapping=by_name[name].mapping,
             state=state,
         )
         for state in training.states

@@ -34,8 +34,8 @@ from statex_dist.evaluation.needle import filler_haystack
 from statex_dist.evaluation.report import check_reading
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, evaluating, rows_that_fit
 from statex_dist.inference.vocabulary import token_outside
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 from statex_dist.ops.precision import wide_dtype
 
 PROMPTS = ("newlines", "text", "data")

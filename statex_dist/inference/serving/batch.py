@@ -24,8 +24,8 @@ from statex_dist.errors import CheckpointError
 from statex_dist.inference.decoding import DecodingLoop, Progress, Row
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens, device_of, evaluating, prefill, take_rows
 from statex_dist.inference.serving.protocol import BusyError
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.sequence import LayerState
 
 MAX_PASSES = 8
 """Forward passes of reading in an iteration. Short prompts cost a pass each, whatever their number of tokens."""

@@ -1,4 +1,4 @@
-"""Configuration of a Bamba model (the keys of transformers' ``BambaConfig``), seen from its Mamba2 layers."""
+"""A Bamba model (the keys of transformers' ``BambaConfig``), seen from its Mamba2 layers under its own names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
+from statex_dist.models.config import ModelConfig, Recurrence, check_layer_list, is_layer
+from statex_dist.models.distributions import Distribution
+from statex_dist.models.family import Family
+from statex_dist.models.layout import Names, TensorSpec
+from statex_dist.models.mamba2 import tensors as mamba2
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.row_mapping import RowMapping
 from statex_dist.state.geometry import StateGeometry
-from statex_dist.state.plan import ExpansionPlan
+from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 
 
 @dataclass(kw_only=True)
@@ -18,6 +23,7 @@ class BambaConfig(ModelConfig):
 
     MODEL_TYPE: ClassVar[str] = "bamba"
     OPS: ClassVar[tuple[str, ...]] = Mamba2Config.OPS
+    RECURRENCE: ClassVar[Recurrence] = "ssd"
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
         {
             # The models are run by other software alone.
@@ -88,10 +94,9 @@ class BambaConfig(ModelConfig):
         )
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """The Mamba2 layers."""
-        attention = frozenset(self.attn_layer_indices or ())
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention."""
+        return tuple(self.attn_layer_indices or ())
 
     @property
     def obstacle(self) -> str | None:
@@ -113,3 +118,35 @@ class BambaConfig(ModelConfig):
         expansion = self.statex.get(layer) if self.statex else None
         plan = ExpansionPlan(layers=(expansion,)) if expansion else None  # of this layer alone: it is checked each time
         return self.replace(statex=plan).mamba2().layer_geometry(layer)
+
+
+def renamed(suffix: str) -> str | None:
+    """Return Bamba's name of a Mamba2 tensor, or None for one outside the mixer."""
+    return suffix.replace("mixer.", "mamba.", 1) if suffix.startswith("mixer.") else None
+
+
+def layer_tensors(config: BambaConfig, layer: int) -> dict[str, TensorSpec]:
+    """Return the mixer's tensors of one Mamba2 layer under the plan; its norms and MLP are passed through."""
+    specs = mamba2.layer_tensors(config.mamba2(), layer)
+    return {name: spec for suffix, spec in specs.items() if (name := renamed(suffix))}
+
+
+def first_value(suffix: str, shape: tuple[int, ...], *, config: BambaConfig) -> Distribution:
+    """Return the distribution of a mixer's tensor (name without the layer's prefix)."""
+    return mamba2.first_value(suffix.replace("mamba.", "mixer.", 1), shape, config=config.mamba2())
+
+
+def layer_mappings(config: BambaConfig, after: BambaConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
+    """Return a row mapping for each tensor of an expanded layer that changes, by name without the prefix."""
+    mappings = mamba2.layer_mappings(config.mamba2(), after.mamba2(), expansion)
+    return {name: mapping for suffix, mapping in mappings.items() if (name := renamed(suffix))}
+
+
+FAMILY = Family(
+    config=BambaConfig,
+    names=Names(trunk="model", final_norm="final_layernorm", embedding="embed_tokens"),
+    layer_tensors=layer_tensors,
+    first_value=first_value,
+    layer_mappings=layer_mappings,
+    block=None,
+)

@@ -1,18 +1,49 @@
-"""Configuration of a GLA model (the keys of flash-linear-attention's ``GLAConfig``) and its per-layer geometry."""
+"""A GLA model: configuration (the keys of flash-linear-attention's ``GLAConfig``), tensors, first values, expansion.
+
+Beside merging and mixing heads, *grow_state* gives every head more key channels. ``lossless`` makes the new query rows
+zero and leaves keys and gates of the new channels random: they are written but not read until the queries have
+learned. The scale of the queries stays that of the original channels.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.fla import FLAConfig, head_geometry
+from statex_dist.models import fla
+from statex_dist.models.distributions import Constant, Distribution, Uniform
+from statex_dist.models.family import Family
+from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
+from statex_dist.models.layout import TensorSpec, layer_units
+from statex_dist.models.row_mapping import (
+    RowMapping,
+    from_blocks,
+    grown_groups,
+    head_mappings,
+    repeated,
+)
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
 GATE_LOW_RANK_DIM = 16
 GATE_LOGIT_NORMALIZER = 16
+
+XAVIER_GAIN = 2**-2.5
+"""Of flash-linear-attention's GLA layer before a model's own initialisation runs over it."""
+
+TOKEN_MIXING = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gk_proj", "q_conv1d", "k_conv1d", "v_conv1d")
+KEY_SIDE = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "gk_proj.1.weight",
+    "gk_proj.1.bias",
+    "q_conv1d.weight",
+    "k_conv1d.weight",
+)
 
 
 @dataclass(kw_only=True)
@@ -95,3 +126,92 @@ class GLAConfig(FLAConfig):
             values=self.value_dim,
             conv_kernel=self.conv_size if self.use_short_conv else 0,
         )
+
+
+def gate_norm_name(config: GLAConfig) -> str:
+    """Return the name of the output norm, which the public models change with ``fuse_norm``."""
+    return "attn.g_norm_swish_gate.weight" if config.fuse_norm else "attn.g_norm.weight"
+
+
+def layer_tensors(config: GLAConfig, layer: int) -> dict[str, TensorSpec]:
+    """Return the tensors of one layer under the plan, by name without the layer's prefix."""
+    geometry = config.layer_geometry(layer)
+    hidden, keys, values = config.hidden_size, geometry.num_heads * geometry.key_dim, config.value_dim
+    units = layer_units(geometry)
+    by_key, by_value = (units.keys,), (units.values,)
+    specs = {
+        **mix_tensor(geometry),
+        "attn.q_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
+        "attn.k_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
+        "attn.v_proj.weight": TensorSpec(shape=(values, hidden), units=by_value),
+        "attn.g_proj.weight": TensorSpec(shape=(values, hidden), units=by_value),
+        "attn.gk_proj.0.weight": TensorSpec(shape=(GATE_LOW_RANK_DIM, hidden)),
+        "attn.gk_proj.1.weight": TensorSpec(shape=(keys, GATE_LOW_RANK_DIM), units=by_key),
+        "attn.gk_proj.1.bias": TensorSpec(shape=(keys,), decay=False, units=by_key),
+        "attn.o_proj.weight": TensorSpec(shape=(hidden, values), axis=1, units=by_value),
+        gate_norm_name(config): TensorSpec(shape=(geometry.value_dim,), decay=False, units=(units.norm,)),
+    }
+    if config.use_short_conv:
+        for name, channels, cut in (("q", keys, by_key), ("k", keys, by_key), ("v", values, by_value)):
+            shape = (channels, 1, config.conv_size)
+            specs[f"attn.{name}_conv1d.weight"] = TensorSpec(shape=shape, decay=False, units=cut)
+    return block_tensors(config, specs)
+
+
+def first_value(suffix: str, shape: tuple[int, ...], *, config: GLAConfig, layer_default: bool = False) -> Distribution:
+    """Return the distribution of the tensor ``suffix`` (name without the layer's prefix).
+
+    Args:
+        suffix: Name without the layer's prefix.
+        shape: Shape of the tensor.
+        config: The model's configuration.
+        layer_default: Whether matrices are drawn as the layer does by itself (Xavier, gain 2^-2.5), which is what the
+            StateX authors' script leaves, since it replaces layers after the model's initialisation has run.
+    """
+    if layer_default and "proj" in suffix and suffix.endswith(".weight"):
+        return Uniform(XAVIER_GAIN * math.sqrt(6 / sum(shape)))
+    return fla.first_value(suffix, shape, config=config)
+
+
+def layer_mappings(config: GLAConfig, after: GLAConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
+    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
+    before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
+    norm = gate_norm_name(config)
+    mappings = {norm: repeated(before[norm].shape, expansion.factor)} if expansion.op == "merge_heads" else {}
+    if expansion.op == "grow_state" and expansion.init != "reinit":
+        mappings |= _grown(config, expansion)
+    return mappings | head_mappings(
+        expansion,
+        before,
+        target,
+        partial(first_value, config=config, layer_default=expansion.reset_dynamics),
+        num_heads=config.num_heads,
+        mix=MIX_NAME,
+        redrawn_names=[name for name in before if name.startswith("attn.") and name.split(".")[1] in TOKEN_MIXING],
+        norms=("attn_norm.weight", norm),
+    )
+
+
+def _grown(config: GLAConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
+    """Return mappings that put new key channels behind the old ones of each head."""
+    mappings = {}
+    for name, spec in layer_tensors(config, expansion.layer).items():
+        if name.removeprefix("attn.") not in KEY_SIDE:
+            continue
+        new = first_value(name, spec.shape, config=config)
+        if expansion.init == "lossless" and name == "attn.q_proj.weight":
+            new = Constant(0.0)
+        rows = config.key_dim // config.num_heads
+        blocks = grown_groups(0, groups=config.num_heads, rows=rows, factor=expansion.factor, new=new)
+        mappings[name] = from_blocks(spec.shape, blocks)
+    return mappings
+
+
+FAMILY = Family(
+    config=GLAConfig,
+    names=fla.NAMES,
+    layer_tensors=layer_tensors,
+    first_value=first_value,
+    layer_mappings=layer_mappings,
+    block="statex_dist.models.gla.mixer:GLABlock",
+)

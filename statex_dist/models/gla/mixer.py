@@ -10,45 +10,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.fla_block import FLABlock, add_convolutions, add_mix, convolve, linear_attention
+from statex_dist.models.core.layers import FLABlock, GatedRMSNorm
+from statex_dist.models.core.mixer import LinearAttention, Tokens, depthwise
 from statex_dist.models.gla.config import GATE_LOW_RANK_DIM, GLAConfig
-from statex_dist.models.layout import HeldHeads
-from statex_dist.models.norm import GatedRMSNorm
-from statex_dist.models.sequence import LayerState, Sequences
+from statex_dist.ops.mitigations import Tensors
 from statex_dist.ops.precision import wide_dtype
 
 
-class GatedLinearAttention(nn.Module):
-    """Token mixing of one layer (arXiv 2312.06635, section 4.4).
+class GatedLinearAttention(LinearAttention):
+    """Token mixing of one layer (arXiv 2312.06635, section 4.4)."""
 
-    Args:
-        config: The model's configuration with its plan.
-        layer: Index of the layer.
-    """
-
-    mix: nn.Parameter | None
+    g_norm: GatedRMSNorm
+    g_norm_swish_gate: GatedRMSNorm
 
     def __init__(self, config: GLAConfig, layer: int):
-        super().__init__()
+        geometry = config.layer_geometry(layer)
+        # A merged head has a scale of its own; mixed and grown ones keep that of the original keys.
+        super().__init__(geometry, scale=config.scale if geometry.num_heads == config.num_heads else None)
         self.config = config
-        self.geometry = config.layer_geometry(layer)
-        self.heads = HeldHeads.of(self.geometry)
-        hidden, values = config.hidden_size, config.value_dim
-        keys = self.geometry.num_heads * self.geometry.key_dim
+        hidden, values, keys = config.hidden_size, config.value_dim, geometry.num_heads * geometry.key_dim
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
         self.v_proj = nn.Linear(hidden, values, bias=False)
         self.g_proj = nn.Linear(hidden, values, bias=False)
         self.add_gates(keys)
         self.o_proj = nn.Linear(values, hidden, bias=False)
-        norm = GatedRMSNorm(self.geometry.value_dim, eps=config.norm_eps, norm_before_gate=True)
-        self._norm_name = "g_norm_swish_gate" if config.fuse_norm else "g_norm"
-        self.add_module(self._norm_name, norm)
+        norm = GatedRMSNorm(geometry.value_dim, eps=config.norm_eps, norm_before_gate=True)
+        self.add_module("g_norm_swish_gate" if config.fuse_norm else "g_norm", norm)
         if config.use_short_conv:
-            add_convolutions(self, {"q": keys, "k": keys, "v": values}, config.conv_size)
-        add_mix(self, self.geometry)
-        # A merged head has a scale of its own; mixed and grown ones keep that of the original keys.
-        self.scale = config.scale if self.geometry.num_heads == config.num_heads else self.geometry.key_dim**-0.5
+            self.q_conv1d, self.k_conv1d, self.v_conv1d = (
+                depthwise(size, config.conv_size) for size in (keys, keys, values)
+            )
+        self.add_mix()
 
     def add_gates(self, keys: int) -> None:
         """Add what the log decays are computed from: a low-rank projection."""
@@ -56,47 +49,34 @@ class GatedLinearAttention(nn.Module):
             nn.Linear(self.config.hidden_size, GATE_LOW_RANK_DIM, bias=False), nn.Linear(GATE_LOW_RANK_DIM, keys)
         )
 
-    def forward(
-        self, x: torch.Tensor, sequences: Sequences, state: LayerState | None
-    ) -> tuple[torch.Tensor, LayerState | None]:
-        """Mix tokens.
+    def project(self, x: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """Return queries, keys and values."""
+        return (self.q_proj(x), self.k_proj(x), self.v_proj(x)), ()
 
-        Args:
-            x: ``[B, T, hidden]``.
-            sequences: Borders of packed sequences and what to return.
-            state: The layer's state before ``x``, or None for zero.
+    def conv_weights(self) -> tuple[torch.Tensor, None]:
+        """Return the weight of all three convolutions."""
+        return torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]), None
 
-        Returns:
-            ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
-        """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        state, memory = sequences.split(state)
-        recurrent, tail = state[0] if state else None, state[-1] if state and self.config.use_short_conv else None
-        new_tail: tuple[torch.Tensor, ...] = ()
-        if self.config.use_short_conv:
-            (q, k, v), new_tail = convolve(self, "qkv", (q, k, v), sequences, tail)
-        q, k, g, position = self.queries_keys_decays(q, k, x, sequences, state)
-        q, k, g = (y.unflatten(-1, (self.heads.keys, -1)) for y in (q, k, g))
-        v, gate = (y.unflatten(-1, (self.heads.values, -1)) for y in (v, self.g_proj(x)))
-        o, recurrent, memory = linear_attention(
-            q, k, v, g, recurrent, sequences, heads=self.heads, scale=self.scale, mix=self.mix, memory=memory
-        )
-        o = self.get_submodule(self._norm_name)(o.to(x.dtype), gate)
-        new_state = None if recurrent is None else (recurrent, *position, *new_tail, *memory)
-        return self.o_proj(o.flatten(-2)), new_state
-
-    def queries_keys_decays(
-        self, q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, sequences: Sequences, state: LayerState | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return queries, keys and log decays ``[B, T, keys]``, and what else the layer's state holds (nothing)."""
-        logits = self.gk_proj(x)
+    def queries_keys_decays(self, tokens: Tokens) -> Tensors:
+        """Return queries, keys and log decays ``[B, T, keys]``."""
+        q, k, _ = tokens.convolved
+        logits = self.gk_proj(tokens.x)
         g = F.logsigmoid(logits.to(wide_dtype(logits.dtype))) / self.config.gate_logit_normalizer
-        if self.config.clamp_min is not None:
-            g = g.clamp(min=self.config.clamp_min)
-        return q, k, g, ()
+        return q, k, g if self.config.clamp_min is None else g.clamp(min=self.config.clamp_min)
+
+    def scan_inputs(self, tokens: Tokens) -> Tensors:
+        """Return ``q, k, v, g``."""
+        q, k, g = (y.unflatten(-1, (self.heads.keys, -1)) for y in self.queries_keys_decays(tokens))
+        return q, k, tokens.convolved[2].unflatten(-1, (self.heads.values, -1)), g
+
+    def output(self, o: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """Return the projection of the normed and gated outputs."""
+        norm = self.g_norm_swish_gate if self.config.fuse_norm else self.g_norm
+        gate = self.g_proj(tokens.x).unflatten(-1, (self.heads.values, -1))
+        return self.o_proj(norm(o, gate).flatten(-2))
 
 
-class Block(FLABlock):
+class GLABlock(FLABlock):
     """One pre-norm GLA layer."""
 
     mixing = GatedLinearAttention

@@ -1,12 +1,18 @@
-"""Configuration of a KDA model (the keys of flash-linear-attention's ``KDAConfig``)."""
+"""A KDA model: configuration (the keys of flash-linear-attention's ``KDAConfig``), tensors, first values, expansion."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from statex_dist.errors import CheckpointError
-from statex_dist.models.delta_rule import DeltaRuleConfig
+from statex_dist.models import fla
+from statex_dist.models.distributions import Constant, Distribution, LogUniform, TimeStep
+from statex_dist.models.family import Family
+from statex_dist.models.fla import block_tensors, mix_tensor
+from statex_dist.models.gated_deltanet.config import DeltaRuleConfig, conv_tensors, mixing_mappings
+from statex_dist.models.layout import TensorSpec, layer_units
 
 
 @dataclass(kw_only=True)
@@ -30,3 +36,48 @@ class KDAConfig(DeltaRuleConfig):
     def gate_dim(self) -> int:
         """Decays of all value heads together: one per key channel."""
         return self.value_heads * self.head_dim
+
+
+def layer_tensors(config: KDAConfig, layer: int) -> dict[str, TensorSpec]:
+    """Return the tensors of one layer under the plan, by name without the layer's prefix."""
+    hidden, keys, values, heads = config.hidden_size, config.key_dim, config.value_dim, config.value_heads
+    rank, geometry = config.head_value_dim, config.layer_geometry(layer)
+    units = layer_units(geometry)
+    by_key, by_head, by_value = (units.keys,), (units.heads,), (units.values,)
+    specs = {
+        "attn.A_log": TensorSpec(shape=(heads,), decay=False, units=by_head),
+        **mix_tensor(geometry),
+        "attn.dt_bias": TensorSpec(shape=(config.gate_dim,), decay=False, units=by_head),
+        "attn.q_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
+        "attn.k_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
+        "attn.v_proj.weight": TensorSpec(shape=(values, hidden), units=by_value),
+        "attn.b_proj.weight": TensorSpec(shape=(heads, hidden), units=by_head),
+        **conv_tensors(config, units),
+        "attn.o_proj.weight": TensorSpec(shape=(hidden, values), axis=1, units=by_value),
+        "attn.f_proj.0.weight": TensorSpec(shape=(rank, hidden)),
+        "attn.f_proj.1.weight": TensorSpec(shape=(config.gate_dim, rank), units=by_head),
+        "attn.g_proj.0.weight": TensorSpec(shape=(rank, hidden)),
+        "attn.g_proj.1.weight": TensorSpec(shape=(values, rank), units=by_value),
+        "attn.g_proj.1.bias": TensorSpec(shape=(values,), decay=False, units=by_value),
+        "attn.o_norm.weight": TensorSpec(shape=(rank,), decay=False, units=(units.norm,)),
+    }
+    return block_tensors(config, specs)
+
+
+def first_value(suffix: str, shape: tuple[int, ...], *, config: KDAConfig) -> Distribution:
+    """Return the distribution of the tensor ``suffix`` (name without the layer's prefix)."""
+    if suffix == "attn.A_log":
+        return Constant(0.0) if config.safe_gate else LogUniform(1.0, 16.0)
+    if suffix == "attn.dt_bias":
+        return TimeStep(0.001, 0.1, 1e-4)
+    return fla.first_value(suffix, shape, config=config)
+
+
+FAMILY = Family(
+    config=KDAConfig,
+    names=fla.NAMES,
+    layer_tensors=layer_tensors,
+    first_value=first_value,
+    layer_mappings=partial(mixing_mappings, layer_tensors, first_value),
+    block="statex_dist.models.kda.mixer:KDABlock",
+)

@@ -6,20 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from statex_dist.models.delta_mixer import DeltaAttention
-from statex_dist.models.fla_block import FLABlock
+from statex_dist.models.core.layers import FLABlock, GatedRMSNorm
+from statex_dist.models.gated_deltanet.mixer import DeltaAttention
 from statex_dist.models.kda.config import KDAConfig
-from statex_dist.models.norm import GatedRMSNorm
 from statex_dist.ops.precision import wide_dtype
 
 
 class KimiDeltaAttention(DeltaAttention):
     """Token mixing of one layer (arXiv 2510.26692, section 3)."""
 
-    config: KDAConfig
-
     def __init__(self, config: KDAConfig, layer: int):
         super().__init__(config, layer)
+        self.lower_bound = config.lower_bound
         hidden, rank = config.hidden_size, config.head_value_dim
         self.f_proj = nn.Sequential(nn.Linear(hidden, rank, bias=False), nn.Linear(rank, config.gate_dim, bias=False))
         self.dt_bias = nn.Parameter(torch.zeros(config.gate_dim))
@@ -32,8 +30,8 @@ class KimiDeltaAttention(DeltaAttention):
         wide = wide_dtype(f.dtype)
         f = (f.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.heads.decays, -1))
         rate = self.A_log.to(wide).exp().unsqueeze(-1)
-        if self.config.lower_bound is not None:
-            return self.config.lower_bound * torch.sigmoid(rate * f)
+        if self.lower_bound is not None:
+            return self.lower_bound * torch.sigmoid(rate * f)
         return -rate * F.softplus(f)
 
     def gated(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +39,7 @@ class KimiDeltaAttention(DeltaAttention):
         return self.o_norm(o, self.g_proj(x).unflatten(-1, o.shape[-2:]))
 
 
-class Block(FLABlock):
+class KDABlock(FLABlock):
     """One pre-norm KDA layer."""
 
     mixing = KimiDeltaAttention

@@ -1,23 +1,47 @@
-"""Configuration of a MiniMax model (the keys of transformers' ``MiniMaxConfig``) and its per-layer geometry.
+"""A MiniMax model: configuration (the keys of transformers' ``MiniMaxConfig``), tensors, first values, expansion.
 
 flash-linear-attention has Lightning attention as a kernel but no model of it, so names and keys are those of the public
 models that use it: MiniMax, which alternates it with softmax attention over a mixture of experts.
+
+The state is that of linear attention with a fixed decay, so what holds for GLA's expansions holds here
+(:mod:`statex_dist.models.gla.config`). Queries, keys and values of a head stand together in ``qkv_proj``; the output
+norm runs over all heads, so merging heads changes no tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.fla import head_geometry
+from statex_dist.models.distributions import Constant, Distribution, Normal
+from statex_dist.models.family import Family
+from statex_dist.models.fla import head_geometry, mix_tensor
+from statex_dist.models.layout import Names, TensorSpec, Units, layer_units
+from statex_dist.models.row_mapping import (
+    Block,
+    Fresh,
+    Keep,
+    RowMapping,
+    from_blocks,
+    head_mappings,
+)
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 
 MAX_EXPERTS = 100_000
 """Of all layers together: each has tensors of its own."""
+
+NAMES = Names(trunk="model", final_norm="norm", embedding="embed_tokens")
+
+MIX_NAME = "self_attn.mix"
+"""The mixing matrix M of a ``mix_heads`` layer (ours; public checkpoints have none)."""
+
+QKV = "self_attn.qkv_proj.weight"
+TOKEN_MIXING = (QKV, "self_attn.output_gate.weight", "self_attn.out_proj.weight")
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -112,15 +136,9 @@ class LightningConfig(ModelConfig):
         return [LINEAR if layer % 2 else FULL for layer in range(self.num_hidden_layers)]
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """The layers with Lightning attention."""
-        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == LINEAR)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Softmax attention is not run here."""
-        full = [layer for layer, kind in enumerate(self.kinds) if kind == FULL]
-        return f"layers {full} are softmax attention" if full else None
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention."""
+        return tuple(layer for layer, kind in enumerate(self.kinds) if kind == FULL)
 
     @property
     def head_size(self) -> int:
@@ -151,3 +169,87 @@ class LightningConfig(ModelConfig):
             keys=self.inner_size,
             values=self.inner_size,
         )
+
+
+def layer_tensors(config: LightningConfig, layer: int) -> dict[str, TensorSpec]:
+    """Return the tensors of one Lightning layer under the plan, by name without the layer's prefix.
+
+    ``qkv_proj`` holds, head by head of the original model, the rows of queries, keys and values.
+    """
+    hidden, inner, geometry = config.hidden_size, config.inner_size, config.layer_geometry(layer)
+    heads = config.num_attention_heads
+    keys = geometry.num_heads * geometry.key_dim
+    rows = (("q", keys // heads), ("k", keys // heads), ("v", inner // heads))
+    units = layer_units(geometry)
+    by_value, channels = (units.values,), (Units(config.intermediate_size),)
+    specs = {"input_layernorm.weight": TensorSpec(shape=(hidden,), decay=False)}
+    specs |= mix_tensor(geometry, MIX_NAME)
+    specs |= {
+        "self_attn.qkv_proj.weight": TensorSpec(
+            shape=(2 * keys + inner, hidden), parts=rows, blocks=heads, units=(units.keys, units.keys, units.values)
+        ),
+        "self_attn.out_proj.weight": TensorSpec(shape=(hidden, inner), axis=1, units=by_value),
+        "self_attn.output_gate.weight": TensorSpec(shape=(inner, hidden), units=by_value),
+        "self_attn.norm.weight": TensorSpec(shape=(inner,), decay=False, units=by_value),
+        "post_attention_layernorm.weight": TensorSpec(shape=(hidden,), decay=False),
+        "block_sparse_moe.gate.weight": TensorSpec(shape=(config.num_local_experts, hidden)),
+    }
+    expert_specs = {
+        "w1": TensorSpec(shape=(config.intermediate_size, hidden), units=channels),
+        "w2": TensorSpec(shape=(hidden, config.intermediate_size), axis=1, units=channels),
+        "w3": TensorSpec(shape=(config.intermediate_size, hidden), units=channels),
+    }
+    for expert in range(config.num_local_experts):
+        for name, spec in expert_specs.items():
+            specs[f"block_sparse_moe.experts.{expert}.{name}.weight"] = spec
+    return specs
+
+
+def first_value(suffix: str, shape: tuple[int, ...], *, config: LightningConfig) -> Distribution:
+    """Return the distribution of the tensor ``suffix`` (name without the layer's prefix)."""
+    if "norm" in suffix:
+        return Constant(1.0)
+    if suffix == MIX_NAME:
+        return Constant(shape[1] ** -0.5)
+    return Normal(config.initializer_range)
+
+
+def layer_mappings(config: LightningConfig, after: LightningConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
+    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
+    before, target = layer_tensors(config, expansion.layer), layer_tensors(after, expansion.layer)
+    mappings = {}
+    if expansion.op == "grow_state" and expansion.init != "reinit":
+        mappings[QKV] = _grown_qkv(config, expansion, before[QKV].shape)
+    return mappings | head_mappings(
+        expansion,
+        before,
+        target,
+        partial(first_value, config=config),
+        num_heads=config.num_attention_heads,
+        mix=MIX_NAME,
+        redrawn_names=TOKEN_MIXING,
+        norms=("input_layernorm.weight", "self_attn.norm.weight"),
+    )
+
+
+def _grown_qkv(config: LightningConfig, expansion: LayerExpansion, shape: tuple[int, ...]) -> RowMapping:
+    """Put new query and key rows behind the old ones of each head; lossless queries start at zero."""
+    size, drawn = config.head_size, first_value(QKV, shape, config=config)
+    new_query = Constant(0.0) if expansion.init == "lossless" else drawn
+    blocks: list[Block] = []
+    for head in range(config.num_attention_heads):
+        start, rows = 3 * head * size, size * (expansion.factor - 1)
+        blocks += [Keep(start, start + size), Fresh(rows, new_query)]
+        blocks += [Keep(start + size, start + 2 * size), Fresh(rows, drawn)]
+        blocks.append(Keep(start + 2 * size, start + 3 * size))
+    return from_blocks(shape, blocks)
+
+
+FAMILY = Family(
+    config=LightningConfig,
+    names=NAMES,
+    layer_tensors=layer_tensors,
+    first_value=first_value,
+    layer_mappings=layer_mappings,
+    block="statex_dist.models.lightning.mixer:LightningBlock",
+)

@@ -1,6 +1,9 @@
 """Configuration of a Mamba2 model (the keys of transformers' ``Mamba2Config``) and its per-layer geometry.
 
-Files of flash-linear-attention, with other keys, are read as well (:mod:`statex_dist.models.mamba2.fla_keys`).
+Files of flash-linear-attention are read as well. Its ``Mamba2Config`` has the ``model_type`` of transformers', stores
+the same tensors and computes the same, but under other keys and with other defaults. A file with a key that only fla
+has is read by fla's names. Where both libraries' names of one value are there they must agree, so that a file that we
+write for both is one.
 """
 
 from __future__ import annotations
@@ -11,10 +14,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import ModelConfig, check_type
-from statex_dist.models.mamba2 import fla_keys
+from statex_dist.models.config import ModelConfig, Recurrence, check_type
 from statex_dist.state.geometry import StateGeometry
+
+_FUNCTION = {"norm_eps": ("layer_norm_epsilon", 1e-5), "dt_limit": ("time_step_limit", [0.0, math.inf])}
+"""Keys that change logits: fla's name, transformers' name, fla's default."""
+
+_INITIALISATION = {"dt_min": "time_step_min", "dt_max": "time_step_max", "dt_init_floor": "time_step_floor"}
+FLA_NAMES = {key: name for key, (name, _) in _FUNCTION.items()} | _INITIALISATION
+"""fla's names of our fields."""
+
+FLA_DEFAULTS = {"head_dim": 64, "n_groups": 1, "initializer_range": 0.02, "rescale_prenorm_residual": True}
+"""fla's defaults where both libraries have the key."""
+
+FLA_FIXED: dict[str, tuple[Any, ...]] = {
+    "rmsnorm": (True,),
+    "rms_norm": (True,),
+    "norm_before_gate": (False,),
+    "D_has_hdim": (False,),
+}
+FLA_TRAINING = frozenset({"use_l2warp"})
+FLA_HARMLESS = frozenset(FLA_NAMES) | {"A_init_range", "conv_init", "fuse_norm", "fuse_swiglu"}
+FLA_HARMLESS |= {"fuse_cross_entropy", "fuse_linear_cross_entropy"}
+"""Names that are read, first values, and the choice of kernels; ``fuse_norm`` is ignored by fla's class."""
 
 
 @dataclass(kw_only=True)
@@ -23,9 +47,10 @@ class Mamba2Config(ModelConfig):
 
     MODEL_TYPE: ClassVar[str] = "mamba2"
     OPS: ClassVar[tuple[str, ...]] = ("grow_state",)
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = fla_keys.FIXED
-    TRAINING: ClassVar[frozenset[str]] = fla_keys.TRAINING
-    HARMLESS: ClassVar[frozenset[str]] = fla_keys.HARMLESS | {"time_step_rank"}
+    RECURRENCE: ClassVar[Recurrence] = "ssd"
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = FLA_FIXED
+    TRAINING: ClassVar[frozenset[str]] = FLA_TRAINING
+    HARMLESS: ClassVar[frozenset[str]] = FLA_HARMLESS | {"time_step_rank"}
 
     num_heads: int
     head_dim: int
@@ -76,19 +101,19 @@ class Mamba2Config(ModelConfig):
     @classmethod
     def in_our_names(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Return the contents of a ``config.json`` with the names of transformers, beside those of fla if there."""
-        if not fla_keys.has_fla_keys(values):
+        if not has_fla_keys(values):
             return values
         hints = typing.get_type_hints(cls)
-        for key, name in fla_keys.NAMES.items():
+        for key, name in FLA_NAMES.items():
             if key in values:
                 check_type(key, values[key], hints[name])
-        return fla_keys.with_transformers_keys(values)
+        return with_transformers_keys(values)
 
     def with_all_names(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the contents of fla's ``config.json`` with what transformers reads of it beside; others unchanged."""
-        if not fla_keys.has_fla_keys(values):
+        if not has_fla_keys(values):
             return values
-        named = ("num_heads", "head_dim", "n_groups", *fla_keys.NAMES.values())
+        named = ("num_heads", "head_dim", "n_groups", *FLA_NAMES.values())
         return {**values, **{key: getattr(self, key) for key in named if key not in values}}
 
     def with_plan(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -123,3 +148,39 @@ class Mamba2Config(ModelConfig):
             conv_kernel=self.conv_kernel,
             chunk_size=self.chunk_size,
         )
+
+
+def has_fla_keys(values: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` of ``model_type`` mamba2 was written by flash-linear-attention."""
+    return any(key in values for key in (*FLA_FIXED, *FLA_TRAINING, *FLA_HARMLESS))
+
+
+def with_transformers_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Return fla's keys with those of transformers beside them.
+
+    Raises:
+        CheckpointError: Both libraries' names of one value are there, and they differ.
+    """
+    said = dict(FLA_DEFAULTS)
+    for key, (name, default) in _FUNCTION.items():
+        value = values.get(key, default)
+        if name in values and not _equal(values[name], value):
+            shown = "missing" if key not in values else repr(value)
+            raise CheckpointError(
+                f"{CONFIG_NAME}: {name}={values[name]!r} of transformers' Mamba2 and {key} ({shown}; default "
+                f"{default!r}) of flash-linear-attention's contradict each other: each library reads its own; set both "
+                "to the value that the model was trained with"
+            )
+        said[name] = value
+    said |= {name: values[key] for key, name in _INITIALISATION.items() if key in values}
+    size, width = (values.get(key, default) for key, default in (("hidden_size", None), ("expand", 2)))
+    head_dim = values.get("head_dim", FLA_DEFAULTS["head_dim"])
+    # fla's layer computes a missing number of heads in this way.
+    if not values.get("num_heads") and all(type(n) is int and n > 0 for n in (size, width, head_dim)):
+        values = {**values, "num_heads": width * size // head_dim}  # type: ignore[operator]
+    return {**said, **values, **{name: said[name] for name in FLA_NAMES.values() if name in said}}
+
+
+def _equal(first: Any, second: Any) -> bool:
+    lists = (tuple(value) if isinstance(value, list | tuple) else value for value in (first, second))
+    return next(lists) == next(lists)

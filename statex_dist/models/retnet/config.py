@@ -1,4 +1,8 @@
-"""Configuration of a RetNet model (the keys of flash-linear-attention's ``RetNetConfig``) and its geometry."""
+"""A RetNet model: configuration (keys of flash-linear-attention's ``RetNetConfig``), GLA's tensors without gates.
+
+Merged or grown, every block of ``head_key_dim`` key channels keeps its own decay and its own rotary positions, which
+belong to the mixer and not to any tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from statex_dist.errors import CheckpointError
+from statex_dist.models import fla
+from statex_dist.models.family import Family
+from statex_dist.models.gla import config as gla
 from statex_dist.models.gla.config import GLAConfig
+from statex_dist.models.layout import TensorSpec
+from statex_dist.models.row_mapping import RowMapping
+from statex_dist.state.plan import LayerExpansion
 
 
 @dataclass(kw_only=True)
@@ -35,3 +45,25 @@ class RetNetConfig(GLAConfig):
     def head_key_dim(self) -> int:
         """Key channels of a head before any expansion: the span of the rotary positions."""
         return self.key_dim // self.num_heads
+
+
+def layer_tensors(config: RetNetConfig, layer: int) -> dict[str, TensorSpec]:
+    """Return the tensors of one layer under the plan, by name without the layer's prefix."""
+    specs = gla.layer_tensors(config, layer)
+    return {name: spec for name, spec in specs.items() if ".gk_proj." not in name}
+
+
+def layer_mappings(config: RetNetConfig, after: RetNetConfig, expansion: LayerExpansion) -> dict[str, RowMapping]:
+    """Return a row mapping for each tensor of an expanded layer that changes or is new, by name without the prefix."""
+    mappings = gla.layer_mappings(config, after, expansion)
+    return {name: mapping for name, mapping in mappings.items() if ".gk_proj." not in name}
+
+
+FAMILY = Family(
+    config=RetNetConfig,
+    names=fla.NAMES,
+    layer_tensors=layer_tensors,
+    first_value=fla.first_value,
+    layer_mappings=layer_mappings,
+    block="statex_dist.models.retnet.mixer:RetNetBlock",
+)

@@ -1,4 +1,4 @@
-"""Configuration of a Mamba2 model as mamba_ssm's ``MambaConfig`` writes it, read as a Mamba2 configuration.
+"""A Mamba2 model in the original layout: mamba_ssm's ``MambaConfig`` read as a Mamba2 configuration, other names.
 
 The file has no ``model_type``: it is recognised by ``ssm_cfg``, whose ``layer`` must say ``Mamba2``.
 """
@@ -6,13 +6,15 @@ The file has no ``model_type``: it is recognised by ``ssm_cfg``, whose ``layer``
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.json_file import decode_floats
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import LARGEST_SIZE, check_layer_list, check_type, is_layer
 from statex_dist.models.config_keys import SHARED_KEYS
+from statex_dist.models.layout import Names
+from statex_dist.models.mamba2 import tensors as mamba2
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.plan_keys import without_plan
 from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan
@@ -127,17 +129,15 @@ class StateSpacesConfig(Mamba2Config):
         return self.with_plan(dict(self.original))
 
     @property
-    def recurrent_layers(self) -> tuple[int, ...]:
-        """All but the attention layers."""
-        attention = frozenset(self.attention)
-        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention."""
+        return tuple(self.attention)
 
     @property
     def obstacle(self) -> str | None:
         """Attention and MLP layers are not run here."""
-        if self.attention:
-            return f"layers {self.attention} are softmax attention"
-        return "layers with an MLP (d_intermediate)" if self.original.get("d_intermediate") else None
+        has_mlp = bool(self.original.get("d_intermediate"))
+        return super().obstacle or ("layers with an MLP (d_intermediate)" if has_mlp else None)
 
     def plain_keys(self) -> dict[str, Any]:
         """Return the grown ``ssm_cfg.d_state`` where every layer grows by the same factor."""
@@ -177,3 +177,10 @@ def _check_values(top: dict[str, Any], ssm: dict[str, Any]) -> None:
             check_type(f"ssm_cfg.{key}", ssm[key], tuple[float, ...] if key == "dt_limit" else float)
     if len(ssm["dt_limit"]) != 2:
         raise CheckpointError(f"{_WHERE}: ssm_cfg.dt_limit={repr(ssm['dt_limit'])[:80]} must be two numbers")
+
+
+FAMILY = replace(
+    mamba2.FAMILY,
+    config=StateSpacesConfig,
+    names=Names(trunk="backbone", final_norm="norm_f", embedding="embedding"),
+)

@@ -3,8 +3,8 @@
 A rank reads its own file of ``statex reshard --to tp``, or its part of any other checkpoint. Cut matrices are
 megatron-core's parallel layers. What the ranks of a layer exchange: the sums of squares of an output norm over channels
 of several ranks, and the sums of the outputs of matrices that are cut along their inputs; at the model's ends the
-embeddings, and the logits, which every rank returns whole. Who holds what is the table in
-``models/<family>/layout.py``; docs/tensor_parallel.md explains it.
+embeddings, and the logits, which every rank returns whole. Who holds what is the family's table of tensors;
+docs/tensor_parallel.md explains it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import nn
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.core.layers import Expert, GatedRMSNorm, RMSNorm, SparseExperts
+from statex_dist.models.core.mitigation import Mitigation
+from statex_dist.models.core.mixer import RecurrentMixer, mixer_of
+from statex_dist.models.core.trunk import LMHead
 from statex_dist.models.layout import HeldHeads, TensorSpec
-from statex_dist.models.lightning.mixer import Expert, SparseExperts
-from statex_dist.models.lm import LMHead, RecurrentLM
-from statex_dist.models.mitigation import Mitigation, StateNorm
-from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import read_config
 from statex_dist.models.source import find_model
 from statex_dist.models.tensor_parallel.norms import SplitGatedRMSNorm, SplitRMSNorm
@@ -52,14 +53,14 @@ class TensorParallelLM(RecurrentLM):
         self.share = share
 
     def check_mitigation(self, mitigation: Mitigation) -> None:
-        """Raise if a remedy does not fit the model, or needs the norm of states that several ranks have parts of.
+        """Raise if a mitigation does not fit the model, or needs the norm of states that several ranks have parts of.
 
         Raises:
             ConfigError: It does not, or does.
         """
         super().check_mitigation(mitigation)
-        cut = [index for index, layer in enumerate(self.trunk.layers) if not _mixer(layer).heads.whole_states]
-        if isinstance(mitigation, StateNorm) and cut:
+        cut = [index for index, layer in enumerate(self.trunk.layers) if not mixer_of(layer).heads.whole_states]
+        if mitigation.WHOLE_STATES and cut:
             raise ConfigError(
                 f"{mitigation.NAME} takes the norm of a head's whole state, and {self.share.size} ranks cut the heads "
                 f"of layers {cut}; use forget-more or sliding-window, or fewer ranks"
@@ -147,16 +148,11 @@ def load_tensor_parallel(
     return model.eval()
 
 
-def _mixer(layer: nn.Module) -> Any:
-    """Return the token mixing of a layer: the module that knows its heads."""
-    return next(module for module in layer.modules() if isinstance(getattr(module, "heads", None), HeldHeads))
-
-
 def _make_local(model: TensorParallelLM, tensors: dict[str, torch.Tensor], share: TensorShare) -> None:
     """Put modules for what this rank holds in place of the whole ones; their parameters have no data yet."""
     sizes = set()
     for layer in model.trunk.layers:
-        mixer = _mixer(layer)
+        mixer = mixer_of(layer)
         mixer.heads = HeldHeads.of(mixer.geometry, tp=share.size, rank=share.rank)
         sizes.add(mixer.heads.ranks_per_head)
         sizes |= {_ranks_per_group(module, share) for module in layer.modules() if isinstance(module, RMSNorm)}
@@ -171,7 +167,9 @@ def _make_local(model: TensorParallelLM, tensors: dict[str, torch.Tensor], share
             place = model.get_submodule(parent)
             whole = getattr(place, own)
             ranks = (
-                _mixer_of(model, name).heads.ranks_per_head if spec.units[0].shared else _ranks_per_group(whole, share)
+                _mixer_with(model, name).heads.ranks_per_head
+                if spec.units[0].shared
+                else _ranks_per_group(whole, share)
             )
             held = tensors.get(name, tensors[names.embeddings])
             with torch.device("meta"):
@@ -187,11 +185,11 @@ def _ranks_per_group(module: nn.Module, share: TensorShare) -> int:
     return max(share.size // getattr(module, "num_groups", 1), 1)
 
 
-def _mixer_of(model: TensorParallelLM, name: str) -> Any:
+def _mixer_with(model: TensorParallelLM, name: str) -> RecurrentMixer:
     """Return the token mixing of the layer that a tensor belongs to."""
     place = model.family.names.split(name)
     assert place is not None, name
-    return _mixer(model.trunk.layers[place[0]])
+    return mixer_of(model.trunk.layers[place[0]])
 
 
 def _local(

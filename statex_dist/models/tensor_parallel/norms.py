@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from statex_dist.models.norm import GatedRMSNorm, RMSNorm
+from statex_dist.models.core.layers import GatedRMSNorm, RMSNorm
 from statex_dist.models.tensor_parallel.share import TensorShare
 from statex_dist.ops.precision import wide_dtype
 

@@ -21,12 +21,11 @@ from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest, digest_file
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
-from statex_dist.models.hf import open_runnable
+from statex_dist.models.hf import open_runnable, read_tensor, torch_dtype
 from statex_dist.models.layout import TensorSpec, rows_by_part, shard_ranges
 from statex_dist.models.model_check import check_tensor
 from statex_dist.models.registry import family_of
 from statex_dist.models.tensor_parallel.share import TensorShare
-from statex_dist.models.weights import read_tensor, torch_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ import xxhash
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from checkpoints_tools.verify.inspect import inspect
 from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.models.registry import config_from_dict, family_of, read_config
-from statex_dist.models.surgery import expand_state_dict
+from statex_dist.models.registry import config_from_dict, expand_state_dict, family_of, read_config
 from tests.checkpoints_tools.builders import (
     CONFIGS,
     GLA,

@@ -11,8 +11,8 @@ from checkpoints_tools.plan.options import PlanOptions
 from checkpoints_tools.verify.verify import verify_expansion
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.config import read_config_dict
-from statex_dist.models.recipe import Keep
 from statex_dist.models.registry import config_from_dict
+from statex_dist.models.row_mapping import Keep
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, MAMBA2, random_tensors, read_tensor, write_model
 from tests.runs import GLA as RUN_GLA
@@ -54,11 +54,11 @@ def test_states_are_kept_where_rows_are_and_zero_where_they_are_new(run, tmp_pat
         held = grown.states()[state]
         for job in expansion.jobs:
             found = read_tensor(held, job.info.name)
-            if job.surgery is None:
+            if job.mapping is None:
                 assert torch.equal(found, remembered(tensors[job.info.name]))
                 continue
             rows, changed = 0, changed + 1
-            for block in job.surgery.recipe.blocks:
+            for block in job.mapping.rows.blocks:
                 part = found[rows : rows + block.rows]
                 kept = isinstance(block, Keep)
                 expected = (

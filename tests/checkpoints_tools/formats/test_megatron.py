@@ -34,7 +34,7 @@ from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
-from statex_dist.models.megatron_names import MEGATRON_FAMILIES, megatron_notes, name_map
+from statex_dist.models.megatron import megatron_notes, name_map
 from statex_dist.models.registry import FAMILIES, config_from_dict, family_of
 from statex_dist.models.source import interpret, open_source
 from tests.checkpoints_tools.builders import (
@@ -208,7 +208,7 @@ def test_names_and_notes():
     ]
     spaces = name_map(config_from_dict(STATE_SPACES))
     assert spaces["backbone.embedding.weight"][0].name == "embedding.word_embeddings.weight"
-    assert {family.model_type for family in FAMILIES.values()} >= set(MEGATRON_FAMILIES)
+    assert {kind for kind, family in FAMILIES.items() if family.megatron} == {"mamba2", "mamba2_state_spaces"}
     uneven = CONFIGS["mamba2-grown"]
     for config, words in (
         (config_from_dict(MAMBA2), ["no bias in its projections", "tensor parallelism of size 1"]),

@@ -39,7 +39,7 @@ CASES = {
     "mamba2-four-groups": mamba2_config(n_groups=4, use_bias=True),
     "state_spaces": config_from_dict(STATE_SPACES),
 }
-REMEDIES = {
+MITIGATIONS = {
     "gla-merged": ("forget-more", "sliding-window:tokens=5"),
     "gla-mixed": ("sliding-window:tokens=5",),
     "mamba2-grown": ("sliding-window:tokens=5", "state-norm:limit=0.5,every=2"),
@@ -69,7 +69,7 @@ def largest_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def measure(directory: Path, share: TensorShare, wanted: dict[str, Any], name: str) -> dict[str, Any]:
     """What one rank finds of one model."""
-    remedies, local_norm = REMEDIES.get(name, ()), name in (*CUT_NORMS, WHOLE_NORM) and share.size == RANKS
+    mitigations, local_norm = MITIGATIONS.get(name, ()), name in (*CUT_NORMS, WHOLE_NORM) and share.size == RANKS
     found: dict[str, Any] = {}
     for dtype in BOUNDS:
         model = load_tensor_parallel(directory, share, dtype=dtype)
@@ -79,9 +79,9 @@ def measure(directory: Path, share: TensorShare, wanted: dict[str, Any], name: s
             found["states"] = [[part.numel() for part in layer] for layer in states]
             found["parameters"] = {name: parameter.numel() for name, parameter in model.named_parameters()}
             found["same bits"] = all(torch.equal(logits, other) for other in share.all_gather(logits))
-            for remedy in remedies:
-                model.mitigation = parse_mitigation(remedy)
-                found[remedy] = largest_error(read_and_decode(model)[0], wanted[remedy])
+            for text in mitigations:
+                model.mitigation = parse_mitigation(text)
+                found[text] = largest_error(read_and_decode(model)[0], wanted[text])
             model.mitigation = None
             if local_norm:
                 found["local norm"] = largest_error(read_and_decode(with_local_norms(model))[0], wanted[str(dtype)])
@@ -144,9 +144,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = make_shards(directory / name, config, (2, RANKS)).eval()
         logits, states = read_and_decode(model)
         wanted[name] = {str(torch.float64): logits, "states": [[part.numel() for part in layer] for layer in states]}
-        for remedy in REMEDIES.get(name, ()):
-            model.mitigation = parse_mitigation(remedy)
-            wanted[name][remedy] = read_and_decode(model)[0]
+        for text in MITIGATIONS.get(name, ()):
+            model.mitigation = parse_mitigation(text)
+            wanted[name][text] = read_and_decode(model)[0]
         model.mitigation = None
         wanted[name][str(torch.float32)] = read_and_decode(model.float())[0]
     torch.save(wanted, directory / "wanted.pt")
@@ -181,8 +181,8 @@ def test_ranks_say_what_one_process_says_and_hold_their_part(shards, found, name
         case, rank = of_rank[f"{name} | {tp}"], process % tp
         for dtype, bound in BOUNDS.items():
             assert case[str(dtype)] < bound
-        for remedy in REMEDIES.get(name, ()):
-            assert case[remedy] < BOUNDS[torch.float64], remedy
+        for text in MITIGATIONS.get(name, ()):
+            assert case[text] < BOUNDS[torch.float64], text
         assert case["same bits"]
         table = {}
         for tensor, spec in specs.items():
