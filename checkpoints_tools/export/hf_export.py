@@ -17,7 +17,7 @@ from checkpoints_tools.export.hf_tokenizer import (
     bytes_tokenizer_documents,
     read_tokenizer_config,
 )
-from checkpoints_tools.export.modeling_code import FAMILY_MODULES, remote_code, with_our_type
+from checkpoints_tools.export.modeling_code import FAMILY_FOLDERS, remote_code, with_our_type
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.plan_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
@@ -41,7 +41,7 @@ def form_of(config: ModelConfig) -> Form:
     expressed = config.statex is None or bool(config.plain_keys())
     if expressed and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
         return "plain"
-    return "none" if config.is_mixed or config.MODEL_TYPE not in FAMILY_MODULES else "remote_code"
+    return "none" if config.is_mixed or config.MODEL_TYPE not in FAMILY_FOLDERS else "remote_code"
 
 
 def export_notes(config: ModelConfig) -> list[str]:

@@ -1,0 +1,629 @@
+"""One file from the parts of several modules that a few names need: the code of an export.
+
+Modules are read as text and never imported. From the wanted names the definitions are followed through imports of our
+own packages. Of a class only the members remain whose names the program uses. What is known before (:class:`Known`) is
+evaluated, so that branches without use, and what only they need, are left out. A statement that stays as it is keeps
+its text and comments; docstrings keep their first paragraph.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoints_tools.export.partial_evaluation import (
+    Evaluation,
+    Known,
+    Uses,
+    constant_properties,
+    drop_unread_fields,
+    fix_parameters,
+    result_of,
+)
+
+WIDTH = 120
+_ROOT = Path(__file__).parents[2]
+_CALLED_BY_TORCH = {"forward", "backward"}
+_FOR_OUR_CHECKS = re.compile(r"  # (?:type: ignore|noqa).*")
+_ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What a bundle is made of.
+
+    Attributes:
+        root: Dotted name of the module that has the wanted names.
+        names: The wanted names.
+        packages: Our own packages; other imports are kept.
+        edits: Texts of modules that are replaced before they are read, by module.
+        replaced: Where a definition is taken from in place of another one of this name, ``module:name``; or the name
+            of a builtin.
+        optional: Where a definition is taken from if the module that it is imported from lacks it, by name.
+        whole: Prefix of the modules whose classes keep all members and docstrings.
+        dropped: Members that are taken out of all other classes.
+        bare: Classes whose subclasses are no data classes here: they lose fields and decorators.
+        known: What is known before the program runs.
+    """
+
+    root: str
+    names: Sequence[str]
+    packages: Sequence[str]
+    edits: Mapping[str, Sequence[tuple[str, str]]]
+    replaced: Mapping[str, str]
+    optional: Mapping[str, str]
+    whole: str
+    dropped: frozenset[str]
+    bare: frozenset[str]
+    known: Known
+
+
+class BundleError(Exception):
+    """The parts do not make a program: a programming error in the table of the export or in a module."""
+
+
+@dataclass
+class _Module:
+    """A module's definitions and imports, by name; each import as ``(module, name or None)``."""
+
+    name: str
+    heading: str
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+
+
+@dataclass
+class _Definition:
+    """Statements of one name in the program: a function, a class, or an assignment and the text about it."""
+
+    module: _Module
+    nodes: list[ast.stmt]
+
+    @property
+    def main(self) -> ast.stmt:
+        return self.nodes[0]
+
+
+class _Origin:
+    """The text that a statement was read from; unchanged as long as its tree is."""
+
+    def __init__(self, node: ast.stmt, lines: list[str]):
+        self.lines, self.tree = lines, ast.dump(node)
+        self.header = _header_dump(node)
+
+
+def _header_dump(node: ast.stmt) -> str:
+    bare = copy.copy(node)
+    for name in ("body", "orelse"):
+        if hasattr(bare, name):
+            setattr(bare, name, [])
+    return ast.dump(bare)
+
+
+def bundle(recipe: Recipe) -> str:
+    """Return the source of the program, without a docstring.
+
+    Raises:
+        BundleError: A wanted name or module is missing, or two definitions or imports have one name.
+    """
+    return _Bundle(recipe).source()
+
+
+class _Bundle:
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        known = recipe.known
+        self.known_calls, self.known_fields = dict(known.calls), {name: dict(f) for name, f in known.fields.items()}
+        self.known = Known(calls=self.known_calls, attributes=known.attributes, fields=self.known_fields)
+        self.modules: dict[str, _Module] = {}
+        self.program: dict[str, _Definition] = {}
+        self.emitted: dict[tuple[str, str], str] = {}
+        self.external: dict[str, tuple[str, str | None]] = {}
+        self.missing: dict[str, str] = {}
+        for name in recipe.names:
+            self._include(recipe.root, name)
+        self._simplify()
+
+    # Reading
+
+    def _module(self, name: str) -> _Module:
+        if name not in self.modules:
+            path = _ROOT / (name.replace(".", "/") + ".py")
+            path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+            if not path.is_file():
+                raise BundleError(f"there is no module {name}")
+            text = path.read_text(encoding="utf-8")
+            for old, new in self.recipe.edits.get(name, ()):
+                if old not in text:
+                    raise BundleError(f"{name} does not hold {old!r}, which is to be replaced")
+                text = text.replace(old, new)
+            self.modules[name] = self._read(name, _FOR_OUR_CHECKS.sub("", text), is_package=path.stem == "__init__")
+        return self.modules[name]
+
+    def _read(self, name: str, text: str, *, is_package: bool) -> _Module:
+        tree, lines = ast.parse(text), text.splitlines()
+        module = _Module(name, (ast.get_docstring(tree) or name).splitlines()[0].rstrip("."))
+        last: list[ast.stmt] = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.stmt):
+                node.origin = _Origin(node, lines)  # type: ignore[attr-defined]
+        for node in _outside_type_checking(tree.body):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module.imports |= _imported(node, name, is_package=is_package)
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                module.definitions[node.name] = last = [node]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                last = [node]
+                module.definitions |= {t.id: last for t in targets if isinstance(t, ast.Name)}
+            elif isinstance(node, ast.Expr) and last and isinstance(node.value, ast.Constant):
+                last.append(node)
+        return module
+
+    def _is_ours(self, module: str) -> bool:
+        return module.split(".")[0] in self.recipe.packages
+
+    def _find(self, module: str, name: str) -> tuple[str, str] | None:
+        """Return where a name of one of our modules is defined, after replacements; None for a builtin."""
+        if name in self.recipe.replaced:
+            place, _, instead = self.recipe.replaced[name].rpartition(":")
+            return (place, instead) if place else None
+        found = self._module(module)
+        if name in found.definitions:
+            return module, name
+        if name in found.imports:
+            target, attribute = found.imports[name]
+            if self._is_ours(target) and attribute is not None:
+                return self._find(target, attribute)
+        if name in self.recipe.optional:
+            place, _, instead = self.recipe.optional[name].rpartition(":")
+            return place, instead
+        raise BundleError(f"{module} has no definition of {name}")
+
+    # Following names
+
+    def _include(self, module: str, name: str) -> str:
+        """Bring a definition and all that it needs into the program; return its name there."""
+        found = self._find(module, name)
+        if found is None:
+            return self.recipe.replaced[name]
+        if found in self.emitted:
+            return self.emitted[found]
+        place, name = found
+        emitted = name
+        if emitted in self.program or emitted in self.external:
+            emitted = f"_{place.rpartition('.')[2]}_{name.lstrip('_')}"
+        self.emitted[found] = emitted
+        source = self._module(place)
+        definition = _Definition(source, copy.deepcopy(source.definitions[name]))
+        self._evaluate(definition)
+        self.program[emitted] = definition
+        renamed = {name: emitted} if name != emitted else {}
+        for used in dict.fromkeys(self._used_names(definition)):
+            target, attribute = source.imports.get(used, (None, None))
+            if used == name:
+                continue
+            if used in source.definitions or (target and self._is_ours(target)):
+                mine = self._include_if_there(*((place, used) if target is None else (target, attribute or used)))
+                renamed |= {used: mine} if mine != used else {}
+            elif target:
+                self._import(used, target, attribute, place)
+        _rename(definition, renamed)
+        return emitted
+
+    def _order(self) -> list[str]:
+        """Return the modules of the program, each after those that it uses."""
+        order: dict[str, None] = {}
+        started: set[str] = set()
+
+        def visit(place: str) -> None:
+            if place in started:
+                return
+            started.add(place)
+            for definition in self.program.values():
+                if definition.module.name == place:
+                    for name in self._used_names(definition):
+                        if name in self.program:
+                            visit(self.program[name].module.name)
+            order[place] = None
+
+        for definition in self.program.values():
+            visit(definition.module.name)
+        return list(order)
+
+    def _include_if_there(self, module: str, name: str) -> str:
+        """Return the name of :meth:`_include`, or one that nothing may use when all is left out that can be."""
+        try:
+            return self._include(module, name)
+        except BundleError as error:
+            self.missing[f"_missing_{name}"] = str(error)
+            return f"_missing_{name}"
+
+    def _import(self, name: str, module: str, attribute: str | None, place: str) -> None:
+        if self.external.setdefault(name, (module, attribute)) != (module, attribute) or name in self.program:
+            raise BundleError(f"{place} imports another {name} than the modules before it")
+
+    def _used_names(self, definition: _Definition) -> Iterator[str]:
+        for node in definition.nodes:
+            for found in ast.walk(node):
+                if isinstance(found, ast.Name):
+                    yield found.id
+
+    # Leaving out
+
+    def _evaluate(self, definition: _Definition, values: Mapping[str, object] | None = None) -> None:
+        main = definition.main
+        if isinstance(main, ast.ClassDef) and not self._is_whole(definition):
+            if {main.name, *map(ast.unparse, main.bases)} & self._bare_classes():
+                main.decorator_list = []
+                main.body = [m for m in main.body if not isinstance(m, ast.AnnAssign) and not _is_text(m, main)]
+            main.body = [m for m in main.body if getattr(m, "name", None) not in self.recipe.dropped] or [ast.Pass()]
+        if isinstance(main, ast.FunctionDef | ast.ClassDef):
+            evaluation = Evaluation(self.known)
+            evaluation.values = dict(values or {})
+            evaluation.visit(main)
+            if isinstance(main, ast.ClassDef) and main.name in self.known_fields:
+                self.known_fields[main.name].update(constant_properties(main))
+
+    def _bare_classes(self) -> set[str]:
+        found = set(self.recipe.bare)
+        for name, definition in self.program.items():
+            main = definition.main
+            if isinstance(main, ast.ClassDef) and {ast.unparse(base) for base in main.bases} & found:
+                found.add(name)
+        return found
+
+    def _is_whole(self, definition: _Definition) -> bool:
+        return definition.module.name.startswith(self.recipe.whole)
+
+    def _simplify(self) -> None:
+        """Evaluate and leave out until nothing changes."""
+        state: list[str] = []
+        while (now := [ast.dump(node) for d in self.program.values() for node in d.nodes]) != state:
+            state = now
+            read = self._keep_reached()
+            uses = Uses(node for d in self.program.values() for node in d.nodes)
+            for definition in self.program.values():
+                main, values = definition.main, {}
+                if isinstance(main, ast.FunctionDef) and not main.decorator_list:
+                    values = fix_parameters(main, uses)
+                    if (result := result_of(main)) is not None:
+                        self.known_calls[main.name] = result.value
+                elif isinstance(main, ast.ClassDef):
+                    drop_unread_fields(main, read, uses)
+                self._evaluate(definition, values)
+
+    def _keep_reached(self) -> set[str]:
+        """Leave out definitions and members that the wanted names do not reach; return the attributes in use."""
+        reached, attributes = set(self.recipe.names), set(_CALLED_BY_TORCH)
+        size = -1
+        while size != (size := len(reached) + len(attributes)):
+            for name in [name for name in self.program if name in reached]:
+                for part in self._live_parts(self.program[name], attributes):
+                    for node in ast.walk(part):
+                        if isinstance(node, ast.Name):
+                            reached.add(node.id)
+                        elif isinstance(node, ast.Attribute):
+                            attributes.add(node.attr)
+                        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+                            attributes.add(ast.unparse(node.args[1]).strip("'"))
+        self.program = {name: d for name, d in self.program.items() if name in reached}
+        for definition in self.program.values():
+            if isinstance(main := definition.main, ast.ClassDef) and not self._is_whole(definition):
+                live = self._live_parts(definition, attributes)
+                main.body = [member for member in main.body if member in live] or [ast.Pass()]
+        return attributes
+
+    def _live_parts(self, definition: _Definition, attributes: set[str]) -> list[ast.AST]:
+        main = definition.main
+        if not isinstance(main, ast.ClassDef) or self._is_whole(definition):
+            return [*definition.nodes]
+        parts: list[ast.AST] = [*main.bases, *main.decorator_list, *main.keywords]
+        for member in main.body:
+            name = member.name if isinstance(member, ast.FunctionDef) else None
+            if name is None or name in attributes or (name.startswith("__") and name.endswith("__")):
+                parts.append(member)
+        return parts
+
+    # Writing
+
+    def source(self) -> str:
+        """Return the text: imports, then the definitions of each module below its heading."""
+        back: dict[str, str] = {}
+        for (place, original), name in self.emitted.items():
+            if name in self.program and name != original:
+                if original not in {*self.program, *back.values()}:
+                    back[name] = original
+                elif not original.startswith("_"):
+                    raise BundleError(f"{original} is in {place} and in another module")
+        self.program = {back.get(name, name): d for name, d in self.program.items()}
+        for definition in self.program.values():
+            _rename(definition, back)
+        used = {name for d in self.program.values() for name in self._used_names(d)}
+        external = {
+            name: self.external[name]
+            for d in self.program.values()
+            for name in self._used_names(d)
+            if name in self.external and d.module.imports.get(name) == self.external[name]
+        }
+        if missing := sorted(used & self.missing.keys()):
+            raise BundleError(self.missing[missing[0]])
+        for definition in self.program.values():
+            inside = [node for part in definition.nodes for node in ast.walk(part)]
+            if any(isinstance(node, ast.Import | ast.ImportFrom) for node in inside):
+                raise BundleError(f"{definition.module.name} imports inside of a function, which the export would need")
+        parts = [_import_lines(external)]
+        for place in self._order():
+            found = [d for d in self.program.values() if d.module.name == place]
+            found = sorted({id(d.main): d for d in found}.values(), key=lambda d: _line(d.main))
+            if not found:
+                continue
+            writer = _Writer(short=not place.startswith(self.recipe.whole))
+            texts = ["\n".join(writer.block(d.nodes, 0)) for d in found]
+            separated = texts[0]
+            for before, definition, text in zip(found, found[1:], texts[1:], strict=False):
+                close = all(isinstance(d.main, ast.Assign | ast.AnnAssign) for d in (before, definition))
+                separated += ("\n" if close else "\n\n\n") + text
+            first = "\n" if isinstance(found[0].main, ast.Assign | ast.AnnAssign) else "\n\n"
+            heading = _ROLE.sub(r"``\1``", found[0].module.heading)
+            parts.append(f"\n\n# {heading}{first}{separated.strip()}\n")
+        return "".join(parts)
+
+
+def _outside_type_checking(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from node.body
+        else:
+            yield node
+
+
+def _imported(node: ast.Import | ast.ImportFrom, module: str, *, is_package: bool) -> dict[str, tuple[str, str | None]]:
+    if isinstance(node, ast.Import):
+        return {
+            alias.asname or alias.name.split(".")[0]: (alias.name if alias.asname else alias.name.split(".")[0], None)
+            for alias in node.names
+        }
+    base = node.module or ""
+    if node.level:
+        above = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
+        base = ".".join([*above, *([node.module] if node.module else [])])
+    return {alias.asname or alias.name: (base, alias.name) for alias in node.names}
+
+
+def _is_text(member: ast.stmt, owner: ast.ClassDef) -> bool:
+    """Return whether a member of a class is a text about a field, not the class's docstring."""
+    return isinstance(member, ast.Expr) and member is not owner.body[0]
+
+
+def _rename(definition: _Definition, renamed: Mapping[str, str]) -> None:
+    if not renamed:
+        return
+    for node in definition.nodes:
+        for found in ast.walk(node):
+            if isinstance(found, ast.Name) and found.id in renamed:
+                found.id = renamed[found.id]
+    main = definition.main
+    if isinstance(main, ast.FunctionDef | ast.ClassDef):
+        main.name = renamed.get(main.name, main.name)
+
+
+def _line(node: ast.stmt) -> int:
+    return node.lineno
+
+
+def _import_lines(found: Mapping[str, tuple[str, str | None]]) -> str:
+    """Return import statements: future, standard library, then the others; each module once."""
+    lines: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, (module, attribute) in sorted(found.items()):
+        if attribute is None:
+            lines[f"import {module}" + (f" as {name}" if name != module else "")] = module
+        else:
+            names.setdefault(module, []).append(attribute + (f" as {name}" if name != attribute else ""))
+    lines = {line: lines[line] for line in sorted(lines)}
+    lines |= {f"from {module} import {', '.join(sorted(parts))}": module for module, parts in sorted(names.items())}
+    sections: list[list[str]] = [["from __future__ import annotations"], [], []]
+    for line, module in lines.items():
+        if module != "__future__":
+            sections[1 if module.split(".")[0] in sys.stdlib_module_names else 2].append(line)
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+class _Writer:
+    """Writes statements: those that are as they were read from their text, others from their tree."""
+
+    def __init__(self, *, short: bool):
+        self.short = short
+
+    def statement(self, node: ast.stmt, indent: int) -> list[str]:
+        """Return the lines of a statement, comments above it included."""
+        origin: _Origin | None = getattr(node, "origin", None)
+        lead = _lead(node, origin, indent) if origin else []
+        if self.short and isinstance(node, ast.FunctionDef | ast.ClassDef):
+            _shorten_docstring(node)
+        if origin and ast.dump(node) == origin.tree:
+            return lead + _reindented(origin.lines[_first_line(node) - 1 : node.end_lineno], indent)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If | ast.For | ast.While | ast.With):
+            lines = lead + self._header(node, origin, indent)
+            inner = self.block(node.body, indent + 4)
+            if isinstance(node, ast.ClassDef) and ast.get_docstring(node) and len(node.body) > 1:
+                count = len(self.statement(node.body[0], indent + 4))
+                inner = [*inner[:count], "", *_without_blank(inner[count:])]
+            lines += inner
+            if orelse := getattr(node, "orelse", []):
+                lines += [" " * indent + "else:", *self.block(orelse, indent + 4)]
+            return lines
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            return _docstring_lines(node.value.value, indent)
+        return lead + wrapped(_unparsed(node), indent)
+
+    def _header(self, node: ast.stmt, origin: _Origin | None, indent: int) -> list[str]:
+        if origin and _header_dump(node) == origin.header:
+            first = ast.parse("\n".join(_reindented(origin.lines[_first_line(node) - 1 : node.end_lineno], 0))).body[0]
+            start = _first_line(first.body[0])  # type: ignore[attr-defined]
+            lines = origin.lines[_first_line(node) - 1 : _first_line(node) + start - 2]
+            while lines and (not lines[-1].strip() or lines[-1].strip().startswith("#")):
+                lines = lines[:-1]
+            return _reindented(lines, indent)
+        if isinstance(node, ast.FunctionDef):
+            decorators = [line for d in node.decorator_list for line in wrapped(f"@{ast.unparse(d)}", indent)]
+            return decorators + wrapped(_signature(node), indent)
+        bare = copy.copy(node)
+        bare.body = [ast.Pass()]  # type: ignore[attr-defined]
+        if hasattr(bare, "orelse"):
+            bare.orelse = []
+        return [part for line in ast.unparse(bare).splitlines()[:-1] for part in wrapped(line, indent)]
+
+    def block(self, body: Sequence[ast.stmt], indent: int) -> list[str]:
+        """Return the lines of the statements of a block; members of a class are apart."""
+        lines: list[str] = []
+        apart = False
+        for node in body:
+            found = _without_blank(lines_of := self.statement(node, indent))
+            blank = bool(lines) and (apart or found != lines_of)
+            lines += [*([""] if blank else []), *found]
+            apart = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        return lines
+
+
+def _unparsed(node: ast.stmt) -> str:
+    """Return the text of a simple statement, tuples without parentheses where none are needed."""
+    if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 1:
+        return "return " + ", ".join(map(ast.unparse, node.value.elts))
+    if isinstance(node, ast.Assign):
+        targets = [ast.unparse(t)[1:-1] if isinstance(t, ast.Tuple) else ast.unparse(t) for t in node.targets]
+        if all(len(t.elts) > 1 for t in node.targets if isinstance(t, ast.Tuple)):
+            return " = ".join([*targets, ast.unparse(node.value)])
+    return ast.unparse(node)
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    """Return the head of a function on one line, defaults written as they are in source."""
+    found, parts = node.args, []
+    plain = [*found.posonlyargs, *found.args]
+    defaults = [*[None] * (len(plain) - len(found.defaults)), *found.defaults]
+    for argument, default in zip(plain, defaults, strict=True):
+        parts.append(_parameter(argument, default))
+    if found.vararg is not None:
+        parts.append("*" + ast.unparse(found.vararg))
+    elif found.kwonlyargs:
+        parts.append("*")
+    for argument, default in zip(found.kwonlyargs, found.kw_defaults, strict=True):
+        parts.append(_parameter(argument, default))
+    if found.kwarg is not None:
+        parts.append("**" + ast.unparse(found.kwarg))
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+    return f"def {node.name}({', '.join(parts)}){returns}:"
+
+
+def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
+    if default is None:
+        return ast.unparse(argument)
+    return ast.unparse(argument) + (" = " if argument.annotation is not None else "=") + ast.unparse(default)
+
+
+def _first_line(node: ast.stmt) -> int:
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+
+
+def _lead(node: ast.stmt, origin: _Origin, indent: int) -> list[str]:
+    """Return the comments above a statement, and a blank line where there is one above them."""
+    stop = start = _first_line(node) - 1
+    while start > 0 and origin.lines[start - 1].strip().startswith("#"):
+        start -= 1
+    blank = [""] if start > 0 and not origin.lines[start - 1].strip() else []
+    return blank + _reindented(origin.lines[start:stop], indent)
+
+
+def _without_blank(lines: list[str]) -> list[str]:
+    return lines[1:] if lines and not lines[0] else lines
+
+
+def _reindented(lines: Sequence[str], indent: int) -> list[str]:
+    text = textwrap.dedent("\n".join(lines))
+    return [" " * indent + line if line.strip() else "" for line in text.splitlines()]
+
+
+def _shorten_docstring(node: ast.FunctionDef | ast.ClassDef) -> None:
+    """Cut a docstring after its first paragraph, and those inside."""
+    for found in ast.walk(node):
+        if isinstance(found, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(found, clean=False) is not None:
+            text: ast.Constant = found.body[0].value  # type: ignore[attr-defined]
+            written = str(text.value)
+            first = " ".join(written.strip().split("\n\n")[0].split())
+            text.value = _ROLE.sub(r"``\1``", first) if "\n" in written or _ROLE.search(first) else written
+
+
+def _docstring_lines(text: str, indent: int) -> list[str]:
+    if "\n" in text:
+        lines = text.splitlines()
+        return _reindented([f'"""{lines[0]}', *_reindented(lines[1:], 0)], indent)
+    quote = 'r"""' if "\\" in text else '"""'
+    if indent + len(quote) + len(text) + 3 <= WIDTH:
+        return [f'{" " * indent}{quote}{text}"""']
+    return [" " * indent + line for line in [*textwrap.wrap(quote + text, WIDTH - indent), '"""']]
+
+
+def wrapped(code: str, indent: int) -> list[str]:
+    """Return one statement as lines of at most :data:`WIDTH` characters, broken at its commas; strings in ``"``."""
+    code = re.sub(r"'([^'\"\\\n]*)'", r'"\1"', code)
+    margin = " " * indent
+    if indent + len(code) <= WIDTH or "\n" in code:
+        return [margin + line for line in code.splitlines()]
+    brackets = _outer_brackets(code)
+    if not brackets:
+        return [margin + code]
+    start, stop = max(brackets, key=lambda pair: pair[1] - pair[0])
+    inner = code[start + 1 : stop]
+    head, tail = code[: start + 1], code[stop:]
+    if indent + 4 + len(inner) <= WIDTH:
+        return [margin + head, f"{margin}    {inner}", margin + tail]
+    parts = _parts(inner)
+    if len(parts) == 1:
+        return [margin + head, *wrapped(inner, indent + 4), margin + tail]
+    lines = [margin + head]
+    for part in parts:
+        found = wrapped(part, indent + 4)
+        lines += [*found[:-1], found[-1] + ","]
+    return [*lines, margin + tail]
+
+
+def _outer_brackets(code: str) -> list[tuple[int, int]]:
+    found, opened = [], []
+    for i, character in _outside_strings(code):
+        if character in "([{":
+            opened.append(i)
+        elif character in ")]}":
+            start = opened.pop()
+            if not opened and i - start > 1:
+                found.append((start, i))
+    return found
+
+
+def _parts(code: str) -> list[str]:
+    """Return what the commas outside of brackets separate."""
+    parts, depth, start = [], 0, 0
+    for i, character in _outside_strings(code):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append(code[start:i].strip())
+            start = i + 1
+    return [part for part in (*parts, code[start:].strip()) if part]
+
+
+def _outside_strings(code: str) -> Iterator[tuple[int, str]]:
+    quote = ""
+    for i, character in enumerate(code):
+        if quote:
+            quote = "" if character == quote and code[i - 1] != "\\" else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            yield i, character

@@ -1,0 +1,410 @@
+"""Partial evaluation of Python source: values that are known in an export are put in, and branches without use go.
+
+It is what makes one implementation serve both sides: mixers and scans ask for kernels, context parallelism and
+mitigations in ordinary ``if`` statements, which an export answers once, when it is written. Tests of these statements
+and values of local variables are taken to have no side effects.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What is known of a program before it runs.
+
+    Attributes:
+        calls: Results of calls, by what is called (``has_fla``, ``Class.method``).
+        attributes: Values of attributes, whatever their owner.
+        fields: Values of attributes of the parameters that are annotated with a class, by class and attribute.
+    """
+
+    calls: Mapping[str, Any]
+    attributes: Mapping[str, Any]
+    fields: Mapping[str, Mapping[str, Any]]
+
+
+def is_constant(node: ast.expr | None) -> bool:
+    """Return whether a value is known."""
+    return isinstance(node, ast.Constant)
+
+
+def dotted(node: ast.expr) -> str:
+    """Return the text of a name or of an attribute of one, else nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return (
+        f"{node.value.id}.{node.attr}" if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
+    )
+
+
+def has_decorator(node: ast.ClassDef, name: str) -> bool:
+    """Return whether a class has a decorator, with arguments or without."""
+    return any(
+        isinstance(found, ast.Name) and found.id == name
+        for decorator in node.decorator_list
+        for found in [decorator.func if isinstance(decorator, ast.Call) else decorator]
+    )
+
+
+def value_of(node: ast.expr) -> Any:
+    """Return the value of a constant."""
+    assert isinstance(node, ast.Constant), ast.dump(node)
+    return node.value
+
+
+class Evaluation(ast.NodeTransformer):
+    """Evaluates one definition in place: expressions, ``if`` statements, and variables that hold a constant."""
+
+    def __init__(self, known: Known):
+        self.known = known
+        self.typed: dict[str, str] = {}
+        self.values: dict[str, Any] = {}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Put a known value in place of a variable."""
+        if isinstance(node.ctx, ast.Load) and node.id in self.values:
+            return ast.Constant(self.values[node.id])
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        """Put a known value in place of an attribute that is read."""
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load):
+            return node
+        owner = self.typed.get(node.value.id) if isinstance(node.value, ast.Name) else None
+        for values in (self.known.fields.get(owner or "", {}), self.known.attributes):
+            if node.attr in values:
+                return ast.Constant(values[node.attr])
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """Put a known result in place of a call."""
+        self.generic_visit(node)
+        called = dotted(node.func)
+        if called in self.known.calls:
+            return ast.Constant(self.known.calls[called])
+        if called == "isinstance" and is_constant(node.args[0]) and value_of(node.args[0]) is None:
+            return ast.Constant(False)
+        return node
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        """Evaluate ``not``."""
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Not) and is_constant(node.operand):
+            return ast.Constant(not value_of(node.operand))
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        """Evaluate a comparison of two known values."""
+        self.generic_visit(node)
+        if len(node.ops) > 1 or not is_constant(node.left) or not is_constant(node.comparators[0]):
+            return node
+        left, right = value_of(node.left), value_of(node.comparators[0])
+        match node.ops[0]:
+            case ast.Is() | ast.Eq():
+                return ast.Constant((type(left), left) == (type(right), right))
+            case ast.IsNot() | ast.NotEq():
+                return ast.Constant((type(left), left) != (type(right), right))
+        return node
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        """Leave known operands out, as far as the value allows it."""
+        self.generic_visit(node)
+        decides = isinstance(node.op, ast.Or)
+        kept = []
+        for value in node.values:
+            known = is_constant(value) and isinstance(value_of(value), bool)
+            if known and value_of(value) is decides:  # where a truth value is known, the others are truth values too
+                return value
+            if not known:
+                kept.append(value)
+        if not kept:
+            return node.values[-1]
+        if len(kept) > 1 and is_constant(kept[0]):
+            return kept[0] if bool(value_of(kept[0])) is decides else _with_values(node, kept[1:])
+        return _with_values(node, kept)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        """Choose a branch."""
+        self.generic_visit(node)
+        if is_constant(node.test):
+            return node.body if value_of(node.test) else node.orelse
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        """Choose a branch, and leave out a statement without any."""
+        self.generic_visit(node)
+        if is_constant(node.test):
+            return node.body if value_of(node.test) else node.orelse
+        return without_empty_branch(node) or []
+
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt | None:
+        """Leave out an assertion that holds."""
+        self.generic_visit(node)
+        return None if is_constant(node.test) and value_of(node.test) else node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | None:
+        """Leave out a statement that does nothing."""
+        constant = is_constant(node.value)  # a docstring
+        self.generic_visit(node)
+        return None if is_constant(node.value) and not constant else node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
+        """Part the assignment of a tuple where a value in it is known."""
+        self.generic_visit(node)
+        target = node.targets[0]
+        if not (isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) and len(node.targets) == 1):
+            return node
+        pairs = list(zip(target.elts, node.value.elts, strict=False))
+        if len(target.elts) != len(node.value.elts) or not any(is_constant(value) for _, value in pairs):
+            return node
+        stored = [set(names(part)) for part, _ in pairs]
+        if any(stored[i] & set(names(value)) for j, (_, value) in enumerate(pairs) for i in range(j)):
+            return node
+        return [ast.Assign([part], value, lineno=node.lineno) for part, value in pairs]
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
+        """Evaluate a class; ``self`` has its fields."""
+        before, self.typed = self.typed, {**self.typed, "self": node.name}
+        self.generic_visit(node)
+        self.typed = before
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
+        """Evaluate a function, and take out what is behind a return and variables that are not read."""
+        before = self.typed, self.values
+        arguments = all_arguments(node)
+        self.typed = {**self.typed, **{a.arg: annotated(a) for a in arguments if a.annotation is not None}}
+        self.values = {name: value for name, value in self.values.items() if name not in {a.arg for a in arguments}}
+        self.generic_visit(node)
+        self.values = {**self.values, **constant_variables(node)}
+        if self.values:
+            self.generic_visit(node)
+        self.typed, self.values = before
+        node.body = without_unread(node, reachable(node.body)) or [ast.Pass()]
+        return node
+
+
+def _with_values(node: ast.BoolOp, values: list[ast.expr]) -> ast.expr:
+    node.values = values
+    return node if len(values) > 1 else values[0]
+
+
+def names(node: ast.AST) -> Iterator[str]:
+    """Yield the names of variables in a part of a program."""
+    return (found.id for found in ast.walk(node) if isinstance(found, ast.Name))
+
+
+def annotated(argument: ast.arg) -> str:
+    """Return the first name in a parameter's annotation."""
+    assert argument.annotation is not None
+    return next(names(argument.annotation), "")
+
+
+def all_arguments(node: FunctionNode) -> list[ast.arg]:
+    """Return the parameters of a function, of every kind."""
+    found = node.args
+    extra = [argument for argument in (found.vararg, found.kwarg) if argument is not None]
+    return [*found.posonlyargs, *found.args, *found.kwonlyargs, *extra]
+
+
+def reachable(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Return statements up to the first that leaves their block, there and in every block inside."""
+    kept: list[ast.stmt] = []
+    for statement in body:
+        for field in ("body", "orelse"):
+            inner = getattr(statement, field, None)
+            if isinstance(inner, list) and inner and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                setattr(statement, field, reachable(inner))
+        kept.append(statement)
+        if isinstance(statement, ast.Return | ast.Raise):
+            break
+    return kept
+
+
+def bindings(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
+    """Yield every variable that a function binds, at any depth, with its value where that is one assignment's."""
+    simple: set[int] = set()
+    for found in ast.walk(node):
+        if isinstance(found, ast.Assign) and len(found.targets) == 1 and isinstance(found.targets[0], ast.Name):
+            simple.add(id(found.targets[0]))
+            yield found.targets[0].id, found.value
+        elif isinstance(found, FunctionNode):
+            yield from ((argument.arg, None) for argument in all_arguments(found))
+    for found in ast.walk(node):
+        if isinstance(found, ast.Name) and not isinstance(found.ctx, ast.Load) and id(found) not in simple:
+            yield found.id, None
+        elif isinstance(found, ast.Nonlocal | ast.Global):
+            yield from ((name, None) for name in found.names)
+
+
+def constant_variables(node: ast.FunctionDef) -> dict[str, Any]:
+    """Return the variables of a function that are bound once, to a constant."""
+    found: dict[str, list[ast.expr | None]] = {}
+    for name, value in bindings(node):
+        found.setdefault(name, []).append(value)
+    return {
+        name: value_of(value) for name, (value, *more) in found.items() if not more and value and is_constant(value)
+    }
+
+
+def without_unread(node: ast.FunctionDef, body: list[ast.stmt]) -> list[ast.stmt]:
+    """Return statements without assignments to variables that the function does not read."""
+    read = {found.id for found in ast.walk(node) if isinstance(found, ast.Name) and isinstance(found.ctx, ast.Load)}
+    kept: list[ast.stmt] = []
+    for statement in body:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
+        unread = isinstance(target, ast.Name) and target.id not in read
+        if unread and isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        for field in ("body", "orelse"):
+            inner = getattr(statement, field, None)
+            if isinstance(inner, list) and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                left = without_unread(node, inner)
+                needs_one = field == "body" and not isinstance(statement, ast.If)
+                setattr(statement, field, left or ([ast.Pass()] if needs_one else []))
+        if not isinstance(statement, ast.If):
+            kept.append(statement)
+        elif (remaining := without_empty_branch(statement)) is not None:
+            kept.append(remaining)
+    return kept
+
+
+def without_empty_branch(node: ast.If) -> ast.If | None:
+    """Return an ``if`` statement whose first branch has statements, or None where neither has."""
+    if not node.body and node.orelse:
+        node.test, node.body, node.orelse = ast.UnaryOp(ast.Not(), node.test), node.orelse, []
+    return node if node.body else None
+
+
+def result_of(node: ast.FunctionDef) -> ast.Constant | None:
+    """Return the constant that a function returns whatever it is given, or None."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if len(body) == 1 and isinstance(body[0], ast.Return) and isinstance(body[0].value, ast.Constant):
+        return body[0].value
+    return None
+
+
+def constant_properties(node: ast.ClassDef) -> dict[str, Any]:
+    """Return the properties of a class that are constant."""
+    found = {}
+    for member in node.body:
+        if isinstance(member, ast.FunctionDef) and any(ast.unparse(d) == "property" for d in member.decorator_list):
+            value = result_of(member)
+            if value is not None:
+                found[member.name] = value.value
+    return found
+
+
+class Uses:
+    """Where a program uses the names of its definitions.
+
+    Attributes:
+        count: How often a name occurs.
+        calls: The calls of it.
+    """
+
+    def __init__(self, program: Iterable[ast.AST]):
+        self.count: Counter[str] = Counter()
+        self.calls: dict[str, list[ast.Call]] = {}
+        for part in program:
+            for node in ast.walk(part):
+                if isinstance(node, ast.Name):
+                    self.count[node.id] += 1
+                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    self.calls.setdefault(node.func.id, []).append(node)
+
+
+def fix_parameters(function: ast.FunctionDef, uses: Uses) -> dict[str, Any]:
+    """Take parameters that every call gives the same constant out of a function and its calls; return their values.
+
+    A function that is used other than by calling it, or called with ``*`` or ``**``, stays as it is.
+    """
+    found = uses.calls.get(function.name, [])
+    starred = any(isinstance(a, ast.Starred) for call in found for a in call.args)
+    if uses.count[function.name] != len(found) or not found or starred or any(map(_takes_mapping, found)):
+        return {}
+    values = {}
+    bound = [name for name, _ in bindings(function)]
+    for argument in (*function.args.args, *function.args.kwonlyargs):
+        if bound.count(argument.arg) > 1:  # it has another value later
+            continue
+        given = [_given(call, function, argument) for call in found]
+        constants = {repr(value_of(value)) if is_constant(value) else None for value in given if value is not None}
+        if len(constants) == 1 and None not in constants and None not in given:
+            assert given[0] is not None
+            values[argument.arg] = value_of(given[0])
+    for name in values:
+        for call in found:
+            _drop_argument(call, function, name)
+        _drop_parameter(function, name)
+    return values
+
+
+def _given(call: ast.Call, function: ast.FunctionDef, argument: ast.arg) -> ast.expr | None:
+    """Return what a call gives a parameter: its default where the call leaves it out."""
+    for keyword in call.keywords:
+        if keyword.arg == argument.arg:
+            return keyword.value
+    arguments = function.args
+    if argument in arguments.kwonlyargs:
+        return arguments.kw_defaults[arguments.kwonlyargs.index(argument)]
+    place = arguments.args.index(argument)
+    if place < len(call.args):
+        return call.args[place]
+    default = place - (len(arguments.args) - len(arguments.defaults))
+    return arguments.defaults[default] if default >= 0 else None
+
+
+def _drop_argument(call: ast.Call, function: ast.FunctionDef, name: str) -> None:
+    positions = [argument.arg for argument in function.args.args]
+    if name in positions and positions.index(name) < len(call.args):
+        del call.args[positions.index(name)]
+    call.keywords = [keyword for keyword in call.keywords if keyword.arg != name]
+
+
+def _drop_parameter(function: ast.FunctionDef, name: str) -> None:
+    arguments = function.args
+    for i, argument in enumerate(arguments.args):
+        if argument.arg == name:
+            default = i - (len(arguments.args) - len(arguments.defaults))
+            if default >= 0:
+                del arguments.defaults[default]
+            del arguments.args[i]
+            return
+    place = [argument.arg for argument in arguments.kwonlyargs].index(name)
+    del arguments.kwonlyargs[place], arguments.kw_defaults[place]
+
+
+def _takes_mapping(call: ast.Call) -> bool:
+    return any(keyword.arg is None for keyword in call.keywords)
+
+
+def drop_unread_fields(node: ast.ClassDef, read: set[str], uses: Uses) -> None:
+    """Take fields that nothing reads out of a data class and its calls.
+
+    Args:
+        node: The class; one that is made by position stays as it is.
+        read: Names of all attributes that the program reads.
+        uses: Of the program.
+    """
+    if not (has_decorator(node, "dataclass") or "NamedTuple" in {ast.unparse(base) for base in node.bases}):
+        return
+    fields = {m.target.id: m for m in node.body if isinstance(m, ast.AnnAssign) and isinstance(m.target, ast.Name)}
+    unread = fields.keys() - read
+    made = uses.calls.get(node.name, []) + Uses([node]).calls.get("cls", [])
+    if any(call.args or _takes_mapping(call) for call in made):
+        return
+    for call in made:
+        call.keywords = [keyword for keyword in call.keywords if keyword.arg not in unread]
+    dropped = [fields[name] for name in unread]
+    node.body = [member for member in node.body if member not in dropped] or [ast.Pass()]
