@@ -9,6 +9,7 @@ its text and comments; docstrings keep their first paragraph.
 from __future__ import annotations
 
 import ast
+import builtins
 import copy
 import re
 import sys
@@ -21,6 +22,7 @@ from checkpoints_tools.export.partial_evaluation import (
     Evaluation,
     Known,
     Uses,
+    bindings,
     constant_properties,
     drop_unread_fields,
     fix_parameters,
@@ -153,7 +155,7 @@ class _Bundle:
         for node in ast.walk(tree):
             if isinstance(node, ast.stmt):
                 node.origin = _Origin(node, lines)  # type: ignore[attr-defined]
-        for node in _outside_type_checking(tree.body):
+        for node in _top_level(tree.body):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 module.imports |= _imported(node, name, is_package=is_package)
             elif isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -205,6 +207,7 @@ class _Bundle:
         self._evaluate(definition)
         self.program[emitted] = definition
         renamed = {name: emitted} if name != emitted else {}
+        known = {*dir(builtins), *(bound for node in definition.nodes for bound in _bound(node)), "__name__"}
         for used in dict.fromkeys(self._used_names(definition)):
             target, attribute = source.imports.get(used, (None, None))
             if used == name:
@@ -214,6 +217,8 @@ class _Bundle:
                 renamed |= {used: mine} if mine != used else {}
             elif target:
                 self._import(used, target, attribute, place)
+            elif used not in known:
+                raise BundleError(f"{place}, {name}: {used} is not defined")
         _rename(definition, renamed)
         return emitted
 
@@ -292,12 +297,22 @@ class _Bundle:
             for definition in self.program.values():
                 main, values = definition.main, {}
                 if isinstance(main, ast.FunctionDef) and not main.decorator_list:
-                    values = fix_parameters(main, uses)
+                    values = fix_parameters(main, uses, main.name)
                     if (result := result_of(main)) is not None:
                         self.known_calls[main.name] = result.value
                 elif isinstance(main, ast.ClassDef):
                     drop_unread_fields(main, read, uses)
+                    self._fix_class_methods(main, uses)
                 self._evaluate(definition, values)
+
+    def _fix_class_methods(self, node: ast.ClassDef, uses: Uses) -> None:
+        for member in node.body:
+            if isinstance(member, ast.FunctionDef) and [ast.unparse(d) for d in member.decorator_list] == [
+                "classmethod"
+            ]:
+                evaluation = Evaluation(self.known)
+                evaluation.values = fix_parameters(member, uses, f"{node.name}.{member.name}")
+                evaluation.visit(member)
 
     def _keep_reached(self) -> set[str]:
         """Leave out definitions and members that the wanted names do not reach; return the attributes in use."""
@@ -376,10 +391,15 @@ class _Bundle:
         return "".join(parts)
 
 
-def _outside_type_checking(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+def _top_level(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements of a module, those for type checkers too, and assignments of tuples name by name."""
     for node in body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             yield from node.body
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            assert isinstance(node.value, ast.Tuple), ast.unparse(node)
+            for target, value in zip(node.targets[0].elts, node.value.elts, strict=True):
+                yield ast.copy_location(ast.Assign([target], value), node)
         else:
             yield node
 
@@ -400,6 +420,16 @@ def _imported(node: ast.Import | ast.ImportFrom, module: str, *, is_package: boo
 def _is_text(member: ast.stmt, owner: ast.ClassDef) -> bool:
     """Return whether a member of a class is a text about a field, not the class's docstring."""
     return isinstance(member, ast.Expr) and member is not owner.body[0]
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    """Yield the names that a definition binds in itself."""
+    yield from (name for name, _ in bindings(node))
+    for found in ast.walk(node):
+        if isinstance(found, ast.alias):
+            yield (found.asname or found.name).split(".")[0]
+        elif name := getattr(found, "name", None):  # nested definitions, exceptions, patterns
+            yield name
 
 
 def _rename(definition: _Definition, renamed: Mapping[str, str]) -> None:

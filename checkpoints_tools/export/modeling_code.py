@@ -32,8 +32,11 @@ _OWN_CONFIGURATION = {"mamba2_state_spaces": f"{_CODE}.state_spaces"}
 
 _KNOWN = Known(
     calls={
-        **dict.fromkeys(("has_fla", "has_mamba_ssm", "has_causal_conv1d", "_takes_kernel", "_is_expanded"), False),
+        **dict.fromkeys(
+            ("has_fla", "has_mamba_ssm", "has_causal_conv1d", "takes_kernels", "_takes_kernel", "_is_expanded"), False
+        ),
         **dict.fromkeys(("_check_backend", "PartnerHeads.where_needed"), None),
+        "pick_backend": "chunked",
     },
     attributes={"all_here": True},
     fields={
@@ -75,7 +78,12 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
     folder, config = FAMILY_FOLDERS[model_type], FAMILIES[model_type].config.__name__
     example = FAMILIES[_EXAMPLE].config.__name__
     family = (f"statex_dist.models.{_EXAMPLE}.", f"statex_dist.models.{folder}.")
+    names = FAMILIES[model_type].names
+    places = {"TRUNK": names.trunk, "EMBEDDING": names.embedding, "FINAL_NORM": names.final_norm}
+    example_names = FAMILIES[_EXAMPLE].names
+    given = (example_names.trunk, example_names.embedding, example_names.final_norm)
     model_edits = [family]
+    model_edits += [(f'{k} = "{old}"', f'{k} = "{new}"') for (k, new), old in zip(places.items(), given, strict=True)]
     if model_type in _OWN_CONFIGURATION:
         model_edits.append((f"{_CODE}.configuration", _OWN_CONFIGURATION[model_type]))
     configuration_edits = [family, (example, config), (f'model_type = "{_EXAMPLE}"', f'model_type = "{model_type}"')]

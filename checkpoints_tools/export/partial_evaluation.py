@@ -248,12 +248,21 @@ def bindings(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
 
 
 def constant_variables(node: ast.FunctionDef) -> dict[str, Any]:
-    """Return the variables of a function that are bound once, to a constant."""
+    """Return the variables of a function that are bound once, to a constant, or before a parameter's value is read."""
     found: dict[str, list[ast.expr | None]] = {}
     for name, value in bindings(node):
         found.setdefault(name, []).append(value)
+    constants = {name: [v for v in values if v is not None and is_constant(v)] for name, values in found.items()}
+    overwritten = set()
+    read: set[str] = {argument.arg for argument in all_arguments(node)}
+    for statement in node.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            overwritten |= {statement.targets[0].id} & read
+        read -= set(names(statement))
     return {
-        name: value_of(value) for name, (value, *more) in found.items() if not more and value and is_constant(value)
+        name: value_of(values[0])
+        for name, values in constants.items()
+        if len(values) == 1 and len(found[name]) - (name in overwritten) == 1
     }
 
 
@@ -320,38 +329,46 @@ class Uses:
             for node in ast.walk(part):
                 if isinstance(node, ast.Name):
                     self.count[node.id] += 1
-                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                    self.calls.setdefault(node.func.id, []).append(node)
+                elif isinstance(node, ast.Attribute):
+                    self.count[dotted(node)] += 1
+                elif isinstance(node, ast.Call):
+                    self.calls.setdefault(dotted(node.func), []).append(node)
 
 
-def fix_parameters(function: ast.FunctionDef, uses: Uses) -> dict[str, Any]:
+def fix_parameters(function: ast.FunctionDef, uses: Uses, name: str) -> dict[str, Any]:
     """Take parameters that every call gives the same constant out of a function and its calls; return their values.
 
     A function that is used other than by calling it, or called with ``*`` or ``**``, stays as it is.
+
+    Args:
+        function: The function.
+        uses: Of the program.
+        name: As which it is called; ``Class.method`` of a class method.
     """
-    found = uses.calls.get(function.name, [])
+    found = uses.calls.get(name, [])
     starred = any(isinstance(a, ast.Starred) for call in found for a in call.args)
-    if uses.count[function.name] != len(found) or not found or starred or any(map(_takes_mapping, found)):
+    if uses.count[name] != len(found) or not found or starred or any(map(_takes_mapping, found)):
         return {}
     values = {}
     bound = [name for name, _ in bindings(function)]
-    for argument in (*function.args.args, *function.args.kwonlyargs):
+    first = "." in name
+    for argument in (*function.args.args[first:], *function.args.kwonlyargs):
         if bound.count(argument.arg) > 1:  # it has another value later
             continue
-        given = [_given(call, function, argument) for call in found]
+        given = [_given(call, function, argument, first) for call in found]
         constants = {repr(value_of(value)) if is_constant(value) else None for value in given if value is not None}
         if len(constants) == 1 and None not in constants and None not in given:
             assert given[0] is not None
             values[argument.arg] = value_of(given[0])
-    for name in values:
+    for parameter in values:
         for call in found:
-            _drop_argument(call, function, name)
-        _drop_parameter(function, name)
+            _drop_argument(call, function, parameter, first)
+        _drop_parameter(function, parameter)
     return values
 
 
-def _given(call: ast.Call, function: ast.FunctionDef, argument: ast.arg) -> ast.expr | None:
-    """Return what a call gives a parameter: its default where the call leaves it out."""
+def _given(call: ast.Call, function: ast.FunctionDef, argument: ast.arg, first: int) -> ast.expr | None:
+    """Return what a call, whose arguments begin with the parameter ``first``, gives one, or its default."""
     for keyword in call.keywords:
         if keyword.arg == argument.arg:
             return keyword.value
@@ -359,14 +376,14 @@ def _given(call: ast.Call, function: ast.FunctionDef, argument: ast.arg) -> ast.
     if argument in arguments.kwonlyargs:
         return arguments.kw_defaults[arguments.kwonlyargs.index(argument)]
     place = arguments.args.index(argument)
-    if place < len(call.args):
-        return call.args[place]
+    if place - first < len(call.args):
+        return call.args[place - first]
     default = place - (len(arguments.args) - len(arguments.defaults))
     return arguments.defaults[default] if default >= 0 else None
 
 
-def _drop_argument(call: ast.Call, function: ast.FunctionDef, name: str) -> None:
-    positions = [argument.arg for argument in function.args.args]
+def _drop_argument(call: ast.Call, function: ast.FunctionDef, name: str, first: int) -> None:
+    positions = [argument.arg for argument in function.args.args[first:]]
     if name in positions and positions.index(name) < len(call.args):
         del call.args[positions.index(name)]
     call.keywords = [keyword for keyword in call.keywords if keyword.arg != name]

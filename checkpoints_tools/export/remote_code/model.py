@@ -12,13 +12,18 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from checkpoints_tools.export.remote_code.configuration import StateXConfig
-from statex_dist.models.hgrn2.layout import NAMES, shared_tensors
+from statex_dist.models.hgrn2.layout import shared_tensors
 from statex_dist.models.hgrn2.mixer import Block, shared_inputs
 from statex_dist.models.norm import RMSNorm
 from statex_dist.models.sequence import LayerState, Sequences
 
 CACHE_NAME = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 """What this release of transformers calls the memory in outputs and keyword arguments."""
+
+TRUNK = "model"
+EMBEDDING = "embeddings"
+FINAL_NORM = "norm"
+"""Where the family's checkpoints keep the model without its head, and in it the embedding table and the last norm."""
 
 SPAN_TOKENS = 4096
 """Tokens that a layer is given at once: it then takes a constant amount of memory, however long the text is."""
@@ -144,7 +149,7 @@ class StateXModel(PreTrainedModel):
     """The model without its head."""
 
     config_class = StateXConfig
-    base_model_prefix = NAMES.trunk
+    base_model_prefix = TRUNK
     _is_stateful = True
     _supports_cache_class = False
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers' own form
@@ -152,20 +157,20 @@ class StateXModel(PreTrainedModel):
     def __init__(self, config: Any):
         super().__init__(config)
         sizes = config.sizes()
-        self.add_module(NAMES.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
+        self.add_module(EMBEDDING, nn.Embedding(config.vocab_size, config.hidden_size))
         for name, spec in shared_tensors(sizes).items():
-            self.register_parameter(name.removeprefix(f"{NAMES.trunk}."), nn.Parameter(torch.zeros(spec.shape)))
+            self.register_parameter(name.removeprefix(f"{TRUNK}."), nn.Parameter(torch.zeros(spec.shape)))
         self.layers = nn.ModuleList(Block(sizes, layer) for layer in range(config.num_hidden_layers))
-        self.add_module(NAMES.final_norm, RMSNorm(config.hidden_size, eps=sizes.final_norm_eps))
+        self.add_module(FINAL_NORM, RMSNorm(config.hidden_size, eps=sizes.final_norm_eps))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding table."""
-        return self.get_submodule(NAMES.embedding)
+        return self.get_submodule(EMBEDDING)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding table."""
-        self.add_module(NAMES.embedding, value)
+        self.add_module(EMBEDDING, value)
 
     def forward(
         self,
@@ -223,7 +228,7 @@ class StateXModel(PreTrainedModel):
             inputs = tuple(of_layer[index] for of_layer in shared)
             hidden, state = _run_layer(layer, hidden, borders, memory.layers[index], inputs)
             states.append(state)
-        norm = self.get_submodule(NAMES.final_norm)
+        norm = self.get_submodule(FINAL_NORM)
         hidden = _in_rows(norm(hidden.to(norm.weight.dtype)), keep)  # type: ignore[arg-type]
         if use_cache:
             memory.layers = states
@@ -268,7 +273,7 @@ class StateXForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True
     _supports_cache_class = False
     _no_split_modules = StateXModel._no_split_modules
-    _tied_weights_keys = {NAMES.head: NAMES.embeddings}  # noqa: RUF012 - transformers' own form
+    _tied_weights_keys = {"lm_head.weight": f"{TRUNK}.{EMBEDDING}.weight"}  # noqa: RUF012 - transformers' own form
 
     def __init__(self, config: Any):
         super().__init__(config)
