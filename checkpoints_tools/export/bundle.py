@@ -11,10 +11,12 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import io
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+import tokenize
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +25,10 @@ from checkpoints_tools.export.partial_evaluation import (
     Known,
     Uses,
     bindings,
-    constant_properties,
+    dotted,
     drop_unread_fields,
     fix_parameters,
+    known_properties,
     result_of,
 )
 
@@ -136,8 +139,7 @@ class _Bundle:
 
     def _module(self, name: str) -> _Module:
         if name not in self.modules:
-            path = _ROOT / (name.replace(".", "/") + ".py")
-            path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+            path = _path(name)
             if not path.is_file():
                 raise BundleError(f"there is no module {name}")
             text = path.read_text(encoding="utf-8")
@@ -208,8 +210,11 @@ class _Bundle:
         self.program[emitted] = definition
         renamed = {name: emitted} if name != emitted else {}
         known = {*dir(builtins), *(bound for node in definition.nodes for bound in _bound(node)), "__name__"}
+        attributes = _OfModules(source.imports, self._is_ours)
+        definition.nodes = [attributes.visit(node) for node in definition.nodes]
+        imports = attributes.imports
         for used in dict.fromkeys(self._used_names(definition)):
-            target, attribute = source.imports.get(used, (None, None))
+            target, attribute = imports.get(used, (None, None))
             if used == name:
                 continue
             if used in source.definitions or (target and self._is_ours(target)):
@@ -274,7 +279,7 @@ class _Bundle:
             evaluation.values = dict(values or {})
             evaluation.visit(main)
             if isinstance(main, ast.ClassDef) and main.name in self.known_fields:
-                self.known_fields[main.name].update(constant_properties(main))
+                self.known_fields[main.name].update(known_properties(main))
 
     def _bare_classes(self) -> set[str]:
         found = set(self.recipe.bare)
@@ -298,7 +303,7 @@ class _Bundle:
                 main, values = definition.main, {}
                 if isinstance(main, ast.FunctionDef) and not main.decorator_list:
                     values = fix_parameters(main, uses, main.name)
-                    if (result := result_of(main)) is not None:
+                    if isinstance(result := result_of(main), ast.Constant):
                         self.known_calls[main.name] = result.value
                 elif isinstance(main, ast.ClassDef):
                     drop_unread_fields(main, read, uses)
@@ -389,6 +394,29 @@ class _Bundle:
             heading = _ROLE.sub(r"``\1``", found[0].module.heading)
             parts.append(f"\n\n# {heading}{first}{separated.strip()}\n")
         return "".join(parts)
+
+
+def _path(module: str) -> Path:
+    """Return where the text of a module is, if there is one."""
+    path = _ROOT / (module.replace(".", "/") + ".py")
+    return path if path.is_file() else path.with_suffix("") / "__init__.py"
+
+
+class _OfModules(ast.NodeTransformer):
+    """Makes names of what a definition takes from our modules as attributes, and imports of these names."""
+
+    def __init__(self, imports: Mapping[str, tuple[str, str | None]], is_ours: Callable[[str], bool]):
+        self.imports, self.is_ours = dict(imports), is_ours
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        owner = node.value.id if isinstance(node.value, ast.Name) else ""
+        target, attribute = self.imports.get(owner, ("", None))
+        module = f"{target}.{attribute}" if attribute else target
+        if not self.is_ours(module) or not _path(module).is_file():
+            return node
+        self.imports[dotted(node)] = module, node.attr
+        return ast.Name(dotted(node), node.ctx)
 
 
 def _top_level(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
@@ -525,12 +553,16 @@ class _Writer:
 
 def _unparsed(node: ast.stmt) -> str:
     """Return the text of a simple statement, tuples without parentheses where none are needed."""
-    if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 1:
-        return "return " + ", ".join(map(ast.unparse, node.value.elts))
+    if isinstance(node, ast.Return) and node.value is not None:
+        return f"return {_bare_tuple(node.value)}"
     if isinstance(node, ast.Assign):
-        targets = [ast.unparse(t)[1:-1] if isinstance(t, ast.Tuple) else ast.unparse(t) for t in node.targets]
-        if all(len(t.elts) > 1 for t in node.targets if isinstance(t, ast.Tuple)):
-            return " = ".join([*targets, ast.unparse(node.value)])
+        return " = ".join(map(_bare_tuple, [*node.targets, node.value]))
+    return ast.unparse(node)
+
+
+def _bare_tuple(node: ast.expr) -> str:
+    if isinstance(node, ast.Tuple) and len(node.elts) > 1:
+        return ", ".join(map(ast.unparse, node.elts))
     return ast.unparse(node)
 
 
@@ -603,7 +635,7 @@ def _docstring_lines(text: str, indent: int) -> list[str]:
 
 def wrapped(code: str, indent: int) -> list[str]:
     """Return one statement as lines of at most :data:`WIDTH` characters, broken at its commas; strings in ``"``."""
-    code = re.sub(r"'([^'\"\\\n]*)'", r'"\1"', code)
+    code = _in_double_quotes(code)
     margin = " " * indent
     if indent + len(code) <= WIDTH or "\n" in code:
         return [margin + line for line in code.splitlines()]
@@ -623,6 +655,21 @@ def wrapped(code: str, indent: int) -> list[str]:
         found = wrapped(part, indent + 4)
         lines += [*found[:-1], found[-1] + ","]
     return [*lines, margin + tail]
+
+
+def _in_double_quotes(code: str) -> str:
+    """Return code whose strings are in double quotes where they hold neither quotes nor escapes."""
+    lines = code.splitlines()
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
+    except tokenize.TokenError:  # a part of a statement, which has been here already
+        return code
+    for token in tokens:
+        (row, start), (_, stop) = token.start, token.end
+        if token.type == tokenize.STRING and re.fullmatch(r"f?'[^'\"\\]*'", token.string):
+            prefix, text = token.string.split("'")[:2]
+            lines[row - 1] = f'{lines[row - 1][:start]}{prefix}"{text}"{lines[row - 1][stop:]}'
+    return "\n".join(lines)
 
 
 def _outer_brackets(code: str) -> list[tuple[int, int]]:

@@ -25,7 +25,8 @@ FAMILY_FOLDERS = {
 
 _CODE = "checkpoints_tools.export.remote_code"
 _EXAMPLE = "hgrn2"
-"""The family that the modules of ``remote_code`` are written for; any other takes its place."""
+_WRITTEN_FOR = (f"{_CODE}.model", f"{_CODE}.configuration")
+"""The modules that are written for one family; any other takes its place (:func:`_family_texts`)."""
 
 _OWN_CONFIGURATION = {"mamba2_state_spaces": f"{_CODE}.state_spaces"}
 """Families whose files have keys of another form: the module with their configuration."""
@@ -67,6 +68,15 @@ The expansion plan under "statex" in config.json says which layers have a larger
 '''
 
 
+def _family_texts(model_type: str) -> tuple[list[str], list[str]]:
+    """Return what the modules of :data:`_WRITTEN_FOR` say of a family."""
+    family = FAMILIES[model_type]
+    names, config, folder = family.names, family.config, f"statex_dist.models.{family.folder}"
+    model = [f"from {folder}.layout import shared_tensors", f"from {folder}.mixer import"]
+    model += [f'TRUNK = "{names.trunk}"', f'EMBEDDING = "{names.embedding}"', f'FINAL_NORM = "{names.final_norm}"']
+    return model, [f"from {config.__module__} import", config.__name__, f'model_type = "{model_type}"']
+
+
 @cache
 def remote_code(model_type: str, *, ours_alone: bool) -> str:
     """Return the contents of ``modeling_statex.py`` for a family.
@@ -75,24 +85,16 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
         model_type: One of :data:`FAMILY_FOLDERS`.
         ours_alone: Whether no other software computes the same: the ``model_type`` then has our prefix.
     """
-    folder, config = FAMILY_FOLDERS[model_type], FAMILIES[model_type].config.__name__
-    example = FAMILIES[_EXAMPLE].config.__name__
-    family = (f"statex_dist.models.{_EXAMPLE}.", f"statex_dist.models.{folder}.")
-    names = FAMILIES[model_type].names
-    places = {"TRUNK": names.trunk, "EMBEDDING": names.embedding, "FINAL_NORM": names.final_norm}
-    example_names = FAMILIES[_EXAMPLE].names
-    given = (example_names.trunk, example_names.embedding, example_names.final_norm)
-    model_edits = [family]
-    model_edits += [(f'{k} = "{old}"', f'{k} = "{new}"') for (k, new), old in zip(places.items(), given, strict=True)]
+    parts = zip(_family_texts(_EXAMPLE), _family_texts(model_type), strict=True)
+    edits = {module: list(zip(old, new, strict=True)) for module, (old, new) in zip(_WRITTEN_FOR, parts, strict=True)}
     if model_type in _OWN_CONFIGURATION:
-        model_edits.append((f"{_CODE}.configuration", _OWN_CONFIGURATION[model_type]))
-    configuration_edits = [family, (example, config), (f'model_type = "{_EXAMPLE}"', f'model_type = "{model_type}"')]
+        edits[_WRITTEN_FOR[0]].append((_WRITTEN_FOR[1], _OWN_CONFIGURATION[model_type]))
     code = bundle(
         Recipe(
-            root=f"{_CODE}.model",
+            root=_WRITTEN_FOR[0],
             names=[place.rpartition(".")[2] for place in AUTO_MAP.values()],
             packages=("statex_dist", "checkpoints_tools"),
-            edits={f"{_CODE}.model": model_edits, f"{_CODE}.configuration": configuration_edits},
+            edits=edits,
             replaced=_REPLACED,
             optional=_OPTIONAL,
             whole=_CODE,
@@ -101,8 +103,8 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
             known=_KNOWN,
         )
     )
-    title = next(line for line in (_MODELS / folder / "__init__.py").read_text(encoding="utf-8").splitlines() if line)
-    code = _INTRODUCTION.format(title=title.strip('"'), version=__version__) + code
+    about = (_MODELS / FAMILY_FOLDERS[model_type] / "__init__.py").read_text(encoding="utf-8")
+    code = _INTRODUCTION.format(title=about.splitlines()[0].strip('"'), version=__version__) + code
     return with_our_type(code) if ours_alone else code
 
 

@@ -8,6 +8,8 @@ and values of local variables are taken to have no side effects.
 from __future__ import annotations
 
 import ast
+import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -82,17 +84,47 @@ class Evaluation(ast.NodeTransformer):
         owner = self.typed.get(node.value.id) if isinstance(node.value, ast.Name) else None
         for values in (self.known.fields.get(owner or "", {}), self.known.attributes):
             if node.attr in values:
-                return ast.Constant(values[node.attr])
+                found = values[node.attr]
+                return _of(node.value, found) if isinstance(found, ast.expr) else ast.Constant(found)
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         """Put a known result in place of a call."""
         self.generic_visit(node)
         called = dotted(node.func)
+        for keyword in [k for k in node.keywords if k.arg is None and isinstance(k.value, ast.Dict)]:
+            given = as_keywords(keyword.value)
+            if given is not None:
+                at = node.keywords.index(keyword)
+                node.keywords[at : at + 1] = given
         if called in self.known.calls:
             return ast.Constant(self.known.calls[called])
         if called == "isinstance" and is_constant(node.args[0]) and value_of(node.args[0]) is None:
             return ast.Constant(False)
+        return node
+
+    def visit_Dict(self, node: ast.Dict) -> ast.expr:
+        """Put the entries of a dictionary that is written out in place of ``**`` and it."""
+        self.generic_visit(node)
+        pairs: list[tuple[ast.expr | None, ast.expr]] = []
+        for key, value in zip(node.keys, node.values, strict=True):
+            inner = key is None and isinstance(value, ast.Dict)
+            pairs += zip(value.keys, value.values, strict=True) if inner else [(key, value)]  # type: ignore[attr-defined]
+        node.keys, node.values = [key for key, _ in pairs], [value for _, value in pairs]
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        """Write known values into a text."""
+        self.generic_visit(node)
+        parts: list[ast.expr] = []
+        for part in node.values:
+            plain = isinstance(part, ast.FormattedValue) and part.conversion == -1 and part.format_spec is None
+            if plain and is_constant(part.value):  # type: ignore[attr-defined]
+                part = ast.Constant(str(value_of(part.value)))  # type: ignore[attr-defined]
+            if parts and is_constant(part) and is_constant(parts[-1]):
+                part = ast.Constant(value_of(parts.pop()) + value_of(part))
+            parts.append(part)
+        node.values = parts
         return node
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
@@ -186,6 +218,7 @@ class Evaluation(ast.NodeTransformer):
         self.typed = {**self.typed, **{a.arg: annotated(a) for a in arguments if a.annotation is not None}}
         self.values = {name: value for name, value in self.values.items() if name not in {a.arg for a in arguments}}
         self.generic_visit(node)
+        inline_options(node)
         self.values = {**self.values, **constant_variables(node)}
         if self.values:
             self.generic_visit(node)
@@ -266,6 +299,37 @@ def constant_variables(node: ast.FunctionDef) -> dict[str, Any]:
     }
 
 
+def as_keywords(node: ast.expr) -> list[ast.keyword] | None:
+    """Return the entries of a dictionary that is written out as keyword arguments, or None if they are not all."""
+    assert isinstance(node, ast.Dict)
+    pairs = list(zip(node.keys, node.values, strict=True))
+    if not all(isinstance(key, ast.Constant) and str(key.value).isidentifier() for key, _ in pairs):
+        return None
+    return [ast.keyword(str(value_of(key)), value) for key, value in pairs if key is not None]
+
+
+def inline_options(node: ast.FunctionDef) -> None:
+    """Put a dictionary that is written out in place of a variable that is used once, as the options of a call."""
+    body = node.body
+    for first, then in itertools.pairwise(list(body)):
+        target = first.targets[0] if isinstance(first, ast.Assign) else None
+        entry = then.targets[0] if isinstance(then, ast.Assign) else None
+        if not (isinstance(target, ast.Name) and isinstance(first.value, ast.Dict)):  # type: ignore[attr-defined]
+            continue
+        options: ast.Dict = first.value  # type: ignore[attr-defined]
+        if isinstance(entry, ast.Subscript) and dotted(entry.value) == target.id and is_constant(entry.slice):
+            options.keys.append(entry.slice)
+            options.values.append(then.value)  # type: ignore[attr-defined]
+            body.remove(then)
+            inline_options(node)
+            return
+        used = [keyword for part in ast.walk(then) for keyword in getattr(part, "keywords", ())]
+        used = [k for k in used if isinstance(k, ast.keyword) and k.arg is None and dotted(k.value) == target.id]
+        if len(used) == 1 and list(names(node)).count(target.id) == 2:
+            used[0].value = options
+            body.remove(first)
+
+
 def without_unread(node: ast.FunctionDef, body: list[ast.stmt]) -> list[ast.stmt]:
     """Return statements without assignments to variables that the function does not read."""
     read = {found.id for found in ast.walk(node) if isinstance(found, ast.Name) and isinstance(found.ctx, ast.Load)}
@@ -295,22 +359,31 @@ def without_empty_branch(node: ast.If) -> ast.If | None:
     return node if node.body else None
 
 
-def result_of(node: ast.FunctionDef) -> ast.Constant | None:
-    """Return the constant that a function returns whatever it is given, or None."""
+def result_of(node: ast.FunctionDef) -> ast.expr | None:
+    """Return what a function returns if it does nothing else."""
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-    if len(body) == 1 and isinstance(body[0], ast.Return) and isinstance(body[0].value, ast.Constant):
-        return body[0].value
-    return None
+    return body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
 
 
-def constant_properties(node: ast.ClassDef) -> dict[str, Any]:
-    """Return the properties of a class that are constant."""
-    found = {}
+def known_properties(node: ast.ClassDef) -> dict[str, Any]:
+    """Return the properties of a class that are constant, and those that are a dictionary that is written out."""
+    found: dict[str, Any] = {}
     for member in node.body:
-        if isinstance(member, ast.FunctionDef) and any(ast.unparse(d) == "property" for d in member.decorator_list):
+        if isinstance(member, ast.FunctionDef) and [dotted(d) for d in member.decorator_list] == ["property"]:
             value = result_of(member)
-            if value is not None:
+            if isinstance(value, ast.Constant):
                 found[member.name] = value.value
+            elif isinstance(value, ast.Dict):
+                found[member.name] = value
+    return found
+
+
+def _of(owner: ast.expr, value: ast.expr) -> ast.expr:
+    """Return the value of a property of a variable from an expression of ``self``."""
+    found = copy.deepcopy(value)
+    for node in ast.walk(found):
+        if isinstance(node, ast.Name) and node.id == "self":
+            node.id = dotted(owner)
     return found
 
 
