@@ -12,7 +12,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from checkpoints_tools.export.bundle import Known, Recipe, bundle
+from checkpoints_tools.export.bundle import Recipe, bundle
+from checkpoints_tools.export.partial_evaluation import Known
 from statex_dist import __version__, models
 from statex_dist.models.plan_keys import AUTO_MAP, OUR_CODE_PREFIX
 from statex_dist.models.registry import FAMILIES

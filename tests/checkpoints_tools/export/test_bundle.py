@@ -6,8 +6,9 @@ import textwrap
 import pytest
 
 from checkpoints_tools.export import bundle as module
-from checkpoints_tools.export.bundle import BundleError, Recipe, bundle, wrapped
+from checkpoints_tools.export.bundle import BundleError, Recipe, bundle
 from checkpoints_tools.export.partial_evaluation import Evaluation, Known
+from checkpoints_tools.export.source_text import wrapped
 
 FILES = {
     "ours.kernels": """
