@@ -12,8 +12,6 @@ import re
 from functools import cache
 from pathlib import Path
 
-from checkpoints_tools.export.bundle import Recipe, bundle
-from checkpoints_tools.export.partial_evaluation import Known
 from statex_dist import __version__, models
 from statex_dist.models.plan_keys import AUTO_MAP, OUR_CODE_PREFIX
 from statex_dist.models.registry import FAMILIES
@@ -32,22 +30,19 @@ _WRITTEN_FOR = (f"{_CODE}.model", f"{_CODE}.configuration")
 _OWN_CONFIGURATION = {"mamba2_state_spaces": f"{_CODE}.state_spaces"}
 """Families whose files have keys of another form: the module with their configuration."""
 
-_KNOWN = Known(
-    calls={
-        **dict.fromkeys(
-            ("has_fla", "has_mamba_ssm", "has_causal_conv1d", "takes_kernels", "_takes_kernel", "_is_expanded"), False
-        ),
-        **dict.fromkeys(("_check_backend", "PartnerHeads.where_needed"), None),
-        "pick_backend": "chunked",
-    },
-    attributes={"all_here": True},
-    fields={
-        "Sequences": {
-            **dict.fromkeys(("seq_idx", "chunk_size", "max_state_bytes", "context", "mitigation")),
-            **{"output_states": True, "overwrite_states": False, "backend": "auto"},
-        }
-    },
-)
+_RESULTS = {
+    **dict.fromkeys(("has_fla", "has_mamba_ssm", "has_causal_conv1d"), False),
+    **dict.fromkeys(("takes_kernels", "_takes_kernel", "_is_expanded"), False),
+    **dict.fromkeys(("_check_backend", "PartnerHeads.where_needed"), None),
+    "pick_backend": "chunked",
+}
+"""What calls return in an export."""
+
+_SEQUENCES = {
+    **dict.fromkeys(("seq_idx", "chunk_size", "max_state_bytes", "context", "mitigation")),
+    **{"output_states": True, "overwrite_states": False, "backend": "auto"},
+}
+"""What an export's layers are told of their tokens; of the fields of ``Sequences`` the others vary."""
 
 _REPLACED = {
     "HeldHeads": f"{_CODE}.heads:WholeHeads",
@@ -86,6 +81,10 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
         model_type: One of :data:`FAMILY_FOLDERS`.
         ours_alone: Whether no other software computes the same: the ``model_type`` then has our prefix.
     """
+    # Only an export needs these: expansions import this module too.
+    from checkpoints_tools.export.bundle import Recipe, bundle
+    from checkpoints_tools.export.partial_evaluation import Known
+
     parts = zip(_family_texts(_EXAMPLE), _family_texts(model_type), strict=True)
     edits = {module: list(zip(old, new, strict=True)) for module, (old, new) in zip(_WRITTEN_FOR, parts, strict=True)}
     if model_type in _OWN_CONFIGURATION:
@@ -101,7 +100,7 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
             whole=_CODE,
             dropped=frozenset({"__post_init__", "to_dict"}),
             bare=frozenset({"ModelConfig"}),
-            known=_KNOWN,
+            known=Known(calls=_RESULTS, attributes={"all_here": True}, fields={"Sequences": _SEQUENCES}),
         )
     )
     about = (_MODELS / FAMILY_FOLDERS[model_type] / "__init__.py").read_text(encoding="utf-8")
