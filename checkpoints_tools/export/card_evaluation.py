@@ -43,18 +43,19 @@ def read_evaluations(directories: Sequence[str | Path], *, state_numbers: int) -
         DataError: A directory is missing or has no results, a file is damaged or of another release, or the model that
             was evaluated has a state of another size.
     """
-    return [found for directory in directories for found in _read_directory(Path(directory), state_numbers)]
-
-
-def _read_directory(directory: Path, state_numbers: int) -> list[Evaluated]:
-    if not directory.is_dir():
-        raise DataError(f"--evaluation {directory}: no such directory; give one that `statex eval` wrote (its --out)")
-    paths = [directory / f"{suite}.json" for suite in _READERS]
-    found = [_read(path, state_numbers) for path in paths if path.is_file()]
-    if not found:
-        names = ", ".join(path.name for path in paths)
-        raise DataError(f"--evaluation {directory} holds no results of `statex eval`; looked for {names}")
-    return found
+    evaluated = []
+    for directory in map(Path, directories):
+        if not directory.is_dir():
+            raise DataError(
+                f"--evaluation {directory}: no such directory; give one that `statex eval` wrote (its --out)"
+            )
+        paths = [directory / f"{suite}.json" for suite in _READERS]
+        found = [_read(path, state_numbers) for path in paths if path.is_file()]
+        if not found:
+            names = ", ".join(path.name for path in paths)
+            raise DataError(f"--evaluation {directory} holds no results of `statex eval`; looked for {names}")
+        evaluated += found
+    return evaluated
 
 
 def _read(path: Path, state_numbers: int) -> Evaluated:
@@ -136,12 +137,9 @@ def _capacity(summary: Mapping[str, Any]) -> Iterator[_Figure]:
 
 
 def _lm_eval(summary: Mapping[str, Any]) -> Iterator[_Figure]:
-    for figure in summary["figures"]:
-        filtered = "" if figure["filter"] == "none" else f" ({figure['filter']})"
-        yield (
-            f"{figure['task']}: {figure['metric']}{filtered}",
-            _interval(figure["value"], figure["low"], figure["high"]),
-        )
+    for found in summary["figures"]:
+        filtered = "" if found["filter"] == "none" else f" ({found['filter']})"
+        yield f"{found['task']}: {found['metric']}{filtered}", _interval(found["value"], found["low"], found["high"])
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[_Figure]]] = {
