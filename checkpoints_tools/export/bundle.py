@@ -40,8 +40,7 @@ class Recipe:
         names: The wanted names.
         packages: Our own packages; other imports are kept.
         edits: Texts of modules that are replaced before they are read, by module.
-        replaced: Where a definition is taken from in place of another one of this name, ``module:name``; or the name
-            of a builtin.
+        replaced: What replaces a definition, by name: another one, as ``module:name``, or a builtin.
         optional: Where a definition is taken from if the module that it is imported from lacks it, by name.
         whole: Prefix of the modules whose classes keep all members and docstrings.
         dropped: Members that are taken out of all other classes.
@@ -379,7 +378,7 @@ def _path(module: str) -> Path:
 
 
 class _OfModules(ast.NodeTransformer):
-    """Makes names of what a definition takes from our modules as attributes, and imports of these names."""
+    """Replaces attributes of our modules by names, and adds an import for each."""
 
     def __init__(self, imports: Mapping[str, tuple[str, str | None]], is_ours: Callable[[str], bool]):
         self.imports, self.is_ours = dict(imports), is_ours

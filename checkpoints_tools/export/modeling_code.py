@@ -1,9 +1,9 @@
 """``modeling_statex.py``: a model's own code, with which transformers opens it where nothing of ours is installed.
 
 The file is put together (:mod:`checkpoints_tools.export.bundle`) from our own layers and scans and from
-:mod:`checkpoints_tools.export.remote_code`, which makes a model of transformers of them. The tables here say what an
-export does without: kernels of a GPU, context and tensor parallelism, mitigations, and checks of what was checked when
-the file was written.
+:mod:`checkpoints_tools.export.remote_code`, which makes a model of transformers of them. The tables here leave
+out what an export does not need: kernels of a GPU, context and tensor parallelism, mitigations, and checks of the
+configuration, which was checked when the file was written.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Known:
     """What is known of a program before it runs.
 
     Attributes:
-        calls: Results of calls, by what is called (``has_fla``, ``Class.method``).
+        calls: Results of calls, by the name of the function (``has_fla``, ``Class.method``).
         attributes: Values of attributes, whatever their owner.
         fields: Values of attributes of the parameters that are annotated with a class, by class and attribute.
     """

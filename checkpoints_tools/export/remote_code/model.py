@@ -77,7 +77,7 @@ class StateXCache:
         self._map(lambda x: x.index_select(0, indices.to(x.device)))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Give each beam the states of the beam that it goes on from."""
+        """Give each beam the states of the beam that it continues."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -314,7 +314,7 @@ class StateXForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             labels: ``[B, T]``, the ``input_ids`` with -100 where there is no target; they are shifted here.
-            logits_to_keep: Return the logits of so many last tokens, or of the tokens with these indices; 0 for all.
+            logits_to_keep: Number of last tokens whose logits are returned, or the indices of tokens; 0 for all.
             token_type_ids: What tokenizers may add; ignored.
 
         Raises:

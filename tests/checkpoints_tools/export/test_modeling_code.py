@@ -331,7 +331,7 @@ def test_the_code_is_one_file_that_imports_torch_and_transformers_alone(family):
     assert len(set(names)) == len(names)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert set(names) - used == {"StateXForCausalLM"}
-    assert not {"context", "mitigation", "fla"} & used, "what an export does without is left out"
+    assert not {"context", "mitigation", "fla"} & used, "what an export does not need is left out"
 
 
 def test_the_code_has_no_undefined_and_no_unused_names(tmp_path):
