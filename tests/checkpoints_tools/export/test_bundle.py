@@ -133,6 +133,44 @@ def test_a_program_holds_what_is_reached_and_computes_the_same(recipe):
     assert "\nimport math\n" in source
 
 
+def test_what_modules_and_classes_give_is_followed(recipe):
+    files = {
+        "ours.sizes": """
+            SMALL, LARGE = 2, 3
+
+            class Options:
+                @property
+                def options(self):
+                    return {"factor": self.factor, "context": self.context}
+
+                @classmethod
+                def of(cls, number, context):
+                    found = cls()
+                    found.factor, found.number = number if context is None else 0, number
+                    return found
+
+            def grown(number, *, factor, context):
+                return number * factor if context is None else context(number)
+            """,
+        "ours.root": """
+            from ours import sizes
+
+            class Model:
+                def run(self, options: sizes.Options):
+                    return sizes.grown(options.number, **options.options)
+
+                def make(self):
+                    return self.run(sizes.Options.of(sizes.LARGE, None))
+            """,
+    }
+    source = bundle(recipe(files=files))
+    names: dict = {}
+    exec(source, names)
+    assert names["Model"]().make() == 9
+    for absent in ("SMALL", "context", "**"):
+        assert absent not in source, absent
+
+
 def test_what_is_missing_or_ambiguous_is_refused(recipe):
     for files, words in (
         ({"ours.root": "from ours.layer import Layer\nclass Model(Layer):\n    pass\n", "ours.layer": ""}, "Layer"),
@@ -170,13 +208,20 @@ def test_what_is_missing_or_ambiguous_is_refused(recipe):
         ("if f():\n    return a\nelse:\n    a = 1\nreturn a + 1", "return a"),
         ("if a:\n    b = g(a)\nelif f():\n    return 2\nreturn 3", "if not a:\n    return 2\nreturn 3"),
         ("for x in a:\n    c = None", "for x in a:\n    pass"),
+        ("b = f()\nreturn a if b else 2", "return a"),
+        ("if a:\n    b = f()\nreturn b", "if a:\n    b = True\nreturn b"),
+        ("c = b\nb = f()\nreturn b, c", "c = b\nb = True\nreturn (b, c)"),
+        ("c = {'x': a, **{'y': f()}}\nc['z'] = 3\nreturn g(b, **c)", "return g(b, x=a, y=True, z=3)"),
+        ("c = {'x': a}\nreturn g(**c), c", "c = {'x': a}\nreturn (g(**c), c)"),
+        ("return f'{a!r} {f()} {None:>3}'", "return f'{a!r} True {None:>3}'"),
         ("assert f() is True\nassert a", "assert a"),
         ("return isinstance(None, Kind) or a", "return a"),
     ],
 )
 def test_evaluation_keeps_the_value(before, after):
     tree = ast.parse("def h(a, b):\n" + textwrap.indent(before, "    "))
-    Evaluation(Known(calls={"f": True} if "f()" in before else {}, attributes={}, fields={})).visit(tree)
+    for _ in range(2):
+        Evaluation(Known(calls={"f": True} if "f()" in before else {}, attributes={}, fields={})).visit(tree)
     expected = ast.parse("def h(a, b):\n" + textwrap.indent(after, "    "))
     assert ast.unparse(tree) == ast.unparse(expected)
 
