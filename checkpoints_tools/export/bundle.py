@@ -183,24 +183,33 @@ class _Bundle:
         definition = _Definition(source, copy.deepcopy(source.definitions[name]))
         self._evaluate(definition)
         self.program[emitted] = definition
+        try:
+            self._follow(definition, name, emitted)
+        except BundleError as error:
+            self.missing[emitted] = str(error)
+            raise
+        return emitted
+
+    def _follow(self, definition: _Definition, name: str, emitted: str) -> None:
+        """Bring what a definition needs into the program, and give all of it the names there."""
+        source = definition.module
         renamed = {name: emitted} if name != emitted else {}
         known = {*dir(builtins), *(bound for node in definition.nodes for bound in _bound(node)), "__name__"}
         attributes = _OfModules(source.imports, self._is_ours)
         definition.nodes = [attributes.visit(node) for node in definition.nodes]
-        imports = attributes.imports
         for used in dict.fromkeys(self._used_names(definition)):
-            target, attribute = imports.get(used, (None, None))
+            target, attribute = attributes.imports.get(used, (None, None))
             if used == name:
                 continue
             if used in source.definitions or (target and self._is_ours(target)):
-                mine = self._include_if_there(*((place, used) if target is None else (target, attribute or used)))
+                place = (source.name, used) if target is None else (target, attribute or used)
+                mine = self._include_if_there(*place)
                 renamed |= {used: mine} if mine != used else {}
             elif target:
-                self._import(used, target, attribute, place)
+                self._import(used, target, attribute, source.name)
             elif used not in known:
-                raise BundleError(f"{place}, {name}: {used} is not defined")
+                raise BundleError(f"{source.name}, {name}: {used} is not defined")
         _rename(definition, renamed)
-        return emitted
 
     def _order(self) -> list[str]:
         """Return the modules of the program, each after those that it uses."""
@@ -347,7 +356,7 @@ class _Bundle:
             for name in self._used_names(d)
             if name in self.external and d.module.imports.get(name) == self.external[name]
         }
-        if missing := sorted(used & self.missing.keys()):
+        if missing := sorted((used | self.program.keys()) & self.missing.keys()):
             raise BundleError(self.missing[missing[0]])
         for definition in self.program.values():
             inside = [node for part in definition.nodes for node in ast.walk(part)]
@@ -440,6 +449,10 @@ def _rename(definition: _Definition, renamed: Mapping[str, str]) -> None:
         return
     for node in definition.nodes:
         for found in ast.walk(node):
+            if isinstance(found, ast.arg) and found.arg in renamed:
+                raise BundleError(
+                    f"{definition.module.name}: a parameter hides {found.arg}, which has another name here"
+                )
             if isinstance(found, ast.Name) and found.id in renamed:
                 found.id = renamed[found.id]
     main = definition.main
