@@ -24,7 +24,7 @@ from checkpoints_tools.export.interprocedural import (
     result_of,
 )
 from checkpoints_tools.export.partial_evaluation import Evaluation, Known, bindings, dotted
-from checkpoints_tools.export.source_text import Origin, Writer, import_lines, without_roles
+from checkpoints_tools.export.source_text import SourceText, Writer, import_lines, without_roles
 
 _ROOT = Path(__file__).parents[2]
 _CALLED_BY_TORCH = {"forward", "backward"}
@@ -32,7 +32,7 @@ _FOR_OUR_CHECKS = re.compile(r"  # (?:type: ignore|noqa).*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
+class BundleSpec:
     """What a bundle is made of.
 
     Attributes:
@@ -86,19 +86,19 @@ class _Definition:
         return self.nodes[0]
 
 
-def bundle(recipe: Recipe) -> str:
+def bundle(spec: BundleSpec) -> str:
     """Return the source of the program, without a docstring.
 
     Raises:
         BundleError: A wanted name or module is missing, or two definitions or imports have one name.
     """
-    return _Bundle(recipe).source()
+    return _Bundle(spec).source()
 
 
 class _Bundle:
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        known = recipe.known
+    def __init__(self, spec: BundleSpec):
+        self.spec = spec
+        known = spec.known
         self.known_calls, self.known_fields = dict(known.calls), {name: dict(f) for name, f in known.fields.items()}
         self.known = Known(calls=self.known_calls, attributes=known.attributes, fields=self.known_fields)
         self.modules: dict[str, _Module] = {}
@@ -106,8 +106,8 @@ class _Bundle:
         self.emitted: dict[tuple[str, str], str] = {}
         self.external: dict[str, tuple[str, str | None]] = {}
         self.missing: dict[str, str] = {}
-        for name in recipe.names:
-            self._include(recipe.root, name)
+        for name in spec.names:
+            self._include(spec.root, name)
         self._simplify()
 
     # Reading
@@ -118,7 +118,7 @@ class _Bundle:
             if not path.is_file():
                 raise BundleError(f"there is no module {name}")
             text = path.read_text(encoding="utf-8")
-            for old, new in self.recipe.edits.get(name, ()):
+            for old, new in self.spec.edits.get(name, ()):
                 if old not in text:
                     raise BundleError(f"{name} does not hold {old!r}, which is to be replaced")
                 text = text.replace(old, new)
@@ -131,7 +131,7 @@ class _Bundle:
         last: list[ast.stmt] = []
         for node in ast.walk(tree):
             if isinstance(node, ast.stmt):
-                node.origin = Origin(node, lines)  # type: ignore[attr-defined]
+                node.origin = SourceText(node, lines)  # type: ignore[attr-defined]
         for node in _top_level(tree.body):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 module.imports |= _imported(node, name, is_package=is_package)
@@ -146,12 +146,12 @@ class _Bundle:
         return module
 
     def _is_ours(self, module: str) -> bool:
-        return module.split(".")[0] in self.recipe.packages
+        return module.split(".")[0] in self.spec.packages
 
     def _find(self, module: str, name: str) -> tuple[str, str] | None:
         """Return where a name of one of our modules is defined, after replacements; None for a builtin."""
-        if name in self.recipe.replaced:
-            place, _, instead = self.recipe.replaced[name].rpartition(":")
+        if name in self.spec.replaced:
+            place, _, instead = self.spec.replaced[name].rpartition(":")
             return (place, instead) if place else None
         found = self._module(module)
         if name in found.definitions:
@@ -160,8 +160,8 @@ class _Bundle:
             target, attribute = found.imports[name]
             if self._is_ours(target) and attribute is not None:
                 return self._find(target, attribute)
-        if name in self.recipe.optional:
-            place, _, instead = self.recipe.optional[name].rpartition(":")
+        if name in self.spec.optional:
+            place, _, instead = self.spec.optional[name].rpartition(":")
             return place, instead
         raise BundleError(f"{module} has no definition of {name}")
 
@@ -171,7 +171,7 @@ class _Bundle:
         """Bring a definition and all that it needs into the program; return its name there."""
         found = self._find(module, name)
         if found is None:
-            return self.recipe.replaced[name]
+            return self.spec.replaced[name]
         if found in self.emitted:
             return self.emitted[found]
         place, name = found
@@ -257,7 +257,7 @@ class _Bundle:
             if {main.name, *map(ast.unparse, main.bases)} & self._bare_classes():
                 main.decorator_list = []
                 main.body = [m for m in main.body if not isinstance(m, ast.AnnAssign) and not _is_text(m, main)]
-            main.body = [m for m in main.body if getattr(m, "name", None) not in self.recipe.dropped] or [ast.Pass()]
+            main.body = [m for m in main.body if getattr(m, "name", None) not in self.spec.dropped] or [ast.Pass()]
         if isinstance(main, ast.FunctionDef | ast.ClassDef):
             evaluation = Evaluation(self.known)
             evaluation.values = dict(values or {})
@@ -266,7 +266,7 @@ class _Bundle:
                 self.known_fields[main.name].update(known_properties(main))
 
     def _bare_classes(self) -> set[str]:
-        found = set(self.recipe.bare)
+        found = set(self.spec.bare)
         for name, definition in self.program.items():
             main = definition.main
             if isinstance(main, ast.ClassDef) and {ast.unparse(base) for base in main.bases} & found:
@@ -274,7 +274,7 @@ class _Bundle:
         return found
 
     def _is_whole(self, definition: _Definition) -> bool:
-        return definition.module.name.startswith(self.recipe.whole)
+        return definition.module.name.startswith(self.spec.whole)
 
     def _simplify(self) -> None:
         """Evaluate and leave out until nothing changes."""
@@ -305,7 +305,7 @@ class _Bundle:
 
     def _keep_reached(self) -> set[str]:
         """Leave out definitions and members that the wanted names do not reach; return the attributes in use."""
-        reached, attributes = set(self.recipe.names), set(_CALLED_BY_TORCH)
+        reached, attributes = set(self.spec.names), set(_CALLED_BY_TORCH)
         size = -1
         while size != (size := len(reached) + len(attributes)):
             for name in [name for name in self.program if name in reached]:
@@ -368,7 +368,7 @@ class _Bundle:
             found = sorted({id(d.main): d for d in found}.values(), key=lambda d: _line(d.main))
             if not found:
                 continue
-            writer = Writer(short=not place.startswith(self.recipe.whole))
+            writer = Writer(short=not place.startswith(self.spec.whole))
             texts = ["\n".join(writer.block(d.nodes, 0)) for d in found]
             separated = texts[0]
             for before, definition, text in zip(found, found[1:], texts[1:], strict=False):

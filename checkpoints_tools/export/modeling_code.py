@@ -82,7 +82,7 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
         ours_alone: Whether no other software computes the same: the ``model_type`` then has our prefix.
     """
     # Only an export needs these: expansions import this module too.
-    from checkpoints_tools.export.bundle import Recipe, bundle
+    from checkpoints_tools.export.bundle import BundleSpec, bundle
     from checkpoints_tools.export.partial_evaluation import Known
 
     parts = zip(_family_texts(_EXAMPLE), _family_texts(model_type), strict=True)
@@ -90,7 +90,7 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
     if model_type in _OWN_CONFIGURATION:
         edits[_WRITTEN_FOR[0]].append((_WRITTEN_FOR[1], _OWN_CONFIGURATION[model_type]))
     code = bundle(
-        Recipe(
+        BundleSpec(
             root=_WRITTEN_FOR[0],
             names=[place.rpartition(".")[2] for place in AUTO_MAP.values()],
             packages=("statex_dist", "checkpoints_tools"),

@@ -1,7 +1,6 @@
 """The text of a program from its statements: what was read as it was written, comments included, the rest from trees.
 
-A statement remembers the text that it was read from (:class:`Origin`), which is written again as long as its tree is
-the same.
+A statement keeps the text that it was read from (:class:`SourceText`), which is written again if its tree is the same.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ WIDTH = 120
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`")
 
 
-class Origin:
+class SourceText:
     """The text that a statement was read from; unchanged as long as its tree is."""
 
     def __init__(self, node: ast.stmt, lines: list[str]):
@@ -66,7 +65,7 @@ class Writer:
 
     def statement(self, node: ast.stmt, indent: int) -> list[str]:
         """Return the lines of a statement, comments above it included."""
-        origin: Origin | None = getattr(node, "origin", None)
+        origin: SourceText | None = getattr(node, "origin", None)
         lead = _lead(node, origin, indent) if origin else []
         if self.short and isinstance(node, ast.FunctionDef | ast.ClassDef):
             _shorten_docstring(node)
@@ -86,7 +85,7 @@ class Writer:
             return _docstring_lines(node.value.value, indent)
         return lead + wrapped(_unparsed(node), indent)
 
-    def _header(self, node: ast.stmt, origin: Origin | None, indent: int) -> list[str]:
+    def _header(self, node: ast.stmt, origin: SourceText | None, indent: int) -> list[str]:
         if origin and _header_dump(node) == origin.header:
             first = ast.parse("\n".join(_reindented(origin.lines[_first_line(node) - 1 : node.end_lineno], 0))).body[0]
             start = _first_line(first.body[0])  # type: ignore[attr-defined]
@@ -159,7 +158,7 @@ def _first_line(node: ast.stmt) -> int:
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
 
 
-def _lead(node: ast.stmt, origin: Origin, indent: int) -> list[str]:
+def _lead(node: ast.stmt, origin: SourceText, indent: int) -> list[str]:
     """Return the comments above a statement, and a blank line where there is one above them."""
     stop = start = _first_line(node) - 1
     while start > 0 and origin.lines[start - 1].strip().startswith("#"):

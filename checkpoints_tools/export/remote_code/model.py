@@ -30,15 +30,15 @@ SPAN_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment(Sequences):
+class TokenSpan(Sequences):
     """The tokens that a layer is given; texts of a batch with padding are one behind the other, without it."""
 
     output_states: bool = True
 
-    def to(self, device: Any, non_blocking: bool = False) -> Segment:
+    def to(self, device: Any, non_blocking: bool = False) -> TokenSpan:
         """Return a copy on another device; accelerate moves the arguments of layers that are spread over devices."""
         borders = self.cu_seqlens
-        return Segment(cu_seqlens=None if borders is None else borders.to(device, non_blocking=non_blocking))
+        return TokenSpan(cu_seqlens=None if borders is None else borders.to(device, non_blocking=non_blocking))
 
 
 class StateXCache:
@@ -258,7 +258,7 @@ def _run_layer(
     outputs = []
     for number, span in enumerate(hidden.split(SPAN_TOKENS, dim=1)):
         cut = None if borders is None else (borders - number * SPAN_TOKENS).clamp(0, span.shape[1])
-        output, state = layer(span, Segment(cu_seqlens=cut), state, *shared)
+        output, state = layer(span, TokenSpan(cu_seqlens=cut), state, *shared)
         outputs.append(output)
     assert state is not None
     parts = (part.clone() if part.untyped_storage().nbytes() > part.nbytes else part for part in state)

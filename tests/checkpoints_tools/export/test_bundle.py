@@ -6,7 +6,7 @@ import textwrap
 import pytest
 
 from checkpoints_tools.export import bundle as module
-from checkpoints_tools.export.bundle import BundleError, Recipe, bundle
+from checkpoints_tools.export.bundle import BundleError, BundleSpec, bundle
 from checkpoints_tools.export.partial_evaluation import Evaluation, Known
 from checkpoints_tools.export.source_text import wrapped
 
@@ -113,7 +113,7 @@ def recipe(tmp_path, monkeypatch):
             **{"replaced": {"WrongError": "ValueError"}, "optional": {"extra": "ours.instead:extra"}},
             **{"dropped": frozenset(), "bare": frozenset(), "known": known},
         }
-        return Recipe(**{**settings, **changes})
+        return BundleSpec(**{**settings, **changes})
 
     return make
 

@@ -162,7 +162,7 @@ def test_layers_stay_whole_and_what_they_are_told_moves_with_them(tmp_path):
     _, directory, _ = export("hgrn2", tmp_path)
     model = load(directory)
     assert {type(layer).__name__ for layer in model.trunk.layers} == set(model._no_split_modules)
-    segment = sys.modules[type(model).__module__].Segment
+    segment = sys.modules[type(model).__module__].TokenSpan
     assert segment(cu_seqlens=torch.zeros(2)).to("meta").cu_seqlens.is_meta
     assert segment().to("meta").cu_seqlens is None
 
