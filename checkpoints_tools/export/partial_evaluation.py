@@ -103,6 +103,31 @@ class Evaluation(ast.NodeTransformer):
         node.keys, node.values = [key for key, _ in pairs], [value for _, value in pairs]
         return node
 
+    def visit_DictComp(self, node: ast.DictComp) -> ast.expr:
+        """Leave entries out of a dictionary that is written out, where a comprehension does so by their names."""
+        self.generic_visit(node)
+        match node:
+            case ast.DictComp(
+                key=ast.Name(id=key),
+                value=ast.Name(id=value),
+                generators=[
+                    ast.comprehension(
+                        target=ast.Tuple(elts=[ast.Name(id=first), ast.Name(id=second)]),
+                        iter=ast.Call(func=ast.Attribute(value=ast.Dict() as entries, attr="items"), args=[]),
+                        ifs=[
+                            ast.Compare(
+                                left=ast.Name(id=tested), ops=[ast.NotEq()], comparators=[ast.Constant(dropped)]
+                            )
+                        ],
+                    )
+                ],
+            ) if (key, value) == (first, second) and tested == key and as_keywords(entries) is not None:
+                kept = [
+                    (k, v) for k, v in zip(entries.keys, entries.values, strict=True) if k and value_of(k) != dropped
+                ]
+                return ast.Dict([k for k, _ in kept], [v for _, v in kept])
+        return node
+
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         """Write known values into a text."""
         self.generic_visit(node)

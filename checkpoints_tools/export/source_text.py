@@ -211,13 +211,21 @@ def wrapped(code: str, indent: int) -> list[str]:
     if indent + 4 + len(inner) <= WIDTH:
         return [margin + head, f"{margin}    {inner}", margin + tail]
     parts = _parts(inner)
-    if len(parts) == 1:
+    if len(parts) == 1 or _is_comprehension(code[start : stop + 1]):
         return [margin + head, *wrapped(inner, indent + 4), margin + tail]
     lines = [margin + head]
     for part in parts:
         found = wrapped(part, indent + 4)
         lines += [*found[:-1], found[-1] + ","]
     return [*lines, margin + tail]
+
+
+def _is_comprehension(code: str) -> bool:
+    try:
+        found = ast.parse(code, mode="eval").body
+    except SyntaxError:  # the parameters of a function
+        return False
+    return isinstance(found, ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp)
 
 
 def _in_double_quotes(code: str) -> str:
