@@ -37,9 +37,9 @@ _SETTINGS = {
 
 def run_of(checkpoint: Path) -> Path | None:
     """Return the run that a checkpoint's directory belongs to, or None of any other directory."""
-    run = checkpoint.resolve().parent.parent
-    inside = checkpoint.resolve().parent.name == CHECKPOINTS_DIR
-    return run if inside and (run / SETTINGS_NAME).is_file() else None
+    checkpoints = checkpoint.resolve().parent
+    inside = checkpoints.name == CHECKPOINTS_DIR and (checkpoints.parent / SETTINGS_NAME).is_file()
+    return checkpoints.parent if inside else None
 
 
 def read_settings(run: Path) -> dict[str, Any]:
@@ -112,10 +112,15 @@ def _over_spans(spans: Sequence[Span], key: str) -> str:
     return ", ".join(f"{told or 'not set'} (steps {first:,} to {last:,})" for told, first, last in parts)
 
 
-def _told(settings: dict[str, Any], key: str) -> str:
-    value: Any = settings
+def setting(settings: Any, key: str) -> Any:
+    """Return a setting by its dotted name, or None."""
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
+def _told(settings: dict[str, Any], key: str) -> str:
+    value = setting(settings, key)
     if value is None or value == []:
         return ""
     if key == "data.curriculum" and isinstance(value, list):

@@ -17,7 +17,7 @@ from checkpoints_tools.export.hf_tokenizer import (
     bytes_tokenizer_documents,
     read_tokenizer_config,
 )
-from checkpoints_tools.export.modeling_code import FAMILY_MODULES, remote_code, with_our_type
+from checkpoints_tools.export.modeling_code import FAMILY_FOLDERS, remote_code, with_our_type
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.plan_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
@@ -41,46 +41,46 @@ def form_of(config: ModelConfig) -> Form:
     expressed = config.statex is None or bool(config.plain_keys())
     if expressed and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
         return "plain"
-    return "none" if config.is_mixed or config.MODEL_TYPE not in FAMILY_MODULES else "remote_code"
+    return "none" if config.is_mixed or config.MODEL_TYPE not in FAMILY_FOLDERS else "remote_code"
 
 
 def export_notes(config: ModelConfig) -> list[str]:
     """Return what has to be said of how transformers opens an export."""
-    form = form_of(config)
+    if form_of(config) == "none":
+        return [closed_note(config)]
+    if form_of(config) == "remote_code":
+        return []
     notes = []
-    if form == "plain" and getattr(config, _RESCALES, False):
-        notes = [
+    if getattr(config, _RESCALES, False):
+        notes.append(
             f"{_RESCALES} is written as false: it is of first values alone, but transformers 5 (seen in 5.24) also "
             "divides the weights that it loads where it is true"
-        ]
-    if config.MODEL_TYPE == "mamba2" and form == "plain" and getattr(config, "n_groups", 1) > 1:
-        return [
-            *notes,
+        )
+    if config.MODEL_TYPE == "mamba2" and getattr(config, "n_groups", 1) > 1:
+        notes.append(
             "n_groups is above 1: open it with transformers 5.23 or newer, which normalises each group by itself, as "
-            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits",
-        ]
-    if config.MODEL_TYPE == "minimax" and form == "plain":
-        return [
+            "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits"
+        )
+    if config.MODEL_TYPE == "minimax":
+        notes.append(
             "transformers' MiniMax does not move the cache with the beams (seen in 5.17 and 5.24): generate with "
             "num_beams above 1 needs use_cache=False"
-        ]
-    return notes if form != "none" else [closed_note(config)]
+        )
+    return notes
 
 
 def closed_note(config: ModelConfig) -> str:
     """Return why transformers opens no export of a model, and what does."""
-    why = config.obstacle or f"there is no code for {config.MODEL_TYPE}"
+    name, mixed = config.MODEL_TYPE, "and we write no code for mixed models"
+    why = config.obstacle or f"there is no code for {name}"
     if config.statex is not None:
         return (
-            "no library opens this expanded model, as none knows its plan, and we write no code for mixed models: "
-            f"{why}; it can be expanded further, resharded and verified"
+            f"no library opens this expanded model, as none knows its plan, {mixed}: {why}; "
+            "it can be expanded further, resharded and verified"
         )
     if config.ours_alone:
-        return f"no library opens this {config.MODEL_TYPE} model, and we write no code for mixed models: {why}"
-    return (
-        f"transformers has no class for this {config.MODEL_TYPE} model, and we write no code for mixed models: {why}; "
-        "the software that it came from opens it"
-    )
+        return f"no library opens this {name} model, {mixed}: {why}"
+    return f"transformers has no class for this {name} model, {mixed}: {why}; the software that it came from opens it"
 
 
 def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from checkpoints_tools.export.card_evaluation import Evaluated
-from checkpoints_tools.export.card_training import run_of, spans_of, training_facts
+from checkpoints_tools.export.card_training import run_of, setting, spans_of, training_facts
 from checkpoints_tools.export.hf_export import closed_note, export_notes, form_of
 from checkpoints_tools.export.hf_tokenizer import Kind
 from checkpoints_tools.io.documents import read_report
@@ -94,13 +94,12 @@ def model_card(facts: CardFacts) -> str:
         # Of a training that ended before an earlier export, the earlier card knows more than the checkpoint.
         earlier.training or _training(facts, run),
         _evaluation(facts) or earlier.evaluation,
-        _use(facts),
+        *_use(facts),
         f"{_ORIGINAL}\n\n{earlier.original}" if earlier.original else "",
     ]
     header = yaml.safe_dump(_metadata(facts, earlier.header, base), sort_keys=False, allow_unicode=True)
-    title = f"Recurrent language model ({facts.config.MODEL_TYPE})" + (
-        ", state expanded" if facts.config.statex else ""
-    )
+    expanded = ", state expanded" if facts.config.statex else ""
+    title = f"Recurrent language model ({facts.config.MODEL_TYPE}){expanded}"
     body = "\n\n".join(section for section in sections if section)
     return f"---\n{header}---\n\n# {title}\n\n{body}\n"
 
@@ -143,12 +142,11 @@ def _base_model(facts: CardFacts, run: Path | None) -> str | None:
     # The first start has the model that the run began with; a later one may be given any of the same shape.
     spans = [] if account is not None else spans_of(facts.source.path, run, None)
     if spans and spans[0].first_step == 1:
-        model = spans[0].settings.get("model")
-        start = model.get("path") if isinstance(model, dict) else None
-        start = start if isinstance(start, str) else None
-        account = read_report(Path(start)) if start and Path(start).is_dir() else None
-        if account is None and start:
-            return _place(start)
+        start = setting(spans[0].settings, "model.path")
+        if isinstance(start, str) and start:
+            account = read_report(Path(start)) if Path(start).is_dir() else None
+            if account is None:
+                return _place(start)
     return _place(account["source"]) if account and isinstance(account.get("source"), str) else None
 
 
@@ -225,20 +223,15 @@ def _training(facts: CardFacts, run: Path | None) -> str:
 
 
 def _evaluation(facts: CardFacts) -> str:
-    if not facts.evaluations:
-        return ""
-    parts = []
+    parts = ["## Evaluation", "By `statex eval`; in brackets 95 % intervals."]
     for found in facts.evaluations:
         data = f" on `{found.data}`" if found.data else ""
-        parts.append(f"### {found.suite}{data}\n\n{_table(('', ''), found.figures)}")
-    return "## Evaluation\n\nBy `statex eval`; in brackets 95 % intervals.\n\n" + "\n\n".join(parts)
+        parts += [f"### {found.suite}{data}", _table(("", ""), found.figures)]
+    return "\n\n".join(parts) if facts.evaluations else ""
 
 
-def _use(facts: CardFacts) -> str:
-    return "## Use\n\n" + "\n\n".join(_use_parts(facts))
-
-
-def _use_parts(facts: CardFacts) -> Iterator[str]:
+def _use(facts: CardFacts) -> Iterator[str]:
+    yield "## Use"
     form, tokenizer = form_of(facts.config), facts.tokenizer
     if form == "none":
         note = closed_note(facts.config)

@@ -1,37 +1,56 @@
 """``modeling_statex.py``: a model's own code, with which transformers opens it where nothing of ours is installed.
 
-The file is put together from the modules of :mod:`checkpoints_tools.export.remote_code` that the family needs, read as
-text: their docstrings become headings, imports of each other are dropped, and all other imports go to the top.
+The file is put together (:mod:`checkpoints_tools.export.bundle`) from our own layers and scans and from
+:mod:`checkpoints_tools.export.remote_code`, which makes a model of transformers of them. The tables here leave
+out what an export does not need: kernels of a GPU, context and tensor parallelism, mitigations, and checks of the
+configuration, which was checked when the file was written.
 """
 
 from __future__ import annotations
 
-import ast
 import re
-import sys
+from functools import cache
 from pathlib import Path
 
-from statex_dist import __version__
-from statex_dist.models.plan_keys import OUR_CODE_PREFIX
+from statex_dist import __version__, models
+from statex_dist.models.plan_keys import AUTO_MAP, OUR_CODE_PREFIX
+from statex_dist.models.registry import FAMILIES
 
-FAMILY_MODULES = {
-    "gla": "gla",
-    "retnet": "retnet",
-    "hgrn2": "hgrn2",
-    "minimax": "lightning",
-    "gated_deltanet": "gated_deltanet",
-    "kda": "kda",
-    "mamba2": "mamba2",
-    "mamba2_state_spaces": "state_spaces",
+_MODELS = Path(models.__file__).parent
+FAMILY_FOLDERS = {
+    family.model_type: family.config.__module__.split(".")[-2] for family in FAMILIES.values() if family.block
 }
-"""The module of each family that has such code, by ``MODEL_TYPE``."""
+"""The folder of each family that has such code, by ``MODEL_TYPE``."""
 
-_FOLDER = Path(__file__).with_name("remote_code")
-_HEAD, _EXAMPLE = "head", "gla"
-"""The module that comes last, and the family that it imports; any other takes that one's place."""
+_CODE = "checkpoints_tools.export.remote_code"
+_EXAMPLE = "hgrn2"
+_WRITTEN_FOR = (f"{_CODE}.model", f"{_CODE}.configuration")
+"""The modules that are written for one family; any other takes its place (:func:`_family_texts`)."""
+
+_OWN_CONFIGURATION = {"mamba2_state_spaces": f"{_CODE}.state_spaces"}
+"""Families whose files have keys of another form: the module with their configuration."""
+
+_RESULTS = {
+    **dict.fromkeys(("has_fla", "has_mamba_ssm", "has_causal_conv1d"), False),
+    **dict.fromkeys(("takes_kernels", "_takes_kernel", "_is_expanded"), False),
+    **dict.fromkeys(("_check_backend", "PartnerHeads.where_needed"), None),
+    "pick_backend": "chunked",
+}
+"""What calls return in an export."""
+
+_SEQUENCES = {
+    **dict.fromkeys(("seq_idx", "chunk_size", "max_state_bytes", "context", "mitigation")),
+    **{"output_states": True, "overwrite_states": False, "backend": "auto"},
+}
+"""What an export's layers are told of their tokens; of the fields of ``Sequences`` the others vary."""
+
+_REPLACED = {
+    "HeldHeads": f"{_CODE}.heads:WholeHeads",
+    **dict.fromkeys(("ConfigError", "CheckpointError"), "ValueError"),
+}
+_OPTIONAL = {name: f"{_CODE}.heads:no_{name}" for name in ("shared_tensors", "shared_inputs")}
 
 _MODEL_TYPE = re.compile(rf'^(    model_type = ")(?!{OUR_CODE_PREFIX})(?=\w+"$)', flags=re.MULTILINE)
-_FOR_OUR_CHECKS = re.compile(r"  # (?:type: ignore|noqa).*")
 
 _INTRODUCTION = '''"""{title}
 
@@ -41,75 +60,56 @@ Written by statex-dist {version}; torch and transformers are all it needs:
 
 The expansion plan under "statex" in config.json says which layers have a larger state, and how it was made.
 """
+
 '''
 
 
+def _family_texts(model_type: str) -> tuple[list[str], list[str]]:
+    """Return what the modules of :data:`_WRITTEN_FOR` say of a family."""
+    family = FAMILIES[model_type]
+    names, config = family.names, family.config
+    assert family.block is not None
+    mixer, _, block = family.block.partition(":")
+    model = [f"from {config.__module__} import shared_tensors", f"from {mixer} import", block]
+    model += [f'TRUNK = "{names.trunk}"', f'EMBEDDING = "{names.embedding}"', f'FINAL_NORM = "{names.final_norm}"']
+    return model, [f"from {config.__module__} import", config.__name__, f'model_type = "{model_type}"']
+
+
+@cache
 def remote_code(model_type: str, *, ours_alone: bool) -> str:
     """Return the contents of ``modeling_statex.py`` for a family.
 
     Args:
-        model_type: One of :data:`FAMILY_MODULES`.
+        model_type: One of :data:`FAMILY_FOLDERS`.
         ours_alone: Whether no other software computes the same: the ``model_type`` then has our prefix.
     """
-    family = FAMILY_MODULES[model_type]
-    imports: list[ast.stmt] = []
-    bodies = []
-    title = ""
-    for name, source in _needed(family).items():
-        tree = ast.parse(source)
-        heading = ast.get_docstring(tree) or ""
-        title = heading if name == family else title
-        first_line = heading.splitlines()[0].rstrip(".")
-        found = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        imports += [node for node in found if not _relative(node)]
-        body = _FOR_OUR_CHECKS.sub("", "".join(source.splitlines(keepends=True)[found[-1].end_lineno :]))
-        body = with_our_type(body) if ours_alone else body
-        bodies.append(f"\n\n# {first_line}\n{body.rstrip()}\n")
-    return _INTRODUCTION.format(title=title, version=__version__) + _merged(imports) + "".join(bodies)
+    # Only an export needs these: expansions import this module too.
+    from checkpoints_tools.export.bundle import BundleSpec, bundle
+    from checkpoints_tools.export.partial_evaluation import Known
+
+    parts = zip(_family_texts(_EXAMPLE), _family_texts(model_type), strict=True)
+    edits = {module: list(zip(old, new, strict=True)) for module, (old, new) in zip(_WRITTEN_FOR, parts, strict=True)}
+    if model_type in _OWN_CONFIGURATION:
+        edits[_WRITTEN_FOR[0]].append((_WRITTEN_FOR[1], _OWN_CONFIGURATION[model_type]))
+    code = bundle(
+        BundleSpec(
+            root=_WRITTEN_FOR[0],
+            names=[place.rpartition(".")[2] for place in AUTO_MAP.values()],
+            packages=("statex_dist", "checkpoints_tools"),
+            edits=edits,
+            replaced=_REPLACED,
+            optional=_OPTIONAL,
+            whole=_CODE,
+            dropped=frozenset({"__post_init__", "to_dict"}),
+            bare=frozenset({"ModelConfig"}),
+            known=Known(calls=_RESULTS, attributes={"all_here": True}, fields={"Sequences": _SEQUENCES}),
+        )
+    )
+    about = (_MODELS / FAMILY_FOLDERS[model_type] / "__init__.py").read_text(encoding="utf-8")
+    code = _INTRODUCTION.format(title=about.splitlines()[0].strip('"'), version=__version__) + code
+    return with_our_type(code) if ours_alone else code
 
 
 def with_our_type(code: str) -> str:
     """Return a family's code with our prefix in its ``model_type``; code that has it already stays as it is."""
     return _MODEL_TYPE.sub(rf"\1{OUR_CODE_PREFIX}", code)
-
-
-def _needed(family: str) -> dict[str, str]:
-    """Return the sources of the modules that a family needs, each after those that it imports."""
-    sources: dict[str, str] = {}
-
-    def visit(name: str) -> None:
-        if name in sources:
-            return
-        source = (_FOLDER / f"{name}.py").read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
-            if _relative(node):
-                assert isinstance(node, ast.ImportFrom)
-                assert node.module is not None
-                visit(family if (name, node.module) == (_HEAD, _EXAMPLE) else node.module)
-        sources[name] = source
-
-    visit(_HEAD)
-    return sources
-
-
-def _relative(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.level > 0
-
-
-def _merged(imports: list[ast.stmt]) -> str:
-    """Return the lines of many import statements, each name once: future, standard library, then the others."""
-    modules: set[str] = set()
-    names: dict[str, set[str]] = {}
-    for node in imports:
-        if isinstance(node, ast.ImportFrom):
-            assert node.module is not None
-            names.setdefault(node.module, set()).update(ast.unparse(alias) for alias in node.names)
-        elif isinstance(node, ast.Import):
-            modules.update(ast.unparse(alias) for alias in node.names)
-    lines = {f"import {module}": module.split(" ")[0] for module in sorted(modules)}
-    lines |= {f"from {m} import {', '.join(sorted(found))}": m for m, found in sorted(names.items())}
-    sections: list[list[str]] = [[], [], []]
-    for line, module in lines.items():
-        root = module.split(".")[0]
-        sections[0 if root == "__future__" else 1 if root in sys.stdlib_module_names else 2].append(line)
-    return "\n" + "\n\n".join("\n".join(section) for section in sections if section) + "\n"

@@ -1,5 +1,5 @@
-"""The parts of ``modeling_statex.py`` of an export (:mod:`checkpoints_tools.export.modeling_code`).
+"""What an export has beside our own layers, which :mod:`checkpoints_tools.export.modeling_code` puts together with it.
 
-They import torch and transformers, so the offline tools read them as text and never import them. Types and style are
-checked here, where they are modules; an export holds those that its family needs, without their imports of each other.
+The modules import torch and transformers, so the offline tools read them as text and never import them. Here they are
+written for HGRN2, so that types and style are checked; in an export another family takes its place.
 """

@@ -1,4 +1,4 @@
-"""The configuration: the keys of ``config.json``, and what the expansion plan in it says of a layer."""
+"""The configuration: the keys of config.json, and the expansion plan in it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from statex_dist.models.hgrn2.config import HGRN2Config
+from statex_dist.state.plan import ExpansionPlan, LayerExpansion
+
 
 class PlannedConfig(PretrainedConfig):
-    """A family's configuration with an expansion plan under ``statex``.
+    """A configuration with an expansion plan under ``statex``.
 
     Every key of ``config.json`` is an attribute under its own name.
     """
@@ -17,23 +20,30 @@ class PlannedConfig(PretrainedConfig):
         self.statex = statex
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
+    @property
+    def plan(self) -> ExpansionPlan:
+        """What was done to which layer."""
+        entries = sorted((self.statex or {}).get("layers", ()), key=lambda entry: entry["layer"])
+        return ExpansionPlan(layers=tuple(LayerExpansion(**entry) for entry in entries))
+
     def expansion(self, layer: int) -> tuple[str | None, int]:
         """Return what was done to a layer, and the factor by which its state grew (None and 1 for nothing)."""
-        for entry in (self.statex or {}).get("layers", ()):
-            if entry["layer"] == layer:
-                return entry["op"], entry["factor"]
-        return None, 1
+        found = self.plan.get(layer)
+        return (None, 1) if found is None else (found.op, found.factor)
 
-    def before_plan(self, key: str) -> Any:
-        """Return a key as it was before a plan that grew every layer alike and that the key itself expresses."""
-        return (self.statex or {}).get("base", {}).get(key, getattr(self, key))
+    def before_plan(self) -> dict[str, Any]:
+        """Return the keys as they were before a plan that some of them express, and the plan."""
+        return {**vars(self), **(self.statex or {}).get("base", {}), "statex": self.plan}
 
-    def heads_and_partners(self, layer: int, num_heads: int) -> tuple[int, int]:
-        """Return the heads of a layer that had ``num_heads``, and how many heads' values each of them stores."""
-        op, factor = self.expansion(layer)
-        return num_heads // (factor if op == "merge_heads" else 1), factor if op == "mix_heads" else 1
 
-    def key_growth(self, layer: int) -> int:
-        """Return how many times more key channels a layer has than before the plan."""
-        op, factor = self.expansion(layer)
-        return factor if op == "grow_state" else 1
+class StateXConfig(PlannedConfig):
+    """The model's configuration."""
+
+    model_type = "hgrn2"
+    __init__ = PlannedConfig.__init__  # transformers 5 makes one of its own for a class without
+
+    def sizes(self) -> HGRN2Config:
+        """Return what computes the layers' sizes; the file's values were checked when it was written."""
+        found = HGRN2Config.__new__(HGRN2Config)
+        vars(found).update(self.before_plan())
+        return found

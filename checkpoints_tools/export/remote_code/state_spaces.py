@@ -1,30 +1,21 @@
-"""Mamba2 models with the keys and names of state-spaces/mamba."""
+"""The configuration: the keys of config.json in state-spaces/mamba's form, and the expansion plan in it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .configuration import PlannedConfig
-from .mamba2_block import Block
-from .trunk import Trunk
+from checkpoints_tools.export.remote_code.configuration import PlannedConfig
+from statex_dist.models.mamba2.config import Mamba2Config
 
 
 class StateXConfig(PlannedConfig):
-    """Configuration of a Mamba2 model in the original layout, whose files have no ``model_type``."""
+    """The model's configuration, whose files have no ``model_type``."""
 
     attribute_map = {  # noqa: RUF012 - transformers' own form
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layer",
         "tie_word_embeddings": "tie_embeddings",
     }
-    n_groups = property(lambda self: self.ssm("ngroups", 1))
-    head_dim = property(lambda self: self.ssm("headdim", 64))
-    num_heads = property(lambda self: self.ssm("expand", 2) * self.d_model // self.head_dim)
-    conv_kernel = property(lambda self: self.ssm("d_conv", 4))
-    use_bias = property(lambda self: self.ssm("bias", False))
-    use_conv_bias = property(lambda self: self.ssm("conv_bias", True))
-    time_step_limit = property(lambda self: tuple(map(float, self.ssm("dt_limit", (0.0, float("inf"))))))
-    rms_eps = 1e-5
 
     def __init__(
         self,
@@ -43,27 +34,32 @@ class StateXConfig(PlannedConfig):
             **kwargs,
         )
 
-    def ssm(self, key: str, default: Any) -> Any:
-        """Return a key of ``ssm_cfg`` as it was before the plan."""
-        return self.before_plan("ssm_cfg").get(key, default)
-
-    @property
-    def before_plan_state_size(self) -> int:
-        """State rows of a head before the plan."""
-        return self.ssm("d_state", 128)
+    def sizes(self) -> Mamba2Config:
+        """Return what computes the layers' sizes, from the keys of this form with its defaults."""
+        values = self.before_plan()
+        ssm = values["ssm_cfg"]
+        found = Mamba2Config.__new__(Mamba2Config)
+        vars(found).update(
+            statex=values["statex"],
+            hidden_size=self.d_model,
+            num_hidden_layers=self.n_layer,
+            num_heads=ssm.get("expand", 2) * self.d_model // ssm.get("headdim", 64),
+            head_dim=ssm.get("headdim", 64),
+            state_size=ssm.get("d_state", 128),
+            expand=ssm.get("expand", 2),
+            conv_kernel=ssm.get("d_conv", 4),
+            n_groups=ssm.get("ngroups", 1),
+            use_bias=ssm.get("bias", False),
+            use_conv_bias=ssm.get("conv_bias", True),
+            layer_norm_epsilon=1e-5,
+            residual_in_fp32=self.residual_in_fp32,
+            time_step_limit=tuple(map(float, ssm.get("dt_limit", (0.0, float("inf"))))),
+            chunk_size=ssm.get("chunk_size", 256),
+        )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``config.json``, without the ``model_type`` that the layout does not have."""
         values = super().to_dict()
         values.pop("model_type", None)
         return values
-
-
-class StateXModel(Trunk):
-    """Mamba2 without its head."""
-
-    config_class = StateXConfig
-    base_model_prefix = "backbone"
-    embedding_name = "embedding"
-    final_norm_name = "norm_f"
-    block = Block
