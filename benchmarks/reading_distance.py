@@ -36,7 +36,7 @@ class Distance:
     """Counts files and switches while it is on.
 
     Args:
-        threads: Whether threads that start meanwhile are seen too, each on its own.
+        threads: Whether threads that start later are counted too, each on its own.
     """
 
     def __init__(self, *, threads: bool = False):
@@ -152,7 +152,8 @@ def reshard(folder: Path) -> dict[str, Any]:
 def _model_in_another_process(folder: Path) -> Path:
     code = (
         "import sys; from pathlib import Path; from tests.runs import *; "
-        "save_model(config_from_dict(GLA), Path(sys.argv[1]))"
+        "from statex_dist.data.tokenizer import BytesTokenizer; "
+        "BytesTokenizer().save(save_model(config_from_dict(GLA), Path(sys.argv[1])))"
     )
     subprocess.run([sys.executable, "-c", code, str(folder / "model")], check=True, cwd=ROOT)
     return folder / "model"
@@ -166,7 +167,7 @@ def request(folder: Path) -> dict[str, Any]:
         port = probe.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", "serve", str(model), *options], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--serve", "serve", "--model", str(model), *options], stdout=subprocess.PIPE, text=True
     )
     assert server.stdout is not None
     try:
@@ -175,7 +176,8 @@ def request(folder: Path) -> dict[str, Any]:
                 _complete(port)
                 break
             except OSError:
-                assert attempt < 599, "the server does not come"
+                assert server.poll() is None, "the server has ended"
+                assert attempt < 599, "the server does not answer"
                 time.sleep(0.2)
         server.send_signal(signal.SIGUSR1)
         assert "on\n" in server.stdout, "it says so once the handler has run"

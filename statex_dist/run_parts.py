@@ -67,7 +67,7 @@ def build_loader(
 
 
 def build_model(config: RunConfig) -> RecurrentLM:
-    """Load or make the model, with what is not trained frozen."""
+    """Load or make the model, and freeze the parameters that are not trained."""
     model = config.model.build(dtype=config.engine.dtype, seed=config.seed)
     config.optimizer.freeze_in(model.named_parameters(), roles=parameter_roles(model.config))
     config.engine.prepare(model)

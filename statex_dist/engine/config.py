@@ -31,8 +31,8 @@ class EngineConfig:
             the ``expanded`` ones, whose states are the largest.
         loss_chunk_tokens: Tokens whose logits are held at once, nothing being computed twice for it; 0 holds those of
             the whole sequence.
-        segment_tokens: A packed sequence is run in segments of so many tokens, each with its own backward pass; states
-            go on from one to the next, gradients do not (truncated BPTT). 0 runs it whole.
+        segment_tokens: A packed sequence is run in segments of this many tokens, each with its own backward pass;
+            states continue from one to the next, gradients do not (truncated BPTT). 0 runs it whole.
         max_state_bytes: Bound of the chunk states that the GPU scan of an expanded GLA layer holds at once; the
             backward pass computes them again, segment by segment.
         param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements whole on every rank.

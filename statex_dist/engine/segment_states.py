@@ -30,9 +30,9 @@ class StatePassing:
     sequences where an unrelated one ended shows them to it, at no more tokens: states then hold what many sequences
     left behind.
 
-    What is kept is the state at the end of one sequence, drawn from those that ended in what was run last, a pack or a
-    segment of one; sequences that begin in the next begin from it or from an empty state, each drawn on its own.
-    Convolutions' tails are passed on with the state. No gradient flows through it.
+    The kept state is that at the end of one sequence, drawn from those that ended in the last pack or segment of one;
+    sequences that begin in the next begin from it or from an empty state, each drawn on its own. Convolutions' tails
+    are passed on with the state. No gradient flows through it.
 
     Args:
         probability: Of a sequence to begin from the kept state.
@@ -50,7 +50,7 @@ class StatePassing:
         Args:
             batch: A pack or a segment of one.
             lane: Place of the pack in the global batch.
-            states: The states before them so far; a first sequence that goes on keeps its own. None for empty ones.
+            states: The states before them so far; a first sequence that continues keeps its own. None for empty ones.
             device: Where the states are needed.
         """
         count = len(batch.cu_seqlens) - 1

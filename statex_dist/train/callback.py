@@ -16,8 +16,8 @@ the configuration lists them:
 
 **All ranks call every hook at the same place**, so a hook may use collective operations of ``run.engine``, on all ranks
 alike. A callback of ours that fails is an error of the program. After a hook of a user's callback the ranks agree on
-whether it failed on any of them: then all of them end the run with one line that names the callback; no checkpoint is
-written of what it may have changed, and the newest one stays.
+whether it failed on any of them. If so, all of them end the run with one line that names the callback; its changes are
+not saved, and the newest checkpoint stays.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class TrainConfig:
         num_steps: Optimizer steps of the whole run.
         save_every: Steps between checkpoints; 0 saves only at the end.
         keep_last: Newest checkpoints that are kept.
-        keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
-        save_async: Whether training goes on while a checkpoint is written, from a copy in host memory.
+        keep_every: Steps between checkpoints that are never deleted; 0 for none.
+        save_async: Whether training continues while a checkpoint is written, from a copy in host memory.
         save_retries: Further attempts of a rank whose files could not be written.
         hang_minutes: A phase of a step that takes longer ends the job, with the stacks of every rank; 0 never, None
             after two thirds of ``engine.timeout_minutes``, when collectives have not given up yet.

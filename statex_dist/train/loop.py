@@ -105,7 +105,7 @@ class Trainer:
             fit: Makes a checkpoint of another number of ranks one of this; None refuses such a one.
 
         Returns:
-            What it holds beside the engine's state, or None where the run has not saved anything yet.
+            Its values beside the engine's state, or None where the run has not saved anything yet.
 
         Raises:
             StateXError: A checkpoint is wrong, or of another run.

@@ -120,7 +120,7 @@ class MetricsFile(Callback):
         self._full = False
 
     def post_step(self, record: dict[str, Any]) -> None:
-        """Write one step's record at once; numbers that are not finite become null, here and for what comes after.
+        """Write one step's record at once; numbers that are not finite become null, also for later callbacks.
 
         On a full disk it is kept for the next call: that must not end the run.
         """

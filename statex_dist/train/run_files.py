@@ -31,7 +31,7 @@ class RunFiles(Callback):
     order = 60
 
     def on_start(self) -> None:
-        """Write the settings, and that the run goes on."""
+        """Write the settings, and the state ``running``."""
         if self.run.rank == 0:
             write_settings(self.run.run_dir, self.run.settings, self.run.start_step)
             self._write("running", self.run.start_step, self.run.epochs)

@@ -74,7 +74,7 @@ class EvalConfig:
     def divide(
         self, stores: Mapping[str, ShardStore], open_stores: Callable[[Mapping[str, str]], Mapping[str, ShardStore]]
     ) -> tuple[dict[str, ShardStore], dict[str, ShardStore]]:
-        """Return what is trained on and what is evaluated, each by name.
+        """Return the training data and the validation data, each by name.
 
         Args:
             stores: The training sources.
@@ -233,7 +233,7 @@ class Validation(Callback):
         if state["of"] == self._key:
             self.best = state["best"]
         else:
-            logger.info("the packs of the validation are others than before: the best loss begins anew")
+            logger.info("the packs of the validation are others than before: the best loss starts over")
 
 
 def first_packs(name: str, store: ShardStore, count: int, seq_len: int) -> list[PackSpec]:

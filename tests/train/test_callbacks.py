@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from statex_dist.run_config import RunConfig
 from statex_dist.train.callback import CALLBACKS, CallbackError, build_callbacks
 from statex_dist.train.metrics import read_metrics
 from statex_dist.train.status import read_status
-from tests.runs import GLA, make_shards, run_training, write_run
+from tests.runs import GLA, REPOSITORY, make_shards, run_training, write_run
 from tests.train import toy
 
 ONE_LAYER = {**GLA, "num_hidden_layers": 1}
@@ -60,6 +61,17 @@ def test_a_users_callback_is_called_adds_figures_and_is_resumed(tmp_path: Path, 
         train(load(tmp_path, shards, callbacks=[entry], train=settings, eval=held))
     assert train(load(tmp_path, shards, callbacks=[entry], train=settings))
     assert (toy.HookLog.last.steps, toy.HookLog.last.calls[0]) == (4, ("on_start", 3, 4))
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, shards: Path, monkeypatch):
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8").partition("## Callbacks")[2]
+    code = re.search(r"```python\n(.+?)```", text, flags=re.DOTALL)
+    assert code is not None
+    (tmp_path / "documented_example.py").write_text(code[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = {"documented_example:StopTooLarge": {"limit": 100.0}}
+    assert train(load(tmp_path, shards, callbacks=[entry], train={"num_steps": 2}))
+    assert all(0 < record["weight_norm"] < 100 for record in read_metrics(tmp_path / "run"))
 
 
 def test_a_registered_callback_has_a_name(tmp_path: Path, shards: Path):
