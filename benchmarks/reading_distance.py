@@ -167,7 +167,9 @@ def request(folder: Path) -> dict[str, Any]:
         port = probe.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", "serve", "--model", str(model), *options], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--serve", "serve", "--model", str(model), *options],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert server.stdout is not None
     try:

@@ -123,6 +123,7 @@ def test_a_callback_that_fails_ends_the_run_and_is_named(tmp_path: Path, shards:
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_callback_that_fails_on_one_rank_ends_all_of_them(tmp_path: Path, shards: Path):
     entry = {f"{TOY}:Failing": {"rank": 1}}
