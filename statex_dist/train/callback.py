@@ -113,7 +113,7 @@ class Callback:
     Attributes:
         run: The run; set before ``on_start``.
         order: Place among the callbacks; the module's docstring has those of our own.
-        rank_0_only: Whether the callback exists on rank 0 alone; it then uses no collective operations.
+        rank_0_only: Whether it is called on rank 0 alone; it then uses no collective operations.
         name: What messages and checkpoints call it.
     """
 
@@ -160,7 +160,8 @@ class Callbacks:
     """
 
     def __init__(self, callbacks: Sequence[Callback], *, rank: int):
-        here = [callback for callback in callbacks if rank == 0 or not callback.rank_0_only]
+        # A user's is known on all ranks, which agree on whether it failed.
+        here = [c for c in callbacks if rank == 0 or not c.rank_0_only or not _is_ours(c)]
         self.all = sorted(here, key=lambda callback: callback.order)
         for callback in self.all:
             callback.name = callback.name or f"{type(callback).__module__}:{type(callback).__qualname__}"
@@ -220,7 +221,7 @@ class Callbacks:
         for callback in self.all:
             problem, state = None, {}
             try:
-                state = callback.state_dict()
+                state = callback.state_dict() if _is_here(callback) else {}
                 _check_plain(state)
             except Exception as error:
                 if _is_ours(callback):
@@ -300,8 +301,14 @@ def _is_ours(callback: Callback) -> bool:
     return type(callback).__module__.startswith("statex_dist.")
 
 
+def _is_here(callback: Callback) -> bool:
+    return not callback.rank_0_only or callback.run.rank == 0
+
+
 def _problem(callback: Callback, hook: str, arguments: Sequence[Any]) -> str | None:
     """Call a hook of a user's callback and return why it failed, or None."""
+    if not _is_here(callback):
+        return None
     try:
         getattr(callback, hook)(*arguments)
         if hook == "post_step":

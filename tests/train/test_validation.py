@@ -159,20 +159,27 @@ def steps(config: RunConfig, *, evaluate: bool = True) -> dict[str, Any]:
         engine.step()
     batches.close()
     if engine.kind != "plain" and not evaluate:
-        found["failures"] = engine.gather(failure(engine))
+        found["failures"] = engine.gather(failures(engine))
     if engine.kind != "plain":
         engine.engine.destroy()  # the process group stays: DeepSpeed remembers its groups
     return found
 
 
-def failure(engine: Any) -> str:
-    """Return what this rank raises where a callback of rank 1 fails."""
-    callbacks = Callbacks([Failing(rank=1)], rank=engine.rank)
-    callbacks.attach(RunContext(run_dir=Path(), engine=engine, num_steps=9, callbacks=callbacks))
-    with pytest.raises(CallbackError) as caught:
-        callbacks.call("post_step", {"step": 3})
-    assert caught.value.agreed == (engine.rank > 0)
-    return str(caught.value)
+class FailingOnRank0(Failing):
+    rank_0_only = True
+
+
+def failures(engine: Any) -> list[str]:
+    """Return what this rank raises where a callback of rank 1 fails, and where one that is on rank 0 alone does."""
+    texts = []
+    for callback in (Failing(rank=1), FailingOnRank0()):
+        callbacks = Callbacks([callback], rank=engine.rank)
+        callbacks.attach(RunContext(run_dir=Path(), engine=engine, num_steps=9, callbacks=callbacks))
+        with pytest.raises(CallbackError) as caught:
+            callbacks.call("post_step", {"step": 3})
+        assert caught.value.agreed == (engine.rank > 0)
+        texts.append(str(caught.value))
+    return texts
 
 
 def configure(directory: Path, **sections: Any) -> RunConfig:
@@ -237,9 +244,10 @@ def test_the_same_weights_have_the_same_loss_on_four_ranks(by_ranks, directory: 
 
 @pytest.mark.distributed
 def test_a_callback_that_fails_on_one_rank_fails_on_both(by_ranks):
-    texts = by_ranks[2]["failures"]
-    assert texts[0] == texts[1]
-    assert texts[0].startswith("callback tests.train.toy:Failing failed in post_step: ZeroDivisionError: on purpose")
+    first, second = by_ranks[2]["failures"]
+    assert first == second
+    for text, name in zip(first, ("tests.train.toy:Failing", f"{__name__}:FailingOnRank0"), strict=True):
+        assert text.startswith(f"callback {name} failed in post_step: ZeroDivisionError: on purpose")
 
 
 @pytest.mark.distributed

@@ -91,7 +91,9 @@ def _apply():
     elif point == "between rename and latest":
         place.CheckpointPlace.name_latest = at(place.CheckpointPlace.name_latest, die)
     elif point == "mount away":
-        place.CheckpointPlace.open = at(place.CheckpointPlace.open, lambda *_: _swap(fault["link"], fault["to"], marker))
+        place.CheckpointPlace.open = at(
+            place.CheckpointPlace.open, lambda *_: _swap(fault["link"], fault["to"], marker)
+        )
     elif point == "mount away in a save":
         snapshot.FileWriter.run = at(snapshot.FileWriter.run, lambda *_: _swap(fault["link"], fault["to"], marker))
     else:
