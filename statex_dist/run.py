@@ -47,7 +47,7 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     env = read_env()
     require_device(env)
     share_cores(env)
-    config.accumulation_steps(env.world_size)
+    config.check_ranks(env.world_size)
     stop = StopRequest()
     stop.install()
     config.engine.join(env, config.shared_settings())
@@ -72,6 +72,7 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
             settings=settings,
             trained_length=TrainedLength.of(config.data.stages(), stores, carry=config.data.long_documents == "carry"),
         )
+        config.import_parts()
         callbacks = [*build_callbacks(config.callbacks), *own_callbacks(config, model.config, held, env)]
     logger.info(
         "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",

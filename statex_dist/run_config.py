@@ -223,6 +223,24 @@ class RunConfig:
         # Each host has a cache of its own, perhaps under another path.
         return {k: v for k, v in flat(self.resolved()).items() if k not in ("data.cache_dir", "data.cache_limit")}
 
+    def check_ranks(self, world_size: int) -> None:
+        """Raise if so many ranks cannot run it.
+
+        Raises:
+            ConfigError: The engine has one process, or the packs of a step do not divide.
+        """
+        if self.engine.name == "plain" and world_size > 1:
+            raise ConfigError(f"engine.name plain runs in one process, not {world_size}; use engine.name zero3")
+        self.accumulation_steps(world_size)
+
+    def import_parts(self) -> None:
+        """Import optimizer and schedule, which may be a user's.
+
+        Raises:
+            ConfigError: One cannot be imported.
+        """
+        _ = self.optimizer.factory, self.schedule.shape
+
     def accumulation_steps(self, world_size: int) -> int:
         """Return the packs per data-parallel rank and step.
 

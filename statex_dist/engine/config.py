@@ -96,8 +96,6 @@ class EngineConfig:
             StateXError: The ranks do not find each other, or differ.
         """
         if self.name == "plain":
-            if env.world_size > 1:
-                raise ConfigError(f"engine.name plain runs in one process, not {env.world_size}; use engine.name zero3")
             return
         from statex_dist.engine.zero3 import init_process_group
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,6 +96,17 @@ class OptimizerConfig:
                     "use optimizer.train or optimizer.freeze"
                 )
 
+    @property
+    def factory(self) -> Callable[..., Any]:
+        """What makes the optimizer.
+
+        Raises:
+            ConfigError: It cannot be imported, or is no class or function.
+        """
+        if not callable(found := OPTIMIZERS.get(self.name)):
+            raise ConfigError(f"optimizer.name {self.name} is neither a class nor a function")
+        return found
+
     def freeze_in(self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, roles: Mapping[str, str]) -> None:
         """Take the gradient from every parameter that is not to be trained.
 
@@ -179,9 +190,8 @@ class OptimizerConfig:
                 logger.warning("optimizer.lr_factors.%s has no effect: no trained parameter has this role", role)
         # DeepSpeed's fused Adam would be compiled on first use; torch's own needs no compiler.
         adamw = {"betas": self.betas, "eps": self.eps} if self.name == "adamw" else {}
-        make = OPTIMIZERS.get(self.name)
         try:
-            optimizer = make([g for g in groups if g["params"]], lr=self.lr, **adamw, **self.options)
+            optimizer = self.factory([g for g in groups if g["params"]], lr=self.lr, **adamw, **self.options)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optimizer.name {self.name} cannot be made with its options: {reason(error)}") from None
         if not isinstance(optimizer, torch.optim.Optimizer):
