@@ -224,7 +224,7 @@ class RunConfig:
         return {k: v for k, v in flat(self.resolved()).items() if k not in ("data.cache_dir", "data.cache_limit")}
 
     def check_ranks(self, world_size: int) -> None:
-        """Raise if so many ranks cannot run it.
+        """Raise if this number of ranks cannot run it.
 
         Raises:
             ConfigError: The engine has one process, or the packs of a step do not divide.

@@ -73,7 +73,7 @@ class EngineConfig:
         if self.offload_optimizer == "nvme":
             raise ConfigError(
                 "engine.offload_optimizer nvme is refused: DeepSpeed 0.19 does not restore such a run from its "
-                "checkpoint (it goes on with the wrong weights); use cpu. engine.offload_parameters may be nvme"
+                "checkpoint (it continues with the wrong weights); use cpu. engine.offload_parameters may be nvme"
             )
         if "nvme" in places and self.nvme_path is None:
             raise ConfigError("engine: offloading to nvme needs engine.nvme_path, a directory on a local disk")

@@ -102,7 +102,7 @@ class Trainer:
         """Restore the run's newest checkpoint.
 
         Args:
-            fit: Makes a checkpoint of another number of ranks one of this; None refuses such a one.
+            fit: Converts a checkpoint of another number of ranks to this one; None refuses it.
 
         Returns:
             Its values beside the engine's state, or None where the run has not saved anything yet.
