@@ -21,19 +21,21 @@ from statex_dist.data.corpus.source import WorkOptions
 from statex_dist.data.prepare import prepare
 from statex_dist.distributed.context_group import ContextGroup, ParallelConfig
 from statex_dist.distributed.env import read_env
-from statex_dist.engine.base import EngineConfig
 from statex_dist.engine.checkpoints import Checkpoints
+from statex_dist.engine.config import EngineConfig
 from statex_dist.engine.documents import Documents
 from statex_dist.engine.zero3 import Zero3Engine
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.registry import config_from_dict, make_plan
 from statex_dist.optim.schedule import ScheduleConfig
-from statex_dist.run import build_engine, build_loader, build_model
 from statex_dist.run_config import ModelSource, RunConfig
+from statex_dist.run_parts import build_engine, build_loader, build_model
+from statex_dist.train.callback import Callbacks
+from statex_dist.train.config import TrainConfig
 from statex_dist.train.guard import Guard
-from statex_dist.train.loop import Observers, TrainConfig, Trainer
-from statex_dist.train.metrics import Metrics, read_metrics
-from statex_dist.train.signals import StopRequest
+from statex_dist.train.loop import Trainer
+from statex_dist.train.metrics import read_metrics
+from statex_dist.train.status import StopRequest
 from statex_dist.train.watchdog import Watchdog
 
 Block = dict[str, float]
@@ -51,7 +53,7 @@ def run(part: str, args: argparse.Namespace) -> None:
     model = build_model(config)
     loader = build_loader(config, stores, model.config, env)
     parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(config, model, env, config.accumulation_steps(env.world_size))
+    engine = build_engine(config, model, env)
     assert isinstance(engine, Zero3Engine)
     bench = _Bench(config, engine, iter(loader), args)
     kinds = {"loop": bench.loop, "saving": bench.saving, "context": bench.context}[part]()
@@ -123,32 +125,29 @@ class _Bench:
             save_every=first + 1 if saves else 0,  # due once in a block
             save_async=bool(save_async),
         )
-        metrics = None
-        if self.engine.rank == 0:
-            metrics = Metrics(run_dir, self.config.metrics, start_step=first, settings={})
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         documents = Documents(model={CONFIG_NAME: "{}"}, settings={})
         checkpoints = _OneSave(self.engine, run_dir / "checkpoints", documents, config.save_policy)
+        watchdog = Watchdog(600, run_dir, self.engine.rank)
         trainer = Trainer(
             self.engine,
-            self.batches,
+            (packs for packs in self.batches),  # the trainer closes what it iterates
             config,
+            run_dir=run_dir,
             checkpoints=checkpoints,
             guard=Guard(self.config.guard, run_dir, rank=self.engine.rank),
-            observers=Observers(metrics=metrics, watchdog=Watchdog(600, run_dir, self.engine.rank)),
+            callbacks=Callbacks([watchdog, *self.config.metrics.build(flops_per_token=0)], rank=self.engine.rank),
             stop=StopRequest(),
             start_step=first,
         )
         self.engine.barrier()
         start = time.perf_counter()
-        with trainer.observers.looking():
-            trainer.run()
+        trainer.run()
         seconds = time.perf_counter() - start
         self.step = trainer.step
         self._remove(run_dir / "checkpoints")
-        if metrics is None:
+        if self.engine.rank:
             return {"step": seconds / self.args.steps}
-        metrics.close()
         records = read_metrics(run_dir)
         block = {"step": seconds / self.args.steps}
         block["data"] = sum(record["time"]["data"] for record in records) / self.args.steps
@@ -178,7 +177,15 @@ class _Bench:
 class _OneSave(Checkpoints):
     """Checkpoints that are taken where they are due, and not at the end of a block."""
 
-    def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False, doubtful: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        client_state: Mapping[str, Any],
+        *,
+        last: bool = False,
+        doubtful: bool = False,
+        best: bool = False,
+    ) -> None:
         """Save where it is due; at the end only finish what is being written."""
         if not last:
             super().save(step, client_state)

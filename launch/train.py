@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from launch.fit_world_size import fit_world_size
         from statex_dist.run import train
         from statex_dist.run_config import RunConfig
-        from statex_dist.train.signals import EXIT_PREEMPTED
-        from statex_dist.train.status import ATTEMPT_VARIABLE
+        from statex_dist.train.status import ATTEMPT_VARIABLE, EXIT_PREEMPTED
 
         config = parse_config(RunConfig, arguments, prog="train.py", description="Train a recurrent language model.")
         # The supervisor has warned already.

@@ -7,41 +7,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from statex_dist.batch import num_segments
+from statex_dist.config import flat, to_dict
 from statex_dist.data.config import DataConfig
 from statex_dist.distributed.context_group import ParallelConfig
-from statex_dist.engine.base import EngineConfig
+from statex_dist.engine.config import EngineConfig
 from statex_dist.errors import ConfigError
+from statex_dist.models.model_section import ModelSource
 from statex_dist.optim.groups import OptimizerConfig
 from statex_dist.optim.schedule import ScheduleConfig
+from statex_dist.redact import redact, redacted
+from statex_dist.train.callback import parse_entry
+from statex_dist.train.config import TrainConfig
 from statex_dist.train.guard import GuardConfig
-from statex_dist.train.loop import TrainConfig
 from statex_dist.train.metrics import MetricsConfig
 from statex_dist.train.profile import ProfileConfig
+from statex_dist.train.validation import EvalConfig
 
 MIN_SHARE = 8
 """Tokens of a sequence that a rank of a context group has at least: more than any convolution reaches back."""
 
 
 @dataclass(kw_only=True)
-class ModelSource:
-    """The model to train: an existing one or a new one.
-
-    Attributes:
-        path: Model directory, or a checkpoint of any layout (a run: its newest), to train on from there.
-        config: Contents of a ``config.json`` (``model_type`` and so on), to start a new model.
-        check_digests: Whether the weights in ``path`` are compared with the digests of its manifest and archives'
-            checksums; sizes always are.
-    """
-
-    path: str | None = None
-    config: dict[str, Any] | None = None
-    check_digests: bool = True
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.config is None):
-            raise ConfigError("model: give either model.path (a model directory) or model.config (a new model)")
-
-
 @dataclass(kw_only=True)
 class RunConfig:
     """A training run.
@@ -55,10 +41,13 @@ class RunConfig:
         engine: How it is computed.
         parallel: How ranks share sequences.
         guard: When a step is skipped.
-        optimizer: AdamW.
+        optimizer: What updates the parameters.
         schedule: Learning rate.
         metrics: What is reported.
         profile: Steps that torch's profiler looks into.
+        eval: Validation in training.
+        callbacks: Further callbacks: a registered name or ``module:Class``, or a mapping of one such name to its
+            options.
     """
 
     run_dir: str
@@ -73,12 +62,21 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.run_dir:
             raise ConfigError("run_dir must not be empty")
         if re.match(r"[A-Za-z][\w+.-]*://", self.run_dir):  # it would be a directory with the password in its name
             raise ConfigError(f"run_dir {self.run_dir} is a URL; give a directory that all ranks share")
+        for entry in self.callbacks:
+            parse_entry(entry)
+        if shared := set(self.eval.paths.values()) & set(self.data.paths.values()):
+            raise ConfigError(
+                f"eval.data {redact(min(shared))} is training data too; give eval.held_out to keep a share of it out "
+                "of the training, or other data"
+            )
         if self.parallel.context > 1 and self.train.state_passing:
             raise ConfigError(
                 "train.state_passing needs parallel.context 1: the ranks of a context group know only the state at "
@@ -91,6 +89,33 @@ class RunConfig:
                 f"parallel.context={self.parallel.context} leaves {share} tokens to a rank, at least {MIN_SHARE} are "
                 "needed; lower it, or raise data.seq_len or engine.segment_tokens"
             )
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the configuration as ``config.yaml``, checkpoints and wandb have it."""
+        return redacted(to_dict(self))
+
+    def shared_settings(self) -> dict[str, object]:
+        """Return the settings that must be equal on all ranks, by dotted name, without secrets."""
+        # Each host has a cache of its own, perhaps under another path.
+        return {k: v for k, v in flat(self.resolved()).items() if k not in ("data.cache_dir", "data.cache_limit")}
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raise if this number of ranks cannot run it.
+
+        Raises:
+            ConfigError: The engine has one process, or the packs of a step do not divide.
+        """
+        if self.engine.name == "plain" and world_size > 1:
+            raise ConfigError(f"engine.name plain runs in one process, not {world_size}; use engine.name zero3")
+        self.accumulation_steps(world_size)
+
+    def import_parts(self) -> None:
+        """Import optimizer and schedule, which may be a user's.
+
+        Raises:
+            ConfigError: One cannot be imported.
+        """
+        _ = self.optimizer.factory, self.schedule.shape
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the packs per data-parallel rank and step.

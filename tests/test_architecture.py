@@ -27,6 +27,7 @@ FLOORS = {
     "statex_dist.bare_package": 0,
     "statex_dist.durable*": 0,
     "statex_dist.config": 1,
+    "statex_dist.registry": 1,
     "statex_dist.state*": 1,
     "statex_dist.checkpoint*": 2,
     "statex_dist.ops*": 2,
@@ -35,14 +36,13 @@ FLOORS = {
     "statex_dist.data*": 3,
     "statex_dist.models*": 3,
     "statex_dist.optim*": 3,
-    "statex_dist.engine.base": 3,
     "statex_dist.engine*": 4,
-    "statex_dist.train.loop": 5,
-    "statex_dist.train*": 3,
+    "statex_dist.train*": 5,
     "statex_dist.inference*": 5,
     "statex_dist.evaluation*": 6,
     "statex_dist.run_config": 6,
-    "statex_dist.run": 7,
+    "statex_dist.run_parts": 7,
+    "statex_dist.run": 8,
 }
 
 TOOL_FLOORS = {
@@ -279,7 +279,7 @@ def test_the_walk_sees_the_code():
             "statex_dist.models.hf imports checkpoints_tools.expand.expand",
         ),
         ("statex_dist/run.py", "import launch", "statex_dist.run imports launch"),
-        ("statex_dist/models/hf.py", "from statex_dist.run import x", "(floor 3) imports statex_dist.run (floor 7)"),
+        ("statex_dist/models/hf.py", "from statex_dist.run import x", "(floor 3) imports statex_dist.run (floor 8)"),
         (
             "statex_dist/train/loop.py",
             "import deepspeed.ops",

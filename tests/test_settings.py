@@ -15,13 +15,12 @@ import pytest
 from launch.cli import build_parser
 from launch.supervise import build_parser as build_supervise_parser
 from statex_dist.config import _dataclass_of, parse_config
-from statex_dist.engine.base import EngineConfig
-from statex_dist.engine.ds_config import deepspeed_config
+from statex_dist.engine.config import EngineConfig, deepspeed_config
 from statex_dist.errors import DataError
 from statex_dist.models.registry import config_from_dict
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
-from statex_dist.train.loop import TrainConfig
+from statex_dist.train.config import TrainConfig
 from tests.runs import GLA, REPOSITORY, make_shards, save_model, write_run
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -106,6 +105,8 @@ def test_every_setting_is_read(tmp_path: Path, monkeypatch):
         shard.unlink()
     reads = Reads(monkeypatch, [cls for cls, _ in SECTIONS])
     small = {"seq_len": 64, "packs_per_step": 2}
+    held = {"held_out": 0.3, "every": 1, "tokens": 64, "keep_best": True}
+    other = make_shards(tmp_path / "other", num_documents=8)
     mixture = {
         "sources": {"a": {"path": str(shards), "weight": 2}, "b": {"path": str(shards)}},
         "curriculum": [{"from_step": 1, "seq_len": 32, "weights": {"a": 1, "b": 1}}],
@@ -119,12 +120,14 @@ def test_every_setting_is_read(tmp_path: Path, monkeypatch):
             "schedule": {"name": "wsd", "warmup_steps": 0, "decay_steps": 1},
             "profile": {"steps": "1:1"},
             "metrics": {"wandb_project": "settings"},
+            "eval": held,
         },
         "two": {
             "model": {"path": str(model)},
             "data": {"path": str(shards), **small},
             "train": {"save_every": 1},
             "optimizer": {"lr": 1e30},  # a bad step
+            "eval": {"data": str(other), "tokens": 64},
         },
         "three": {"model": {"path": str(model)}, "data": {"path": str(damaged), "skip_corrupt": True, **small}},
     }.items():

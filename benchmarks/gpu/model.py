@@ -28,11 +28,11 @@ from benchmarks.measure import GIB, Record, Timing, figure, heading, machine, ma
 from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.data.config import DataConfig
 from statex_dist.distributed.env import read_env
-from statex_dist.engine.base import EngineConfig
-from statex_dist.models.registry import training_flops_per_token
-from statex_dist.run import build_engine, prepare_model
+from statex_dist.engine.config import EngineConfig
+from statex_dist.models.registry import parameter_roles, training_flops_per_token
 from statex_dist.run_config import ModelSource, RunConfig
-from statex_dist.train.loop import TrainConfig
+from statex_dist.run_parts import build_engine
+from statex_dist.train.config import TrainConfig
 from statex_dist.train.mfu import utilisation
 
 WARM_UP = 2
@@ -70,9 +70,10 @@ def train_steps(model: dict[str, Any], expansion: str, args: argparse.Namespace)
         engine=EngineConfig(precision="bf16" if on_gpu else "fp32", activation_checkpointing=args.recompute),
     )
     built = random_model(settings, env.device, torch.bfloat16 if on_gpu else torch.float32)
-    prepare_model(built, config)
+    config.optimizer.freeze_in(built.named_parameters(), roles=parameter_roles(built.config))
+    config.engine.prepare(built)
     parameters = sum(p.numel() for p in built.parameters())
-    engine = build_engine(config, built, env, config.accumulation_steps(env.world_size))
+    engine = build_engine(config, built, env)
     batches = [synthetic_pack(args.tokens, settings.vocab_size, args.documents, seed) for seed in range(args.packs)]
     seconds = []
     for step in range(WARM_UP + args.steps):

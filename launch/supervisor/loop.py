@@ -20,8 +20,7 @@ from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, complete_
 from statex_dist.errors import CheckpointError, ConfigError, StateXError
 from statex_dist.run_config import RunConfig
 from statex_dist.train.run_lock import claim
-from statex_dist.train.signals import EXIT_PREEMPTED, StopRequest
-from statex_dist.train.status import RunStatus, read_status
+from statex_dist.train.status import EXIT_PREEMPTED, RunStatus, StopRequest, read_status
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@
       status.json                 how the last start of the run is doing, or how it ended
       stacks/rank0.txt            where each rank was when the watchdog ended the job
       checkpoints/
+        best                      a link to the tag with the least validation loss, where the run keeps it
         latest                    the newest complete tag, written last (DeepSpeed's own marker)
         global_step100/           one tag; complete if and only if it holds MANIFEST.json
           zero_pp_rank_0_mp_rank_00_model_states.pt       DeepSpeed's files, one pair per rank
@@ -30,6 +31,7 @@ from statex_dist.durable.files import TEMPORARY_PREFIX as TEMPORARY_PREFIX
 
 CHECKPOINTS_DIR = "checkpoints"
 LATEST_NAME = "latest"
+BEST_NAME = "best"
 MANIFEST_NAME = "MANIFEST.json"
 MODEL_DIR = "model"
 CONFIG_NAME = "config.json"

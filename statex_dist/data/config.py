@@ -11,13 +11,11 @@ from statex_dist.config import parse_size
 from statex_dist.data.forecast import TrainedLength
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import LoaderOptions, PackedLoader, StepShare
-from statex_dist.data.manifest import check_same_tokenizer
 from statex_dist.data.mixture import Stage
 from statex_dist.data.packing.registry import find_packing
 from statex_dist.data.plan import PackPlanOptions
 from statex_dist.data.store import ShardStore
-from statex_dist.data.tokenizer import Tokenizer
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError
 from statex_dist.redact import bare_url, holds_secret
 
 ONLY_SOURCE = "data"
@@ -148,8 +146,8 @@ class DataConfig:
             stages = [stage] if given is self.curriculum[0] and given.from_step == 0 else [*stages, stage]
         return stages
 
-    def open_stores(self) -> dict[str, ShardStore]:
-        """Open every source, by name.
+    def open_stores(self, paths: Mapping[str, str] | None = None) -> dict[str, ShardStore]:
+        """Open every source of the data, by name; or others in the same way.
 
         Raises:
             ConfigError: A URL or the cache's limit is wrong.
@@ -164,7 +162,7 @@ class DataConfig:
                 download_retries=self.download_retries,
                 download_timeout=self.download_timeout,
             )
-            for name, path in self.paths.items()
+            for name, path in (self.paths if paths is None else paths).items()
         }
 
     def build(
@@ -172,8 +170,7 @@ class DataConfig:
         stores: Mapping[str, ShardStore],
         *,
         vocab_size: int,
-        pad_token_id: int | None,
-        tokenizer: Tokenizer | None = None,
+        pad_id: int,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -183,29 +180,14 @@ class DataConfig:
         Args:
             stores: What :meth:`open_stores` returned.
             vocab_size: Number of ids that the model knows.
-            pad_token_id: Id of padding; ``None``: 0.
-            tokenizer: The model's; ``None`` if it has none.
+            pad_id: Id of padding.
             seed: Seed of the shuffles.
             rank: This rank, of those that share the steps (data-parallel ranks).
             world_size: Their number.
 
         Raises:
-            DataError: The data was tokenized with another tokenizer or for a larger vocabulary than the model's.
-            ConfigError: The packs of a step do not divide over the ranks, or padding is outside the vocabulary.
+            ConfigError: The packs of a step do not divide over the ranks.
         """
-        manifests = {
-            path: manifest for name, path in self.paths.items() if (manifest := stores[name].manifest) is not None
-        }
-        for path, manifest in manifests.items():
-            if manifest.vocab_size > vocab_size:
-                raise DataError(
-                    f"{path} uses a vocabulary of {manifest.vocab_size} ({manifest.tokenizer}); "
-                    f"the model's has {vocab_size}"
-                )
-        check_same_tokenizer(manifests, tokenizer)
-        pad_id = 0 if pad_token_id is None else pad_token_id
-        if not 0 <= pad_id < vocab_size:
-            raise ConfigError(f"pad_token_id={pad_id} of the model is outside its vocabulary of {vocab_size}")
         return PackedLoader(
             stores,
             self.stages(),

@@ -5,87 +5,23 @@ from __future__ import annotations
 import math
 import resource
 import sys
+import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from statex_dist.batch import PackedBatch
-from statex_dist.config import check_finite
 from statex_dist.distributed.context_group import ContextGroup
-from statex_dist.engine.segment_states import CarriedStates
-from statex_dist.engine.state_passing import StatePassing
-from statex_dist.engine.timing import PhaseTimer
-from statex_dist.errors import CheckpointError, ConfigError
-from statex_dist.state.scan_memory import MAX_STATE_BYTES
-
-Place = Literal["none", "cpu", "nvme"]
-
-
-@dataclass(kw_only=True)
-class EngineConfig:
-    """How the model is trained.
-
-    Attributes:
-        name: ``zero3`` (DeepSpeed, any number of ranks) or ``plain`` (PyTorch, one process).
-        precision: Of parameters and activations; optimizer states and master weights are fp32 either way.
-        activation_checkpointing: Layers that are recomputed in the backward pass: ``none``, every ``block``, or only
-            the ``expanded`` ones, whose states are the largest.
-        loss_chunk_tokens: Tokens whose logits are held at once, nothing being computed twice for it; 0 holds those of
-            the whole sequence.
-        segment_tokens: A packed sequence is run in segments of so many tokens, each with its own backward pass; states
-            go on from one to the next, gradients do not (truncated BPTT). 0 runs it whole.
-        max_state_bytes: Bound of the chunk states that the GPU scan of an expanded GLA layer holds at once; the
-            backward pass computes them again, segment by segment.
-        param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements whole on every rank.
-        sub_group_size: Elements that ZeRO-3's optimizer updates at once, per rank.
-        offload_optimizer: Where ZeRO-3 keeps optimizer states and master weights instead of the GPU: ``none`` or
-            ``cpu``.
-        offload_parameters: The same of the parameters, which may go to ``nvme`` too.
-        nvme_path: Directory on a local disk, for ``nvme``.
-        timeout_minutes: After which a collective gives up on a dead peer.
-    """
-
-    name: Literal["zero3", "plain"] = "zero3"
-    precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "block", "expanded"] = "none"
-    loss_chunk_tokens: int = 8192
-    segment_tokens: int = 0
-    max_state_bytes: int = MAX_STATE_BYTES
-    param_persistence_threshold: int = 100_000
-    sub_group_size: int = 1_000_000_000
-    offload_optimizer: Place = "none"
-    offload_parameters: Place = "none"
-    nvme_path: str | None = None
-    timeout_minutes: float = 30.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "engine")
-        if self.name == "plain" and self.precision != "fp32":
-            raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
-        for name in ("max_state_bytes", "sub_group_size", "timeout_minutes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"engine.{name} must be above 0, not {getattr(self, name)}")
-        for name in ("loss_chunk_tokens", "segment_tokens", "param_persistence_threshold"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"engine.{name} must be 0 or more, not {getattr(self, name)}")
-        places = {self.offload_optimizer, self.offload_parameters}
-        if self.name == "plain" and places != {"none"}:
-            raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name zero3")
-        if self.offload_optimizer == "nvme":
-            raise ConfigError(
-                "engine.offload_optimizer nvme is refused: DeepSpeed 0.19 does not restore such a run from its "
-                "checkpoint (it goes on with the wrong weights); use cpu. engine.offload_parameters may be nvme"
-            )
-        if "nvme" in places and self.nvme_path is None:
-            raise ConfigError("engine: offloading to nvme needs engine.nvme_path, a directory on a local disk")
-        if self.nvme_path is not None and "nvme" not in places:
-            raise ConfigError("engine.nvme_path is given, but nothing is offloaded to nvme")
+from statex_dist.engine.segment_states import CarriedStates, StatePassing
+from statex_dist.engine.snapshot import random_state, set_random_state
+from statex_dist.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +30,45 @@ class StepResult:
 
     updated: bool
     lr: float
+
+
+class PhaseTimer:
+    """Adds up the time of named phases.
+
+    On a GPU work is queued, so each phase is marked by events in the queue and read when the step is over; the host
+    never waits for a measurement.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside as ``name``."""
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Return seconds by phase since the last call."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
 
 
 class TrainEngine(ABC):
@@ -194,6 +169,28 @@ class TrainEngine(ABC):
         ]
         loss = self.sum([float(torch.stack(losses).double().sum())])[0]
         return loss / total if total else math.nan
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluate inside: without gradients or dropout, and with every random generator afterwards as before."""
+        states = random_state()
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+            set_random_state(states)
+
+    def evaluate(self, batch: PackedBatch) -> float:
+        """Return the summed cross entropy of this rank's share of a pack, in nats; for use in :meth:`evaluating`.
+
+        The pack is run in segments as in training, from an empty state; states between packs of the training stay.
+        Every rank must call it as often: ZeRO-3 gathers parameters for each call.
+        """
+        states = CarriedStates(self.context)
+        pieces = batch.segments(self.segment_tokens)
+        return math.fsum(float(states.forward_loss(self.model, piece, 0, self.device)) for piece in pieces)
 
     def bad_pack(self) -> int | None:
         """Return the first of this rank's last packs whose loss is not finite, or None."""

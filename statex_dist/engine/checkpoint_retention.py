@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from statex_dist.checkpoint.layout import TEMPORARY_PREFIX, complete_tags, step_of
+from statex_dist.checkpoint.layout import BEST_NAME, TEMPORARY_PREFIX, complete_tags, step_of
 from statex_dist.checkpoint.leftovers import remove_leftovers, remove_tree
 from statex_dist.checkpoint.manifest import Manifest
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, refusal
+
+logger = logging.getLogger(__name__)
 
 DOUBTFUL_KEY = "after_bad_steps"
 """Says in a manifest that the step before the save was bad: its weights may be the cause."""
@@ -35,7 +39,8 @@ class SavePolicy:
 def prune(checkpoints: Path, policy: SavePolicy) -> None:
     """Delete complete checkpoints that the policy does not keep, and what killed saves left behind.
 
-    The newest is kept in any case. If it is doubtful, so are the newest that are not: the run may have to go back.
+    The one that ``best`` leads to is kept, and so is the newest in any case. If the newest is doubtful, so are the
+    newest that are not: the run may have to go back.
     """
     remove_leftovers(checkpoints)
     tags = {tag: step_of(tag) or 0 for tag in complete_tags(checkpoints)}
@@ -47,10 +52,31 @@ def prune(checkpoints: Path, policy: SavePolicy) -> None:
         if not kept or not doubtful:
             kept.add(step)
         sound += not doubtful
+    kept.add(best_step(checkpoints))
     for tag, step in tags.items():
         if step in kept or (policy.keep_every and step % policy.keep_every == 0):
             continue
         remove_tree(withdraw(checkpoints, tag))
+
+
+def mark_best(checkpoints: Path, tag: str) -> None:
+    """Have the link ``best`` lead to a tag; where the file system has no links, that is logged."""
+    draft = checkpoints / f"{TEMPORARY_PREFIX}{BEST_NAME}"
+    try:
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(tag)
+        draft.replace(checkpoints / BEST_NAME)
+    except OSError as error:
+        logger.warning("%s cannot be made: %s", checkpoints / BEST_NAME, refusal(error))
+
+
+def best_step(checkpoints: Path) -> int:
+    """Return the step of the tag that ``best`` leads to; -1 where there is none."""
+    try:
+        step = step_of(os.readlink(checkpoints / BEST_NAME))  # noqa: PTH115 - a link to a name, not to a path
+    except OSError:
+        return -1
+    return -1 if step is None else step
 
 
 def _is_doubtful(checkpoint: Path) -> bool:

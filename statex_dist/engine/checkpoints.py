@@ -33,11 +33,10 @@ from statex_dist.checkpoint.leftovers import remove_leftovers
 from statex_dist.checkpoint.manifest import Manifest, commit_directory
 from statex_dist.durable.files import write_durably
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.checkpoint_retention import DOUBTFUL_KEY, SavePolicy, prune
+from statex_dist.engine.checkpoint_retention import DOUBTFUL_KEY, SavePolicy, mark_best, prune
 from statex_dist.engine.documents import Documents
-from statex_dist.engine.place import Part, Place
-from statex_dist.engine.random_state import random_state, set_random_state
-from statex_dist.engine.snapshot import FileWriter, HostCopy
+from statex_dist.engine.place import CheckpointPlace, Part
+from statex_dist.engine.snapshot import FileWriter, HostCopy, random_state, set_random_state
 from statex_dist.errors import CheckpointError, StateXError, failure_text, reason, refusal
 
 logger = logging.getLogger(__name__)
@@ -77,13 +76,21 @@ class Checkpoints:
         self.directory = directory
         self.documents = documents
         self.policy = policy
-        self.place = Place(engine, directory, mark)
+        self.place = CheckpointPlace(engine, directory, mark)
         self.failed = 0
         self._copy = HostCopy()
         self._pending: tuple[int, FileWriter, float] | None = None
-        self._doubtful = False
+        self._doubtful = self._best = False
 
-    def save(self, step: int, client_state: Mapping[str, Any], *, last: bool = False, doubtful: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        client_state: Mapping[str, Any],
+        *,
+        last: bool = False,
+        doubtful: bool = False,
+        best: bool = False,
+    ) -> None:
         """Save the state after ``step`` optimizer steps; one that is still being written is finished first.
 
         Args:
@@ -91,6 +98,7 @@ class Checkpoints:
             client_state: Plain values to get back from :meth:`resume`.
             last: Whether the process ends after this, so that it must be on disk when this returns.
             doubtful: Whether the last step was bad: older checkpoints may be better, and are kept beside this one.
+            best: Whether it is the best one so far: ``best`` leads to it, and it is kept until another takes its place.
 
         Raises:
             CheckpointError: The last save failed, or too many in a row.
@@ -113,7 +121,7 @@ class Checkpoints:
             retries=self.policy.retries,
         )
         self._pending = (step, writer, began)
-        self._doubtful = doubtful
+        self._doubtful, self._best = doubtful, best
         if behind:
             writer.start()
         else:
@@ -191,6 +199,8 @@ class Checkpoints:
         except OSError as error:
             # The checkpoint is there, and a resume finds it without the marker.
             logger.warning("%s cannot be written: %s", self.directory / LATEST_NAME, refusal(error))
+        if self._best:
+            mark_best(self.directory, target.name)
 
     def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint; learning rate, betas and weight decay stay those of this start.

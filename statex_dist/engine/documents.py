@@ -12,8 +12,9 @@ from statex_dist.checkpoint.history import Span, extended, history_text, read_hi
 from statex_dist.checkpoint.json_file import config_text, parse_config
 from statex_dist.checkpoint.layout import CONFIG_NAME, HISTORY_NAME, MODEL_DIR, TRAIN_LENGTH_KEY
 from statex_dist.checkpoint.manifest import FileRecord, record_file
+from statex_dist.config import flat
 from statex_dist.durable.files import write_durably
-from statex_dist.errors import shown
+from statex_dist.errors import CheckpointError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,15 @@ class Documents:
         """Continue from the checkpoint in ``directory``, of ``step`` steps; needed on the rank that writes.
 
         Raises:
-            CheckpointError: The account of its steps is damaged.
+            CheckpointError: The account of its steps is damaged, or it has the states of another optimizer.
         """
         self.start_step, self.history = step, read_history(directory)
+        before = _optimizer(self.history[-1].settings if self.history else self.settings)
+        if before != _optimizer(self.settings):
+            raise CheckpointError(
+                f"{directory} has the states of optimizer.name {before}, this run has {_optimizer(self.settings)}; "
+                "restore it, or begin another run from the checkpoint with model.path"
+            )
         saved = parse_config((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
         self._length = known_length(saved)
 
@@ -84,6 +91,11 @@ class Documents:
         for name, text in texts.items():
             write_durably(directory / name, text)
         return {name: record_file(directory / name) for name in texts}
+
+
+def _optimizer(settings: Mapping[str, Any]) -> str:
+    """Return the optimizer's name; earlier releases knew one alone."""
+    return str(flat(dict(settings)).get("optimizer.name", "adamw"))
 
 
 def known_length(config: Mapping[str, Any]) -> int:

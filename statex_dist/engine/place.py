@@ -22,7 +22,7 @@ Part = tuple[dict[str, dict[str, Any]], str]
 """Records of the files of a rank by name, and its host."""
 
 
-class Place:
+class CheckpointPlace:
     """The directory in which checkpoints are written; a mount that goes away must not replace it.
 
     Args:

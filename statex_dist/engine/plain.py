@@ -18,7 +18,7 @@ from statex_dist.engine.base import (
     group_name,
     keep_hyperparameters,
 )
-from statex_dist.engine.state_passing import StatePassing
+from statex_dist.engine.segment_states import StatePassing
 
 
 class PlainEngine(TrainEngine):

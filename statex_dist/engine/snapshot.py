@@ -1,16 +1,18 @@
-"""Copies of a training state in host memory, and the writing of them: in this thread, or behind the training loop."""
+"""Random states, copies of a training state in host memory, and the writing of them: in this thread or in another."""
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from statex_dist.checkpoint.formats.crc import WRITE_ERRORS
@@ -24,6 +26,30 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 30.0
 _NICENESS = 10
 _PROBE_BYTES = 1 << 20
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of torch's (and this GPU's), numpy's and Python's generators as plain values."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: Mapping[str, Any]) -> None:
+    """Restore :func:`random_state`."""
+    torch.set_rng_state(states["torch"].cpu())
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 class HostCopy:

@@ -33,7 +33,6 @@ from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.distributed.joining import join_processes
 from statex_dist.engine.base import (
-    EngineConfig,
     StepResult,
     TrainEngine,
     base_lr,
@@ -41,8 +40,7 @@ from statex_dist.engine.base import (
     group_name,
     keep_hyperparameters,
 )
-from statex_dist.engine.ds_config import deepspeed_config
-from statex_dist.engine.state_passing import StatePassing
+from statex_dist.engine.segment_states import StatePassing
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -58,12 +56,12 @@ _MODEL_STATES = "_model_states.pt"
 _DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
 
 
-def init_process_group(env: ProcessEnv, config: EngineConfig, facts: Mapping[str, object] | None = None) -> None:
+def init_process_group(env: ProcessEnv, *, timeout_minutes: float, facts: Mapping[str, object] | None = None) -> None:
     """Join the other ranks, unless that has been done. A process without a launcher becomes a world of one.
 
     Args:
         env: This process.
-        config: How long ranks wait for each other.
+        timeout_minutes: How long ranks wait for each other.
         facts: Settings that must be equal on all ranks, by name.
 
     Raises:
@@ -81,7 +79,7 @@ def init_process_group(env: ProcessEnv, config: EngineConfig, facts: Mapping[str
         dist.init_process_group(env.backend, store=store, rank=0, world_size=1)
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
-    limit = timedelta(minutes=config.timeout_minutes)
+    limit = timedelta(minutes=timeout_minutes)
     if env.world_size > 1 and not dist.is_initialized():
         versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "python": sys.version.split()[0]}
         join_processes(env, env.backend, join_limit=limit, wait_limit=limit, facts={**versions, **(facts or {})})
@@ -112,10 +110,9 @@ class Zero3Engine(TrainEngine):
         model: Built in full on every rank with the same values; DeepSpeed partitions it.
         optimizer: torch's AdamW over the model's parameters.
         schedule: Over the optimizer.
-        config: The engine's section of the run's configuration.
+        settings: DeepSpeed's configuration.
         env: This process.
-        gradient_clipping: Largest global gradient norm; 0 for none.
-        accumulation_steps: Packs per data-parallel rank and optimizer step.
+        segment_tokens: See ``EngineConfig``.
         context: The ranks that share each pack, or None.
         passing: State passing, or None.
     """
@@ -128,10 +125,9 @@ class Zero3Engine(TrainEngine):
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LambdaLR,
         *,
-        config: EngineConfig,
+        settings: dict[str, Any],
         env: ProcessEnv,
-        gradient_clipping: float,
-        accumulation_steps: int,
+        segment_tokens: int = 0,
         context: ContextGroup | None = None,
         passing: StatePassing | None = None,
     ):
@@ -139,13 +135,12 @@ class Zero3Engine(TrainEngine):
             rank=env.rank,
             world_size=env.world_size,
             device=env.device,
-            segment_tokens=config.segment_tokens,
+            segment_tokens=segment_tokens,
             context=context,
             passing=passing,
         )
-        self.accumulation_steps = accumulation_steps
+        self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.optimizer, self.schedule = optimizer, schedule
-        settings = deepspeed_config(config, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
         self.engine.train()
         self.engine.checkpoint_engine = _Capture()

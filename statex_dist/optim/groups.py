@@ -1,15 +1,16 @@
-"""AdamW over named groups: who is trained at all, at which learning rate, and with weight decay on matrices only.
+"""Optimizers over named groups: who is trained at all, at which learning rate, and with weight decay on matrices only.
 
 The groups are made from parameter *names*: under ZeRO-3 a partitioned parameter is flat, so that the usual rule "decay
 what has two dimensions" would decay everything or nothing. What an expansion made of a parameter comes in as its *role*
-(:func:`statex_dist.models.registry.parameter_roles`): ``base``, ``expanded``, ``new`` or ``mix``.
+(:func:`statex_dist.models.registry.parameter_roles`): ``base``, ``expanded``, ``new`` or ``mix``. The optimizers
+are in :data:`OPTIMIZERS`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,24 +18,33 @@ import torch
 from torch import nn
 
 from statex_dist.config import check_finite
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, reason
+from statex_dist.registry import Registry
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("base", "expanded", "new", "mix")
 """Roles of a parameter, in the order of their groups."""
 
+OPTIMIZERS = Registry("optimizer.name", {"adamw": "torch.optim:AdamW"})
+"""Each is called with the parameter groups, ``lr=`` and the options, and returns a ``torch.optim.Optimizer``."""
+
 _TRAINED = {"all": ROLES, "expanded": ("expanded", "new", "mix"), "new": ("new", "mix")}
+
+
+BETAS, EPS = (0.9, 0.95), 1e-8
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101); the defaults are those of StateX's post-training.
+    """The optimizer; the defaults are those of StateX's post-training.
 
     Attributes:
+        name: ``adamw`` (arXiv 1711.05101), a registered one, or ``module:Class`` of any ``torch.optim.Optimizer``.
+        options: Further arguments of its constructor, by name.
         lr: Peak learning rate.
-        betas: Decay rates of the two moments.
-        eps: Added to the root of the second moment.
+        betas: Decay rates of the two moments of AdamW.
+        eps: Added to the root of the second moment of AdamW.
         weight_decay: Decoupled weight decay of matrices; norms, biases, convolutions and dynamics have none.
         gradient_clipping: Largest global gradient norm; 0 for no clipping.
         train: ``all`` parameters, those of the ``expanded`` layers, or only what an expansion made ``new`` (tensors
@@ -44,9 +54,11 @@ class OptimizerConfig:
             else an expansion added, grew or drew anew), ``expanded`` (the rest of the expanded layers), ``base``.
     """
 
+    name: str = "adamw"
+    options: dict[str, Any] = field(default_factory=dict)
     lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = BETAS
+    eps: float = EPS
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0
     train: Literal["all", "expanded", "new"] = "all"
@@ -55,6 +67,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_finite(self, "optimizer")
+        OPTIMIZERS.check(self.name)
+        if self.name != "adamw" and (tuple(self.betas), self.eps) != (BETAS, EPS):
+            raise ConfigError(
+                f"optimizer.betas and optimizer.eps are those of adamw, not of {self.name}; give optimizer.options"
+            )
+        own = {"params", "lr", "weight_decay", *(("betas", "eps") if self.name == "adamw" else ())}
+        if taken := sorted(own & set(self.options)):
+            raise ConfigError(f"optimizer.options.{taken[0]}: it is set by this section, not by options")
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optimizer.{name} must be above 0, not {getattr(self, name)}")
@@ -77,88 +97,107 @@ class OptimizerConfig:
                     "use optimizer.train or optimizer.freeze"
                 )
 
+    @property
+    def factory(self) -> Callable[..., Any]:
+        """What makes the optimizer.
 
-def freeze_parameters(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, roles: Mapping[str, str], config: OptimizerConfig
-) -> None:
-    """Take the gradient from every parameter that the configuration does not train.
+        Raises:
+            ConfigError: It cannot be imported, or is no class or function.
+        """
+        if not callable(found := OPTIMIZERS.get(self.name)):
+            raise ConfigError(f"optimizer.name {self.name} is neither a class nor a function")
+        return found
 
-    Args:
-        named_parameters: The model's parameters.
-        roles: Role of each parameter by name.
-        config: Says which are trained.
+    def freeze_in(self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, roles: Mapping[str, str]) -> None:
+        """Take the gradient from every parameter that is not to be trained.
 
-    Raises:
-        ConfigError: The model has no expanded layers to train, a pattern matches nothing, or nothing is left.
-    """
-    parameters = dict(named_parameters)
-    if config.train != "all" and all(roles[name] == "base" for name in parameters):
-        raise ConfigError(
-            f"optimizer.train {config.train} needs a model with an expansion plan, and this one has none; expand it "
-            "(statex expand), or set optimizer.train to all"
-        )
-    frozen = {name for name in parameters if roles[name] not in _TRAINED[config.train]}
-    for pattern in config.freeze:
-        matches = {name for name in parameters if re.search(pattern, name)}
-        if not matches:
-            examples = ", ".join(list(parameters)[:3])
-            raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter; names are such as {examples}")
-        frozen |= matches
-    for name in frozen:
-        parameters[name].requires_grad_(False)
-    sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
-    if not sizes:
-        patterns = f" and optimizer.freeze {config.freeze}" if config.freeze else ""
-        raise ConfigError(f"optimizer.train {config.train}{patterns} leave no parameter to train; freeze less")
-    if frozen:
-        total = sum(parameter.numel() for parameter in parameters.values())
-        logger.info(
-            "training %d of %d parameters, in %d of %d tensors", sum(sizes.values()), total, len(sizes), len(parameters)
-        )
+        Args:
+            named_parameters: The model's parameters.
+            roles: Role of each parameter by name.
 
+        Raises:
+            ConfigError: The model has no expanded layers to train, a pattern matches nothing, or nothing is left.
+        """
+        parameters = dict(named_parameters)
+        if self.train != "all" and all(roles[name] == "base" for name in parameters):
+            raise ConfigError(
+                f"optimizer.train {self.train} needs a model with an expansion plan, and this one has none; expand it "
+                "(statex expand), or set optimizer.train to all"
+            )
+        frozen = {name for name in parameters if roles[name] not in _TRAINED[self.train]}
+        for pattern in self.freeze:
+            matches = {name for name in parameters if re.search(pattern, name)}
+            if not matches:
+                examples = ", ".join(list(parameters)[:3])
+                raise ConfigError(f"optimizer.freeze: {pattern!r} matches no parameter; names are such as {examples}")
+            frozen |= matches
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+        sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
+        if not sizes:
+            patterns = f" and optimizer.freeze {self.freeze}" if self.freeze else ""
+            raise ConfigError(f"optimizer.train {self.train}{patterns} leave no parameter to train; freeze less")
+        if frozen:
+            total = sum(parameter.numel() for parameter in parameters.values())
+            logger.info(
+                "training %d of %d parameters, in %d of %d tensors",
+                sum(sizes.values()),
+                total,
+                len(sizes),
+                len(parameters),
+            )
 
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    no_decay: Collection[str],
-    roles: Mapping[str, str],
-    config: OptimizerConfig,
-) -> torch.optim.AdamW:
-    """Return AdamW over two groups, ``decay`` and ``no_decay``; with ``lr_factors``, over two for each role.
+    def build(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        no_decay: Collection[str],
+        roles: Mapping[str, str],
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer over the groups ``decay`` and ``no_decay``; with ``lr_factors``, over two for each role.
 
-    A group also carries its ``name`` and its ``lr_factor``: its learning rate over the configuration's, whatever the
-    schedule.
+        A group also carries its ``name`` and its ``lr_factor``: its learning rate over the configuration's, whatever
+        the schedule.
 
-    Args:
-        named_parameters: The model's parameters; those without gradient are left out.
-        no_decay: Names of parameters without weight decay.
-        roles: Role of each parameter by name.
-        config: Hyper-parameters.
-    """
-    apart = bool(config.lr_factors)
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for role in ROLES if apart else ("",):
-        members |= {(role, True): [], (role, False): []}
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            members[roles[name] if apart else "", name not in no_decay].append(parameter)
-    groups: list[dict[str, Any]] = []
-    for (role, decay), parameters in members.items():
-        factor = float(config.lr_factors.get(role, 1.0))
-        groups.append(
-            {
-                "params": parameters,
-                "weight_decay": config.weight_decay if decay else 0.0,
-                "lr": config.lr * factor,
-                "name": f"{role}.{_kind(decay)}" if apart else _kind(decay),
-                "lr_factor": factor,
-            }
-        )
-    for role in config.lr_factors:
-        if not any(members[role, decay] for decay in (True, False)):
-            logger.warning("optimizer.lr_factors.%s has no effect: no trained parameter has this role", role)
-    # DeepSpeed's fused Adam would be compiled on first use; torch's own needs no compiler.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+        Args:
+            named_parameters: The model's parameters; those without gradient are left out.
+            no_decay: Names of parameters without weight decay.
+            roles: Role of each parameter by name.
+
+        Raises:
+            ConfigError: The optimizer cannot be imported, or made with these options.
+        """
+        apart = bool(self.lr_factors)
+        members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for role in ROLES if apart else ("",):
+            members |= {(role, True): [], (role, False): []}
+        for name, parameter in named_parameters:
+            if parameter.requires_grad:
+                members[roles[name] if apart else "", name not in no_decay].append(parameter)
+        groups: list[dict[str, Any]] = []
+        for (role, decay), parameters in members.items():
+            factor = float(self.lr_factors.get(role, 1.0))
+            groups.append(
+                {
+                    "params": parameters,
+                    "weight_decay": self.weight_decay if decay else 0.0,
+                    "lr": self.lr * factor,
+                    "name": f"{role}.{_kind(decay)}" if apart else _kind(decay),
+                    "lr_factor": factor,
+                }
+            )
+        for role in self.lr_factors:
+            if not any(members[role, decay] for decay in (True, False)):
+                logger.warning("optimizer.lr_factors.%s has no effect: no trained parameter has this role", role)
+        # DeepSpeed's fused Adam would be compiled on first use; torch's own needs no compiler.
+        adamw = {"betas": self.betas, "eps": self.eps} if self.name == "adamw" else {}
+        try:
+            optimizer = self.factory([g for g in groups if g["params"]], lr=self.lr, **adamw, **self.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"optimizer.name {self.name} cannot be made with its options: {reason(error)}") from None
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(f"optimizer.name {self.name} is not a torch.optim.Optimizer")
+        return optimizer
 
 
 def _kind(decay: bool) -> str:

@@ -9,6 +9,8 @@ With ``W`` warm-up steps, ``D`` decay steps, the smallest ratio ``m`` and a sche
                N-D <= t < N  f = m + (1 - m) * (N - t) / D
     constant   W <= t        f = 1
     cosine and wsd, N <= t   f = m
+
+:data:`SCHEDULES` has the functions behind the warm-up.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
 from statex_dist.config import check_finite
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, reason
+from statex_dist.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +34,57 @@ TOLERANCE = 0.01
 """Relative change of the next learning rate that a resumed run may make without a warning."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a schedule does behind its warm-up.
+
+    Attributes:
+        factor: Returns the learning rate over its peak from the settings, the steps before this one and the steps of
+            the schedule (and the options, as keywords).
+        unused: Settings of :class:`ScheduleConfig` without an effect on it.
+        ends: Whether it stays at ``min_ratio`` once its steps are over.
+    """
+
+    factor: Callable[..., float]
+    unused: tuple[str, ...] = ()
+    ends: bool = True
+
+
+def cosine(config: ScheduleConfig, done: int, length: int) -> float:
+    """Fall by half a cosine."""
+    left = (1 + math.cos(math.pi * (done - config.warmup_steps) / (length - config.warmup_steps))) / 2
+    return config.min_ratio + (1 - config.min_ratio) * left
+
+
+def wsd(config: ScheduleConfig, done: int, length: int) -> float:
+    """Stay at the peak, then fall linearly in the last steps."""
+    return config.min_ratio + (1 - config.min_ratio) * min(1.0, (length - done) / config.decay_steps)
+
+
+def constant(config: ScheduleConfig, done: int, length: int) -> float:
+    """Stay at the peak."""
+    return 1.0
+
+
+SCHEDULES = Registry(
+    "schedule.name",
+    {
+        "cosine": Shape(factor=cosine, unused=("decay_steps",)),
+        "wsd": Shape(factor=wsd),
+        "constant": Shape(factor=constant, unused=("decay_steps", "min_ratio"), ends=False),
+    },
+)
+"""Each is a :class:`Shape`, or its ``factor`` alone."""
+
+
 @dataclass(kw_only=True)
 class ScheduleConfig:
     """The schedule of the learning rate; the module's docstring has the formula.
 
     Attributes:
-        name: ``cosine`` (to ``min_ratio``), ``wsd`` (warm-up, stable, linear decay over the last steps) or
-            ``constant``; each after a linear warm-up from 0.
+        name: ``cosine`` (to ``min_ratio``), ``wsd`` (warm-up, stable, linear decay over the last steps), ``constant``,
+            a registered one or ``module:function``; each after a linear warm-up from 0.
+        options: Further arguments of its function, by name.
         num_steps: Optimizer steps until the schedule has reached its end, from which on the learning rate stays at
             ``min_ratio`` of the peak (``constant`` stays at the peak); None for ``train.num_steps``.
         warmup_steps: Optimizer steps of the warm-up.
@@ -45,7 +92,8 @@ class ScheduleConfig:
         min_ratio: Last learning rate relative to the peak (``cosine`` and ``wsd``).
     """
 
-    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    name: str = "cosine"
+    options: dict[str, Any] = field(default_factory=dict)
     num_steps: int | None = None
     warmup_steps: int = 0
     decay_steps: int = 0
@@ -53,6 +101,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_finite(self, "schedule")
+        SCHEDULES.check(self.name)
         for name in ("warmup_steps", "decay_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"schedule.{name} must be 0 or more, not {getattr(self, name)}")
@@ -78,43 +127,57 @@ class ScheduleConfig:
             )
         return length
 
-    def factor(self, done: int, *, length: int) -> float:
+    def factor(self, done: int, *, length: int, shape: Shape | None = None) -> float:
         """Return the learning rate over its peak in the step after ``done`` ones, in a schedule of ``length`` steps."""
         if done < self.warmup_steps:
             return done / self.warmup_steps
-        if self.name == "constant":
-            return 1.0
-        if done >= length:
+        shape = shape or self.shape
+        if shape.ends and done >= length:
             return self.min_ratio
-        if self.name == "cosine":
-            left = (1 + math.cos(math.pi * (done - self.warmup_steps) / (length - self.warmup_steps))) / 2
-        else:
-            left = min(1.0, (length - done) / self.decay_steps)
-        return self.min_ratio + (1 - self.min_ratio) * left
+        return shape.factor(self, done, length, **self.options)
 
+    @property
+    def shape(self) -> Shape:
+        """What the schedule does behind its warm-up.
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, *, num_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return the schedule of a run of ``num_steps`` optimizer steps.
+        Raises:
+            ConfigError: It cannot be imported, or is no function.
+        """
+        found = SCHEDULES.get(self.name)
+        if not isinstance(found, Shape) and not callable(found):
+            raise ConfigError(f"schedule.name {self.name} is neither a Shape nor a function")
+        return found if isinstance(found, Shape) else Shape(factor=found, ends=False)
 
-    Raises:
-        ConfigError: Warm-up and decay together are longer than the schedule.
-    """
-    length = config.length(num_steps)
-    # A skipped step advances the schedule alone; torch warns of that as a mistake if it is the first step.
-    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
-    # A function, not an object: torch saves the attributes of an object, and a resume would bring back the old ones.
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: config.factor(done, length=length))
+    def build(self, optimizer: torch.optim.Optimizer, *, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+        """Return the schedule of a run of ``num_steps`` optimizer steps.
+
+        Raises:
+            ConfigError: Warm-up and decay together are longer than the schedule, or its function fails.
+        """
+        length, shape = self.length(num_steps), self.shape
+        try:
+            float(self.factor(self.warmup_steps, length=length, shape=shape))
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ConfigError(f"schedule.name {self.name} fails with its options: {reason(error)}") from None
+        # A skipped step advances the schedule alone; torch warns of that as a mistake if it is the first step.
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
+        # A function, not an object: torch saves an object's attributes, and a resume would bring back the old ones.
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: self.factor(done, length=length, shape=shape))
+
+    def facts(self, *, num_steps: int) -> dict[str, Any]:
+        """Return the settings that decide the learning rate of a run; a checkpoint keeps them to explain a change."""
+        # Options only where there are some: checkpoints without them stay as earlier releases wrote them.
+        facts = {f"schedule.{name}": value for name, value in asdict(self).items() if name != "options" or value}
+        return {**facts, "schedule.num_steps": self.length(num_steps)}
 
 
 def log_schedule(config: ScheduleConfig, *, num_steps: int) -> None:
     """Log which settings have no effect, and where the schedule ends if the run of ``num_steps`` ends elsewhere."""
-    for name in {"cosine": ["decay_steps"], "constant": ["decay_steps", "min_ratio"]}.get(config.name, []):
+    for name in config.shape.unused:
         if value := getattr(config, name):
             logger.warning("schedule.%s=%s has no effect on a %s schedule", name, value, config.name)
     length = config.length(num_steps)
-    if config.name == "constant" or length == num_steps:
+    if not config.shape.ends or length == num_steps:
         return
     if length > num_steps:
         last = config.factor(num_steps - 1, length=length)
@@ -134,12 +197,6 @@ def log_schedule(config: ScheduleConfig, *, num_steps: int) -> None:
         )
 
 
-def schedule_facts(config: ScheduleConfig, *, lr: float, num_steps: int) -> dict[str, Any]:
-    """Return the settings that decide the learning rate; a checkpoint keeps them to explain a change."""
-    facts = {f"schedule.{name}": value for name, value in asdict(config).items()}
-    return {"optimizer.lr": lr, **facts, "schedule.num_steps": config.length(num_steps)}
-
-
 def warn_of_changed_rates(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[float],
@@ -152,7 +209,7 @@ def warn_of_changed_rates(
     Args:
         groups: The optimizer's parameter groups.
         saved: Learning rate of each that the checkpoint's next step would have had.
-        saved_facts: :func:`schedule_facts` of the checkpoint; None if an earlier release wrote it.
+        saved_facts: What a checkpoint keeps of them; None if an earlier release wrote it.
         facts: Those of this start.
     """
     before, group = max(zip(saved, groups, strict=True), key=lambda pair: _change(pair[0], pair[1]["lr"]))

@@ -34,9 +34,13 @@ _ENOUGH = 8
 class BadStepsError(StateXError):
     """Too many bad steps in a row; the run is saved, and a restart would only skip more steps."""
 
+    restart = False
+
 
 class NoTargetsError(DataError):
     """The data has no target, or none for too long; the run is saved, and a restart would find none either."""
+
+    restart = False
 
 
 @dataclass(kw_only=True)
@@ -179,6 +183,19 @@ class Guard:
             f"{reason} at step {step}, and {before} step(s) before it were skipped ({where}); start again with a lower "
             f"optimizer.lr, or inspect the batches in {self.directory}"
         )
+
+    def check_end(self, step: int) -> None:
+        """Say how many of all ``step`` steps of a complete run had no target.
+
+        Raises:
+            NoTargetsError: None had one.
+        """
+        if self.without_targets == step:
+            raise NoTargetsError(
+                f"none of the {step} steps had a target: the model is as it was; look at the data's loss masks"
+            ).on_all_ranks(self.rank)
+        if self.rank == 0 and self.without_targets:
+            logger.warning("%d of %d steps had no target and updated nothing", self.without_targets, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to decide alike."""

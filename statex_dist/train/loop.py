@@ -1,123 +1,29 @@
 """The training loop: batches in, steps out, a checkpoint now and then.
 
-It knows an engine and an iterator of batches, and nothing of models, DeepSpeed or files. Whatever one rank alone finds
-out (bad data, a signal, files written) is agreed on once a step, in one small all-reduce.
+It knows an engine, an iterator of batches and callbacks (:mod:`statex_dist.train.callback`), and nothing of models,
+DeepSpeed or files. Whatever one rank alone finds out (bad data, a signal, files written) is agreed on once a step, in
+one small all-reduce.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from statex_dist.batch import PackedBatch
-from statex_dist.config import check_finite
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.checkpoint_retention import SavePolicy
-from statex_dist.engine.checkpoints import Checkpoints
-from statex_dist.errors import CheckpointError, ConfigError, DataError, StateXError, os_error_text
+from statex_dist.engine.checkpoints import Checkpoints, Fit
+from statex_dist.errors import CheckpointError, DataError, StateXError, os_error_text
+from statex_dist.train.callback import Callbacks, Ending, RunContext
+from statex_dist.train.config import TrainConfig
 from statex_dist.train.guard import NO_TARGETS, BadStepsError, Guard
-from statex_dist.train.metrics import Metrics
-from statex_dist.train.profile import Profiler
-from statex_dist.train.signals import StopRequest
-from statex_dist.train.watchdog import Watchdog
+from statex_dist.train.status import StopRequest
 
 logger = logging.getLogger(__name__)
-
-MAX_RETRIES = 10
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """How long to train and how often to save.
-
-    Attributes:
-        num_steps: Optimizer steps of the whole run.
-        save_every: Steps between checkpoints; 0 saves only at the end.
-        keep_last: Newest checkpoints that are kept.
-        keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
-        save_async: Whether training goes on while a checkpoint is written, from a copy in host memory.
-        save_retries: Further attempts of a rank whose files could not be written.
-        hang_minutes: A phase of a step that takes longer ends the job, with the stacks of every rank; 0 never, None
-            after two thirds of ``engine.timeout_minutes``, when collectives have not given up yet.
-        shared_run_dir: Whether all ranks have the same ``run_dir``, which is tested at the start. ``false`` is for run
-            directories on each host's own disk, and is refused: it is not built yet.
-        state_passing: Probability of a sequence to begin from the state at another's end instead of an empty one
-            (arXiv 2507.02782), so that long texts do not meet the model with states it has never seen.
-    """
-
-    num_steps: int
-    save_every: int = 0
-    keep_last: int = 2
-    keep_every: int = 0
-    save_async: bool = False
-    save_retries: int = 2
-    hang_minutes: float | None = None
-    shared_run_dir: bool = True
-    state_passing: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "train")
-        for name in ("num_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("save_every", "keep_every", "save_retries", "hang_minutes"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
-        if not self.shared_run_dir:
-            raise ConfigError(
-                "train.shared_run_dir false (a run_dir on each host's own disk) is not implemented; leave it true, and "
-                "give a run_dir on a file system that all hosts share"
-            )
-        if not 0 <= self.state_passing <= 1:
-            raise ConfigError(f"train.state_passing is a probability, from 0 to 1, not {self.state_passing}")
-        if self.save_retries > MAX_RETRIES:
-            raise ConfigError(f"train.save_retries must be {MAX_RETRIES} or less, not {self.save_retries}")
-        if self.keep_every and (self.save_every == 0 or self.keep_every % self.save_every):
-            raise ConfigError(
-                f"train.keep_every={self.keep_every} must be a multiple of train.save_every={self.save_every}"
-            )
-
-    @property
-    def save_policy(self) -> SavePolicy:
-        """How checkpoints are written and which are kept."""
-        return SavePolicy(
-            keep_last=self.keep_last,
-            keep_every=self.keep_every,
-            asynchronous=self.save_async,
-            retries=self.save_retries,
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class Observers:
-    """Who looks on.
-
-    Attributes:
-        metrics: Writes the figures; None on ranks above 0.
-        watchdog: Told of every phase; None where nobody watches.
-        profiler: Told of every step; None where nothing is profiled.
-        states_every: Steps between measurements of the states' norms; 0 for none.
-    """
-
-    metrics: Metrics | None = None
-    watchdog: Watchdog | None = None
-    profiler: Profiler | None = None
-    states_every: int = 0
-
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Have the watchdog and the profiler follow what is done inside."""
-        with ExitStack() as stack:
-            if self.profiler is not None:
-                stack.enter_context(self.profiler)
-            if self.watchdog is not None:
-                self.watchdog.start()
-                stack.callback(self.watchdog.stop)
-            yield
 
 
 @dataclass(slots=True)
@@ -143,40 +49,82 @@ class Trainer:
 
     Args:
         engine: Computes steps.
-        batches: Yields this data-parallel rank's packs of each global batch.
+        loader: Yields this data-parallel rank's packs of each global batch.
         config: How long, how often.
+        run_dir: The run's directory.
         checkpoints: Saves.
         guard: Judges steps.
-        observers: Look on.
+        callbacks: Look at steps.
         stop: Whether this process was told to stop.
-        start_step: Steps done before.
+        start_step: Steps done before; :meth:`resume` finds them out.
         facts: What the learning rate follows from; every checkpoint keeps it.
+        settings: The resolved configuration, for callbacks.
     """
 
     def __init__(
         self,
         engine: TrainEngine,
-        batches: Iterator[list[PackedBatch]],
+        loader: Iterable[list[PackedBatch]],
         config: TrainConfig,
         *,
+        run_dir: Path,
         checkpoints: Checkpoints,
         guard: Guard,
-        observers: Observers,
+        callbacks: Callbacks,
         stop: StopRequest,
         start_step: int = 0,
         facts: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
         self.engine = engine
-        self.batches = batches
+        self.loader: Any = loader
         self.config = config
         self.checkpoints = checkpoints
         self.guard = guard
-        self.observers = observers
+        self.callbacks = callbacks
         self.stop = stop
-        self.step = self.start_step = start_step
+        self.step = start_step
         self.facts = facts or {}
         self.lost_tokens = 0
-        self.epochs: Mapping[str, float] = {}
+        self.context = RunContext(
+            run_dir=run_dir,
+            engine=engine,
+            num_steps=config.num_steps,
+            start_step=start_step,
+            settings=settings or {},
+            callbacks=callbacks,
+        )
+        callbacks.attach(self.context)
+        self._ended = False
+        self.batches: Iterator[list[PackedBatch]] = iter(())
+
+    def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
+        """Restore the run's newest checkpoint.
+
+        Args:
+            fit: Converts a checkpoint of another number of ranks to this one; None refuses it.
+
+        Returns:
+            Its values beside the engine's state, or None where the run has not saved anything yet.
+
+        Raises:
+            StateXError: A checkpoint is wrong, or of another run.
+        """
+        state = self.checkpoints.resume(fit)
+        if state is not None:
+            self.step = self.context.start_step = state["step"]
+            if "loader" in state:  # a checkpoint made of weights alone begins with the first sequence
+                self.loader.load_state_dict(state["loader"])
+            if "guard" in state:
+                self.guard.load_state_dict(state["guard"])
+            self.callbacks.load_state_dict(state.get("callbacks", {}))
+        self.context.epochs = self.loader.passes()
+        if self.step >= self.config.num_steps:
+            logger.info(
+                "%s has %d steps already, train.num_steps is %d",
+                *(self.context.run_dir, self.step, self.config.num_steps),
+            )
+        return state
 
     def run(self) -> bool:
         """Train.
@@ -185,16 +133,43 @@ class Trainer:
             Whether the run is complete (False: told to stop, and saved).
 
         Raises:
-            StateXError: Too many steps in a row were skipped or had no target, a batch cannot be had (in each case the
-                steps up to there are saved), or a checkpoint cannot be saved.
+            StateXError: Too many steps in a row were skipped or had no target, none had one, a batch cannot be had (in
+                each case the steps up to there are saved), a checkpoint cannot be saved, or a callback failed.
         """
+        self.batches = iter(self.loader)
+        try:
+            self.callbacks.call("on_start")
+            done = self._run()
+            if done:
+                self.guard.check_end(self.step)
+            self.callbacks.end(self._ending("complete" if done else "preempted"))
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt):  # the second one: the user does not want to wait for the save
+                error = StateXError(
+                    f"interrupted again at step {self.step}, before it was saved; the same command resumes "
+                    "from the last checkpoint"
+                )
+            if not self._ended:
+                self.callbacks.end(self._ending("failed", error))
+            raise error
+        finally:
+            getattr(self.batches, "close", lambda: None)()
+        if not done:
+            logger.info("stopped at step %d of %d; the same command continues", self.step, self.config.num_steps)
+        return done
+
+    def _ending(self, state: Any, error: BaseException | None = None) -> Ending:
+        self._ended = True
+        return Ending(state=state, step=self.step, epochs=self.context.epochs, error=error)
+
+    def _run(self) -> bool:
+        """Make the steps; return whether the run is complete."""
         if self.step >= self.config.num_steps:
             return True
         fetched = self._fetch()
         if self._agree(fetched).no_batch:
             self._raise(fetched)
-        self._tell_profiler()
-        start, save_seconds = time.perf_counter(), 0.0
+        save_seconds = 0.0
         while True:
             batch = fetched.batch
             record, end = self._train_step(batch)
@@ -204,10 +179,8 @@ class Trainer:
             ends_badly = end is not None or agreed.no_batch
             last = done or agreed.stop or ends_badly
             record["time"] |= {"data": fetched.seconds, "save": save_seconds}
-            now = time.perf_counter()
             # Before the save, so that a saved step has its record. The next record has the time of the save.
-            self._report(record, batch, now - start)
-            start = now
+            self.callbacks.call("post_step", record)
             save_seconds = self._save_if_due(
                 batch,
                 last=last,
@@ -215,7 +188,6 @@ class Trainer:
                 ends_badly=ends_badly,
                 doubtful=isinstance(end, BadStepsError) or self.guard.in_a_row > 0,
             )
-            self._tell_profiler()
             if end is not None:
                 raise end.on_all_ranks(self.engine.rank)
             if agreed.no_batch:
@@ -224,12 +196,7 @@ class Trainer:
                 return done
 
     def _beat(self, phase: str) -> None:
-        if self.observers.watchdog is not None:
-            self.observers.watchdog.beat(phase, step=self.step + 1)
-
-    def _tell_profiler(self) -> None:
-        if self.observers.profiler is not None:
-            self.observers.profiler.step(self.step)
+        self.callbacks.call("on_phase", phase, self.step + 1)
 
     def _fetch(self) -> _Fetched:
         self._beat("data")
@@ -274,10 +241,10 @@ class Trainer:
         """Run one optimizer step and return its record, and why the run ends with it, if it does."""
         if self.engine.counts:
             self.lost_tokens += sum(pack.lost_tokens for pack in batch)
-        every = self.observers.states_every
-        observe = every > 0 and ((self.step + 1) % every == 0 or self.step == self.start_step)
+        self.context.observe_states = False
+        self.callbacks.call("pre_step", self.step + 1, batch)
         self._beat("forward and backward")
-        loss = self.engine.forward_backward(batch, observe_states=observe)
+        loss = self.engine.forward_backward(batch, observe_states=self.context.observe_states)
         norms = self.engine.grad_norms()
         grad_norm = sum(norm**2 for norm in norms.values()) ** 0.5
         reason = self.guard.judge(loss, grad_norm, targets=self.engine.num_targets)
@@ -292,7 +259,7 @@ class Trainer:
         else:
             end = self._skip(batch, reason)
         self.step += 1
-        self.epochs = batch[-1].epochs
+        self.context.epochs = batch[-1].epochs
         return {
             "step": self.step,
             "loss": loss,
@@ -302,9 +269,8 @@ class Trainer:
             "targets": self.engine.num_targets,
             "skipped": self.guard.skipped,
             "without_targets": self.guard.without_targets,
-            "epochs": dict(self.epochs),
+            "epochs": dict(self.context.epochs),
             "time": self.engine.timer.take(),
-            **({"state_norms": states} if observe and (states := self.engine.state_norms()) else {}),
         }, end
 
     def _skip(self, batch: list[PackedBatch], reason: str) -> StateXError | None:
@@ -332,14 +298,16 @@ class Trainer:
             doubtful: Whether the last step was bad, so that the save does not replace older ones.
         """
         start = time.perf_counter()
-        if last or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
+        wanted, self.context.wanted = self.context.wanted, ""
+        if last or wanted or (self.config.save_every > 0 and self.step % self.config.save_every == 0):
             self._beat("save")
-            if self.observers.metrics is not None:
-                self.observers.metrics.flush()
+            self.callbacks.call("on_save", self.step)
             # The state travels with the batch: a loader that has already fetched ahead does not matter.
             state = {"loader": batch[-1].loader_state, "guard": self.guard.state_dict(), "schedule": dict(self.facts)}
+            if callbacks := self.callbacks.state_dict():
+                state["callbacks"] = callbacks
             try:
-                self.checkpoints.save(self.step, state, last=last, doubtful=doubtful)
+                self.checkpoints.save(self.step, state, last=last, doubtful=doubtful, best=wanted == "best")
             except CheckpointError as error:
                 if not ends_badly:
                     raise
@@ -348,20 +316,10 @@ class Trainer:
             lost = self.engine.sum([float(self.lost_tokens)])[0]
             if lost and self.engine.rank == 0:
                 logger.warning(
-                    "%d tokens of damaged shards were skipped since the start at step %d", lost, self.start_step
+                    "%d tokens of damaged shards were skipped since the start at step %d",
+                    *(lost, self.context.start_step),
                 )
         elif written:
             self._beat("end of a save")
             self.checkpoints.finish()
         return time.perf_counter() - start
-
-    def _report(self, record: dict[str, Any], batch: list[PackedBatch], seconds: float) -> None:
-        if self.observers.metrics is not None:
-            tokens = sum(pack.num_tokens for pack in batch) * self.engine.data_parallel_size
-            record |= {
-                "tokens": tokens,
-                "seconds": seconds,
-                "tokens_per_s": tokens / seconds,
-                "memory_bytes": self.engine.peak_memory(),
-            }
-            self.observers.metrics.write(record)

@@ -1,4 +1,4 @@
-"""Where a run's figures go: ``metrics.jsonl``, the log, and Weights & Biases."""
+"""The figures of a run: what a step's record holds, ``metrics.jsonl``, and the lines of the log."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.durable.files import sync, write_durably
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.train.console import StepLines
-from statex_dist.train.mfu import Utilisation
-from statex_dist.train.wandb_run import WandbRun
+from statex_dist.train.callback import Callback, Ending
+from statex_dist.train.mfu import Throughput
+
+if TYPE_CHECKING:
+    from statex_dist.batch import PackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,12 @@ METRICS_NAME = "metrics.jsonl"
 
 MAX_WAITING = 10_000
 """Records that are kept while the disk is full."""
+
+RECENT_STEPS = 50
+"""Steps whose times tell when the run will end."""
+
+NAMED_SOURCES = 3
+"""Number of sources of a mixture whose epochs a line names."""
 
 
 @dataclass(kw_only=True)
@@ -54,73 +63,78 @@ class MetricsConfig:
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"metrics.peak_tflops must be a number above 0, not {self.peak_tflops}")
 
+    def build(self, *, flops_per_token: int) -> list[Callback]:
+        """Return the callbacks that take and show a run's figures.
 
-class Metrics:
-    """Writes one record per optimizer step; used on rank 0 only.
+        Args:
+            flops_per_token: FLOPs of forward and backward for one token of the model.
+        """
+        from statex_dist.train.wandb_run import Wandb
 
-    ``tokens`` of a record are the positions of all packs, padding included (``best_fit`` pads little).
+        file = MetricsFile()
+        wandb: list[Callback] = []
+        if self.wandb_project:
+            wandb = [Wandb(project=self.wandb_project, run_name=self.wandb_name, earlier=file.records)]
+        return [
+            *([StateNorms(every=self.states_every)] if self.states_every else []),
+            Throughput(flops_per_token=flops_per_token, peak_tflops=self.peak_tflops),
+            file,
+            Console(log_every=self.log_every),
+            *wandb,
+        ]
 
-    Args:
-        run_dir: The run's directory.
-        config: What is reported.
-        start_step: Steps done before; records after it are of steps that were lost, and are dropped.
-        settings: The run's configuration, for wandb.
-        num_steps: Steps of the whole run, for the time left; None where its end is not known.
-        utilisation: Computes the MFU; None where the device's peak is not known.
+
+class StateNorms(Callback):
+    """Has the layers' states measured every ``every`` steps, and in each start's first."""
+
+    order = 20
+
+    def __init__(self, *, every: int):
+        self.every = every
+
+    def pre_step(self, step: int, batch: Sequence[PackedBatch]) -> None:
+        """Ask for the measurement where it is due."""
+        self.run.observe_states = step % self.every == 0 or step == self.run.start_step + 1
+
+    def post_step(self, record: dict[str, Any]) -> None:
+        """Add ``state_norms``, where they are known."""
+        if self.run.observe_states and (norms := self.run.engine.state_norms()):
+            record["state_norms"] = norms
+
+
+class MetricsFile(Callback):
+    """Writes one record per optimizer step to ``metrics.jsonl``.
+
+    Records after the step of the start are of steps that were lost, and are dropped.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: MetricsConfig,
-        *,
-        start_step: int,
-        settings: dict[str, Any],
-        num_steps: int | None = None,
-        utilisation: Utilisation | None = None,
-    ):
-        self.path = run_dir / METRICS_NAME
-        self._utilisation = utilisation
-        self._lines = StepLines(log_every=config.log_every, num_steps=num_steps)
-        _drop_after(self.path, start_step)
+    order, rank_0_only = 70, True
+
+    def on_start(self) -> None:
+        """Open the file."""
+        self.path = self.run.run_dir / METRICS_NAME
+        _drop_after(self.path, self.run.start_step)
         self.file = self.path.open("a", encoding="utf-8")
-        sync(run_dir)
+        sync(self.run.run_dir)
         self._unwritten: list[str] = []
         self._full = False
-        self._wandb = None
-        if config.wandb_project:
-            self._wandb = WandbRun(
-                run_dir,
-                project=config.wandb_project,
-                name=config.wandb_name,
-                settings=settings,
-                start_step=start_step,
-                earlier=_records(self.path),
-            )
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write one step's record; ``record['step']`` counts from 1. Numbers that are not finite become null."""
-        record = _finite(record)
-        if self._utilisation is not None:
-            record["mfu"] = self._utilisation.share(record["tokens_per_s"])
-        self._append(json.dumps(record, allow_nan=False) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(record)
-        if line := self._lines.line(record):
-            logger.info("%s", line)
+    def post_step(self, record: dict[str, Any]) -> None:
+        """Write one step's record at once; numbers that are not finite become null, also for later callbacks.
 
-    def flush(self) -> None:
+        On a full disk it is kept for the next call: that must not end the run.
+        """
+        record |= _finite(record)
+        self._unwritten.append(json.dumps(record, allow_nan=False) + "\n")
+        self._write_waiting()
+
+    def on_save(self, step: int) -> None:
         """Sync all records so far to disk: the step of a checkpoint has its record even if the process is killed."""
         self._write_waiting()
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
             logger.warning("%s may lack its last records after a power cut: %s", self.path, error)
-
-    def _append(self, line: str) -> None:
-        """Write a line at once, or keep it for the next call: a full disk must not end the run."""
-        self._unwritten.append(line)
-        self._write_waiting()
 
     def _write_waiting(self) -> None:
         try:
@@ -138,14 +152,120 @@ class Metrics:
             if len(self._unwritten) > MAX_WAITING:
                 del self._unwritten[0]
 
-    def close(self) -> None:
+    def on_end(self, ending: Ending) -> None:
         """Close the file; name the records that could not be written."""
+        if not hasattr(self, "file"):  # the run failed before
+            return
         self._write_waiting()
         if self._unwritten:
             logger.warning("%s lacks the records of the last %d steps or more", self.path, len(self._unwritten))
         self.file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records that the file holds."""
+        with self.path.open(encoding="utf-8") as file:
+            yield from filter(None, map(_record, file))
+
+
+class Console(Callback):
+    """Logs a line every few steps."""
+
+    order, rank_0_only = 80, True
+
+    def __init__(self, *, log_every: int):
+        self._log_every = log_every
+
+    def on_start(self) -> None:
+        """Begin with the first line."""
+        self._lines = StepLines(log_every=self._log_every, num_steps=self.run.num_steps)
+
+    def post_step(self, record: dict[str, Any]) -> None:
+        """Log the line that is due."""
+        if line := self._lines.line(record):
+            logger.info("%s", line)
+
+
+class StepLines:
+    """Makes the lines of a run from its records.
+
+    Rates are those of the steps since the line before. The first step of a start, in which kernels are compiled and
+    memory is allocated, is in its own line and in nothing else.
+
+    Args:
+        log_every: Steps between lines; the first step always has one.
+        num_steps: Steps of the whole run; None where its end is not known.
+    """
+
+    def __init__(self, *, log_every: int, num_steps: int | None):
+        self._log_every, self._num_steps = log_every, num_steps
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._since: list[Mapping[str, Any]] = []
+        self._started = False
+
+    def line(self, record: Mapping[str, Any]) -> str | None:
+        """Take a step's record and return the line that is due, or None."""
+        first, self._started = not self._started, True
+        self._since.append(record)
+        if not first:
+            self._recent.append(record["seconds"])
+        if not first and record["step"] % self._log_every and "eval" not in record:
+            return None
+        text = self._text(record)
+        self._since.clear()
+        return text
+
+    def _text(self, record: Mapping[str, Any]) -> str:
+        seconds = sum(r["seconds"] for r in self._since)
+        end = f"/{self._num_steps}" if self._num_steps is not None else ""
+        parts = [
+            f"step {record['step']}{end}",
+            "no target" if record.get("targets") == 0 else f"loss {_number(record['loss'], '.4f')}",
+            *([f"eval loss {_number(record['eval']['loss'], '.4f')}"] if "eval" in record else []),
+            f"lr {record['lr']:.2e}",
+            f"grad norm {_number(record['grad_norm'], '.3f')}",
+            f"{sum(r['tokens'] for r in self._since) / seconds:,.0f} tokens/s",
+        ]
+        if "mfu" in record:
+            # The utilisation is proportional to the throughput, so its mean over time is weighted by seconds.
+            mfu = sum(r["mfu"] * r["seconds"] for r in self._since) / seconds
+            parts.append(f"MFU {100 * mfu:.1f} %")
+        if "data" in record.get("time", {}):
+            waited = sum(r["time"]["data"] for r in self._since)
+            parts.append(f"data {100 * waited / seconds:.1f} %")
+        if "memory_bytes" in record:
+            parts.append(f"{record['memory_bytes'] / (1 << 30):.2f} GiB")
+        if record.get("skipped"):
+            parts.append(f"{record['skipped']} skipped")
+        if epochs := record.get("epochs"):
+            parts.append(_epochs_text(epochs))
+        if self._num_steps is not None and self._recent and record["step"] < self._num_steps:
+            left = (self._num_steps - record["step"]) * sum(self._recent) / len(self._recent)
+            parts.append(f"ETA {duration(left)}")
+        return "  ".join(parts)
+
+
+def _epochs_text(epochs: Mapping[str, float]) -> str:
+    """Return how often the data was seen: one source without its name; of several, the most often seen ones."""
+    if len(epochs) == 1:
+        return f"epoch {next(iter(epochs.values())):.2f}"
+    most = sorted(epochs.items(), key=lambda source: -source[1])[:NAMED_SOURCES]
+    more = f" (+{len(epochs) - len(most)})" if len(epochs) > len(most) else ""
+    return "epochs " + " ".join(f"{name} {passes:.2f}" for name, passes in most) + more
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: ``2 d 3 h``, ``4 min 5 s``."""
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or parts or size == 1:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -179,12 +299,6 @@ def _record(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file that holds nothing else."""
-    with path.open(encoding="utf-8") as file:
-        yield from filter(None, map(_record, file))
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what share of the hardware's peak the model's own arithmetic takes.
+"""Throughput of a step, and model FLOPs utilisation: the share of the peak that the model's own arithmetic takes.
 
 What activation checkpointing computes again does not count, so that the figure compares runs whatever they recompute
 (arXiv 2204.02311, appendix B). On a device whose peak is not known there is no figure, and no guess.
@@ -7,11 +7,17 @@ What activation checkpointing computes again does not count, so that the figure 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from statex_dist.train.callback import Callback
 
 if TYPE_CHECKING:
     import torch
+
+    from statex_dist.batch import PackedBatch
 
 # Dense 16-bit tensor-core peaks with fp32 accumulation, from the vendors' data sheets, in TFLOP/s. bf16 and fp16 have
 # the same peak but on V100 and T4, which know only fp16. The first pattern that is found in the device's name decides.
@@ -81,3 +87,49 @@ def utilisation(
 
         peak = peak_tflops(torch.cuda.get_device_name(device))
     return None if peak is None else Utilisation(flops_per_token=flops_per_token, peak_flops=peak * 1e12 * ranks)
+
+
+class Throughput(Callback):
+    """Adds what a step took: ``tokens``, ``seconds``, ``tokens_per_s``, ``memory_bytes`` and ``mfu``.
+
+    ``tokens`` are the positions of all packs, padding included (``best_fit`` pads little).
+
+    Args:
+        flops_per_token: FLOPs of forward and backward for one token.
+        peak_tflops: Peak of one device in TFLOP/s, in place of the one in our table.
+    """
+
+    order = 40
+
+    def __init__(self, *, flops_per_token: int, peak_tflops: float | None = None):
+        self._flops, self._peak = flops_per_token, peak_tflops
+        self._since: float | None = None
+        self._tokens = 0
+        self.utilisation: Utilisation | None = None
+
+    def on_start(self) -> None:
+        """Find out the peak of the device."""
+        engine = self.run.engine
+        self.utilisation = utilisation(
+            self._flops, device=engine.device, ranks=engine.world_size, given_tflops=self._peak
+        )
+
+    def pre_step(self, step: int, batch: Sequence[PackedBatch]) -> None:
+        """Count tokens; the first step's time begins here, that of another where the one before was reported."""
+        self._tokens = sum(pack.num_tokens for pack in batch) * self.run.engine.data_parallel_size
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def post_step(self, record: dict[str, Any]) -> None:
+        """Add the figures."""
+        assert self._since is not None
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        record |= {
+            "tokens": self._tokens,
+            "seconds": seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "memory_bytes": self.run.engine.peak_memory(),
+        }
+        if self.utilisation is not None:
+            record["mfu"] = self.utilisation.share(record["tokens_per_s"])

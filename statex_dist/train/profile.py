@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from statex_dist.checkpoint.formats.crc import WRITE_ERRORS
 from statex_dist.errors import ConfigError
+from statex_dist.train.callback import Callback, Ending
+
+if TYPE_CHECKING:
+    from statex_dist.batch import PackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +59,15 @@ class ProfileConfig:
         first, last = map(int, str(self.steps).split(":")) if self.steps is not None else (1, 0)
         return range(first, last + 1)
 
+    def build(self, run_dir: Path, *, rank: int, world_size: int) -> list[Callback]:
+        """Return the profiler of a rank, if steps are to be profiled."""
+        return [] if self.steps is None else [Profiler(self, run_dir, rank=rank, world_size=world_size)]
 
-class Profiler:
+
+class Profiler(Callback):
     """Profiles the chosen steps of this rank and writes a Chrome trace and a table of the costliest operators.
 
-    Used as a context; :meth:`step` is told how many steps are done, before the first and after each. The step before
-    the window warms the profiler up. Off, it costs one comparison a step.
+    The step before the window warms the profiler up.
 
     Args:
         config: Which steps.
@@ -68,6 +75,8 @@ class Profiler:
         rank: This process.
         world_size: All processes.
     """
+
+    order = 10
 
     def __init__(self, config: ProfileConfig, run_dir: Path, *, rank: int, world_size: int):
         if config.steps is not None and max(config.ranks) >= world_size:
@@ -79,8 +88,15 @@ class Profiler:
         self._profile: profile | None = None
         self._first = self._done = 0
 
-    def __enter__(self) -> Self:
-        return self
+    def pre_step(self, step: int, batch: Sequence[PackedBatch]) -> None:
+        """Tell that the steps before ``step`` are done."""
+        self.step(step - 1)
+
+    def on_end(self, ending: Ending) -> None:
+        """Write what was profiled."""
+        if ending.step > self._done:
+            self.step(ending.step)
+        self.close()
 
     def step(self, done: int) -> None:
         """Tell that ``done`` steps of the run are done and the next one begins."""
@@ -94,9 +110,8 @@ class Profiler:
         if following >= self._window.stop:
             self._stop()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End; an unfinished window is written as far as it came."""
         if self._window and self._done < self._window.start:
             logger.warning("profile.steps %s were not reached: the run ended before", self._config.steps)
         self._stop()

@@ -1,4 +1,4 @@
-"""The state of a run in ``status.json``, for users and for the supervisor, which may have to start it again.
+"""How a run ends: a request to stop, and its state in ``status.json`` for users and for the supervisor.
 
 A start under a supervisor has a name (:data:`ATTEMPT_VARIABLE`), so that what an earlier start wrote, or a rank of it
 that is still alive somewhere, is not taken for the news of this one.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Literal, get_args
 
 from statex_dist.checkpoint.json_file import read_json
@@ -23,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 ATTEMPT_VARIABLE = "STATEX_ATTEMPT"
 """Environment variable that names this start of the run; the supervisor sets it."""
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that was told to stop, saved and can be resumed (sysexits' EX_TEMPFAIL)."""
+
+IMPATIENCE_SECONDS = 5.0
 
 State = Literal["running", "complete", "preempted", "failed"]
 
@@ -148,3 +156,29 @@ def read_status(run_dir: Path) -> RunStatus | None:
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise StateXError(f"{path} cannot be read ({reason}); delete it, the next start writes it anew") from None
+
+
+class StopRequest:
+    """Remembers that this process was told to stop.
+
+    Launchers repeat themselves (deepspeed answers Ctrl-C by terminating ranks that have got the signal already), so
+    repetitions are ignored; only an interrupt some seconds later is a user who will not wait for the save.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = False
+        self._since = 0.0
+
+    def install(self) -> None:
+        """Start to listen."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = True, time.monotonic()
+            logger.warning("%s received: saving after this step", signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() - self._since > IMPATIENCE_SECONDS:
+            raise KeyboardInterrupt

@@ -21,13 +21,14 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from statex_dist.durable.files import write_durably
 from statex_dist.redact import holds_remembered, redact
+from statex_dist.train.callback import Callback, Ending
 from statex_dist.train.wandb_files import is_offline, read_records, segments, synced_marker
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,43 @@ class WandbRun:
                     "wandb: %s; further errors of it are not reported, metrics.jsonl has it all", _first_line(error)
                 )
             self._failed = True
+
+
+class Wandb(Callback):
+    """Sends every record to Weights & Biases.
+
+    Args:
+        project: Project there.
+        run_name: Name of the run there; None lets wandb choose.
+        earlier: Returns the records of the steps before this start.
+    """
+
+    order, rank_0_only = 80, True
+
+    def __init__(self, *, project: str, run_name: str | None, earlier: Callable[[], Iterable[Mapping[str, Any]]]):
+        self._project, self._run_name, self._earlier = project, run_name, earlier
+        self._wandb: WandbRun | None = None
+
+    def on_start(self) -> None:
+        """Begin, or continue."""
+        self._wandb = WandbRun(
+            self.run.run_dir,
+            project=self._project,
+            name=self._run_name,
+            settings=dict(self.run.settings),
+            start_step=self.run.start_step,
+            earlier=self._earlier(),
+        )
+
+    def post_step(self, record: dict[str, Any]) -> None:
+        """Send a record."""
+        assert self._wandb is not None
+        self._wandb.log(record)
+
+    def on_end(self, ending: Ending) -> None:
+        """Send what is left."""
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:

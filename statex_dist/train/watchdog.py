@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from statex_dist.train.callback import Callback, Ending
+
 logger = logging.getLogger(__name__)
 
 EXIT_HUNG = 76
@@ -41,7 +43,7 @@ class _Beat:
     limit: float
 
 
-class Watchdog:
+class Watchdog(Callback):
     """Expects a beat at least every ``timeout_seconds``, and ends the process if there is none.
 
     Args:
@@ -52,6 +54,8 @@ class Watchdog:
         linger: Seconds between the stacks and the end, for the other ranks to write theirs.
         grace: Seconds after that when ``faulthandler`` steps in.
     """
+
+    order = 0
 
     def __init__(
         self, timeout_seconds: float, directory: Path, rank: int, *, linger: float = 10.0, grace: float = 10.0
@@ -64,6 +68,16 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._last = _Beat(0.0, "start", None, timeout_seconds)
         self._armed = _Beat(0.0, "start", None, 0.0)
+
+    def on_phase(self, phase: str, step: int) -> None:
+        """Take a phase of a step for a sign of life; the first one begins the watch."""
+        if self._thread is None:
+            self.start()
+        self.beat(phase, step=step)
+
+    def on_end(self, ending: Ending) -> None:
+        """Stop to watch."""
+        self.stop()
 
     def start(self) -> None:
         """Begin to watch; the first beat is this."""

@@ -15,14 +15,15 @@ from launch.model_options import load_for_decoding
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.config import parse_config
 from statex_dist.data.config import DataConfig
-from statex_dist.engine.base import EngineConfig
+from statex_dist.engine.config import EngineConfig
 from statex_dist.errors import StateXError
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.tensor_parallel.model import load_tensor_parallel
 from statex_dist.models.tensor_parallel.share import TensorShare
-from statex_dist.run import build_model, train
+from statex_dist.run import train
 from statex_dist.run_config import ModelSource, RunConfig
-from statex_dist.train.loop import TrainConfig
+from statex_dist.run_parts import build_model
+from statex_dist.train.config import TrainConfig
 from tests.checkpoint.directories import (
     BAD,
     GOOD,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from statex_dist.engine.base import EngineConfig
-from statex_dist.engine.ds_config import deepspeed_config
+from statex_dist.engine.config import EngineConfig, deepspeed_config
 from statex_dist.errors import ConfigError
 
 

@@ -24,8 +24,8 @@ from statex_dist.data.storage.mds import load_streaming
 from statex_dist.distributed.env import read_env
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, family_of
-from statex_dist.run import build_engine, build_loader, build_model
 from statex_dist.run_config import RunConfig
+from statex_dist.run_parts import build_engine, build_loader, build_model
 from statex_dist.train.guard import Guard
 from tests.data.options import make_loader
 from tests.distributed_test import run_distributed_test
@@ -128,7 +128,7 @@ def steps(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
     env = read_env()
     model = build_model(config)
     loader = build_loader(config, config.data.open_stores(), model.config, env)
-    engine = build_engine(config, model, env, config.accumulation_steps(env.world_size))
+    engine = build_engine(config, model, env)
     guard, batches, found = Guard(config.guard, run_dir, rank=env.rank), iter(loader), []
     for _ in range(STEPS):
         loss = engine.forward_backward(next(batches))

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from statex_dist.batch import PackedBatch
-from statex_dist.engine.segment_states import CarriedStates
-from statex_dist.engine.state_passing import StatePassing
+from statex_dist.engine.segment_states import CarriedStates, StatePassing
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict
 from tests.runs import GLA, MAMBA2, expanded

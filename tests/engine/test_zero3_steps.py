@@ -11,8 +11,8 @@ import torch
 
 from statex_dist.config import parse_config
 from statex_dist.distributed.env import read_env
-from statex_dist.run import build_engine, build_loader, build_model
 from statex_dist.run_config import RunConfig
+from statex_dist.run_parts import build_engine, build_loader, build_model
 from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, expanded, make_shards, save_model, write_run
 
@@ -32,7 +32,7 @@ def steps(config: RunConfig) -> list[dict[str, Any]]:
     env = read_env()
     model = build_model(config)
     loader = build_loader(config, config.data.open_stores(), model.config, env)
-    engine = build_engine(config, model, env, config.accumulation_steps(env.world_size))
+    engine = build_engine(config, model, env)
     batches, found = iter(loader), []
     for number in range(1, 6):
         loss = engine.forward_backward(next(batches), observe_states=number == 5)

@@ -21,8 +21,7 @@ import yaml
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.config import parse_config
 from statex_dist.run_config import RunConfig
-from statex_dist.train.signals import EXIT_PREEMPTED
-from statex_dist.train.status import RunStatus, read_status, write_status
+from statex_dist.train.status import EXIT_PREEMPTED, RunStatus, read_status, write_status
 from tests.runs import GLA, REPOSITORY, environment, losses, make_shards, write_run
 
 SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))

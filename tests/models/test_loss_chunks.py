@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoints_tools.plan.memory import TrainingSettings
 from statex_dist.batch import IGNORE_INDEX
-from statex_dist.engine.base import EngineConfig
+from statex_dist.engine.config import EngineConfig
 from statex_dist.models.activations import activation_bytes
 from statex_dist.models.lm import LMHead
 from statex_dist.ops.loss import LOSS_CHUNK_TOKENS

@@ -10,8 +10,8 @@ from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, family_of, make_plan, parameter_roles
-from statex_dist.optim.groups import OptimizerConfig, build_optimizer, freeze_parameters
-from statex_dist.optim.schedule import ScheduleConfig, build_schedule
+from statex_dist.optim.groups import OptimizerConfig
+from statex_dist.optim.schedule import ScheduleConfig
 from tests.runs import GLA, MAMBA2, expanded
 
 
@@ -19,8 +19,8 @@ def built(config: ModelConfig, settings: OptimizerConfig) -> tuple[torch.optim.A
     """Return the optimizer of a model and the names of the parameters in each of its groups."""
     model, roles = RecurrentLM(config), parameter_roles(config)
     no_decay = {name for name, spec in family_of(config.MODEL_TYPE).tensors(config).items() if not spec.decay}
-    freeze_parameters(model.named_parameters(), roles=roles, config=settings)
-    optimizer = build_optimizer(model.named_parameters(), no_decay=no_decay, roles=roles, config=settings)
+    settings.freeze_in(model.named_parameters(), roles=roles)
+    optimizer = settings.build(model.named_parameters(), no_decay=no_decay, roles=roles)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return optimizer, {group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
 
@@ -137,7 +137,7 @@ def test_bad_values_are_named(settings, message):
 @pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
 def test_factors_hold_through_the_schedule(name):
     optimizer, _ = built(expanded(GLA), OptimizerConfig(lr=0.01, lr_factors={"new": 3.0, "mix": 10.0}))
-    schedule = build_schedule(optimizer, ScheduleConfig(name=name, warmup_steps=2, decay_steps=2), num_steps=8)
+    schedule = ScheduleConfig(name=name, warmup_steps=2, decay_steps=2).build(optimizer, num_steps=8)
     for _ in range(8):
         base = optimizer.param_groups[0]["lr"]
         assert all(group["lr"] == pytest.approx(base * group["lr_factor"]) for group in optimizer.param_groups)
@@ -148,7 +148,7 @@ def test_factors_hold_through_the_schedule(name):
 def test_states_of_groups_without_names_are_taken_over():
     """Checkpoints from before the groups had names resume."""
     optimizer, _ = built(expanded(GLA), OptimizerConfig(lr=0.01))
-    schedule = build_schedule(optimizer, ScheduleConfig(name="constant"), num_steps=8)
+    schedule = ScheduleConfig(name="constant").build(optimizer, num_steps=8)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["name"], group["lr_factor"]

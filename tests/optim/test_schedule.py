@@ -12,9 +12,7 @@ from statex_dist.config import parse_config
 from statex_dist.errors import ConfigError
 from statex_dist.optim.schedule import (
     ScheduleConfig,
-    build_schedule,
     log_schedule,
-    schedule_facts,
     warn_of_changed_rates,
 )
 from statex_dist.run import train
@@ -53,7 +51,7 @@ def start(config: ScheduleConfig, num_steps: int):
     """Return an optimizer with two learning rates, and its schedule."""
     groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in (1.0, 3.0)]
     optimizer = torch.optim.AdamW(groups)
-    return optimizer, build_schedule(optimizer, config, num_steps=num_steps)
+    return optimizer, config.build(optimizer, num_steps=num_steps)
 
 
 def go_on(optimizer, schedule, steps: int) -> list[tuple[float, float]]:
@@ -154,8 +152,8 @@ def resumed(config: ScheduleConfig, *, before: ScheduleConfig, lr: float = 1.0, 
     warn_of_changed_rates(
         [group],
         [before.factor(6, length=before.length(old))],
-        saved_facts=schedule_facts(before, lr=1.0, num_steps=old),
-        facts=schedule_facts(config, lr=lr, num_steps=new),
+        saved_facts={"optimizer.lr": 1.0, **before.facts(num_steps=old)},
+        facts={"optimizer.lr": lr, **config.facts(num_steps=new)},
     )
 
 

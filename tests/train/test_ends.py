@@ -24,8 +24,7 @@ from statex_dist.errors import CheckpointError, DataError, StateXError
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import read_metrics
-from statex_dist.train.signals import IMPATIENCE_SECONDS, StopRequest
-from statex_dist.train.status import read_status
+from statex_dist.train.status import IMPATIENCE_SECONDS, StopRequest, read_status
 from tests.runs import GLA, make_shards, write_run
 
 

@@ -24,11 +24,11 @@ from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, read_config
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
-from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
+from statex_dist.train.metrics import MetricsFile, read_metrics
 from statex_dist.train.run_lock import claim
-from statex_dist.train.signals import StopRequest
-from statex_dist.train.status import read_status
+from statex_dist.train.status import StopRequest, read_status
 from tests.runs import GLA, MAMBA2, expanded, losses, make_shards, save_model, write_run
+from tests.train.observed import Observed
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_old_checkpoints_are_pruned_and_leftovers_removed(tmp_path: Path, shards
 def test_records_of_a_lost_life_are_dropped(tmp_path: Path):
     lines = [{"step": s, "loss": 1.0} for s in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"step": 4, "lo')
-    Metrics(tmp_path, MetricsConfig(), start_step=2, settings={}).close()
+    Observed(tmp_path, [MetricsFile()], start_step=2).close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 

@@ -3,14 +3,15 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from statex_dist.errors import ConfigError, DataError
-from statex_dist.train.console import StepLines, duration
-from statex_dist.train.metrics import Metrics, MetricsConfig, read_metrics
-from statex_dist.train.mfu import Utilisation, peak_tflops, utilisation
+from statex_dist.train.metrics import MetricsConfig, MetricsFile, StepLines, duration, read_metrics
+from statex_dist.train.mfu import Throughput, Utilisation, peak_tflops, utilisation
+from tests.train.observed import Observed
 
 
 def record(step: int, **changes) -> dict:
@@ -19,8 +20,8 @@ def record(step: int, **changes) -> dict:
     return values | {"tokens_per_s": values["tokens"] / values["seconds"]}
 
 
-def write(run_dir: Path, *records: dict, start_step: int = 0, **options) -> None:
-    metrics = Metrics(run_dir, MetricsConfig(log_every=1), start_step=start_step, settings={}, **options)
+def write(run_dir: Path, *records: dict, start_step: int = 0) -> None:
+    metrics = Observed(run_dir, MetricsConfig(log_every=1).build(flops_per_token=0), start_step=start_step)
     for values in records:
         metrics.write(values)
     metrics.close()
@@ -75,10 +76,22 @@ def test_files_that_are_no_records_are_refused(tmp_path: Path, content, message)
         read_metrics(tmp_path)
 
 
-def test_the_share_of_the_peak_is_recorded(tmp_path: Path, caplog):
-    with caplog.at_level("INFO"):
-        write(tmp_path, record(1), utilisation=Utilisation(flops_per_token=3_000_000, peak_flops=1e10))
+def test_the_share_of_the_peak_is_recorded(tmp_path: Path, caplog, monkeypatch):
+    throughput = Throughput(flops_per_token=3_000_000)
+    throughput.utilisation = Utilisation(flops_per_token=3_000_000, peak_flops=1e10)
+    throughput.run = SimpleNamespace(engine=SimpleNamespace(data_parallel_size=2, peak_memory=lambda: 7))
+    clock = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr("statex_dist.train.mfu.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    first, second = {"step": 1}, {"step": 2}
+    throughput.pre_step(1, [SimpleNamespace(num_tokens=500)])
+    throughput.post_step(first)
+    throughput.pre_step(2, [SimpleNamespace(num_tokens=500)])
+    throughput.post_step(second)
+    assert (second["tokens"], second["seconds"], second["memory_bytes"]) == (1000, 1.0, 7)
     # 500 tokens/s of 3 MFLOP each are 1.5 GFLOP/s of 10.
+    assert first["mfu"] == pytest.approx(0.15)
+    with caplog.at_level("INFO"):
+        write(tmp_path, record(1, mfu=first["mfu"]))
     assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(0.15)
     assert "MFU 15.0 %" in caplog.text
 
@@ -164,7 +177,7 @@ def test_each_step_has_one_record_in_order_and_gaps_are_named(tmp_path: Path, ca
 
 
 def test_records_that_found_no_room_are_written_when_there_is_room(tmp_path: Path, monkeypatch, caplog):
-    metrics = Metrics(tmp_path, MetricsConfig(), start_step=0, settings={})
+    metrics = Observed(tmp_path, [MetricsFile()])
     metrics.write(record(1))
     with monkeypatch.context() as full:
         full.setattr("statex_dist.train.metrics.os.write", lambda *_: 0)

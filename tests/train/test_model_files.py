@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from statex_dist import run
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
+from statex_dist.train.model_files import describe_model
 from tests.models.tiny import gla_config
 
 
@@ -14,8 +14,7 @@ def describe():
     stores = {"a": SimpleNamespace(manifest=SimpleNamespace(tokenizer="bytes"))}
 
     def files(path):
-        config = SimpleNamespace(model=SimpleNamespace(path=None if path is None else str(path)), data=None)
-        return run.describe_model(config, stores, gla_config())
+        return describe_model(gla_config(), path, stores)
 
     return files
 

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from statex_dist.errors import ConfigError
+from statex_dist.train.callback import Ending
 from statex_dist.train.profile import ProfileConfig, Profiler
 
 
 def run(directory: Path, config: ProfileConfig, *, start: int = 0, end: int = 6, rank: int = 0) -> None:
     """Run steps that each leave their number in the trace."""
-    with Profiler(config, directory, rank=rank, world_size=2) as profiler:
-        profiler.step(start)
-        for step in range(start + 1, end + 1):
-            with torch.profiler.record_function(f"number {step}"):
-                torch.ones(50, 50) @ torch.ones(50, 50)
-            profiler.step(step)
+    profiler = Profiler(config, directory, rank=rank, world_size=2)
+    for step in range(start + 1, end + 1):
+        profiler.pre_step(step, [])
+        with torch.profiler.record_function(f"number {step}"):
+            torch.ones(50, 50) @ torch.ones(50, 50)
+    profiler.on_end(Ending(state="complete", step=end))
 
 
 def traced(path: Path) -> list[int]:

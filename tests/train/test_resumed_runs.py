@@ -25,7 +25,7 @@ from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.registry import config_from_dict, read_config
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
-from statex_dist.train.metrics import read_metrics
+from statex_dist.train.metrics import MetricsFile, read_metrics
 from statex_dist.train.shared_dir import require_shared
 from tests.runs import GLA, losses, make_shards, save_model, write_run
 
@@ -51,7 +51,7 @@ class _Killed(BaseException):
 
 @pytest.mark.parametrize(
     ("point", "asynchronous"),
-    [("prune", "false"), ("prune", "true"), ("commit_directory", "true"), ("_report", "false")],
+    [("prune", "false"), ("prune", "true"), ("commit_directory", "true"), ("post_step", "false")],
 )
 def test_a_saved_step_has_its_record_whenever_the_run_ends(
     tmp_path: Path, shards: Path, monkeypatch, point: str, asynchronous: str
@@ -67,11 +67,9 @@ def test_a_saved_step_has_its_record_whenever_the_run_ends(
         if len(calls) == 4:
             raise _Killed
 
-    if point == "_report":
-        from statex_dist.train.loop import Trainer
-
-        report = Trainer._report
-        monkeypatch.setattr(Trainer, "_report", lambda *args: (report(*args), die()))
+    if point == "post_step":
+        report = MetricsFile.post_step
+        monkeypatch.setattr(MetricsFile, "post_step", lambda *args: (report(*args), die()))
     else:
         act = getattr(saving, point)
         monkeypatch.setattr(saving, point, lambda *args: (act(*args), die()))
@@ -91,7 +89,9 @@ def test_what_a_save_costs_is_in_the_next_record_and_the_seconds_are_those_of_th
 ):
     save = saving.Checkpoints.save
     clock = iter(range(10_000))
-    monkeypatch.setattr("statex_dist.train.loop.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    for module in ("loop", "mfu"):
+        patched = SimpleNamespace(perf_counter=lambda: float(next(clock)))
+        monkeypatch.setattr(f"statex_dist.train.{module}.time", patched)
 
     def slow(self, *args, **options):
         save(self, *args, **options)

@@ -18,10 +18,11 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from statex_dist import redact
-from statex_dist.train.metrics import Metrics, MetricsConfig
+from statex_dist.train.metrics import MetricsConfig
 from statex_dist.train.wandb_files import read_records, segments, synced_marker
 from statex_dist.train.wandb_run import WandbRun, _diff_holds_secret
 from tests.runs import GLA, REPOSITORY, environment, make_shards, write_run
+from tests.train.observed import Observed
 
 
 def logged(path: Path) -> Iterator[tuple[int, float]]:
@@ -42,7 +43,7 @@ def history(run_dir: Path) -> list[tuple[int, float]]:
 
 def live(run_dir: Path, begin: int, end: int, loss: float, project: str | None = "p") -> None:
     """One life of a run, which ends without a checkpoint of its last steps."""
-    metrics = Metrics(run_dir, MetricsConfig(wandb_project=project), start_step=begin, settings={"seed": 0})
+    metrics = Observed(run_dir, MetricsConfig(wandb_project=project).build(flops_per_token=0), start_step=begin)
     for step in range(begin + 1, end + 1):
         figures = {"lr": 0.1, "grad_norm": 1.0, "tokens": 8, "seconds": 1.0, "tokens_per_s": 8.0, "time": {"data": 0.1}}
         metrics.write({"step": step, "loss": loss + step, **figures})
@@ -122,7 +123,7 @@ def test_a_training_goes_on_where_wandb_cannot_be_used(tmp_path: Path, monkeypat
         monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setenv("WANDB_MODE", "no such mode")
     with caplog.at_level("WARNING"):
-        metrics = Metrics(tmp_path, MetricsConfig(wandb_project="p"), start_step=0, settings={})
+        metrics = Observed(tmp_path, MetricsConfig(wandb_project="p").build(flops_per_token=0))
         figures = {"lr": 0.1, "grad_norm": 1.0, "tokens": 8, "seconds": 1.0, "tokens_per_s": 8.0, "time": {"data": 0.1}}
         metrics.write({"step": 1, "loss": 1.0, **figures})
         metrics.close()

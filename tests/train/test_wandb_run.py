@@ -23,10 +23,11 @@ SCRIPT = """
 import logging, sys, time
 from pathlib import Path
 from statex_dist.train import wandb_run
-from statex_dist.train.metrics import Metrics, MetricsConfig
+from statex_dist.train.metrics import MetricsConfig
+from tests.train.observed import Observed
 logging.basicConfig(level=logging.INFO)
 wandb_run.PROBE_SECONDS, wandb_run.INIT_SECONDS, wandb_run.FINISH_SECONDS = 1.0, 1.0, 1.0
-metrics = Metrics(Path(sys.argv[1]), MetricsConfig(wandb_project="p"), start_step=0, settings={"seed": 0})
+metrics = Observed(Path(sys.argv[1]), MetricsConfig(wandb_project="p").build(flops_per_token=0))
 print("started", flush=True)
 input()
 for step in (1, 2):

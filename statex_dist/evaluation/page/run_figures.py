@@ -53,6 +53,7 @@ class _Curve:
 
     Attributes:
         key: Its name in a record.
+        name: Its name in a nested figure of the record; empty where ``key`` is the figure itself.
         title: Of the figure.
         label: Of its axis, with the unit.
         scale: What the values are divided by.
@@ -66,10 +67,12 @@ class _Curve:
     scale: float = 1.0
     log: bool = False
     noisy: bool = False
+    name: str = ""
 
 
 CURVES = (
     _Curve("loss", "Training loss", "loss (nats per token)", noisy=True),
+    _Curve("eval", "Validation loss", "loss (nats per token)", name="loss"),
     _Curve("lr", "Learning rate", "learning rate of the base"),
     _Curve("grad_norm", "Gradient norm before clipping", "global norm", log=True, noisy=True),
     _Curve("tokens_per_s", "Throughput", "tokens/s, all ranks"),
@@ -79,13 +82,13 @@ CURVES = (
 )
 
 # From the bottom of the stack to its top.
-_PHASES = ("forward", "backward", "step", "data", "save")
+_PHASES = ("forward", "backward", "step", "data", "save", "eval")
 
 
 def draw_runs(runs: Sequence[Run]) -> Iterator[Figure]:
     """Yield every figure for which the runs have records, titles, labels and units on each."""
     for curve in CURVES:
-        series = {run.name: _series(run.records, curve.key, scale=curve.scale) for run in runs}
+        series = {run.name: _series(run.records, curve.key, curve.name or None, scale=curve.scale) for run in runs}
         # A run that never skipped a step needs no figure to say so.
         if any(len(values) and (curve.key != "skipped" or values.any()) for _, values in series.values()):
             yield _draw_curve(curve, series)
@@ -164,7 +167,8 @@ def _draw_curve(curve: _Curve, series: Mapping[str, tuple[np.ndarray, np.ndarray
 def _draw_times(run: Run, suffix: str) -> Figure:
     """Stack what a step spends its time on; ``other`` is what no phase claims."""
     timed = [record for record in run.records if record.get("time")]
-    names = [*(p for p in _PHASES if p in timed[0]["time"]), *(p for p in timed[0]["time"] if p not in _PHASES)]
+    found = dict.fromkeys(phase for record in timed for phase in record["time"])
+    names = [*(p for p in _PHASES if p in found), *(p for p in found if p not in _PHASES)]
     steps = np.array([record["step"] for record in timed], dtype=np.float64)
     rows = [np.array([record["time"].get(name, 0.0) for record in timed]) for name in names]
     total = np.array([record["seconds"] for record in timed])

@@ -85,6 +85,8 @@ class RunSummary:
         tokens: Tokens of all steps, padding included.
         hours: Time of all steps.
         final_loss: Mean loss of the last steps whose loss is finite, at most 20: one step's says little.
+        validation_loss: Loss of the last validation.
+        best_validation_loss: Least loss of a validation.
         median_tokens_per_s: Median throughput of a step.
         median_mfu: Median model FLOPs utilisation, from 0 to 1.
         time_shares: Share of the time by phase of a step.
@@ -107,6 +109,8 @@ class RunSummary:
     skipped_steps: int | None
     steps_without_targets: int | None
     epochs: dict[str, float]
+    validation_loss: float | None = None
+    best_validation_loss: float | None = None
 
     @property
     def data_wait_share(self) -> float | None:
@@ -199,12 +203,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def summarise(run: TrainingRun) -> RunSummary:
     """Return a run in figures."""
 
-    def values(key: str) -> list[float]:
+    def values(key: str) -> list[Any]:
         return [record[key] for record in run.records if record.get(key) is not None]
 
     times = [record for record in run.records if "time" in record]
     seconds = sum(record["seconds"] for record in times)
     phases = dict.fromkeys(phase for record in times for phase in record["time"])
+    evaluated = [e["loss"] for e in values("eval") if e.get("loss") is not None]
     losses, rates, shares = values("loss"), values("tokens_per_s"), values("mfu")
     return RunSummary(
         run=str(run.directory),
@@ -220,6 +225,8 @@ def summarise(run: TrainingRun) -> RunSummary:
         skipped_steps=int(skipped[-1]) if (skipped := values("skipped")) else None,
         steps_without_targets=int(empty[-1]) if (empty := values("without_targets")) else None,
         epochs=dict(run.records[-1].get("epochs") or {}),
+        validation_loss=evaluated[-1] if evaluated else None,
+        best_validation_loss=min(evaluated, default=None),
     )
 
 
@@ -249,6 +256,8 @@ def summary_rows(summary: RunSummary) -> dict[str, str]:
         "tokens": number(summary.tokens, ","),
         "hours": number(summary.hours, ".2f"),
         "final loss (20 steps)": number(summary.final_loss, ".4f"),
+        "validation loss, last": number(summary.validation_loss, ".4f"),
+        "validation loss, best": number(summary.best_validation_loss, ".4f"),
         "median tokens/s": number(summary.median_tokens_per_s, ",.0f"),
         "median MFU": number(summary.median_mfu, ".1%"),
         **{f"time: {phase}": f"{share:.1%}" for phase, share in summary.time_shares.items()},

@@ -19,7 +19,7 @@ from statex_dist.models.hf import from_pretrained
 from statex_dist.models.registry import config_from_dict
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
-from statex_dist.train.signals import StopRequest
+from statex_dist.train.status import StopRequest
 from tests.checkpoints_tools.builders import run_expand
 from tests.runs import GLA, MAMBA2, make_shards, save_model, write_run
 

@@ -89,9 +89,11 @@ def _apply():
     elif point == "before the manifest":
         snapshot.FileWriter.wait = at(snapshot.FileWriter.wait, die)
     elif point == "between rename and latest":
-        place.Place.name_latest = at(place.Place.name_latest, die)
+        place.CheckpointPlace.name_latest = at(place.CheckpointPlace.name_latest, die)
     elif point == "mount away":
-        place.Place.open = at(place.Place.open, lambda *_: _swap(fault["link"], fault["to"], marker))
+        place.CheckpointPlace.open = at(
+            place.CheckpointPlace.open, lambda *_: _swap(fault["link"], fault["to"], marker)
+        )
     elif point == "mount away in a save":
         snapshot.FileWriter.run = at(snapshot.FileWriter.run, lambda *_: _swap(fault["link"], fault["to"], marker))
     else:

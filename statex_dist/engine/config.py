@@ -1,0 +1,201 @@
+"""The section ``engine``: how the model is trained, the engine that does so, and DeepSpeed's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+
+from statex_dist.config import check_finite
+from statex_dist.distributed.context_group import ContextGroup
+from statex_dist.distributed.env import ProcessEnv
+from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.segment_states import StatePassing
+from statex_dist.errors import ConfigError
+from statex_dist.state.scan_memory import MAX_STATE_BYTES
+
+Place = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How the model is trained.
+
+    Attributes:
+        name: ``zero3`` (DeepSpeed, any number of ranks) or ``plain`` (PyTorch, one process).
+        precision: Of parameters and activations; optimizer states and master weights are fp32 either way.
+        activation_checkpointing: Layers that are recomputed in the backward pass: ``none``, every ``block``, or only
+            the ``expanded`` ones, whose states are the largest.
+        loss_chunk_tokens: Tokens whose logits are held at once, nothing being computed twice for it; 0 holds those of
+            the whole sequence.
+        segment_tokens: A packed sequence is run in segments of this many tokens, each with its own backward pass;
+            states continue from one to the next, gradients do not (truncated BPTT). 0 runs it whole.
+        max_state_bytes: Bound of the chunk states that the GPU scan of an expanded GLA layer holds at once; the
+            backward pass computes them again, segment by segment.
+        param_persistence_threshold: ZeRO-3 keeps parameters with fewer elements whole on every rank.
+        sub_group_size: Elements that ZeRO-3's optimizer updates at once, per rank.
+        offload_optimizer: Where ZeRO-3 keeps optimizer states and master weights instead of the GPU: ``none`` or
+            ``cpu``.
+        offload_parameters: The same of the parameters, which may go to ``nvme`` too.
+        nvme_path: Directory on a local disk, for ``nvme``.
+        timeout_minutes: After which a collective gives up on a dead peer.
+    """
+
+    name: Literal["zero3", "plain"] = "zero3"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "block", "expanded"] = "none"
+    loss_chunk_tokens: int = 8192
+    segment_tokens: int = 0
+    max_state_bytes: int = MAX_STATE_BYTES
+    param_persistence_threshold: int = 100_000
+    sub_group_size: int = 1_000_000_000
+    offload_optimizer: Place = "none"
+    offload_parameters: Place = "none"
+    nvme_path: str | None = None
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_finite(self, "engine")
+        if self.name == "plain" and self.precision != "fp32":
+            raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
+        for name in ("max_state_bytes", "sub_group_size", "timeout_minutes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"engine.{name} must be above 0, not {getattr(self, name)}")
+        for name in ("loss_chunk_tokens", "segment_tokens", "param_persistence_threshold"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"engine.{name} must be 0 or more, not {getattr(self, name)}")
+        places = {self.offload_optimizer, self.offload_parameters}
+        if self.name == "plain" and places != {"none"}:
+            raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name zero3")
+        if self.offload_optimizer == "nvme":
+            raise ConfigError(
+                "engine.offload_optimizer nvme is refused: DeepSpeed 0.19 does not restore such a run from its "
+                "checkpoint (it continues with the wrong weights); use cpu. engine.offload_parameters may be nvme"
+            )
+        if "nvme" in places and self.nvme_path is None:
+            raise ConfigError("engine: offloading to nvme needs engine.nvme_path, a directory on a local disk")
+        if self.nvme_path is not None and "nvme" not in places:
+            raise ConfigError("engine.nvme_path is given, but nothing is offloaded to nvme")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def join(self, env: ProcessEnv, facts: Mapping[str, object]) -> None:
+        """Join the other ranks, unless that has been done or there are none.
+
+        Args:
+            env: This process.
+            facts: Settings that must be equal on all ranks, by name.
+
+        Raises:
+            StateXError: The ranks do not find each other, or differ.
+        """
+        if self.name == "plain":
+            return
+        from statex_dist.engine.zero3 import init_process_group
+
+        init_process_group(env, timeout_minutes=self.timeout_minutes, facts=facts)
+
+    def prepare(self, model: Any) -> None:
+        """Tell a model what this section says of its memory."""
+        model.trunk.recompute = self.activation_checkpointing
+        model.lm_head.chunk_tokens = self.loss_chunk_tokens
+        model.max_state_bytes = self.max_state_bytes
+
+    def build(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
+        *,
+        env: ProcessEnv,
+        gradient_clipping: float,
+        accumulation_steps: int,
+        context: int = 1,
+        passing: StatePassing | None = None,
+    ) -> TrainEngine:
+        """Return the engine around ``model``.
+
+        Args:
+            model: The same on all ranks.
+            optimizer: Over its parameters.
+            schedule: Over the optimizer.
+            env: This process; :meth:`join` has been called.
+            gradient_clipping: Largest global gradient norm; 0 for none.
+            accumulation_steps: Packs per data-parallel rank and optimizer step.
+            context: Ranks that share each pack.
+            passing: State passing, or None.
+        """
+        if self.name == "plain":
+            from statex_dist.engine.plain import PlainEngine
+
+            return PlainEngine(
+                model,
+                optimizer,
+                schedule,
+                gradient_clipping=gradient_clipping,
+                device=env.device,
+                segment_tokens=self.segment_tokens,
+                passing=passing,
+            )
+        from statex_dist.engine.zero3 import Zero3Engine
+
+        settings = deepspeed_config(self, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
+        group = ContextGroup.join(context, timeout=timedelta(minutes=self.timeout_minutes))
+        return Zero3Engine(
+            model,
+            optimizer,
+            schedule,
+            settings=settings,
+            env=env,
+            segment_tokens=self.segment_tokens,
+            context=group,
+            passing=passing,
+        )
+
+
+def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumulation_steps: int) -> dict[str, Any]:
+    """Return the dictionary for ``deepspeed.initialize``.
+
+    Args:
+        config: The engine's section of the run's configuration.
+        gradient_clipping: Largest global gradient norm; 0 for none.
+        accumulation_steps: Packs per rank and optimizer step.
+    """
+    # Several packs per step are summed: in bf16 the later ones would be rounded away.
+    accumulate = {"grad_accum_dtype": "fp32"} if accumulation_steps > 1 or config.segment_tokens else {}
+    return {
+        "data_types": accumulate,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": gradient_clipping,
+        "bf16": {"enabled": config.precision == "bf16"},
+        # The optimizer is torch's AdamW: DeepSpeed's own would be compiled on first use.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": config.param_persistence_threshold,
+            "sub_group_size": config.sub_group_size,
+            "contiguous_gradients": True,
+            "overlap_comm": True,
+            **_offload(config),
+        },
+        "checkpoint": {"tag_validation": "Fail"},
+        "steps_per_print": 10**12,
+    }
+
+
+def _offload(config: EngineConfig) -> dict[str, Any]:
+    """Return the sections that move optimizer states and parameters off the GPU."""
+    sections = {}
+    for name, place in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
+        if place != "none":
+            path = {"nvme_path": config.nvme_path} if place == "nvme" else {}
+            sections[name] = {"device": place, "pin_memory": torch.cuda.is_available(), **path}
+    return sections
