@@ -76,7 +76,7 @@ def measure(model_dir: Path, arm: Arm, held_out: Path) -> dict[str, Any]:
             states, loss = read_tokens(model, tokens, start, start + _SEGMENT, states, _SEGMENT)
             losses.append(loss / _SEGMENT)
             variances.append([state_statistics(state[0])["variance"].mean(axis=0).tolist() for state in states])
-    return {"state_numbers": model.config.state_numbers, "loss": np.transpose(losses).tolist(), "variance": variances}
+    return {"state_numbers": model.config.state_elements, "loss": np.transpose(losses).tolist(), "variance": variances}
 
 
 def summarise(

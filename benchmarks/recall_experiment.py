@@ -64,7 +64,7 @@ def measure(model_dir: Path, held_out: Path, num_pairs: Sequence[int], documents
         recall[str(n)] = score_mqar(model, tokens, mask).tolist()
     text = run_perplexity(model, read_documents(held_out, load_tokenizer("bytes")), PerplexitySettings())
     return {
-        "state_numbers": model.config.state_numbers,
+        "state_numbers": model.config.state_elements,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "recall": recall,
         "text": [[n, loss] for n, loss in text.documents],

@@ -169,7 +169,7 @@ def model_facts(model: RecurrentLM, directory: str) -> dict[str, Any]:
         "fingerprint": model_fingerprint(Path(directory)),
         "model_type": config.MODEL_TYPE,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "state_numbers": config.state_numbers,
+        "state_numbers": config.state_elements,
         "vocab_size": config.vocab_size,
         "statex": config.statex.to_dict() if config.statex else None,
         "mitigation": None if model.mitigation is None else str(model.mitigation),

@@ -68,7 +68,7 @@ def _print(facts: Any) -> None:
         "notes": "\n".join(facts.notes),
         "model type": facts.model_type,
         "plan": plan,
-        "state numbers": f"{facts.state_numbers:,}" if facts.state_numbers is not None else None,
+        "state elements": f"{facts.state_numbers:,}" if facts.state_numbers is not None else None,
         "step": facts.step,
         "ranks": facts.world_size,
         "tensors": f"{facts.tensors} ({', '.join(f'{n} {d}' for d, n in facts.dtypes.items())})"

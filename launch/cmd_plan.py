@@ -121,12 +121,12 @@ def passed_states(config: ModelConfig) -> dict[str, Any]:
     """Return what ``train.state_passing`` takes and the memory above does not count: how many sequences share a pack
     is known of the data alone.
     """
-    each = 2 * STATE_BYTES * config.state_numbers
+    each = 2 * STATE_BYTES * config.state_elements
     return {
         "bytes_per_sequence": each,
         "says": (
             f"memory leaves out train.state_passing: the states at the begin and the end of every sequence of a pack, "
-            f"{size(each)} a sequence (2 x {STATE_BYTES} bytes x {config.state_numbers:,} state numbers)"
+            f"{size(each)} a sequence (2 x {STATE_BYTES} bytes x {config.state_elements:,} state elements)"
         ),
     }
 
@@ -168,7 +168,7 @@ def _print(report: Any, left_out: dict[str, Any] | None) -> None:
     for name in ("", "before", "after", "change"):
         totals.add_column(name, justify="right" if name else "left")
     for label, old, new, shown in (
-        ("state numbers", before.state_numbers, after.state_numbers, "{:,}".format),
+        ("state elements", before.state_numbers, after.state_numbers, "{:,}".format),
         ("state bytes", before.state_bytes, after.state_bytes, size),
         ("parameters", before.parameters, after.parameters, "{:,}".format),
         ("forward FLOPs per token", before.flops_per_token, after.flops_per_token, "{:,}".format),

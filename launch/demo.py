@@ -117,7 +117,7 @@ class Demo:
         for seed in range(self.seeds):
             for arm, (model, record) in self.train_and_measure(seed).items():
                 config = read_config(model)
-                numbers = config.state_numbers
+                numbers = config.state_elements
                 tensors = family_of(config.MODEL_TYPE).tensors(config)
                 entry = arms.setdefault(
                     arm,

@@ -21,7 +21,7 @@ def make_table(result: dict[str, Any]) -> Table:
     table.add_column("")
     for arm in ARMS.values():
         table.add_column(arm, justify="right")
-    table.add_row("state numbers", *(f"{arm['state_numbers']:,}" for arm in arms))
+    table.add_row("state elements", *(f"{arm['state_numbers']:,}" for arm in arms))
     table.add_row("parameters", *(f"{arm['parameters']:,}" for arm in arms), end_section=True)
     for n in NUM_PAIRS:
         accuracies = ([record["recall"][str(n)] for record in arm["seeds"]] for arm in arms)

@@ -74,10 +74,10 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
         config.import_parts()
         callbacks = [*build_callbacks(config.callbacks), *own_callbacks(config, model.config, held, env)]
     logger.info(
-        "%s: %d parameters, %d state numbers; %d tokens per step on %d ranks",
+        "%s: %d parameters, %d state elements; %d tokens per step on %d ranks",
         model.config.MODEL_TYPE,
         sum(p.numel() for p in model.parameters()),
-        model.config.state_numbers,
+        model.config.state_elements,
         config.data.packs_per_step * config.data.seq_len,
         env.world_size,
     )

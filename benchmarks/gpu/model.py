@@ -92,7 +92,7 @@ def train_steps(model: dict[str, Any], expansion: str, args: argparse.Namespace)
     used = utilisation(flops, device=env.device, ranks=1)
     row = {
         "parameters": parameters,
-        "state_numbers": settings.state_numbers,
+        "state_numbers": settings.state_elements,
         "expanded_layers": len(settings.statex.layers) if settings.statex else 0,
         "layers": settings.num_hidden_layers,
         "step_s": timing.median,

@@ -149,8 +149,8 @@ def make_report(
         layers.append(
             LayerAccount(
                 expansion=expansion,
-                state_before=before.layer_geometry(expansion.layer).numbers,
-                state_after=after.layer_geometry(expansion.layer).numbers,
+                state_before=before.layer_geometry(expansion.layer).elements,
+                state_after=after.layer_geometry(expansion.layer).elements,
                 changes=dict(Counter(change.change for change in inside)),
             )
         )
@@ -158,8 +158,8 @@ def make_report(
         source=str(source),
         model_type=before.MODEL_TYPE,
         numpy=np.__version__,
-        state_before=before.state_numbers,
-        state_after=after.state_numbers,
+        state_before=before.state_elements,
+        state_after=after.state_elements,
         parameters_before=sum(info.numel for info in source_infos),
         parameters_after=sum(job.info.numel for job in jobs),
         layers=layers,

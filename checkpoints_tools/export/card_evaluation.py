@@ -34,7 +34,7 @@ def read_evaluations(directories: Sequence[str | Path], *, state_numbers: int) -
 
     Args:
         directories: Each holds the result files of one or more suites.
-        state_numbers: State numbers of the model that the card is of.
+        state_numbers: State elements of the model that the card is of.
 
     Raises:
         DataError: A directory is missing or has no results, a file is damaged or of another release, or the model that

@@ -189,11 +189,11 @@ def _plan(facts: CardFacts) -> str:
     rows = [
         (
             *(e.layer, e.op, f"x{e.factor}", e.init + (", dynamics reset" if e.reset_dynamics else "")),
-            *(f"{c.layer_geometry(e.layer).numbers:,}" for c in (before, config)),
+            *(f"{c.layer_geometry(e.layer).elements:,}" for c in (before, config)),
         )
         for e in config.statex.layers
     ]
-    names = ("layer", "operation", "factor", "start", "state numbers before", "after")
+    names = ("layer", "operation", "factor", "start", "state elements before", "after")
     return f"## Expansion\n\n{_table(names, rows)}\n\nThe plan is also in `config.json`, under `statex`."
 
 
@@ -205,7 +205,7 @@ def _numbers(facts: CardFacts) -> str:
     versions = [("", config)] if config.statex is None else [(" before", config.replace(statex=None)), ("", config)]
     for when, version in versions:
         size = sum(version.layer_geometry(layer).state_bytes for layer in version.recurrent_layers)
-        rows.append((f"state numbers{when}", f"{version.state_numbers:,}"))
+        rows.append((f"state elements{when}", f"{version.state_elements:,}"))
         rows.append((f"bytes of state per sequence{when} (fp32, convolutions included)", f"{size:,}"))
     return f"## Numbers\n\n{_table(('', ''), rows)}\n\nThe state has this size whatever the length of the text."
 

@@ -95,7 +95,7 @@ class Evidence:
     def says(self, model_type: str, state_numbers: int) -> str:
         """Return in one line what is concluded from."""
         low, high = min(self.law.state), max(self.law.state)
-        known = f"{low:.3g} .. {high:.3g} M state numbers"
+        known = f"{low:.3g} .. {high:.3g} M state elements"
         if self.source is None:
             line = f"the law of Stuffed Mamba (arXiv 2410.07145), fitted on Mamba-2 with {known}"
         else:
@@ -211,14 +211,14 @@ def judge_forgetting(before: ModelConfig, after: ModelConfig, train_length: int,
         train_length: Tokens of a training sequence.
         evidence: What to conclude from.
     """
-    numbers = after.state_numbers
+    numbers = after.state_elements
     needed = evidence.threshold(numbers)
     interval = evidence.interval(numbers)
     basis: Basis = "paper" if evidence.source is None else "fit"
     if evidence.measurement is not None:
         basis = "measurement"
     enough = train_length >= needed
-    as_it_is = evidence.threshold(before.state_numbers)
+    as_it_is = evidence.threshold(before.state_elements)
     return Forgetting(
         basis=basis,
         says=evidence.says(before.MODEL_TYPE, numbers),
@@ -289,10 +289,10 @@ def read_measurement(path: Path, config: ModelConfig) -> Measurement:
         raise ConfigError(f"--health {path} cannot be read: {error.strerror} ({file})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"--health {file} is not a result of `statex eval collapse`: {reason(error)}") from None
-    wanted = config.MODEL_TYPE, config.state_numbers, config.statex.to_dict() if config.statex else None
+    wanted = config.MODEL_TYPE, config.state_elements, config.statex.to_dict() if config.statex else None
     if found != wanted:
         raise ConfigError(
-            f"--health {path} is of another model ({found[0]}, {found[1]:,} state numbers"
+            f"--health {path} is of another model ({found[0]}, {found[1]:,} state elements"
             f"{', expanded' if found[2] else ''}), this is {wanted[0]} with {wanted[1]:,}"
             f"{', expanded' if wanted[2] else ''}; measure this one: statex eval collapse --model DIR --out DIR"
         )

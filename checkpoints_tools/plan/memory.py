@@ -255,12 +255,12 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
         geometry = config.layer_geometry(layer)
         whole = width * tokens * widths[layer]
         if geometry.is_large:
-            chunks, state = -(-tokens // CHUNK_SIZE), width * geometry.numbers
+            chunks, state = -(-tokens // CHUNK_SIZE), width * geometry.elements
             held = min(chunks, chunks_per_segment(chunks, state, settings.max_state_bytes))
             states.append(2 * state * held)
-            whole += 4 * geometry.numbers * -(-chunks // held)
+            whole += 4 * geometry.elements * -(-chunks // held)
         else:
-            states.append(8 * -(-tokens // geometry.chunk_size) * geometry.numbers)
+            states.append(8 * -(-tokens // geometry.chunk_size) * geometry.elements)
         expanded = config.statex is not None and config.statex.get(layer) is not None
         policy = settings.activation_checkpointing
         if policy == "block" or (policy == "expanded" and expanded):

@@ -103,8 +103,8 @@ def report_plan(
             LayerState(
                 layer=layer,
                 expansion=expansion.summary if expansion else None,
-                numbers_before=old.numbers,
-                numbers_after=new.numbers,
+                numbers_before=old.elements,
+                numbers_after=new.elements,
                 bytes_before=old.state_bytes,
                 bytes_after=new.state_bytes,
             )
@@ -126,7 +126,7 @@ def _cost(
     specs = family_of(config.MODEL_TYPE).tensors(config)
     geometries = [config.layer_geometry(layer) for layer in config.recurrent_layers]
     parameters = sum(spec.numel for spec in specs.values())
-    numbers = sum(geometry.numbers for geometry in geometries)
+    numbers = sum(geometry.elements for geometry in geometries)
     needed = math.ceil(evidence.threshold(numbers))
     return ModelCost(
         state_numbers=numbers,

@@ -49,7 +49,7 @@ def parse_target(text: str, current: int) -> float:
     if not math.isfinite(wanted):
         raise ConfigError(f"--target-state {text[:20]}... is out of all proportion")
     if wanted <= current:
-        raise ConfigError(f"--target-state {text}: the model has {current:,} state numbers already; ask for more")
+        raise ConfigError(f"--target-state {text}: the model has {current:,} state elements already; ask for more")
     return wanted
 
 
@@ -69,7 +69,7 @@ def find_plan(
     Raises:
         ConfigError: No plan comes within :data:`TOLERANCE`; the closest is named.
     """
-    wanted = parse_target(target, config.state_numbers)
+    wanted = parse_target(target, config.state_elements)
     taken = {e.layer for e in config.statex.layers} if config.statex else set()
     free = [layer for layer in config.recurrent_layers if layer not in taken]
     if not free:
@@ -87,11 +87,11 @@ def find_plan(
                 if factor is not None:
                     raise
                 break
-            found.append(FoundPlan(layers=chosen, factor=number, numbers=after.state_numbers))
+            found.append(FoundPlan(layers=chosen, factor=number, numbers=after.state_elements))
     best = min(found, key=lambda plan: (abs(plan.numbers - wanted), len(plan.layers)), default=None)
     if best is None or abs(best.numbers - wanted) > TOLERANCE * wanted:
         closest = f"the closest is {best.factor} times in layers {list(best.layers)}" if best else "no factor fits"
-        reached = f" ({best.numbers / config.state_numbers:.2f}x)" if best else ""
+        reached = f" ({best.numbers / config.state_elements:.2f}x)" if best else ""
         raise ConfigError(f"--target-state {target}: no plan of op {op} comes within 5 %; {closest}{reached}")
     return best
 
@@ -195,6 +195,6 @@ def _try(before: ModelConfig, like: LayerExpansion, factor: int, layers: tuple[i
         init=like.init,
         factor=factor,
         layers=layers,
-        state_numbers=after.state_numbers,
+        state_numbers=after.state_elements,
         reset_dynamics=like.reset_dynamics,
     )

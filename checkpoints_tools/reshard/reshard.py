@@ -188,7 +188,7 @@ def _export(
         parameters=sum(job.info.numel for job in jobs if job.info.dtype in FLOATS),
         dtypes=[TORCH_NAMES[dtype] for dtype in float_dtypes(job.info for job in jobs)],
         tokenizer=tokenizer_kind(model_dir, new),
-        evaluations=read_evaluations(evaluations, state_numbers=request.config.state_numbers),
+        evaluations=read_evaluations(evaluations, state_numbers=request.config.state_elements),
     )
     documents[CARD_NAME] = model_card(card)
     return lambda _: documents, export_notes(request.config)

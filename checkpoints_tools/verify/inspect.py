@@ -165,7 +165,7 @@ def _describe(facts: CheckpointFacts, path: Path) -> OpenModel:
     facts.model_type = opened.values.get("model_type") if opened.values else None
     if opened.config is None:
         return opened
-    facts.model_type, facts.state_numbers = opened.config.MODEL_TYPE, opened.config.state_numbers
+    facts.model_type, facts.state_numbers = opened.config.MODEL_TYPE, opened.config.state_elements
     facts.plan = opened.config.statex.to_dict() if opened.config.statex else None
     stored = [source.info(name) for name in tied_names(opened.config) if name in source and name not in source.aliases]
     facts.parameters = (facts.parameters or 0) - sum(info.numel for info in stored)

@@ -160,9 +160,9 @@ class ModelConfig:
         return tuple(layer for layer in range(self.num_hidden_layers) if layer not in attention)
 
     @property
-    def state_numbers(self) -> int:
+    def state_elements(self) -> int:
         """State elements of all recurrent layers together."""
-        return sum(self.layer_geometry(layer).numbers for layer in self.recurrent_layers)
+        return sum(self.layer_geometry(layer).elements for layer in self.recurrent_layers)
 
     @property
     def obstacle(self) -> str | None:

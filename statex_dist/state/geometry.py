@@ -40,20 +40,20 @@ class StateGeometry:
     chunk_size: int = 64
 
     @property
-    def numbers(self) -> int:
+    def elements(self) -> int:
         """Numbers in the matrix states of the layer (convolution tails not counted, as in the papers)."""
         return self.num_heads * self.key_dim * self.value_dim * self.values_per_key
 
     @property
     def is_large(self) -> bool:
         """Whether a head's state is larger than those of GLA-1.3B."""
-        return self.numbers // self.num_heads > LARGEST_PLAIN_HEAD
+        return self.elements // self.num_heads > LARGEST_PLAIN_HEAD
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's state: fp32 matrices and convolution tails."""
         tail = self.conv_channels * max(self.conv_kernel - 1, 0)
-        return STATE_BYTES * (self.numbers + tail)
+        return STATE_BYTES * (self.elements + tail)
 
     @property
     def scan_flops(self) -> int:
@@ -64,4 +64,4 @@ class StateGeometry:
         """
         keys = self.num_key_groups * self.key_dim
         values = self.num_heads * self.value_dim * self.values_per_key
-        return 4 * self.numbers + 2 * self.chunk_size * (keys + values)
+        return 4 * self.elements + 2 * self.chunk_size * (keys + values)

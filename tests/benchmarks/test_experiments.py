@@ -83,7 +83,7 @@ def test_configurations_make_models_plans_and_runs(path: Path, tmp_path: Path):
     for arm in experiment.arms.values():
         if arm.expand is not None:
             options = {name: str(value) for name, value in arm.expand.items()}
-            assert plan_model(model, PlanOptions(**options)).state_numbers > model.state_numbers
+            assert plan_model(model, PlanOptions(**options)).state_elements > model.state_elements
     for name, run in [(s.corpus, s.run) for s in (*experiment.pretrain, experiment.posttrain)]:
         file = tmp_path / f"{name}.yaml"
         values = {

@@ -28,7 +28,7 @@ def test_ours_and_the_peer_write_the_same_tokens(monkeypatch):
 def test_the_models_grow_as_their_labels_say(label, factor):
     model = inference.build(inference.MODELS[label])
     plain = inference.build(inference.MODELS[label.split(",")[0]])
-    numbers = [sum(layer.numbers for layer in _geometries(m)) for m in (plain, model)]
+    numbers = [sum(layer.elements for layer in _geometries(m)) for m in (plain, model)]
     assert numbers[1] == factor * numbers[0]
 
 

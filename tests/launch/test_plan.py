@@ -34,8 +34,8 @@ def test_what_passed_states_take_is_said_to_be_left_out(tmp_path: Path, capsys: 
     file = write_run(tmp_path / "run.yaml", **sections, train={"num_steps": 1, "state_passing": 0.5})
     assert main(["plan", "--config", str(file), "--json"]) == 0
     left_out = json.loads(capsys.readouterr().out)["left_out"]["passed_states"]
-    assert left_out["bytes_per_sequence"] == 8 * config.state_numbers
-    assert f"2 x 4 bytes x {config.state_numbers:,} state numbers" in left_out["says"]
+    assert left_out["bytes_per_sequence"] == 8 * config.state_elements
+    assert f"2 x 4 bytes x {config.state_elements:,} state elements" in left_out["says"]
     assert main(["plan", "--config", str(file)]) == 0
     assert left_out["says"] in capsys.readouterr().out
 

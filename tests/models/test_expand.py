@@ -63,7 +63,7 @@ def test_result_is_a_model_of_the_target_config(config, op, init, factor):
     out = model(tokens(1, 20), labels=tokens(1, 20, seed=1))
     out.loss_sum.backward()
     assert torch.isfinite(out.loss_sum)
-    assert target.layer_geometry(1).numbers == factor * config.layer_geometry(1).numbers
+    assert target.layer_geometry(1).elements == factor * config.layer_geometry(1).elements
     assert target.layer_geometry(0) == config.layer_geometry(0)
 
 

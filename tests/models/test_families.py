@@ -547,8 +547,8 @@ def test_every_family_has_the_operations_it_should():
 @pytest.mark.parametrize("factor", [2, HEADS])
 def test_lossless_mixing_is_exact(config, op, factor):
     source, model, target = expand(config, op, "lossless", factor)
-    assert [target.layer_geometry(layer).numbers for layer in (0, 1)] == [
-        factor * config.layer_geometry(layer).numbers for layer in (0, 1)
+    assert [target.layer_geometry(layer).elements for layer in (0, 1)] == [
+        factor * config.layer_geometry(layer).elements for layer in (0, 1)
     ]
     ids = tokens(2, 70)
     with torch.no_grad():

@@ -83,7 +83,7 @@ def test_states_have_the_geometry_of_the_plan(config):
     states = build(config)(tokens(3, 5), output_states=True).states
     for layer, (matrix, *tails) in enumerate(states):
         geometry = config.layer_geometry(layer)
-        assert matrix.numel() == 3 * geometry.numbers
+        assert matrix.numel() == 3 * geometry.elements
         # RetNet's state also holds one whole number per sequence: the position of its next token
         kept = sum(tail.numel() for tail in tails if tail.is_floating_point())
         assert kept == 3 * geometry.conv_channels * max(geometry.conv_kernel - 1, 0)

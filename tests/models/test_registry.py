@@ -85,5 +85,5 @@ def test_torch_counts_the_same_for_the_matrices(config):
 def test_a_bigger_state_costs_more():
     before = gla_config()
     after = make_plan(before, layers="0", factor=4, init="inherit")
-    more = after.layer_geometry(0).numbers - before.layer_geometry(0).numbers
+    more = after.layer_geometry(0).elements - before.layer_geometry(0).elements
     assert forward_flops_per_token(after) - forward_flops_per_token(before) == 4 * more

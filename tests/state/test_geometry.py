@@ -19,7 +19,7 @@ MAMBA2_1B3 = Mamba2Config(
 
 
 def total(config):
-    return sum(config.layer_geometry(layer).numbers for layer in range(config.num_hidden_layers))
+    return sum(config.layer_geometry(layer).elements for layer in range(config.num_hidden_layers))
 
 
 def test_gla_1b3_grows_by_half_as_in_the_paper():
@@ -42,17 +42,17 @@ def test_gla_scan_flops():
 def test_a_mixed_layer_has_the_state_of_a_merged_one():
     merged = make_plan(GLA_1B3, layers="0", factor=4, init="reinit").layer_geometry(0)
     mixed = make_plan(GLA_1B3, layers="0", factor=4, init="lossless").layer_geometry(0)
-    assert mixed.numbers == merged.numbers == 1024 * 2048
+    assert mixed.elements == merged.elements == 1024 * 2048
     assert mixed.values_per_key == 4
     half = make_plan(GLA_1B3, layers="0", factor=2, init="lossless").layer_geometry(0)
-    assert half.numbers == 2 * GLA_1B3.layer_geometry(0).numbers
+    assert half.elements == 2 * GLA_1B3.layer_geometry(0).elements
 
 
 def test_mamba2_1b3_with_four_times_the_state():
     target = make_plan(MAMBA2_1B3, layers="all", factor=4, init="lossless")
     geometry = target.layer_geometry(0)
     assert geometry.key_dim == 512
-    assert geometry.numbers == 1024 * 2048
+    assert geometry.elements == 1024 * 2048
     assert total(target) == 4 * total(MAMBA2_1B3) == 100_663_296
     assert MAMBA2_1B3.layer_geometry(0).scan_flops == pytest.approx(4.3e6, rel=0.02)
     assert geometry.scan_flops == pytest.approx(10.7e6, rel=0.02)
@@ -73,7 +73,7 @@ def test_numbers_are_those_of_real_states():
     mix = torch.ones(2, 3)
     _, state = gla(*(one.expand(1, 4, 2, size) for size in (5, 5, 7)), -one.expand(1, 4, 2, 5), mix=mix[:, :2])
     geometry = StateGeometry(num_heads=2, key_dim=5, value_dim=7, num_key_groups=2, values_per_key=2)
-    assert state.numel() == geometry.numbers
+    assert state.numel() == geometry.elements
     x, B = one.expand(1, 4, 6, 7), one.expand(1, 4, 3, 5)
     _, state = ssd(x, x[..., 0], -torch.ones(6), B, B)
     assert state.numel() == StateGeometry(num_heads=6, key_dim=5, value_dim=7, num_key_groups=3).numbers

@@ -34,7 +34,7 @@ def plan_section(expansions: Sequence[ExpandedModel]) -> Section:
 def total_lines(expansion: ExpandedModel) -> list[list[str]]:
     """Return the model's figures before and after, for :func:`~statex_dist.evaluation.page.html.table`."""
     before, after = expansion.config.replace(statex=None), expansion.config
-    rows = [("state numbers", before.state_numbers, after.state_numbers)]
+    rows = [("state elements", before.state_elements, after.state_elements)]
     rows.append(("state bytes, one sequence", _state_bytes(before), _state_bytes(after)))
     if expansion.parameters is not None:
         rows.append(("parameters", *expansion.parameters))
@@ -58,7 +58,7 @@ def layer_lines(config: ModelConfig) -> list[list[str]]:
     for layer in config.recurrent_layers:
         expansion, old, new = config.statex.get(layer), before.layer_geometry(layer), config.layer_geometry(layer)
         what = f"{expansion.op} ×{expansion.factor}, {expansion.init}" if expansion else ""
-        sizes = (old.numbers, new.numbers, old.state_bytes, new.state_bytes)
+        sizes = (old.elements, new.elements, old.state_bytes, new.state_bytes)
         lines.append([str(layer), what, *(f"{size:,}" for size in sizes)])
     return lines
 
@@ -67,8 +67,8 @@ def draw_states(name: str, config: ModelConfig) -> Figure:
     """Return the states of all layers as bars, what the expansion added on top and hatched."""
     layers = config.recurrent_layers
     before = config.replace(statex=None)
-    old = np.array([before.layer_geometry(layer).numbers for layer in layers])
-    new = np.array([config.layer_geometry(layer).numbers for layer in layers])
+    old = np.array([before.layer_geometry(layer).elements for layer in layers])
+    new = np.array([config.layer_geometry(layer).elements for layer in layers])
     x = np.arange(len(layers))
     with styled():
         axes = new_axes(f"State of each layer: {name}", "layer", "numbers in the state", legend_rows=1)

@@ -57,7 +57,7 @@ def headline_lines(results: Sequence[Result]) -> list[list[str]]:
         if not column:
             model = result.summary["model"]
             with reading(result.path):
-                facts = (("parameters", model["parameters"]), ("state numbers", model["state_numbers"]))
+                facts = (("parameters", model["parameters"]), ("state elements", model["state_numbers"]))
                 column.extend(Measured(name=name, value=n, words=f"{n:,}") for name, n in facts)
         for figure in measured(result):
             if figure.headline:
@@ -132,8 +132,8 @@ def to_dict(inputs: Inputs) -> dict[str, Any]:
             {
                 "name": expansion.name,
                 "model_type": expansion.config.MODEL_TYPE,
-                "state_before": expansion.config.replace(statex=None).state_numbers,
-                "state_after": expansion.config.state_numbers,
+                "state_before": expansion.config.replace(statex=None).state_elements,
+                "state_after": expansion.config.state_elements,
                 "plan": expansion.config.statex and expansion.config.statex.to_dict(),
             }
             for expansion in inputs.expansions

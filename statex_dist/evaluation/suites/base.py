@@ -260,7 +260,7 @@ def interval_text(row: Mapping[str, Any], *, low: str = "low", high: str = "high
 def title_of(suite: str, model: Mapping[str, Any]) -> str:
     """Return the title of a printed table."""
     title = (
-        f"{suite}: {model['model_type']}, {model['parameters']:,} parameters, {model['state_numbers']:,} state numbers"
+        f"{suite}: {model['model_type']}, {model['parameters']:,} parameters, {model['state_numbers']:,} state elements"
     )
     return f"{title}, {model['mitigation']}" if model.get("mitigation") else title
 

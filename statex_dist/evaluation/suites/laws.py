@@ -74,7 +74,7 @@ class LawsSuite(Suite):
     def details(self, results: Sequence[Result]) -> Iterator[tuple[str, Lines]]:
         for result in results:
             for law in ("forget", "recall"):
-                lines = [["state numbers", "tokens", "used"]]
+                lines = [["state elements", "tokens", "used"]]
                 for point in result.summary[f"{law}_points"]:
                     if point["tokens"] is not None:
                         told = Measured(name="", value=point["tokens"], low=point["low"], high=point["high"])

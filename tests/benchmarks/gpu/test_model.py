@@ -38,7 +38,7 @@ def test_shapes_are_those_of_their_names(name, least, most):
         grown = expanded_config(MODELS[name], expansion)
         assert len(grown.statex.layers) == plain.num_hidden_layers // 6
         for layer in range(plain.num_hidden_layers):
-            ratio = grown.layer_geometry(layer).numbers / plain.layer_geometry(layer).numbers
+            ratio = grown.layer_geometry(layer).elements / plain.layer_geometry(layer).elements
             assert ratio == (4 if grown.statex.get(layer) else 1)
 
 

@@ -37,7 +37,7 @@ def test_plan_numbers_and_base_of_an_expanded_model(tmp_path):
     config = config_from_dict(json.loads((tmp_path / "gla-x/config.json").read_text()))
     size = sum(config.layer_geometry(layer).state_bytes for layer in range(3))
     assert f"| bytes of state per sequence (fp32, convolutions included) | {size:,} |" in body
-    assert "| state numbers before | 384 |" in body
+    assert "| state elements before | 384 |" in body
     assert "from_pretrained(directory, trust_remote_code=True)" in body
     assert "## Training" not in body
     assert "## Evaluation" not in body
@@ -85,7 +85,7 @@ def test_figures_are_those_of_the_files(tmp_path, name):
         assert json.loads((place / "config.json").read_text())["torch_dtype"] == dtype
         assert f"| stored in | {dtype} |" in body
         assert f"| parameters | {sum(tensor.numel() for tensor in tensors.values()):,} |" in body
-        assert f"| state numbers | {sum(state[0].numel() for state in states):,} |" in body
+        assert f"| state elements | {sum(state[0].numel() for state in states):,} |" in body
 
 
 def test_every_dtype_is_named(tmp_path):

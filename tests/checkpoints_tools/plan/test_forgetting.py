@@ -90,7 +90,7 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
     before = config_from_dict(family)
     after = plan_model(before, PlanOptions(layers=layers, factor=factor, reset_dynamics=reset))
     found = judge_forgetting(before, after, train_length, PAPER)
-    assert found.long_enough == (train_length >= PAPER_FORGET.tokens(after.state_numbers))
+    assert found.long_enough == (train_length >= PAPER_FORGET.tokens(after.state_elements))
     if found.long_enough:
         assert found.seq_len is None
         assert found.smaller is None
@@ -101,7 +101,7 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
         options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
         smaller = plan_model(before, PlanOptions(**options, reset_dynamics="--reset-dynamics" in plan.options))
         assert {e.reset_dynamics for e in smaller.statex.layers} == {reset}
-        assert smaller.state_numbers == plan.state_numbers < after.state_numbers
+        assert smaller.state_numbers == plan.state_numbers < after.state_elements
         assert judge_forgetting(before, smaller, train_length, PAPER).long_enough
     sizes = [plan.state_numbers for plan in found.smaller]
     assert not sizes or sizes[0] == max(sizes)
@@ -110,7 +110,7 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
         best = found.smaller[0]
         more = [e.layer for e in after.statex.layers][: len(best.layers) + 1]
         larger = plan_model(before, PlanOptions(layers=",".join(map(str, more)), factor=best.factor))
-        assert train_length < PAPER_FORGET.tokens(larger.state_numbers)
+        assert train_length < PAPER_FORGET.tokens(larger.state_elements)
 
 
 def test_the_search_bisects(monkeypatch):
@@ -135,11 +135,11 @@ def test_layers_expanded_in_different_ways_get_a_length_only():
 def test_a_measurement_beats_the_law():
     before = config_from_dict(GLA_1B)
     after = plan_model(before)
-    numbers, slope = before.state_numbers, 5.172 * 1024 / 1e6
+    numbers, slope = before.state_elements, 5.172 * 1024 / 1e6
     # Healthy at 16K though the law asks for 62K: the law comes down by what it was wrong.
     healthy = Evidence(measurement=measurement(numbers, 16384))
     assert healthy.threshold(numbers) == pytest.approx(16384)
-    assert healthy.threshold(after.state_numbers) == pytest.approx(16384 + slope * (after.state_numbers - numbers))
+    assert healthy.threshold(after.state_elements) == pytest.approx(16384 + slope * (after.state_elements - numbers))
     found = judge_forgetting(before, after, 65536, healthy)
     assert found.long_enough
     assert found.basis == "measurement"
@@ -150,7 +150,7 @@ def test_a_measurement_beats_the_law():
     # Collapsed at 128K though the law asks for 62K only: above 128K, and in proportion for a larger state.
     fallen = Evidence(measurement=measurement(numbers, 131072, position=200_000))
     assert fallen.threshold(numbers) == pytest.approx(131073)
-    assert fallen.threshold(after.state_numbers) == pytest.approx(131073 * 1.5)
+    assert fallen.threshold(after.state_elements) == pytest.approx(131073 * 1.5)
     assert not judge_forgetting(before, before, 131072, fallen).long_enough, "that very length was too short"
     warned = judge_forgetting(before, after, 131072, fallen)
     assert "collapses at 200000" in warned.warning
@@ -166,7 +166,7 @@ def test_small_models_are_warned_by_a_measurement_alone():
     after = plan_model(before)
     quiet = judge_forgetting(before, after, 512, PAPER)
     assert (quiet.threshold_tokens, quiet.long_enough) == (None, True)
-    measured = Evidence(measurement=measurement(before.state_numbers, 256, position=300))
+    measured = Evidence(measurement=measurement(before.state_elements, 256, position=300))
     assert not judge_forgetting(before, after, 256, measured).long_enough
 
 
@@ -189,7 +189,7 @@ def test_a_users_own_fit_and_its_error(tmp_path: Path, capsys):
     assert main(options) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"below the forget threshold of {found['threshold_tokens']} tokens (95 %: {found['low']}" in text
-    assert f"Concluded from the law fitted in {file} to 4 sizes, 1 .. 20 M state numbers, R^2 0.99" in text
+    assert f"Concluded from the law fitted in {file} to 4 sizes, 1 .. 20 M state elements, R^2 0.99" in text
     assert f"train longer: --seq-len {found['proposals']['seq_len']} (" in text
     assert main([*options[:-1], "65536"]) == 0
     assert "--seq-len 65536 reaches it" in " ".join(capsys.readouterr().out.split())
@@ -208,7 +208,7 @@ def test_a_fit_of_another_family_is_said(tmp_path: Path):
 
 def health_file(directory: Path, *, positions=None, fallen=0, **changes) -> Path:
     config = config_from_dict(GLA_1B)
-    model = {"model_type": "gla", "state_numbers": config.state_numbers, "statex": None, "mitigation": None}
+    model = {"model_type": "gla", "state_numbers": config.state_elements, "statex": None, "mitigation": None}
     values = {"suite": "collapse", "settings": {"train_length": 16384, "length": 131072}}
     positions = {"newlines": None, "text": None} if positions is None else positions
     heads = {"collapsed": fallen, "total": 8, "position": 20000 if fallen else None}
@@ -229,7 +229,7 @@ def test_health_on_the_command_line(tmp_path: Path, capsys):
     assert "trained at 16384 tokens, shows no collapse up to 131072 on text) and the law" in text
     small = {**GLA_1B, "hidden_size": 64, "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(small))
-    health_file(tmp_path / "health", fallen=3, state_numbers=config_from_dict(small).state_numbers)
+    health_file(tmp_path / "health", fallen=3, state_numbers=config_from_dict(small).state_elements)
     assert main(["plan", str(tmp_path), "--health", str(health)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "forget threshold: none known for a state of this size. Concluded from the measur" in text
@@ -239,7 +239,9 @@ def test_health_on_the_command_line(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(GLA_1B))
     health_file(tmp_path / "health", state_numbers=5)
     assert main(["plan", str(tmp_path), "--health", str(health)]) == 2
-    assert "is of another model (gla, 5 state numbers), this is gla with 12,582,912; measure" in capsys.readouterr().err
+    assert (
+        "is of another model (gla, 5 state elements), this is gla with 12,582,912; measure" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_texts_count_before_newlines(tmp_path: Path, positions, position, prompt
     config = config_from_dict(GLA_1B)
     found = read_measurement(health_file(tmp_path, positions=positions), config)
     assert (found.position, found.prompts) == (position, prompts)
-    assert said in Evidence(measurement=found).says("gla", config.state_numbers)
+    assert said in Evidence(measurement=found).says("gla", config.state_elements)
 
 
 def test_results_that_do_not_fit(tmp_path: Path):

@@ -88,7 +88,7 @@ class TestTargetState:
         config = config_from_dict(GLA_1B3)
         for target, options in (("2x", {}), ("1.25x", {"init": "lossless"}), ("3x", {"op": "grow_state"})):
             after = plan_model(config, PlanOptions(target_state=target, **options))
-            assert after.state_numbers == pytest.approx(float(target[:-1]) * config.state_numbers, rel=0.05)
+            assert after.state_elements == pytest.approx(float(target[:-1]) * config.state_elements, rel=0.05)
 
     def test_what_is_given_stays(self):
         rows = planned(MAMBA2_1B3, target_state="2x", factor=4)
@@ -101,7 +101,7 @@ class TestTargetState:
     def test_on_top_of_an_earlier_plan(self):
         config = plan_model(config_from_dict(GLA_1B3), PlanOptions(layers="0", factor=2))
         after = plan_model(config, PlanOptions(target_state="1.4x", op="mix_heads"))
-        assert after.state_numbers == pytest.approx(1.4 * config.state_numbers, rel=0.05)
+        assert after.state_elements == pytest.approx(1.4 * config.state_elements, rel=0.05)
         assert after.statex.get(0) == config.statex.get(0)
 
     @pytest.mark.parametrize(

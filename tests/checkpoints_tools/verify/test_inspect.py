@@ -33,7 +33,7 @@ def test_every_layout(root, layout, ranks):
     facts = inspect(root / layout)
     config = config_from_dict(json.loads((root / "base/config.json").read_text()))
     assert (facts.kind, facts.model_type, facts.world_size, facts.complete) == (layout, "gla", ranks, True)
-    assert facts.state_numbers == config.state_numbers
+    assert facts.state_numbers == config.state_elements
     assert facts.plan == config.statex.to_dict()
     assert facts.manifest == "sizes agree"
     assert facts.dtypes == {"float32": facts.tensors}

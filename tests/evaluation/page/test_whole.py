@@ -242,7 +242,7 @@ def test_tables_that_open_hold_the_points_of_the_figures(page):
     assert "1K tokens2K tokens4K tokens8K tokens16K tokens32K tokens" in cells
     assert "10 %0.976 (0.936 .. 1.000)0.900 (0.860 .. 0.940)" in cells
     assert "Loss on newlines by positionlptstatex1 .. 642.000 (1.900 .. 2.100)2.000 (1.900 .. 2.100)" in text
-    assert "statenumberstokensused100,0001,024 (900 .. 1,200)yes" in text.replace("state numbers", "statenumbers")
+    assert "statenumberstokensused100,0001,024 (900 .. 1,200)yes" in text.replace("state elements", "statenumbers")
     assert "Right without recall: lptpairsa random value of the contextthe commonest value not yet answered40.2" in text
 
 
