@@ -28,7 +28,6 @@ MIN_SHARE = 8
 
 
 @dataclass(kw_only=True)
-@dataclass(kw_only=True)
 class RunConfig:
     """A training run.
 
