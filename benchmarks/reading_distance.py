@@ -184,7 +184,7 @@ def request(folder: Path) -> dict[str, Any]:
         server.send_signal(signal.SIGUSR1)
         assert "on\n" in server.stdout, "it says so once the handler has run"
         _complete(port)
-        time.sleep(0.5)  # what the server does behind its answer
+        time.sleep(0.5)  # the server's work after its answer
         server.send_signal(signal.SIGUSR2)
         line = next(line for line in server.stdout if line.startswith("RESULT "))
     finally:

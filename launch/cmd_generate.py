@@ -78,7 +78,7 @@ def run(args: Any) -> int:
     try:
         with open_tensor_parallel(args.tp, device=args.device) as share:
             _generate(args, share or TensorShare())
-    except OtherRankError as error:  # that rank says what is wrong
+    except OtherRankError as error:  # that rank reports the fault
         return error.exit_code
     return 0
 
@@ -212,7 +212,7 @@ def _read_file(name: str) -> bytes:
 
 @dataclass(kw_only=True)
 class _Session:
-    """What is read and written, with how long it took."""
+    """The model with the texts that it reads and writes, and the times."""
 
     model: RecurrentLM
     tokenizer: Tokenizer

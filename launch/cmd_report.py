@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Any) -> int:
-    """Print the figures of what the directories hold, and write the page.
+    """Print the figures of the directories' contents, and write the page.
 
     Args:
         args: The parsed options of :func:`add_arguments`.

@@ -34,7 +34,7 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
 
     Args:
         config: The run.
-        fit: Makes a checkpoint of another number of ranks one of this; None refuses such a one.
+        fit: Converts a checkpoint of another number of ranks to this run's number; None refuses such a checkpoint.
 
     Returns:
         Whether the run is complete (False: told to stop, and saved).
@@ -84,7 +84,7 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
     if any(ranks.gather(stop.received)):
         logger.info("stopped by a signal before the first step; there is nothing to save")
         return False
-    # Only now, so that a start that is refused leaves no directory behind.
+    # Only now, so that a refused start makes no directory.
     with claim_together(run_dir, ranks):
         try:
             engine = build_engine(config, model, env)
@@ -112,7 +112,7 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
             finally:
                 engine.close()
         except Exception as error:
-            # Here, where the directory is this job's: behind the claim another one may have it.
+            # Here, while this job holds the claim on the directory: after it another job may have the directory.
             if not getattr(error, "agreed", False):
                 text, code = failure_text(error, run_dir), getattr(error, "exit_code", 1)
                 write_failure(run_dir, text, exit_code=code, world_size=env.world_size)

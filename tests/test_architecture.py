@@ -118,7 +118,7 @@ TORCH_FORMS = (
     "statex_dist.ops.token_steps",
     "statex_dist.ops.*.torch_forms",
 )
-"""What an export takes along of the operators: no kernel, no dispatch."""
+"""The operators that an export includes: no kernel, no dispatch."""
 
 IMPORTING_CALLS = ("import_module", "find_spec", "__import__", "import_from_bare")
 

@@ -23,7 +23,7 @@ PieceSpec = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class PackSpec:
-    """What one pack is made of.
+    """The content of one pack and its place in the stream.
 
     Attributes:
         source: Name of the source.
@@ -46,14 +46,14 @@ class PackSpec:
 
 @dataclass(frozen=True, slots=True)
 class PackParts:
-    """What was read for one pack; small, because workers hand it over.
+    """The data that was read for one pack; small, because workers send it to the main process.
 
     Attributes:
         tokens: ``[used]`` ids of all pieces, in the type that they are stored in.
         loss_mask: ``[used]`` uint8, or ``None`` where all targets are learned.
-        following: For each piece that its document goes on behind: its number and the next id, or
-            :data:`IGNORE_INDEX` if that is not to be learned.
-        lost_tokens: Tokens of damaged shards; padding stands for them.
+        following: For each piece whose document continues after it: the piece's number and the next id, or
+            :data:`IGNORE_INDEX` if that id is not to be learned.
+        lost_tokens: Tokens of damaged shards; padding replaces them.
     """
 
     tokens: np.ndarray
@@ -105,7 +105,7 @@ class PackReader:
                 where = f"source {source}, document {document}"
                 if not self._skip_corrupt:
                     raise CorruptShardError(f"{where}: {error}") from error
-                # The plan stays as it is, so every rank goes on with the same packs, whoever can read the shard.
+                # The plan stays the same, so all ranks continue with the same packs, whichever rank reads the shard.
                 log.warning("skipped a shard (%s): %s", where, error)
                 self._lost.add((source, shard))
             except OSError as error:
@@ -130,9 +130,9 @@ class PackReader:
 
 
 def lay_out(specs: Sequence[PackSpec], parts: Sequence[PackParts], pad_id: int) -> list[PackedBatch]:
-    """Lay packs of one length out as tensors, all at once: what it costs is by token, not by pack.
+    """Lay packs of one length out as tensors, all at once: the cost is per token, not per pack.
 
-    A document of ``n`` tokens gives ``n - 1`` targets: its EOS has none. Where a document goes on behind a piece, the
+    A document of ``n`` tokens gives ``n - 1`` targets: its EOS has none. Where a document continues after a piece, the
     piece's last token keeps its true target. A target whose ``loss_mask`` is 0 is ignored.
 
     Returns:

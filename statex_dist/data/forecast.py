@@ -1,4 +1,4 @@
-"""What a run will see of its data: how often each source, and the longest text, from the plan and the curriculum."""
+"""A forecast of a run's data from the plan and the curriculum: passes over each source, and the longest text."""
 
 from __future__ import annotations
 

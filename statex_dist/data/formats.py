@@ -41,7 +41,7 @@ _MAX_INDEX_BYTES = 10 * MAX_JSON_BYTES
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    """What is known of a dataset before a shard is opened; ``lengths`` only where finding the shards found them."""
+    """A dataset's facts before a shard is opened; ``lengths`` only where the search for the shards found them."""
 
     entries: Sequence[ShardEntry]
     open_shard: OpenFunction
@@ -169,7 +169,7 @@ def _lengths(
 
 
 def _identity(files: DatasetFiles, entries: Sequence[ShardEntry]) -> str:
-    """What the shards' sizes and hashes do not tell: the place and, for local files without hashes, their times."""
+    """Return the place and, for local files without hashes, their times: they complete the sizes and hashes."""
     if not isinstance(files, LocalFiles):
         return files.origin
     changed: list[int] = []

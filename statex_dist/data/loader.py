@@ -103,7 +103,7 @@ class PackedLoader:
     at the end of the last one, so every document is seen in every epoch.
 
     Attributes:
-        lost_tokens: Tokens of damaged shards in the batches handed out so far.
+        lost_tokens: Tokens of damaged shards in the batches yielded so far.
 
     Raises:
         ConfigError: The stages do not fit the sources, or an end is given for a mixture.
@@ -152,7 +152,7 @@ class PackedLoader:
         return self.mixture.state(self._place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, which any rank of any world size may have saved; running iterators follow.
+        """Continue from ``state``, which any rank of any world size may have saved; running iterators follow.
 
         Raises:
             CheckpointError: It is not a loader state.
@@ -214,7 +214,7 @@ class PackedLoader:
         )
 
     def _fetch_ahead(self, place: StreamPosition, fetched: dict[str, tuple[int, int]]) -> None:
-        """Have the shards of the window in hand and of the next one fetched, once for each window."""
+        """Request the shards of the current window and of the next one, once for each window."""
         weights = self.mixture.stage(place.step).weights
         active = [name for name in self.mixture.plans if weights is None or weights.get(name)]
         for name in active:

@@ -21,7 +21,7 @@ MAX_SEQ_LEN = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """What the steps from ``from_step`` on are made of.
+    """The composition of the steps from ``from_step`` on.
 
     Attributes:
         from_step: First optimizer step of the stage, counted from 0.
@@ -154,7 +154,7 @@ class Mixture:
         for name, saved in state["sources"].items():
             begin.cursors[name] = _cursor(self.plans[name], saved, name if len(self.plans) > 1 else "")
             begin.tokens[name] = _integer(saved, "tokens")
-        # Other shares than before begin anew: nothing has to catch up with what the old ones gave.
+        # If the shares differ from before, the counts begin at 0: no source has to catch up with its old share.
         same = state["weights"] == self.weights(self.stage(step))
         return StreamPosition(step, begin.cursors, begin.tokens if same else dict.fromkeys(self.plans, 0))
 

@@ -6,9 +6,9 @@
    (:mod:`statex_dist.data.packing`), and the packs permuted.
 4. The pack stream is the windows' packs one after the other, epoch after epoch, without end.
 
-Every rank computes the same plan without communication, so the place in the stream is a few integers, and what has
-been seen does not depend on the number of ranks. Where the sequence length changes inside a window, what is left of the
-window is laid into packs of the new length: the place then also says how many packs of which length went before.
+Every rank computes the same plan without communication, so the place in the stream is a few integers, and the packs
+seen so far do not depend on the number of ranks. Where the sequence length changes inside a window, the rest of the
+window is laid into packs of the new length. The place then also states how many packs of which length came before.
 """
 
 from __future__ import annotations
@@ -255,14 +255,14 @@ class PackPlan:
         return np.stack([shard, document, np.zeros_like(length), length, length], 1)
 
     def _offset(self, taken: tuple[tuple[int, int], ...]) -> int:
-        """Where in its row the last run of ``taken`` began.
+        """Return where in its row the last run of ``taken`` began.
 
-        A step begins at place 0, and so does a run at another length; the packs that the first run of a window has had
-        by the begin of a step tell where it began itself.
+        A step begins at place 0, and so does a run at another length. The begin of a window's first run follows from
+        the number of packs that this run has had when a step begins.
         """
         return -taken[-1][1] % self._lanes if len(taken) == 1 else 0
 
     def _left_over(self, epoch: int, window: int, earlier: tuple[tuple[int, int], ...]) -> np.ndarray:
-        """What the packs taken so far have left of the window, as spans; neighbouring pieces are joined again."""
+        """Return the spans of the window that the packs taken so far leave; neighbouring pieces are joined again."""
         (seq_len, packs), before = earlier[-1], earlier[:-1]
         return self.window(epoch, window, seq_len, earlier=before, offset=self._offset(earlier)).left_over(packs)

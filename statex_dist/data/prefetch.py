@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Order = list[tuple[str, list[PieceSpec]]]
-"""What a worker reads at once: the source and the pieces of some packs."""
+"""The data that a worker reads at once: the source and the pieces of some packs."""
 
 _END = object()
 _POLL_SECONDS = 0.1
@@ -71,7 +71,7 @@ class _Maker(threading.Thread):
         self.stop.set()
         if self is threading.current_thread():  # the garbage collector runs in any thread
             return
-        # A maker that is being waited for itself does not use up all the patience that there is with it.
+        # In a maker that another thread waits for, this wait must be shorter than that of the other thread.
         self.join(_PATIENCE_SECONDS / 2 if _stopping() else _PATIENCE_SECONDS)
         if self.is_alive():
             log.debug("a prefetching thread is left behind; it ends with the item that it is making")
@@ -152,7 +152,7 @@ def read_in_workers(
 
 
 class _ReadingDataset(Dataset[list[PackParts] | StateXError]):
-    """Reads packs in a worker process; a user's error is handed over, not wrapped into a traceback."""
+    """Reads packs in a worker process; a user's error is returned as it is, not wrapped into a traceback."""
 
     def __init__(self, reader: PackReader):
         self._reader = reader

@@ -69,9 +69,9 @@ class ShardOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareSummary:
-    """What :func:`prepare` did: documents and tokens written, and what was left out, by reason.
+    """Result of :func:`prepare`: documents and tokens written, and counts of the omitted ones, by reason.
 
-    ``finished_before``: a killed run had made the dataset, and this one only removed what was left.
+    ``finished_before``: a killed run had made the dataset, and this one only removed the files left behind.
     """
 
     out: str

@@ -1,6 +1,6 @@
-"""What a dataset is like before anything is trained on it: its documents' lengths, and what each packing would cost.
+"""Statistics of a dataset before training: its documents' lengths, and the cost of each packing.
 
-Works from the lengths alone, so no shard is opened, or downloaded, where they are known.
+They need the lengths alone, so no shard is opened, or downloaded, where the lengths are known.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class LengthStats:
 
 @dataclass(frozen=True, slots=True)
 class PackingStats:
-    """What one packing costs at one length of packs.
+    """The cost of one packing at one length of packs.
 
     Attributes:
         mode: The packing.

@@ -1,4 +1,4 @@
-"""The packs of one window: what they consist of, how they are ordered, and what they cost.
+"""The packs of one window: their pieces, their order, and their cost.
 
 Permutations sort the raw output of Philox, keyed by a hash of their purpose; unlike ``Generator.permutation``, numpy
 promises that stream never to change.

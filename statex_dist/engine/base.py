@@ -1,4 +1,4 @@
-"""The seam between the training loop and whatever computes: forward, backward, step, and what a checkpoint holds."""
+"""The interface between the training loop and an engine: forward, backward, step, and a checkpoint's content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from statex_dist.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What an optimizer step reports: whether parameters were updated, and the learning rate that was used."""
+    """Result of an optimizer step: whether parameters were updated, and the learning rate that was used."""
 
     updated: bool
     lr: float
@@ -138,8 +138,8 @@ class TrainEngine(ABC):
         The loss is weighted by target token over *all* ranks, so that unevenly filled packs do not bias the gradient.
 
         Args:
-            batches: This data-parallel rank's packs, as many on every one.
-            observe_states: Whether :meth:`state_norms` is to be asked for afterwards.
+            batches: This data-parallel rank's packs; each rank has the same number.
+            observe_states: Whether :meth:`state_norms` is called afterwards.
 
         Returns:
             Mean cross entropy per target token of the global batch, in nats; NaN where it has no target. Then the

@@ -25,8 +25,8 @@ class SavePolicy:
 
     Attributes:
         keep_last: Newest checkpoints that are kept.
-        keep_every: Checkpoints of every so many steps are kept for ever; 0 for none.
-        asynchronous: Whether training goes on while files are written (from a copy in host memory).
+        keep_every: Interval, in steps, of checkpoints that are kept permanently; 0 for none.
+        asynchronous: Whether training continues while files are written (from a copy in host memory).
         retries: Further attempts of a rank whose write failed.
     """
 

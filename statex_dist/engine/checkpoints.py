@@ -1,4 +1,4 @@
-"""A run's checkpoints: complete or not there, written behind the loop or in it, found again whatever happened.
+"""A run's checkpoints: complete or absent, written in the background or in the loop, found again after any failure.
 
 All ranks write into a temporary directory and sync their files; rank 0 writes the manifest, renames the directory and
 moves ``latest``. Whenever the job is killed there is a complete checkpoint or none. DeepSpeed's own save gives none of
@@ -49,18 +49,18 @@ _READ_ATTEMPTS = 3
 _READ_PAUSE_SECONDS = 1.0
 
 Fit = Callable[[Path, str, int], str]
-"""Makes of a tag in a directory one for so many ranks, and returns its name."""
+"""Makes, of a tag in a directory, one for the given number of ranks, and returns its name."""
 
 
 class Checkpoints:
     """Saves and finds the checkpoints of one run. Every method but :meth:`written` is called by all ranks together.
 
     Args:
-        engine: Whose state it is.
-        directory: Where they are; it is there.
-        documents: What a checkpoint says of itself.
+        engine: The engine whose state is saved.
+        directory: Directory of the checkpoints; it must exist.
+        documents: The small text files of each checkpoint.
         policy: How to write, what to keep.
-        mark: A file that is there as long as the run's directory is the one that this process began in.
+        mark: A file that exists as long as the run's directory is the one that this process began in.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class Checkpoints:
         an older one, set aside and named in the log.
 
         Args:
-            fit: Makes a checkpoint of another number of ranks one of this; None refuses such a one.
+            fit: Converts a checkpoint of another number of ranks to this run's number; None refuses such a checkpoint.
 
         Returns:
             The client state, or None where the run has not saved anything yet.
@@ -265,7 +265,7 @@ class Checkpoints:
                 answers.append((action(), None))
             except (StateXError, OSError) as error:
                 answers.append((None, failure_text(error, self.directory)))
-            except Exception as error:  # whatever a damaged file makes of itself: the others wait for an answer
+            except Exception as error:  # a damaged file may raise any error, and the other ranks wait for an answer
                 answers.append((None, f"{self.directory}: {reason(error)}"))
             except BaseException as error:
                 ended.append(error)
@@ -302,7 +302,7 @@ class Checkpoints:
         try:
             return Manifest.read(self.directory / tag).info.get("world_size")
         except CheckpointError:
-            return None  # what is wrong with it is found, and said, when it is verified
+            return None  # the verification finds and reports its fault
 
     def _verify_part(self, tag: str) -> tuple[str | None, str | None]:
         """Return what is wrong with this rank's part of a checkpoint's files, and why it cannot be read."""

@@ -83,7 +83,7 @@ class PlainEngine(TrainEngine):
         return list(values)
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Return at once: there is no other rank."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return ``[value]``."""

@@ -1,8 +1,9 @@
 """A pack's forward pass: its segments one after another, its share of a context group, and the states between them.
 
-States go from the end of one segment or packed sequence to the begin of the next (truncated BPTT): the loader puts what
-goes on after a cut into the same lane of the next step, the same place in the global batch. The state there is taken
-over as a value; no gradient flows through it. With state passing, a sequence may begin where an unrelated one ended.
+States go from the end of one segment or packed sequence to the begin of the next (truncated BPTT). The loader puts the
+rest of a cut document into the same lane of the next step, that is, the same place in the global batch. That step takes
+the state over as a value; no gradient flows through it. With state passing, a sequence may begin from the final state
+of an unrelated one.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class CarriedStates:
 
     Args:
         context: The ranks that share each pack, or None. All of them keep the state at its end.
-        passing: Gives other sequences' states to those that begin anew, or None. Not with ``context``.
+        passing: Gives other sequences' states to those that would begin from zero, or None. Not with ``context``.
     """
 
     def __init__(self, context: ContextGroup | None = None, passing: StatePassing | None = None) -> None:
@@ -153,7 +154,7 @@ class CarriedStates:
             context=context,
         )
         if batch.continues:
-            # A document that goes on fills its pack to the end, so its state is the last one.
+            # A document that continues fills its pack to the end, so its state is the last one.
             self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
         if self.passing is not None:
             self.passing.keep(batch, lane, output.states)
@@ -168,7 +169,7 @@ class CarriedStates:
             self.passing.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states by lane, on the CPU, and what is passed on; empty where nothing waits."""
+        """Return the states by lane, on the CPU, with those of state passing; empty where no state waits."""
         lanes = {str(lane): [tuple(p.cpu() for p in layer) for layer in x] for lane, x in self._lanes.items()}
         return lanes if self.passing is None else {**lanes, _PASSING: self.passing.state_dict()}
 

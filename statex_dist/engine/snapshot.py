@@ -86,7 +86,7 @@ class FileWriter:
     """Writes one rank's files of a checkpoint, with retries.
 
     Args:
-        files: Paths and what they are to hold.
+        files: Paths and their contents.
         directory: The checkpoint's temporary directory; this rank's other files there are recorded too.
         rank: This rank.
         retries: Further attempts after one that failed.

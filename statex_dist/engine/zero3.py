@@ -257,7 +257,7 @@ class Zero3Engine(TrainEngine):
             if path.name.endswith(_MODEL_STATES):
                 content = torch.load(
                     path, map_location="cpu", mmap=True, weights_only=False
-                )  # held to be harmless above
+                )  # foreign code was refused above
                 saved, ours = content["param_shapes"], self.engine._get_zero_param_shapes()
                 check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
         with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
@@ -268,7 +268,7 @@ class Zero3Engine(TrainEngine):
 
 
 def foreign_code(path: Path) -> str | None:
-    """Say what a checkpoint file would run beside DeepSpeed's own classes (its loader runs any pickle), or None."""
+    """Return a message that names a file's code beside DeepSpeed's own classes, or None; its loader runs any pickle."""
     named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     foreign = named - _EXPECTED_GLOBALS - GETATTR
     if foreign:

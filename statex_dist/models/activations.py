@@ -36,12 +36,12 @@ def activation_bytes(
 
     Args:
         config: The model with its plan.
-        num_tokens: Length of the one sequence that is run. Packed short ones fill up their last chunks: up to a
-            quarter more for the scan.
+        num_tokens: Length of the one sequence that is run. Packed short ones pad their last chunks, which costs the
+            scan up to a quarter more.
         precision: ``bf16`` or ``fp32``.
         recompute: Layers that are computed again in the backward pass.
         loss_chunk_tokens: Tokens whose logits are held at once; 0 for all.
-        carried: Whether states go on from one segment to the next.
+        carried: Whether states pass from one segment to the next.
     """
     with torch.device("meta"):
         model = RecurrentLM(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -200,10 +200,10 @@ class ModelConfig:
         return self.statex is not None and not self.plain_keys()
 
     def plain_keys(self) -> dict[str, Any]:
-        """Return changes of ``config.json`` that by themselves say what the plan says.
+        """Return changes of ``config.json`` that by themselves express the plan.
 
-        Where every recurrent layer of a Mamba2 model grows alike, ``state_size`` says it all, and classes that know no
-        plan can open the directory. Empty where there is no such way.
+        Where every recurrent layer of a Mamba2 model grows alike, ``state_size`` expresses the whole plan, and classes
+        that know no plan can open the directory. Empty where no such changes exist.
         """
         return {}
 

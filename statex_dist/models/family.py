@@ -1,4 +1,4 @@
-"""What a model family is to everything else: one value that answers for its names, tensors, values and layers.
+"""The interface of a model family: one value that gives its names, tensors, first values and layers.
 
 A family is a folder whose ``config`` (or ``tensors``) module makes a :class:`Family`, and a row of
 :mod:`statex_dist.models.registry`. Its mixer pulls in torch and the scan kernels, so it is imported when a model is

@@ -1,4 +1,4 @@
-"""What the models of flash-linear-attention have in common: configuration keys, tensors, first values.
+"""Common parts of the models of flash-linear-attention: configuration keys, tensors, first values.
 
 Every one of them is a stack of pre-norm blocks ``attn_norm, attn, mlp_norm, mlp`` with a SwiGLU MLP, and any of them
 may have softmax attention in some layers (``attn`` in its config). Those layers are passed through by the offline

@@ -21,10 +21,11 @@ from statex_dist.state.geometry import StateGeometry
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """What stays together when tensor-parallel ranks share an axis, or one part of it.
+    """The units that stay whole when tensor-parallel ranks share an axis, or one part of it.
 
-    Where the ranks divide the units, each gets as many whole ones, in order. Where the units divide the ranks, each
-    unit belongs to as many ranks in a row; they hold all of it, or cut it if it is ``divisible``.
+    Where the number of ranks divides that of units, each rank gets the same number of whole units, in order. Where the
+    number of units divides that of ranks, each unit belongs to the same number of consecutive ranks. They hold all of
+    it, or cut it if it is ``divisible``.
 
     Attributes:
         count: Number of units (heads, groups, channels), all of one size; one that is not divisible is on every rank.
@@ -221,7 +222,7 @@ def shard_ranges(spec: TensorSpec, name: str, tp: int, rank: int) -> tuple[tuple
         rank: One of them, from 0.
 
     Raises:
-        ConfigError: So many ranks cannot share the tensor.
+        ConfigError: This number of ranks cannot share the tensor.
     """
     assert 0 <= rank < tp, (rank, tp)
     held = spec.held_parts(tp, rank)
@@ -242,7 +243,7 @@ def shard_ranges(spec: TensorSpec, name: str, tp: int, rank: int) -> tuple[tuple
 
 
 def rows_by_part(spec: TensorSpec, tp: int, rank: int) -> list[int]:
-    """Return the rows of what a rank holds of a tensor in blocks, in another order: all of the first part first."""
+    """Return the rows of a rank's share of a tensor in blocks, in another order: all of the first part first."""
     held = spec.held_parts(tp, rank)
     assert held is not None, (spec, tp)
     by_part: list[list[int]] = [[] for _ in spec.parts]

@@ -18,7 +18,7 @@ from statex_dist.models.registry import family_of
 
 
 class LMOutput(NamedTuple):
-    """What a forward pass returns; a tuple, because DeepSpeed's hooks look for tensors in tuples, lists and dicts only.
+    """Result of a forward pass; a tuple, because DeepSpeed's hooks look for tensors in tuples, lists and dicts only.
 
     Attributes:
         logits: ``[B, T, vocab]``; None where labels were given.
@@ -126,7 +126,7 @@ class RecurrentLM(nn.Module):
             output_states: Whether to return the states after ``input_ids``.
             overwrite_states: Whether a step of one token may write the states after it over ``states``, which saves as
                 much memory as they take and most of the step's time; without autograd alone.
-            logits_to_keep: Return the logits of so many last tokens only; None returns all. Not with ``labels``.
+            logits_to_keep: Number of last tokens whose logits are returned; None returns all. Not with ``labels``.
             backend: Scan implementation (``statex_dist.ops.backends.Backend``).
             chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
             context: How ``input_ids`` connect to the tokens of other ranks, or None. ``states`` are then those

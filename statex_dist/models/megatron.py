@@ -138,7 +138,7 @@ def _joined(
     table = name_map(config)
     used = {part.name for parts in table.values() for part in parts}
     if set(table) <= set(infos) or not used & set(infos):
-        # Our names as they are, or nothing of the model: who needs its tensors will say what is missing.
+        # The names are ours already, or no tensor is of the model: the caller that needs them reports the missing ones.
         return dict(infos), places, []
     head = family_of(config.MODEL_TYPE).names.head
     if has_megatron_names(config) and head not in table and HEAD in infos:

@@ -101,10 +101,10 @@ def make_plan(
         config: The model to expand.
         layers: A rule of :func:`statex_dist.state.plan.select_layers`.
         factor: Growth of each layer's state; None means ``full``, all heads of a layer.
-        init: How the new state starts.
+        init: Initialisation of the new state.
         seed: Seed of the random values.
         op: The operation; None takes :func:`default_op`.
-        reset_dynamics: Whether decays, steps and norms start anew, as in the authors' scripts.
+        reset_dynamics: Whether decays, steps and norms are initialised again, as in the authors' scripts.
 
     Raises:
         ConfigError: The plan does not fit the model.
@@ -182,7 +182,7 @@ def expand_state_dict(
 
 
 def parameter_roles(config: ModelConfig) -> dict[str, Role]:
-    """Return the part that every parameter plays in an expansion, so that an optimizer can treat them apart.
+    """Return every parameter's role in an expansion, so that an optimizer can treat the roles differently.
 
     ``mix``: a mixing matrix M. ``new``: another tensor that an expansion added, grew or redrew. ``expanded``: the
     other tensors of expanded layers. ``base``: all the rest, and everything in a model without a plan.

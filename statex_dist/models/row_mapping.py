@@ -1,4 +1,4 @@
-"""What an expansion does to each tensor of a layer: the vocabulary in which families describe it, and shared rules.
+"""The effect of an expansion on each tensor of a layer: the types with which families describe it, and shared rules.
 
 A row mapping is a list of blocks of rows (axis 0): rows *kept* from the original tensor, or *fresh* rows from a
 distribution. It is data, not code, so that one description serves every user: the offline tool copies kept rows as byte
@@ -99,7 +99,7 @@ class RowMapping:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMapping:
-    """What becomes of one tensor of a model.
+    """The effect of an expansion on one tensor of a model.
 
     Attributes:
         name: Full name.

@@ -1,4 +1,4 @@
-"""What stands between the scans, in one kernel each on a GPU: norms with and without a gate, and SwiGLU.
+"""The operations between the scans, in one kernel each on a GPU: norms with and without a gate, and SwiGLU.
 
 In PyTorch each is a chain of operators, and autograd keeps the wide intermediates of all of them. The kernels of
 flash-linear-attention keep only what they are given. Bytes kept for the backward pass, per token, in bf16, for a norm

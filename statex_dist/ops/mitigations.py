@@ -8,7 +8,7 @@ and the loss rises. Each mitigation changes the recurrence ``h_t = a_t h_{t-1} +
 - sliding window: ``h_t - a_{t-r+1} ... a_t h_{t-r}``, the state of a recurrence that saw the last ``r`` tokens alone.
 
 ``scan`` stands for the scan or the step of a recurrence: it takes inputs ``[B, T, ...]`` and a state
-(None for zero), and returns outputs and the state after them (None only where nobody asks).
+(None for zero), and returns outputs and the state after them (None only where the caller does not ask for it).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def limit_or_learn_norm(
         state: ``[S, H, ., .]``.
         limit: ``[S, H]`` largest norms so far.
         count: ``[S]`` int64, tokens of each sequence up to this state.
-        learn_tokens: Up to so many tokens a state is left as it is, and its norm raises the limit.
+        learn_tokens: Up to this number of tokens a state stays as it is, and its norm raises the limit.
 
     Returns:
         The states and the limits.

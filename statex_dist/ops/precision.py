@@ -1,4 +1,4 @@
-"""What is computed in at least fp32, in PyTorch: the rule for the dtype, decays inside a chunk, and norms.
+"""Computations in at least fp32, in PyTorch: the rule for the dtype, decays inside a chunk, and norms.
 
 The textbook form of a chunk's decays multiplies ``q e^b`` by ``k e^{-b}``, which overflows in fp32 once they sum below
 -88. No exponent is ever positive here, whatever the gates are.

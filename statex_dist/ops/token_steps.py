@@ -1,9 +1,9 @@
-"""What the recurrences share token by token: the scan that is the oracle of every fast path, and steps of decoding.
+"""Token-by-token parts of all recurrences: the scan that is the oracle of every fast path, and steps of decoding.
 
-Decoding is as fast as states can be read and written, so a state is never held twice, and its three passes (decay,
-insert, read) are made block by block while a block lies in the cache: on a CPU, with 32 sequences of 4 MiB each, that
-took a ninth of the time of three passes over all of them into new memory (the steps of the oracle, whose states stay
-as they are and may have a gradient). On a GPU all blocks are one.
+The speed of decoding is that of reading and writing states. So a state is never held twice, and its three passes
+(decay, insert, read) run block by block while a block lies in the cache. On a CPU, with 32 sequences of 4 MiB each,
+that took a ninth of the time of three passes over all of them into new memory (the steps of the oracle, whose states
+stay as they are and may have a gradient). On a GPU the whole state is one block.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Optimizers over named groups: who is trained at all, at which learning rate, and with weight decay on matrices only.
+"""Optimizers over named groups: trained parameters, their learning rates, and weight decay on matrices only.
 
 The groups are made from parameter *names*: under ZeRO-3 a partitioned parameter is flat, so that the usual rule "decay
-what has two dimensions" would decay everything or nothing. What an expansion made of a parameter comes in as its *role*
-(:func:`statex_dist.models.registry.parameter_roles`): ``base``, ``expanded``, ``new`` or ``mix``. The optimizers
-are in :data:`OPTIMIZERS`.
+tensors of two dimensions" would decay everything or nothing. The *role* of a parameter states the effect of an
+expansion on it (:func:`statex_dist.models.registry.parameter_roles`): ``base``, ``expanded``, ``new`` or ``mix``. The
+optimizers are in :data:`OPTIMIZERS`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class OptimizerConfig:
         eps: Added to the root of the second moment of AdamW.
         weight_decay: Decoupled weight decay of matrices; norms, biases, convolutions and dynamics have none.
         gradient_clipping: Largest global gradient norm; 0 for no clipping.
-        train: ``all`` parameters, those of the ``expanded`` layers, or only what an expansion made ``new`` (tensors
-            that it added, grew or drew anew). The others are frozen.
+        train: ``all`` parameters, those of the ``expanded`` layers, or only the ``new`` ones (tensors that an expansion
+            added, grew or drew again). The others are frozen.
         freeze: Regular expressions; parameters with a match anywhere in their name are frozen too.
-        lr_factors: Learning rate relative to ``lr`` by role of a parameter: ``mix`` (mixing matrices), ``new`` (what
-            else an expansion added, grew or drew anew), ``expanded`` (the rest of the expanded layers), ``base``.
+        lr_factors: Learning rate relative to ``lr`` by role of a parameter: ``mix`` (mixing matrices), ``new`` (other
+            tensors that an expansion added, grew or drew again), ``expanded`` (the rest of the expanded layers),
+            ``base``.
     """
 
     name: str = "adamw"
@@ -99,7 +100,7 @@ class OptimizerConfig:
 
     @property
     def factory(self) -> Callable[..., Any]:
-        """What makes the optimizer.
+        """The function or class that makes the optimizer.
 
         Raises:
             ConfigError: It cannot be imported, or is no class or function.

@@ -36,7 +36,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What a schedule does behind its warm-up.
+    """The form of a schedule after its warm-up.
 
     Attributes:
         factor: Returns the learning rate over its peak from the settings, the steps before this one and the steps of
@@ -138,7 +138,7 @@ class ScheduleConfig:
 
     @property
     def shape(self) -> Shape:
-        """What the schedule does behind its warm-up.
+        """The form of the schedule after its warm-up.
 
         Raises:
             ConfigError: It cannot be imported, or is no function.

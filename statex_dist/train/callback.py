@@ -68,7 +68,7 @@ class Ending:
 
 @dataclass(kw_only=True, slots=True)
 class RunContext:
-    """What a callback sees of its run.
+    """The parts of a run that its callbacks can use.
 
     Attributes:
         run_dir: The run's directory.

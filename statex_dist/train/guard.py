@@ -45,14 +45,14 @@ class NoTargetsError(DataError):
 
 @dataclass(kw_only=True)
 class GuardConfig:
-    """When a step is skipped: its parameters stay as they were, and the run goes on with the next batch.
+    """Rules for skipped steps: a skipped step changes no parameters, and the run continues with the next batch.
 
     Attributes:
         max_skipped: Bad steps in a row that may be skipped; one more ends the run. 0 ends it at the first.
         max_without_targets: Steps in a row without a target that may be skipped; one more ends the run, and so does a
             whole pass over the data without any.
-        spike_factor: A gradient norm above so many times the median of the last 64 steps is skipped too; 0 skips only
-            losses and gradients that are not finite.
+        spike_factor: A step whose gradient norm is above this factor times the median of the last 64 steps is skipped
+            too; 0 skips only losses and gradients that are not finite.
     """
 
     max_skipped: int = 3
@@ -170,7 +170,7 @@ class Guard:
             self.directory.mkdir(parents=True, exist_ok=True)
             torch.save(content, path)
         except WRITE_ERRORS as error:
-            # One rank must not end where the others go on; the batch can be had again from the loader's state.
+            # One rank must not end where the others continue. The loader's state gives the batch again.
             logger.warning("the batch of step %d cannot be kept: %s", step, error)
         if self.rank == 0:
             logger.warning(

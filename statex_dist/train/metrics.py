@@ -38,7 +38,7 @@ NAMED_SOURCES = 3
 
 @dataclass(kw_only=True)
 class MetricsConfig:
-    """What is reported.
+    """Settings of the reported metrics.
 
     Attributes:
         log_every: Optimizer steps between log lines (every step goes to ``metrics.jsonl``).

@@ -80,7 +80,7 @@ class Profiler(Callback):
 
     def __init__(self, config: ProfileConfig, run_dir: Path, *, rank: int, world_size: int):
         if config.steps is not None and max(config.ranks) >= world_size:
-            # Not an error: a run may go on with fewer ranks than it began with.
+            # Not an error: a run may continue with fewer ranks than it began with.
             logger.warning("profile.ranks %s: this run has the ranks 0..%d", config.ranks, world_size - 1)
         self._config, self._rank = config, rank
         self._directory = Path(config.directory) if config.directory is not None else run_dir / "profile"

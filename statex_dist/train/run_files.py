@@ -1,4 +1,4 @@
-"""What a run says of itself: ``config.yaml``, with those of earlier starts beside it, ``status.json``, the log."""
+"""Files that describe a run: ``config.yaml``, with those of earlier starts beside it, ``status.json``, the log."""
 
 from __future__ import annotations
 

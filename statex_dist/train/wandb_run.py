@@ -1,12 +1,12 @@
-"""Weights & Biases: figures go there, and nothing that goes wrong there reaches the training. The only wandb importer.
+"""Weights & Biases: the run logs its metrics there, and no failure there stops the training. The only wandb importer.
 
-A server that does not answer costs a run at most half a minute at its start and a quarter at its end; what could not be
-sent lies in the run's directory and is sent by ``wandb sync`` later.
+A server that does not answer costs a run at most half a minute at its start and a quarter at its end. Unsent records
+lie in the run's directory; ``wandb sync`` sends them later.
 
-**Each step once**: a run goes on under one id, and wandb adds up what its starts have logged, so a step that was
-trained twice (after a kill, from an older checkpoint) would be there twice. Offline the lost steps are cut off the file
-of the start that was killed; online they stay as they were first logged. Steps that a kill kept from wandb are logged
-from ``metrics.jsonl``: wandb writes a step when the next one begins, and not at once.
+**Each step once**: all starts of a run log under one id, and wandb joins their records, so a step that was trained
+twice (after a kill, from an older checkpoint) would be there twice. Offline the lost steps are cut off the file of the
+start that was killed; online they stay as they were first logged. Steps that a kill kept from wandb are logged from
+``metrics.jsonl``: wandb writes a step when the next one begins, and not at once.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class WandbRun:
                 _require_answer(wandb.setup().settings.base_url)
                 self._run = start(mode)
             except Exception as error:
-                # Whatever it is (no network, a wrong key, a server of another age), the training can do without.
+                # No error of wandb stops the training: no network, a wrong key, a server of another version.
                 logger.warning(
                     "wandb cannot be used online (%s); recording in %s instead, to be sent with: wandb sync DIRECTORY",
                     _first_line(error),
@@ -219,10 +219,10 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:
 
 
 def _require_answer(url: str) -> None:
-    """Raise unless a server answers, whatever it says: wandb itself would try for much longer.
+    """Raise unless a server answers, with any status: wandb itself would try for much longer.
 
     Raises:
-        OSError: Nobody answers.
+        OSError: No server answers.
     """
     try:
         urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
@@ -292,7 +292,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """Return the run's wandb id, drawn once: a resumed run goes on under it, another run has another."""
+    """Return the run's wandb id, which is drawn once: a resumed run keeps it, another run has another."""
     path = run_dir / "wandb_id"
     found = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else None
     if found is None or _ID.fullmatch(found) is None:

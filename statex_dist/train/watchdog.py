@@ -1,11 +1,11 @@
-"""Ends a job that hangs, and leaves behind where every rank was.
+"""Ends a job that hangs, and records the place of every rank.
 
-When one rank hangs the others wait for it in their next collective: no rank gets on, so that every rank's watchdog
-fires. Each writes the stacks of all its threads, and ends its process only a little later: the launcher takes the other
-ranks down as soon as one has ended, and their stacks are wanted too.
+When one rank hangs, the others wait for it in their next collective. No rank makes progress, so every rank's watchdog
+fires. Each writes the stacks of all its threads, and ends its process only a little later: the launcher ends the other
+ranks as soon as one has ended, and their stacks are needed too.
 
-A thread cannot run while another one sits in C code that holds the GIL. For that case ``faulthandler`` keeps a timer
-of its own outside Python; it writes the stacks to the same file and ends the process with exit code 1.
+A thread cannot run while another one is in C code that holds the GIL. For that case ``faulthandler`` has a separate
+timer outside Python; it writes the stacks to the same file and ends the process with exit code 1.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Watchdog(Callback):
         """Begin to watch; the first beat is this."""
         assert self._thread is None, "a watchdog is started once"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Appended to: what an earlier start left is what somebody is going to look at.
+        # Append: the user will want to read the records of an earlier start.
         self._file = self.path.open("a", encoding="utf-8")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.beat("start")

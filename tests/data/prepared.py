@@ -1,4 +1,4 @@
-"""What the tests of ``statex prepare`` share."""
+"""Common parts of the tests of ``statex prepare``."""
 
 import json
 from functools import partial
@@ -38,5 +38,5 @@ def json_lines(*records: dict) -> bytes:
 
 
 def split_small(monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
-    """Have ``prepare`` cut its inputs into units of so many bytes."""
+    """Have ``prepare`` cut its inputs into units of ``unit_bytes`` bytes."""
     monkeypatch.setattr("statex_dist.data.corpus.source.split_units", partial(split_units, unit_bytes=unit_bytes))

@@ -172,7 +172,7 @@ def test_state_is_that_of_the_step_in_hand_not_of_the_prefetched_one():
         batches = next(steps)
         assert loader.state_dict() == batches[0].loader_state
     steps.close()
-    rest = next(iter(loader))  # a new iterator goes on behind the step in hand
+    rest = next(iter(loader))  # a new iterator continues after the current step
     assert [as_lists(b) for b in rest] == global_stream(store, 1, 4)[0][3]
 
 
@@ -211,7 +211,7 @@ def test_workers_change_nothing(tmp_path, packing):
 
 
 def test_a_lock_that_a_killed_worker_held_does_not_hold_up_the_end(tmp_path, monkeypatch):
-    """Workers look at an event now and then, under its lock; whoever is killed just then never gives it back."""
+    """Workers check an event at intervals, under its lock; a worker that is killed then never releases the lock."""
     iterators = []
     begin = _MultiProcessingDataLoaderIter.__init__
 

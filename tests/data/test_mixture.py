@@ -114,7 +114,7 @@ def test_a_new_source_begins_at_its_beginning_and_a_lost_one_is_refused():
     ids=["a new source", "other weights", "a stage that has begun already"],
 )
 def test_other_shares_on_resume_hold_at_once(names, stages):
-    """Nothing has to catch up with what the old shares gave."""
+    """No source has to catch up with its old share."""
     before = mixture([Stage(seq_len=16)])
     _, place = steps(before, 200)
     after = mixture(stages, names)

@@ -250,7 +250,7 @@ def killed(command, units):
 
 
 def test_a_corpus_with_every_defect_at_once(tmp_path, corpus, monkeypatch, capfd):
-    """With one and two workers, in parts, and killed: the same bytes, and what was written down."""
+    """With one and two workers, in parts, and killed: the same bytes and the expected reports."""
     split_small(monkeypatch, 3000)
     options = ["--tokenizer", str(tmp_path / "tokenizer"), "--bos", "prepend", "--text-field", "page.text"]
     options += ["--skip-bad-records", "--max-document-bytes", str(LIMIT), "--json", "--seed", "3"]

@@ -205,7 +205,7 @@ def test_the_slurm_script(tmp_path, corpus):
     parsed = build_parser().parse_args(["prepare", *options, *shlex.split(merge)]).prepare
     assert parsed.merge
     assert parsed.out == "data/corpus"
-    # The script itself, with a stand-in for the command that says what it was given.
+    # The script itself, with a stand-in for the command that prints its arguments.
     statex_stub = put(tmp_path / "statex", b'#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     statex_stub.chmod(0o755)
     slurm = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_CPUS_PER_TASK": "16"}

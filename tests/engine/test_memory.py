@@ -129,7 +129,7 @@ def test_segments_have_the_gradient_of_truncated_backpropagation():
     whole = model(ids, labels=pack.labels, cu_seqlens=marks, seq_idx=documents).loss_sum / 60
     assert loss == pytest.approx(whole.item(), rel=1e-12)
     model.zero_grad()
-    # By hand: 0-20 | 20-25, 25-40 | 40-60, where the state at 20 and at 40 goes on as a value.
+    # By hand: 0-20 | 20-25, 25-40 | 40-60, where the state at 20 and at 40 is carried as a value.
     first = model(ids[:, :20], labels=pack.labels[:, :20], output_states=True)
     kept = [tuple(part.detach() for part in layer) for layer in first.states]
     rest = model(ids[:, 20:25], labels=pack.labels[:, 20:25], states=kept)

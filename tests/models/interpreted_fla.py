@@ -127,7 +127,7 @@ REFUSED = {
         ({"time_step_limit": [0.0, 0.5]}, "time_step_limit"),
     ],
 }
-"""Options that fla has or ignores and we do not, and what the refusal names: the key, or tensors that are missing."""
+"""Options that fla has or ignores and we do not, with the name in the refusal: the key, or the missing tensors."""
 
 OURS = {
     "gla": tiny.gla_config(),
@@ -138,7 +138,7 @@ OURS = {
     "mamba2": tiny.mamba2_config(n_groups=1),
 }
 GROUPS = {"decays": ("gla", "hgrn2", "retnet", "mamba2"), "delta rules": ("gated_deltanet", "kda")}
-"""What one process runs: starting it takes five seconds."""
+"""The models that one process runs: each start takes five seconds."""
 
 TOLERANCE = dict.fromkeys(CLASSES, 1e-5) | {"gated_deltanet": 2e-5, "kda": 2e-5}
 """Of the largest logit; fla's delta rules are off by up to 9e-6 from ours in float64."""

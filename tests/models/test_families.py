@@ -1,8 +1,8 @@
 """HGRN2, RetNet, Lightning (MiniMax), Gated DeltaNet and KDA against models that are not ours.
 
 The four families of flash-linear-attention are written out here as plain functions on weights under their published
-names, around its naive recurrences; MiniMax is held to transformers' class. Then come what every expansion of these
-families has to do.
+names, around its naive recurrences; MiniMax is compared with transformers' class. Then come the requirements on every
+expansion of these families.
 """
 
 from __future__ import annotations
@@ -737,7 +737,7 @@ class TestPositionsOfRetNet:
             assert not packed[layer][1].is_floating_point()
 
     def test_they_matter(self, config):
-        """Positions are relative: a sequence that starts late is the same one, a state that goes on wrongly is not."""
+        """Positions are relative: a later start of a sequence changes nothing, a state with a wrong position does."""
         model = build(config)
         ids = tokens(1, 20)
         with torch.no_grad():
@@ -759,7 +759,7 @@ INPUTS = {"hgrn2": hgrn2_inputs, "retnet": retnet_inputs, "minimax": minimax_inp
 
 
 def observed(model, layer, ids):
-    """What a layer's mixer gets, and its outputs before the output norm, ``[B, T, H V]``."""
+    """Return the input of a layer's mixer, and its outputs before the output norm, ``[B, T, H V]``."""
     mixer, seen = mixer_of(model, layer), SimpleNamespace()
     name = next(n for n, _ in mixer.named_children() if n in ("norm", "g_norm", "g_norm_swish_gate"))
     hooks = [

@@ -67,7 +67,7 @@ def test_the_table_has_the_order_of_the_built_model(case):
 
 
 def test_no_family_is_left_out_of_the_order():
-    """Bamba's models are run by other software, so that there is none to compare with."""
+    """Other software runs Bamba's models, so we have none to compare with."""
     assert {config.MODEL_TYPE for config in ALL.values()} | {"bamba"} == set(FAMILIES)
 
 

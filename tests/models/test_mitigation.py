@@ -40,7 +40,7 @@ EXACT = (
     "state-norm:learn=5,every=1",
     "sliding-window:tokens=4",
 )
-"""Remedies whose result does not depend on where a text is cut."""
+"""Mitigations whose result does not depend on where a text is cut."""
 
 
 def model_under(name, text=None):
@@ -244,7 +244,7 @@ def test_learned_limits_hold_past_the_tokens_that_they_were_learned_from(name):
     ],
 )
 def test_rows_with_texts_of_their_own(name, text):
-    """The perplexity suite selects and zeroes rows of all states: a zero row starts its text anew."""
+    """The perplexity suite selects and zeroes rows of all states: a zero row starts a new text."""
     model = model_under(name, text)
     rng = np.random.default_rng(0)
     pieces = [Piece(tokens=rng.integers(0, 40, size=n).astype(np.uint16)) for n in (14, 3, 9, 6)]

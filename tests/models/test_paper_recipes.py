@@ -1,7 +1,7 @@
 """The StateX authors' four modes, written here as their script's mapping on whole modules, against our recipes.
 
-What the authors keep must be equal, what they draw must have their shapes and their distribution, and nothing else may
-change. Their released scripts: GLA ``drop_prop=6, drop_mode=gla`` (or ``merge``), Mamba2 ``drop_prop=1,
+Values that the authors keep must be equal. Values that they draw must have their shapes and their distribution. No
+other value may change. Their released scripts: GLA ``drop_prop=6, drop_mode=gla`` (or ``merge``), Mamba2 ``drop_prop=1,
 drop_mode=mamba4`` (or ``merge_copy``).
 """
 

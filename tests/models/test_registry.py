@@ -1,4 +1,4 @@
-"""What the registry tells of any model: parameters' roles, and FLOPs against a count by hand and torch's counter."""
+"""The registry's facts of any model: parameters' roles, and FLOPs against a count by hand and torch's counter."""
 
 from typing import get_args
 

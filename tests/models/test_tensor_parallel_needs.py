@@ -48,7 +48,7 @@ ALL = CONFIGS | FURTHER
 
 
 def whole_layer(config, index):
-    """A layer, its tensors' specs and what it is called with."""
+    """Return a layer, its tensors' specs and the arguments of its call."""
     model = build(config)
     x = torch.randn(2, 7, config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     shared = [values[index] for values in model.trunk.shared_inputs()]
@@ -64,7 +64,7 @@ def channels(spec, name, tp, rank):
 
 
 def with_noise(layer, specs, tp, rank):
-    """The layer with noise in place of what a rank does not hold."""
+    """Return the layer with noise in place of the rows that a rank does not hold."""
     layer = copy.deepcopy(layer)
     with torch.no_grad():
         for number, (name, spec) in enumerate(specs.items()):

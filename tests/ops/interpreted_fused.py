@@ -80,7 +80,7 @@ def check_pieces() -> None:
 
 
 def check_fallbacks() -> None:
-    """What the kernels cannot do is left to PyTorch: a row too wide for them, a gate without a kernel, no rows."""
+    """Check the cases that PyTorch takes over from the kernels: a row too wide, a gate without a kernel, no rows."""
     before = dict(calls)
     for piece, shape in (("norm", (2, 16385)), ("norm, silu gate", (2, 16385)), ("sigmoid gate, norm", (4, 48))):
         ours, equation = PIECES[piece]
@@ -120,7 +120,7 @@ def check_loss() -> None:
 
 
 def check_loss_without_gradient() -> None:
-    """Evaluation, and a frozen head: neither asks for what it does not need."""
+    """Check that evaluation, and a frozen head, compute no gradient that they do not need."""
     inputs, before = narrowed(loss_inputs(20, 16, 50), torch.float32), calls["gradients"]
     with torch.no_grad():
         value = our_loss(

@@ -89,8 +89,8 @@ def test_the_losss_memory_does_not_grow_with_the_vocabulary_times_the_length():
     our_loss(hidden, weight, targets, chunk).backward()
     peak = torch.cuda.max_memory_allocated() - before
     logits, head = 2 * chunk * VOCAB, VOCAB * HIDDEN
-    # Forward: logits, the gradient of hidden, that of the weight in fp32 and what is added to it. Backward: both, and
-    # both scaled.
+    # Forward: logits, the gradient of hidden, that of the weight in fp32 and its next summand. Backward: both
+    # gradients, and both scaled.
     forward = logits + 2 * tokens * HIDDEN + 8 * head
     backward = 4 * tokens * HIDDEN + 6 * head
     assert peak < max(forward, backward) + (16 << 20)

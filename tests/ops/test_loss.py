@@ -1,4 +1,4 @@
-"""The chunked loss against PyTorch's cross entropy of all logits, and what it holds on the way."""
+"""The chunked loss against PyTorch's cross entropy of all logits, and the memory that it uses."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_a_users_callback_is_called_adds_figures_and_is_resumed(tmp_path: Path, 
     assert [record["doubled"] == 2 * record["loss"] for record in read_metrics(run_dir)] == [True] * 3
     settings = {"num_steps": 4, "save_every": 2}
     held = {"held_out": 0.3, "every": 4, "tokens": 256}
-    with pytest.raises(ConfigError, match="data was"):  # what is held out cannot change
+    with pytest.raises(ConfigError, match="data was"):  # the held-out documents cannot change
         train(load(tmp_path, shards, callbacks=[entry], train=settings, eval=held))
     assert train(load(tmp_path, shards, callbacks=[entry], train=settings))
     assert (toy.HookLog.last.steps, toy.HookLog.last.calls[0]) == (4, ("on_start", 3, 4))
@@ -116,7 +116,7 @@ def test_a_callback_that_fails_ends_the_run_and_is_named(tmp_path: Path, shards:
     assert str(caught.value).startswith(f"callback {TOY}:Failing failed in {named}: ")
     status = read_status(tmp_path / "run")
     assert (status.state, status.exit_code, status.message) == ("failed", 1, str(caught.value))
-    # What was saved before is whole, and the run continues from it without the callback.
+    # The earlier checkpoint is whole, and the run continues from it without the callback.
     tags = {"post_step": ["global_step2"], "on_end": ["global_step4", "global_step2"]}.get(hook, [])
     assert complete_tags(tmp_path / "run" / "checkpoints") == tags
     assert train(load(tmp_path, shards, train=settings))

@@ -1,4 +1,4 @@
-"""What the loader promises, seen from a training run: carried states, mixtures, bad shards, every launcher."""
+"""The loader's guarantees, seen from a training run: carried states, mixtures, bad shards, every launcher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.runs import GLA, MAMBA2, command, environment, expanded, losses, run_
 
 
 def make_data(directory: Path, sizes: list[int], seed: int = 0) -> Path:
-    """Documents of so many bytes (one token each, and EOS)."""
+    """Make documents of ``sizes`` bytes (one token each, and EOS)."""
     generator = torch.Generator().manual_seed(seed)
     letters = [torch.randint(97, 123, (n,), generator=generator).tolist() for n in sizes]
     directory.mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,6 @@ def test_bad_settings_are_named(settings, message):
 
 
 def test_a_rank_that_does_not_exist_is_said(tmp_path: Path, caplog):
-    """A run may go on with fewer ranks than it began with."""
+    """A run may continue with fewer ranks than it began with."""
     Profiler(ProfileConfig(steps="1:2", ranks=[2]), tmp_path, rank=0, world_size=2)
     assert "profile.ranks [2]: this run has the ranks 0..1" in caplog.text

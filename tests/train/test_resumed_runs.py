@@ -1,4 +1,4 @@
-"""What a run says of itself after kills and resumes: records, checkpoints, training length, settings of its steps."""
+"""A run's files after kills and resumes: records, checkpoints, training length, settings of its steps."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a run says of itself, and what is believed of it."""
+"""A run's status file, and which of its claims are believed."""
 
 import json
 import os

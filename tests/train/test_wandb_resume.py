@@ -65,7 +65,7 @@ def test_steps_that_are_trained_again_replace_those_of_the_lost_life(tmp_path: P
     assert history(tmp_path) == [(step, (100.0 if step <= 4 else 200.0) + step) for step in range(1, 9)]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert history(tmp_path) == [(record["step"], record["loss"]) for record in records]
-    # What is sent is sent: its steps stay, and are not logged again.
+    # Sent records are final: their steps stay, and are not logged again.
     (first,) = [path for path in segments(tmp_path, (tmp_path / "wandb_id").read_text()) if 1 in dict(logged(path))]
     synced_marker(first).touch()
     live(tmp_path, 2, 9, 300.0)

@@ -1,4 +1,4 @@
-"""Real wandb against servers that are not there, never answer, or stop to: the run goes on, and soon."""
+"""Real wandb against servers that do not exist, never answer, or stop answering: the run continues, and soon."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(f"closed in {time.perf_counter() - start:.1f} s", flush=True)
 
 @contextmanager
 def nobody() -> Iterator[int]:
-    """A port at which nobody listens."""
+    """Yield a port at which no server listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         yield probe.getsockname()[1]
@@ -49,13 +49,13 @@ def nobody() -> Iterator[int]:
 
 @contextmanager
 def silence() -> Iterator[int]:
-    """A server that takes connections and never says a word."""
+    """Yield the port of a server that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield server.getsockname()[1]
 
 
 class _Hosting(BaseHTTPRequestHandler):
-    """As much of a wandb server as a run needs to begin; silent once its server is."""
+    """The part of a wandb server that a run needs to begin; it stops answering when its server is silent."""
 
     ANSWERS: ClassVar[dict[str, Any]] = {
         "upsertBucket": {

@@ -84,7 +84,7 @@ class Staging:
             manifest.write(self.directory)
             sync(self.directory / MANIFEST_NAME)
             sync(self.directory)
-        self._refuse_existing()  # again: another run may have finished meanwhile
+        self._refuse_existing()  # again: another run may have finished since
         with writing(self.out):
             self._committed.write_text(json.dumps(self._facts(self.directory)), encoding="utf-8")
             sync(self._committed)

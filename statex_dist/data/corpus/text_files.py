@@ -119,7 +119,7 @@ _BY_SUFFIX: Final = {
     **dict.fromkeys((".bz2", ".xz", ".lzma", ".lz4", ".br", ".z", ".zstd", ".gzip"), f"{_UNPACK}, or use .gz or .zst"),
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".warc", ".wet", ".wat"), "take the text out of it"),
 }
-# What a file begins with, and what that is; only those that no text begins with.
+# First bytes of a file, its format and the advice; only bytes that no text begins with.
 _BY_BEGIN: Final = (
     (b"\x1f\x8b", "gzip data", "give the file the suffix .gz"),
     (b"\x28\xb5\x2f\xfd", "zstd data", "give the file the suffix .zst"),

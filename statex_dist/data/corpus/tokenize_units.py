@@ -28,7 +28,7 @@ _BATCH_SIZE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class TokenizeTask:
-    """What is the same for all units."""
+    """The settings that all units share."""
 
     tokenizer: str
     dtype: str

@@ -1,8 +1,8 @@
 """Tokenised documents on their way from the workers to the shards: a few files for each finished work unit.
 
 ``NAME.tokens`` holds the tokens of all documents of a unit, ``NAME.masks`` their masks where one document has one, and
-``NAME.done`` the lengths and what was left out. Each is written under a temporary name, flushed and renamed, ``.done``
-last: where it is, the unit is complete, whatever happened to the process afterwards.
+``NAME.done`` the lengths and the counts of omitted documents. Each is written under a temporary name, flushed and
+renamed, ``.done`` last. If ``.done`` exists, the unit is complete, whatever happened to the process afterwards.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class UnitJob:
 
 @dataclass(frozen=True, slots=True)
 class UnitResult:
-    """The documents of a finished work unit, and what was left out of it.
+    """The documents of a finished work unit, and the counts of those that it omits.
 
     Attributes:
         base: Path of the unit's files, without their suffixes.

@@ -1,7 +1,7 @@
 """The work directory of ``statex prepare``: finished units that a later run, or another machine, need not do again.
 
-``settings.json`` says under which rules the units were made. A unit's files are named by a digest of these rules and of
-what the unit is: its files, their sizes and times, its range. So an input that changed brings a new name, and no file
+``settings.json`` holds the rules under which the units were made. A unit's files are named by a digest of these rules
+and of the unit: its input files, their sizes and times, and its range. So a changed input gives a new name, and no file
 here can be taken for another.
 
 A run that works alone holds ``lock`` for itself. Parts share it, and each holds a lock of its own besides.
@@ -214,7 +214,7 @@ class WorkDirectory:
         self._locks.clear()
 
     def _agree(self) -> None:
-        """Compare what the directory was begun with to what is wanted now, and write that down."""
+        """Compare the settings that the directory was begun with to those of this run, and record them."""
         found = self._found()
         if found is None:
             self.parts = self._part.count if self._part else None

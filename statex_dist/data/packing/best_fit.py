@@ -16,7 +16,7 @@ MIN_ROOM = 32
 
 
 def best_fit(length: np.ndarray, seq_len: int, *, split_tails: bool, chained: bool) -> Pieces:
-    """Cut spans longer than ``seq_len``, then put each piece, longest first, into the fullest pack with room for it.
+    """Cut spans longer than ``seq_len``, then put each piece, longest first, into the fullest pack where it fits.
 
     Args:
         length: ``[spans]`` tokens of each span, in shuffled order.

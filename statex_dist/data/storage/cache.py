@@ -1,16 +1,16 @@
 """The cache of fetched and unpacked shards that all processes of a machine share.
 
-A shard is a directory with its raw file and its companion, and appears in one rename: what is there is whole. Below
-the cache directory::
+A shard is a directory with its raw file and its companion. It appears in one rename, so a shard that exists is whole.
+Below the cache directory::
 
-    lock                      held for a moment by whoever counts, makes room or removes
-    <dataset>/<shard>/        a whole shard; the newest time of its files is when it was last used
-    <dataset>/<shard>.lock    held (flock) by the one that fetches the shard; the others wait
+    lock                      held briefly by a process that counts shards, frees space or removes shards
+    <dataset>/<shard>/        a whole shard; the newest time of its files is its last use
+    <dataset>/<shard>.lock    held (flock) by the process that fetches the shard; the others wait
     <dataset>/<shard>.partial/  the shard while it is being fetched, with the bytes that it will need in ``reserved``
-    trash/                    what is being removed
+    trash/                    shards that are being removed
 
-The kernel drops a lock with the process that held it, so a killed one blocks nobody, and a ``.partial`` whose lock is
-free is a dead process's. Removing a shard that some process has mapped leaves that process its data.
+The kernel releases a lock when the process that held it ends, so a killed process blocks no other. A ``.partial`` whose
+lock is free belongs to a dead process. A process that has mapped a shard keeps its data when the shard is removed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PARTIAL = ".partial"
 
 
 class CacheFullError(ShardError):
-    """There is no room for a shard, even with all others removed; those that are mapped still take their space."""
+    """The space does not suffice for a shard, even with all others removed; mapped ones still take their space."""
 
 
 class ShardCache:
@@ -90,8 +90,8 @@ class ShardCache:
     def fetch(self, origin: str, shard: ShardEntry, make: Callable[[Path], None], *, urgent: bool = True) -> Path:
         """Return the verified raw file of ``shard``, its companion beside it; make them where needed.
 
-        The first use in each process verifies them. A limit may remove them again at any time, so whoever finds the
-        path gone fetches it again.
+        The first use in each process verifies them. A limit may remove them again at any time, so a caller that finds
+        the path missing fetches it again.
 
         Args:
             origin: Which dataset it is of.
@@ -109,7 +109,7 @@ class ShardCache:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with _locked(_lock_of(place), shard.raw.name):
-                # Another process may have fetched it meanwhile; and only the holder of the lock removes damaged ones.
+                # Another process may have fetched it since. Only the holder of the lock removes damaged ones.
                 problem = self._problem(path, shard)
                 if problem is None:
                     return path
@@ -233,7 +233,7 @@ class ShardCache:
         trash.mkdir(exist_ok=True)
         for shard in shards:
             with contextlib.suppress(FileNotFoundError):
-                shard.rename(trash / uuid.uuid4().hex)  # at once: nobody sees a raw file without its companion
+                shard.rename(trash / uuid.uuid4().hex)  # at once: no process sees a raw file without its companion
         shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -247,9 +247,9 @@ def _whole_shards(cache: Path) -> list[Path]:
 
 
 def _size_and_use(shard: Path) -> tuple[int, float]:
-    """Bytes of a shard's files and when it was last used."""
+    """Return the bytes of a shard's files and the time of its last use."""
     size, used = 0, 0.0
-    with contextlib.suppress(FileNotFoundError):  # somebody cleans up by hand
+    with contextlib.suppress(FileNotFoundError):  # a user may delete files by hand
         for file in shard.iterdir():
             status = file.stat()
             size, used = size + status.st_size, max(used, status.st_mtime)

@@ -150,7 +150,7 @@ def _max_maps() -> int:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from one that took its place; ``None`` if it was removed. Its times say when it was used."""
+    """Return values that differ if another file takes the path (no times: use changes them); ``None`` if removed."""
     try:
         status = path.stat()
     except OSError:
@@ -163,10 +163,10 @@ def fetch_and_open(
 ) -> tuple[Path, MappedShard]:
     """Return the raw file of a shard and the shard, open.
 
-    It is fetched again where another process that makes room in the cache removed it before it was mapped.
+    If another process that frees space in the cache removes the file before it is mapped, it is fetched again.
 
     Raises:
-        CorruptShardError: It is missing or damaged where it comes from, or is not what the entry says.
+        CorruptShardError: It is missing or damaged at its origin, or differs from the entry.
         ShardError: It cannot be fetched or mapped.
     """
     path = files.fetch(entry)

@@ -1,6 +1,6 @@
 """Where a dataset's files are, and how a shard becomes a verified local file.
 
-A dataset lies in a directory or behind a URL. What is remote is downloaded, and what is compressed is unpacked, once,
+A dataset lies in a directory or behind a URL. Remote files are downloaded and compressed files are unpacked, once each,
 into a cache that all processes of a machine share (:mod:`statex_dist.data.storage.cache`).
 """
 

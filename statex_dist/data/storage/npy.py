@@ -17,7 +17,7 @@ _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 @dataclass(frozen=True, slots=True)
 class NpyHeader:
-    """What an array says of itself."""
+    """The header of an array file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -63,5 +63,5 @@ def read_npy(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
             raise ValueError(f"it claims {count} values of {dtype}, but has {size} bytes")
         file.seek(header.size)
         values = np.fromfile(file, expected, count)
-    # A file that shrinks meanwhile has fewer values, which do not have this shape.
+    # A file that shrinks during the read gives too few values for this shape.
     return values.reshape(shape, order="F" if header.fortran_order else "C")

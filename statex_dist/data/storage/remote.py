@@ -1,8 +1,8 @@
 """One object of a remote dataset, downloaded to a file: tried again where that helps, refused at once where not.
 
 ``http(s)`` goes through requests, every other scheme through mosaicml-streaming's downloaders. Their SDKs differ in
-how long they wait and whether they try again (some wait for ever), so one watch over the growth of the file, and one
-loop of attempts, stand around all of them.
+how long they wait and whether they try again (some wait without a limit). So all of them run under one watch over the
+growth of the file and one loop of attempts.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RemoteDirectory:
     """A directory of objects behind a URL.
 
     Args:
-        url: The directory; a query (a signature) is put behind every object's name.
+        url: The directory; a query (a signature) is appended to every object's name.
         policy: How hard to try.
 
     Attributes:
@@ -245,7 +245,7 @@ class RemoteDirectory:
 def _watched(work: Callable[[], None], directory: Path, seconds: float) -> None:
     """Do ``work`` in a thread; give up when ``directory`` did not change for ``seconds``.
 
-    The thread that is given up ends with its SDK's own timeout; what it still writes is in nobody's way, because the
+    The abandoned thread ends with its SDK's own timeout. The files that it still writes do no harm, because the
     directory is removed.
     """
     done = threading.Event()
@@ -286,8 +286,8 @@ def _downloader(url: str) -> Any:
     downloader = load_streaming().storage.download.CloudDownloader.get(url)
     if not hasattr(downloader, "_create_s3_client"):
         return downloader
-    # streaming 0.13 answers a 400 by making a client without credentials and calling itself, for ever if that one is
-    # answered with 400 too.
+    # streaming 0.13 answers a 400 by making a client without credentials and calling itself. If that client gets a 400
+    # too, the recursion has no end.
     create = downloader._create_s3_client
     anonymous = False
 

@@ -1,7 +1,7 @@
-"""URL schemes of remote datasets: their packages and credentials, and what the exceptions of their SDKs mean.
+"""URL schemes of remote datasets: their packages and credentials, and the meaning of their SDKs' exceptions.
 
-Most SDKs are not installed, and their exceptions have no common base class: one is known by its HTTP status, wherever
-its SDK keeps that, or by name.
+Most SDKs are not installed, and their exceptions have no common base class. This module identifies an exception by its
+HTTP status, wherever its SDK keeps that, or by its name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+-]+):(/+)(.*)", re.DOTALL)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORTH_RETRYING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
-# S3 says this one with status 400.
+# S3 reports this one with status 400.
 _CODES_WORTH_RETRYING = ("RequestTimeout", "RequestTimeoutException")
 _NO_ACCESS = (
     *("NoCredentialsError", "PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError"),
@@ -45,12 +45,12 @@ _MISSING = ("NotFound", "ResourceDoesNotExist")  # Databricks
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Return whether ``error`` says that a local file cannot be written."""
+    """Return whether ``error`` reports that a local file cannot be written."""
     return isinstance(error, OSError) and error.errno in (*_DISK_FULL, errno.EROFS)
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Return whether ``error`` says that there is no room for a file."""
+    """Return whether ``error`` reports that no space is left for a file."""
     return error.errno in _DISK_FULL
 
 
@@ -73,17 +73,17 @@ def _code(error: BaseException) -> str:
 
 
 def root_of(error: BaseException) -> BaseException:
-    """Return what ``error`` stands for, where a wrapper says less than what it wraps."""
+    """Return the cause of ``error`` where ``error`` is a wrapper that reports less, else ``error``."""
     return error.__cause__ or error if _is_offline(error) else error
 
 
 def _is_offline(error: BaseException) -> bool:
-    """huggingface_hub raises a kind of FileNotFoundError when it cannot reach its server."""
+    """Return whether huggingface_hub could not reach its server: it raises a kind of FileNotFoundError then."""
     return type(error).__name__ == "LocalEntryNotFoundError"
 
 
 def is_missing(error: BaseException) -> bool:
-    """Return whether ``error`` says that there is no such object."""
+    """Return whether ``error`` reports that the object does not exist."""
     if _is_offline(error):
         return False
     if (status := http_status(error)) is not None:

@@ -1,4 +1,4 @@
-"""What is known of a shard before it is opened, and what an open shard offers, whatever its format."""
+"""A shard's facts before it is opened, and the interface of an open shard, for every format."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class ShardEntry:
 
 
 class MappedShard:
-    """A raw shard, mapped for random access: a format says where each document's values begin.
+    """A raw shard, mapped for random access: a format gives the place where each document's values begin.
 
     Attributes:
         lengths: ``[documents]`` int64, tokens of each document.
@@ -156,7 +156,7 @@ def parse_index(
         origin: Its path or URL, for messages.
         kind: What messages call an entry, such as ``"MDS entry"``.
         check: Returns what is wrong with the index as a whole.
-        parse: Returns the entry of one shard; may raise KeyError, TypeError and AttributeError for what is damaged.
+        parse: Returns the entry of one shard; may raise KeyError, TypeError and AttributeError for a damaged entry.
 
     Raises:
         DataError: It is damaged, empty or of another version.

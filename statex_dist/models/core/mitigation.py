@@ -1,4 +1,4 @@
-"""What a mitigation of state collapse is: values that a user sets, checks, and its form of each recurrence.
+"""The interface of a mitigation of state collapse: values that a user sets, checks, and a form of each recurrence.
 
 A mitigation needs no training (arXiv 2410.07145, section 4.2). Each is one file below
 :mod:`statex_dist.models.mitigations` and one line of :mod:`statex_dist.models.mitigation`.
@@ -102,7 +102,7 @@ class Mitigation:
 
 
 def tokens_of_ssd(scan: Scan, A: torch.Tensor) -> Scan:
-    """Return a Mamba2 scan over what there is per token, ``x, dt, B, C``."""
+    """Return a Mamba2 scan over the inputs of each token, ``x, dt, B, C``."""
 
     def scan_tokens(tokens: Tensors, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, dt, B, C = tokens

@@ -1,10 +1,10 @@
-"""A mixed layer of which only some value heads are here: as many plain heads as value heads have partners.
+"""A mixed layer of which a rank has only some value heads: it runs one plain head for each partner of a value head.
 
 In a mixed layer (:mod:`statex_dist.ops.head_mixing`) output head ``j`` reads
 ``o_j = sum_s M[j-s, s] q_{j-s} S_{j-s, s}``,
-and ``S_{j-s, s}`` holds the values of head ``j`` alone. Whoever has the values of some heads and the keys of all can
-therefore run the pairs ``(j, s)`` as heads of their own, each with the keys and decays of head ``j - s`` and the values
-of ``j``: as many numbers of state, and nothing of the values that other processes have.
+and ``S_{j-s, s}`` holds the values of head ``j`` alone. A rank that has the values of some heads and the keys of all
+can therefore run the pairs ``(j, s)`` as separate heads, each with the keys and decays of head ``j - s`` and the values
+of ``j``. The number of state elements is the same, and the rank needs no values of other ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class PartnerHeads:
     """The pairs ``(j, s)`` of a mixed layer's value heads and partners, ordered by ``j``.
 
     Args:
-        heads: What of the layer is here.
+        heads: The part of the layer that this rank has.
     """
 
     def __init__(self, heads: HeldHeads):
@@ -28,7 +28,7 @@ class PartnerHeads:
 
     @classmethod
     def where_needed(cls, heads: HeldHeads) -> PartnerHeads | None:
-        """Return the pairs of a mixed layer that is not all here, else None."""
+        """Return the pairs of a mixed layer of which this rank has only a part, else None."""
         return cls(heads) if heads.partners > 1 and not heads.all_here else None
 
     def inputs(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -37,7 +37,7 @@ class PartnerHeads:
         return (self.by_key(q), self.by_key(k), self.by_value(v), *(self.by_key(y) for y in rest))
 
     def by_key(self, y: torch.Tensor) -> torch.Tensor:
-        """Return ``[B, T, pairs, ...]`` from what there is per key or decay, ``[B, T, H, ...]`` for all heads."""
+        """Return ``[B, T, pairs, ...]`` from the keys or decays of all heads, ``[B, T, H, ...]``."""
         indices = _key_heads(self.heads, y.device)
         return y.index_select(2, indices // (self.heads.total // y.shape[2]))
 

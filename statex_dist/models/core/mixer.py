@@ -43,7 +43,7 @@ State = torch.Tensor | None
 
 
 class Tokens(NamedTuple):
-    """What a mixer has computed of a segment before the recurrence.
+    """The values that a mixer has computed of a segment before the recurrence.
 
     Attributes:
         x: The mixer's input ``[B, T, hidden]``.

@@ -20,7 +20,7 @@ Recompute = Literal["none", "block", "expanded"]
 """Layers that keep only their input for the backward pass and compute the rest again: none, each, or the expanded."""
 
 SharedInputs = Callable[["Trunk"], Sequence[Sequence[torch.Tensor | None]]]
-"""What the parameters that layers share give each layer: further arguments of its forward, each one per layer."""
+"""Computes each layer's inputs from shared parameters: further arguments of its forward, each one per layer."""
 
 
 class Trunk(nn.Module):
@@ -31,7 +31,7 @@ class Trunk(nn.Module):
         names: Where the family keeps embeddings and norm.
         blocks: The class of each layer; it is called with ``config`` and the layer's index.
         shared: Shapes of parameters that the layers share, by name inside the trunk.
-        shared_inputs: What those give each layer; a function of a module, so that a model can be pickled.
+        shared_inputs: Computes each layer's inputs from them; a function of a module, so that a model can be pickled.
 
     Attributes:
         recompute: Layers that are computed again in the backward pass.

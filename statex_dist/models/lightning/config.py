@@ -121,7 +121,7 @@ class LightningConfig(ModelConfig):
         self.check_plan()
 
     def check_expansion(self, expansion: LayerExpansion) -> None:
-        """Raise if heads do not divide, or the initialisation is not one of this family's."""
+        """Raise if the factor does not divide the heads, or this family does not have the initialisation."""
         self._check_head_factor(expansion, self.num_attention_heads)
         if expansion.init == "copy":
             raise ConfigError(

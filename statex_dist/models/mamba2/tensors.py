@@ -1,9 +1,9 @@
 """A Mamba2 model's tensors as transformers writes them: names, shapes, first values, expansion (``d_state`` grows).
 
 B and C of every group get new rows behind their old ones, in ``in_proj`` and in the convolution's channels; ``z``,
-``x``, ``dt`` and the output projection are kept. What becomes of B and C:
+``x``, ``dt`` and the output projection are kept. The rows of B and C, by initialisation:
 
-* ``reinit``: all their rows are drawn anew (what the StateX authors' ``mamba4`` does);
+* ``reinit``: all their rows are drawn again (as in the StateX authors' ``mamba4``);
 * ``inherit``: the old rows are kept, the new ones drawn;
 * ``lossless``: the same, but the new C rows of ``in_proj`` are zero: the new state columns are written but not yet
   read, so the function is unchanged; C receives gradient at once and B from the second step on. (Both zero, the

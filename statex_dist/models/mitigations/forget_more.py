@@ -18,8 +18,8 @@ class ForgetMore(Mitigation):
     """Forget more, remember less.
 
     Attributes:
-        decay: Taken from each log decay, per token.
-        insert: Factor of what is inserted.
+        decay: Subtracted from each log decay, per token.
+        insert: Factor of the inserted input.
     """
 
     NAME: ClassVar[str] = "forget-more"

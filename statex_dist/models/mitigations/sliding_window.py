@@ -35,11 +35,11 @@ class SlidingWindow(Mitigation):
 
     @property
     def num_tensors(self) -> int:
-        """What the last tokens inserted and their decays, ``[S, tokens, ...]`` each."""
+        """Number of tensors: the inputs and the decays of the last tokens, ``[S, tokens, ...]`` each."""
         return 3
 
     def check_model(self, config: ModelConfig) -> None:
-        """Raise for a delta rule: what an old token left in the state depends on every write since."""
+        """Raise for a delta rule: an old token's part of its state depends on every later write."""
         if config.RECURRENCE == "delta_rule":
             raise ConfigError(
                 f"sliding-window does not fit {config.MODEL_TYPE}: the delta rule erases as it writes, so that what "

@@ -19,10 +19,10 @@ class StateNorm(Mitigation):
 
     Attributes:
         limit: The largest norm; one number for all heads of all layers.
-        learn: In place of ``limit``: each head's limit is the largest norm that its state had within so many first
-            tokens of the text. The training length is the natural choice.
-        every: Tokens of a text after which states are brought back to the limit. 1 is exact and slow. The end of what
-            one forward pass is given counts as well, and so decoding is exact whatever this is.
+        learn: In place of ``limit``: each head's limit is the largest norm that its state had within this number of
+            first tokens of the text. The training length is the natural choice.
+        every: Tokens of a text after which states are scaled down to the limit. 1 is exact and slow. The end of a
+            forward pass's tokens counts as well, so decoding is exact for every value.
     """
 
     NAME: ClassVar[str] = "state-norm"

@@ -200,7 +200,7 @@ def _local(
     share: TensorShare,
     norm_share: TensorShare,
 ) -> nn.Module:
-    """Return the module for what a rank holds of a whole one.
+    """Return the module for a rank's share of a whole one.
 
     Args:
         parent: The module that it is in.
@@ -242,7 +242,7 @@ def _local_linear(
     share: TensorShare,
     options: dict[str, Any],
 ) -> nn.Module:
-    """Return the matrix for what a rank holds of a whole one; arguments as for :func:`_local`."""
+    """Return the matrix for a rank's share of a whole one; arguments as for :func:`_local`."""
     outputs, inputs = spec.shape
     bias = whole.bias is not None
     if isinstance(whole, LMHead):

@@ -65,7 +65,7 @@ class TensorShare:
         return values
 
     def agree(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return rank 0's ``tokens``: ranks that drew for themselves could go on with different texts."""
+        """Return rank 0's ``tokens``: ranks that sample separately could continue with different texts."""
         if self.size == 1:
             return tokens
         agreed = tokens.contiguous().clone()

@@ -115,7 +115,7 @@ def _run(
         return scan.x, scan.x.new_zeros(shape, dtype=torch.float32) if initial_state is None else initial_state
     chunks = -(-num_tokens // chunk_size)
     limit = _chunks_per_call(scan, chunk_size)
-    # The rows of a slice lie as far apart as those of what it was sliced from.
+    # The rows of a slice lie as far apart as those of the whole tensor.
     apart = max(y.stride(0) for y in scan if y is not scan.A) if batch > 1 else 0
     if batch * chunks <= limit and batch * apart < INT32_NUMBERS:
         return _call(scan, initial_state, seq_idx, chunk_size)
@@ -142,8 +142,9 @@ def _run(
 def _chunks_per_call(scan: _ScanInputs, chunk_size: int) -> int:
     """Return how many chunks one call may hold.
 
-    What the kernels allocate, per chunk, forward and backward (the names are mamba_ssm's). ``dB``, ``dC`` and ``dCB``
-    have one more axis, of groups of heads, but only while a call has fewer chunks than the GPU has multiprocessors.
+    The limit follows from the kernels' largest tensor, per chunk, forward and backward (the names are mamba_ssm's).
+    ``dB``, ``dC`` and ``dCB`` have one more axis, of groups of heads, but only while a call has fewer chunks than the
+    GPU has multiprocessors.
     """
     heads, head_dim, groups, d_state = *scan.x.shape[2:], *scan.B.shape[2:]
     elements = max(

@@ -1,4 +1,4 @@
-"""What the tests of tar shards share."""
+"""Common parts of the tests of tar shards."""
 
 from pathlib import Path
 

@@ -68,7 +68,7 @@ def expected(times: int = 1) -> str:
 def raw_files(cache: Path) -> list[Path]:
     found: list[Path] = []
     for directory in cache.glob("*/*"):
-        # Others fetch and remove while this looks, and `glob` fails on a directory that goes meanwhile.
+        # Other processes fetch and remove during this loop, and `glob` fails on a directory that is removed.
         with contextlib.suppress(FileNotFoundError):
             found += directory.glob("shard.*")
     return sorted(found, key=lambda path: path.name)

@@ -138,7 +138,7 @@ def test_s3_refusals_are_final(tmp_path, raw, endpoint, monkeypatch):
         server.always["index.json"] = 403
         with pytest.raises(DataError, match=r"index\.json .*credentials"):
             open_store(url, cache_dir=tmp_path / "cache")
-        server.always["index.json"] = 400  # streaming asks for ever
+        server.always["index.json"] = 400  # streaming asks without a limit
         with pytest.raises(DataError, match=r"400 .*credentials"):
             open_store(url, cache_dir=tmp_path / "cache")
 

@@ -1,4 +1,4 @@
-"""What a rank holds of a layer's heads: mixed layers in pairs, and where everything lies."""
+"""A rank's share of a layer's heads: mixed layers in pairs, and the place of each tensor."""
 
 from __future__ import annotations
 

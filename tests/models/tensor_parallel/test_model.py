@@ -52,7 +52,7 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 @torch.no_grad()
 def read_and_decode(model: RecurrentLM) -> tuple[torch.Tensor, Any]:
-    """Logits of a text that is read in two segments and then decoded as generation does, and the states behind it."""
+    """Return logits of a text, read in two segments and then decoded as in generation, and the states after it."""
     ids = tokens(2, 14, vocab=model.config.vocab_size)
     logits, states = [], None
     for segment, kept in ((ids[:, :6], None), (ids[:, 6:12], 2), (ids[:, 12:13], None), (ids[:, 13:], None)):
@@ -68,7 +68,7 @@ def largest_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def measure(directory: Path, share: TensorShare, wanted: dict[str, Any], name: str) -> dict[str, Any]:
-    """What one rank finds of one model."""
+    """Return the measurements of one model on one rank."""
     mitigations, local_norm = MITIGATIONS.get(name, ()), name in (*CUT_NORMS, WHOLE_NORM) and share.size == RANKS
     found: dict[str, Any] = {}
     for dtype in BOUNDS:
@@ -96,7 +96,7 @@ def with_local_norms(model: TensorParallelLM) -> TensorParallelLM:
 
 
 def refusals(directory: Path, share: TensorShare) -> dict[str, str]:
-    """What each rank says of directories that one rank finds bad, or that only all together can find bad."""
+    """Return this rank's messages on directories that one rank finds bad, or that only all together can find bad."""
     said = {}
     for name in ("one file is missing", "one file is another model's"):
         try:

@@ -1,4 +1,4 @@
-"""What a rank refuses to read: no shards, shards of another number of ranks, damaged ones, those of another model."""
+"""Input that a rank refuses: no shards, shards of another number of ranks, damaged ones, those of another model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_whole_directory_is_read(shards):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_rank_takes_its_part_of_any_other_checkpoint(tmp_path, name):
-    """What the tools cut for each rank is what it takes of whole tensors, or of shards for other ranks."""
+    """The tools' shard for a rank equals its part of whole tensors, or of shards for other ranks."""
     save_pretrained(build(CONFIGS[name], dtype=torch.float32), tmp_path / "hf")
     for ranks in (2, 1):
         reshard(tmp_path / "hf", tmp_path / f"tp{ranks}", to="tp", tp=ranks)
@@ -109,7 +109,7 @@ def test_a_file_of_another_model_of_the_same_shape_is_refused(made, shards):
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, LAYOUT_NAME])
 def test_a_changed_description_of_the_model_is_refused(shards, name):
-    # Both are still read, and what they say of shapes fits.
+    # Both can still be read, and their shapes fit.
     content = (shards / name).read_text()
     changed = content.replace('"norm_eps": 1e-06', '"norm_eps": 9e-01') if name == CONFIG_NAME else content + " "
     assert changed != content

@@ -143,7 +143,7 @@ class CausalConv1dStandIn:
 
 
 class TestCausalConv1d:
-    """What is handed to the compiled kernel, which runs on GPUs alone (tests/ops/test_gpu_kernels.py)."""
+    """The arguments of the compiled kernel, which runs on GPUs alone (tests/ops/test_gpu_kernels.py)."""
 
     @pytest.fixture
     def kernel(self, monkeypatch):

@@ -1,1 +1,1 @@
-"""Gated linear attention of expanded layers on a GPU: Triton for what is elementwise, batched products for the rest."""
+"""Gated linear attention of expanded layers on a GPU: elementwise work in Triton, the rest in batched products."""

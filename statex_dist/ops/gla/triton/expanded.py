@@ -122,7 +122,7 @@ def expanded_gla(
 
 
 class _Settings(NamedTuple):
-    """What a scan is told beside its tensors; ``state_shape`` is ``(S, H, K, r V)``."""
+    """The arguments of a scan beside its tensors; ``state_shape`` is ``(S, H, K, r V)``."""
 
     scale: float
     segments: tuple[Segment, ...]
@@ -185,7 +185,7 @@ def _zero_states(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return like.new_zeros(shape, dtype=wide_dtype(like.dtype))
 
 
-# Functions of their own, so that a segment's tensors are gone before the next one's are there.
+# Separate functions, so that a segment's tensors are freed before those of the next one are allocated.
 
 
 def _run_segment(pieces: _Pieces, tensors, carried, final, o, scale: float, segment: Segment) -> None:
@@ -208,7 +208,7 @@ def _run_segment_back(
     do_spread = spread(do_part, mix)
     dscores, dmix_scores = unmix_scores(_products(do_part, part.values.mT), part.scores, mix)
     dqueries = _products(weigh_blocks(do_spread, mix), part.starts.mT)
-    # What the reads give to the states at the chunks' starts; the carry puts the gradient at their ends in its place.
+    # Gradient of the states at the chunks' starts, from the reads; the carry replaces it with the one at their ends.
     dstates = _products(part.queries.mT, do_spread)
     dtotal, dmix_states = pieces.carry.carry_gradients(
         part.total, part.starts, dstates, mix, carried, dfinal, dinitial, segment

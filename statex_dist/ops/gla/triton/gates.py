@@ -1,6 +1,6 @@
-"""What the kernels load of a chunk, and pre-gating: its queries and keys as the states at its borders meet them.
+"""The kernels' loads of a chunk, and pre-gating: its queries and keys with their decays to and from its borders.
 
-Pre-gating is done once, where a kernel of products would take the same exponentials again for every tile of the other
+Pre-gating is done once. A kernel of products would compute the same exponentials again for every tile of the other
 operand.
 """
 

@@ -1,7 +1,7 @@
-"""The pieces of :mod:`~statex_dist.ops.gla.triton.expanded` in PyTorch: the kernels' oracle, and what runs on a CPU.
+"""The pieces of :mod:`~statex_dist.ops.gla.triton.expanded` in PyTorch: the kernels' oracle, and the path on a CPU.
 
-Each function has a twin of the same name and arguments in :mod:`gates`, :mod:`scores` or :mod:`carry`, but for the
-first result of :func:`pregate`, which only the other pieces of the same kind read.
+Each function has a Triton counterpart of the same name and arguments in :mod:`gates`, :mod:`scores` or :mod:`carry`.
+Their results agree, but for the first of :func:`pregate`, which only the other pieces of the same kind read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statex_dist.ops.precision import decayed_products, reverse_cumsum, wide_dty
 def pregate(
     q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, segment: Segment, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a chunk's queries and keys are to the states at its borders.
+    """Return a chunk's queries and keys with their decays to and from its borders.
 
     Args:
         q: ``[tokens, H, K]`` queries.
@@ -53,7 +53,7 @@ def carry_states(
 
     Args:
         total: ``[H, n, K]`` log decays of the chunks.
-        update: ``[H, n, K, W]`` what each chunk adds; overwritten by the state before each chunk.
+        update: ``[H, n, K, W]`` sums that the chunks add; overwritten by the state before each chunk.
         carried: ``[H, K, W]`` fp32 state before the segment; overwritten by the one after it.
         initial: ``[S, H, K, W]`` fp32 states before each sequence, or None for zero.
         final: ``[S, H, K, W]`` fp32, filled for the sequences that end in the segment; or None.

@@ -147,7 +147,7 @@ def test_memory_beside_inputs_and_outputs_does_not_grow_with_the_sequence():
                 output_final_state=False,
             )
             torch.autograd.grad(out, leaves, out.detach())
-        # views make the mode count the inputs too, and gradients are as large as what they belong to
+        # views make the mode count the inputs too, and each gradient is as large as its input
         return memory.most - 2 * sum(x.nbytes for x in leaves) - out.nbytes
 
     # 16 chunks per segment in both: 48 chunks more may cost a state each for three segments more, and their carries
@@ -195,7 +195,7 @@ def test_autocast_leaves_the_scan_alone():
 
 
 def test_states_of_another_shape_are_refused():
-    """They would be written behind their end by the kernels."""
+    """The kernels would write after the tensors' ends."""
     with pytest.raises(ValueError, match=r"initial_state must be \(3, 2, 6, 10\), not \(1, 2, 6, 10\)"):
         gla(
             **gla_inputs(tokens=30),
