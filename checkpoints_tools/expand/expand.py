@@ -180,14 +180,14 @@ def read_model(source: str | Path, *, training: bool = False) -> tuple[TensorSou
 def prepare_expansion(
     source: str | Path, plan: PlanOptions | None = None, *, dtype: str | None = None, training: bool = False
 ) -> Expansion:
-    """Open a checkpoint and pair its tensors with what a plan does to them; nothing is written yet.
+    """Open a checkpoint and pair its tensors with the plan's operations on them; write nothing.
 
     Args:
-        source: Whatever :func:`statex_dist.models.source.open_model` opens, with a ``config.json``.
-        plan: What to do; None for the family's defaults.
+        source: Any checkpoint with a ``config.json`` that :func:`statex_dist.models.source.open_model` opens.
+        plan: Options of the plan; None for the family's defaults.
         dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own. New rows of a tensor are made in its dtype
             and then converted, as its old ones are.
-        training: Whether a training checkpoint is wanted where gathered weights lie beside it.
+        training: Whether to open a training checkpoint if gathered weights lie beside it.
 
     Raises:
         ConfigError: A wrong option, or a plan that does not fit the model.

@@ -75,7 +75,7 @@ class LayerAccount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpansionReport:
-    """What an expansion does (or did).
+    """The changes of an expansion, planned or done.
 
     Attributes:
         source: Directory that was read.

@@ -33,19 +33,19 @@ _FOR_OUR_CHECKS = re.compile(r"  # (?:type: ignore|noqa).*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleSpec:
-    """What a bundle is made of.
+    """Modules and changes that make up a bundle.
 
     Attributes:
         root: Dotted name of the module that has the wanted names.
         names: The wanted names.
         packages: Our own packages; other imports are kept.
         edits: Texts of modules that are replaced before they are read, by module.
-        replaced: What replaces a definition, by name: another one, as ``module:name``, or a builtin.
-        optional: Where a definition is taken from if the module that it is imported from lacks it, by name.
+        replaced: Replacement of a definition, by name: another definition, as ``module:name``, or a builtin.
+        optional: Source of a definition if the module that it is imported from lacks it, by name.
         whole: Prefix of the modules whose classes keep all members and docstrings.
-        dropped: Members that are taken out of all other classes.
+        dropped: Members that are removed from all other classes.
         bare: Classes whose subclasses are no data classes here: they lose fields and decorators.
-        known: What is known before the program runs.
+        known: Facts that are known before the program runs.
     """
 
     root: str

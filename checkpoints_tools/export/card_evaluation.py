@@ -16,12 +16,12 @@ RESULT_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """What one suite found.
+    """Results of one suite.
 
     Attributes:
-        suite: Its name.
-        data: What it was measured on, as far as the file says so.
-        figures: Names and values, as people read them.
+        suite: Name of the suite.
+        data: Data of the measurement, as far as the file names it.
+        figures: Names and values, in a form for readers.
     """
 
     suite: str

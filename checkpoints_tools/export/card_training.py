@@ -32,7 +32,7 @@ _SETTINGS = {
     "train.state_passing": "probability that a text starts from another's state",
     "seed": "seed",
 }
-"""Settings that a card tells, and what they are called there."""
+"""Settings that a model card shows, with their names in the card."""
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -71,7 +71,7 @@ def spans_of(checkpoint: Path, run: Path | None, step: int | None) -> list[Span]
 
 
 def training_facts(checkpoint: Path, run: Path | None, step: int | None) -> Iterator[tuple[str, str]]:
-    """Yield names and values of what is known of a training.
+    """Yield names and values of the known facts of a training.
 
     Args:
         checkpoint: Directory of the checkpoint.

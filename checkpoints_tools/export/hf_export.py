@@ -1,9 +1,10 @@
-"""What transformers needs of an exported model besides weights: configuration, code, tokenizer, generation settings.
+"""Files that transformers needs besides an export's weights: configuration, code, tokenizer, generation settings.
 
-Where ``config.json`` alone says what the model is, transformers' own class opens it: an un-expanded model of a family
-that transformers has, or a Mamba2 model of which every layer grew alike. Any other model of ours takes its code along
-(:mod:`checkpoints_tools.export.modeling_code`). Models with layers that other software runs (softmax attention) have
-none; with a plan they open nowhere else, which :mod:`statex_dist.models.plan_keys` sees to.
+transformers' own class opens a model that ``config.json`` describes completely: an un-expanded model of a family that
+transformers has, or a Mamba2 model in which all layers grew equally. The export of any other model of ours contains its
+code (:mod:`checkpoints_tools.export.modeling_code`). Models with layers that other software runs (softmax attention)
+are exported without code. With a plan, no other software can open them; :mod:`statex_dist.models.plan_keys` ensures
+this.
 """
 
 from __future__ import annotations

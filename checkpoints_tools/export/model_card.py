@@ -37,16 +37,16 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
-    """What a card is made of.
+    """Facts that a model card shows.
 
     Attributes:
         values: Contents of the source's ``config.json``.
         config: The same, typed.
-        source: What is known of the checkpoint that is exported.
+        source: Facts about the checkpoint that is exported.
         parameters: Elements of the floating-point tensors.
-        dtypes: In which they are stored, as torch calls them, most bytes first.
-        tokenizer: Of what kind the tokenizer is that the export holds; None where it holds none.
-        evaluations: Results to tell of.
+        dtypes: Their dtypes, by torch's names, most bytes first.
+        tokenizer: Kind of the tokenizer that the export holds; None if it holds none.
+        evaluations: Results that the card shows.
     """
 
     values: dict[str, Any]
@@ -116,7 +116,7 @@ def _earlier_card(model_dir: Path | None) -> _EarlierCard:
     except yaml.YAMLError:
         header = None
     if match is None or not isinstance(header, dict):
-        # What is no header stays text.
+        # Text that is no header stays text.
         return _EarlierCard(original=text.strip())
     body = text[match.end() :]
     if _OUR_TAG not in (header.get("tags") or []):

@@ -42,7 +42,7 @@ _SEQUENCES = {
     **dict.fromkeys(("seq_idx", "chunk_size", "max_state_bytes", "context", "mitigation")),
     **{"output_states": True, "overwrite_states": False, "backend": "auto"},
 }
-"""What an export's layers are told of their tokens; of the fields of ``Sequences`` the others vary."""
+"""Fields of ``Sequences`` with the same value for all layers of an export; the other fields vary."""
 
 _REPLACED = {
     "HeldHeads": f"{_CODE}.heads:WholeHeads",

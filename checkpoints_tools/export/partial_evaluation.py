@@ -19,7 +19,7 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """What is known of a program before it runs.
+    """Facts about a program that are known before it runs.
 
     Attributes:
         calls: Results of calls, by the name of the function (``has_fla``, ``Class.method``).

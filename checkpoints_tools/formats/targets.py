@@ -1,4 +1,4 @@
-"""What a layout is asked for when a target is laid out, and finding the layout that ``--to`` names."""
+"""The request from which a layout plans a target, and the choice of the layout that ``--to`` names."""
 
 from __future__ import annotations
 

@@ -50,10 +50,10 @@ class TensorParallelTarget(TensorParallel):
 
     @staticmethod
     def plan_target(request: TargetRequest) -> PlannedTarget:
-        """Lay a model of a known family out; tensors that the family does not know are held by every rank.
+        """Lay out a model of a known family; every rank holds the tensors that the family does not know.
 
         Raises:
-            ConfigError: So many ranks cannot share the model.
+            ConfigError: The model cannot be split over this number of ranks.
         """
         jobs = request.jobs()
         documents = request.documents(main_dtype(job.info for job in jobs))

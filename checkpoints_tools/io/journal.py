@@ -1,8 +1,8 @@
-"""What a writer has finished, on disk, so that a killed one can go on: one JSON line per step.
+"""The journal of a writer, with which a killed one resumes: one JSON line per finished step.
 
-The first line says what is being written (the source's files, the plan, the options). A line about tensors is added
-when their values are on disk, though perhaps in files that lack others; one about a file when it is complete, synced
-and under its final name. A torn last line is ignored.
+The first line identifies the target: the source's files, the plan, the options. A line about tensors is added when
+their values are on disk, though perhaps in files that lack others. A line about a file is added when the file is
+complete, synced and under its final name. A torn last line is ignored.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def fingerprint(facts: dict[str, Any]) -> str:
 
 
 class TargetJournal:
-    """The journal of one temporary directory, held by one process at a time.
+    """The journal of one temporary directory; one process at a time holds it.
 
     Args:
-        directory: The temporary directory, made if it is not there.
-        run: Fingerprint of what is being written.
-        resume: Whether to go on with what an earlier process left; else it is removed.
+        directory: The temporary directory, made if it does not exist.
+        run: Fingerprint of the target that is being written.
+        resume: Whether to continue an earlier process's files; else they are removed.
 
     Raises:
-        CheckpointError: Another process is writing there, or what is there belongs to another run.
+        CheckpointError: Another process is writing there, or the files there belong to another run.
     """
 
     def __init__(self, directory: Path, *, run: str, resume: bool):

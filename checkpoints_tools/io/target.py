@@ -130,7 +130,7 @@ def write_target(
             (journal.directory / name).write_text(text, encoding="utf-8")
             record_file(journal.directory / name)
         finish_target(journal.directory, target, overwrite=options.overwrite)
-        (target / JOURNAL_NAME).unlink()  # last: until the rename it says what a next run need not do again
+        (target / JOURNAL_NAME).unlink()  # last: until the rename a next run reads from it which parts are finished
     except BaseException as error:
         keep = journal is not None and options.resume and (journal.files or journal.tensors)
         if journal is not None and not keep:

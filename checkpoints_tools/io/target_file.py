@@ -20,7 +20,7 @@ from statex_dist.checkpoint.manifest import FileRecord, digest_file
 
 
 class Archive(Protocol):
-    """What is known of a ``torch.save`` archive before its storages are written."""
+    """Properties of a ``torch.save`` archive that are known before its storages are written."""
 
     @property
     def storages(self) -> Mapping[str, tuple[int, int]]:

@@ -1,8 +1,9 @@
 """Writing the files of a target: several tensors at a time, in any layout, journaled as they reach the disk.
 
-Workers take tensors in order; a tensor may go to one file (safetensors) or in parts to all of them (ZeRO, tensor
-parallelism). Every gigabyte what has been written is flushed and entered in the journal; whoever finishes a file's last
-tensor closes it: checksums are filled in, it is flushed and digested, gets its final name and is entered too.
+Workers take tensors in order. A tensor goes to one file (safetensors) or in parts to all files (ZeRO, tensor
+parallelism). After every gigabyte the written bytes are flushed and entered in the journal. The worker that finishes a
+file's last tensor closes the file: it fills in checksums, flushes and digests the file, gives it its final name and
+enters it in the journal too.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ SYNC_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WriteOptions:
-    """How a directory is written.
+    """Options of writing a directory.
 
     Attributes:
         max_shard_size: Bytes of values per safetensors file.
         overwrite: Whether a target that is not empty is replaced.
         workers: Tensors read, made and written at a time; each needs a few buffers.
-        resume: Whether to go on with what a killed process left.
+        resume: Whether to continue the files that a killed process left.
         allow_nonfinite: Whether NaN and Inf are copied.
     """
 
@@ -144,7 +145,7 @@ class _Writer:
 
     def write(self, job: TensorJob, stream: TensorStream) -> None:
         """Write one tensor to all its places, and complete the files of which it was the last."""
-        # Of what is copied as it is, the stream knows the digest already.
+        # The stream already knows the digest of values that are copied without a change.
         copied = job.mapping is None and job.source is not None and job.source.dtype == job.info.dtype
         digest = None if copied else xxhash.xxh3_128()
         item, position = job.info.item_bytes, 0

@@ -46,7 +46,7 @@ class TensorJob:
 
     @property
     def key(self) -> str:
-        """What tells the tensor from all others of the target."""
+        """Key that distinguishes the tensor from all others of the target."""
         return self.info.name if self.state is None else f"{self.state}\0{self.info.name}"
 
 
@@ -71,7 +71,7 @@ class TensorStream:
 
         Args:
             job: The tensor.
-            width: Blocks are whole rows of so many elements.
+            width: Blocks are whole rows of this number of elements.
 
         Raises:
             CheckpointError: The source cannot be read or has changed, its replicas differ, it is not what its manifest
@@ -89,7 +89,7 @@ class TensorStream:
                 assert job.source is not None
                 yield from self._copied(job, block.start * rows.row_numel, block.stop * rows.row_numel)
             elif job.state is not None:
-                # What the optimizer remembers of a new row is nothing.
+                # The optimizer states of a new row are zero.
                 yield from self._zeros(block.rows * rows.row_numel * job.info.item_bytes)
             else:
                 # New values are rounded to the source's dtype first, so that --dtype rounds what it would have kept.

@@ -1,9 +1,9 @@
-"""Whether a planned training is long enough for the planned state to learn to forget, and what would be.
+"""Judge whether a planned training is long enough for the planned state to learn to forget; propose alternatives.
 
-Concluded from a law of state size (:mod:`statex_dist.state.laws`: the paper's, or one fitted to the user's own models)
-and, where there is one, from a measurement (``statex eval collapse``) of a checkpoint of the same family, state and
-plan. A measurement beats the law: the law is moved until it agrees with it. What is known of capacity is never used: it
-is an upper bound.
+The verdict follows from a law of state size (:mod:`statex_dist.state.laws`: the paper's, or one fitted to the user's
+own models) and, if there is one, from a measurement (``statex eval collapse``) of a checkpoint of the same family,
+state and plan. A measurement has priority: the law is moved until it agrees with it. Measured capacities are never
+used, because a capacity is an upper bound.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What a forget threshold is concluded from.
+    """Evidence for a forget threshold.
 
     Attributes:
-        law: Linear, with a positive slope.
+        law: A linear law with a positive slope.
         source: File of the law; None for the paper's.
-        measurement: Of a checkpoint like the one that is to be trained, or None.
+        measurement: Measurement of a checkpoint like the one that is to be trained, or None.
     """
 
     law: Law = PAPER_FORGET
@@ -189,7 +189,7 @@ class Forgetting:
 
     @property
     def proposals(self) -> Iterator[str]:
-        """Lines that say what would do instead."""
+        """Lines that propose alternatives."""
         if self.seq_len is not None:
             sure = "" if self.high is None else f" ({_rounded_up(self.high)} for the upper end of the interval)"
             yield f"train longer: --seq-len {self.seq_len}{sure}"

@@ -21,8 +21,8 @@ On top of this comes, in turn:
 * ``reduce``: the bucket once more, in the order of ranks; gloo (CPU) copies that again;
 * ``update``: the gradients of a sub-group in fp32, and Adam's denominator: two tensors of ``4 E`` on a CPU (the root,
   and the root corrected), one on a GPU;
-* ``save``, with ``train.save_async``: a copy in host memory of what is saved, ``12 E``, which stays from the first save
-  on and so counts in all of the above.
+* ``save``, with ``train.save_async``: a copy of the saved values in host memory, ``12 E``. It stays from the first save
+  and so counts in all of the above.
 
 The peak is the largest of ``start``, ``pass``, ``reduce`` and ``update``. Offloaded parts are in host memory; on NVMe,
 the swap buffers remain there: 4 buffers of a sub-group's master weights, moments and gradients, 5 of 1e8 parameters.
@@ -34,7 +34,7 @@ most demanding layer holds: the states at the borders of chunks of ``C`` tokens 
 its state elements. Where a head is so large that our own scan runs it (``ops/triton``), these are bounded by
 ``max_state_bytes``, and the layer keeps one state in fp32 for each time the bound is filled. Logits take
 ``p`` bytes each, those of one loss chunk at a time: their gradient overwrites them. The loss computes its gradients at
-once, in the forward pass: ``p T hidden``, and of the head ``8 vocab hidden``, a sum in fp32 and what is added to it.
+once, in the forward pass: ``p T hidden``, and of the head ``8 vocab hidden``: a fp32 sum and the term added to it.
 Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 GiB of Python on a CPU) come on top.
 """
 
@@ -124,7 +124,7 @@ class TrainingSettings:
 
     @property
     def carried(self) -> bool:
-        """Whether states go on from segment to segment."""
+        """Whether states pass from segment to segment."""
         return 0 < self.segment_tokens < self.seq_len
 
 

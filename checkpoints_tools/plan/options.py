@@ -38,10 +38,10 @@ class PlanOptions:
         init: How the new state starts; None is ``reinit``.
         op: The operation; None takes the family's own.
         seed: Seed of the random values.
-        reset_dynamics: Whether decays, steps and norms start anew, as in the authors' scripts.
+        reset_dynamics: Whether decays, steps and norms are initialised again, as in the authors' scripts.
         recipe: A name of :data:`RECIPES`, in place of op, factor, init and reset_dynamics.
-        target_state: Size that all states together are to reach (``1.5x`` or ``18.7M``), in place of what is not given
-            of layers and factor.
+        target_state: Size that all states together are to reach (``1.5x`` or ``18.7M``). It determines layers and
+            factor, as far as they are not given.
         plan: A YAML file with a plan per layer (:func:`read_plan_file`), in place of all others but the seed.
     """
 

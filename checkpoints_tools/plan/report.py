@@ -1,4 +1,4 @@
-"""What an expansion costs, before anything is done: states, parameters, FLOPs and the memory of training.
+"""The costs of an expansion, before it is made: states, parameters, FLOPs and the memory of training.
 
 FLOPs are those of a forward pass for one token (:func:`~statex_dist.models.registry.forward_flops_per_token`); memory
 is that of one rank under ZeRO-3 (:mod:`checkpoints_tools.plan.memory`).
@@ -45,7 +45,7 @@ class ModelCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanReport:
-    """What ``statex plan`` prints.
+    """The report that ``statex plan`` prints.
 
     Attributes:
         model_type: Family of the model.
@@ -53,8 +53,8 @@ class PlanReport:
         layers: Every layer's state.
         before: Figures of the model as it is.
         after: Figures of the expanded model.
-        forgetting: Whether ``seq_len`` is long enough for the state, from what, and what would be.
-        mixed: Whether the model has layers that are not counted (attention and what else is passed through).
+        forgetting: Whether ``seq_len`` is long enough for the state, with the evidence and the proposals.
+        mixed: Whether the model has layers that are not counted (attention and other layers that are passed through).
     """
 
     model_type: str

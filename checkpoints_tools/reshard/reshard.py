@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReshardSummary:
-    """What was written.
+    """Summary of the written target.
 
     Attributes:
         source: Directory of the files that were read (of a run: the tag).
@@ -36,10 +36,10 @@ class ReshardSummary:
         parameters: Elements of the floating-point tensors.
         weight_bytes: Bytes of the values, optimizer states included.
         verified: Whether the source was compared with a manifest.
-        states: Names of the optimizer's states that went along.
+        states: Names of the optimizer's states that were written too.
         batch: How the global batch is kept on the new number of ranks (of ``zero3``, where the settings say).
-        notes: What has to be known about the result.
-        source_notes: What has to be known about the source; said when it was opened.
+        notes: Messages about the result.
+        source_notes: Messages about the source; they were shown when it was opened.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""Comparing tensors of a checkpoint with what they should be, several at a time."""
+"""Comparing tensors of a checkpoint with their expected values, several at a time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Pair:
 
     @property
     def kind(self) -> str:
-        """What was to become of the tensor."""
+        """The change that the tensor's job makes, ``kept`` for none."""
         return self.job.mapping.rows.change if self.job.mapping else "kept"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a comparison found: the difference in words, if any, and the digest of the other's stored bytes."""
+    """Result of a comparison: the difference in words, if any, and the digest of the other's stored bytes."""
 
     pair: Pair
     problem: str | None
@@ -46,12 +46,12 @@ def compare(
     rtol: float | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
-    """Compare tensors of ``other`` with what the pairs' jobs make of ``source``.
+    """Compare tensors of ``other`` with the results of the pairs' jobs on ``source``.
 
     Args:
-        pairs: What to compare.
-        source: Where the jobs take their values from.
-        other: What is held to them.
+        pairs: The tensors to compare.
+        source: The checkpoint from which the jobs take their values.
+        other: The checkpoint that is compared with the jobs' results.
         workers: Tensors compared at a time.
         rtol: Largest relative difference of a value, dtypes aside; None asks for the same dtype and the same bytes.
         progress: Told of the bytes compared.

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, told from names, sizes and headers: no value is read."""
+"""Describe the contents of a checkpoint directory from names, sizes and headers, without reading values."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from statex_dist.models.registry import config_from_dict, find_family
 from statex_dist.models.source import OpenModel, interpret
 
 USES = ("plan", "expand", "train", "run")
-"""What is done with a model here."""
+"""Uses of a model in this package."""
 
 _SHOWN_FILES = 16
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointFacts:
-    """What ``statex inspect`` prints; None where something is not known.
+    """Facts that ``statex inspect`` prints; None where something is not known.
 
     Attributes:
         path: Directory of the files (of a run: its newest tag).
@@ -41,18 +41,18 @@ class CheckpointFacts:
         dtypes: Tensors by dtype.
         tied: Tied names and their owners.
         states: Names of the optimizer's states.
-        state_numbers: Size of the recurrent state of all layers, of a family of ours.
+        state_numbers: State elements of all layers together, of a family of ours.
         files: Number of files below the directory.
         bytes: Bytes of all of them.
         largest: The largest files and their bytes.
-        manifest: ``sizes agree`` or that there is none.
+        manifest: ``sizes agree``, or a statement that no manifest exists.
         complete: Whether nothing is missing; None where that is not known.
-        problem: What is missing or wrong.
-        notes: What has to be known of it besides.
+        problem: The missing or wrong part.
+        notes: Further messages for the user.
         able: Whether the model can be planned for, expanded, trained and run here.
-        unable: Why not, by the same names.
-        checks: What was compared with what.
-        unchecked: What was not, and what compares it.
+        unable: Reasons against a use, by the same names.
+        checks: Comparisons that were made.
+        unchecked: Comparisons that were not made, with the command that makes them.
     """
 
     path: str
@@ -121,7 +121,7 @@ def _config(kind: str, path: Path) -> tuple[dict[str, Any] | None, ModelConfig |
 
 
 def _reasons(facts: CheckpointFacts, values: dict[str, Any] | None, config: ModelConfig | None) -> dict[str, str]:
-    """Return why a model cannot be planned for, expanded, trained or run; nothing for what can be done."""
+    """Return why a model cannot be planned for, expanded, trained or run; possible uses have no entry."""
     if config is None:
         text = f"not supported: expand cannot read model_type {values.get('model_type')!r}" if values else ""
         if facts.problem is not None and (not values or find_family(values)):

@@ -32,15 +32,15 @@ from statex_dist.models.source import open_source
 
 @dataclass(kw_only=True, slots=True)
 class Verification:
-    """What a verification found.
+    """Result of a verification.
 
     Attributes:
         first: The one directory (the base of an expansion).
         second: The other; None where one was verified by itself.
-        tensors: Tensors that agree, by what was to become of them.
+        tensors: Number of tensors that agree, by the change that was expected of them.
         plan: The expansions that were verified.
         differences: Every disagreement in words; empty for a proof.
-        notes: What was not or could not be checked.
+        notes: Parts that were not or could not be checked.
     """
 
     first: str
@@ -65,8 +65,8 @@ def verify_expansion(
 ) -> Verification:
     """Prove that ``expanded`` is ``base`` with the plan in its ``config.json``, and that nothing else changed.
 
-    Kept rows are compared with the base byte by byte, new rows are drawn again from the plan's seeds, checksums are
-    compared with ``expansion_report.json``, and ``config.json`` and carried files with what they must be.
+    Kept rows are compared with the base byte by byte. New rows are drawn again from the plan's seeds. Checksums are
+    compared with ``expansion_report.json``; ``config.json`` and the carried files with their expected contents.
 
     Raises:
         CheckpointError: One of the two is damaged, incomplete, or the second has no plan beyond the first's.
@@ -187,7 +187,7 @@ def _recorded_dtype(
 
 
 def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: Verification) -> None:
-    """Compare ``config.json`` with what it must be."""
+    """Compare ``config.json`` with its expected contents."""
     for key in differing_keys(expected, found):
         if key not in DTYPE_KEYS:
             a, b = (json.dumps(values.get(key), sort_keys=True) for values in (expected, found))
@@ -195,7 +195,7 @@ def _compare_configs(expected: dict[str, Any], found: dict[str, Any], verdict: V
 
 
 def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory: Path, verdict: Verification) -> None:
-    """Compare ``expansion_report.json`` with the account of what was found."""
+    """Compare ``expansion_report.json`` with the report that the expansion and the found checksums give."""
     report = read_report(directory)
     if report is None:
         verdict.differences.append(f"{REPORT_NAME} is missing")
@@ -261,7 +261,7 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
     manifest = Manifest.read(facts.path) if (facts.path / MANIFEST_NAME).is_file() else None
     weights = {file.name for file in source.files}
     for name, record in (manifest.files if manifest else {}).items():
-        # An archive of which the directory alone is recorded is held to it when it is opened, and to its CRCs below.
+        # If only an archive's directory is recorded, it is compared when the archive is opened; its CRCs, below.
         if name not in weights or record.xxh3_128 is not None:
             with _noted(verdict):
                 record.check(facts.path / name)
@@ -301,7 +301,7 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
 
 @contextlib.contextmanager
 def _noted(verdict: Verification) -> Iterator[None]:
-    """Enter damage in the verdict and go on: there may be more."""
+    """Record damage in the verdict and continue: there may be more."""
     try:
         yield
     except CheckpointError as error:

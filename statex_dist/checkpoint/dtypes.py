@@ -31,7 +31,7 @@ OPTIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """What ``--dtype`` accepts."""
 
 CONVERTIBLE = ("F64", "F32", "F16", "BF16")
-"""Dtypes whose values we compute with: converted, compared with a tolerance, drawn anew. Others are copied."""
+"""Dtypes of values that are computed with: converted, compared with a tolerance, drawn. Others are copied."""
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 

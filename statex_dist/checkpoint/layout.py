@@ -36,7 +36,7 @@ MANIFEST_NAME = "MANIFEST.json"
 MODEL_DIR = "model"
 CONFIG_NAME = "config.json"
 STATES_FORMAT = "statex-states"
-"""What a file of states calls itself in its safetensors header."""
+"""Name of the format in the safetensors header of a file of states."""
 
 TRAIN_LENGTH_KEY = "train_length"
 """Key of ``config.json`` with the longest text that the weights were trained on, in tokens; no part of the model."""

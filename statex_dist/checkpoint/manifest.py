@@ -29,12 +29,12 @@ _BUFFER_BYTES = 16 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """What one file was when it was written; at least one of the digests (hexadecimal) is known.
+    """Size and digests of one file when it was written; at least one digest (hexadecimal) is known.
 
     Attributes:
         size: Bytes.
-        xxh3_128: Of the whole file.
-        directory_xxh3_128: Of an archive's directory, in which the CRCs of its entries stand (``torch.save`` files).
+        xxh3_128: Digest of the whole file.
+        directory_xxh3_128: Digest of an archive's directory, which holds the CRCs of its entries (``torch.save``).
     """
 
     size: int
@@ -94,7 +94,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a complete directory holds.
+    """Contents of a complete directory.
 
     Attributes:
         kind: Its layout: ``zero3``, ``plain``, ``hf``, ``tp`` or ``megatron``.
@@ -102,7 +102,7 @@ class Manifest:
         info: Facts of the writer (step, world size, seeds, source).
         tensors: Every logical tensor by name, without padding, in its stored dtype. Empty where the writer did not see
             whole tensors (a training run).
-        states: The same of what the optimizer remembers, by its names (``exp_avg``) and the parameters'.
+        states: The same of the optimizer's states, by the state's name (``exp_avg``) and the parameter's.
     """
 
     kind: str
@@ -249,7 +249,7 @@ def finish_target(temporary: Path, target: Path, *, overwrite: bool) -> None:
     """Put a finished temporary directory in ``target``'s place, keeping the old one until the new one is there.
 
     Raises:
-        CheckpointError: The target has come to hold something meanwhile, and ``overwrite`` is false.
+        CheckpointError: The target holds files that it did not hold before, and ``overwrite`` is false.
     """
     refuse_target(target, overwrite=overwrite)
     old = _set_aside(target)

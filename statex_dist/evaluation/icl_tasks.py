@@ -1,4 +1,4 @@
-"""What the ``icl`` suite shows and asks: labelled examples from a file or made up, drawn into trials."""
+"""The tasks of the ``icl`` suite: labelled examples from a file or made up, drawn into trials."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _WORDS = len(_SYLLABLES) ** 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IclSettings:
-    """What the suite measures.
+    """Settings of the ``icl`` suite.
 
     Attributes:
         shots: Numbers of examples before a query.
         num_trials: Draws of examples and queries.
         num_queries: Queries of a trial.
         num_labels: Labels of the made-up task.
-        permute_labels: Exchange the labels anew in each trial, so that what a label means says nothing. No label keeps
-            its own meaning: of two the exchange is always the same, of more there are ``labels - 1`` (a shift each).
+        permute_labels: Exchange the labels in each trial, so that a label's own meaning gives no answer. No label keeps
+            its own meaning: two labels have one such exchange, more have ``labels - 1`` (a shift each).
         batch_size: Rows (a query, or one label behind it) per forward pass.
         segment_length: Tokens per forward pass.
-        seed: Of all draws and of the intervals.
+        seed: Seed of all draws and of the intervals.
     """
 
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -150,11 +150,11 @@ def made_up_examples(settings: IclSettings, *, trial: int, count: int) -> list[E
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What one trial shows and asks.
+    """Examples and queries of one trial.
 
     Attributes:
-        shots: Examples in order; after any number of them the labels seen are as even as can be.
-        queries: Others, as even.
+        shots: Examples in order; the labels of the first ``n`` are as even as possible, for every ``n``.
+        queries: Other examples, with labels as even as possible.
         labels: All choices.
     """
 

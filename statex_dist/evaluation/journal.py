@@ -37,7 +37,7 @@ from statex_dist.evaluation.ranks import EvalRanks
 from statex_dist.evaluation.report import open_target
 
 Record = dict[str, Any]
-"""What is known of one sample: JSON-able, without NaN."""
+"""Facts of one sample: JSON-able, without NaN."""
 
 _SETTINGS = "settings.json"
 _SAMPLED_BYTES = 64 << 20
@@ -60,7 +60,7 @@ class EvalUnit:
 
 
 class UnitJournal:
-    """What is done of an evaluation; a context manager, to be opened by all ranks.
+    """The finished units of an evaluation; a context manager that all ranks open.
 
     Args:
         directory: The result directory, made if it is missing; all ranks must see the same one.
@@ -170,7 +170,7 @@ def _refuse_held(directory: Path) -> Iterator[None]:
 
 
 def _remove_journal(journal: Path) -> None:
-    """Remove a journal that nobody is writing; else nothing of it."""
+    """Remove a journal that no process is writing; if one is, raise and remove nothing."""
     with ExitStack() as parts, _refuse_held(journal.parent):
         for path in sorted({journal / "part-0.jsonl", *journal.glob("part-*.jsonl")}):
             parts.enter_context(acquire(path, required=False))

@@ -134,7 +134,7 @@ class StateXLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Return the text with which the model goes on, up to a stop string, EOS or the most tokens."""
+        """Return the model's continuation of each request, up to a stop string, EOS or the most tokens."""
         texts = [""] * len(requests)
         groups: dict[Sampling, list[int]] = {}
         for number, request in enumerate(requests):
@@ -157,7 +157,10 @@ class StateXLM(TemplateLM):
         return texts
 
     def _seeds_of(self, requests: Sequence[Instance]) -> list[int]:
-        """Return a seed for each request that belongs to what it asks, and how often before, not to its batch."""
+        """Return a seed for each request, from its contents and the number of equal requests before it.
+
+        The seed does not depend on the batch of the request.
+        """
         asked: dict[str, int] = {}
         seeds = []
         for request in requests:

@@ -28,19 +28,19 @@ _BATCHES_PER_UNIT = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LmEvalSettings:
-    """What is evaluated, and how it is read.
+    """Settings of the harness's tasks, and of reading their documents.
 
     Attributes:
         tasks: Names or patterns of tasks, groups and tags, or paths of task files.
         include_path: A directory with more task files.
         num_fewshot: Examples before a question; None leaves each task its own number.
-        limit: Documents of each task, or below 1 their share; None for all.
+        limit: Number of documents of each task, or below 1 their share; None for all.
         max_length: Tokens of context that the model may see; None for all there are.
         batch_size: Rows per forward pass.
         segment_length: Most tokens per forward pass.
         bootstrap_iters: Resamples of the harness's standard errors.
-        fewshot_seed: Of the choice of examples; None for the harness's own.
-        seed: Of sampled continuations and of our intervals.
+        fewshot_seed: Seed of the choice of examples; None for the harness's own.
+        seed: Seed of sampled continuations and of our intervals.
     """
 
     tasks: tuple[str, ...]

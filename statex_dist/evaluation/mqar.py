@@ -150,18 +150,18 @@ def score_mqar(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MqarSettings:
-    """What the suite measures.
+    """Settings of the ``mqar`` suite.
 
     Attributes:
         num_pairs: Numbers of key-value pairs.
         num_samples: Documents for each number of pairs.
-        vocabulary: Where the ids come from: ranges for the bytes tokenizer (the default), words of the model's
-            tokenizer (:func:`~statex_dist.evaluation.mqar_ids.choose_words`), or ranges that the user gave.
+        vocabulary: Source of the ids: ranges for the bytes tokenizer (the default), words of the model's tokenizer
+            (:func:`~statex_dist.evaluation.mqar_ids.choose_words`), or ranges that the user gave.
         keys: First id of the keys and one past the last; all ids where they are words.
         values: First id of the values and one past the last; all ids where they are words.
         batch_size: Documents per forward pass.
         segment_length: Tokens of a document per forward pass.
-        seed: Of the documents and of the intervals.
+        seed: Seed of the documents and of the intervals.
     """
 
     num_pairs: tuple[int, ...] = (8, 16, 32, 64)

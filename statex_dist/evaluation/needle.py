@@ -243,7 +243,7 @@ def build_prompts(
         first_sample: Number of the first prompt.
 
     Raises:
-        ConfigError: The length leaves no room for a haystack.
+        ConfigError: The length is too short for a haystack.
     """
     draw = haystack or filler_haystack(tokenizer)
     keys: list[str] = []

@@ -36,14 +36,14 @@ _UNIT_DOCUMENTS = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PerplexitySettings:
-    """How documents are read.
+    """Settings of reading documents.
 
     Attributes:
         segment_length: Tokens of a document per forward pass.
-        packed_length: Join the documents and cut sequences of so many tokens; None reads whole documents.
+        packed_length: Join the documents and cut sequences of this number of tokens; None reads whole documents.
         max_tokens: Tokens to read in all, the last document cut there; None for everything.
-        batch_size: Documents side by side.
-        seed: Of the intervals.
+        batch_size: Documents per forward pass.
+        seed: Seed of the intervals.
     """
 
     segment_length: int = DEFAULT_SEGMENT_LENGTH
@@ -88,10 +88,10 @@ class LossBucket:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PerplexityResult:
-    """What the suite found.
+    """Result of the suite.
 
     Attributes:
-        settings: How the documents were read.
+        settings: Settings of reading the documents.
         loss: Nats per target token, with an interval over documents (or packed sequences).
         loss_sum: Nats in all.
         tokens: Target tokens.

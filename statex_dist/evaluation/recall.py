@@ -51,19 +51,19 @@ DEFAULT_TASKS = (PASSKEY, "niah_single_1", "niah_single_2", "niah_single_3")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecallSettings:
-    """What the suite measures.
+    """Settings of the ``recall`` suite.
 
     Attributes:
-        tasks: Of :data:`TASKS`.
+        tasks: Names of :data:`TASKS`.
         lengths: Tokens of a prompt.
         depths: Number of depths.
         num_samples: Prompts for each task, length and depth.
         haystack: Text to hide the facts in; None for made-up sentences. ``niah_single_1`` and ``niah_multikey_2`` and
             ``_3`` have haystacks of their own.
-        max_new_tokens: Tokens that a model may say to a RULER prompt; a passkey takes six.
+        max_new_tokens: Tokens that a model may produce for a RULER prompt; a passkey takes six.
         batch_size: Prompts per forward pass.
         segment_length: Tokens per forward pass.
-        seed: Of all prompts and of the intervals.
+        seed: Seed of all prompts and of the intervals.
     """
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
@@ -223,7 +223,7 @@ def _answer(
     ids = torch.as_tensor(np.stack([prompt.tokens for prompt in asked]), device=device_of(model))
     with evaluating(model):
         produced = decode_greedily(model, ids, num_tokens, segment_length=settings.segment_length, stop=enough)
-    # What a row says while others go on is no part of its answer: it would depend on the batch.
+    # Text that a row produces while others continue is no part of its answer: it would depend on the batch.
     said = [row[: ends.get(i)] for i, row in enumerate(produced.cpu().tolist())]
     return [text(i, _before_end(row, tokenizer)) for i, row in enumerate(said)]
 
@@ -251,7 +251,7 @@ def _score(task: str, text: str, answers: Sequence[str]) -> list[bool]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """What was found for a task: shares of right answers.
+    """Accuracies of a task: shares of right answers.
 
     Attributes:
         overall: All lengths and depths together.

@@ -142,7 +142,7 @@ def write_results(
         plots: PNG by file name.
 
     Returns:
-        What was written, the summary first.
+        Paths of the written files, the summary first.
     """
     target = directory / f"{suite}.json"
     target.unlink(missing_ok=True)

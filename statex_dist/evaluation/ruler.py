@@ -140,13 +140,13 @@ def build_ruler_prompt(
         length: Tokens of the prompt, question and beginning of the answer included.
         depth: Index in ``depths`` of the first asked needle; every other needle gets a random one.
         depths: Shares of the haystack before a needle, 0..1.
-        seed: With all that is above and ``sample`` it fixes the prompt.
+        seed: With all arguments above and ``sample`` it fixes the prompt.
         sample: Number of the prompt.
         tokenizer: The model's tokenizer.
         essay: Running text for the tasks that want it.
 
     Raises:
-        ConfigError: The length leaves no room for a haystack.
+        ConfigError: The length is too short for a haystack.
     """
     task = RULER_TASKS[name]
     place = (seed, zlib.crc32(name.encode()), length, round(depths[depth] * 1_000_000), sample)

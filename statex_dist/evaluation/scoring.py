@@ -31,7 +31,7 @@ from statex_dist.ops.precision import wide_dtype
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a model says of a continuation.
+    """A model's score of a continuation.
 
     Attributes:
         logprob: Sum of the tokens' log-probabilities, in nats.
@@ -73,7 +73,8 @@ def score_continuations(
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (context, _) in enumerate(requests):
         groups.setdefault(tuple(context), []).append(number)
-    # Rows of like length share the most forward passes, and what is too long for the memory fails first.
+    # Rows of like length share the most forward passes. The longest rows run first: if they exceed the memory, the run
+    # fails at its start.
     contexts = sorted(groups, key=len, reverse=True)
     with evaluating(model):
         for first in range(0, len(contexts), batch_size):

@@ -1,8 +1,8 @@
-"""Prompt caches: the states after a text in a file, so that what follows it can be read without reading it again.
+"""Prompt caches: the states after a text in a file, so that a continuation can be read without reading the text again.
 
-The file is safetensors: each layer's state, the logits after the last token, and a header that names the model whose
-states they are. States mean nothing to another model, and nothing would fail if it took them: its numbers would be
-wrong without a sign. So the header is held to a digest of the weights themselves.
+The file is safetensors: each layer's state, the logits after the last token, and a header that names the model of the
+states. Another model would accept the states without an error, but its results would be wrong. So the header holds a
+digest of the weights themselves, which loading compares with the model's.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Token
 
 
 def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
-    """Read what :func:`save_prefix` wrote.
+    """Read a file that :func:`save_prefix` wrote.
 
     Args:
         path: The file.
-        model: The model that is to go on, with its mitigation set.
+        model: The model that continues the text, with its mitigation set.
         tokenizer: Its tokenizer.
 
     Raises:

@@ -129,17 +129,17 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """What a step did for a row.
+    """Result of a step for a row.
 
     Attributes:
-        key: The row's.
-        token: The token that it produced; None for one that ends a text and is no part of it.
-        text: Text that is certain now, perhaps none: whole characters, nothing of a stop string.
+        key: Key of the row.
+        token: The token that the row produced; None for a token that ends a text and is no part of it.
+        text: Text that is final now, perhaps empty: whole characters, nothing of a stop string.
         overlap: Characters at the end of the prompt's text that the row's text replaces; final with its first text.
         finish_reason: Why the row ended and left, or None.
-        tokens: All that the row has produced, where it ended; else empty.
-        whole: All text of the row, where it ended; else empty.
-        error: What is wrong, where ``finish_reason`` is ``error``.
+        tokens: All tokens that the row has produced, if it ended; else empty.
+        whole: All text of the row, if it ended; else empty.
+        error: The error, if ``finish_reason`` is ``error``.
     """
 
     key: Hashable
@@ -249,7 +249,7 @@ class DecodingLoop:
     def step(self) -> list[Progress]:
         """Produce one token for every row and report each, in the order in which they joined.
 
-        A row whose numbers are not finite ends with an error; the others go on.
+        A row whose numbers are not finite ends with an error; the others continue.
         """
         if not self._rows:
             return []

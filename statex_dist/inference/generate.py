@@ -83,7 +83,7 @@ def stream_continuations(
     prefix: Prefix | None = None,
     agree: Agree | None = None,
 ) -> Iterator[Progress]:
-    """Yield what each step does for each context; the key of a progress is the context's number.
+    """Yield each step's result for each context; the key of a progress is the context's number.
 
     Args:
         model: The model.
@@ -92,9 +92,9 @@ def stream_continuations(
         tokenizer: The model's tokenizer.
         batch_size: Rows per forward pass.
         segment_length: Most tokens per forward pass.
-        seeds: One for each context, of what is drawn for it (whatever else is in the batch); None for its number.
+        seeds: One seed of the random draws for each context, whatever the rest of the batch; None takes its number.
         prefix: A text that is before every context.
-        agree: Where several ranks hold parts of the model: makes them all take the same tokens.
+        agree: Makes all ranks take the same tokens, if several ranks hold parts of the model.
 
     Raises:
         DataError: A context is empty, or a token is outside the model's vocabulary.
@@ -103,7 +103,8 @@ def stream_continuations(
     if prefix is None and any(not len(context) for context in contexts):
         raise DataError("a context is empty; there is nothing to continue")
     check_token_ids(contexts, model.config.vocab_size)
-    # Rows of like length share the most forward passes, and what is too long for the memory fails first.
+    # Rows of like length share the most forward passes. The longest rows run first: if they exceed the memory, the run
+    # fails at its start.
     numbers = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), tuple(contexts[i])))
     batch_size = rows_that_fit(model, 1, batch_size)
     before, first_tokens = (0, ()) if prefix is None else (prefix.num_tokens, text_window(tokenizer, prefix.tokens))

@@ -1,8 +1,8 @@
 """Reading prompts segment by segment with a carried state, so that memory does not grow with their length.
 
-A recurrent state has no mask: a token that is read is in it for ever. So rows of a batch are never filled up while they
-are read. They advance together to the end of the shortest row, which then leaves the batch with its own state, and the
-others go on.
+A recurrent state has no mask: a token that is read stays in it permanently. So rows of a batch are never padded while
+they are read. They advance together to the end of the shortest row. This row leaves the batch with its own state, and
+the others continue.
 """
 
 from __future__ import annotations
@@ -166,8 +166,9 @@ def prefill(
     for segment in input_ids.split(segment_length, dim=1):
         output = model(segment, states=states, output_states=True, logits_to_keep=1)
         logits = output.logits[:, -1]
-        # What a segment's earlier tokens left in the last layer reaches logits a segment late, or never. A single token
-        # has none before it, and looking through all states after each would cost a third of decoding.
+        # A value that is not finite in the last layer, from a segment's earlier tokens, reaches the logits a segment
+        # late, or never. A single token has no earlier tokens. A check of all states after each token would cost a
+        # third of decoding.
         looked_at = output.states if segment.shape[1] > 1 else []
         bad = not bool(torch.isfinite(logits).all()) or first_not_finite(looked_at) is not None
         if model.anywhere(bad):

@@ -60,7 +60,7 @@ class TextStream:
         return self._stop_early() if self._until else ""
 
     def finish(self) -> str:
-        """Return the rest, when no more tokens come: replacement characters for what is no whole character."""
+        """Return the remaining text after the last token; replacement characters stand for incomplete characters."""
         if not self.stopped:
             self._take(self._tokenizer.decode(self._window))
         rest, self._buffer = cut(self._buffer, self._until), ""

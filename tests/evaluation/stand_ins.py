@@ -28,7 +28,7 @@ def tiny_model(family="gla", *, seed=0, **changes):
 
 
 class StandIn(nn.Module):
-    """Remembers everything it has read (its state is the text so far); subclasses say what comes next."""
+    """Remembers all tokens that it has read (its state is the text so far); subclasses give the next tokens."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ class LastSyllable(StandIn):
 
 
 class MergingTokenizer(BytesTokenizer):
-    """Joins two equal digits and two line ends, as a trained tokenizer does with what is frequent; it only encodes."""
+    """Joins two equal digits and two line ends, as a trained tokenizer joins frequent pairs; it only encodes."""
 
     PAIRS = tuple(2 * text for text in (b"\n", *(b"%d" % digit for digit in range(10))))
 
@@ -177,7 +177,7 @@ def overflowing_model(layer, token, **changes):
         hidden, state = output
         bad = inputs[0][..., :1] > 1e5
         if state is not None:
-            # What a recurrence has once taken in stays.
+            # A recurrence keeps a value that is not finite.
             rows = bad.any(dim=1)
             state = tuple(x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), torch.nan) for x in state)
         return hidden.masked_fill(bad, torch.nan), state

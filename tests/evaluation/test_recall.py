@@ -129,7 +129,7 @@ def test_a_haystack_must_exist():
 
 
 class Dawdling(NeedleReader):
-    """Says the value after some dots, as many as the value says, and goes on with x."""
+    """Produces a number of dots that depends on the value, then the value, then x without end."""
 
     def next_tokens(self, history):
         prompt, question, said = bytes(history.tolist()).decode().rpartition(" mentioned in the provided text ")

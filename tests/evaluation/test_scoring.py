@@ -127,7 +127,7 @@ def test_what_is_not_finite_is_named_at_its_place_in_its_own_text():
         list(score_continuations(model, requests, position=100, **options))
     with pytest.raises(CheckpointError, match=bad(30 + 8)):
         list(score_continuations(model, [*requests[::2], ([3] * 30, [5] * 8 + [77, 6])], **options))
-    # Nothing is read of the last token, nor of what a shorter row is filled up with.
+    # Neither the last token nor the padding of a shorter row affects a score.
     model = overflowing_model(1, 0)
     assert len(list(score_continuations(model, [([1] * 20, [5, 0]), ([1] * 20, [5] * 9)], **options))) == 2
 

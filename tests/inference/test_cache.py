@@ -1,4 +1,4 @@
-"""States that were kept go on as if they had never left memory, and only in their own model."""
+"""Kept states continue as if they had never left memory, and only in their own model."""
 
 import random
 

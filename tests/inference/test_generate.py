@@ -183,7 +183,7 @@ def test_draws_have_the_frequencies_asked_for(options, expected):
 
 
 class Reciting(StandIn):
-    """Goes on with a fixed text after a context of one token."""
+    """Continues a context of one token with a fixed text."""
 
     def __init__(self, tokens):
         super().__init__()

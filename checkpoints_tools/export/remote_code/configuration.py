@@ -22,7 +22,7 @@ class PlannedConfig(PretrainedConfig):
 
     @property
     def plan(self) -> ExpansionPlan:
-        """What was done to which layer."""
+        """The expansion plan: operation and factor of each expanded layer."""
         entries = sorted((self.statex or {}).get("layers", ()), key=lambda entry: entry["layer"])
         return ExpansionPlan(layers=tuple(LayerExpansion(**entry) for entry in entries))
 

@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO stage 3 checkpoints, written: for another number of ranks, of a grown model, or to start from weights.
+"""Write DeepSpeed ZeRO stage 3 checkpoints: for another number of ranks, of a grown model, or to start from weights.
 
-Of a run that is expanded in the middle of its training the optimizer's states grow with the weights. Where a row of a
-parameter is kept, so is what the optimizer remembers of it; of a new row it remembers nothing. Adam counts its steps
-per group, not per row, and goes on counting: a new row gets its first updates without the correction for young
-averages. The very first is ``(1 - beta1) / sqrt(1 - beta2)`` of the learning rate: 0.45 with betas of 0.9 and 0.95,
-but 3.2 with 0.9 and 0.999.
+If a run is expanded in the middle of its training, the optimizer's states grow with the weights. A parameter's row that
+is kept also keeps its optimizer states; the optimizer states of a new row are zero. Adam counts its steps per group,
+not per row, and the count continues. So a new row gets its first updates without the correction for young averages. The
+first update is ``(1 - beta1) / sqrt(1 - beta2)`` of the learning rate: 0.45 with betas of 0.9 and 0.95, but 3.2 with
+0.9 and 0.999.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training checkpoint holds beside its tensors, apart from how many ranks it is cut for."""
+"""Contents of a training checkpoint besides its tensors, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CARRIED = "carried"
 """States between packs, in the client state: of one rank's share of the data, in the model's shapes, and large."""
 
 _OURS = ("module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params", "dp_world_size")
-"""Keys of DeepSpeed's model states that are made anew."""
+"""Keys of DeepSpeed's model states that are made for the target, not copied."""
 _DEEPSPEED = (
     *_OURS,
     *("buffer_names", "optimizer", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"),
@@ -90,10 +90,10 @@ class TrainingStates:
 
 
 def read_training_states(source: Zero3Source, world_size: int) -> tuple[TrainingStates, list[str]]:
-    """Return the training states of a checkpoint, and what has to be said about carrying them to ``world_size`` ranks.
+    """Return the training states of a checkpoint, and notes on carrying them to ``world_size`` ranks.
 
-    What each rank has of its own (generators, in the client state) goes to the rank of the same number; further ranks
-    get those of the first again. States between packs are left out.
+    Values that each rank has of its own (generators, in the client state) go to the rank of the same number. Further
+    ranks get the values of the first ranks again. States between packs are left out.
 
     Raises:
         CheckpointError: The client state holds more than is carried along.

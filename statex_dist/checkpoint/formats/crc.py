@@ -75,7 +75,7 @@ def crc_of_zeros(count: int) -> int:
 class CrcLedger:
     """The CRC-32 of one stretch of bytes, noted in pieces by several threads; neighbours are joined at once.
 
-    Bytes that overlap what was noted before are left out: whoever reads something twice need not care.
+    A piece that overlaps bytes noted before is left out, so a caller may read bytes twice.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class CrcLedger:
             self._runs.insert(place, (stop, crc))
 
     def gaps(self, length: int) -> list[tuple[int, int]]:
-        """Return the ``(start, stop)`` of a stretch of ``length`` bytes that nobody has noted."""
+        """Return the ``(start, stop)`` of each part of ``length`` bytes that has not been noted."""
         found, position = [], 0
         for start, (stop, _) in zip(self._starts, self._runs, strict=True):
             if start > position:
@@ -133,10 +133,10 @@ DAMAGE = (
     *(OSError, zipfile.BadZipFile, ValueError, NotImplementedError),
     *(RuntimeError, EOFError, OverflowError, struct.error),
 )
-"""What reading a damaged archive may raise."""
+"""Errors that reading a damaged archive may raise."""
 
 WRITE_ERRORS = (OSError, RuntimeError)
-"""What a full or broken disk raises; torch reports it as RuntimeError."""
+"""Errors of a write to a full or broken disk; torch reports them as RuntimeError."""
 
 
 def directory_digest(path: Path) -> str | None:

@@ -130,7 +130,7 @@ def recognise(path: str | Path, *, training: bool = False) -> tuple[str, Path]:
     if weights and read == "weights":
         return weights, path
     if tag is not None and tag != path and read == "tag":
-        return of_tag, tag  # what a trainer gathered beside its tag is less than the tag; open_files compares them
+        return of_tag, tag  # weights gathered beside a tag hold less than the tag; open_files compares them
     if weights and tag is not None and not training:
         choice = f"give {tag} for the training checkpoint, or " if tag != path else ""
         raise CheckpointError(

@@ -48,7 +48,7 @@ class SourceCrcs:
         self._ledgers: dict[tuple[Path, str], CrcLedger] = {}
 
     def note(self, path: Path, offset: int, data: memoryview) -> None:
-        """Note bytes that were read from a file; those of other files are nobody's."""
+        """Note bytes that were read from a file; bytes of files other than the archives are ignored."""
         if self._entries.get(path):
             start, entry, ledger = self._of(path, offset)
             assert offset + len(data) <= start + entry.size
@@ -90,10 +90,10 @@ class SourceCrcs:
 
 
 def check_entry(path: Path, name: str, entry: Entry, ledger: CrcLedger, state: FileState | None = None) -> None:
-    """Raise unless an archive's entry has the CRC that its directory says; what nobody noted yet is read.
+    """Raise unless an archive's entry has the CRC that its directory gives; bytes that are not noted yet are read.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: The entry has another CRC.
     """
     with path.open("rb", buffering=0) as file:
         for start, stop in ledger.gaps(entry.size):

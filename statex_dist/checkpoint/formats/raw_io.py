@@ -22,7 +22,7 @@ _MOST_AHEAD, _LEAST_AHEAD = 8 << 20, 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileState:
-    """What tells that a file is still the one that was opened."""
+    """Identity of a file's contents: it differs if the file is no longer the one that was opened."""
 
     inode: int
     size: int

@@ -68,10 +68,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutRow:
-    """What is known of a layout before its class is imported.
+    """Properties of a layout that are known before its class is imported.
 
     Attributes:
-        name: As manifests, messages and ``--to`` call it.
+        name: Name of the layout in manifests, messages and ``--to``.
         where: Module and name of its class, with a colon between them.
         marks: Names of files, or patterns: a directory of this layout holds at least one. Messages name the first.
         weights: Endings of the files without which tensors cannot be read.
@@ -82,7 +82,7 @@ class LayoutRow:
             are the same.
         written: Whether it can be written.
         grown: Whether an expansion can be written in it.
-        options: Those of ``reshard`` that it takes, beside the ones that all take.
+        options: Options of ``reshard`` that it takes, beside those that all layouts take.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 Format: an 8-byte little-endian header length, a JSON header with ``dtype``, ``shape`` and ``data_offsets`` of every
 tensor, and the values (https://github.com/huggingface/safetensors). Everything in a header is checked before it is
-used: a checkpoint is often somebody else's file.
+used, because a checkpoint often comes from another user.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class SafetensorsSource(TensorSource):
 
     Args:
         directory: The directory.
-        facts: What is known of it besides; None for what the directory itself tells.
+        facts: Facts about the checkpoint; None takes them from the directory itself.
         single: Whether to read ``model.safetensors`` even if there is an index; None where there is none.
 
     Raises:

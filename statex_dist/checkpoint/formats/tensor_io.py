@@ -93,18 +93,18 @@ Pieces = Sequence[Piece | Held]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFacts:
-    """What is known about a checkpoint besides its tensors.
+    """Facts about a checkpoint besides its tensors.
 
     Attributes:
         kind: ``hf`` (safetensors), ``torch`` (``pytorch_model*.bin``), ``zero3`` (DeepSpeed), ``plain`` (one process,
             no DeepSpeed), ``tp`` (tensor-parallel shards) or ``megatron`` (torch_dist).
         path: Directory of the weight files.
-        model_dir: Directory with ``config.json`` and tokenizer files, or None where the checkpoint has no such.
-        verified: Whether there is a manifest, to whose digests every byte that is read is held.
+        model_dir: Directory with ``config.json`` and tokenizer files; None if the checkpoint has none.
+        verified: Whether there is a manifest. Every byte that is read is then compared with its digests.
         info: Facts of the writer: step, world size, manifest entries.
-        digests: xxh3-128 of tensors as the manifest has them, by name.
+        digests: xxh3-128 of tensors by name, from the manifest.
         state_digests: The same of the optimizer's states, by their names.
-        notes: Messages for the user: what was left out, which of two files is read.
+        notes: Messages for the user: which parts were left out, which of two files is read.
         config: Contents of a ``config.json`` that a run has under another name; None where ``model_dir`` has it.
     """
 

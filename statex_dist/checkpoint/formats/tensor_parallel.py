@@ -45,7 +45,7 @@ class TensorParallelSource(TensorSource):
 
     Args:
         directory: The directory with ``tp_layout.json``.
-        facts: What is known of it besides; None for what the directory itself tells.
+        facts: Facts about the checkpoint; None takes them from the directory itself.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the ranks together do not hold every tensor.
@@ -124,10 +124,10 @@ class RankSource(TensorSource):
 
 
 def _tiled(held: Sequence[Piece], info: TensorInfo, where: Path) -> tuple[list[Piece], list[Piece]]:
-    """Return pieces that hold every element once, and those that hold some again.
+    """Return pieces that hold every element once, and the pieces that hold elements a second time.
 
     Raises:
-        CheckpointError: Elements are held by nobody.
+        CheckpointError: No rank holds some of the elements.
     """
     by_columns = any(piece.width > 1 for piece in held)
     order = sorted(held, key=lambda p: (p.first, p.last) if by_columns else (p.start, p.stop))

@@ -31,17 +31,17 @@ DEFAULT_LENGTHS = tuple(256 << i for i in range(7))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CapacitySettings:
-    """What is asked for.
+    """Settings of the ``capacity`` suite.
 
     Attributes:
-        lengths: Tokens of a prompt, the ladder.
+        lengths: Tokens of a prompt: the steps of the ladder.
         depths: Depths of the passkey at each length.
         num_samples: Prompts for each length and depth.
         threshold: Share of right answers at which a length passes.
         haystack: A text file; None for made-up sentences.
         batch_size: Prompts per forward pass.
         segment_length: Tokens per forward pass.
-        seed: Of the prompts and the intervals.
+        seed: Seed of the prompts and of the intervals.
     """
 
     lengths: tuple[int, ...] = DEFAULT_LENGTHS
@@ -64,7 +64,7 @@ def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: To
     """Return the suite's work: a unit for each batch of prompts of a length and depth, with a digest of the haystack.
 
     Raises:
-        ConfigError: A length leaves no room for a haystack, or the tokenizer cannot write digits.
+        ConfigError: A length is too short for a haystack, or the tokenizer cannot write digits.
         DataError: The haystack cannot be read.
     """
     needle.check_digits(tokenizer)
@@ -116,7 +116,8 @@ def capacity_units(model: RecurrentLM, settings: CapacitySettings, tokenizer: To
 def exact_interval(right: int, total: int) -> tuple[float, float]:
     """Return the exact 95 % interval of a proportion (Clopper and Pearson 1934).
 
-    Where every answer is right a bootstrap has no width, and says nothing of what was not seen; this one does.
+    If every answer is right, a bootstrap interval has no width: it does not account for prompts that were not drawn.
+    The exact interval has a width in this case too.
     """
 
     def tail(p: float, first: int, end: int) -> float:
@@ -160,12 +161,13 @@ def climb(records: Sequence[Record], settings: CapacitySettings) -> list[dict[st
 
 
 def capacity_of(ladder: Sequence[Mapping[str, Any]], threshold: float) -> dict[str, Any]:
-    """Return what a ladder says of the capacity.
+    """Return the capacity that a ladder shows.
 
-    ``tokens`` is the longest length that passes, ``low`` the longest whose exact interval lies wholly at or above the
-    threshold (what the samples *prove*), ``high`` the longest whose interval reaches it; each None where there is none.
-    ``at_least``: the longest length of the ladder passes, so that the capacity may lie beyond. ``monotone``: no length
-    below ``tokens`` fails. ``next_failing``: the shortest that fails above it.
+    ``tokens`` is the longest length that passes. ``low`` is the longest length whose exact interval lies completely at
+    or above the threshold: the samples *prove* this length. ``high`` is the longest length whose interval reaches the
+    threshold. Each is None if there is no such length. ``at_least``: the longest length of the ladder passes, so the
+    capacity may be larger. ``monotone``: no length below ``tokens`` fails. ``next_failing``: the shortest length above
+    ``tokens`` that fails.
     """
 
     def longest(wanted: Any) -> int | None:

@@ -54,24 +54,24 @@ _DIGITS = 9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollapseSettings:
-    """What is read, and what counts as a collapse.
+    """Settings of the ``collapse`` suite, and the criteria of a collapse.
 
     Attributes:
         train_length: Tokens of the longest document, or piece of one, that the model was trained on.
         length: Tokens of a prompt; None for :data:`DEFAULT_MULTIPLE` training lengths.
-        prompts: Of :data:`PROMPTS`: a newline repeated, made-up sentences, ``data``.
+        prompts: Names of :data:`PROMPTS`: a newline repeated, made-up sentences, ``data``.
         data: A prepared dataset or text files for the prompt ``data``.
-        sequences: Sequences of ``text`` and ``data``; of newlines all would be equal, so there is one.
-        points: Positions at which states are looked at, about.
-        every: What they are multiples of: a mitigation may act at such ends only.
+        sequences: Sequences of ``text`` and ``data``. There is one sequence of newlines, as all would be equal.
+        points: Approximate number of positions at which states are read.
+        every: The positions are multiples of this number: a mitigation may act at such positions only.
         variance_factor: A head has collapsed where its state's variance is above this multiple of the largest within
             the training length.
-        loss_rise: The model has collapsed where its loss is so many nats a token above its best within the training
-            length.
-        sustained: Share of the remaining positions at which that must be so.
-        batch_size: Sequences side by side.
+        loss_rise: The model has collapsed where its loss is this number of nats per token above its best within the
+            training length.
+        sustained: Share of the remaining positions at which a criterion must be met.
+        batch_size: Sequences per forward pass.
         segment_length: Tokens per forward pass.
-        seed: Of the sentences and the intervals.
+        seed: Seed of the sentences and of the intervals.
     """
 
     train_length: int
@@ -135,7 +135,7 @@ class CollapseSettings:
 
     @property
     def doubt(self) -> str | None:
-        """What a verdict on heads does not say because ``length`` is too short for it, or None."""
+        """Reason why ``length`` is too short for a verdict on heads, or None."""
         if sum(position > self.growth_seen_from for position in self.positions) >= LEAST_POSITIONS:
             return None
         return (
@@ -197,7 +197,7 @@ def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: To
     """Return the suite's work: one unit for each batch of sequences of a prompt, a digest of given text in its key.
 
     A unit's records are its sequences: ``{"prompt", "sequence", "loss": [P], "states": {statistic: [[[P], heads],
-    layers]}, "retention": [[heads], layers], "retention_slowest"}``, null for what is not finite.
+    layers]}, "retention": [[heads], layers], "retention_slowest"}``. Values that are not finite are null.
 
     Args:
         model: The model, fp32.
@@ -272,7 +272,7 @@ def _stream(
     probe = RetentionProbe(model) if RetentionProbe.fits(model) else None
     with evaluating(model):
         for start, end in pairwise([0, *positions]):
-            # What a head keeps is measured over the training length only: each layer runs twice for it.
+            # The retention of a head is measured over the training length only: each layer runs twice for it.
             watching = probe if probe is not None and end <= settings.train_length else nullcontext()
             with watching:
                 states, loss = read_tokens(model, tokens, start, end, states, settings.segment_length)

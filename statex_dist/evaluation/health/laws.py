@@ -51,19 +51,19 @@ _NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
         "capacity.at_least": (bool,),
     },
 }
-"""What is read of a result, by suite."""
+"""Keys that are read from a result, by suite, with their types."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """What is known of one state size.
+    """The measured length of one state size.
 
     Attributes:
-        state_numbers: Numbers of all states together.
+        state_numbers: State elements of the model.
         tokens: The length; None where the results only bound it.
-        low: What it lies above, or None.
-        used: Whether it is fitted.
-        why: Why not; empty where it is.
+        low: Lower bound of the length, or None.
+        used: Whether the fit uses the point.
+        why: Why the fit does not use it; empty if it does.
         models: Directories of the models.
     """
 
@@ -125,7 +125,7 @@ def find_results(directories: Sequence[Path]) -> list[dict[str, Any]]:
     if not found:
         names = ", ".join(map(str, directories))
         raise ConfigError(f"no collapse.json or capacity.json below {names}; run `statex eval collapse` or `capacity`")
-    # A remedy changes what a state of this size does: such results belong to another law.
+    # A mitigation changes the behaviour of a state of a given size: such results belong to another law.
     return [summary for summary in found.values() if summary["model"].get("mitigation") is None]
 
 
@@ -155,12 +155,12 @@ def _read(path: Path, suite: str) -> dict[str, Any]:
 def shared_criteria(
     summaries: Sequence[Mapping[str, Any]], judge: Judge = "model"
 ) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """Return the family of all results, and by suite how they were measured.
+    """Return the family of all results, and by suite the settings of the measurement.
 
-    What a verdict does not depend on (seeds, the number of positions, a ladder's lengths) may differ.
+    Settings that do not change a verdict may differ: seeds, the number of positions, a ladder's lengths.
 
     Raises:
-        ConfigError: Results differ in one of these, which is named with the file of a result of each kind.
+        ConfigError: Results differ in the family or a setting. The message names it, with one file of each kind.
     """
     criteria: dict[str, dict[str, Any]] = {}
     for suite in ("collapse", "capacity"):

@@ -1,8 +1,9 @@
-"""How much of a state is left after a stretch of text: measured, whatever the family's decays look like.
+"""Retention: the share of a state that is left after a stretch of text, measured for any form of a family's decays.
 
-A layer's state is linear in the state before: ``S_t = P_t S_0 + R_t``, where ``P_t`` is the product of the transitions
-and ``R_t`` what was written meanwhile. Running a layer once more on the same input from a state ``c E``, with ``c`` so
-large that ``R_t`` vanishes beside it, gives ``P_t E`` to single precision. Nothing of a family's gates is needed.
+A layer's state is linear in the previous state: ``S_t = P_t S_0 + R_t``. ``P_t`` is the product of the transitions;
+``R_t`` is the part that was written during the stretch. The probe runs a layer a second time on the same input, from a
+state ``c E``. ``c`` is so large that ``R_t`` vanishes beside it, so the result is ``P_t E`` to single precision. The
+probe needs nothing of a family's gates.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import ForgetMore
 
 _BESIDE = 1e12
-"""How much larger the probe is than what is written: a retention below about its inverse is lost in rounding."""
+"""Ratio of the probe to the values written to the state: a retention below about its inverse is lost in rounding."""
 _SMALLEST = 1e-9
 
 
 class RetentionProbe:
     """Carries ``P_t E`` of every layer while it is entered; ``E`` holds random signs.
 
-    Its layers run twice as long meanwhile.
+    While the probe is entered, each layer runs twice.
 
     Args:
         model: The model, in evaluation mode, fed from its first token on with a carried state.
@@ -40,7 +41,7 @@ class RetentionProbe:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether a model's states are linear in the states before, as they are under one of the remedies only."""
+        """Return whether a model's states are linear in the previous ones: without a mitigation, or with ForgetMore."""
         return isinstance(model, RecurrentLM) and isinstance(model.mitigation, ForgetMore | None)
 
     def __enter__(self) -> RetentionProbe:

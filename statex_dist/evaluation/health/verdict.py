@@ -1,16 +1,16 @@
-"""What the ``collapse`` suite concludes from its series: for each head, and for the model.
+"""The conclusions of the ``collapse`` suite from its series: for each head, and for the model.
 
-Thresholds are conventions, not laws of nature; all are options, and the series stand beside the verdict.
+Thresholds are conventions, not laws of nature. All are options, and the result holds the series beside the verdict.
 
 - A **head** has collapsed at the first position past which its state's variance is above ``variance_factor`` times the
-  largest that it had within the training length. In training the head, and what reads it, have seen no such state.
-  A head that never forgets grows without end: its variance by the number of tokens where what is written varies, by its
-  square where the same is written again and again.
+  largest that it had within the training length. In training, the head and the layers that read it have not seen such
+  a state. The variance of a head that never forgets grows without limit: with the number of tokens if the written
+  values vary, with its square if the same values are written again and again.
 - The **model** has collapsed at the first position past which its loss is ``loss_rise`` nats above its best within the
   training length: the lowest mean over one of the last three octaves, ``T/8..T/4``, ``T/4..T/2``, ``T/2..T``. Single
   intervals are too noisy for a best.
-- *Past which*: at that position and at ``sustained`` (90 %) of all those from it to the end, three at least. So a
-  collapse in the last two positions is not told from a fluctuation.
+- *Past which*: at that position and at ``sustained`` (90 %) of all positions from it to the end, three at least. So
+  the rule cannot distinguish a collapse in the last two positions from a fluctuation.
 - A state or a loss that is NaN or infinite is a collapse at the first position that has one.
 """
 

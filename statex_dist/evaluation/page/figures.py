@@ -1,8 +1,8 @@
-"""What all figures of ``statex report`` share: their look, in light and dark, and their words.
+"""Common style and labels of all figures of ``statex report``, for light and dark schemes.
 
-A figure is one SVG for both schemes: what is drawn in a colour of :data:`ROLES` gets the name of its role in place of
-the colour, and the SVG's own style sheet says what the name means under ``prefers-color-scheme``. The background is the
-page's. Series differ in colour, line and marker, so that none has to be told by its colour alone.
+A figure is one SVG for both schemes. For each colour of :data:`ROLES` the SVG holds the name of the colour's role. The
+SVG's own style sheet defines the roles under ``prefers-color-scheme``. The background is the page's. Series differ in
+colour, line and marker, so that a reader need not distinguish them by colour alone.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def finish(axes: Axes, text: str) -> Figure:
 
 
 def _themed(svg: str) -> str:
-    """Put roles in place of their colours, and the style sheet that says what they mean."""
+    """Replace colours by the names of their roles, and add the style sheet that defines the roles."""
     for role, (light, _) in ROLES.items():
         svg = svg.replace(light, f"var(--{role})")
     light, dark = (_sheet({role: pair[i] for role, pair in ROLES.items()}) for i in (0, 1))

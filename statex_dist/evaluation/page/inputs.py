@@ -153,7 +153,7 @@ def _walk(directory: Path, depth: int, seen: list[Path] | None = None) -> Iterat
 
 
 def _unreadable(summary: Mapping[str, Any]) -> str | None:
-    """Return why a summary is not one of this release, or None."""
+    """Return why this release cannot read a summary, or None."""
     if summary.get("version") != RESULT_VERSION:
         return f"has version {summary.get('version')!r}, this release reads {RESULT_VERSION}"
     if find_suite(summary["suite"]).of_model and not isinstance(summary.get("model"), dict):

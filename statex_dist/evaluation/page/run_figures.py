@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_POINTS = 1000
-"""Points of a curve; a longer one is drawn as the means of so many stretches of steps."""
+"""Points of a curve; a longer curve is drawn as means over this number of stretches of steps."""
 
 _MEAN_OF = 20
 _NAMED_LAYERS = 12
@@ -32,7 +32,7 @@ _HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 
 
 class Run(Protocol):
-    """What is drawn of a run (:class:`statex_dist.evaluation.page.runs.TrainingRun`)."""
+    """Facts of a run that figures show (:class:`statex_dist.evaluation.page.runs.TrainingRun`)."""
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """Training runs, one or several side by side, as a part of the report.
 
-What is drawn is what the run's own files say: ``metrics.jsonl``, ``config.yaml``, ``status.json`` and the plan in its
-newest checkpoint. No torch is loaded.
+The figures use the run's own files only: ``metrics.jsonl``, ``config.yaml``, ``status.json`` and the plan in its newest
+checkpoint. The module imports no torch.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ NAMED_SOURCES = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRun:
-    """What a run left behind.
+    """Facts from the files of a run.
 
     Attributes:
-        name: What to call it.
-        directory: Where it lies.
-        records: One a step, oldest first.
+        name: Name of the run in the report.
+        directory: Directory of the run.
+        records: One record per step, oldest first.
         config: Text of its ``config.yaml``; empty where there is none.
         settings: The same by dotted names.
         status: Contents of its ``status.json``; empty where there is none.
         expanded: Its expanded layers, as far as a checkpoint tells.
-        history: Settings of the steps of its newest checkpoint; empty of earlier releases' ones.
+        history: Settings of the steps of its newest checkpoint; empty if an earlier release wrote the checkpoint.
     """
 
     name: str

@@ -231,7 +231,7 @@ def estimates(result: Result, key: str, looks: Mapping[str, int], *, least: floa
 
 
 def mqar_figures(results: Sequence[Result], looks: Mapping[str, int]) -> Iterator[Figure]:
-    """Yield the capacity curve, with what is right without recall."""
+    """Yield the capacity curve, with the accuracies that a model reaches without recall."""
     yield draw_curves(
         [estimates(result, "by_num_pairs", looks) for result in results],
         title="Associative recall",
@@ -330,7 +330,7 @@ def _dots(
                 capsize=3,
                 label=model,
             )
-        # The task above its metric, so that a long name leaves room for the figure.
+        # The task stands above its metric, so that a long name takes less width from the figure.
         axes.set_yticks(range(len(found)), [name.replace(" ", "\n", 1) for name in found], fontsize=9)
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_xlim(*_ACCURACY)

@@ -1,8 +1,8 @@
-"""What a suite is: its options, its units, its files, and its part of the report and of a model card.
+"""The interface of a suite: its options, its units, its files, and its part of the report and of a model card.
 
-``statex eval`` makes a subcommand of a suite's options, runs the units on this process's share and gives the records to
-``write``; ``SUITE.json`` is the summary that everything else reads. A suite's module imports no torch and no numpy at
-its top: every start of the command imports it.
+``statex eval`` makes a subcommand from a suite's options, runs this process's share of the units and passes the records
+to ``write``. ``SUITE.json`` is the summary that all other programs read. A suite's module imports no torch and no numpy
+at its top: every start of the command imports it.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a suite found of a model.
+    """A suite's result for a model.
 
     Attributes:
-        suite: Its name.
-        model: What to call the model; results of one model share it.
+        suite: Name of the suite.
+        model: Name of the model; results of one model share it.
         path: The summary, ``SUITE.json``.
-        summary: Its contents.
+        summary: Contents of the summary.
     """
 
     suite: str

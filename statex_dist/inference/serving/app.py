@@ -221,8 +221,8 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
     """Return the application.
 
     Args:
-        service: Answers the requests; started by whoever runs the application.
-        api_key: What ``/v1`` asks for as bearer token, or None for nothing.
+        service: Answers the requests; the program that runs the application starts it.
+        api_key: The bearer token that ``/v1`` demands; None demands none.
     """
     app = FastAPI(openapi_url=None)
     created = int(time.time())
@@ -267,7 +267,7 @@ def build_app(service: Service, *, api_key: str | None = None) -> FastAPI:
             ) from None
         except ClientDisconnect:
             service.metrics.count("disconnected")
-            return Response(status_code=400)  # to nobody
+            return Response(status_code=400)  # the client is gone
         return CompletionResponse(service, body, arrived)
 
     @v1.api_route("/chat/completions", methods=["GET", "POST"])
@@ -321,5 +321,6 @@ async def _read_body(request: Request, most: int) -> bytes:
                 break
     if max(announced, len(body)) <= most:
         return bytes(body)
-    # What comes after the answer is received and thrown away: many clients read an answer only when they have sent all.
+    # Bytes that arrive after the answer are received and discarded: many clients read an answer only when they have
+    # sent the whole body.
     raise RequestError(413, f"the body is larger than {most} bytes; send less at once", code="too_large")

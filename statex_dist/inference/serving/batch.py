@@ -46,11 +46,11 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchStepResult:
-    """What an iteration did.
+    """Result of an iteration.
 
     Attributes:
-        progress: Of every row that took a step or ended.
-        tokens_read: Tokens of prompts.
+        progress: Progress of every row that took a step or ended.
+        tokens_read: Tokens of prompts that were read.
         rows: Rows that took the step.
     """
 
@@ -111,7 +111,7 @@ class ContinuousBatch:
 
     @property
     def free(self) -> int:
-        """Slots that nobody has; below 0 where rows that were admitted wait for theirs."""
+        """Slots without a row; below 0 while admitted rows wait for their slots."""
         return self._max_rows - self.running - self.reading
 
     @property
@@ -135,7 +135,7 @@ class ContinuousBatch:
         self._forget_started()
 
     def step(self) -> BatchStepResult:
-        """Read a piece of what is to be read, and take one step."""
+        """Read a piece of the waiting prompts, and take one step."""
         failed, tokens_read = self._read()
         self._start()
         rows = self.running

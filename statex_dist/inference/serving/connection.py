@@ -41,7 +41,7 @@ PROBE_SECONDS = 0.5
 
 
 class Phase(Enum):
-    """What a connection waits for. The value is its name in metrics."""
+    """Phase of a connection: the event that it waits for. The value is the phase's name in metrics."""
 
     HEAD = "head"
     BODY = "body"
@@ -72,7 +72,7 @@ class OpenConnections:
         limits, last_words = self._service.limits, self._service.last_words_seconds
         return {
             Phase.HEAD: limits.header_timeout,
-            # What is waited for in the application ends sooner, with an answer.
+            # A wait inside the application ends sooner, with an answer.
             Phase.BODY: limits.body_timeout + last_words,
             Phase.ANSWER: limits.request_timeout + 2 * last_words,
             Phase.CLOSING: limits.body_timeout,

@@ -23,13 +23,14 @@ from statex_dist.inference.serving.protocol import DEFAULT_MAX_TOKENS, BusyError
 DEFAULT_MAX_CONNECTIONS = 1024
 
 CHARACTERS_PER_TOKEN = 16
-"""A text with more characters than so many times the tokens allowed is refused before it is tokenized: English has 4 or
-5 in a token of a large vocabulary, source code up to 10, and only long rows of one character have more than this."""
+"""Characters for each allowed token. The server refuses a text with more characters before it tokenizes the text.
+English has 4 or 5 characters in a token of a large vocabulary, source code up to 10. Only long rows of one character
+have more than this number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What is taken.
+    """Limits of the requests that the server accepts.
 
     Attributes:
         max_batch_size: Completions that are read and written together: slots.
@@ -38,7 +39,7 @@ class Limits:
         max_tokens: Tokens of a completion.
         max_body_bytes: Bytes of a request's body.
         request_timeout: Seconds from a request's arrival to the end of its answer.
-        max_connections: Connections that are open, but for a few more.
+        max_connections: Open connections, apart from a small reserve.
         header_timeout: Seconds for the head of a request to arrive.
         body_timeout: Seconds for the body to arrive after the head.
         keep_alive_timeout: Seconds from an answer to the next request of the connection.

@@ -21,7 +21,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 4
 
 MAX_STOP_CHARACTERS = 256
-"""Of a stop string: text that may become one is held back and compared anew at every token."""
+"""Characters of a stop string. Text that may become one is held back and compared again at every token."""
 
 _MAX_SHOWN = 60
 
@@ -68,7 +68,7 @@ class BusyError(StateXError):
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds besides text."""
+    """Contents of a stream besides text."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -125,7 +125,7 @@ class CompletionRequest(BaseModel):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with what it used."""
+        """Whether a stream ends with the token usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 

@@ -104,7 +104,7 @@ def bind(host: str, port: int) -> socket.socket:
         port: 0 picks a free one.
 
     Raises:
-        ConfigError: The address is not one of this machine, or the port is in use.
+        ConfigError: The address does not belong to this machine, or the port is in use.
     """
     if not 0 <= port < 1 << 16:
         raise ConfigError(f"--port must be 0 to {(1 << 16) - 1}, not {port}")

@@ -19,17 +19,17 @@ from statex_dist.models.lm import RecurrentLM
 
 
 class RequestState:
-    """What becomes of a request, as it comes. It belongs to the event loop.
+    """State of a request while it is answered. It belongs to the event loop.
 
     Args:
-        number: Of the request; a completion's key is the number and its index.
+        number: Number of the request; a completion's key is the number and its index.
         request: The request.
         prompts: Tokens of its prompts.
         max_tokens: Tokens of a completion at most.
         arrived: When the request arrived, on the event loop's clock.
 
     Attributes:
-        seed: Of the first completion; the i-th is drawn with ``seed + i``.
+        seed: Seed of the first completion; the i-th is drawn with ``seed + i``.
         unfinished: Keys of the completions that are not at their end.
     """
 

@@ -218,7 +218,7 @@ class TestDisk:
         message = "cannot be written: No space left on device"
         options = {"progress": fill, "workers": 1, "max_shard_size": 100_000, "resume": resume}
         refused(tmp_path / "in", small_disk / "out", message, **options)
-        # What is finished is kept for --resume, and for it alone.
+        # Finished parts are kept for --resume, and for it alone.
         left = [".tmp-out"] if resume else []
         assert sorted(p.name for p in small_disk.iterdir()) == [*left, "other"]
         if resume:

@@ -1,4 +1,4 @@
-"""A run that grows in the middle of its training: the optimizer's states row by row, and the run that goes on."""
+"""A run that grows in the middle of its training: the optimizer's states row by row, and the continued run."""
 
 import json
 

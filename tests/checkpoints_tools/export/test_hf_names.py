@@ -1,4 +1,4 @@
-"""What is written beside the tensors of a Hugging Face directory: file metadata, dtype, and the names of a plan."""
+"""Entries of a Hugging Face directory besides its tensors: file metadata, dtype, and the names of a plan."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Exports as a user meets them: the card's own code, the tokenizer, and the road from an export back to an export."""
+"""Exports from the user's view: the card's own code, the tokenizer, and the export of an export."""
 
 import json
 import signal

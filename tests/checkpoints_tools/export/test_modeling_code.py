@@ -1,4 +1,4 @@
-"""Exports with code of their own, opened by transformers and held to our models."""
+"""Exports with code of their own: transformers opens them, and their results are compared with our models."""
 
 import ast
 import json

@@ -196,7 +196,7 @@ class TestDeepSpeedGoesOn:
         expected = reports["whole"]["losses"]
         found = [row for world_size in (4, 2, 3, 1) for row in reports[world_size]["losses"]]
         assert len(found) == len(expected) == 8
-        # What was loaded is the same to the last bit; another number of ranks then sums gradients in another order.
+        # The loaded values are the same to the last bit; another number of ranks then sums gradients in another order.
         assert found[:3] == expected[:3]
         for ours, theirs in zip(found, expected, strict=True):
             values = [[float.fromhex(value) for value in row] for row in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""What `statex plan` says of the training length: from the paper's law, a fit, a measurement; and what it proposes."""
+"""The verdict of `statex plan` on the training length, from the paper's law, a fit, a measurement; its proposals."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_measurement_beats_the_law():
     before = config_from_dict(GLA_1B)
     after = plan_model(before)
     numbers, slope = before.state_elements, 5.172 * 1024 / 1e6
-    # Healthy at 16K though the law asks for 62K: the law comes down by what it was wrong.
+    # Healthy at 16K though the law asks for 62K: the law is lowered by its error.
     healthy = Evidence(measurement=measurement(numbers, 16384))
     assert healthy.threshold(numbers) == pytest.approx(16384)
     assert healthy.threshold(after.state_elements) == pytest.approx(16384 + slope * (after.state_elements - numbers))

@@ -1,4 +1,4 @@
-"""What a user can ask for: plans in YAML, total sizes, the authors' recipes."""
+"""Options of a plan: plans in YAML, total sizes, the authors' recipes."""
 
 import json
 

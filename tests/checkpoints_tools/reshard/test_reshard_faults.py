@@ -100,7 +100,7 @@ def test_a_partial_file_that_was_lost_is_written_again(source, tmp_path, monkeyp
 
 
 def test_bytes_of_a_partial_file_that_changed_are_noticed(source, tmp_path, monkeypatch):
-    """What an earlier run wrote is read again for the checksums of the whole, and those are of what is there."""
+    """Bytes of an earlier run are read again for the checksums of the whole: these cover the bytes on disk."""
     monkeypatch.setattr(target_writer, "SYNC_BYTES", 20_000)
     left = kill(source, tmp_path / "out", TARGETS["zero3"], 0.7)
     path = next(left.rglob("*rank_1*optim*.partial"))

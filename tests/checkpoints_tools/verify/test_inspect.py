@@ -1,4 +1,4 @@
-"""What ``statex inspect`` says of every layout, and of what is not whole."""
+"""Output of ``statex inspect`` for every layout, and for incomplete checkpoints."""
 
 import json
 import shutil

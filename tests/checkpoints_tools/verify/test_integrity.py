@@ -1,4 +1,4 @@
-"""One checkpoint held to its manifest and to the checksums in its files: every flipped byte that matters is found."""
+"""One checkpoint against its manifest and the checksums in its files: every flipped byte that matters is found."""
 
 import json
 import random

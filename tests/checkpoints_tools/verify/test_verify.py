@@ -56,7 +56,7 @@ def test_the_second_of_two_expansions_is_proved_against_the_first_and_both_again
 
 
 class TestSpoiled:
-    """Each change is made in a directory without a manifest, as somebody else's tool would leave it."""
+    """Each change is made in a directory without a manifest, as another program would leave it."""
 
     @pytest.fixture
     def pair(self, tmp_path):

@@ -1,4 +1,4 @@
-"""``statex report``: what the page and the figures say of a run, and what is refused."""
+"""``statex report`` of a run: the contents of the page and the figures, and the refusals."""
 
 from __future__ import annotations
 

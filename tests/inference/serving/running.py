@@ -1,4 +1,4 @@
-"""A server on loopback in a thread of the test, a model that can be held, and what an answer must be."""
+"""A server on loopback in a thread of the test, a model that can be paused, and the expected answers."""
 
 import json
 import socket
@@ -20,7 +20,8 @@ SEGMENT = 16
 PATIENCE_SECONDS = 20
 
 ENDLESS = {"prompt": "hello", "seed": 1, "max_tokens": 4096, "ignore_eos": True}
-"""Seconds of work: whoever frees its slot sooner was not waited for. Its first token is a character, and sent."""
+"""A request of several seconds: if its slot is free sooner, the server did not wait for its end. Its first token is a
+character, and is sent."""
 
 
 class RunningServer:
@@ -113,14 +114,14 @@ def raw_request(body, *, version="1.1", headers=""):
 
 
 def send_and_leave(server, **fields):
-    """Return the socket of a request whose answer nobody reads."""
+    """Return the socket of a request whose answer the test does not read."""
     connection = connect(server)
     connection.sendall(raw_request(fields))
     return connection
 
 
 class Gate:
-    """Lets a model make so many forward passes, and holds it before the next."""
+    """Lets a model make a given number of forward passes, and holds it before the next."""
 
     def __init__(self, model, passes=0):
         self._passes = threading.Semaphore(passes)

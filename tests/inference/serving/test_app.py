@@ -366,7 +366,10 @@ CROWD = {number: expected(crowd(number)[0], number, **crowd(number)[1]) for numb
 
 
 def wrong_answers(server, clients):
-    """Let a crowd ask, so many at a time, and return the numbers of those who got another text than alone."""
+    """Send all requests of the crowd, ``clients`` at a time; return the numbers of those whose text differs.
+
+    The expected text of a request is the one that it gets alone.
+    """
 
     def ask(number):
         prompt, sampling = crowd(number)

@@ -1,4 +1,4 @@
-"""Continuous batching, turn by turn: who reads when, who joins and leaves, and that nobody sees it in the answer."""
+"""Continuous batching, step by step: which prompt is read when, which rows join and leave; answers do not show it."""
 
 import functools
 

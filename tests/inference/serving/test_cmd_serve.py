@@ -1,4 +1,4 @@
-"""``statex serve`` as its user meets it: the real process, its start, its end, and what it refuses."""
+"""``statex serve`` from the user's view: the real process, its start, its end, and its refusals."""
 
 import signal
 import socket

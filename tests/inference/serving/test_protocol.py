@@ -1,4 +1,4 @@
-"""What is taken as a request, and what each mistake is told."""
+"""Bodies that are accepted as requests, and the message for each mistake."""
 
 import json
 

@@ -32,7 +32,7 @@ from statex_dist.checkpoint.formats.torch_archive.zip import (
 from statex_dist.errors import CheckpointError, one_line
 
 _MAX_PICKLE_BYTES = 1 << 20
-_HEADER_BYTES = 2048  # what stands before the values of a chunk, and what stands behind them
+_HEADER_BYTES = 2048  # of the buffer that reads the headers before and behind a chunk's values
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The format of torch distributed checkpoints (DCP), which is also megatron-core's ``torch_dist``.
 
-A directory with ``.metadata``, a pickle that says of every tensor of which boxes ("chunks") it consists and where they
-lie, and ``__0_0.distcp``, ...: files in which each chunk is a whole ``torch.save`` archive. Reading takes any number of
-chunks, as many ranks write them.
+The format is a directory with ``.metadata`` and the files ``__0_0.distcp``, ... ``.metadata`` is a pickle that lists
+the boxes ("chunks") of every tensor and their places. In the other files each chunk is a whole ``torch.save`` archive.
+A reader accepts any number of chunks, because each rank of a job writes its own.
 (Format: PyTorch, ``torch/distributed/checkpoint/{metadata,filesystem}.py``.)
 """
 
@@ -74,7 +74,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DcpContents:
-    """What a ``.metadata`` lists.
+    """Contents of a ``.metadata`` file.
 
     Attributes:
         tensors: Every tensor, by name.

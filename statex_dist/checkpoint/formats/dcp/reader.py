@@ -70,7 +70,7 @@ class DcpSource(TensorSource):
 
         Args:
             directory: The directory.
-            facts: What is known of it besides; None for what the directory itself tells.
+            facts: Facts about the checkpoint; None takes them from the directory itself.
 
         Raises:
             CheckpointError: A file is missing, damaged or refused, or chunks do not make up the tensors.

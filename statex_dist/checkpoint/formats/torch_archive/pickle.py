@@ -306,7 +306,7 @@ _RESULTS = {
     **{name: A_LEAF for name, call in _CALLS.items() if isinstance(call, _Call)},
     **dict.fromkeys(GETATTR, A_MEMBER),
 }
-"""What the scan takes for the results of these calls."""
+"""Stand-ins that the scan uses for the results of these calls."""
 
 
 class _Reader(pickle.Unpickler):

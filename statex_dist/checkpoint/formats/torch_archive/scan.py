@@ -40,7 +40,7 @@ _NUMBER = struct.Struct("<I")
 _KEYS = {ATOM, TEXT, INT, NAME, TUPLE, FROZENSET, OBJECT}
 
 _CONTAINERS = {ord("]"): (LIST, 1), ord("}"): (DICT, 2), 0x8F: (SET, 4)}
-"""Opcodes that push an empty container: its kind, and what it takes of the room."""
+"""Opcodes that push an empty container: its kind, and its size in the units of ``_MAX_ROOM``."""
 
 Value = Sequence[Any]
 """A stand-in: kind, depth, parts, and of a text or name the text, of a tuple its length. A list of kind, depth, parts

@@ -52,11 +52,11 @@ class TorchArchive:
 
     Attributes:
         path: The file.
-        root: Name of the archive's folder: torch takes the file's own name when it saves, so that a file which was
-            renamed later still says what it was.
+        root: Name of the archive's folder. torch takes the file's own name when it saves, so that a file which was
+            renamed later still shows its original name.
         entries: By name below the root (``data.pkl``, ``data/0``, ...).
-        state: What the file was when it was opened.
-        content: What was saved, with tensors as references.
+        state: State of the file when it was opened.
+        content: The saved object, with tensors as references.
     """
 
     path: Path
@@ -78,7 +78,7 @@ class TorchArchive:
 
 
 class ArchiveError(Exception):
-    """What is wrong with an archive: a verdict that fits behind its name (``is damaged``), and why."""
+    """A fault of an archive: a verdict that fits behind the archive's name (``is damaged``), and the reason."""
 
     def __init__(self, verdict: str, why: str):
         self.why = " ".join(why.split())
@@ -110,7 +110,7 @@ def read_directory(path: Path) -> tuple[str, dict[str, Entry]]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a file, and say of what is wrong with it that it is this file's."""
+    """Open a file, and name it in the errors that reading it raises."""
     try:
         with path.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size

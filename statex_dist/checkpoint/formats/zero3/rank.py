@@ -25,12 +25,12 @@ _NAMED_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankStates:
-    """Where one rank's values lie.
+    """Places of one rank's values.
 
     Attributes:
         files: Its two files.
         archives: The same, opened, without their contents.
-        flat: First piece (all elements) of each flat group, by state: the weights and what the optimizer remembers.
+        flat: First piece (all elements) of each flat group, by state: the weights and the optimizer's states.
         frozen: This rank's fragment of each frozen parameter.
     """
 
@@ -79,7 +79,7 @@ def _check_name(file: TorchArchive) -> None:
 
 
 def optim_states(file: TorchArchive, world_size: int) -> dict[str, Any]:
-    """Return a rank's optimizer states, after checking that they are of stage 3 and of as many ranks.
+    """Return a rank's optimizer states, after checking that they are of stage 3 and of ``world_size`` ranks.
 
     Raises:
         CheckpointError: They are not, or the file is another rank's, or holds no weights.

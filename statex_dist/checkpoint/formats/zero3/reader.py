@@ -1,9 +1,9 @@
 """Logical tensors out of a native DeepSpeed ZeRO stage 3 checkpoint, without importing deepspeed or torch.
 
-What DeepSpeed's own ``zero_to_fp32`` gives: fp32 master weights of the trained parameters, frozen parameters in the
-dtype that they have, buffers and tied names. And what it does not: the optimizer's states, and every check that tells
-whether the files belong together. Of each rank only the places of its storages are kept, so that a thousand ranks fit
-in memory.
+The reader returns the same as DeepSpeed's own ``zero_to_fp32``: fp32 master weights of the trained parameters, frozen
+parameters in their own dtype, buffers and tied names. It also returns the optimizer's states, and it checks that the
+files belong together; ``zero_to_fp32`` does neither. Of each rank only the places of its storages are kept, so that a
+thousand ranks fit in memory.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Zero3Source(TensorSource):
         filled: Frozen parameters that are not in the tag; their values come from the weights beside it.
         frozen_excluded: Whether it was saved with ``exclude_frozen_parameters``, and nothing is filled.
         groups: Names of the parameters of each optimizer group, in flat order.
-        scalars: What the optimizer keeps once per parameter group, by its names.
+        scalars: Values that the optimizer keeps once per parameter group, by its names.
         model: Contents of rank 0's model states.
         optim: Contents of rank 0's optimizer states.
         first: Rank 0's model states, opened.
 
     Args:
         directory: The tag's directory, with two files a rank.
-        facts: What is known of it besides.
-        only_first: Whether to open rank 0's files alone: enough to say what the checkpoint is, not to read it.
+        facts: Facts about the checkpoint.
+        only_first: Whether to open rank 0's files alone: enough to identify the checkpoint, not to read it.
         beside: Weights that lie beside the tag.
 
     Raises:
@@ -169,7 +169,7 @@ class Zero3Source(TensorSource):
 
 
 class Zero3StateSource(TensorSource):
-    """What the optimizer of a ZeRO-3 checkpoint remembers of every trained parameter.
+    """One optimizer state of every trained parameter of a ZeRO-3 checkpoint.
 
     Args:
         whole: The checkpoint.
