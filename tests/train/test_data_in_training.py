@@ -194,8 +194,8 @@ def test_a_bad_shard_ends_every_launcher_with_its_name(tmp_path: Path, launcher:
     )
     assert done.returncode != 0
     said = done.stderr + done.stdout
-    ranks = 1 if launcher == "python" else 2
-    assert said.count("shard.00003.mds has 100 bytes, the index says") >= ranks, said[-3000:]
+    # A rank that has the same error as a lower one leaves the line to it.
+    assert said.count("shard.00003.mds has 100 bytes, the index says") >= 1, said[-3000:]
     assert "Traceback" not in said or launcher == "torchrun"  # torchrun prints its own
 
 

@@ -127,6 +127,8 @@ def test_figures_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "skipped_steps": 1,
         "steps_without_targets": None,
         "epochs": {},
+        "validation_loss": None,
+        "best_validation_loss": None,
     }
 
 

@@ -111,7 +111,7 @@ def test_tables_set_the_models_side_by_side_with_their_intervals(page):
     assert "recall: passkey, all lengths0.262 (0.222 .. 0.302)0.581 (0.541 .. 0.621)" in glance
     assert "collapse: collapsenone seenat 2,048 tokens (newlines)" in glance
     assert "capacity: tokens with 95% recall2,048 (1,024 .. 2,048)4,096 (2,048 .. 4,096)" in glance
-    assert "state numbers192320+66.7 %" in rest
+    assert "state elements192320+66.7 %" in rest
     assert "parameters1,0001,010+1.0 %" in rest
     assert "0merge_heads ×2, inherit64128" in rest
     assert "forget: slope10.000 (9.500 .. 10.500)" in rest
