@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("statex_dist", "checkpoints_tools", "launch")
 
-FLOORS = {
+LAYERS = {
     # (first pattern that fits decides)
     "statex_dist": 0,
     "statex_dist.errors": 0,
@@ -45,7 +45,7 @@ FLOORS = {
     "statex_dist.run": 8,
 }
 
-TOOL_FLOORS = {
+TOOL_LAYERS = {
     "checkpoints_tools.io": 0,
     "checkpoints_tools.plan": 0,
     "checkpoints_tools.formats": 1,
@@ -164,8 +164,8 @@ def fits(name: str, patterns) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def floor(name: str) -> int | None:
-    return next((level for pattern, level in FLOORS.items() if fnmatchcase(name, pattern)), None)
+def layer_of(name: str) -> int | None:
+    return next((level for pattern, level in LAYERS.items() if fnmatchcase(name, pattern)), None)
 
 
 def folder(name: str) -> str:
@@ -179,8 +179,8 @@ def breaches(root: Path) -> list[str]:
     lines = []
     for name, targets in found.items():
         inside = name.split(".")[0] == "statex_dist"
-        if inside and floor(name) is None:
-            lines.append(f"{name} has no floor")
+        if inside and layer_of(name) is None:
+            lines.append(f"{name} has no layer")
             continue
         for target in sorted(targets):
             top = target.split(".")[0]
@@ -194,14 +194,14 @@ def breaches(root: Path) -> list[str]:
             part = name.startswith(f"{EXPORTED}.") and target.startswith("statex_dist.models.")
             if name.startswith("checkpoints_tools") and not fits(target, TOOLS_MAY_READ) and not part:
                 lines.append(f"{name} imports {target}, which offline tools do not read")
-            if folder(target) in TOOL_FLOORS and folder(name) in TOOL_FLOORS and folder(name) != folder(target):
-                levels = TOOL_FLOORS[folder(name)], TOOL_FLOORS[folder(target)]
+            if folder(target) in TOOL_LAYERS and folder(name) in TOOL_LAYERS and folder(name) != folder(target):
+                levels = TOOL_LAYERS[folder(name)], TOOL_LAYERS[folder(target)]
                 if levels[1] >= levels[0]:
-                    lines.append(f"{name} (floor {levels[0]}) imports {target} (floor {levels[1]})")
+                    lines.append(f"{name} (layer {levels[0]}) imports {target} (layer {levels[1]})")
             if not inside or folder(name) == folder(target):
                 continue
-            if floor(target) is None or floor(target) >= floor(name):
-                lines.append(f"{name} (floor {floor(name)}) imports {target} (floor {floor(target)})")
+            if layer_of(target) is None or layer_of(target) >= layer_of(name):
+                lines.append(f"{name} (layer {layer_of(name)}) imports {target} (layer {layer_of(target)})")
             apart = [f"statex_dist.{part}" for part in APART]
             allowed = [t for pattern, ts in SHARED.items() if fnmatchcase(name, pattern) for t in ts]
             if folder(name) in apart and folder(target) in apart and target not in allowed:
@@ -227,7 +227,7 @@ def cycle(edges: dict[str, set[str]]) -> list[str] | None:
     return next((found for name in edges if (found := visit(name, []))), None)
 
 
-def test_every_import_keeps_to_its_floor():
+def test_every_import_imports_lower_layers_alone():
     assert breaches(ROOT) == []
 
 
@@ -266,9 +266,9 @@ def test_the_walk_sees_the_code():
         (
             "statex_dist/state/a.py",
             "from statex_dist.ops.precision import x",
-            "(floor 1) imports statex_dist.ops.precision (floor 2)",
+            "(layer 1) imports statex_dist.ops.precision (layer 2)",
         ),
-        ("statex_dist/errors.py", "import statex_dist.config", "(floor 0) imports statex_dist.config (floor 1)"),
+        ("statex_dist/errors.py", "import statex_dist.config", "(layer 0) imports statex_dist.config (layer 1)"),
         ("statex_dist/data/a.py", "def f():\n    from statex_dist.models import lm", "do not know each other"),
         ("statex_dist/engine/a.py", "from statex_dist.data import loader", "do not know each other"),
         ("statex_dist/engine/a.py", "from statex_dist.batch import x\nfrom ..optim import groups", "do not know"),
@@ -279,7 +279,7 @@ def test_the_walk_sees_the_code():
             "statex_dist.models.hf imports checkpoints_tools.expand.expand",
         ),
         ("statex_dist/run.py", "import launch", "statex_dist.run imports launch"),
-        ("statex_dist/models/hf.py", "from statex_dist.run import x", "(floor 3) imports statex_dist.run (floor 8)"),
+        ("statex_dist/models/hf.py", "from statex_dist.run import x", "(layer 3) imports statex_dist.run (layer 8)"),
         (
             "statex_dist/train/loop.py",
             "import deepspeed.ops",
@@ -294,14 +294,14 @@ def test_the_walk_sees_the_code():
         (
             "checkpoints_tools/formats/a.py",
             "from checkpoints_tools.expand import expand",
-            "(floor 1) imports checkpoints_tools.expand (floor 2)",
+            "(layer 1) imports checkpoints_tools.expand (layer 2)",
         ),
         (
             "checkpoints_tools/io/a.py",
             "import checkpoints_tools.plan",
-            "(floor 0) imports checkpoints_tools.plan (floor 0)",
+            "(layer 0) imports checkpoints_tools.plan (layer 0)",
         ),
-        ("statex_dist/garage/a.py", "", "statex_dist.garage.a has no floor"),
+        ("statex_dist/garage/a.py", "", "statex_dist.garage.a has no layer"),
     ],
 )
 def test_the_walk_catches_a_breach(tmp_path, file, source, words):
@@ -325,9 +325,9 @@ def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     assert any(words in line for line in lines), lines
 
 
-def test_every_folder_of_the_tools_has_a_floor():
+def test_every_folder_of_the_tools_has_a_layer():
     packages = {folder(name) for name in modules(ROOT) if name.startswith("checkpoints_tools.")}
-    assert packages == set(TOOL_FLOORS)
+    assert packages == set(TOOL_LAYERS)
 
 
 def test_a_cycle_is_found():

@@ -1,1 +1,1 @@
-"""Measuring what a model recalls and how well it predicts text (floor 6)."""
+"""Measuring what a model recalls and how well it predicts text."""
