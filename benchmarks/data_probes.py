@@ -19,7 +19,7 @@ from statex_dist.data.mixture import Stage
 from statex_dist.data.plan import PackPlan, PackPlanOptions
 from statex_dist.data.stats import PackingMode
 from statex_dist.data.storage.mds import MdsShardWriter, load_streaming
-from statex_dist.data.store import Piece
+from statex_dist.data.store import DocumentSlice
 
 _DOCUMENT = 24
 _SEQ_LEN = 4096
@@ -132,7 +132,7 @@ class LengthStore:
         """Return their sum."""
         return int(self._lengths.sum())
 
-    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
+    def read(self, shard: int, i: int, start: int, stop: int) -> DocumentSlice:
         """There is nothing to read."""
         raise NotImplementedError
 

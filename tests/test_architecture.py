@@ -325,6 +325,17 @@ def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     assert any(words in line for line in lines), lines
 
 
+def test_no_class_name_exists_in_two_packages():
+    found: dict[str, set[str]] = {}
+    for name, path in modules(ROOT).items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).add(folder(name))
+    twice = {name: packages for name, packages in found.items() if len(packages) > 1}
+    # Exports carry a tokenizer under the name that its users see.
+    assert twice == {"BytesTokenizer": {"checkpoints_tools.export", "statex_dist.data"}}
+
+
 def test_every_folder_of_the_tools_has_a_layer():
     packages = {folder(name) for name in modules(ROOT) if name.startswith("checkpoints_tools.")}
     assert packages == set(TOOL_LAYERS)

@@ -23,7 +23,7 @@ from checkpoints_tools.export.interprocedural import (
     known_properties,
     result_of,
 )
-from checkpoints_tools.export.partial_evaluation import Evaluation, Known, bindings, dotted
+from checkpoints_tools.export.partial_evaluation import Known, PartialEvaluator, bindings, dotted
 from checkpoints_tools.export.source_text import SourceText, Writer, import_lines, without_roles
 
 _ROOT = Path(__file__).parents[2]
@@ -259,7 +259,7 @@ class _Bundle:
                 main.body = [m for m in main.body if not isinstance(m, ast.AnnAssign) and not _is_text(m, main)]
             main.body = [m for m in main.body if getattr(m, "name", None) not in self.spec.dropped] or [ast.Pass()]
         if isinstance(main, ast.FunctionDef | ast.ClassDef):
-            evaluation = Evaluation(self.known)
+            evaluation = PartialEvaluator(self.known)
             evaluation.values = dict(values or {})
             evaluation.visit(main)
             if isinstance(main, ast.ClassDef) and main.name in self.known_fields:
@@ -299,7 +299,7 @@ class _Bundle:
             if isinstance(member, ast.FunctionDef) and [ast.unparse(d) for d in member.decorator_list] == [
                 "classmethod"
             ]:
-                evaluation = Evaluation(self.known)
+                evaluation = PartialEvaluator(self.known)
                 evaluation.values = fix_parameters(member, uses, f"{node.name}.{member.name}")
                 evaluation.visit(member)
 

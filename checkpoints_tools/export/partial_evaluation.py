@@ -52,7 +52,7 @@ def value_of(node: ast.expr) -> Any:
     return node.value
 
 
-class Evaluation(ast.NodeTransformer):
+class PartialEvaluator(ast.NodeTransformer):
     """Evaluates one definition in place: expressions, ``if`` statements, and variables that hold a constant."""
 
     def __init__(self, known: Known):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from statex_dist.batch import IGNORE_INDEX, Origin, PackedBatch
-from statex_dist.data.store import Piece, ShardStore
+from statex_dist.data.store import DocumentSlice, ShardStore
 from statex_dist.errors import CorruptShardError, DataError, ShardError, refusal
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class PackReader:
         lost = sum(stop - start for shard, _, start, stop, _ in pieces if (source, shard) in self._lost)
         return PackParts(tokens, loss_mask, following, lost)
 
-    def _read(self, source: str, shard: int, document: int, start: int, stop: int) -> Piece:
+    def _read(self, source: str, shard: int, document: int, start: int, stop: int) -> DocumentSlice:
         if (source, shard) not in self._lost:
             try:
                 return self._stores[source].read(shard, document, start, stop)
@@ -111,7 +111,7 @@ class PackReader:
             except OSError as error:
                 name = self._stores[source].name(shard)
                 raise ShardError(f"source {source}, document {document}: {name}: {refusal(error)}") from error
-        return Piece(np.full(stop - start, self._pad_id, np.uint32), np.zeros(stop - start, np.uint8))
+        return DocumentSlice(np.full(stop - start, self._pad_id, np.uint32), np.zeros(stop - start, np.uint8))
 
     def _check_ids(self, ids: np.ndarray, source: str, pieces: list[PieceSpec]) -> None:
         if self._vocab_size is None or not len(ids):

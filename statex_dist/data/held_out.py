@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from statex_dist.data.manifest import DatasetManifest
-from statex_dist.data.store import Piece, ShardStore
+from statex_dist.data.store import DocumentSlice, ShardStore
 
 
 class HeldOut:
@@ -48,7 +48,7 @@ class HeldOut:
         """Return the tokens of ``shard`` on this side."""
         return int(self.lengths(shard).sum())
 
-    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
+    def read(self, shard: int, i: int, start: int, stop: int) -> DocumentSlice:
         """Return tokens ``start..stop`` of document ``i`` of ``shard``."""
         return self._store.read(shard, i, start, stop)
 

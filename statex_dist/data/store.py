@@ -17,7 +17,7 @@ from statex_dist.data.manifest import DatasetManifest
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class DocumentSlice:
     """A run of tokens of one document.
 
     Attributes:
@@ -56,7 +56,7 @@ class ShardStore(Protocol):
         """Return ``lengths(shard).sum()``."""
         ...
 
-    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
+    def read(self, shard: int, i: int, start: int, stop: int) -> DocumentSlice:
         """Return tokens ``start..stop`` of document ``i`` of ``shard``.
 
         Raises:
@@ -75,7 +75,7 @@ class ShardStore(Protocol):
         ...
 
 
-def sequential_documents(store: ShardStore) -> Iterator[Piece]:
+def sequential_documents(store: ShardStore) -> Iterator[DocumentSlice]:
     """Yield every whole document in stored order: what evaluation reads."""
     for shard in range(store.num_shards):
         for i, length in enumerate(store.lengths(shard).tolist()):

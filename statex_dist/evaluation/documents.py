@@ -16,7 +16,7 @@ from statex_dist.batch import IGNORE_INDEX
 from statex_dist.data.corpus.documents import find_files, read_unit, split_units
 from statex_dist.data.formats import open_store
 from statex_dist.data.manifest import is_hash_of
-from statex_dist.data.store import Piece, sequential_documents
+from statex_dist.data.store import DocumentSlice, sequential_documents
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import DataError
 from statex_dist.evaluation.journal import Record
@@ -27,7 +27,7 @@ from statex_dist.models.lm import RecurrentLM
 from statex_dist.ops.precision import wide_dtype
 
 
-def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
+def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[DocumentSlice]:
     """Yield whole documents, one in memory at a time.
 
     Args:
@@ -61,22 +61,22 @@ def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Piece]:
             if eos is not None and (not len(ids) or ids[-1] != eos):
                 ids = np.append(ids, eos)
                 mask = None if mask is None else np.append(mask, np.uint8(0))
-            yield Piece(ids, mask)
+            yield DocumentSlice(ids, mask)
 
 
-def up_to(documents: Iterable[Piece], max_tokens: int | None) -> Iterator[Piece]:
+def up_to(documents: Iterable[DocumentSlice], max_tokens: int | None) -> Iterator[DocumentSlice]:
     """Yield documents until ``max_tokens`` are given out, cutting the last one there."""
     left = max_tokens
     for piece in documents:
         if left is not None and len(piece.tokens) >= left:
-            yield Piece(piece.tokens[:left], None if piece.loss_mask is None else piece.loss_mask[:left])
+            yield DocumentSlice(piece.tokens[:left], None if piece.loss_mask is None else piece.loss_mask[:left])
             return
         if left is not None:
             left -= len(piece.tokens)
         yield piece
 
 
-def pack(documents: Iterable[Piece], length: int) -> Iterator[Piece]:
+def pack(documents: Iterable[DocumentSlice], length: int) -> Iterator[DocumentSlice]:
     """Yield the documents joined and cut into pieces of ``length`` tokens, the last one shorter.
 
     A document's first token is no target: nothing before it foretells it.
@@ -94,10 +94,10 @@ def pack(documents: Iterable[Piece], length: int) -> Iterator[Piece]:
             joined, joined_mask = np.concatenate(tokens), np.concatenate(masks)
             whole = held - held % length
             for start in range(0, whole, length):
-                yield Piece(joined[start : start + length], joined_mask[start : start + length])
+                yield DocumentSlice(joined[start : start + length], joined_mask[start : start + length])
             tokens, masks, held = [joined[whole:]], [joined_mask[whole:]], held - whole
     if held:
-        yield Piece(np.concatenate(tokens), np.concatenate(masks))
+        yield DocumentSlice(np.concatenate(tokens), np.concatenate(masks))
 
 
 FIRST_EDGE = 64
@@ -112,7 +112,7 @@ class DocumentRow:
     """A document being read: its number, how many of its targets are done, and their sums by position bucket."""
 
     number: int
-    piece: Piece
+    piece: DocumentSlice
     at: int = 0
     bytes: int = 0
     loss_sum: float = 0.0

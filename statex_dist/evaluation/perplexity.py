@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from statex_dist.data.store import Piece
+from statex_dist.data.store import DocumentSlice
 from statex_dist.data.tokenizer import BytesTokenizer, Tokenizer
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.documents import FIRST_EDGE, DocumentRow, pack, read_rows, up_to
@@ -132,7 +132,7 @@ class PerplexityResult:
 
 
 def perplexity_units(
-    model: RecurrentLM, documents: Iterable[Piece], settings: PerplexitySettings
+    model: RecurrentLM, documents: Iterable[DocumentSlice], settings: PerplexitySettings
 ) -> Iterator[EvalUnit]:
     """Yield the suite's units: some documents each, enough to fill batches, with a digest of their tokens in the key.
 
@@ -177,7 +177,11 @@ def _read(model: RecurrentLM, rows: list[DocumentRow], settings: PerplexitySetti
 
 
 def run_perplexity(
-    model: RecurrentLM, documents: Iterable[Piece], settings: PerplexitySettings, *, tokenizer: Tokenizer | None = None
+    model: RecurrentLM,
+    documents: Iterable[DocumentSlice],
+    settings: PerplexitySettings,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> PerplexityResult:
     """Run the suite in this process, in memory.
 

@@ -9,7 +9,7 @@ import numpy as np
 from statex_dist.data.manifest import DatasetManifest
 from statex_dist.data.storage.mds import MdsShardWriter
 from statex_dist.data.storage.tar import WdsShardWriter
-from statex_dist.data.store import Piece, ShardStore
+from statex_dist.data.store import DocumentSlice, ShardStore
 
 EOS = 256
 PAD = 257
@@ -53,10 +53,10 @@ class MemoryStore:
         """Return the tokens of ``shard``."""
         return int(self._lengths[shard].sum())
 
-    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
+    def read(self, shard: int, i: int, start: int, stop: int) -> DocumentSlice:
         """Return tokens ``start..stop`` of document ``i`` of ``shard``."""
         mask = None if self._masks is None else self._masks[shard][i][start:stop]
-        return Piece(self._shards[shard][i][start:stop], mask)
+        return DocumentSlice(self._shards[shard][i][start:stop], mask)
 
     def prefetch(self, shards: Sequence[int], share: float = 1.0) -> None:
         """There is nothing to fetch."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from statex_dist.data.store import Piece
+from statex_dist.data.store import DocumentSlice
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.evaluation import perplexity
@@ -27,7 +27,7 @@ LENGTHS = (150, 1, 2, 333, 64, 65, 17, 520, 3)
 
 def pieces(lengths=LENGTHS, *, seed=0):
     rng = np.random.default_rng(seed)
-    return [Piece(np.append(rng.integers(0, 256, n - 1), 256).astype(np.uint16)) for n in lengths]
+    return [DocumentSlice(np.append(rng.integers(0, 256, n - 1), 256).astype(np.uint16)) for n in lengths]
 
 
 def direct_losses(model, piece):
@@ -83,7 +83,7 @@ def test_packed_sequences_are_the_documents_joined_and_cut(length):
     begins = np.cumsum([0, *(len(piece.tokens) for piece in documents)])
     wanted, kept = [], 0
     for start in range(0, len(joined), length):
-        losses = direct_losses(model, Piece(joined[start : start + length]))
+        losses = direct_losses(model, DocumentSlice(joined[start : start + length]))
         targets = [i for i in range(len(losses)) if start + i + 1 not in begins]
         kept += len(targets)
         if targets:
@@ -104,7 +104,7 @@ def test_units_are_some_documents_each_and_change_with_their_tokens(monkeypatch)
     before = [unit.key for unit in perplexity_units(model, documents, settings)]
     changed = documents[5].tokens.copy()
     changed[5] ^= 1
-    documents[5] = Piece(changed)
+    documents[5] = DocumentSlice(changed)
     after = [unit.key for unit in perplexity_units(model, documents, settings)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
@@ -113,7 +113,7 @@ def test_masked_targets_are_left_out():
     model, (document,) = tiny_model().double(), pieces((40,))
     mask = np.zeros(40, np.uint8)
     mask[[0, 5, 39]] = 1  # the first token is never a target
-    result = run_perplexity(model, [Piece(document.tokens, mask)], PerplexitySettings(segment_length=16))
+    result = run_perplexity(model, [DocumentSlice(document.tokens, mask)], PerplexitySettings(segment_length=16))
     losses = direct_losses(model, document)
     assert result.tokens == 2
     assert result.loss_sum == pytest.approx(float(losses[4] + losses[38]), rel=1e-9)
@@ -181,8 +181,8 @@ def test_bad_data_is_refused(tmp_path):
     with pytest.raises(DataError, match="target"):
         read(tmp_path / "empty.txt")
     with pytest.raises(DataError, match=r"0.*255.*99"):
-        run_perplexity(tiny_model(vocab_size=100), [Piece(np.array([1, 2, 255]))], PerplexitySettings())
-    documents = [Piece(np.arange(8, 90)), Piece(np.arange(20)), Piece(np.arange(8, 120))]
+        run_perplexity(tiny_model(vocab_size=100), [DocumentSlice(np.array([1, 2, 255]))], PerplexitySettings())
+    documents = [DocumentSlice(np.arange(8, 90)), DocumentSlice(np.arange(20)), DocumentSlice(np.arange(8, 120))]
     with pytest.raises(CheckpointError, match=r"NaN.*layer 0.*position 7"):
         run_perplexity(overflowing_model(0, 7), documents, PerplexitySettings(segment_length=4, batch_size=2))
 

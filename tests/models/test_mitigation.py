@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from statex_dist.data.store import Piece
+from statex_dist.data.store import DocumentSlice
 from statex_dist.errors import ConfigError
 from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
 from statex_dist.evaluation.scoring import decode_greedily
@@ -247,7 +247,7 @@ def test_rows_with_texts_of_their_own(name, text):
     """The perplexity suite selects and zeroes rows of all states: a zero row starts a new text."""
     model = model_under(name, text)
     rng = np.random.default_rng(0)
-    pieces = [Piece(tokens=rng.integers(0, 40, size=n).astype(np.uint16)) for n in (14, 3, 9, 6)]
+    pieces = [DocumentSlice(tokens=rng.integers(0, 40, size=n).astype(np.uint16)) for n in (14, 3, 9, 6)]
     one, three = (
         run_perplexity(model, iter(pieces), PerplexitySettings(segment_length=4, batch_size=n)) for n in (1, 3)
     )

@@ -22,7 +22,7 @@ from statex_dist.data.manifest import DatasetManifest, hash_lengths
 from statex_dist.data.storage.cache import CacheFullError
 from statex_dist.data.storage.files import DatasetFiles
 from statex_dist.data.storage.shards import MappedShard, ShardEntry
-from statex_dist.data.store import Piece
+from statex_dist.data.store import DocumentSlice
 from statex_dist.errors import CorruptShardError, DataError, ShardError
 
 _TIDY_SECONDS = 1.0
@@ -76,7 +76,7 @@ class DiskStore:
         """Return the tokens of ``shard``."""
         return self._tokens[shard]
 
-    def read(self, shard: int, i: int, start: int, stop: int) -> Piece:
+    def read(self, shard: int, i: int, start: int, stop: int) -> DocumentSlice:
         """Return tokens ``start..stop`` of document ``i``, as views of the mapped shard."""
         return self._shard(shard).read(i, start, stop)
 

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from statex_dist.checkpoint.json_file import parse_json
-from statex_dist.data.store import Piece
+from statex_dist.data.store import DocumentSlice
 from statex_dist.errors import CorruptShardError, DataError, ShardError, reason
 
 TOKENS = "tokens"
@@ -137,13 +137,15 @@ class MappedShard:
         self._begin, self.lengths = begin, lengths
         self._mask_begin = np.full(len(lengths), -1) if mask_begin is None else mask_begin
 
-    def read(self, i: int, start: int, stop: int) -> Piece:
+    def read(self, i: int, start: int, stop: int) -> DocumentSlice:
         """Return tokens ``start..stop`` of document ``i``, as views of the map."""
         if not 0 <= start <= stop <= self.lengths[i]:
             raise IndexError(f"tokens {start}..{stop} of a document of {self.lengths[i]}")
         n, mask_begin = stop - start, int(self._mask_begin[i])
         tokens = np.frombuffer(self._map, self._dtype, n, int(self._begin[i]) + start * self._dtype.itemsize)
-        return Piece(tokens, np.frombuffer(self._map, np.uint8, n, mask_begin + start) if mask_begin >= 0 else None)
+        return DocumentSlice(
+            tokens, np.frombuffer(self._map, np.uint8, n, mask_begin + start) if mask_begin >= 0 else None
+        )
 
 
 def parse_index(

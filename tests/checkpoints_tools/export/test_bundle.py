@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints_tools.export import bundle as module
 from checkpoints_tools.export.bundle import BundleError, BundleSpec, bundle
-from checkpoints_tools.export.partial_evaluation import Evaluation, Known
+from checkpoints_tools.export.partial_evaluation import Known, PartialEvaluator
 from checkpoints_tools.export.source_text import wrapped
 
 FILES = {
@@ -222,7 +222,7 @@ def test_what_is_missing_or_ambiguous_is_refused(recipe):
 def test_evaluation_keeps_the_value(before, after):
     tree = ast.parse("def h(a, b):\n" + textwrap.indent(before, "    "))
     for _ in range(2):
-        Evaluation(Known(calls={"f": True} if "f()" in before else {}, attributes={}, fields={})).visit(tree)
+        PartialEvaluator(Known(calls={"f": True} if "f()" in before else {}, attributes={}, fields={})).visit(tree)
     expected = ast.parse("def h(a, b):\n" + textwrap.indent(after, "    "))
     assert ast.unparse(tree) == ast.unparse(expected)
 
