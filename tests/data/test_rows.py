@@ -149,7 +149,7 @@ def test_what_is_cut_has_no_say():
         ({"labels": [-100, -100, 4, 5, 6, 1]}, "labels.*shifted"),
         ({"labels": [1, 2, 3, 9, 5, 6]}, "labels.* 9 at token 3 .*-100"),
         ({"labels": [1, 2, 3]}, "labels has 3 entries, input_ids 6"),
-        ({"labels": None}, "field 'labels'"),
+        ({"labels": None}, "'labels' is null"),
         ({"labels": 1}, "labels.*integers"),
         ({"labels": [1.0] * 6}, "labels.*integers"),
         ({"labels": [True, *IDS[1:]]}, "labels.*integers"),

@@ -175,7 +175,7 @@ def test_optimizers_and_schedules_that_cannot_be_made_are_refused():
             OptimizerConfig(**settings)
     for name, options, words in (
         (f"{TOY}:Momentum", {"no": 1}, "its options"),
-        (f"{TOY}:NoCallback", {}, "made|torch.optim.Optimizer"),
+        (f"{TOY}:NoCallback", {}, "be made|torch.optim.Optimizer"),
         (f"{TOY}:Gone", {}, "cannot be imported"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -139,7 +139,7 @@ def test_a_run_resumed_inside_a_masked_stretch_equals_the_undisturbed_one(tmp_pa
 def test_data_without_any_target_ends_the_run_after_one_pass_with_its_place(tmp_path: Path):
     data = write_documents(tmp_path / "shards", [(40, slice(None)), (50, slice(None)), (40, slice(None))])
     config = configure(tmp_path, data, train={"num_steps": 100})
-    with raises(NoTargetsError, "a target", "whole pass", "source data", "shard.00000.mds") as caught:
+    with pytest.raises(NoTargetsError, match=r"whole pass.*shard .*shard\.0000") as caught:
         train(config)
     assert len(str(caught.value)) <= 400
     run = Path(config.run_dir)

@@ -64,7 +64,7 @@ class TestPlanFile:
             ("- {layer: 0}\n- {layer: 1, heads: 2}", r"row 2: .*\['heads'\].*layer, layers, op"),
             ("- {layer: 0, init: zero}", "--init 'zero'"),
             ("- {layer: 0}\n- {layer: 0}", r"layers \[0\] are already expanded"),
-            ("- {layer: 7}", "layer 7"),
+            ("- {layer: 7}", "layer 7.*range"),
             ("- {layer: 0, factor: most}", "--factor 'most' is neither"),
             ("- {layer: -1}", "--layers '-1'"),
         ],
