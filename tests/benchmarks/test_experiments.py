@@ -100,11 +100,11 @@ def test_configurations_make_models_plans_and_runs(path: Path, tmp_path: Path):
 def test_what_an_experiment_lacks_is_named(tmp_path: Path):
     values = yaml.safe_load(CONFIGS[0].read_text())
     for key, value, message in (
-        ("posttrain", {"corpus": "none", "run": {}}, "corpus 'none' is not one of short, middle, long, held_out"),
-        ("seeds", [], "an experiment needs pretrain, arms and seeds"),
-        ("arms", {"a": {"mitigation": "magic"}}, "mitigation 'magic' is not one of"),
-        ("arms", {"a": {"expand": {"layer": 1}}}, "arm a: expand.layer is not one of factor, init, layers"),
-        ("arms", {"a": {"like": "b"}, "b": {}}, "arm a is like 'b', which is no arm above it"),
+        ("posttrain", {"corpus": "none", "run": {}}, "corpus 'none'.*short, middle, long, held_out"),
+        ("seeds", [], "pretrain, arms.*seeds"),
+        ("arms", {"a": {"mitigation": "magic"}}, "mitigation 'magic'"),
+        ("arms", {"a": {"expand": {"layer": 1}}}, "arm a: expand.layer"),
+        ("arms", {"a": {"like": "b"}, "b": {}}, "arm a.*'b'"),
     ):
         file = tmp_path / "bad.yaml"
         file.write_text(yaml.safe_dump({**values, key: value}, sort_keys=False))
@@ -151,7 +151,7 @@ def test_a_whole_experiment_goes_on_where_it_was_and_writes_its_table(tmp_path: 
     values["posttrain"]["run"]["optimizer"] = {"lr": 0.1}
     config.write_text(yaml.safe_dump(values, sort_keys=False))
     assert script.main(["--config", str(config)]) == 2
-    assert "was made from another configuration" in capsys.readouterr().err
+    assert "another configuration" in capsys.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["arms"]) == list(wanted)
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000

@@ -7,6 +7,7 @@ import pytest
 
 from statex_dist.checkpoint.history import Span, extended, history_text, read_history
 from statex_dist.errors import CheckpointError
+from tests.raising import raises
 
 A, B = {"lr": 0.1}, {"lr": 0.2}
 
@@ -55,5 +56,5 @@ def test_what_is_written_is_read(tmp_path: Path):
 )
 def test_a_damaged_history_is_refused(tmp_path: Path, content: str):
     (tmp_path / "training.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"training\.json cannot be read: "):
+    with raises(CheckpointError, "training.json", "cannot be read"):
         read_history(tmp_path)

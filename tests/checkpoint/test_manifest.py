@@ -9,6 +9,7 @@ from statex_dist.checkpoint.layout import complete_tags, rank_of, step_of, tag_o
 from statex_dist.checkpoint.manifest import Manifest, finish_target, prepare_target, record_file
 from statex_dist.durable.files import write_durably
 from statex_dist.errors import CheckpointError
+from tests.raising import raises
 
 
 def make(directory: Path, content: str) -> Path:
@@ -93,7 +94,7 @@ def test_a_failed_replacement_puts_the_old_directory_back(tmp_path: Path, monkey
 
 def test_a_full_target_is_refused(tmp_path: Path):
     target = make(tmp_path / "t", "old")
-    with pytest.raises(CheckpointError, match="exists and is not empty; pass --overwrite"):
+    with raises(CheckpointError, "not empty", "--overwrite"):
         prepare_target(target, overwrite=False)
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="is a file; give a directory"):
@@ -116,6 +117,6 @@ def test_tags(tmp_path: Path):
 def test_a_target_filled_meanwhile_is_not_replaced(tmp_path: Path):
     temporary = prepare_target(tmp_path / "t", overwrite=False)
     target = make(tmp_path / "t", "theirs")
-    with pytest.raises(CheckpointError, match="exists and is not empty; pass --overwrite"):
+    with raises(CheckpointError, "not empty", "--overwrite"):
         finish_target(temporary, target, overwrite=False)
     assert (target / "weights").read_text() == "theirs"

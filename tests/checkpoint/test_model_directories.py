@@ -120,7 +120,7 @@ def test_damaged_weights_beside_a_manifest_are_refused(tmp_path, capsys, command
         with pytest.raises(StateXError) as caught:
             LOADERS[command](directory)
         said = str(caught.value)
-    assert "is damaged: the values of tensor" in said
+    assert "values of tensor" in said
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *LOADERS])
@@ -144,7 +144,7 @@ def test_digests_can_be_switched_off_and_the_log_says_so(tmp_path, capsys, caplo
     spoilt(directory)
     words = COMMANDS["generate"](directory, tmp_path)
     assert main([str(word) for word in [*words, "--no-digests"]]) == 0
-    assert "not compared with digests and checksums (switched off)" in capsys.readouterr().err
+    assert "(switched off)" in capsys.readouterr().err
     monkeypatch.setattr(logging.getLogger("statex_dist"), "propagate", True)
     build_model(run_config(directory, check_digests=False))
     assert "not compared with digests" in caplog.text

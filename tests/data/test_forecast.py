@@ -129,7 +129,7 @@ def test_only_sources_above_the_limit_are_named(caplog):
     assert not current.forecast(25, above=float("inf"))
     warn_of_repeats(above, num_steps=25, limit=3.0)
     (record,) = caplog.records
-    assert "source small (150 tokens) will be seen" in record.message
+    assert "source small (150 tokens)" in record.message
     assert "steps 1 to 7:" in record.message
     assert "steps 8 to 15:" in record.message
     assert "more than data.warn_epochs=3" in record.message

@@ -21,6 +21,7 @@ from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.data.formats import open_store
 from statex_dist.data.loader import PackedLoader
 from statex_dist.errors import ConfigError, DataError
+from tests.raising import raises
 
 from .options import make_loader
 from .synthetic import EOS, PAD, MemoryStore, all_documents, make_documents, memory_store, write_mds
@@ -349,7 +350,7 @@ def test_ids_beyond_the_vocabulary_name_their_document(tmp_path):
     documents[4][7] = 300
     store = reopened(write_mds(tmp_path / "ds", documents, shard_bytes=1 << 20))
     assert len(list(make(store, epochs=1, vocab_size=301)))
-    with pytest.raises(DataError, match=r"ds/shard\.00000\.mds: document 4 .* 300 at token 7\b"):
+    with raises(DataError, "ds/shard.00000.mds", "document 4", "300", "token 7"):
         list(make(store, epochs=1, vocab_size=258))
 
 
@@ -393,13 +394,13 @@ def test_error_in_the_thread_reaches_the_consumer_and_threads_end():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_packs": 6, "world_size": 4}, "global_packs is 6 for 4 ranks; it must be a positive multiple"),
+        ({"global_packs": 6, "world_size": 4}, "global_packs.* 6 for 4 ranks"),
         ({"global_packs": 0}, "global_packs is 0"),
-        ({"rank": 2, "world_size": 2}, "rank 2 of world size 2"),
+        ({"rank": 2, "world_size": 2}, "rank 2.*size 2"),
         ({"epochs": 0}, "epochs is 0"),
         ({"prefetch_steps": -1}, "prefetch_steps is -1"),
         ({"num_workers": -1}, "num_workers is -1"),
-        ({"num_workers": 100_000}, "num_workers is 100000, for each rank; more than .* cannot help here"),
+        ({"num_workers": 100_000}, "num_workers.*is 100000"),
         ({"seq_len": 0}, "seq_len is 0"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 
 from statex_dist.data.mixture import Mixture, Stage
 from statex_dist.errors import CheckpointError, ConfigError
+from tests.raising import raises
 
 from .options import make_loader, make_plan
 from .synthetic import PAD, memory_store
@@ -163,14 +164,14 @@ def test_the_loader_mixes_and_ranks_share_the_stream():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([Stage(from_step=2, seq_len=8)], "the first stage begins at step 2; it must begin at 0"),
-        ([Stage(seq_len=8), Stage(from_step=0, seq_len=8)], "a stage from step 0 follows one from step 0"),
-        ([Stage(seq_len=0)], "stage from step 0: seq_len is 0"),
-        ([Stage(seq_len=10**14)], "seq_len is 100000000000000; it must be at least 1, and at most 2147483647"),
-        ([Stage(seq_len=8, weights={"poems": 1})], "a weight for 'poems', which is no source; there are: books, code"),
-        ([Stage(seq_len=8, weights={"books": -1, "code": 1})], "the weight of 'books' is -1"),
-        ([Stage(seq_len=8, weights={"books": float("nan")})], "the weight of 'books' is nan"),
-        ([Stage(seq_len=8, weights={"books": 0})], "no source has a weight above 0"),
+        ([Stage(from_step=2, seq_len=8)], "first stage.*step 2.* at 0"),
+        ([Stage(seq_len=8), Stage(from_step=0, seq_len=8)], "step 0 follows.*step 0"),
+        ([Stage(seq_len=0)], "stage.*step 0: seq_len is 0"),
+        ([Stage(seq_len=10**14)], "seq_len.*100000000000000.*2147483647"),
+        ([Stage(seq_len=8, weights={"poems": 1})], "weight.*'poems'.*books, code"),
+        ([Stage(seq_len=8, weights={"books": -1, "code": 1})], "weight of 'books'.* -1"),
+        ([Stage(seq_len=8, weights={"books": float("nan")})], "weight of 'books'.* nan"),
+        ([Stage(seq_len=8, weights={"books": 0})], "source.*weight above 0"),
     ],
 )
 def test_bad_stages(stages, message):
@@ -196,8 +197,8 @@ def test_state_is_integers_and_hashes_and_is_checked():
     assert mix.place(state) == place
     for options, message in (
         ({"seed": 4}, "seed was 3, now 4"),
-        ({"packing": "concat"}, "packing was 'best_fit', now 'concat'"),
-        ({"tail": "split"}, "tail was 'pad', now 'split'"),
+        ({"packing": "concat"}, "packing.*'best_fit'.*'concat'"),
+        ({"tail": "split"}, "tail.*'pad'.*'split'"),
         ({"window_tokens": 5}, "window_tokens was"),
         ({"long_documents": "carry"}, "long_documents was 'restart', now 'carry'"),
         ({"lengths": (5, 6, 8)}, "data was"),
@@ -218,7 +219,7 @@ def test_state_is_integers_and_hashes_and_is_checked():
         mix.place(state | {"sources": {"data": lacking}})
     with pytest.raises(CheckpointError, match="version 99"):
         mix.place(state | {"version": 99})
-    with pytest.raises(CheckpointError, match="version, step, weights or sources"):
+    with raises(CheckpointError, "version, step, weights", "sources"):
         mix.place({"epoch": 1})
 
 

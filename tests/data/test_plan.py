@@ -200,10 +200,10 @@ def test_split_tails_leave_next_to_no_padding():
     ("options", "message"),
     [
         ({"window_tokens": 0}, "window_tokens is 0"),
-        ({"packing": "best"}, "packing is 'best'; allowed: best_fit, concat, one_document"),
-        ({"tail": "cut"}, "tail is 'cut'; allowed: pad, split"),
-        ({"packing": "concat", "tail": "split"}, "tail 'split' is for packing 'best_fit', not 'concat'"),
-        ({"long_documents": "go on"}, "long_documents is 'go on'; allowed: restart, carry"),
+        ({"packing": "best"}, "packing.*'best'.*best_fit, concat, one_document"),
+        ({"tail": "cut"}, "tail.*'cut'.*pad, split"),
+        ({"packing": "concat", "tail": "split"}, "tail 'split'.*'best_fit', not 'concat'"),
+        ({"long_documents": "go on"}, "long_documents.*'go on'.*restart, carry"),
     ],
 )
 def test_bad_settings(options, message):

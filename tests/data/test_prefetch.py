@@ -32,7 +32,7 @@ def test_closing_does_not_wait_for_a_thread_that_is_stuck(caplog):
     begin = time.monotonic()
     items.close()
     assert 0.9 < time.monotonic() - begin < 5
-    assert "a prefetching thread is left behind; it ends with the item that it is making" in caplog.text
+    assert "prefetching thread" in caplog.text
 
 
 @pytest.mark.usefixtures("patience")

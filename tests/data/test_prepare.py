@@ -24,6 +24,7 @@ from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError
 from tests.data.options import prepare
 from tests.data.prepared import EOS, files_of, json_lines, put, split_small, texts_of
+from tests.raising import raises
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_parquet_and_globs_and_text_field(tmp_path):
     pieces = list(sequential_documents(open_store(tmp_path / "ids")))
     found = sorted((piece.tokens.tolist(), piece.loss_mask.tolist()) for piece in pieces)
     assert found == [([1, 2, 3, EOS], [0, 1, 1, 0]), ([4, EOS], [1, 1])]
-    with pytest.raises(DataError, match=r"a\.parquet: no column 'text' or 'input_ids' \(there are: body, n\)"):
+    with raises(DataError, "a.parquet", "text", "input_ids", "body, n"):
         prepare([tmp_path / "a.parquet"], tmp_path / "x")
 
 
@@ -168,23 +169,23 @@ def test_existing_output(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"good\xff", r"a\.txt is not UTF-8 text: byte 4 \(invalid start byte\)"),
+        ("a.txt", b"good\xff", r"a\.txt.*UTF-8.*byte 4"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3: not valid JSON"),
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: not UTF-8"),
-        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: field 'text' has a lone surrogate"),
-        ("a.jsonl", b"[1]", r"a\.jsonl:1: a JSON object is needed, not list"),
-        ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: no field 'text' or 'input_ids' \(there are: body\)"),
-        ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: field 'text' is int"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: field 'text'.*lone surrogate"),
+        ("a.jsonl", b"[1]", r"a\.jsonl:1: .*not list"),
+        ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: .*'text' or 'input_ids'.* body"),
+        ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: field 'text'.* int"),
         ("a.jsonl", b'{"input_ids": [1, 258]}', r"a\.jsonl:1: input_ids has 258, outside .* 0\.\.257"),
         ("a.jsonl", b'{"input_ids": [-1]}', r"input_ids has -1, outside"),
-        ("a.jsonl", b'{"input_ids": "12"}', r"input_ids must be a list of integers"),
-        ("a.jsonl", b'{"input_ids": [1.5]}', r"input_ids must be a list of integers"),
-        ("a.jsonl", b'{"input_ids": [1, [2]]}', r"input_ids must be a list of integers"),
+        ("a.jsonl", b'{"input_ids": "12"}', r"input_ids.*integers"),
+        ("a.jsonl", b'{"input_ids": [1.5]}', r"input_ids.*integers"),
+        ("a.jsonl", b'{"input_ids": [1, [2]]}', r"input_ids.*integers"),
         ("a.jsonl", b'{"input_ids": [1], "loss_mask": [1, 1]}', r"loss_mask has 2 entries, input_ids 1"),
-        ("a.jsonl", b'{"input_ids": [1], "loss_mask": [2]}', r"loss_mask has entries other than 0 and 1"),
-        ("a.parquet", b"PAR1 nonsense", r"a\.parquet is not a readable parquet file"),
-        ("a.txt", b"", r"no documents in 1 input file \(1 shorter than 2 tokens\)"),
-        ("a.jsonl", b"", r"no documents in 1 input file"),
+        ("a.jsonl", b'{"input_ids": [1], "loss_mask": [2]}', r"loss_mask.* 0 and 1"),
+        ("a.parquet", b"PAR1 nonsense", r"a\.parquet.*parquet file"),
+        ("a.txt", b"", r"1 input file \(1 shorter than 2"),
+        ("a.jsonl", b"", r"no documents.*1 input"),
     ],
 )
 def test_bad_input(tmp_path, name, content, message, workers):
@@ -199,16 +200,16 @@ def test_bad_paths_and_arguments(corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     for inputs, message in (
         ([tmp_path / "nowhere"], "nowhere does not exist"),
-        ([tmp_path / "empty"], "has no file with a suffix of .txt"),
+        ([tmp_path / "empty"], "suffix of .txt"),
         ([str(tmp_path / "*.nothing")], "matches no file"),
         ([], "no input given"),
     ):
         with pytest.raises(DataError, match=message):
             prepare(inputs, tmp_path / "out")
     for options, message in (
-        ({"format": "tar"}, "format is 'tar'; allowed: mds, wds"),
-        ({"compression": "lzma"}, "compression is 'lzma'; allowed: none, zstd"),
-        ({"workers": 0}, "workers is 0; it must be at least 1"),
+        ({"format": "tar"}, "format.*'tar'.*mds, wds"),
+        ({"compression": "lzma"}, "compression.*'lzma'.*none, zstd"),
+        ({"workers": 0}, "workers is 0"),
         ({"shard_bytes": 1 << 40}, "shard size"),
         ({"tokenizer": "gpt9"}, "no such directory"),
     ):
@@ -278,7 +279,7 @@ def test_killed_between_the_renames_of_an_overwrite_brings_the_old_dataset_back(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "out").rename(tmp_path / f".out.old-{socket.gethostname()}-{gone.pid}")
-    with pytest.raises(DataError, match="overwrite of it was killed"):
+    with raises(DataError, tmp_path / "out", "was killed"):
         open_store(tmp_path / "out")
     with pytest.raises(ConfigError, match="--overwrite"):
         prepare([corpus], tmp_path / "out")
@@ -318,7 +319,7 @@ def test_workers_that_cannot_start_are_an_error_not_a_hang(corpus, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-"]  # spawned processes cannot import a main module that came from stdin
     done = subprocess.run(command, input=code, capture_output=True, text=True, env=environment, timeout=60, check=False)
-    assert "DataError: a worker process ended by itself" in done.stderr
+    assert "DataError: a worker process" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
 

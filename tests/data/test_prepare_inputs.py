@@ -11,12 +11,14 @@ import zstd
 
 from statex_dist.data.corpus.document_rules import DocumentRules
 from statex_dist.data.corpus.documents import WorkUnit, file_facts, find_files, read_unit, split_units
+from statex_dist.data.corpus.records import BadRecordError
 from statex_dist.data.corpus.tokenize_units import TokenizeTask, UnitJob, UnitTokenizer
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
 from tests.data.options import prepare
 from tests.data.prepared import EOS, files_of, json_lines, put, texts_of
+from tests.raising import raises
 
 PACK = {".gz": gzip.compress, ".zst": zstd.compress}
 
@@ -74,7 +76,7 @@ def test_damaged_compressed_files(tmp_path, suffix, workers):
     path = put(tmp_path / f"a.txt{suffix}", PACK[suffix](noise(9000))[:-3])
     with pytest.raises(DataError, match=rf"a\.txt\{suffix} .*damaged"):
         prepare([path], tmp_path / "out")
-    with pytest.raises(DataError, match=rf"a\.txt\{suffix} has no byte"):
+    with raises(DataError, f"a.txt{suffix}", "no byte"):
         prepare([put(path, b"")], tmp_path / "out")
     path = put(tmp_path / f"a.parquet{suffix}", PACK[suffix](b"PAR1"))
     with pytest.raises(DataError, match=rf"parquet inside \{suffix}"):
@@ -83,7 +85,7 @@ def test_damaged_compressed_files(tmp_path, suffix, workers):
 
 def test_bad_lines_of_compressed_files_are_named(tmp_path, suffix):
     path = put(tmp_path / f"a.jsonl{suffix}", PACK[suffix](b'{"text": "x"}\n\n{"body": 1}\n'))
-    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}:3: no field 'text'"):
+    with raises(BadRecordError, f"a.jsonl{suffix}:3", "text"):
         prepare([path], tmp_path / "out")
     path = put(tmp_path / f"a.txt{suffix}", PACK[suffix](b"caf\xe9"))
     with pytest.raises(DataError, match=r"UTF-8.* byte 3"):
@@ -142,7 +144,7 @@ def test_filters(tmp_path, kind, where, kept):
 
         parquet.write_table(pa.Table.from_pylist(list(RECORDS)), path)
     if not kept:
-        with pytest.raises(DataError, match=r"\(0 shorter than 2 tokens, 5 .*--where"):
+        with raises(DataError, "0 shorter than 2 tokens", "5", "--where"):
             prepare([path], tmp_path / "out", where=where)
         return
     summary = prepare([path], tmp_path / "out", where=where)
@@ -166,16 +168,16 @@ def test_a_field_with_a_dot_in_its_name_comes_before_a_nested_one(tmp_path):
 @pytest.mark.parametrize("expression", ["language", "=en", "score=", "score==1", "score=>1", "score<>1", "", "!=x"])
 def test_bad_expressions(tmp_path, expression):
     path = put(tmp_path / "a.jsonl", json_lines(*RECORDS))
-    with pytest.raises(ConfigError, match=r"is not FIELD OP VALUE with OP one of = != < <= > >=; for example 'lang"):
+    with raises(ConfigError, "FIELD OP VALUE", "= != < <= > >="):
         prepare([path], tmp_path / "out", where=[expression])
 
 
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("score>=good", r"a\.jsonl:1: field 'score' is a number, --where compares it with 'good'"),
-        ("meta=1", r"a\.jsonl:1: field 'meta' is dict; --where compares strings, numbers and true/false"),
-        ("meta.deep.ok=1", r"a\.jsonl:1: field 'meta.deep.ok' is true or false, --where compares it with '1'"),
+        ("score>=good", r"a\.jsonl:1.*'score'.*--where.*'good'"),
+        ("meta=1", r"a\.jsonl:1: field 'meta'.* dict.*--where"),
+        ("meta.deep.ok=1", r"a\.jsonl:1.*'meta.deep.ok'.*--where.*'1'"),
     ],
 )
 def test_fields_that_cannot_be_compared(tmp_path, expression, message):
@@ -218,7 +220,7 @@ def test_long_documents_are_left_out(tmp_path):
     for bad in (1, 0):
         with pytest.raises(ConfigError, match=rf"max_tokens is {bad}\b.*min_tokens \(2\)"):
             prepare([path], tmp_path / "x", max_tokens=bad)
-    with pytest.raises(DataError, match=r"\(5 shorter than 8 tokens, 1 longer than 90 tokens\)"):
+    with raises(DataError, "5 shorter than 8", "1 longer than 90"):
         prepare([path], tmp_path / "x", min_tokens=8, max_tokens=90)
 
 
@@ -232,7 +234,7 @@ def test_without_eos_documents_are_taken_as_they_are(tmp_path):
     assert found == [[7, 8], [9, EOS], [97, 98]]
     assert summary.short_documents == 1
     assert (store.manifest.eos, store.manifest.eos_token_id) == ("none", EOS)
-    with pytest.raises(ConfigError, match="eos is 'prepend'; allowed: append, none"):
+    with raises(ConfigError, "eos", "prepend", "append", "none"):
         prepare([path], tmp_path / "x", eos="prepend")
 
 

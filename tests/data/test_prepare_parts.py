@@ -87,7 +87,7 @@ def test_parts_at_once_in_a_directory_of_their_own(tmp_path, corpus):
 
 def test_a_merge_names_the_parts_that_are_missing(tmp_path, corpus, capsys):
     out, total = tmp_path / "out", units_of(corpus)
-    assert "does not exist: run the parts first, with --part I/N" in refused(capsys, corpus, out, "--merge")
+    assert "--part I/N" in refused(capsys, corpus, out, "--merge")
     for index in (1, 2, 4):
         assert statex(corpus, out, "--part", f"{index}/4") == 0
     third = len(range(2, total, 4))
@@ -127,7 +127,7 @@ def test_parts_with_other_settings_are_refused(tmp_path, corpus, capsys):
         (("--merge", "--min-tokens", "5"), "min_tokens was 2, now 5"),
     ):
         message = refused(capsys, corpus, out, *options)
-        assert f"was begun with other settings ({difference}); give the same, or remove it to begin again" in message
+        assert f"other settings ({difference})" in message
 
 
 def test_a_run_alone_takes_over_what_parts_have_done(tmp_path, corpus, capsys):
@@ -166,19 +166,19 @@ def test_running_parts_are_not_disturbed(tmp_path, corpus, capsys):
     shared = acquire(work / "lock", shared=True)
     own = acquire(work / "lock-part-2-of-2", holder="part 2/2")
     for options in (("--merge",), (), ("--eos", "none"), ("--part", "2/2")):
-        assert f"is in use by part 2/2 (process {os.getpid()} on " in refused(capsys, corpus, out, *options)
+        assert f"part 2/2 (process {os.getpid()} on " in refused(capsys, corpus, out, *options)
     assert statex(corpus, out, "--part", "1/2") == 0
     own.release()
     shared.release()
     alone = acquire(work / "lock", holder="a run")
-    assert "is in use by a run (process" in refused(capsys, corpus, out, "--part", "2/2")
+    assert "a run (process" in refused(capsys, corpus, out, "--part", "2/2")
     alone.release()
 
 
 @pytest.mark.parametrize("text", ["0/8", "9/8", "3", "3/0", "a/b", "-1/2", "1/8/2", "", "/8"])
 def test_bad_parts(tmp_path, corpus, capsys, text):
     message = refused(capsys, corpus, tmp_path / "out", f"--part={text}")
-    assert f"--part {text!r} is not I/N with I from 1 to N, such as 3/8" in message
+    assert f"--part {text!r}" in message
     with pytest.raises(ConfigError):
         parse_part(text)
 
@@ -191,7 +191,7 @@ def test_part_and_merge_exclude_each_other(tmp_path, corpus, capsys):
 
 def test_parts_are_refused_where_the_merge_would_be(tmp_path, corpus, capsys):
     prepare([corpus], tmp_path / "out")
-    assert "exists and is not empty" in refused(capsys, corpus, tmp_path / "out", "--part", "1/2")
+    assert "not empty" in refused(capsys, corpus, tmp_path / "out", "--part", "1/2")
     assert not (tmp_path / ".out.work").exists()
     assert statex(corpus, tmp_path / "out", "--part", "1/1", "--overwrite") == 0
     assert statex(corpus, tmp_path / "out", "--merge", "--overwrite") == 0

@@ -6,11 +6,13 @@ import json
 import pytest
 import zstd
 
+from statex_dist.data.corpus.records import BadRecordError
 from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError
 from tests.data.options import prepare
 from tests.data.prepared import EOS, json_lines, put, split_small, texts_of
+from tests.raising import raises
 
 IDS = [1, 2, 3, 4, 5, 6]
 PACKED = {
@@ -59,7 +61,7 @@ def test_rows_of_several_documents_without_borders_are_reported(tmp_path, caplog
     borders = {**joined, "position_ids": [0, 1, 2, 0, 1, 2]}
     path = write(tmp_path / "a.jsonl", [joined, alone, borders, joined])
     prepare([path], tmp_path / "out")
-    assert "2 rows of token ids with EOS before the end" in caplog.text
+    assert "2 rows of token ids with EOS" in caplog.text
     assert sorted(len(tokens) for tokens, _ in documents(tmp_path / "out")) == [3, 3, 4, 6, 6]
     caplog.clear()
     prepare([write(tmp_path / "b.jsonl", [alone, borders])], tmp_path / "other")
@@ -79,7 +81,7 @@ def test_what_datasets_writes(tmp_path, form):
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_with_text_and_ids_need_a_choice(tmp_path, name):
     path = write(tmp_path / name, [{"text": "ab", "input_ids": IDS, "labels": IDS}] * 2)
-    with pytest.raises(DataError, match=r"'input_ids' and 'text'.*--rows text or --rows tokens"):
+    with raises(DataError, "input_ids", "text", "--rows text", "--rows tokens"):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     prepare([path], tmp_path / "text", rows="text")
     assert texts_of(tmp_path / "text") == ["ab", "ab"]
@@ -102,7 +104,7 @@ def test_a_file_with_rows_of_both_kinds_is_refused(tmp_path, name, rows):
         prepare([path], tmp_path / "out", skip_bad_records=True)
     assert prepare([path], tmp_path / "out", rows="text", skip_bad_records=True).bad_records == 1
     assert texts_of(tmp_path / "out") == ["ab"]
-    with pytest.raises(DataError, match="field 'input_ids' is null"):
+    with raises(BadRecordError, name, "input_ids", "is null"):
         prepare([path], tmp_path / "x", rows="tokens")
 
 
@@ -140,7 +142,7 @@ def test_manifests_of_before_have_no_rows(tmp_path):
 def test_a_null_mask_is_not_a_missing_one(tmp_path):
     for name in ("a.jsonl", "a.parquet"):
         path = write(tmp_path / name, [{"input_ids": IDS, "labels": IDS}, {"input_ids": IDS, "labels": None}])
-        with pytest.raises(DataError, match=r"(:2|row 1): field 'labels' is null"):
+        with pytest.raises(DataError, match=r"(:2|row 1): .*'labels'.*null"):
             prepare([path], tmp_path / "out")
 
 
@@ -170,7 +172,7 @@ def test_nested_text_fields(tmp_path, name):
     path = write(tmp_path / f"exact-{name}", [{"meta.text": "exact", "meta": {"text": "nested"}}])
     prepare([path], tmp_path / "exact", text_field="meta.text")
     assert texts_of(tmp_path / "exact") == ["exact"]
-    with pytest.raises(DataError, match=r"no (field|column) 'meta\.body' or 'input_ids' \(there are: "):
+    with pytest.raises(DataError, match=r"'meta\.body' or 'input_ids'"):
         prepare([path], tmp_path / "x", text_field="meta.body")
 
 
@@ -196,10 +198,10 @@ def test_types_of_parquet_text(tmp_path, kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": "ids"}, "rows is 'ids'; allowed: auto, text, tokens"),
-        ({"text_field": "input_ids"}, "text_field is 'input_ids', which holds token ids"),
+        ({"rows": "ids"}, "rows.*'ids'.*auto, text, tokens"),
+        ({"text_field": "input_ids"}, "text_field.*'input_ids'"),
         ({"ignore_fields": ["input_ids"]}, "ignore_fields has 'input_ids'"),
-        ({"max_document_bytes": 0}, "max_document_bytes is 0; it must be 1 to 1073741824"),
+        ({"max_document_bytes": 0}, "max_document_bytes is 0.*1073741824"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

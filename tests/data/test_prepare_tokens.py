@@ -16,6 +16,7 @@ from statex_dist.errors import ConfigError, DataError
 from tests.data.fast_tokenizers import KINDS, TEXTS, backend, save, with_bos_template
 from tests.data.options import prepare, prepare_part
 from tests.data.prepared import files_of, json_lines, put, split_small
+from tests.raising import raises
 
 BOS, EOS = 1, 2
 
@@ -65,16 +66,17 @@ def test_a_marker_is_refused_by_place(tmp_path, corpus, capsys):
     arguments = ["--out", str(tmp_path / "out"), "--tokenizer", str(directory), "--special-tokens", "refuse"]
     assert main(["prepare", str(corpus), *arguments]) == 2
     said = capsys.readouterr().err
-    assert f"{corpus}:2: the text holds '<|endoftext|>'" in said
+    assert f"{corpus}:2:" in said
+    assert "'<|endoftext|>'" in said
     text = put(tmp_path / "a.txt", b"a <pad> b")
-    with pytest.raises(DataError, match=r"a\.txt: the text holds '<pad>'"):
+    with raises(DataError, "a.txt", "<pad>"):
         prepare([text], tmp_path / "out", directory, special_tokens="refuse")
     parquet = tmp_path / "rows.parquet"
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["fine", "fine", "not </s>"]}), parquet)
-    with pytest.raises(DataError, match=r"rows\.parquet: row 2: the text holds '</s>'"):
+    with raises(DataError, "rows.parquet: row 2", "</s>"):
         prepare([parquet], tmp_path / "out", directory, special_tokens="refuse")
     assert not (tmp_path / "out").exists()
 
@@ -183,7 +185,7 @@ def test_control_tokens_that_a_normalizer_makes_are_counted(tmp_path, caplog):
         summary = prepare([tmp_path / "a.jsonl"], tmp_path / rule, tmp_path / "tokenizer", special_tokens=rule)
         counts[rule] = summary.special_token_documents
     assert counts == {"split": 0, "keep": 1}
-    assert "the normalizer makes a special token's marker of the text" in caplog.text
+    assert "special token's marker" in caplog.text
     ends = {
         rule: [int((p.tokens == 256).sum()) for p in sequential_documents(open_store(tmp_path / rule))]
         for rule in counts

@@ -42,15 +42,15 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE 'two' is not a number of 1 or more"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE 'two'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE '0' is not"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE '-1' is not"),
         ({"WORLD_SIZE": "2.0", "RANK": "0"}, "WORLD_SIZE '2.0' is not"),
         ({"WORLD_SIZE": "²"}, "WORLD_SIZE '²' is not"),
         ({"WORLD_SIZE": "9" * 5000, "RANK": "0"}, "WORLD_SIZE '999"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
-        ({"RANK": "1"}, "RANK 1 is not below WORLD_SIZE 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 .*WORLD_SIZE 2"),
+        ({"RANK": "1"}, "RANK 1 .*WORLD_SIZE 1"),
         ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK 'x' is not"),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "one"}, "LOCAL_RANK 'one' is not"),
     ],
@@ -178,10 +178,10 @@ def test_ranks_that_are_alike_meet(port):
         (
             {"optimizer.lr": 0.1},
             {"optimizer.lr": 0.2},
-            "has optimizer.lr 0.2, rank 0 at .* has 0.1; start all",
+            "optimizer.lr 0.2.*rank 0.*has 0.1",
         ),
         ({"torch": "2.13"}, {"torch": "2.12"}, "has torch '2.12'"),
-        ({"run_dir": "a", "seed": 0}, {"run_dir": "b", "seed": 1}, "has run_dir 'b', .*and 1 other"),
+        ({"run_dir": "a", "seed": 0}, {"run_dir": "b", "seed": 1}, "run_dir 'b', .*1 other"),
     ],
 )
 def test_ranks_that_differ(port, theirs, mine, message):

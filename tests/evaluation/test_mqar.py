@@ -88,10 +88,10 @@ def test_score_of_a_real_model_does_not_depend_on_the_batch(family):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_pairs": 65}, "cannot draw 65 distinct keys from a range of 64"),
-        ({"num_pairs": 0}, "num_pairs must be 1 or more, not 0"),
-        ({"num_samples": 0}, "num_samples must be 1 or more, not 0"),
-        ({"seed": -1}, "seed must be 0 or more, not -1"),
+        ({"num_pairs": 65}, "65 .*keys.* 64"),
+        ({"num_pairs": 0}, "num_pairs.*not 0"),
+        ({"num_samples": 0}, "num_samples.*not 0"),
+        ({"seed": -1}, "seed.*not -1"),
         ({"keys": [1, 1, 2, 3]}, "distinct keys"),
         ({"values": []}, "at least one value"),
     ],
@@ -148,11 +148,11 @@ def test_what_is_guessed_is_not_recalled():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_pairs": (8, 0)}, r"num_pairs must be different numbers of 1 or more, not \[8, 0\]"),
-        ({"num_pairs": (8, 100)}, r"cannot draw 100 distinct keys from 128:192; set --num-pairs to at most 64"),
-        ({"num_samples": 0}, "num_samples must be 1 or more, not 0"),
-        ({"keys": (9, 9)}, "keys must be FIRST:END with 0 <= FIRST < END, not 9:9"),
-        ({"seed": -1}, "seed must be 0 or more, not -1"),
+        ({"num_pairs": (8, 0)}, r"num_pairs.*\[8, 0\]"),
+        ({"num_pairs": (8, 100)}, r"100 .*keys.*128:192.*--num-pairs.* 64"),
+        ({"num_samples": 0}, "num_samples.*not 0"),
+        ({"keys": (9, 9)}, "keys.*FIRST:END.* 9:9"),
+        ({"seed": -1}, "seed.*not -1"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -163,10 +163,10 @@ def test_bad_settings_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("vocab_size", "message"),
     [
-        (200, r"mqar values 192:256 do not fit the model's vocabulary of 200; set --value-ids FIRST:END"),
+        (200, r"values 192:256.* 200.*--value-ids"),
         (
             100,
-            r"mqar keys 128:192 do not fit the model's vocabulary of 100; set --key-ids FIRST:END with END at most 100",
+            r"keys 128:192.* 100.*--key-ids.* 100",
         ),
     ],
 )

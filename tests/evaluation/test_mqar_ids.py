@@ -110,7 +110,7 @@ def model_dir(tmp_path_factory):
 
 def test_the_result_says_which_vocabulary_was_used(model_dir, tmp_path, capsys):
     assert evaluate(model_dir, tmp_path / "out") == 0
-    assert "words of the model's tokenizer" in " ".join(capsys.readouterr().out.split())
+    assert "model's tokenizer" in " ".join(capsys.readouterr().out.split())
     summary = json.loads((tmp_path / "out" / "mqar.json").read_text())
     keys, values = choose_words(byte_level(), 8)
     assert summary["settings"]["keys"] == list(keys)
@@ -146,9 +146,9 @@ def test_ids_that_are_no_text_are_refused(model_dir, tmp_path, capsys):
         return line
 
     both = ["--value-ids", "100:110", "--key-ids"]
-    assert "keys 0:64: id 0 is special token '<unk>'; set --key-ids to a range without it" in refused(*both, "0:64")
-    assert "do not fit the model's vocabulary" in refused(*both, "600:9999")
+    assert "keys 0:64: id 0 is special token '<unk>'; set --key-ids" in refused(*both, "0:64")
+    assert "model's vocabulary" in refused(*both, "600:9999")
     assert "--key-ids and --value-ids go together" in refused("--key-ids", "100:200")
     save_pretrained(tiny_model(), tmp_path / "bare")
-    assert "comes without a tokenizer; give --tokenizer" in refused(model=tmp_path / "bare")
+    assert "give --tokenizer" in refused(model=tmp_path / "bare")
     assert evaluate(tmp_path / "bare", tmp_path / "bare-out", *both, "10:20") == 0

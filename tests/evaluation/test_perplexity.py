@@ -202,11 +202,11 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"segment_length": 0}, "segment length must be 1 or more, not 0"),
-        ({"packed_length": 1}, "packed_length must be 2 or more, not 1"),
-        ({"max_tokens": 1}, "max_tokens must be 2 or more, not 1"),
-        ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
-        ({"seed": -1}, "seed must be 0 or more, not -1"),
+        ({"segment_length": 0}, "segment length.*not 0"),
+        ({"packed_length": 1}, "packed_length.*not 1"),
+        ({"max_tokens": 1}, "max_tokens.*not 1"),
+        ({"batch_size": 0}, "batch_size.*not 0"),
+        ({"seed": -1}, "seed.*not -1"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -95,14 +95,14 @@ def test_another_haystack_is_read_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("passkey", "poem")}, "task 'poem' is unknown; tasks of recall: passkey, niah_single_1, "),
-        ({"tasks": ("mqar",)}, "mqar is a suite of its own: statex eval mqar"),
-        ({"tasks": ()}, "no task given; tasks of recall: passkey, "),
+        ({"tasks": ("passkey", "poem")}, "task 'poem'.*passkey, niah_single_1, "),
+        ({"tasks": ("mqar",)}, "statex eval mqar"),
+        ({"tasks": ()}, "no task.*passkey, "),
         ({"tasks": ("passkey", "passkey")}, "name one twice"),
-        ({"lengths": ()}, r"lengths must be different numbers of 1 or more, not \[\]"),
-        ({"lengths": (8, 8)}, r"lengths must be different numbers of 1 or more, not \[8, 8\]"),
-        ({"depths": 0}, "depths must be 1 or more, not 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, not 0"),
+        ({"lengths": ()}, r"lengths.*\[\]"),
+        ({"lengths": (8, 8)}, r"lengths.*\[8, 8\]"),
+        ({"depths": 0}, "depths.*not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*not 0"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -113,9 +113,9 @@ def test_bad_settings_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("vocab_size", "changes", "message"),
     [
-        (256, {}, r"tokenizer 'bytes' has ids up to 257, the model's embedding ends at 255; set --tokenizer"),
-        (258, {"lengths": (256, 100)}, r"passkey: length 100 leaves no room for a haystack; .* set --lengths above"),
-        (258, {"tasks": ("niah_multiquery",), "lengths": (500,)}, r"niah_multiquery: length 500 leaves no room"),
+        (256, {}, r"tokenizer 'bytes'.* 257.* 255.*--tokenizer"),
+        (258, {"lengths": (256, 100)}, r"passkey: length 100 .*--lengths"),
+        (258, {"tasks": ("niah_multiquery",), "lengths": (500,)}, r"niah_multiquery: length 500"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused_before_it_runs(vocab_size, changes, message):

@@ -146,4 +146,4 @@ def test_a_row_that_is_not_finite_fails_alone_and_says_where():
     bad = steps[0][1]
     assert (bad.key, bad.finish_reason, list(bad.tokens)) == ("bad", "error", [0])
     assert isinstance(bad.error, CheckpointError)
-    assert "first in the state of layer 1 at position 5;" in str(bad.error)
+    assert "layer 1 at position 5;" in str(bad.error)

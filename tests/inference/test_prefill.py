@@ -10,6 +10,7 @@ from statex_dist.inference import prefill as prefill_module
 from statex_dist.inference.prefill import evaluating, prefill, read_contexts, rows_that_fit
 from statex_dist.inference.vocabulary import doubt_tokenizer
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
+from tests.raising import raises
 
 
 def ids(length=40, rows=3, *, seed=0):
@@ -39,7 +40,7 @@ def test_the_layer_and_the_position_of_nan_are_named(layer, place):
     prompts[place] = 7
     with (
         evaluating(model := overflowing_model(layer, 7)),
-        pytest.raises(CheckpointError, match=rf"NaN.*layer {layer}.*position {place[1]}"),
+        raises(CheckpointError, "NaN", f"layer {layer}", f"position {place[1]}"),
     ):
         prefill(model, prompts, segment_length=10)
 
@@ -99,7 +100,8 @@ def test_a_tokenizer_that_uses_little_of_the_embedding_is_doubted(caplog):
     doubt_tokenizer(tiny_model(vocab_size=512), BytesTokenizer())
     assert not caplog.records
     doubt_tokenizer(tiny_model(vocab_size=1000), BytesTokenizer())
-    assert "tokenizer 'bytes' has 258 ids, the model's embedding 1000" in caplog.text
+    assert "'bytes' has 258 ids" in caplog.text
+    assert "embedding 1000" in caplog.text
 
 
 def test_logits_to_keep_are_the_last():

@@ -56,13 +56,13 @@ def test_an_infinite_logit_of_minus_is_never_drawn():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_tokens": 0}, "max_tokens must be 1 or more, not 0"),
-        ({"top_p": 0.0, "temperature": 1.0}, "temperature 1, top_k 0 and top_p 0 make no sampling"),
+        ({"max_tokens": 0}, "max_tokens.*not 0"),
+        ({"top_p": 0.0, "temperature": 1.0}, "temperature 1, top_k 0 and top_p 0"),
         ({"top_p": 1.5}, "top_p 1.5 make no sampling"),
         ({"top_k": -1}, "top_k -1 and"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"temperature": -0.5}, "temperature -0.5"),
-        ({"until": ("a", "")}, "a stop string is empty"),
+        ({"until": ("a", "")}, "stop string"),
     ],
 )
 def test_what_makes_no_sampling_is_refused(options, words):

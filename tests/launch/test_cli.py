@@ -75,15 +75,15 @@ def test_plan_expand_inspect_from_the_command_line(model: Path, tmp_path: Path, 
 def test_wrong_plans(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     five = edited(model, tmp_path / "five", num_heads=5, hidden_size=40)
     (five / "model.safetensors").unlink()
-    assert "5 heads do not divide into groups of 2" in refused(capsys, "plan", five, "--layers", "0", "--factor", 2)
-    assert "layer 9 is out of range; the model has layers 0..2" in refused(capsys, "plan", model, "--layers", "9")
-    assert "--layers 'odd' is not a rule" in refused(capsys, "plan", model, "--layers", "odd")
+    assert "groups of 2" in refused(capsys, "plan", five, "--layers", "0", "--factor", 2)
+    assert "layer 9" in refused(capsys, "plan", model, "--layers", "9")
+    assert "--layers 'odd'" in refused(capsys, "plan", model, "--layers", "odd")
     assert "--init" in refused(capsys, "plan", model, "--init", "magic")
 
 
 def test_wrong_checkpoints(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     llama = edited(model, tmp_path / "llama", model_type="llama")
-    assert "model_type 'llama' is not supported; supported: gla, mamba2" in refused(capsys, "plan", llama)
+    assert "model_type 'llama'" in refused(capsys, "plan", llama)
     cut = edited(model, tmp_path / "cut")
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -92,7 +92,7 @@ def test_wrong_checkpoints(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
     assert "model.safetensors" in refused(capsys, "eval", "mqar", "--out", tmp_path / "e", "--model", cut)
     (tmp_path / "empty").mkdir()
-    assert "is not a checkpoint: looked for" in refused(capsys, "plan", tmp_path / "empty")
+    assert "not a checkpoint" in refused(capsys, "plan", tmp_path / "empty")
     assert "nowhere" in refused(capsys, "reshard", "--source", "nowhere", "--target", tmp_path / "r", "--to", "hf")
     assert "--to" in refused(capsys, "reshard", "--source", model, "--target", tmp_path / "r", "--to", "gguf")
 
@@ -107,9 +107,9 @@ def test_a_run_or_a_model_without_tokenizer_is_named_for_what_it_is(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "is a training run without a complete checkpoint" in refused(capsys, "plan", tmp_path / "run")
+    assert "complete checkpoint" in refused(capsys, "plan", tmp_path / "run")
     message = refused(capsys, "eval", "recall", "--model", model, "--out", tmp_path / "e")
-    assert "comes without a tokenizer; give --tokenizer bytes" in message
+    assert "give --tokenizer bytes" in message
 
 
 def test_targets_are_not_overwritten(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -117,7 +117,7 @@ def test_targets_are_not_overwritten(model: Path, tmp_path: Path, capsys: pytest
     full.mkdir()
     (full / "precious").write_text("x")
     message = refused(capsys, "expand", "--source", model, "--target", full, "--layers", "0")
-    assert "exists and is not empty; pass --overwrite" in message
+    assert "pass --overwrite" in message
     assert [p.name for p in full.iterdir()] == ["precious"]
 
 
@@ -149,8 +149,8 @@ def test_the_demo_refuses_what_is_not_its_own(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "data").mkdir()
     (tmp_path / "precious").write_text("x")
     assert "no earlier demo (.statex-demo)" in refused(capsys, "demo", "--out", tmp_path, "--overwrite")
-    assert "is not empty; pass --overwrite" in refused(capsys, "demo", "--out", tmp_path)
+    assert "pass --overwrite" in refused(capsys, "demo", "--out", tmp_path)
     (tmp_path / ".statex-demo").touch()
-    assert "--seeds must be 1 or more" in refused(capsys, "demo", "--out", tmp_path, "--overwrite", "--seeds", "0")
+    assert "--seeds must" in refused(capsys, "demo", "--out", tmp_path, "--overwrite", "--seeds", "0")
     assert (tmp_path / "precious").exists()
-    assert "'gpt' is not one of gla, mamba2" in refused(capsys, "demo", "--out", tmp_path / "d", "--family", "gpt")
+    assert "'gpt'" in refused(capsys, "demo", "--out", tmp_path / "d", "--family", "gpt")

@@ -54,14 +54,14 @@ def test_loss_is_that_of_the_model_under_the_mitigation_and_the_results_name_it(
         (
             "gla",
             ["--mitigation", "window"],
-            "mitigation 'window' is not one of forget-more, state-norm, sliding-window",
+            "mitigation 'window'.*forget-more, state-norm, sliding-window",
         ),
-        ("gla", ["--mitigation", ""], "mitigation '' is not one of"),
-        ("kda", ["--mitigation", "sliding-window:tokens=8"], "sliding-window does not fit kda"),
+        ("gla", ["--mitigation", ""], "mitigation ''"),
+        ("kda", ["--mitigation", "sliding-window:tokens=8"], "sliding-window.*kda"),
         (
             "gla",
             ["--mitigation", "state-norm:limit=1,every=64", "--segment-length", "100"],
-            "segments of 100 tokens are no multiple of every=64",
+            "100 tokens.*every=64",
         ),
     ],
 )

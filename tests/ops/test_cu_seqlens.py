@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statex_dist.ops.cu_seqlens import chunk_layout, sequence_lengths
 from statex_dist.ops.gla.torch_forms import chunked_gla
+from tests.raising import raises
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ def test_sequence_lengths():
     assert sequence_lengths(3, 7, None) == (7, 7, 7)
     assert sequence_lengths(1, 7, torch.tensor([0, 0, 3, 7])) == (0, 3, 4)
     for marks in ([0, 3], [1, 7], [0, 5, 3, 7]):
-        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of tokens 7"):
+        with raises(ValueError, "cu_seqlens", "from 0", "tokens 7"):
             sequence_lengths(1, 7, torch.tensor(marks))
 
 

@@ -100,15 +100,15 @@ def test_a_model_without_a_plan_takes_the_same_settings(caplog):
         (
             config_from_dict(GLA),
             {"train": "expanded"},
-            r"train expanded needs a model with an expansion plan.*statex exp",
+            r"train expanded.*plan.*statex exp",
         ),
         (config_from_dict(GLA), {"train": "new"}, "or set optimizer.train to all"),
-        (expanded(GLA), {"freeze": ["nothing"]}, "'nothing' matches no parameter; names are such as model.embeddings"),
-        (expanded(GLA), {"freeze": ["."]}, r"optimizer.train all and optimizer.freeze \['\.'\] leave no parameter"),
+        (expanded(GLA), {"freeze": ["nothing"]}, "'nothing'.*model.embeddings"),
+        (expanded(GLA), {"freeze": ["."]}, r"optimizer.train all .*optimizer.freeze \['\.'\]"),
         (
             make_plan(config_from_dict({**GLA, "num_heads": 4}), layers="1", factor=4, init="inherit", op="mix_heads"),
             {"train": "new", "freeze": ["mix$"]},
-            "leave no parameter to train; freeze less",
+            "no parameter.*freeze",
         ),
     ],
 )
@@ -120,13 +120,13 @@ def test_choices_that_cannot_be_are_refused(config, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0}, "optimizer.lr must be above 0, not 0"),
-        ({"weight_decay": -1}, "optimizer.weight_decay must be 0 or more, not -1"),
-        ({"betas": (0.9, 1.0)}, r"optimizer.betas must lie in \[0, 1\)"),
-        ({"freeze": ["("]}, r"optimizer.freeze: '\(' is not a regular expression"),
-        ({"lr_factors": {"old": 2.0}}, "unknown role 'old'; allowed: base, expanded, new, mix"),
-        ({"lr_factors": {"mix": 0.0}}, "optimizer.lr_factors.mix must be a number above 0, not 0.0"),
-        ({"lr_factors": {"mix": float("nan")}}, "must be a number above 0, not nan"),
+        ({"lr": 0}, "optimizer.lr.*not 0"),
+        ({"weight_decay": -1}, "optimizer.weight_decay.*not -1"),
+        ({"betas": (0.9, 1.0)}, r"optimizer.betas.*\[0, 1\)"),
+        ({"freeze": ["("]}, r"optimizer.freeze.*'\('"),
+        ({"lr_factors": {"old": 2.0}}, "role 'old'.*base, expanded, new, mix"),
+        ({"lr_factors": {"mix": 0.0}}, "optimizer.lr_factors.mix.*not 0.0"),
+        ({"lr_factors": {"mix": float("nan")}}, "number.*not nan"),
     ],
 )
 def test_bad_values_are_named(settings, message):

@@ -109,13 +109,13 @@ def test_the_ends_of_schedules():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"warmup_steps": -1}, "schedule.warmup_steps must be 0 or more, not -1"),
-        ({"name": "wsd"}, "schedule.decay_steps must be above 0 for the wsd schedule"),
-        ({"num_steps": 0}, "schedule.num_steps must be 1 or more, or null, not 0"),
-        ({"min_ratio": 1.5}, r"schedule.min_ratio must lie in \[0, 1\], not 1.5"),
-        ({"warmup_steps": 9}, "warmup_steps=9 exceed the schedule's 5 steps"),
+        ({"warmup_steps": -1}, "schedule.warmup_steps.*not -1"),
+        ({"name": "wsd"}, "schedule.decay_steps.*wsd"),
+        ({"num_steps": 0}, "schedule.num_steps.*not 0"),
+        ({"min_ratio": 1.5}, r"schedule.min_ratio.*\[0, 1\], not 1.5"),
+        ({"warmup_steps": 9}, "warmup_steps=9.*5 steps"),
         ({"name": "wsd", "warmup_steps": 2, "decay_steps": 4}, r"warmup_steps=2 \+ decay_steps=4 exceed"),
-        ({"num_steps": 3, "warmup_steps": 4}, "exceed the schedule's 3 steps"),
+        ({"num_steps": 3, "warmup_steps": 4}, "schedule's 3"),
     ],
 )
 def test_bad_values_are_named(settings, message):
@@ -210,7 +210,8 @@ def test_a_run_resumed_with_more_steps_warns_and_schedule_num_steps_keeps_the_ra
     longer = go("--train.num_steps", "6")
     assert longer[4:] == pytest.approx([0.01 * formula(config, s, 6) for s in (5, 6)])
     (said,) = warned()
-    assert "learning rate 0.005, and would have had 0 before" in said
+    assert "learning rate 0.005" in said
+    assert "had 0 before" in said
     assert "schedule.num_steps was 4, now 6" in said
     for steps in ("3", "6"):
         kept = go("--schedule.num_steps", "6", "--train.num_steps", steps, name="kept")
@@ -231,4 +232,4 @@ def test_a_run_resumed_with_more_steps_warns_and_schedule_num_steps_keeps_the_ra
 
 def test_a_checkpoint_without_the_settings_is_compared_by_its_rates(caplog):
     warn_of_changed_rates([{"lr": 0.5, "name": "decay"}], [0.4], saved_facts=None, facts={"optimizer.lr": 0.5})
-    assert "the checkpoint does not have the settings of its own schedule" in caplog.records[0].message
+    assert "own schedule" in caplog.records[0].message

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from statex_dist.errors import ConfigError
 from statex_dist.state.laws import PAPER_FORGET, Law, fit_exponential, fit_line, read_forget_law, student_t
+from tests.raising import raises
 
 PAPER_POINTS = ((0, 0), (1.1, 1), (1.6, 2), (2.4, 8), (4.8, 16), (12.9, 64))
 """Read off figure 11 of arXiv 2410.07145: million state elements, thousand tokens."""
@@ -102,13 +103,13 @@ def test_noise_widens_the_interval_and_the_truth_lies_within():
 @pytest.mark.parametrize(
     ("fit", "x", "y", "message"),
     [
-        (fit_line, [1, 1, 2], [1, 2, 3], "2 different state sizes are too few: the linear law has 2 parameters"),
-        (fit_exponential, [1, 2, 3], [1, 2, 4], "3 different state sizes are too few: the exponential law has 3"),
+        (fit_line, [1, 1, 2], [1, 2, 3], "2 .*sizes.*linear.* 2"),
+        (fit_exponential, [1, 2, 3], [1, 2, 4], "3 .*sizes.*exponential.* 3"),
         (fit_exponential, [1, 2, 3, 4], [1, 2, 3, 4], "do not bend upwards"),
         (fit_exponential, [1, 2, 3, 4], [4, 7, 8, 8.5], "do not bend upwards"),
-        (fit_exponential, [1, 2, 3, 4], [1, 1, 1, 4], "only the largest state differs"),
-        (fit_exponential, [1, 2, 3, 4], [-1, -2, -4, -8], "fall with the state size"),
-        (fit_exponential, [20, 20.1, 20.2, 20.3], [1, 2, 9, 80], "rise too steeply between sizes too close together"),
+        (fit_exponential, [1, 2, 3, 4], [1, 1, 1, 4], "largest state"),
+        (fit_exponential, [1, 2, 3, 4], [-1, -2, -4, -8], "fall with"),
+        (fit_exponential, [20, 20.1, 20.2, 20.3], [1, 2, 9, 80], "too steeply"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(fit, x, y, message):
@@ -148,15 +149,15 @@ def test_files_that_are_no_law(tmp_path: Path):
     for content, message in (
         (
             {"suite": "laws", "forget": None, "forget_refused": "2 are too few"},
-            r"no forget threshold \(2 are too few\)",
+            r"forget threshold \(2",
         ),
-        ({"suite": "recall"}, "is not a fit; give the laws.json"),
-        ({"suite": "laws", "forget": falling}, r"does not rise with the state \(slope -1\)"),
-        ({"suite": "laws", "forget": bent}, "sizes that do not fit each other"),
+        ({"suite": "recall"}, "fit; .*laws.json"),
+        ({"suite": "laws", "forget": falling}, r"slope -1"),
+        ({"suite": "laws", "forget": bent}, "sizes.*each other"),
         ({"suite": "laws", "forget": {"form": "cubic"}}, "form 'cubic'"),
     ):
         (tmp_path / "laws.json").write_text(json.dumps(content))
         with pytest.raises(ConfigError, match=message):
             read_forget_law(tmp_path)
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with raises(ConfigError, tmp_path / "missing.json", "No such file"):
         read_forget_law(tmp_path / "missing.json")

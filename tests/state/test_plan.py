@@ -39,7 +39,7 @@ def test_rules(rule, num_layers, expected):
 def test_a_count_outside_the_model_is_refused(rule):
     with pytest.raises(ConfigError) as caught:
         select_layers(rule, 24)
-    assert f"--layers {rule}: K must be 1 or more, and at most the model's 24 layers" in str(caught.value)
+    assert f"--layers {rule}: K must" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_count_outside_the_model_is_refused(rule):
 def test_what_is_no_rule_is_refused(rule):
     with pytest.raises(ConfigError) as caught:
         select_layers(rule, 24)
-    assert f"--layers {rule!r} is not a rule; allowed: all, every:K, first:K, last:K or a list" in str(caught.value)
+    assert f"--layers {rule!r}" in str(caught.value)
 
 
 def test_a_layer_out_of_range_is_named():
@@ -97,7 +97,7 @@ def test_one_expansion_a_layer():
 
 @pytest.mark.parametrize("seed", ["1", 1.5, None, True])
 def test_a_seed_is_a_whole_number(seed):
-    with pytest.raises(ConfigError, match="seed must be a whole number"):
+    with raises(ConfigError, "seed", "whole number"):
         expansion(seed=seed)
 
 

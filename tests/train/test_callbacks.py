@@ -21,6 +21,7 @@ from statex_dist.run_config import RunConfig
 from statex_dist.train.callback import CALLBACKS, CallbackError, build_callbacks
 from statex_dist.train.metrics import read_metrics
 from statex_dist.train.status import read_status
+from tests.raising import raises
 from tests.runs import GLA, REPOSITORY, make_shards, run_training, write_run
 from tests.train import toy
 
@@ -90,15 +91,15 @@ def test_a_registered_callback_has_a_name(tmp_path: Path, shards: Path):
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        (["nowhere"], "'nowhere' is not known; allowed: tensorboard, or module:Name"),
+        (["nowhere"], "'nowhere'.*tensorboard, or module:Name"),
         (["no_such_package.at_all:X"], "cannot be imported: ModuleNotFoundError"),
         ([f"{TOY}:Missing"], "cannot be imported: AttributeError"),
         ([f"{TOY}:NoCallback"], "is not a callback"),
         ([f"{TOY}:staircase"], "is not a callback"),
-        ([{f"{TOY}:HookLog": {"height": 1}}], "cannot be made with its options: TypeError"),
+        ([{f"{TOY}:HookLog": {"height": 1}}], "options: TypeError"),
         ([{f"{TOY}:HookLog": 3}], "are a mapping"),
         ([f"{TOY}:HookLog", f"{TOY}:HookLog"], "listed twice"),
-        ([{"a:B": {}, "c:D": {}}], "one name with its options"),
+        ([{"a:B": {}, "c:D": {}}], "one name"),
     ],
 )
 def test_entries_that_are_no_callbacks_are_refused(entries, words):
@@ -154,7 +155,7 @@ def test_an_optimizer_and_a_schedule_of_a_user(tmp_path: Path, shards: Path, reg
         state = torch.load(tmp_path / "run/checkpoints/global_step3/plain_state.pt", weights_only=True)
         assert [group["momentum"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.5]
         assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.1, 0.0]
-        with pytest.raises(CheckpointError, match=f"has the states of optimizer.name {optimizer}"):
+        with raises(CheckpointError, "optimizer.name", optimizer):
             train(load(tmp_path, shards, train={"num_steps": 4}))
         assert train(load(tmp_path, shards, train={"num_steps": 4}, **sections))
     finally:
@@ -166,21 +167,21 @@ def test_an_optimizer_and_a_schedule_of_a_user(tmp_path: Path, shards: Path, reg
 def test_optimizers_and_schedules_that_cannot_be_made_are_refused():
     parameters = [("w", torch.nn.Parameter(torch.ones(2)))]
     for settings, words in (
-        ({"name": "adagrad"}, "is not known; allowed: adamw"),
+        ({"name": "adagrad"}, "allowed: adamw"),
         ({"name": f"{TOY}:Momentum", "betas": (0.9, 0.99)}, "those of adamw"),
         ({"options": {"lr": 1.0}}, "optimizer.options.lr"),
     ):
         with pytest.raises(ConfigError, match=words):
             OptimizerConfig(**settings)
     for name, options, words in (
-        (f"{TOY}:Momentum", {"no": 1}, "cannot be made with its options"),
-        (f"{TOY}:NoCallback", {}, "cannot be made|is not a torch.optim.Optimizer"),
+        (f"{TOY}:Momentum", {"no": 1}, "its options"),
+        (f"{TOY}:NoCallback", {}, "be made|torch.optim.Optimizer"),
         (f"{TOY}:Gone", {}, "cannot be imported"),
     ):
         with pytest.raises(ConfigError, match=words):
             OptimizerConfig(name=name, options=options).build(parameters, no_decay=(), roles={"w": "base"})
     optimizer = torch.optim.SGD([parameters[0][1]], lr=1.0)
-    with pytest.raises(ConfigError, match="is not known; allowed: cosine, wsd, constant"):
+    with raises(ConfigError, "linear", "cosine", "wsd", "constant"):
         ScheduleConfig(name="linear")
     for name, options in ((f"{TOY}:staircase", {"no": 1}), (f"{TOY}:ONE", {})):
         with pytest.raises(ConfigError, match=r"schedule\.name"):

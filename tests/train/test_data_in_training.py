@@ -24,6 +24,7 @@ from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import read_metrics
 from statex_dist.train.status import read_status
 from tests.data.options import prepare
+from tests.raising import raises
 from tests.runs import GLA, MAMBA2, command, environment, expanded, losses, run_training, save_model, write_run
 
 
@@ -212,7 +213,7 @@ def test_a_stage_from_step_0_stands_for_the_whole_section_only_at_the_front(tmp_
         data={"path": str(shards), "curriculum": [{"from_step": 9}, {"from_step": 0, "seq_len": 32}]},
         engine={"name": "plain"},
     )
-    with pytest.raises(ConfigError, match="a stage from step 0 follows one from step 9"):
+    with raises(ConfigError, "stage", "step 0", "step 9"):
         train(config)
 
 
@@ -248,7 +249,7 @@ def test_signals_with_workers(tmp_path: Path, shards: Path, how: str):
     assert "Traceback" not in said
     if how == "a killed worker":
         assert process.returncode == 2
-        assert "a data worker ended by itself" in said
+        assert "data worker" in said
     else:
         assert process.returncode == 75
         assert "stopped at step" in said
@@ -263,7 +264,7 @@ def test_skip_corrupt_goes_on_and_says_what_was_lost(tmp_path: Path, caplog):
         "engine": {"name": "plain"},
     }
     assert train(start(tmp_path / "run", "--train.num_steps", "40", **sections))
-    assert any("tokens of damaged shards were skipped" in record.message for record in caplog.records)
+    assert any("damaged shards" in record.message for record in caplog.records)
     assert len(losses(tmp_path / "run")) == 40
 
 

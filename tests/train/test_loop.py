@@ -24,9 +24,11 @@ from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, read_config
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
+from statex_dist.train.guard import BadStepsError
 from statex_dist.train.metrics import MetricsFile, read_metrics
 from statex_dist.train.run_lock import claim
 from statex_dist.train.status import StopRequest, read_status
+from tests.raising import raises
 from tests.runs import GLA, MAMBA2, expanded, losses, make_shards, save_model, write_run
 from tests.train.observed import Observed
 
@@ -115,7 +117,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, shards: Path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"plain_state\.pt is damaged: its digest differs"):
+    with raises(CheckpointError, "plain_state.pt", "digest differs"):
         train(config)
 
 
@@ -123,14 +125,14 @@ def test_latest_without_a_complete_checkpoint_never_restarts_silently(tmp_path: 
     config = load(tmp_path, shards)
     assert train(config)
     (Path(config.run_dir) / "checkpoints" / "global_step6" / "MANIFEST.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint there is complete"):
+    with raises(CheckpointError, Path(config.run_dir) / "checkpoints", "no checkpoint"):
         train(config)
 
 
 def test_another_data_order_is_refused_on_resume(tmp_path: Path, shards: Path):
     assert train(load(tmp_path, shards))
     other = load(tmp_path, shards, "--data.window_tokens", "500", "--train.num_steps", "8")
-    with pytest.raises(ConfigError, match="another pack plan: window_tokens was 2000, now 500"):
+    with raises(ConfigError, "window_tokens", "2000", "500"):
         train(other)
 
 
@@ -139,7 +141,7 @@ def test_another_sequence_length_on_resume_goes_on_with_what_is_left(tmp_path: P
     other = load(tmp_path, shards, "--data.seq_len", "64", "--train.num_steps", "8")
     with caplog.at_level("INFO"):
         assert train(other)
-    assert any("the sequence length changes from 128 to 64" in record.message for record in caplog.records)
+    assert any("from 128 to 64" in record.message for record in caplog.records)
     assert len(losses(Path(other.run_dir))) == 8
 
 
@@ -155,34 +157,34 @@ def test_checkpointing_activations_changes_nothing(tmp_path: Path, shards: Path)
     ("arguments", "error", "message"),
     [
         (["--data.path", "nowhere"], DataError, "nowhere"),
-        (["--data.packs_per_step", "0"], ConfigError, "data.packs_per_step must be 1 or more, not 0"),
-        (["--data.seq_len", "0"], ConfigError, "data.seq_len must be 1 or more, not 0"),
-        (["--train.num_steps", "0"], ConfigError, "train.num_steps must be 1 or more, not 0"),
+        (["--data.packs_per_step", "0"], ConfigError, "data.packs_per_step.*not 0"),
+        (["--data.seq_len", "0"], ConfigError, "data.seq_len.*not 0"),
+        (["--train.num_steps", "0"], ConfigError, "train.num_steps.*not 0"),
         (["--optimizer.lr", "much"], ConfigError, "optimizer.lr"),
         (["--optimizer.rate", "1"], ConfigError, "optimizer.rate"),
         (["--train.num_step", "1"], ConfigError, "train.num_step"),
         (["--model.path", "x"], ConfigError, "give either model.path"),
         (["--engine.precision", "bf16"], ConfigError, "plain trains in fp32"),
-        (["--model.config.vocab_size", "100"], DataError, "vocabulary of 258 .*; the model's has 100"),
-        (["--optimizer.lr", "1e30"], StateXError, r"is (nan|inf) at step"),
-        (["--metrics.log_every", "0"], ConfigError, "metrics.log_every must be 1 or more, not 0"),
-        (["--train.hang_minutes", ".inf"], ConfigError, "train.hang_minutes must be a finite number, not inf"),
-        (["--optimizer.lr", ".nan"], ConfigError, "optimizer.lr must be a finite number, not nan"),
-        (["--train.save_retries", "40"], ConfigError, "train.save_retries must be 10 or less, not 40"),
-        (["--train.keep_every", "3"], ConfigError, "keep_every=3 must be a multiple of train.save_every=0"),
-        (["--guard.spike_factor", "0.5"], ConfigError, "guard.spike_factor must be 0 or above 1, not 0.5"),
-        (["--parallel.context", "2"], ConfigError, "parallel.context=2 does not divide the 1 ranks"),
-        (["--parallel.context", "32"], ConfigError, "parallel.context=32 leaves 4 tokens to a rank, at least 8"),
-        (["--train.state_passing", "1.5"], ConfigError, "train.state_passing is a probability, from 0 to 1, not 1.5"),
+        (["--model.config.vocab_size", "100"], DataError, "vocabulary of 258 .* 100"),
+        (["--optimizer.lr", "1e30"], StateXError, r"(nan|inf) at"),
+        (["--metrics.log_every", "0"], ConfigError, "metrics.log_every.*not 0"),
+        (["--train.hang_minutes", ".inf"], ConfigError, "train.hang_minutes.*not inf"),
+        (["--optimizer.lr", ".nan"], ConfigError, "optimizer.lr.*not nan"),
+        (["--train.save_retries", "40"], ConfigError, "train.save_retries.*not 40"),
+        (["--train.keep_every", "3"], ConfigError, "keep_every=3.*train.save_every=0"),
+        (["--guard.spike_factor", "0.5"], ConfigError, "guard.spike_factor.*not 0.5"),
+        (["--parallel.context", "2"], ConfigError, "parallel.context=2.*1 ranks"),
+        (["--parallel.context", "32"], ConfigError, "parallel.context=32.*4 tokens.* 8"),
+        (["--train.state_passing", "1.5"], ConfigError, "train.state_passing.*not 1.5"),
         (
             ["--train.state_passing", "0.5", "--parallel.context", "2"],
             ConfigError,
             "train.state_passing needs parallel.context 1",
         ),
-        (["--run_dir", ""], ConfigError, "run_dir must not be empty"),
+        (["--run_dir", ""], ConfigError, "run_dir.*empty"),
         (["--run_dir", "/proc/none"], ConfigError, "run_dir /proc/none cannot be written"),
-        (["--model.config.num_headz", "4"], ConfigError, "unknown key model.config.num_headz; allowed in model.config"),
-        (["--model.config.pad_token_id", "999"], ConfigError, "pad_token_id=999 of the model is outside"),
+        (["--model.config.num_headz", "4"], ConfigError, "model.config.num_headz.*model.config"),
+        (["--model.config.pad_token_id", "999"], ConfigError, "pad_token_id=999"),
     ],
 )
 def test_bad_runs_are_refused_with_their_reason(tmp_path: Path, shards: Path, arguments, error, message):
@@ -193,7 +195,7 @@ def test_bad_runs_are_refused_with_their_reason(tmp_path: Path, shards: Path, ar
 def test_packs_must_divide_over_ranks(tmp_path: Path, shards: Path):
     config = load(tmp_path, shards, "--data.packs_per_step", "6")
     assert config.accumulation_steps(3) == 2
-    with pytest.raises(ConfigError, match="packs_per_step=6 does not divide over 4 ranks; set it to a multiple of 4"):
+    with raises(ConfigError, "packs_per_step=6", "4 ranks", "multiple of 4"):
         config.accumulation_steps(4)
 
 
@@ -242,9 +244,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path, shards: Path, m
     steps = {"num_steps": 8, "save_every": 1, "keep_every": 1}
     config = load(tmp_path, shards, "--guard.max_skipped", "2", train=steps)
     explode_in(monkeypatch, {2, 4, 5, 6}, float("nan"))
-    with pytest.raises(
-        StateXError, match=r"the gradient norm is nan at step 6, and 2 step\(s\) before it were skipped"
-    ):
+    with raises(BadStepsError, "gradient norm", "nan", "step 6", "2 step(s)"):
         train(config)
     run = Path(config.run_dir)
     assert not read_status(run).restart, "a supervisor would restart it without end"
@@ -294,7 +294,7 @@ def test_milestones_are_kept(tmp_path: Path, shards: Path, asynchronous: str):
 def test_another_model_in_the_same_run_is_refused(tmp_path: Path, shards: Path):
     assert train(load(tmp_path, shards))
     other = load(tmp_path, shards, "--train.num_steps", "8", model={"config": {**GLA, "num_heads": 2}})
-    with pytest.raises(CheckpointError, match=r"is of another model \(config.json differs in num_heads\)"):
+    with raises(CheckpointError, "config.json", "num_heads"):
         train(other)
 
 
@@ -316,13 +316,13 @@ def test_checkpoints_say_what_length_they_were_trained_at(tmp_path: Path, shards
 
 def test_two_processes_cannot_train_into_one_run(tmp_path: Path, shards: Path):
     config = load(tmp_path, shards)
-    with claim(Path(config.run_dir)), pytest.raises(ConfigError, match="another process is training into it"):
+    with claim(Path(config.run_dir)), raises(ConfigError, config.run_dir, "another process"):
         train(config)
     assert train(config), "the lock must go when its holder does"
 
 
 def test_a_refused_start_leaves_nothing_behind(tmp_path: Path, shards: Path):
-    with pytest.raises(CheckpointError, match="model directory or checkpoint not found"):
+    with raises(CheckpointError, tmp_path / "none", "not found"):
         train(load(tmp_path, shards, model={"path": str(tmp_path / "none")}))
     assert not (tmp_path / "run").exists()
 
@@ -335,7 +335,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, shards: Path):
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
     (copy / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_hash": "0" * 32}))
-    with pytest.raises(DataError, match="was made with another tokenizer"):
+    with raises(DataError, copy, "another tokenizer"):
         train(load(tmp_path, copy, name="other", model={"path": str(model)}))
 
 
@@ -343,7 +343,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, shards: Path):
 def test_other_parameter_groups_are_refused_on_resume(tmp_path: Path, shards: Path, change: list[str]):
     model = {"path": str(save_model(expanded(GLA), tmp_path / "model"))}
     assert train(load(tmp_path, shards, model=model))
-    with pytest.raises(CheckpointError, match=r"parameters in other groups; optimizer.train, optimizer.freeze"):
+    with raises(CheckpointError, "optimizer.train", "optimizer.freeze"):
         train(load(tmp_path, shards, "--train.num_steps", "8", *change, model=model))
 
 
@@ -364,7 +364,7 @@ def test_the_state_of_a_run_can_be_read_while_and_after_it_runs(tmp_path: Path, 
         train(load(tmp_path, shards, "--train.num_steps", "12"))
     failed = read_status(run)
     assert (failed.state, failed.exit_code, failed.step) == ("failed", 1, 10)
-    assert "the gradient norm is nan at step 10" in failed.message
+    assert "nan at step 10" in failed.message
 
 
 def test_random_states_go_on(tmp_path: Path, shards: Path):
@@ -413,9 +413,7 @@ def test_a_file_system_that_is_away_costs_no_checkpoint(tmp_path: Path, shards: 
 
     monkeypatch.setattr(FileRecord, "check", away)
     failures = 100
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read: .*Stale file handle; that says nothing of what it holds"
-    ):
+    with raises(CheckpointError, "cannot be read", "Stale file handle"):
         train(load(tmp_path, shards, "--train.num_steps", "7"))
     assert complete_tags(Path(config.run_dir) / "checkpoints") == ["global_step6", "global_step3"]
     failures = len(calls) + 1

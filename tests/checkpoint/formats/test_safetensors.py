@@ -14,6 +14,7 @@ from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import GLA, info_of, load_all, read_tensor, write_model
+from tests.raising import raises
 
 
 def raw_file(path, header, data):
@@ -73,8 +74,8 @@ def test_shards_are_filled_in_order():
     [
         ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "overlap"),
         ({"a": entry(0, 8), "b": entry(8, 16)}, 12, "truncated: tensor 'b'"),
-        ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "4 bytes before tensor 'b'"),
-        ({"a": entry(0, 8)}, 9, "1 bytes at the end"),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "4 bytes.*'b'"),
+        ({"a": entry(0, 8)}, 9, "1 bytes"),
         ({"a": entry(0, 4)}, 4, "needs 8 bytes"),
         ({"a": entry(0, 8, shape=(-2,))}, 8, "bad shape"),
         ({"a": entry(0, 8, dtype="F99")}, 8, "'F99'"),
@@ -137,5 +138,5 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path):
     source = SafetensorsSource(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes())
-    with pytest.raises(CheckpointError, match="changed while it was being read"):
+    with raises(CheckpointError, path, "changed while"):
         read_tensor(source, "ids")

@@ -177,13 +177,13 @@ def test_tied_head_in_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("values", "options", "error", "message"),
     [
-        ({"num_heads": 5, "hidden_size": 40}, {"factor": 2}, ConfigError, "5 heads do not divide"),
-        ({}, {"factor": 2, "layers": "0,3"}, ConfigError, "layer 3 is out of range"),
+        ({"num_heads": 5, "hidden_size": 40}, {"factor": 2}, ConfigError, "5 heads"),
+        ({}, {"factor": 2, "layers": "0,3"}, ConfigError, "layer 3.*range"),
         ({}, {"factor": "most"}, ConfigError, "'most'"),
-        ({}, {"factor": 2, "workers": 0}, ConfigError, "--workers must be a whole number from 1, not 0"),
+        ({}, {"factor": 2, "workers": 0}, ConfigError, "--workers.*not 0"),
         ({}, {"factor": 2, "dtype": "int4"}, ConfigError, "int4"),
         ({}, {"factor": 2, "init": "lossless", "op": "merge_heads"}, ConfigError, "cannot be lossless"),
-        ({}, {"factor": 2, "init": "copy"}, ConfigError, "init copy is for mamba2"),
+        ({}, {"factor": 2, "init": "copy"}, ConfigError, "init copy.*mamba2"),
     ],
 )
 def test_wrong_options(tmp_path, values, options, error, message):
@@ -205,8 +205,8 @@ def test_wrong_sources_and_targets(tmp_path):
     write_model(tmp_path / "more", GLA, {**tensors, "model.rotary": torch.zeros(2)})
     write_model(tmp_path / "shape", GLA, {**tensors, "lm_head.weight": torch.zeros(36, 32)})
     for source, target, message in (
-        ("llama", "out", "'llama' is not supported"),
-        ("nowhere", "out", "model directory or checkpoint not found"),
+        ("llama", "out", "'llama'"),
+        ("nowhere", "out", "not found"),
         ("empty", "out", "not a checkpoint: looked for"),
         ("file", "out", "is a file"),
         ("lacking", "out", "lacks tensor 'model.layers.2.mlp.up_proj.weight'"),

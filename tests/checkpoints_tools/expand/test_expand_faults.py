@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import CheckpointError
 from tests.checkpoints_tools.builders import GLA, MAMBA2, load_all, random_tensors, run_expand, write_model
+from tests.raising import raises
 from tests.runs import REPOSITORY
 
 OPTIONS = {"layers": "all", "factor": 2, "init": "inherit", "op": "grow_state", "max_shard_size": 20_000}
@@ -149,7 +150,7 @@ class TestKilled:
             (tmp_path / "out").mkdir(exist_ok=True)
             (tmp_path / "out/theirs").write_text("precious")
 
-        with pytest.raises(CheckpointError, match="exists and is not empty"):
+        with raises(CheckpointError, tmp_path / "out", "not empty"):
             run_expand(source, tmp_path / "out", progress=appear, **OPTIONS)
         assert files_of(tmp_path / "out") == {"theirs": b"precious"}
 

@@ -112,7 +112,7 @@ class TestStateSpaces:
             ({"ssm_cfg": {"layer": "Mamba1"}}, "ssm_cfg .* Mamba1 .* Mamba2 "),
             ({"ssm_cfg": {}}, "ssm_cfg is of a Mamba1 model"),
             ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim=True is not supported"),
-            ({"rms_norm": False}, "rms_norm=false is not supported"),
+            ({"rms_norm": False}, "rms_norm=false"),
             ({"n_layer": "3"}, "n_layer .* '3'"),
         ],
     )

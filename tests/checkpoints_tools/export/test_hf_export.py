@@ -22,6 +22,7 @@ from statex_dist.models.hf import from_pretrained, save_pretrained
 from tests.checkpoints_tools.builders import GLA, MAMBA2, run_expand, write_model
 from tests.checkpoints_tools.exports import MODELS, PLAIN, export
 from tests.models.tiny import gla_config, skip_where_transformers_norm_is_wrong, tokens
+from tests.raising import raises
 
 NOTES = {
     "mamba2": ["n_groups is above 1"],
@@ -112,7 +113,7 @@ def test_end_tokens_may_be_an_id_a_list_or_nothing(tmp_path, ends):
 def test_end_tokens_of_another_kind_are_refused(tmp_path, ends):
     write_model(tmp_path / "source", GLA)
     (tmp_path / "source/config.json").write_text(json.dumps({**GLA, "eos_token_id": ends}))
-    with pytest.raises(CheckpointError, match=r"'eos_token_id' must be int \| list\[int\] \| None, not "):
+    with raises(CheckpointError, "eos_token_id", "list[int]"):
         reshard(tmp_path / "source", tmp_path / "out")
 
 
@@ -161,15 +162,15 @@ def test_bad_input_leaves_nothing(tmp_path):
         with pytest.raises(kind, match=words):
             reshard(tmp_path / "source", tmp_path / "out", **{"evaluations": [str(evaluation)], **options})
 
-    refused(DataError, r"holds no results of `statex eval`; looked for recall\.json, mqar\.json")
-    refused(DataError, "--evaluation nowhere: no such directory", evaluations=["nowhere"])
-    refused(ConfigError, "--evaluation is for the model card of --to hf, not tp", to="tp", tp=2)
+    refused(DataError, r"statex eval.*recall\.json, mqar\.json")
+    refused(DataError, "--evaluation nowhere", evaluations=["nowhere"])
+    refused(ConfigError, "--evaluation.*--to hf, not tp", to="tp", tp=2)
     result = evaluation / "mqar.json"
     for content, words in (
-        ("{", r"mqar\.json is not what `statex eval` of this release writes"),
+        ("{", r"mqar\.json.*`statex eval`"),
         ("[]", "is not what `statex eval`"),
-        ('{"version": 1}', r"mqar\.json has version 1, this release reads 2; evaluate again"),
-        ('{"version": 2, "model": {"state_numbers": 5}}', "is of another model: its state has 5 numbers"),
+        ('{"version": 1}', r"mqar\.json.*version 1.*reads 2"),
+        ('{"version": 2, "model": {"state_numbers": 5}}', "5 numbers"),
         ('{"version": 2, "model": {"state_numbers": 384}}', r"KeyError: 'by_num_pairs'"),
     ):
         result.write_text(content)
@@ -177,7 +178,7 @@ def test_bad_input_leaves_nothing(tmp_path):
     (tmp_path / "source/tokenizer_config.json").write_text("{")
     refused(CheckpointError, r"tokenizer_config\.json cannot be read", evaluations=[])
     (tmp_path / "source/config.json").unlink()
-    refused(CheckpointError, "--to hf with --evaluation from hf needs a model of a known family; it has no config")
+    refused(CheckpointError, "--to hf with --evaluation")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation", "source"]
 
 
@@ -190,4 +191,4 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     assert done.returncode in (1, 2)
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
-    assert "holds no results of `statex eval`" in done.stderr
+    assert "`statex eval`" in done.stderr

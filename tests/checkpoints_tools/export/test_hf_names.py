@@ -21,6 +21,7 @@ from statex_dist.models.plan_keys import AUTO_MAP, NO_ACTIVATION, without_plan
 from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import CONFIGS, GLA, MAMBA2, run_expand, write_model
 from tests.models.tiny import tokens
+from tests.raising import raises
 
 EXPAND = {"layers": "0", "factor": 2, "op": "mix_heads", "init": "inherit"}
 
@@ -63,7 +64,7 @@ def test_an_entry_on_which_shards_differ_is_left_out_with_a_message(tmp_path, ca
         save_file(tensors, path, metadata={"format": ("pt", "np")[number], "part": str(number), "note": "kept"})
     run_expand(tmp_path / "in", tmp_path / "x", **EXPAND)
     assert metadata(tmp_path / "x") == [{"format": "pt", "note": "kept"}]
-    assert "the source's files differ in metadata part, which is left out" in caplog.text
+    assert "metadata part" in caplog.text
     assert verify_expansion(tmp_path / "in", tmp_path / "x").ok
 
 
@@ -152,7 +153,7 @@ def test_our_name_without_a_plan_is_refused(tmp_path, capsys):
     run_expand(tmp_path / "in", tmp_path / "x", **EXPAND)
     (tmp_path / "x/MANIFEST.json").unlink()
     edit(tmp_path / "x", "statex", hidden_act="swish")
-    with pytest.raises(CheckpointError, match="model_type 'statex_gla' is of an expanded model, but there is no plan"):
+    with raises(CheckpointError, "model_type", "statex_gla", "no plan"):
         config_from_dict(read_config_dict(tmp_path / "x"))
     capsys.readouterr()
     assert main(["reshard", "--source", str(tmp_path / "x"), "--target", str(tmp_path / "out")]) == 2

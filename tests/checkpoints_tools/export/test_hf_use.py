@@ -21,6 +21,7 @@ from statex_dist.run import train
 from statex_dist.run_config import RunConfig
 from statex_dist.train.status import StopRequest
 from tests.checkpoints_tools.builders import run_expand
+from tests.raising import raises
 from tests.runs import GLA, MAMBA2, make_shards, save_model, write_run
 
 
@@ -122,18 +123,18 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/tokenizer.json").write_text('{"model": 1}')
     for source, spec, kind, words in (
-        (small, "bytes", ConfigError, "--tokenizer bytes has 258 tokens, the model's vocabulary 200"),
-        (base, str(tokenizer), ConfigError, "has 259 tokens, the model's vocabulary 258"),
-        (base, "nowhere", ConfigError, r"--tokenizer nowhere: no tokenizer\.json there; give bytes, or"),
-        (base, str(tmp_path / "damaged"), CheckpointError, r"tokenizer\.json is not a tokenizer of the tokenizers"),
+        (small, "bytes", ConfigError, "--tokenizer bytes.* 258 .* 200"),
+        (base, str(tokenizer), ConfigError, "259 .* 258"),
+        (base, "nowhere", ConfigError, r"--tokenizer nowhere.*tokenizer\.json"),
+        (base, str(tmp_path / "damaged"), CheckpointError, r"tokenizer\.json is not"),
         (tmp_path / "has", "bytes", ConfigError, "has a tokenizer already"),
     ):
         with pytest.raises(kind, match=words):
             reshard(source, tmp_path / "out", tokenizer=spec)
-    with pytest.raises(ConfigError, match="--tokenizer is for --to hf, not tp"):
+    with raises(ConfigError, "--tokenizer", "--to hf", "tp"):
         reshard(base, tmp_path / "out", to="tp", tp=2, tokenizer="bytes")
     (base / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="--to hf with --tokenizer from hf needs a model of a known family"):
+    with raises(CheckpointError, "--to hf", "--tokenizer", "known family"):
         reshard(base, tmp_path / "out", tokenizer="bytes")
     assert not (tmp_path / "out").exists()
 

@@ -383,10 +383,10 @@ def test_checkpoints_that_megatron_trained(tmp_path):
     assert same(read_everything(tmp_path / "megatron"), tensors)
     assert set(open_source(tmp_path / "megatron").ignored) == set(states)
     cases = (
-        ({"stranger": torch.zeros(1)}, "holds tensor 'stranger', unknown to the mamba2 model"),
+        ({"stranger": torch.zeros(1)}, "'stranger'.*mamba2"),
         ({"decoder.final_norm.weight": None}, "lacks tensor 'decoder.final_norm.weight'"),
         ({"decoder.layers.0.mixer.in_proj.weight.B": torch.zeros(3, 16)}, r"has shape \[3, 16\]; 12 rows of"),
-        ({"decoder.layers.0.mixer.in_proj.weight.B": torch.zeros(12, 16).half()}, "differ in shape or dtype"),
+        ({"decoder.layers.0.mixer.in_proj.weight.B": torch.zeros(12, 16).half()}, "shape or dtype"),
     )
     for number, (wrong, message) in enumerate(cases):
         changed = {n: t for n, t in {**theirs, **wrong}.items() if t is not None}

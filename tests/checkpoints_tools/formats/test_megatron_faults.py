@@ -185,8 +185,8 @@ def test_what_cannot_be_written(tmp_path):
 
     for changed, message in (
         ({"backbone.norm_f.weight": None}, "'backbone.norm_f.weight' is missing"),
-        ({"backbone.layers.0.extra": torch.zeros(1)}, "'backbone.layers.0.extra' of a mamba2 model has no name in Meg"),
-        ({"backbone.layers.0.mixer.in_proj.weight": torch.zeros(9, 16)}, r"has shape \[9, 16\]; 96 rows are expected"),
+        ({"backbone.layers.0.extra": torch.zeros(1)}, "'backbone.layers.0.extra'.*mamba2"),
+        ({"backbone.layers.0.mixer.in_proj.weight": torch.zeros(9, 16)}, r"\[9, 16\].*96 rows"),
     ):
         with pytest.raises(CheckpointError, match=message):
             DcpTarget.plan_target(request_of(source, jobs(**changed), None, config, 100))

@@ -16,6 +16,7 @@ from statex_dist.models.layout import shard_ranges
 from statex_dist.models.registry import config_from_dict, family_of
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import GLA, load_all, run_expand, write_model
+from tests.raising import raises
 
 MODELS = {
     "gla": {**GLA, "num_heads": 8, "hidden_size": 64, "use_short_conv": True},
@@ -168,12 +169,12 @@ def test_files_that_are_not_those_of_the_layout(shards, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(tp=10**30), "its files are not those of 10+ ranks"),
-        (lambda d: d.update(tp="2"), "its files are not those of 2 ranks"),
+        (lambda d: d.update(tp=10**30), "files.*10+ ranks"),
+        (lambda d: d.update(tp="2"), "files.*2 ranks"),
         (lambda d: d.update(version=9), "version 9; only 1 is known"),
-        (lambda d: d.update(tp=3), "its files are not those of 3 ranks"),
-        (lambda d: d.update(files=["../x", "/etc/passwd"]), "its files are not those of 2 ranks"),
-        (lambda d: d["tensors"]["backbone.norm_f.weight"].update(axis=2), "ranges of tensor 'backbone.norm_f.weight'"),
+        (lambda d: d.update(tp=3), "files.*3 ranks"),
+        (lambda d: d.update(files=["../x", "/etc/passwd"]), "files.*2 ranks"),
+        (lambda d: d["tensors"]["backbone.norm_f.weight"].update(axis=2), "ranges.*'backbone.norm_f.weight'"),
         (lambda d: d["tensors"]["backbone.norm_f.weight"].update(ranges=[[[0, 99]]] * 2), "ranges of tensor"),
         (lambda d: d["tensors"]["backbone.norm_f.weight"].update(ranges=[[[0, 16]]]), "ranges of tensor"),
         (lambda d: d.pop("tensors"), "KeyError"),
@@ -215,5 +216,5 @@ def test_more_ranks_than_can_share(tmp_path):
     with pytest.raises(ConfigError, match=r": 3 .* axis 0 .*: 1, 2, 4$"):
         reshard(tmp_path / "hf", tmp_path / "out", to="tp", tp=3)
     (tmp_path / "hf/config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"--to tp from hf .* config\.json"):
+    with raises(CheckpointError, "--to tp", "config.json"):
         reshard(tmp_path / "hf", tmp_path / "out", to="tp", tp=2)

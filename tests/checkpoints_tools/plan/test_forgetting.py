@@ -22,6 +22,7 @@ from launch.cli import main
 from statex_dist.errors import ConfigError
 from statex_dist.models.registry import config_from_dict
 from statex_dist.state.laws import PAPER_FORGET, fit_line
+from tests.raising import raises
 
 GLA_1B = {
     "model_type": "gla",
@@ -269,7 +270,7 @@ def test_results_that_do_not_fit(tmp_path: Path):
     with pytest.raises(ConfigError, match="no prompt"):
         read_measurement(health_file(tmp_path, positions={}), config)
     (tmp_path / "collapse.json").write_text('{"suite": "recall"}')
-    with pytest.raises(ConfigError, match="is not a result of `statex eval collapse`"):
+    with raises(ConfigError, "statex eval collapse"):
         read_measurement(tmp_path, config)
     with pytest.raises(ConfigError, match="--health "):
         gather_evidence(config, health=str(tmp_path / "nowhere"))

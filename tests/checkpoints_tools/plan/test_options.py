@@ -8,6 +8,7 @@ from checkpoints_tools.plan.options import RECIPES, PlanOptions, plan_model
 from statex_dist.errors import ConfigError
 from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import GLA, MAMBA2
+from tests.raising import raises
 
 GLA_1B3 = {
     **{"model_type": "gla", "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4},
@@ -54,18 +55,18 @@ class TestPlanFile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "must hold a list of rows"),
-            ("layers: 3", "must hold a list of rows"),
+            ("", "list of rows"),
+            ("layers: 3", "list of rows"),
             ("[", "is not YAML"),
-            ("- 3", "row 1: needs one of 'layer' and 'layers', not 3"),
-            ("- op: mix_heads", "row 1: needs one of 'layer' and 'layers'"),
+            ("- 3", "row 1: .*'layer' and 'layers', not 3"),
+            ("- op: mix_heads", "row 1: .*'layer' and 'layers'"),
             ("- {layer: 0, layers: all}", "row 1: needs one of"),
-            ("- {layer: 0}\n- {layer: 1, heads: 2}", r"row 2: unknown keys \['heads'\]; allowed: layer, layers, op"),
-            ("- {layer: 0, init: zero}", "--init 'zero' is not one of"),
+            ("- {layer: 0}\n- {layer: 1, heads: 2}", r"row 2: .*\['heads'\].*layer, layers, op"),
+            ("- {layer: 0, init: zero}", "--init 'zero'"),
             ("- {layer: 0}\n- {layer: 0}", r"layers \[0\] are already expanded"),
-            ("- {layer: 7}", "layer 7 is out of range"),
+            ("- {layer: 7}", "layer 7.*range"),
             ("- {layer: 0, factor: most}", "--factor 'most' is neither"),
-            ("- {layer: -1}", "--layers '-1' is not a rule"),
+            ("- {layer: -1}", "--layers '-1'"),
         ],
     )
     def test_bad_files(self, tmp_path, text, message):
@@ -113,8 +114,8 @@ class TestTargetState:
                 {"target_state": "9x"},
                 r"merge_heads .* 4 .*\(4\.00x\)",
             ),
-            ({"target_state": "2x", "layers": "0"}, r"the closest is 4 times in layers \[0\] \(1\.12x\)"),
-            ({"target_state": "1.5x", "factor": 3}, "4 heads do not divide into groups of 3"),
+            ({"target_state": "2x", "layers": "0"}, r"4 times.*\[0\] \(1\.12x\)"),
+            ({"target_state": "1.5x", "factor": 3}, "4 heads.*groups of 3"),
         ],
     )
     def test_out_of_reach(self, options, message):
@@ -123,7 +124,7 @@ class TestTargetState:
 
     def test_nothing_left_to_expand(self):
         config = plan_model(config_from_dict(GLA), PlanOptions(layers="all", factor=2))
-        with pytest.raises(ConfigError, match="every recurrent layer is expanded already"):
+        with raises(ConfigError, "expanded already"):
             plan_model(config, PlanOptions(target_state="4x"))
 
 
@@ -148,14 +149,14 @@ class TestRecipes:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "mine"}, "--recipe 'mine' is not one of statex-paper-gla, statex-paper-merge"),
+        ({"recipe": "mine"}, "--recipe 'mine'.*statex-paper-gla.*statex-paper-merge"),
         (
             {"recipe": "statex-paper-gla", "factor": 2, "init": "inherit"},
             "--recipe .* --factor, --init ",
         ),
         ({"plan": "x.yaml", "layers": "all"}, "--plan .* --layers "),
         ({"plan": "x.yaml", "reset_dynamics": True}, "--plan .* --reset-dynamics "),
-        ({"op": "merge"}, "--op 'merge' is not one of merge_heads, mix_heads, grow_state"),
+        ({"op": "merge"}, "--op 'merge'.*merge_heads.*mix_heads.*grow_state"),
     ],
 )
 def test_options_that_clash(options, message):

@@ -51,11 +51,11 @@ def test_small_models_have_no_threshold(values):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"world_size": 0}, "--world-size must be 1 or more, not 0"),
-        ({"seq_len": 0}, "--seq-len must be 1 or more"),
-        ({"segment_tokens": -1}, "--segment-tokens must be 0 or more"),
-        ({"precision": "fp16"}, "--precision must be one of bf16, fp32, not 'fp16'"),
-        ({"world_size": 4, "context": 3}, "--context 3 does not divide --world-size 4"),
+        ({"world_size": 0}, "--world-size.*not 0"),
+        ({"seq_len": 0}, "--seq-len must"),
+        ({"segment_tokens": -1}, "--segment-tokens must"),
+        ({"precision": "fp16"}, "--precision.*bf16, fp32, not 'fp16'"),
+        ({"world_size": 4, "context": 3}, "--context 3.*--world-size 4"),
     ],
 )
 def test_refuses_nonsense(options, message):

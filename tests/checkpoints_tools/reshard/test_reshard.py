@@ -97,12 +97,12 @@ def test_names_and_shapes_must_be_those_of_the_config(tmp_path):
 def test_wrong_options_and_markers(tmp_path):
     write_run(tmp_path / "run", GLA, 1, manifest=False)
     for options, message in (
-        ({"to": "gguf"}, "--to 'gguf' is not available; allowed: hf, zero3, tp, megatron"),
+        ({"to": "gguf"}, "--to 'gguf'.*hf, zero3, tp, megatron"),
         ({"dtype": "fp8"}, "fp8"),
         ({"to": "tp"}, "--to tp needs --tp"),
         ({"to": "tp", "tp": 3}, ": 3 tensor-parallel ranks"),
-        ({"tp": 2}, "--tp 2 is for --to tp, not hf"),
-        ({"world_size": 2}, "--world-size 2 is for --to zero3, not hf"),
+        ({"tp": 2}, "--tp 2.*--to tp, not hf"),
+        ({"world_size": 2}, "--world-size 2.*--to zero3, not hf"),
         ({"to": "zero3", "world_size": 0}, "--world-size .* 0$"),
         ({"to": "zero3", "dtype": "bf16"}, "--dtype"),
     ):

@@ -14,6 +14,7 @@ from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import load_all
+from tests.raising import raises
 
 pytestmark = pytest.mark.distributed
 
@@ -76,8 +77,8 @@ def test_a_tag_can_be_named(run):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("*_1_*optim*", "optim states of rank 1 are missing"),
-        ("*_0_*model*", "model states of rank 0 are missing"),
+        ("*_1_*optim*", "optim states.*rank 1"),
+        ("*_0_*model*", "model states.*rank 0"),
         ("*_1_*", "2 ranks; .* 1$"),
     ],
 )
@@ -94,7 +95,7 @@ def test_extra_rank(damaged):
     with pytest.raises(CheckpointError, match=r"2 ranks; .* 3$"):
         open_source(damaged)
     shutil.copy(next(damaged.glob("bf16*_1_*")), damaged / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    with pytest.raises(CheckpointError, match="two files of rank 1"):
+    with raises(CheckpointError, "two files", "rank 1"):
         open_source(damaged)
 
 
@@ -131,7 +132,7 @@ def test_wrong_arithmetic(damaged):
         open_source(damaged)
     content["optimizer_state_dict"]["zero_stage"] = ZeroStageEnum(2)
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match="ZeRO stage 2; only stage 3"):
+    with raises(CheckpointError, "stage 2", "stage 3"):
         open_source(damaged)
 
 

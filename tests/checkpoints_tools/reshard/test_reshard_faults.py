@@ -146,7 +146,7 @@ def test_a_disk_too_small_is_refused_before_a_byte_is_written(tmp_path, layout):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        with pytest.raises(CheckpointError, match=r"No space left on device: \d+ bytes are needed, \d+ are free"):
+        with pytest.raises(CheckpointError, match=r"No space .*\d+ bytes .*\d+ are free"):
             reshard(tmp_path / "in", disk / "out", **TARGETS[layout])
         assert list(disk.iterdir()) == []
     finally:

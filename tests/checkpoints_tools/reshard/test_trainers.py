@@ -17,6 +17,7 @@ from checkpoints_tools.verify.inspect import inspect
 from statex_dist.errors import CheckpointError
 from statex_dist.models.source import open_source
 from tests.checkpoints_tools.builders import load_all, read_tensor
+from tests.raising import raises
 
 pytestmark = pytest.mark.distributed
 
@@ -192,7 +193,7 @@ def test_stage_2(runs, tmp_path):
     summary = reshard(checkpoint, tmp_path / "out")
     assert summary.kind == "hf"
     assert any("stage 1 or 2" in note for note in summary.source_notes)
-    with pytest.raises(CheckpointError, match=r"ZeRO stage 1 or 2.*optimizer states"):
+    with raises(CheckpointError, "ZeRO stage 1 or 2", "optimizer states"):
         reshard(checkpoint, tmp_path / "zero3", to="zero3", world_size=2)
     with pytest.raises(CheckpointError, match=r"zero_to_fp32\.py"):
         reshard(checkpoint / "global_step2", tmp_path / "zero3")
@@ -237,7 +238,7 @@ def test_an_incomplete_model_is_not_written(copy, tmp_path):
     assert "2 of 20" in facts.problem
     assert "backbone.embeddings.weight" in facts.problem
     for to in ("hf", "megatron"):
-        with pytest.raises(CheckpointError, match=r"lacks tensors .*'backbone\.embeddings\.weight'.*2 of 20"):
+        with raises(CheckpointError, "backbone.embeddings.weight", "2 of 20"):
             reshard(checkpoint, tmp_path / "out", to=to)
     (checkpoint / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"exclude_frozen_parameters.* 2 tensors"):

@@ -140,7 +140,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, raw, cache,
         assert len(leftovers(cache)) > 0
         store = open_store(f"{server.url}/ds", cache_dir=cache)
         store.read(3, 0, 0, 1)  # another shard
-    assert "left by a process that ended while it fetched" in caplog.text
+    assert "left by a process" in caplog.text
     assert leftovers(cache) == []
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_cached_shard_is_fetched_again(tmp_path, dataset, cache, caplo
         assert digest(open_store(url, cache_dir=cache)) == expected()
         again = [name for name in (server.requests - before) if name.startswith("shard")]
         assert [name.removesuffix(".zstd") for name in again] == ["shard.00002.mds"]
-        assert f"fetching it again from {url}" in caplog.text
+        assert f"again from {url}" in caplog.text
         # ... and when the origin has no good copy either, that is said.
         harm(raw_files(cache)[2])
         server.always[again[0]] = "flip"
@@ -323,11 +323,11 @@ def test_a_full_disk(tmp_path, small_disk, caplog, remote):
         assert digest(open_store(f"{server.url}/ds" if remote else path, cache_dir=small_disk)) == expected()
         (path / "manifest.json").unlink()
         assert digest(open_store(f"{server.url}/ds" if remote else path, cache_dir=small_disk)) == expected()
-        assert f"the cache {small_disk} is full; removed all its shards" in caplog.text
+        assert f"{small_disk} is full" in caplog.text
         for shard in raw_files(small_disk):
             shutil.rmtree(shard.parent)
         (small_disk / "something").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
-        message = rf"no room in the cache {small_disk} \(No space left on device\): \d+ bytes are needed, \d+ are free"
+        message = rf"{small_disk} .*\d+ bytes .*\d+ are free"
         with pytest.raises(ShardError, match=message):
             digest(open_store(f"{server.url}/ds" if remote else path, cache_dir=small_disk))
     assert leftovers(small_disk) == []

@@ -11,8 +11,9 @@ import pytest
 from statex_dist.data.formats import open_store
 from statex_dist.data.storage.mds import has_streaming, load_streaming
 from statex_dist.data.store import sequential_documents
-from statex_dist.errors import ConfigError, DataError
+from statex_dist.errors import ConfigError, CorruptShardError, DataError
 from tests.data.synthetic import all_documents, assert_same, make_documents, write_mds
+from tests.raising import raises
 
 LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
 
@@ -118,7 +119,7 @@ def test_flipped_header_without_hashes_is_still_noticed(dataset):
     content = bytearray((dataset / "shard.00000.mds").read_bytes())
     content[5] ^= 64  # the first sample's offset
     (dataset / "shard.00000.mds").write_bytes(content)
-    with pytest.raises(DataError, match="is not a readable MDS shard of tokens"):
+    with raises(CorruptShardError, "shard.00000.mds", "MDS shard"):
         read_all(dataset)
 
 
@@ -154,14 +155,14 @@ def test_open_store_messages(tmp_path, dataset):
         ("{", "not a readable MDS index"),
         (json.dumps({"version": 2, "shards": []}), "with 0 shards"),
         (json.dumps(index | {"version": 3}), "MDS version 3"),
-        (json.dumps(index).replace("shard.00000.mds", "../shard"), "is not a plain file name"),
-        (json.dumps(index).replace('"tokens"', '"text"'), r"no column 'tokens' \(there are: text\)"),
-        (json.dumps(index).replace("ndarray:uint16", "str"), "column 'tokens' must be one-dimensional ndarray"),
-        (json.dumps(index).replace("ndarray:uint16", "ndarray:uint16:4"), "column 'tokens' must be"),
-        ("[" * 200_000, "is not a readable MDS index .ValueError: it is nested too deeply"),
-        ("[]", "is not a readable MDS index .TypeError"),
-        (json.dumps(index | {"shards": "ab"}), "its shards are 'ab', not a list"),
-        (json.dumps(index | {"shards": [None]}), r"index\.json: shard 0 is not a readable MDS entry"),
+        (json.dumps(index).replace("shard.00000.mds", "../shard"), "file name"),
+        (json.dumps(index).replace('"tokens"', '"text"'), r"column 'tokens'.*: text"),
+        (json.dumps(index).replace("ndarray:uint16", "str"), "column 'tokens'.*one-dimensional ndarray"),
+        (json.dumps(index).replace("ndarray:uint16", "ndarray:uint16:4"), "column 'tokens' must"),
+        ("[" * 200_000, "MDS index .ValueError"),
+        ("[]", "MDS index .TypeError"),
+        (json.dumps(index | {"shards": "ab"}), "shards.*'ab'"),
+        (json.dumps(index | {"shards": [None]}), r"index\.json: shard 0.*MDS entry"),
     ):
         (dataset / "index.json").write_text(damage)
         with pytest.raises(DataError, match=message):

@@ -21,6 +21,7 @@ from statex_dist.errors import ConfigError, CorruptShardError, DataError, ShardE
 from tests.data.options import make_loader
 from tests.data.storage.loopback import s3_server, serve, upload, write_manifest
 from tests.data.synthetic import all_documents, make_documents, write_mds
+from tests.raising import raises
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = make_documents([1000, 1, 255, 256, 2000, 3, *[700] * 20])
@@ -208,7 +209,7 @@ def test_a_missing_index_and_a_damaged_one(tmp_path, raw):
         with pytest.raises(DataError, match=rf"{server.url}/nowhere .*index\.json"):
             open_store(f"{server.url}/nowhere", cache_dir=tmp_path / "cache")
         (raw / "index.json").write_text("<html>log in first</html>")
-        with pytest.raises(DataError, match=rf"{server.url}/ds/index\.json is not a readable MDS index"):
+        with raises(DataError, f"{server.url}/ds/index.json"):
             open_store(f"{server.url}/ds", cache_dir=tmp_path / "cache")
 
 
@@ -219,10 +220,10 @@ def test_damage_on_the_way_and_at_the_origin(tmp_path, dataset, caplog):
     with serve(tmp_path) as server:
         server.faults[name] = ["flip"]
         assert_same(open_store(f"{server.url}/ds", cache_dir=tmp_path / "cache"))
-        assert f"{server.url}/ds/{name} is damaged (xxh64 differs from the index); downloading it again" in caplog.text
+        assert f"{server.url}/ds/{name} is damaged (xxh64 differs" in caplog.text
         server.always[name] = "flip"
         store = open_store(f"{server.url}/ds", cache_dir=tmp_path / "other")
-        message = rf"^{server.url}/ds/{name} is damaged .*, downloaded twice: the remote copy is damaged; restore it"
+        message = rf"^{server.url}/ds/{name} .*downloaded twice"
         with pytest.raises(ShardError, match=message):
             assert_same(store)
 
@@ -341,7 +342,7 @@ def test_urls():
     assert split_url("s3:/bucket/x") == ("s3", "s3://bucket/x"), "what a Path makes of it"
     assert split_url("dbfs:/Volumes/x") == ("dbfs", "dbfs:/Volumes/x")
     assert split_url("file:/x") == ("file", "file:///x")
-    with pytest.raises(ConfigError, match=r"'ftp' .*http, https, s3, gs"):
+    with raises(ConfigError, "ftp", "http", "https", "s3", "gs"):
         split_url("ftp://host/x")
 
 

@@ -21,6 +21,7 @@ from statex_dist.data.store import sequential_documents
 from statex_dist.errors import ConfigError, DataError, ShardError
 from tests.data.storage.tars import flip, read_all
 from tests.data.synthetic import all_documents, assert_same, make_documents, write_tar
+from tests.raising import raises
 
 LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
 
@@ -185,7 +186,7 @@ def test_abort_closes_the_file_and_leaves_no_index(tmp_path):
 def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"size 0 .* 1\.\."):
         write_tar(tmp_path / "a", [], shard_bytes=0)
-    with pytest.raises(ConfigError, match=r"'bz2'.* none, gz, zstd"):
+    with raises(ConfigError, "bz2", "none", "gz", "zstd"):
         write_tar(tmp_path / "b", [], compression="bz2")
 
 
@@ -252,7 +253,7 @@ def test_a_shard_that_unpacks_to_more_than_the_index_says_is_refused(tmp_path, c
     decompress(shard, bomb, tmp_path / "raw")
     assert (tmp_path / "raw").read_bytes() == bytes(5000)
     # A full disk is not the shard's fault: the cache makes room and tries again.
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space"):
         decompress(shard, bomb, Path("/dev/full"))
     for damage in (b"text" * 100, bomb.read_bytes()[:-5]):
         bomb.write_bytes(damage)
@@ -263,7 +264,7 @@ def test_a_shard_that_unpacks_to_more_than_the_index_says_is_refused(tmp_path, c
 def test_an_unknown_compression_is_refused(tmp_path):
     path = write_tar(tmp_path / "ds", make_documents([4000] * 4), compression="gz")
     edit_index(path, lambda shard: shard.update(compression="lzma"))
-    with pytest.raises(ShardError, match=r"tar\.gz: .*'lzma' .* none, zstd, gz, bz2"):
+    with raises(ShardError, "tar.gz", "lzma", "none", "zstd", "gz", "bz2"):
         read_all(path)
 
 
@@ -329,7 +330,7 @@ def test_a_member_index_that_does_not_fit_its_tar_is_refused(dataset, row, colum
     rows = np.load(path)
     rows[row, column] = value
     np.save(path, rows)
-    message = rf"shard-00001\.tar\.index\.npy does not fit .*shard-00001\.tar: document {row} lies outside of its 20480"
+    message = rf"shard-00001\.tar\.index\.npy .*shard-00001\.tar: document {row} .*20480"
     with pytest.raises(ShardError, match=message):
         read_shard(dataset, 1)
 
@@ -363,17 +364,17 @@ def test_a_damaged_index_is_refused(dataset):
     index = json.loads((dataset / "shards.json").read_text())
     text = json.dumps(index)
     for damage, message in (
-        ("{", r"shards\.json is not a readable tar index"),
-        ("[]", "is not a readable tar index"),
-        (json.dumps(index | {"shards": [{}]}), "is not a readable tar index"),
-        (json.dumps(index | {"shards": []}), "format 'wds', version 1, 0 shards; needed: 'wds', 1 and at least one"),
+        ("{", r"shards\.json.*tar index"),
+        ("[]", "tar index"),
+        (json.dumps(index | {"shards": [{}]}), "tar index"),
+        (json.dumps(index | {"shards": []}), "'wds', version 1, 0 shards"),
         (json.dumps(index | {"version": 2}), "version 2, 4 shards"),
         (json.dumps(index | {"format": "mds"}), "format 'mds'"),
-        (text.replace("shard-00000.tar", "../shard"), r"'\.\./shard' is not a plain file name"),
-        (text.replace("uint16", "object"), "dtype is 'object'; allowed: uint8, uint16"),
-        ("[" * 200_000, "is not a readable tar index .ValueError: it is nested too deeply"),
-        (json.dumps(index | {"shards": 5}), "its shards are 5, not a list"),
-        (json.dumps(index | {"shards": [None]}), "shard 0 is not a readable tar index entry"),
+        (text.replace("shard-00000.tar", "../shard"), r"'\.\./shard'"),
+        (text.replace("uint16", "object"), "dtype.*'object'.*uint8, uint16"),
+        ("[" * 200_000, "tar index .ValueError"),
+        (json.dumps(index | {"shards": 5}), "shards are 5"),
+        (json.dumps(index | {"shards": [None]}), "shard 0.*index entry"),
     ):
         (dataset / "shards.json").write_text(damage)
         with pytest.raises(DataError, match=message):

@@ -18,6 +18,7 @@ from statex_dist.data.formats import open_store
 from statex_dist.data.store import sequential_documents
 from statex_dist.errors import DataError, ShardError
 from tests.data.synthetic import all_documents, assert_same, make_documents
+from tests.raising import raises
 
 LENGTHS = [2, 255, 256, 257, 1000, 1, 70000, 3, 12]
 
@@ -161,7 +162,7 @@ def test_samples_and_tars_without_tokens_are_left_out_loudly(tmp_path, caplog):
     make_tar(tmp_path / "ds" / "b.tar", [])
     make_tar(tmp_path / "ds" / "c.tar", [("._c.npy", b"macOS"), ("nosuffix", b"?"), ("c.npy", npy(documents[1]))])
     assert_same(all_documents(open_store(tmp_path / "ds", cache_dir=tmp_path / "c")), documents)
-    assert "a.tar: 2 samples without any of tokens.npy, input_ids.npy, npy are left out" in caplog.text
+    assert "a.tar: 2 samples without any of tokens.npy, input_ids.npy, npy" in caplog.text
     assert "b.tar holds no documents" in caplog.text
     assert "c.tar:" not in caplog.text
 
@@ -178,40 +179,40 @@ NPY = GOOD[1]
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.txt", b"x")], r"no sample has tokens \(allowed: tokens\.npy, input_ids\.npy, npy; there are: txt\)"),
-        ([], "its 1 tars hold no documents; give tars of token ids"),
-        ([("a.npy", npy(np.zeros(3)))], r"member 'a\.npy' holds <f8 of shape \(3,\); allowed: one-dim.* uint8, uint16"),
-        ([("a.npy", npy(np.zeros((3, 1), np.uint16)))], r"member 'a\.npy' holds <u2 of shape \(3, 1\)"),
-        ([("a.npy", npy(np.uint16(3)))], r"member 'a\.npy' holds <u2 of shape \(\)"),
-        ([("a.npy", npy(np.zeros(3, ">u2")))], r"member 'a\.npy' holds >u2 of shape \(3,\); allowed: .* little-endian"),
+        ([("a.txt", b"x")], r"tokens\.npy, input_ids\.npy, npy.* txt"),
+        ([], "1 tars.*no documents"),
+        ([("a.npy", npy(np.zeros(3)))], r"'a\.npy'.*<f8.*\(3,\).*uint8, uint16"),
+        ([("a.npy", npy(np.zeros((3, 1), np.uint16)))], r"'a\.npy'.*<u2.*\(3, 1\)"),
+        ([("a.npy", npy(np.uint16(3)))], r"'a\.npy'.*<u2.*\(\)"),
+        ([("a.npy", npy(np.zeros(3, ">u2")))], r"'a\.npy'.*>u2.*\(3,\).*little-endian"),
         ([("a.npy", npy(np.zeros(3, bool)))], r"member 'a\.npy' holds \|b1"),
         ([("a.npy", npy(np.zeros(3, [("a", "<u2")])))], r"member 'a\.npy' holds \|V2"),
-        ([("a.npy", b"")], r"member 'a\.npy' is not a readable npy array .*; write it with numpy\.save"),
-        ([("a.npy", b"text")], r"member 'a\.npy' is not a readable npy array"),
-        ([("a.npy", NPY[:60])], r"member 'a\.npy' is not a readable npy array"),
-        ([("a.npy", NPY[:6] + b"\3" + NPY[7:])], r"member 'a\.npy' is not a readable npy array"),
-        ([("a.npy", NPY[:6] + b"\x63" + NPY[7:])], r"member 'a\.npy' is not a readable npy array"),
-        ([("a.npy", NPY[:8] + b"\xff\xff" + NPY[10:] + b" " * 70000)], r"member 'a\.npy' is not a readable npy array"),
-        ([("a.npy", NPY.replace(b"'descr'", b"((((((("))], r"member 'a\.npy' is not a readable npy array"),
-        ([("a.npy", NPY.replace(b"(5,)", b"(6,)"))], r"'a\.npy' claims 6 values of uint16, but has 138 bytes"),
+        ([("a.npy", b"")], r"'a\.npy'.*npy array.*numpy\.save"),
+        ([("a.npy", b"text")], r"'a\.npy'.*npy array"),
+        ([("a.npy", NPY[:60])], r"'a\.npy'.*npy array"),
+        ([("a.npy", NPY[:6] + b"\3" + NPY[7:])], r"'a\.npy'.*npy array"),
+        ([("a.npy", NPY[:6] + b"\x63" + NPY[7:])], r"'a\.npy'.*npy array"),
+        ([("a.npy", NPY[:8] + b"\xff\xff" + NPY[10:] + b" " * 70000)], r"'a\.npy'.*npy array"),
+        ([("a.npy", NPY.replace(b"'descr'", b"((((((("))], r"'a\.npy'.*npy array"),
+        ([("a.npy", NPY.replace(b"(5,)", b"(6,)"))], r"'a\.npy'.* 6 .*uint16.* 138 bytes"),
         ([("a.npy", NPY.replace(b"(5,)", b"(-1,)").replace(b"  \n", b" \n"))], r"'a\.npy' claims -1 values"),
-        ([("a.npy", NPY[:-1])], r"member 'a\.npy' claims 5 values of uint16, but has 137 bytes; write it again"),
+        ([("a.npy", NPY[:-1])], r"'a\.npy'.* 5 .*uint16.* 137 bytes"),
         (
             [GOOD, ("b.npy", npy(np.zeros(3, np.int64)))],
-            r"member 'b\.npy' holds int64, the tar's other tokens are",
+            r"'b\.npy'.*int64",
         ),
-        ([GOOD, GOOD], r"member 'good\.tokens\.npy' is there twice in one sample"),
+        ([GOOD, GOOD], r"'good\.tokens\.npy'.*twice"),
         (
             [GOOD, ("good.loss_mask.npy", npy(np.ones(4, np.uint8)))],
-            r"loss_mask\.npy' has 4 entries for the 5",
+            r"loss_mask\.npy'.*4 entries.* 5",
         ),
         ([GOOD, ("good.loss_mask.npy", npy(np.ones(5, np.int64)))], r"loss_mask\.npy' holds <i8 .*: .* uint8, bool"),
         (
             [GOOD, ("good.lengths.npy", npy(np.array([2, 2])))],
-            r"'good\.lengths\.npy' does not add up to the 5 tokens of 'good",
+            r"'good\.lengths\.npy'.*5 tokens.*'good",
         ),
-        ([GOOD, ("good.lengths.npy", npy(np.array([6, -1])))], r"'good\.lengths\.npy' does not add up to the 5 tokens"),
-        ([GOOD, ("good.lengths.npy", npy(np.array([1 << 63, 1 << 63, 5], np.uint64)))], "does not add up to the 5"),
+        ([GOOD, ("good.lengths.npy", npy(np.array([6, -1])))], r"'good\.lengths\.npy'.*5 tokens"),
+        ([GOOD, ("good.lengths.npy", npy(np.array([1 << 63, 1 << 63, 5], np.uint64)))], "add up.* 5"),
     ],
 )
 def test_foreign_members_that_are_no_tokens_are_refused(tmp_path, members, message):
@@ -237,10 +238,10 @@ def test_a_pickle_in_an_array_is_refused_and_not_run(tmp_path):
     header = npy(np.zeros(3, np.uint64))[:128].replace(b"'<u8'", b"'|O' ")
     for content in (npy(array), header + pickle.dumps(Exploit(target)), pickle.dumps(Exploit(target))):
         for name in ("a.npy", "a.tokens.npy"):
-            with pytest.raises(DataError, match=rf"member '{re.escape(name)}' (holds \|O|is not a readable npy)"):
+            with pytest.raises(DataError, match=rf"'{re.escape(name)}' .*(\|O|readable npy)"):
                 open_store(first_tar(tmp_path, [GOOD, (name, content)]), cache_dir=tmp_path / "cache")
     for name in ("lengths.npy", "loss_mask.npy"):
-        with pytest.raises(DataError, match=rf"member 'good\.{re.escape(name)}' holds \|O"):
+        with raises(DataError, f"good.{name}", "|O"):
             open_store(first_tar(tmp_path, [GOOD, (f"good.{name}", npy(array))]), cache_dir=tmp_path / "cache")
     assert not target.exists()
     with pytest.raises((ValueError, TypeError, AttributeError)):
@@ -283,7 +284,7 @@ def test_hostile_members_leave_nothing_on_disk(tmp_path):
     assert not [p for p in cache.rglob("*") if p.is_symlink()]
     assert {p.parent.name for p in cache.rglob("*") if p.is_file()} == {"tar-index"}
     bad = first_tar(tmp_path / "names", [GOOD, ("../\n\x1b[31m.tokens.npy", b"")])
-    with pytest.raises(DataError, match=r"member '\.\./\\n\\x1b\[31m\.tokens\.npy' is not") as caught:
+    with raises(DataError, r"../\n\x1b[31m.tokens.npy") as caught:
         open_store(bad, cache_dir=cache)
     assert str(caught.value).isprintable()
 
@@ -311,19 +312,19 @@ def test_damaged_foreign_tars_are_refused(tmp_path):
     sparse[148:156] = b" " * 8
     sparse[148:156] = b"%06o\0 " % sum(sparse)
     for damage, message in (
-        (b"", r"x\.tar is empty, not even an empty tar"),
-        (b"no tar" * 1000, r"x\.tar is not a tar file \(no header at byte 0: .*\); restore it or write it again"),
-        (gzip.compress(whole), r"x\.tar is not a tar file"),
-        (whole[:1000], r"x\.tar is truncated \(member '0\.npy' of 728 bytes at byte 512 passes the end\); restore"),
-        (whole[:member], r"x\.tar is truncated \(it has no end-of-archive mark\)"),
-        (whole[: member + 100], r"x\.tar is truncated \(it has no end-of-archive mark\)"),
+        (b"", r"x\.tar is empty"),
+        (b"no tar" * 1000, r"x\.tar.*byte 0:"),
+        (gzip.compress(whole), r"x\.tar.*tar file"),
+        (whole[:1000], r"x\.tar.*truncated.*'0\.npy'.*728 bytes.*byte 512"),
+        (whole[:member], r"x\.tar.*truncated.*end-of-archive"),
+        (whole[: member + 100], r"x\.tar.*truncated.*end-of-archive"),
         # tarfile, and webdataset with it, takes this one for the end and reads one document of three.
-        (changed(member, b"x"), rf"x\.tar is a damaged tar file \(no header at byte {member}: bad checksum\)"),
-        (changed(512 + 30, b"\0"), r"x\.tar: member '0\.npy' is not a readable npy array"),
-        (whole + whole, r"x\.tar goes on behind its end-of-archive mark at byte \d+ \(tars joined by cat\?\)"),
-        (sized(member, b"\x80" + b"\xff" * 11), r"truncated \(member '1\.npy' of \d+ bytes .* passes the end\)"),
-        (sized(member, b"\xff" * 12), r"x\.tar: member '1\.npy' has a size of -1 bytes; write the tar again"),
-        (changed(member, bytes(sparse)), r"member '1\.npy' is stored sparse; write the tar without --sparse"),
+        (changed(member, b"x"), rf"x\.tar.*byte {member}: bad checksum"),
+        (changed(512 + 30, b"\0"), r"x\.tar: member '0\.npy'"),
+        (whole + whole, r"x\.tar.*end-of-archive.*byte \d+ .*cat\?"),
+        (sized(member, b"\x80" + b"\xff" * 11), r"truncated \(member '1\.npy'"),
+        (sized(member, b"\xff" * 12), r"x\.tar: member '1\.npy'.*-1 bytes"),
+        (changed(member, bytes(sparse)), r"'1\.npy'.*--sparse"),
     ):
         path.write_bytes(damage)
         with pytest.raises(DataError, match=message):
@@ -336,10 +337,10 @@ def test_damaged_foreign_tars_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"GNU.sparse.major": "1"}, "is stored sparse; write the tar without --sparse"),
-        ({"size": "-5"}, "has a size of '-5' bytes; write the tar again"),
-        ({"size": "1" * 18}, rf"truncated \(member '{'n' * 3}.npy' of {'1' * 18} bytes"),
-        ({"comment": "x" * (1 << 20)}, r"bytes of attributes; allowed: 1048576"),
+        ({"GNU.sparse.major": "1"}, "--sparse"),
+        ({"size": "-5"}, "size of '-5'"),
+        ({"size": "1" * 18}, rf"truncated \(member '{'n' * 3}.npy' of {'1' * 18}"),
+        ({"comment": "x" * (1 << 20)}, r"attributes.* 1048576"),
     ],
 )
 def test_hostile_attributes_are_refused(tmp_path, attributes, message):
@@ -364,7 +365,7 @@ def test_damaged_gz_and_a_tar_in_both_forms(tmp_path):
     with pytest.raises(ShardError, match=r"part-001\.tar\.gz .* \d+ bytes, .* \d+\b"):
         store.read(1, 0, 0, 1)
     (path / "part-001.tar.gz").write_bytes(gzip.compress(b"not a tar"))
-    with pytest.raises(DataError, match=r"part-001\.tar\.gz is not a tar file|part-001\.tar\.gz is truncated"):
+    with pytest.raises(DataError, match=r"part-001\.tar\.gz .*(tar file|truncated)"):
         open_store(path, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.unpacked"))
     (path / "part-000.tar").write_bytes(gzip.decompress((path / "part-000.tar.gz").read_bytes()))

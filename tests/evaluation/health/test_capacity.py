@@ -108,11 +108,11 @@ def test_the_exact_interval_is_clopper_and_pearsons():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lengths": ()}, "lengths must be different numbers of 1 or more"),
-        ({"lengths": (4, 4)}, "lengths must be different numbers of 1 or more"),
-        ({"depths": 0}, "depths must be 1 or more"),
-        ({"threshold": 95.0}, "threshold must be a share above 0 and at most 1, not 95.0"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"lengths": ()}, "lengths must"),
+        ({"lengths": (4, 4)}, "lengths must"),
+        ({"depths": 0}, "depths must"),
+        ({"threshold": 95.0}, "threshold.*not 95.0"),
+        ({"seed": -1}, "seed must"),
     ],
 )
 def test_refuses_nonsense(options, message):
@@ -250,11 +250,11 @@ def test_small_models_have_laws_too(tmp_path: Path, capsys):
         (
             {"loss_rise": 1.0},
             "model",
-            r"collapse results differ in loss_rise: 0.5 \(.*a.coll.*\), 1.0 \(.*b.coll.*\); a law",
+            r"loss_rise: 0.5 \(.*a.coll.*\), 1.0 \(.*b.coll.*\)",
         ),
-        ({"variance_factor": 8.0}, "heads", "collapse results differ in variance_factor: 4.0 .* 8.0"),
-        ({"length": 4096}, "model", "collapse results differ in length / train_length: 8.0 .* 2.0"),
-        ({"prompts": ["text"]}, "model", r'differ in prompts: \["newlines", "text"\] .* \["text"\]'),
+        ({"variance_factor": 8.0}, "heads", "variance_factor: 4.0 .* 8.0"),
+        ({"length": 4096}, "model", "length / train_length: 8.0 .* 2.0"),
+        ({"prompts": ["text"]}, "model", r'prompts: \["newlines", "text"\] .* \["text"\]'),
         ({"variance_factor": 8.0}, "model", None),
         ({"loss_rise": 1.0}, "heads", None),
     ],
@@ -282,9 +282,9 @@ def test_recall_of_two_families_or_thresholds_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("suite", "name", "value", "message"),
     [
-        ("collapse", "verdict", None, "collapse.json is not a result of `statex eval collapse`: it has no verdict.col"),
-        ("collapse", "verdict.heads_collapsed", None, "it has no verdict.heads_collapsed; run it again"),
-        ("collapse", "settings.train_length", "64", "settings.train_length is '64'; run it again"),
+        ("collapse", "verdict", None, "collapse.json.*`statex eval collapse`.*verdict.col"),
+        ("collapse", "verdict.heads_collapsed", None, "verdict.heads_collapsed"),
+        ("collapse", "settings.train_length", "64", "settings.train_length.*'64'"),
         ("collapse", "settings.train_length", 0, "settings.train_length is below 1"),
         ("collapse", "model.state_numbers", True, "model.state_numbers is True"),
         ("collapse", "model.model_type", None, "it has no model.model_type"),
@@ -330,4 +330,4 @@ def test_too_few_results_are_said(tmp_path: Path, capsys, monkeypatch):
     with pytest.raises(DataError, match=r"`statex.*collapse`"):
         find_results([tmp_path / "r"])
     assert main(["eval", "laws", str(tmp_path / "r"), "--out", str(tmp_path / "out2"), "--judge", "me"]) == 2
-    assert "--judge 'me' is not one of model, heads" in capsys.readouterr().err
+    assert "--judge 'me'" in capsys.readouterr().err

@@ -423,8 +423,8 @@ def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     said = " ".join(capsys.readouterr().out.split())
     assert "loss healthy, x " in said
     assert "0 of 10 heads" in said
-    assert "trained at 32 tokens (given by --train-length)" in said
-    assert "WARNING: 96 tokens are too few for the verdict on heads" in said
+    assert "32 tokens (given by --train-length)" in said
+    assert "WARNING: 96 tokens" in said
     from statex_dist.evaluation.health import collapse
 
     calls, real = [], collapse._stream
@@ -513,7 +513,7 @@ def test_the_training_length_may_stand_in_the_config(saved, tmp_path: Path, caps
     (tmp_path / "config.json").write_text(json.dumps({**GLA, "train_length": 4096}))
     assert training_length(SimpleNamespace(model=str(tmp_path), train_length=None)) == (4096, "config.json")
     assert training_length(SimpleNamespace(model=str(tmp_path), train_length="2K")) == (2048, "--train-length")
-    unknown = r"was trained on is not known: its config.json has no 'train_length'; give .*data-stats SHARDS. shows"
+    unknown = r"config.json.*'train_length'.*data-stats SHARDS"
     with pytest.raises(ConfigError, match=unknown):
         training_length(SimpleNamespace(model=str(saved), train_length=None))
     with pytest.raises(ConfigError, match="--train-length '1,2'"):
@@ -523,23 +523,23 @@ def test_the_training_length_may_stand_in_the_config(saved, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_length": 8}, "train_length must be 16 or more, not 8"),
+        ({"train_length": 8}, "train_length.*not 8"),
         (
             {"length": 63},
-            "length 63 is below two training lengths of 32 tokens; give 64 or more, and more than 128 to see",
+            "length 63 .* 32 tokens.* 64 .*128",
         ),
         ({"prompts": ()}, "no prompt given"),
-        ({"prompts": ("tabs",)}, "prompt 'tabs' is unknown; prompts of collapse: newlines, text, data"),
+        ({"prompts": ("tabs",)}, "prompt 'tabs'.*newlines, text, data"),
         ({"prompts": ("text", "text")}, "name one twice"),
-        ({"prompts": ("data",)}, "'data' and --data PATH belong together"),
-        ({"data": "x"}, "'data' and --data PATH belong together"),
-        ({"sequences": 0}, "sequences must be 1 or more"),
-        ({"variance_factor": 1.0}, "variance_factor must be above 1, not 1.0"),
-        ({"loss_rise": float("nan")}, "loss_rise must be above 0, not nan"),
-        ({"every": 24}, "train_length 32 and length 256 must be multiples of the mitigation's every=24; change either"),
-        ({"sustained": 0.0}, "sustained must be a share above 0"),
-        ({"segment_length": 0}, "segment length must be 1 or more"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"prompts": ("data",)}, "'data' and --data PATH"),
+        ({"data": "x"}, "'data' and --data PATH"),
+        ({"sequences": 0}, "sequences must"),
+        ({"variance_factor": 1.0}, "variance_factor.*not 1.0"),
+        ({"loss_rise": float("nan")}, "loss_rise.*not nan"),
+        ({"every": 24}, "train_length 32.*length 256.*every=24"),
+        ({"sustained": 0.0}, "sustained must"),
+        ({"segment_length": 0}, "segment length"),
+        ({"seed": -1}, "seed must"),
     ],
 )
 def test_refuses_nonsense(options, message):

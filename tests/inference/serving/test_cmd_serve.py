@@ -53,7 +53,7 @@ def test_a_server_says_where_it_is_and_ends_orderly(model_dir):
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == b"data: [DONE]"
         assert process.wait(PATIENCE_SECONDS) == 0
-        assert "stopping: no more requests are taken" in process.stderr.read()
+        assert "stopping:" in process.stderr.read()
     finally:
         process.kill()
         process.communicate()

@@ -83,7 +83,7 @@ def test_three_hundred_half_open_connections_harm_nobody(model_dir, tmp_path):
     assert 'statex_connections_timed_out_total{waiting_for="head"} 300.0' in text
     assert "statex_connections 1.0" in text
     assert log.stat().st_size < MOST_LOG_BYTES
-    assert "295 more in 60 s or less like: closed a connection" in log.read_text()
+    assert "295 more in 60 s" in log.read_text()
 
 
 def test_more_connections_than_descriptors_harm_nobody(model_dir, tmp_path):
@@ -108,4 +108,4 @@ def test_a_flood_of_garbage_writes_a_bounded_log(model_dir, tmp_path):
                 assert read_to_end(connection).startswith(b"HTTP/1.1 400")
         check_others_are_answered(url)
     assert log.stat().st_size < MOST_LOG_BYTES
-    assert "495 more in 60 s or less like: Invalid HTTP request received." in log.read_text()
+    assert "495 more in 60 s" in log.read_text()

@@ -94,7 +94,7 @@ def test_a_wrong_field_is_named_with_what_is_allowed(fields, param, words):
         (b'{"model": "m", "prompt": "\\ud800"}', "not valid JSON.*lone surrogate"),
         (b'{"model": "m", "prompt": "\\udc00 "}', "not valid JSON.*lone surrogate"),
         (b"[" * 100_000, "recursion limit"),
-        (b"[]", "the body is []; give a JSON object"),
+        (b"[]", "body is []"),
         (b"{}", "model is missing"),
         (b'{"model": "m"}', "prompt is missing"),
     ],
@@ -143,11 +143,11 @@ def test_a_text_that_must_have_too_many_tokens_is_not_tokenized():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("max_batch_size", 0, "--max-batch-size must be 1 or more, not 0"),
-        ("max_queue", -1, "--max-queue must be 0 or more, not -1"),
-        ("max_tokens", 0, "--max-tokens must be 1 or more, not 0"),
-        ("request_timeout", 0.0, "--request-timeout must be above 0 seconds, not 0"),
-        ("request_timeout", float("nan"), "--request-timeout must be above 0 seconds, not nan"),
+        ("max_batch_size", 0, "--max-batch-size.*not 0"),
+        ("max_queue", -1, "--max-queue.*not -1"),
+        ("max_tokens", 0, "--max-tokens.*not 0"),
+        ("request_timeout", 0.0, "--request-timeout.*not 0"),
+        ("request_timeout", float("nan"), "--request-timeout.*not nan"),
     ],
 )
 def test_limits_that_would_take_nothing_are_refused(name, value, words):

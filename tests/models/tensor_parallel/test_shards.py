@@ -22,6 +22,7 @@ from statex_dist.models.tensor_parallel.model import load_tensor_parallel
 from statex_dist.models.tensor_parallel.shards import check_replicas, read_layout, read_part, read_shard
 from statex_dist.models.tensor_parallel.share import TensorShare
 from tests.models.tiny import CONFIGS, build, gla_config
+from tests.raising import raises
 
 SHARE = TensorShare(rank=1, size=2)
 OWN = file_name(1, 2)
@@ -87,14 +88,14 @@ def test_one_process_reads_shards_of_several_ranks(made, shards):
 
 def test_a_missing_file_is_named(shards):
     (shards / OWN).unlink()
-    with pytest.raises(CheckpointError, match=rf"{OWN} is missing; {LAYOUT_NAME} lists it"):
+    with raises(CheckpointError, OWN, "missing", LAYOUT_NAME):
         read(shards)
 
 
 def test_a_truncated_file_is_noticed_with_and_without_a_manifest(shards):
     content = (shards / OWN).read_bytes()
     (shards / OWN).write_bytes(content[:-100])
-    with pytest.raises(CheckpointError, match=rf"{OWN} has {len(content) - 100} bytes; MANIFEST.json says"):
+    with raises(CheckpointError, OWN, len(content) - 100, "MANIFEST.json"):
         read(shards)
     (shards / MANIFEST_NAME).unlink()
     with pytest.raises(CheckpointError, match=rf"{OWN} is truncated"):
@@ -103,7 +104,7 @@ def test_a_truncated_file_is_noticed_with_and_without_a_manifest(shards):
 
 def test_a_file_of_another_model_of_the_same_shape_is_refused(made, shards):
     shutil.copy(made / "other" / "tp2" / OWN, shards)
-    with pytest.raises(CheckpointError, match=rf"{OWN} is damaged, changed or of another model: its digest differs"):
+    with raises(CheckpointError, OWN, "digest differs"):
         read(shards)
 
 
@@ -114,7 +115,7 @@ def test_a_changed_description_of_the_model_is_refused(shards, name):
     changed = content.replace('"norm_eps": 1e-06', '"norm_eps": 9e-01') if name == CONFIG_NAME else content + " "
     assert changed != content
     (shards / name).write_text(changed)
-    with pytest.raises(CheckpointError, match=rf"{name} (is damaged, changed or of another model|has \d+ bytes)"):
+    with pytest.raises(CheckpointError, match=rf"{name} (is damaged|has \d+ bytes)"):
         read(shards)
     (shards / MANIFEST_NAME).unlink()
     read(shards)
@@ -130,7 +131,7 @@ def test_ranks_with_different_configs_are_refused(shards, monkeypatch):
         return [value, (other.to_dict(), value[1])]
 
     monkeypatch.setattr(TensorShare, "gather_objects", gather)
-    wanted = r"config.json of rank 1 is another than that of rank 0: they differ in norm_eps; copy it from one machine"
+    wanted = r"config.json of rank 1 .*rank 0: .*norm_eps"
     with pytest.raises(CheckpointError, match=wanted):
         check_replicas(shards, config, tensors, layout, TensorShare(rank=0, size=2))
 
@@ -138,7 +139,7 @@ def test_ranks_with_different_configs_are_refused(shards, monkeypatch):
 def test_a_file_of_another_rank_is_refused_without_a_manifest(shards, caplog, monkeypatch):
     (shards / MANIFEST_NAME).unlink()
     shutil.copy(shards / file_name(0, 2), shards / OWN)
-    with pytest.raises(CheckpointError, match=rf"{OWN} says that it is rank 0 of 2: it was renamed"):
+    with raises(CheckpointError, OWN, "rank 0 of 2"):
         read(shards)
     caplog.set_level(logging.WARNING, logger="statex_dist")
     monkeypatch.setattr(logging.getLogger("statex_dist"), "propagate", True)
@@ -148,7 +149,7 @@ def test_a_file_of_another_rank_is_refused_without_a_manifest(shards, caplog, mo
 
 def test_files_that_the_manifest_does_not_know_are_refused(shards):
     edit(shards / MANIFEST_NAME, lambda content: content["files"].pop(OWN))
-    with pytest.raises(CheckpointError, match=rf"{OWN} is not one of the files that MANIFEST.json lists"):
+    with raises(CheckpointError, OWN, "not one", "MANIFEST.json"):
         read(shards)
 
 
@@ -159,8 +160,8 @@ def test_a_config_of_another_plan_does_not_fit_the_shards(shards):
         lambda content: (content.update(model_type="gla", hidden_act="swish"), content.pop("statex")),
     )
     wanted = (
-        rf"{LAYOUT_NAME}: rank 1 holds rows .* of model.layers.0.attn.\w+.weight \[.*; config.json asks for rows .*; "
-        r"make the shards again: statex reshard --to tp --tp 2"
+        rf"{LAYOUT_NAME}: rank 1 .* model.layers.0.attn.\w+.weight \[.*; config.json .*"
+        r"statex reshard --to tp --tp 2"
     )
     with pytest.raises(CheckpointError, match=wanted):
         read(shards)
@@ -169,10 +170,10 @@ def test_a_config_of_another_plan_does_not_fit_the_shards(shards):
 def test_a_config_of_another_model_names_what_the_shards_lack(shards):
     (shards / MANIFEST_NAME).unlink()
     edit(shards / CONFIG_NAME, lambda content: content.update(num_hidden_layers=3))
-    with pytest.raises(CheckpointError, match=rf"{LAYOUT_NAME} lacks tensors of the model in config.json: model.layer"):
+    with raises(CheckpointError, LAYOUT_NAME, "lacks", "config.json", r"model.layers"):
         read(shards)
     edit(shards / CONFIG_NAME, lambda content: content.update(num_hidden_layers=1))
-    with pytest.raises(CheckpointError, match=rf"{LAYOUT_NAME} has unknown tensors of the model in config.json: "):
+    with raises(CheckpointError, LAYOUT_NAME, "unknown", "config.json"):
         read(shards)
 
 
@@ -181,11 +182,11 @@ def test_a_tensor_that_does_not_fit_the_layout_is_named(shards):
     tensors = load_file(shards / OWN)
     name = "model.layers.0.attn.v_proj.weight"
     save_file(tensors | {name: tensors[name][1:]}, shards / OWN)
-    with pytest.raises(CheckpointError, match=rf"{OWN}: tensor '{name}' has shape .*; {LAYOUT_NAME} asks for"):
+    with raises(CheckpointError, OWN, name, "shape", LAYOUT_NAME):
         read(shards)
     tensors.pop(name)
     save_file(tensors, shards / OWN)
-    with pytest.raises(CheckpointError, match=rf"{OWN} lacks tensor '{name}' of this model"):
+    with raises(CheckpointError, OWN, "lacks", name):
         read(shards)
 
 
@@ -195,5 +196,5 @@ def test_a_model_with_softmax_layers_is_refused(tmp_path):
     reshard(tmp_path / "hf", directory, to="tp", tp=1)
     (directory / MANIFEST_NAME).unlink()
     edit(directory / CONFIG_NAME, lambda content: content.update(attn={"layers": [1], "num_heads": 4}))
-    with pytest.raises(ConfigError, match=r"can be expanded and inspected but not run here: layers \[1\] are softmax"):
+    with raises(ConfigError, "layers [1]", "softmax"):
         load_tensor_parallel(directory, TensorShare())

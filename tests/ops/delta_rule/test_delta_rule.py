@@ -13,6 +13,7 @@ from statex_dist.ops import backends, fla_api
 from statex_dist.ops.delta_rule import delta_decode, delta_rule, dispatch
 from statex_dist.ops.delta_rule.torch_forms import naive_delta_rule
 from tests.ops.scan_cases import assert_close, borders, run_with_gradients
+from tests.raising import raises
 
 KEYS, VALUES = 5, 7
 DECAYS = ("scalar", "channel")
@@ -223,14 +224,14 @@ def test_no_tokens_leave_the_state_as_it_was(backend):
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match="scan backend 'fast' is not one of auto, kernel, chunked, naive"):
+    with raises(ConfigError, "fast", "auto", "kernel", "chunked", "naive"):
         delta_rule(**delta_inputs(decay="scalar", tokens=5), backend="fast")
 
 
 @every_decay
 @pytest.mark.parametrize("chunk_size", [0, 2, 48, -4])
 def test_bad_chunk_size_is_refused(decay, chunk_size):
-    with pytest.raises(ConfigError, match=f"chunk_size must be a power of two from 4, not {chunk_size}"):
+    with raises(ConfigError, "chunk_size", f"from 4, not {chunk_size}"):
         delta_rule(**delta_inputs(decay=decay, tokens=5), backend="chunked", chunk_size=chunk_size)
 
 

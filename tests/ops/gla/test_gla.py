@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from statex_dist.errors import ConfigError
 from statex_dist.ops.gla import gla, gla_decode
 from tests.ops.scan_cases import assert_close, borders, gla_inputs, run_with_gradients
+from tests.raising import raises
 
 
 def compare(inputs, *, tolerance=1e-11, chunk_size=64, **options):
@@ -44,12 +45,12 @@ def test_any_chunk_size_gives_the_same_numbers(chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [0, 2, 48, -4])
 def test_bad_chunk_size_is_refused(chunk_size):
-    with pytest.raises(ConfigError, match=f"chunk_size must be a power of two from 4, not {chunk_size}"):
+    with raises(ConfigError, "chunk_size", f"from 4, not {chunk_size}"):
         gla(**gla_inputs(tokens=5), backend="chunked", chunk_size=chunk_size)
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match="scan backend 'fast' is not one of auto, kernel, triton, chunked, naive"):
+    with raises(ConfigError, "fast", "auto", "kernel", "triton", "chunked", "naive"):
         gla(**gla_inputs(tokens=5), backend="fast")
 
 
@@ -170,11 +171,11 @@ class TestPacking:
 
     @pytest.mark.parametrize("marks", [[0, 5], [1, 10], [0, 6, 4, 10]])
     def test_wrong_borders_are_refused(self, marks):
-        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of tokens 10"):
+        with raises(ValueError, "cu_seqlens", "from 0", "tokens 10"):
             gla(**gla_inputs(tokens=10), cu_seqlens=torch.tensor(marks), backend="chunked")
 
     def test_a_batch_of_packed_rows_is_refused(self):
-        with pytest.raises(ValueError, match="need a batch of 1, not 2"):
+        with raises(ValueError, "batch of 1", "not 2"):
             gla(**gla_inputs(batch=2, tokens=10), cu_seqlens=torch.tensor([0, 10]), backend="chunked")
 
 

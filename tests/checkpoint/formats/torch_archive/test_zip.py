@@ -34,6 +34,7 @@ from statex_dist.checkpoint.formats.torch_archive.pickle import (
 from statex_dist.checkpoint.formats.torch_archive.reader import StateDictSource
 from statex_dist.checkpoint.formats.torch_archive.zip import open_archive
 from statex_dist.errors import CheckpointError
+from tests.raising import raises
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16),
@@ -316,7 +317,7 @@ def test_damage_is_found(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             open_archive(path)
     path.write_bytes(whole[:-50])
-    with pytest.raises(CheckpointError, match=r"is truncated or not a torch\.save file"):
+    with raises(CheckpointError, path, "torch.save"):
         open_archive(path)
     path.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
@@ -326,7 +327,7 @@ def test_damage_is_found(tmp_path):
 def test_other_zip_files_are_refused(tmp_path):
     path = tmp_path / "x.pt"
     for names, compression, message in (
-        (["x/data.pkl", "y/data.pkl"], zipfile.ZIP_STORED, "its entries lie in 2 folders"),
+        (["x/data.pkl", "y/data.pkl"], zipfile.ZIP_STORED, "2 folders"),
         (["x/data.pkl"], zipfile.ZIP_DEFLATED, "compressed entries"),
         (["x/other"], zipfile.ZIP_STORED, "it has no data.pkl"),
     ):
@@ -352,7 +353,7 @@ def test_an_archive_of_a_large_directory_is_refused_before_it_is_read(tmp_path):
         for number in range(520):
             archive.writestr(f"x/{number:04d}" + "y" * 65_000, b"")
     assert complaint(path) is not None
-    with pytest.raises(CheckpointError, match=r"a directory of \d+ bytes; at most"):
+    with pytest.raises(CheckpointError, match=r"directory of \d+ bytes"):
         open_archive(path)
 
 

@@ -17,6 +17,7 @@ from statex_dist.ops.gla import gla
 from statex_dist.ops.gla.triton.segments import cut_segments
 from statex_dist.ops.ssd import ssd
 from tests.ops.scan_cases import assert_close, borders, delta_inputs, gla_inputs, run_with_gradients, ssd_inputs
+from tests.raising import raises
 
 HEADS, KEYS, VALUES = 3, 5, 7
 STATE_BYTES = HEADS * KEYS * VALUES * 8
@@ -196,7 +197,7 @@ def test_autocast_leaves_the_scan_alone():
 
 def test_states_of_another_shape_are_refused():
     """The kernels would write after the tensors' ends."""
-    with pytest.raises(ValueError, match=r"initial_state must be \(3, 2, 6, 10\), not \(1, 2, 6, 10\)"):
+    with raises(ValueError, "initial_state", "(3, 2, 6, 10)", "(1, 2, 6, 10)"):
         gla(
             **gla_inputs(tokens=30),
             backend="triton",
@@ -208,9 +209,9 @@ def test_states_of_another_shape_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk_size": 8}, "chunk_size must be a power of two from 16, not 8"),
-        ({"chunk_size": 48}, "chunk_size must be a power of two from 16, not 48"),
-        ({"max_state_bytes": 0}, "max_state_bytes must be 1 or more, not 0"),
+        ({"chunk_size": 8}, "chunk_size.*not 8"),
+        ({"chunk_size": 48}, "chunk_size.*not 48"),
+        ({"max_state_bytes": 0}, "max_state_bytes.*not 0"),
     ],
 )
 def test_bad_options(options, message):
@@ -220,14 +221,14 @@ def test_bad_options(options, message):
 
 def test_other_dtypes_are_refused():
     inputs = {name: x.half() for name, x in gla_inputs(tokens=20).items()}
-    with pytest.raises(ConfigError, match="computes in fp32 or bf16, not float16"):
+    with raises(ConfigError, "fp32", "bf16", "float16"):
         gla(**inputs, backend="triton")
 
 
 def test_other_scans_have_no_such_backend():
-    with pytest.raises(ConfigError, match="scan backend 'triton' is not one of auto, kernel, chunked, naive"):
+    with raises(ConfigError, "triton", "auto", "kernel", "chunked", "naive"):
         ssd(**ssd_inputs(tokens=5), backend="triton")
-    with pytest.raises(ConfigError, match="scan backend 'triton' is not one of auto, kernel, chunked, naive"):
+    with raises(ConfigError, "triton", "auto", "kernel", "chunked", "naive"):
         delta_rule(**delta_inputs(tokens=5), backend="triton")
 
 
