@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from statex_dist.train.callback import Callback
@@ -73,6 +75,12 @@ class Failing(Callback):
             self.fail()
         if self.hook == "record":
             record["figure"] = object()
+        if self.hook == "exit":
+            sys.exit(3)
+        if self.hook == "no figure":
+            del record["loss"]
+        if self.hook == "own figure":
+            record["eval"] = 1.0
 
     def on_save(self, step) -> None:
         if self.hook == "on_save":
@@ -83,6 +91,8 @@ class Failing(Callback):
             self.fail()
 
     def state_dict(self):
+        if self.hook == "list":
+            return [1]
         return {"value": object()} if self.hook == "state_dict" else {}
 
 
