@@ -87,6 +87,7 @@ class RunContext:
         observe_states: Whether the engine is to measure the layers' states in the step that begins; ``pre_step`` may
             set it, the loop resets it.
         wanted: ``save`` or ``best`` where a checkpoint is to follow this step; see :meth:`request_save`.
+        lost_best: Steps whose checkpoints were to be the best and could not be saved.
     """
 
     run_dir: Path
@@ -98,6 +99,7 @@ class RunContext:
     callbacks: Callbacks
     observe_states: bool = False
     wanted: Literal["", "save", "best"] = ""
+    lost_best: set[int] = field(default_factory=set)
 
     @property
     def rank(self) -> int:

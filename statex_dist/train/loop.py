@@ -322,4 +322,6 @@ class Trainer:
         elif written:
             self._beat("end of a save")
             self.checkpoints.finish()
+        self.context.lost_best |= self.checkpoints.lost_best
+        self.checkpoints.lost_best = set()
         return time.perf_counter() - start
