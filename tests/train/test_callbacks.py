@@ -179,6 +179,7 @@ def test_optimizers_and_schedules_that_cannot_be_made_are_refused():
         (f"{TOY}:Momentum", {"no": 1}, "cannot be made with its options"),
         (f"{TOY}:NoCallback", {}, "cannot be made|is not a torch.optim.Optimizer"),
         (f"{TOY}:Gone", {}, "cannot be imported"),
+        (f"{TOY}:NoRate", {}, "without lr"),
     ):
         with pytest.raises(ConfigError, match=words):
             OptimizerConfig(name=name, options=options).build(parameters, no_decay=(), roles={"w": "base"})

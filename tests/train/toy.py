@@ -107,6 +107,15 @@ class Momentum(torch.optim.SGD):
         super().__init__(params, lr=lr, momentum=speed)
 
 
+class NoRate(torch.optim.SGD):
+    """An optimizer whose groups have no learning rate."""
+
+    def __init__(self, params, lr: float):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            del group["lr"]
+
+
 def staircase(config, done: int, length: int, *, height: int = 2) -> float:
     """A schedule with one option: halve every ``height`` steps."""
     return 0.5 ** (done // height)
