@@ -278,6 +278,8 @@ def parse_entry(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if len(entry) != 1:
         raise ConfigError(f"callbacks: an entry is a name, or one name with its options; not {shown(entry)}")
     ((name, options),) = entry.items()
+    if not isinstance(name, str):
+        raise ConfigError(f"callbacks: a name is a text, not {shown(name)}")
     CALLBACKS.check(name)
     if not isinstance(options or {}, Mapping):
         raise ConfigError(f"callbacks: the options of {shown(name)} are a mapping, not {shown(options)}")

@@ -99,6 +99,7 @@ def test_a_registered_callback_has_a_name(tmp_path: Path, shards: Path):
         ([{f"{TOY}:HookLog": 3}], "are a mapping"),
         ([f"{TOY}:HookLog", f"{TOY}:HookLog"], "listed twice"),
         ([{"a:B": {}, "c:D": {}}], "one name with its options"),
+        ([{5: {}}], "a name is a text"),
     ],
 )
 def test_entries_that_are_no_callbacks_are_refused(entries, words):
