@@ -63,7 +63,7 @@ class Checkpoints:
         mark: A file that exists as long as the run's directory is the one that this process began in.
 
     Attributes:
-        lost_best: Steps whose saves were to be the best and have failed; whoever reads it empties it.
+        lost_best: Steps whose saves were to be the best and have failed; the loop takes them.
     """
 
     def __init__(
