@@ -63,6 +63,8 @@ class EvalConfig:
                 raise ConfigError(f"eval.{name} must be 1 or more, not {getattr(self, name)}")
         if not 0 <= self.held_out <= 0.5:
             raise ConfigError(f"eval.held_out is a share of the documents, from 0 to 0.5, not {self.held_out}")
+        if self.data is not None and not (self.data and all(self.paths.values())):
+            raise ConfigError("eval.data is empty; give prepared data, or null for none")
         if self.data and self.held_out:
             raise ConfigError("eval: give either eval.data or eval.held_out")
         if self.keep_best and not (self.data or self.held_out):

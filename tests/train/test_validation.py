@@ -387,6 +387,8 @@ def test_best_leads_to_the_best_checkpoint_that_is_there(tmp_path: Path, directo
         ({"held_out": 0.6}, "eval.held_out is a share"),
         ({"held_out": 0.1, "data": "x"}, "either eval.data or eval.held_out"),
         ({"keep_best": True}, "eval.keep_best needs"),
+        ({"data": ""}, "eval.data is empty"),
+        ({"data": {"books": ""}}, "eval.data is empty"),
         ({"tokens": 0}, "eval.tokens must be 1 or more"),
     ],
 )
