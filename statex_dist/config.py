@@ -108,6 +108,7 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
     try:
         with contextlib.redirect_stdout(printed):
             namespace = parser.parse_args(list(argv))
+        remember_all(namespace.as_dict())
         values = parser.instantiate(namespace).as_dict()
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         advice = "; --print_config shows every setting" if "unrecognized arguments" in str(error) else ""

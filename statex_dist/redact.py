@@ -5,7 +5,7 @@ Three rules are applied to every text, in this order:
 1. **Remembered secrets**: parts of the URLs that this process was given (:func:`remember`) and keys in its environment
    are replaced wherever they occur, percent-encoded or not. Libraries print parts of a URL, not only whole ones.
 2. **URLs**: user info, query and fragment of any scheme.
-3. **Headers and parameters** that carry credentials by their name.
+3. **Headers, parameters and options** that carry credentials by their name.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ _SECRET_NAME = re.compile(r"sig|token|secret|passw|key|cred|auth|policy|amz|goog
 # Of a signed URL: "host", "3600" and "AWS4-HMAC-SHA256" stand in many texts.
 _PUBLIC_NAME = re.compile(r"(?:x-(?:amz|goog)-)?(?:signedheaders|expires|algorithm|date|content-sha256)", re.IGNORECASE)
 _VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSPHRASE|KEY)$")
+_OPTION = re.compile(
+    r"(?:.*_)?(?:api_?key|access_key|secret|secret_key|password|passwd|passphrase|(?:api|auth|access|bearer)_token)|token",
+    re.IGNORECASE,
+)
+"""Names of options, of a user's callback perhaps, whose values are secrets; ``eos_token`` and the like are none."""
 
 _secrets: dict[str, dict[int, set[str]]] = {}
 """Remembered secrets by their first :data:`_SHORTEST` characters, then by length, the greatest first.
@@ -74,7 +79,7 @@ def redacted(value: Any) -> Any:
             value = _shown(value)
         return _without_urls(_without_remembered(value, words=False) if _secrets else value)
     if isinstance(value, Mapping):
-        return {key: redacted(item) for key, item in value.items()}
+        return {key: MARK if _is_secret(key, item) else redacted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(item) for item in value]
     return value
@@ -128,7 +133,7 @@ def remember_found(text: str) -> None:
 
 
 def remember_all(value: Any) -> None:
-    """Remember the secrets of every URL in a nested value."""
+    """Remember the secrets in a nested value: those of every URL, and options with the name of a secret."""
     if isinstance(value, str):
         remember_found(value)
         for whole in (value, value.partition("=")[2]):  # or an argument
@@ -136,9 +141,14 @@ def remember_all(value: Any) -> None:
                 remember(whole)  # with blanks or quotes in its password
     elif isinstance(value, Mapping):
         remember_all([*value, *value.values()])
+        _remember(*(item for key, item in value.items() if _is_secret(key, item)))
     elif isinstance(value, list | tuple):
         for item in value:
             remember_all(item)
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, str) and bool(value and _OPTION.fullmatch(key))
 
 
 def remember_environment() -> None:

@@ -59,7 +59,7 @@ class Registry:
         module, _, attribute = part.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # a user's module may fail in any way
+        except (Exception, SystemExit) as error:  # a user's module may fail in any way, or be a script that exits
             raise ConfigError(
                 f"{self.option} {shown(name)} cannot be imported: {reason(error)}; the module must be installed or on "
                 "PYTHONPATH"

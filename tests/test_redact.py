@@ -9,7 +9,7 @@ import pytest
 
 from statex_dist import redact as module
 from statex_dist.errors import ConfigError, StateXError, bounded_line
-from statex_dist.redact import bare_url, holds_secret, redact, redacted, remember, remember_all
+from statex_dist.redact import MARK, bare_url, holds_secret, redact, redacted, remember, remember_all
 
 
 @pytest.fixture(autouse=True)
@@ -256,3 +256,17 @@ def test_a_parameter_without_a_value_is_no_secret():
     assert redact("a token, a key and a download") == "a token, a key and a download"
     remember("http://host/shards?5ig-Without-Name1")
     assert redact("5ig-Without-Name1") == "***"
+
+
+def test_options_with_the_name_of_a_secret():
+    options = {
+        "api_key": "k-5e8c1f",
+        "eos_token": "</s>",
+        "num_key_value_heads": 4,
+        "token": "t-77ab42",
+        "password": "",
+    }
+    shown = {**options, "api_key": MARK, "token": MARK}
+    assert redacted([{"package:Callback": options}]) == [{"package:Callback": shown}]
+    remember_all({"callbacks": [{"package:Callback": options}]})
+    assert redact("refused: k-5e8c1f, t-77ab42, </s>") == f"refused: {MARK}, {MARK}, </s>"

@@ -38,11 +38,15 @@ def write_durably(path: Path, content: str | bytes, *, fsync: bool = True, many_
         fsync: Whether this also holds after a power cut, and the new contents are on disk at the return.
         many_writers: Whether several threads or processes may write it at once; each has a temporary file of its own.
     """
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)  # a device or a pipe, which a rename would replace
+        return
     own = f"-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}" if many_writers else ""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}{own}")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             if fsync:
                 file.flush()
                 os.fsync(file.fileno())

@@ -90,10 +90,17 @@ class JsonlJournal:
             record: JSON-able, without NaN.
             fsync: Whether it is on disk, and not only with the system, at the return.
         """
-        with self.path.open("ab") as file:
-            file.write(_line(record))
+        rest = memoryview(_line(record))
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            # On a full disk a part of the line may get there, and the next record would continue it.
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)
+                raise
             if fsync:
-                file.flush()
                 os.fsync(file.fileno())
 
     def rewrite(self, records: Iterable[Any]) -> None:

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 DOUBTFUL_KEY = "after_bad_steps"
 """Says in a manifest that the step before the save was bad: its weights may be the cause."""
 
+BEST_KEY = "best"
+"""Says in a manifest that the checkpoint was the best one so far when it was written."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavePolicy:
@@ -48,7 +51,7 @@ def prune(checkpoints: Path, policy: SavePolicy) -> None:
     for tag, step in tags.items():  # newest first
         if step in kept or sound == policy.keep_last:
             continue
-        doubtful = _is_doubtful(checkpoints / tag)
+        doubtful = _says(checkpoints / tag, DOUBTFUL_KEY)
         if not kept or not doubtful:
             kept.add(step)
         sound += not doubtful
@@ -70,6 +73,25 @@ def mark_best(checkpoints: Path, tag: str) -> None:
         logger.warning("%s cannot be made: %s", checkpoints / BEST_NAME, refusal(error))
 
 
+def settle_best(checkpoints: Path) -> None:
+    """Have ``best`` lead to the newest checkpoint that was written as the best.
+
+    A kill may have come between that save and its link, and the one that the link leads to may be damaged or gone.
+    """
+    tags = complete_tags(checkpoints)
+    linked = best_step(checkpoints)
+    gone = linked >= 0 and linked not in map(step_of, tags)
+    for tag in tags:
+        if (step_of(tag) or 0) <= linked and not gone:
+            return
+        if _says(checkpoints / tag, BEST_KEY):
+            mark_best(checkpoints, tag)
+            return
+    if gone:
+        logger.warning("%s leads to a checkpoint that is gone, and is removed", checkpoints / BEST_NAME)
+        (checkpoints / BEST_NAME).unlink(missing_ok=True)
+
+
 def best_step(checkpoints: Path) -> int:
     """Return the step of the tag that ``best`` leads to; -1 where there is none."""
     try:
@@ -79,9 +101,9 @@ def best_step(checkpoints: Path) -> int:
     return -1 if step is None else step
 
 
-def _is_doubtful(checkpoint: Path) -> bool:
+def _says(checkpoint: Path, key: str) -> bool:
     try:
-        return bool(Manifest.read(checkpoint).info.get(DOUBTFUL_KEY))
+        return bool(Manifest.read(checkpoint).info.get(key))
     except CheckpointError:
         return False
 

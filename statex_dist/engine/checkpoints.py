@@ -33,7 +33,7 @@ from statex_dist.checkpoint.leftovers import remove_leftovers
 from statex_dist.checkpoint.manifest import Manifest, commit_directory
 from statex_dist.durable.files import write_durably
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.checkpoint_retention import DOUBTFUL_KEY, SavePolicy, mark_best, prune
+from statex_dist.engine.checkpoint_retention import BEST_KEY, DOUBTFUL_KEY, SavePolicy, mark_best, prune, settle_best
 from statex_dist.engine.documents import Documents
 from statex_dist.engine.place import CheckpointPlace, Part
 from statex_dist.engine.snapshot import FileWriter, HostCopy, random_state, set_random_state
@@ -61,6 +61,9 @@ class Checkpoints:
         documents: The small text files of each checkpoint.
         policy: How to write, what to keep.
         mark: A file that exists as long as the run's directory is the one that this process began in.
+
+    Attributes:
+        lost_best: Steps whose saves were to be the best and have failed; the loop takes them.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Checkpoints:
         self._copy = HostCopy()
         self._pending: tuple[int, FileWriter, float] | None = None
         self._doubtful = self._best = False
+        self.lost_best: set[int] = set()
 
     def save(
         self,
@@ -105,6 +109,7 @@ class Checkpoints:
         """
         if self._pending is not None:
             self.finish(log_only=last)  # with room again, the last save may well succeed
+        self._doubtful, self._best = doubtful, best
         began = time.perf_counter()
         temporary = self._temporary(step)
         if problem := self.place.open(temporary):
@@ -121,7 +126,6 @@ class Checkpoints:
             retries=self.policy.retries,
         )
         self._pending = (step, writer, began)
-        self._doubtful, self._best = doubtful, best
         if behind:
             writer.start()
         else:
@@ -164,6 +168,7 @@ class Checkpoints:
 
     def _report_failure(self, step: int, problem: str, *, last: bool, log_only: bool = False) -> None:
         self.failed += 1
+        self.lost_best |= {step} if self._best else set()
         self.place.discard(self._temporary(step))
         if last or (self.failed >= MAX_FAILED_SAVES and not log_only):
             newest = next(iter(complete_tags(self.directory)), None)
@@ -186,7 +191,8 @@ class Checkpoints:
         target, temporary = self.directory / tag_of(step), self._temporary(step)
         files = self.place.require_seen(temporary, parts)
         files |= self.documents.write(temporary, step)
-        info = {"step": step, "world_size": self.engine.world_size, **({DOUBTFUL_KEY: True} if self._doubtful else {})}
+        info = {"step": step, "world_size": self.engine.world_size}
+        info |= {key: True for key, holds in ((DOUBTFUL_KEY, self._doubtful), (BEST_KEY, self._best)) if holds}
         Manifest(kind=self.engine.kind, files=files, info=info).write(temporary)
         if target.exists():
             # Only a directory without a manifest is ever in the way: resuming starts after the newest complete one.
@@ -355,6 +361,7 @@ class Checkpoints:
         if fit is not None and manifest.info.get("world_size") != ranks:
             tag = fit(self.directory, tag, ranks)
         # A kill between rename and marker, or a damaged newest one, leaves a marker that names another.
+        settle_best(self.directory)
         latest = self.directory / LATEST_NAME
         if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != tag:
             write_durably(latest, tag)

@@ -20,8 +20,13 @@ __all__ = ["MITIGATIONS", "ForgetMore", "Mitigation", "SlidingWindow", "StateNor
 
 
 def register(kind: type[Mitigation]) -> None:
-    """Add a mitigation; its name must be new."""
-    assert kind.NAME not in MITIGATIONS, kind.NAME
+    """Add a mitigation.
+
+    Raises:
+        ConfigError: Another mitigation has its name.
+    """
+    if kind.NAME in MITIGATIONS:
+        raise ConfigError(f"a mitigation {kind.NAME!r} is registered already")
     MITIGATIONS[kind.NAME] = kind
 
 

@@ -35,8 +35,13 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Add a family; its ``model_type`` must be new."""
-    assert family.model_type not in FAMILIES, family.model_type
+    """Add a family.
+
+    Raises:
+        ConfigError: Another family has its ``model_type``.
+    """
+    if family.model_type in FAMILIES:
+        raise ConfigError(f"a family of model_type {family.model_type!r} is registered already")
     FAMILIES[family.model_type] = family
 
 

@@ -198,6 +198,8 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.name {self.name} cannot be made with its options: {reason(error)}") from None
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(f"optimizer.name {self.name} is not a torch.optim.Optimizer")
+        if not all("lr" in group for group in optimizer.param_groups):
+            raise ConfigError(f"optimizer.name {self.name} has groups without lr, which the schedule sets")
         return optimizer
 
 

@@ -15,6 +15,8 @@ With ``W`` warm-up steps, ``D`` decay steps, the smallest ratio ``m`` and a sche
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import math
 import warnings
@@ -128,13 +130,23 @@ class ScheduleConfig:
         return length
 
     def factor(self, done: int, *, length: int, shape: Shape | None = None) -> float:
-        """Return the learning rate over its peak in the step after ``done`` ones, in a schedule of ``length`` steps."""
+        """Return the learning rate over its peak in the step after ``done`` ones, in a schedule of ``length`` steps.
+
+        Raises:
+            ConfigError: The schedule's function fails, or gives no learning rate.
+        """
         if done < self.warmup_steps:
             return done / self.warmup_steps
         shape = shape or self.shape
         if shape.ends and done >= length:
             return self.min_ratio
-        return shape.factor(self, done, length, **self.options)
+        try:
+            factor = float(shape.factor(self, done, length, **self.options))
+        except Exception as error:  # a user's function may fail in any way
+            raise ConfigError(f"schedule.name {self.name} fails for step {done + 1}: {reason(error)}") from None
+        if not 0 <= factor < math.inf:
+            raise ConfigError(f"schedule.name {self.name} gives {factor} for step {done + 1}: a factor is 0 or more")
+        return factor
 
     @property
     def shape(self) -> Shape:
@@ -152,17 +164,29 @@ class ScheduleConfig:
         """Return the schedule of a run of ``num_steps`` optimizer steps.
 
         Raises:
-            ConfigError: Warm-up and decay together are longer than the schedule, or its function fails.
+            ConfigError: Warm-up and decay together are longer than the schedule, or its function fails or does not
+                take the options.
         """
         length, shape = self.length(num_steps), self.shape
-        try:
-            float(self.factor(self.warmup_steps, length=length, shape=shape))
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise ConfigError(f"schedule.name {self.name} fails with its options: {reason(error)}") from None
+        with contextlib.suppress(ValueError):  # the function of an extension has no signature
+            try:
+                inspect.signature(shape.factor).bind(self, 0, length, **self.options)
+            except TypeError as error:
+                raise ConfigError(f"schedule.name {self.name} fails with its options: {reason(error)}") from None
+        self.factor(self.warmup_steps, length=length, shape=shape)
+
+        def factor(done: int) -> float:
+            try:
+                return self.factor(done, length=length, shape=shape)
+            except ConfigError:
+                if done < num_steps:
+                    raise
+                return 0.0  # torch asks for the rate of a step after the last one
+
         # A skipped step advances the schedule alone; torch warns of that as a mistake if it is the first step.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
         # A function, not an object: torch saves an object's attributes, and a resume would bring back the old ones.
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: self.factor(done, length=length, shape=shape))
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def facts(self, *, num_steps: int) -> dict[str, Any]:
         """Return the settings that decide the learning rate of a run; a checkpoint keeps them to explain a change."""

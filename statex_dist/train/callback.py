@@ -44,6 +44,12 @@ CALLBACKS = Registry("callbacks", {"tensorboard": "statex_dist.train.tensorboard
 
 HOOKS = ("on_phase", "on_start", "pre_step", "post_step", "on_evaluate", "on_save", "on_end")
 
+OWN_FIGURES = frozenset({"eval", "state_norms", "tokens", "seconds", "tokens_per_s", "memory_bytes", "mfu"})
+"""Figures that our callbacks add to some records; the files, the log line and wandb rely on their form."""
+
+_FAILURES = (Exception, SystemExit)
+"""What a user's code may raise. One rank that exits alone would leave the others waiting, and the run ``running``."""
+
 
 class CallbackError(StateXError):
     """A user's callback failed; the run ends on all ranks, and its newest checkpoint stays."""
@@ -81,6 +87,7 @@ class RunContext:
         observe_states: Whether the engine is to measure the layers' states in the step that begins; ``pre_step`` may
             set it, the loop resets it.
         wanted: ``save`` or ``best`` where a checkpoint is to follow this step; see :meth:`request_save`.
+        lost_best: Steps whose checkpoints were to be the best and could not be saved.
     """
 
     run_dir: Path
@@ -92,6 +99,7 @@ class RunContext:
     callbacks: Callbacks
     observe_states: bool = False
     wanted: Literal["", "save", "best"] = ""
+    lost_best: set[int] = field(default_factory=set)
 
     @property
     def rank(self) -> int:
@@ -129,7 +137,7 @@ class Callback:
         """Look at a step before it is made, with this rank's packs; steps count from 1."""
 
     def post_step(self, record: dict[str, Any]) -> None:
-        """Read a step's record, or add figures to it: numbers, texts, lists and mappings of these."""
+        """Read a step's record, or add figures to it, by new names: numbers, texts, lists and mappings of these."""
 
     def on_evaluate(self, step: int, results: Mapping[str, Any]) -> None:
         """Read what the validation after ``step`` gave: its mean ``loss``, ``losses`` by data set, ``targets``."""
@@ -222,11 +230,13 @@ class Callbacks:
             problem, state = None, {}
             try:
                 state = callback.state_dict() if _is_here(callback) else {}
+                if type(state) is not dict:
+                    raise TypeError(f"a state is a dictionary, not {shown(state, 80)}")
                 _check_plain(state)
-            except Exception as error:
+            except _FAILURES as error:
                 if _is_ours(callback):
                     raise
-                problem = _text(callback, "state_dict", error)
+                problem, state = _text(callback, "state_dict", error), {}
             if not _is_ours(callback) and type(callback).state_dict is not Callback.state_dict:
                 self._agree(callback, "state_dict", problem)
             if state:
@@ -268,6 +278,8 @@ def parse_entry(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if len(entry) != 1:
         raise ConfigError(f"callbacks: an entry is a name, or one name with its options; not {shown(entry)}")
     ((name, options),) = entry.items()
+    if not isinstance(name, str):
+        raise ConfigError(f"callbacks: a name is a text, not {shown(name)}")
     CALLBACKS.check(name)
     if not isinstance(options or {}, Mapping):
         raise ConfigError(f"callbacks: the options of {shown(name)} are a mapping, not {shown(options)}")
@@ -289,11 +301,13 @@ def build_callbacks(entries: Sequence[str | Mapping[str, Any]]) -> list[Callback
             raise ConfigError(f"callbacks: {name} is listed twice; derive a class of another name")
         try:
             made[name] = cls(**options)
+            made[name].name = name
         except StateXError:
             raise
-        except Exception as error:
+        except _FAILURES as error:
             raise ConfigError(f"callbacks: {name} cannot be made with its options: {reason(error)}") from None
-        made[name].name = name
+        if not isinstance(made[name].order, int | float):
+            raise ConfigError(f"callbacks: the order of {name} is a number, not {shown(made[name].order)}")
     return list(made.values())
 
 
@@ -309,16 +323,30 @@ def _problem(callback: Callback, hook: str, arguments: Sequence[Any]) -> str | N
     """Call a hook of a user's callback and return why it failed, or None."""
     if not _is_here(callback):
         return None
+    before = dict(arguments[0]) if hook == "post_step" else {}
     try:
         getattr(callback, hook)(*arguments)
         if hook == "post_step":
-            json.dumps(arguments[0])  # a record that cannot be written would end rank 0 alone
-    except Exception as error:
+            _check_record(before, arguments[0])
+    except _FAILURES as error:
         return _text(callback, hook, error)
     return None
 
 
-def _text(callback: Callback, hook: str, error: Exception) -> str:
+def _check_record(before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raise unless a record can be shown and written, which rank 0 does alone, after the ranks have agreed.
+
+    Raises:
+        ValueError: Figures of ours are gone, or others in their place.
+        TypeError: JSON cannot hold a value.
+    """
+    changed = [key for key, value in before.items() if key not in record or record[key] is not value]
+    if changed := changed or sorted(OWN_FIGURES & record.keys() - before.keys()):
+        raise ValueError(f"it changed the figure {changed[0]} of the record; add others by names of your own")
+    json.dumps(record)
+
+
+def _text(callback: Callback, hook: str, error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     logger.debug("the traceback of %s:", callback.name, exc_info=error)
     text = one_line(error) if isinstance(error, StateXError) else reason(error)

@@ -242,7 +242,7 @@ class Trainer:
         if self.engine.counts:
             self.lost_tokens += sum(pack.lost_tokens for pack in batch)
         self.context.observe_states = False
-        self.callbacks.call("pre_step", self.step + 1, batch)
+        self.callbacks.call("pre_step", self.step + 1, tuple(batch))
         self._beat("forward and backward")
         loss = self.engine.forward_backward(batch, observe_states=self.context.observe_states)
         norms = self.engine.grad_norms()
@@ -322,4 +322,6 @@ class Trainer:
         elif written:
             self._beat("end of a save")
             self.checkpoints.finish()
+        self.context.lost_best |= self.checkpoints.lost_best
+        self.checkpoints.lost_best = set()
         return time.perf_counter() - start

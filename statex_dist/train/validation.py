@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from statex_dist.batch import IGNORE_INDEX, PackedBatch
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.config import check_finite
 from statex_dist.data.collate import PackReader, PackSpec, lay_out
 from statex_dist.data.held_out import HeldOut
 from statex_dist.data.plan import Cursor, PackPlan, PackPlanOptions
 from statex_dist.data.store import ShardStore
+from statex_dist.engine.checkpoint_retention import best_step
 from statex_dist.errors import ConfigError, DataError, StateXError, os_error_text
 from statex_dist.models.config import ModelConfig
 from statex_dist.train.callback import Callback
@@ -61,6 +63,8 @@ class EvalConfig:
                 raise ConfigError(f"eval.{name} must be 1 or more, not {getattr(self, name)}")
         if not 0 <= self.held_out <= 0.5:
             raise ConfigError(f"eval.held_out is a share of the documents, from 0 to 0.5, not {self.held_out}")
+        if self.data is not None and not (self.data and all(self.paths.values())):
+            raise ConfigError("eval.data is empty; give prepared data, or null for none")
         if self.data and self.held_out:
             raise ConfigError("eval: give either eval.data or eval.held_out")
         if self.keep_best and not (self.data or self.held_out):
@@ -146,7 +150,12 @@ class Validation(Callback):
         count = max(1, config.tokens // seq_len)
         self.packs = [spec for name, store in self._stores.items() for spec in first_packs(name, store, count, seq_len)]
         self._key = f"{seq_len} {len(self.packs)} {' '.join(store.fingerprint for store in stores.values())}"
-        self.best: float | None = None
+        self._bests: list[tuple[int, float]] = []
+
+    @property
+    def best(self) -> float | None:
+        """The least loss so far; with ``keep_best``, that of the checkpoint that ``best`` leads to or is to."""
+        return self._bests[-1][1] if self._bests else None
 
     def post_step(self, record: dict[str, Any]) -> None:
         """Evaluate where it is due."""
@@ -157,8 +166,9 @@ class Validation(Callback):
         results = self.evaluate(step)
         record["eval"] = results
         record["time"]["eval"] = time.perf_counter() - start
+        self._forget_lost()
         if math.isfinite(results["loss"]) and (self.best is None or results["loss"] < self.best):
-            self.best = results["loss"]
+            self._bests = [*self._bests[-2:], (step, results["loss"])]
             if self.config.keep_best:
                 self.run.request_save(best=True)
         self.run.callbacks.call("on_evaluate", step, results)
@@ -225,15 +235,22 @@ class Validation(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best loss, and of what."""
-        return {"best": self.best, "of": self._key}
+        """Return the best loss, and of what; also those before, as the save of the newest may fail."""
+        self._forget_lost()
+        return {"best": self.best, "of": self._key, "bests": self._bests}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the best loss, unless other packs are evaluated now."""
-        if state["of"] == self._key:
-            self.best = state["best"]
-        else:
+        """Restore the best loss, unless other packs are evaluated now or its checkpoint is not there."""
+        if state["of"] != self._key:
             logger.info("the packs of the validation are others than before: the best loss starts over")
+            return
+        kept = self.run.engine.broadcast(best_step(self.run.run_dir / CHECKPOINTS_DIR))
+        known = state.get("bests", [(kept, state["best"])])
+        self._bests = [(step, loss) for step, loss in known if step == kept or not self.config.keep_best]
+
+    def _forget_lost(self) -> None:
+        """Go back to the best before where a checkpoint could not be written."""
+        self._bests = [(step, loss) for step, loss in self._bests if step not in self.run.lost_best]
 
 
 def first_packs(name: str, store: ShardStore, count: int, seq_len: int) -> list[PackSpec]:

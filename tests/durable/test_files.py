@@ -77,3 +77,13 @@ def test_a_directory_gets_its_name_when_it_is_finished(tmp_path):
     (tmp_path / "made" / "a").touch()
     rename_durably(tmp_path / "made", tmp_path / "final")
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "a"]
+
+
+def test_a_pipe_is_written_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)
+    write_durably(pipe, "contents")
+    assert os.read(reader, 100) == b"contents"
+    assert pipe.is_fifo()
+    os.close(reader)

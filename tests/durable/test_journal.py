@@ -1,6 +1,7 @@
 """Journals of killed jobs are read up to the last whole line, and continued there."""
 
 import os
+import resource
 import signal
 
 import pytest
@@ -43,6 +44,22 @@ def test_a_damaged_line_is_named(tmp_path):
         list(read_journal(path, lambda line: line["i"]))
     assert (caught.value.line, type(caught.value.cause)) == (1, TypeError)
     assert list(read_journal(tmp_path / "none")) == []
+
+
+def test_a_record_that_does_not_fit_leaves_no_part(tmp_path):
+    journal = JsonlJournal(tmp_path / "j.jsonl")
+    journal.append({"i": 0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            journal.append({"text": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    journal.append({"i": 1})
+    assert list(read_journal(journal.path)) == [{"i": 0}, {"i": 1}]
 
 
 def test_rewriting_replaces_all_records(tmp_path):

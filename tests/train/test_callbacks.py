@@ -100,6 +100,7 @@ def test_a_registered_callback_has_a_name(tmp_path: Path, shards: Path):
         ([{f"{TOY}:HookLog": 3}], "are a mapping"),
         ([f"{TOY}:HookLog", f"{TOY}:HookLog"], "listed twice"),
         ([{"a:B": {}, "c:D": {}}], "one name"),
+        ([{5: {}}], "a name is"),
     ],
 )
 def test_entries_that_are_no_callbacks_are_refused(entries, words):
@@ -107,13 +108,16 @@ def test_entries_that_are_no_callbacks_are_refused(entries, words):
         build_callbacks(entries)
 
 
-@pytest.mark.parametrize("hook", ["on_start", "post_step", "record", "on_save", "state_dict", "on_end"])
+@pytest.mark.parametrize(
+    "hook",
+    ["on_start", "post_step", "record", "exit", "no figure", "own figure", "on_save", "state_dict", "list", "on_end"],
+)
 def test_a_callback_that_fails_ends_the_run_and_is_named(tmp_path: Path, shards: Path, hook: str):
     entry = {f"{TOY}:Failing": {"hook": hook}}
     settings = {"num_steps": 4, "save_every": 2}
     with pytest.raises(CallbackError) as caught:
         train(load(tmp_path, shards, callbacks=[entry], train=settings))
-    named = "post_step" if hook == "record" else hook
+    named = {"list": "state_dict"}.get(hook, hook if hook.startswith("on_") or "_" in hook else "post_step")
     assert str(caught.value).startswith(f"callback {TOY}:Failing failed in {named}: ")
     status = read_status(tmp_path / "run")
     assert (status.state, status.exit_code, status.message) == ("failed", 1, str(caught.value))
@@ -177,15 +181,39 @@ def test_optimizers_and_schedules_that_cannot_be_made_are_refused():
         (f"{TOY}:Momentum", {"no": 1}, "its options"),
         (f"{TOY}:NoCallback", {}, "be made|torch.optim.Optimizer"),
         (f"{TOY}:Gone", {}, "cannot be imported"),
+        (f"{TOY}:NoRate", {}, "without lr"),
     ):
         with pytest.raises(ConfigError, match=words):
             OptimizerConfig(name=name, options=options).build(parameters, no_decay=(), roles={"w": "base"})
     optimizer = torch.optim.SGD([parameters[0][1]], lr=1.0)
     with raises(ConfigError, "linear", "cosine", "wsd", "constant"):
         ScheduleConfig(name="linear")
-    for name, options in ((f"{TOY}:staircase", {"no": 1}), (f"{TOY}:ONE", {})):
+    for name, options in ((f"{TOY}:staircase", {"no": 1}), (f"{TOY}:ONE", {}), ("cosine", {"no": 1})):
         with pytest.raises(ConfigError, match=r"schedule\.name"):
             ScheduleConfig(name=name, options=options).build(optimizer, num_steps=4)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), -1.0, "high", KeyError("x")])
+def test_a_schedule_that_gives_no_learning_rate_ends_the_run(factor):
+    def after_two(config, done, length):
+        if done > 1 and isinstance(factor, Exception):
+            raise factor
+        return factor if done > 1 else 1.0
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    SCHEDULES.register("after two", after_two)
+    try:
+        scheduler = ScheduleConfig(name="after two").build(optimizer, num_steps=4)
+        shorter = ScheduleConfig(name="after two").build(optimizer, num_steps=2)
+    finally:
+        SCHEDULES.unregister("after two")
+    optimizer.step()
+    scheduler.step()
+    with pytest.raises(ConfigError, match="for step 3"):
+        scheduler.step()
+    shorter.step()
+    shorter.step()  # there is no third step, whose rate torch asks for
+    assert shorter.get_last_lr() == [0.0]
 
 
 # ---- TensorBoard

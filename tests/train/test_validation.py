@@ -18,6 +18,7 @@ from statex_dist.config import parse_config
 from statex_dist.data.formats import open_store
 from statex_dist.data.held_out import HeldOut
 from statex_dist.distributed.env import read_env
+from statex_dist.engine.place import CheckpointPlace
 from statex_dist.errors import ConfigError, DataError
 from statex_dist.evaluation.page.runs import read_runs, summarise
 from statex_dist.models.source import find_model
@@ -341,6 +342,42 @@ def test_the_best_checkpoint_stays_and_is_found(tmp_path: Path, directory: Path,
     assert build_model(continued).config.num_hidden_layers == 1
 
 
+@pytest.mark.parametrize("fault", ["a kill before the link", "a failed save", "a damaged best", "no link, no flag"])
+def test_best_leads_to_the_best_checkpoint_that_is_there(tmp_path: Path, directory: Path, monkeypatch, fault: str):
+    losses = dict(zip(range(1, 9), (5.0, 4.0, 2.0, 3.0, 3.5, 6.0, 7.0, 8.0), strict=True))
+    monkeypatch.setattr(Validation, "evaluate", lambda self, step: {"loss": losses[step], "targets": 1})
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    def run(num_steps: int, **settings: Any) -> str:
+        section = {"data": other(directory), "every": 1, "keep_best": True}
+        assert train(load(directory, tmp_path / "run", eval=section, train={"num_steps": num_steps, **settings}))
+        return str((checkpoints / "best").readlink())
+
+    if fault == "a kill before the link":
+        with monkeypatch.context() as patch:
+            patch.setattr("statex_dist.engine.checkpoints.mark_best", lambda *_: None)
+            with pytest.raises(FileNotFoundError):
+                run(3)
+        assert run(4) == "global_step3"
+    elif fault == "a failed save":
+        open_place = CheckpointPlace.open
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointPlace, "open", lambda *a: "full" if "step3" in str(a[1]) else open_place(*a))
+            assert run(4) == "global_step4", "the best of those that were saved"
+        assert run(6) == "global_step4"
+    elif fault == "a damaged best":
+        assert run(3) == "global_step3"
+        next((checkpoints / "global_step3").glob("*.pt")).write_bytes(b"damaged")
+        losses[3] = 4.5  # other hardware, perhaps
+        assert run(3) == "global_step2"
+    else:
+        assert run(3) == "global_step3"
+        (checkpoints / "best").unlink()
+        manifest = checkpoints / "global_step3" / "MANIFEST.json"
+        manifest.write_text(manifest.read_text().replace('"best": true', '"other": 1'))
+        assert run(4) == "global_step4", "a best that is nowhere is no best"
+
+
 # ---- what is refused
 
 
@@ -351,6 +388,8 @@ def test_the_best_checkpoint_stays_and_is_found(tmp_path: Path, directory: Path,
         ({"held_out": 0.6}, "eval.held_out is a share"),
         ({"held_out": 0.1, "data": "x"}, "either eval.data or eval.held_out"),
         ({"keep_best": True}, "eval.keep_best needs"),
+        ({"data": ""}, "eval.data is empty"),
+        ({"data": {"books": ""}}, "eval.data is empty"),
         ({"tokens": 0}, "eval.tokens must"),
     ],
 )

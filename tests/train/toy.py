@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from statex_dist.train.callback import Callback
@@ -73,6 +75,12 @@ class Failing(Callback):
             self.fail()
         if self.hook == "record":
             record["figure"] = object()
+        if self.hook == "exit":
+            sys.exit(3)
+        if self.hook == "no figure":
+            del record["loss"]
+        if self.hook == "own figure":
+            record["eval"] = 1.0
 
     def on_save(self, step) -> None:
         if self.hook == "on_save":
@@ -83,6 +91,8 @@ class Failing(Callback):
             self.fail()
 
     def state_dict(self):
+        if self.hook == "list":
+            return [1]
         return {"value": object()} if self.hook == "state_dict" else {}
 
 
@@ -95,6 +105,15 @@ class Momentum(torch.optim.SGD):
 
     def __init__(self, params, lr: float, speed: float = 0.9):
         super().__init__(params, lr=lr, momentum=speed)
+
+
+class NoRate(torch.optim.SGD):
+    """An optimizer whose groups have no learning rate."""
+
+    def __init__(self, params, lr: float):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            del group["lr"]
 
 
 def staircase(config, done: int, length: int, *, height: int = 2) -> float:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from statex_dist.checkpoint.formats.piece_io import same_values
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, ConfigError
 
 Open = Callable[[SourceFacts | None], TensorSource]
 """Opens files of a directory; None stands for the facts that the directory itself tells."""
@@ -193,8 +193,13 @@ def is_of_training(name: str) -> bool:
 
 
 def add_layout(row: LayoutRow) -> None:
-    """Register a layout; it comes after those that are there."""
-    assert row.name not in _LAYOUTS, row.name
+    """Register a layout; it comes after those that are there.
+
+    Raises:
+        ConfigError: Another layout has its name.
+    """
+    if row.name in _LAYOUTS:
+        raise ConfigError(f"a layout {row.name!r} is registered already")
     _LAYOUTS[row.name] = row
 
 
