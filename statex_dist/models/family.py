@@ -14,9 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.distributions import Distribution
 from statex_dist.models.layout import Names, TensorSpec
-from statex_dist.models.row_mapping import RowMapping
+from statex_dist.models.row_mapping import Distribution, RowMapping
 from statex_dist.state.plan import LayerExpansion
 
 if TYPE_CHECKING:

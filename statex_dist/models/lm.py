@@ -12,9 +12,9 @@ from statex_dist.models.config import ModelConfig
 from statex_dist.models.core.mitigation import Mitigation
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.core.trunk import LMHead, Trunk
-from statex_dist.models.distributions import Constant, Distribution, Normal, generator_for
 from statex_dist.models.family import Family
 from statex_dist.models.registry import family_of
+from statex_dist.models.row_mapping import Constant, Distribution, Normal, generator_for
 
 
 class LMOutput(NamedTuple):

@@ -1,29 +1,22 @@
 """The families, by the ``model_type`` of their ``config.json``, and functions over any of them.
 
-Adding a family is a folder and one row here, or a call of :func:`register`. This module and its imports need numpy
-alone: a family's mixer is imported when a model is built.
+Adding a family is a folder and one row here, or a call of :func:`register`. A family is imported when a configuration
+names it; this needs numpy alone. Its mixer is imported when a model is built.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from statex_dist.errors import CheckpointError, ConfigError, shown
-from statex_dist.models.bamba.config import FAMILY as BAMBA
 from statex_dist.models.config import ModelConfig, read_config_dict
+from statex_dist.models.config_keys import OUR_CODE_PREFIX
 from statex_dist.models.family import Family
-from statex_dist.models.gated_deltanet.config import FAMILY as GATED_DELTANET
-from statex_dist.models.gla.config import FAMILY as GLA
-from statex_dist.models.hgrn2.config import FAMILY as HGRN2
-from statex_dist.models.kda.config import FAMILY as KDA
-from statex_dist.models.lightning.config import FAMILY as LIGHTNING
-from statex_dist.models.mamba2.tensors import FAMILY as MAMBA2
-from statex_dist.models.retnet.config import FAMILY as RETNET
 from statex_dist.models.row_mapping import Keep, TensorMapping
-from statex_dist.models.state_spaces.config import FAMILY as STATE_SPACES
 from statex_dist.state.plan import ExpansionPlan, Init, LayerExpansion, Op, extend_plan, select_layers
 
 if TYPE_CHECKING:
@@ -31,17 +24,24 @@ if TYPE_CHECKING:
 
 Role = Literal["base", "expanded", "new", "mix"]
 
-FAMILIES: dict[str, Family] = {}
+FAMILIES: dict[str, Family | str] = {
+    "gla": "gla.config",
+    "mamba2": "mamba2.tensors",
+    "mamba2_state_spaces": "state_spaces.config",
+    "hgrn2": "hgrn2.config",
+    "retnet": "retnet.config",
+    "minimax": "lightning.config",
+    "gated_deltanet": "gated_deltanet.config",
+    "kda": "kda.config",
+    "bamba": "bamba.config",
+}
+"""Each family, or the module of this package whose ``FAMILY`` it is; :func:`family_of` imports it."""
 
 
 def register(family: Family) -> None:
     """Add a family; its ``model_type`` must be new."""
     assert family.model_type not in FAMILIES, family.model_type
     FAMILIES[family.model_type] = family
-
-
-for row in (GLA, MAMBA2, STATE_SPACES, HGRN2, RETNET, LIGHTNING, GATED_DELTANET, KDA, BAMBA):
-    register(row)
 
 
 def family_of(model_type: Any) -> Family:
@@ -52,12 +52,18 @@ def family_of(model_type: Any) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    row = FAMILIES[model_type]
+    if isinstance(row, str):
+        row = FAMILIES[model_type] = importlib.import_module(f"{__package__}.{row}").FAMILY
+    return row
 
 
 def find_family(values: dict[str, Any]) -> Family | None:
     """Return the family that the contents of a ``config.json`` belong to, or None."""
-    return next((family for family in FAMILIES.values() if family.config.recognises(values)), None)
+    named = values.get("model_type")
+    named = named.removeprefix(OUR_CODE_PREFIX) if isinstance(named, str) else None
+    families = map(family_of, (named,) if named in FAMILIES else FAMILIES)
+    return next((family for family in families if family.config.recognises(values)), None)
 
 
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:
@@ -67,7 +73,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         shown = repr(values.get("architectures"))[:80]
         raise CheckpointError(
             f"config.json has no model_type (architectures: {shown}); add the one that the model's class has, such as "
-            f"{', '.join(kind for kind in FAMILIES if kind != STATE_SPACES.model_type)}"
+            f"{', '.join(kind for kind in FAMILIES if kind != 'mamba2_state_spaces')}"
         )
     return (family or family_of(values["model_type"])).config.from_dict(values)
 

@@ -9,24 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statex_dist.models.distributions import (
+from statex_dist.models.row_mapping import (
     Constant,
     FirstColumn,
+    Fresh,
+    Keep,
     LogCount,
     LogUniform,
     Normal,
-    TimeStep,
-    Uniform,
-    describe,
-    generator_for,
-)
-from statex_dist.models.row_mapping import (
-    Fresh,
-    Keep,
     RowMapping,
     TensorMapping,
+    TimeStep,
+    Uniform,
     added,
+    describe,
     from_blocks,
+    generator_for,
     grown_groups,
     redrawn,
     repeated,
