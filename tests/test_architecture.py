@@ -82,7 +82,6 @@ TOOLS_MAY_READ = (
     "statex_dist.models.layout",
     "statex_dist.models.config_keys",
     "statex_dist.models.registry",
-    "statex_dist.models.row_mapping",
     "statex_dist.models.family",
     "statex_dist.models.fla",
     "statex_dist.models.megatron",

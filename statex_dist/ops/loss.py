@@ -19,11 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from statex_dist.ops.fla_api import fla_cross_entropy_
-from statex_dist.ops.fused import takes_kernels
+from statex_dist.ops import backends
+from statex_dist.ops.fla_api import fla_cross_entropy_, has_fla
 from statex_dist.ops.precision import wide_dtype
 
 LOSS_CHUNK_TOKENS = 8192
+
+
+def takes_kernels(x: torch.Tensor) -> bool:
+    """Return whether flash-linear-attention's kernel is to run on ``x``."""
+    return x.is_cuda and x.numel() > 0 and backends.takes_kernels(x, has_fla)
 
 
 def linear_cross_entropy(

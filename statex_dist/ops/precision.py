@@ -1,4 +1,4 @@
-"""Computations in at least fp32, in PyTorch: the rule for the dtype, decays inside a chunk, and norms.
+"""Computations in at least fp32, in PyTorch: the rule for the dtype, and decays inside a chunk.
 
 The textbook form of a chunk's decays multiplies ``q e^b`` by ``k e^{-b}``, which overflows in fp32 once they sum below
 -88. No exponent is ever positive here, whatever the gates are.
@@ -7,7 +7,6 @@ The textbook form of a chunk's decays multiplies ``q e^b`` by ``k e^{-b}``, whic
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 SMALLEST_BLOCK = 4
 """Rows of the blocks on the diagonal of :func:`decayed_products`."""
@@ -77,42 +76,3 @@ def _diagonal_blocks(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch
         entries = [(q_rows[t] * key).sum(-1) for key in (*decayed, k_rows[t])]
         rows.append(torch.stack(entries + [nothing] * (SMALLEST_BLOCK - 1 - t), dim=-1))
     return torch.stack(rows, dim=-2)
-
-
-def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return ``x`` over its root mean square along the last dimension, in fp32 (float64 for float64)."""
-    x = x.to(wide_dtype(x.dtype))
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-def normalize_groups(x: torch.Tensor, num_groups: int, eps: float) -> torch.Tensor:
-    """Return :func:`normalize` of each of ``num_groups`` groups of channels."""
-    return normalize(x, eps) if num_groups == 1 else normalize(x.unflatten(-1, (num_groups, -1)), eps).flatten(-2)
-
-
-def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
-    """Return the RMS norm in PyTorch; :func:`statex_dist.ops.fused.rms_norm` has the arguments."""
-    return (weight * normalize(x, eps).to(x.dtype)).to(x.dtype)
-
-
-def torch_gated_rms_norm(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    eps: float,
-    norm_before_gate: bool,
-    sigmoid: bool = False,
-    num_groups: int = 1,
-) -> torch.Tensor:
-    """Return the gated RMS norm in PyTorch; see :func:`statex_dist.ops.fused.gated_rms_norm`."""
-    activation = torch.sigmoid if sigmoid else F.silu
-    gate = activation(gate.to(wide_dtype(gate.dtype)))
-    if norm_before_gate:
-        return (weight * normalize_groups(x, num_groups, eps) * gate).to(x.dtype)
-    return (weight * normalize_groups(x.to(gate.dtype) * gate, num_groups, eps).to(x.dtype)).to(x.dtype)
-
-
-def torch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return ``silu(gate) * up``, all ``[..., I]``."""
-    return F.silu(gate) * up
