@@ -18,7 +18,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.precision import SMALLEST_BLOCK
+from statex_dist.ops.precision import SMALLEST_BLOCK, wide_dtype
 
 
 def read_borders(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
@@ -89,6 +89,11 @@ class ChunkLayout:
         if not self.identity:
             flat = _Rearrange.apply(flat, self.gather, self.scatter)
         return flat.unflatten(0, (self.num_chunks, self.chunk_size)).transpose(1, 2)
+
+    def to_wide_chunks(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return :meth:`to_chunks` of each tensor, in fp32 (float64 where the first is)."""
+        wide = wide_dtype(tensors[0].dtype)
+        return tuple(self.to_chunks(x).to(wide) for x in tensors)
 
     def from_chunks(self, x: torch.Tensor, batch: int) -> torch.Tensor:
         """Return ``[B, T, H, ...]`` from ``x [num_chunks, H, chunk_size, ...]``: the inverse of :meth:`to_chunks`."""
@@ -298,3 +303,9 @@ def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device
         rank=index_tensor(rank, device),
         identity=len(gather) == total and bool((gather == np.arange(total)).all()),
     )
+
+
+def power_of_two_layout(x: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int | None) -> ChunkLayout:
+    """Return the layout of ``x [B, T, ...]``, packed or not, in chunks of :func:`power_of_two_chunks`."""
+    lengths = sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
+    return chunk_layout(lengths, power_of_two_chunks(lengths, chunk_size), x.device)

@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from statex_dist.models.family import Family, MegatronLayer
 from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.registry import Family, MegatronLayer
 from statex_dist.models.row_mapping import (
     Block,
     Constant,

@@ -17,9 +17,9 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.cu_seqlens import chunk_layout, power_of_two_chunks, sequence_lengths
+from statex_dist.ops.cu_seqlens import power_of_two_layout
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
-from statex_dist.ops.precision import decayed_products, wide_dtype
+from statex_dist.ops.precision import decayed_products
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 
@@ -139,9 +139,8 @@ def chunked_gla(
     Raises:
         ConfigError: ``chunk_size`` is not a power of two from 4.
     """
-    lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
-    layout = chunk_layout(lengths, power_of_two_chunks(lengths, chunk_size), q.device)
-    q, k, g = (layout.to_chunks(x).to(wide_dtype(q.dtype)) for x in (q * scale, k, g))
+    layout = power_of_two_layout(q, cu_seqlens, chunk_size)
+    q, k, g = layout.to_wide_chunks(q * scale, k, g)
     b = g.cumsum(dim=2)
     total = b[:, :, -1:]
     decay, keys, queries = total.transpose(-1, -2).exp(), k * (total - b).exp(), q * b.exp()
