@@ -36,7 +36,7 @@ from statex_dist.ops.gla.triton import reference
 from statex_dist.ops.gla.triton.segments import Segment, cut_segments
 from statex_dist.ops.head_mixing import gather_blocks, mix_blocks, mix_scores, spread, unmix_scores, weigh_blocks
 from statex_dist.ops.precision import wide_dtype
-from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
+from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
 
 SMALLEST_CHUNK = 16
 CHUNK_SIZES = (CHUNK_SIZE, 128, 64, 32, SMALLEST_CHUNK)
