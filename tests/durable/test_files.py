@@ -1,4 +1,4 @@
-"""What a killed process leaves: old contents or new ones, and a journal up to its last whole line."""
+"""After a kill a file has its old contents or the new ones, and a journal is whole up to its last whole line."""
 
 import json
 import os
