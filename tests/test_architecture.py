@@ -113,7 +113,6 @@ TORCH_FORMS = (
     "statex_dist.ops.cu_seqlens",
     "statex_dist.ops.head_mixing",
     "statex_dist.ops.mitigations",
-    "statex_dist.ops.precision",
     "statex_dist.ops.token_steps",
     "statex_dist.ops.*.torch_forms",
 )
@@ -236,7 +235,7 @@ def test_no_module_cycle():
 
 def test_torch_forms_import_torch_and_each_other_alone():
     edges = {name: targets for name, targets in graph(ROOT).items() if fits(name, TORCH_FORMS)}
-    assert len(edges) == 9
+    assert len(edges) == 8
     known = {*edges, "statex_dist.errors"}
     foreign = {
         (name, target)
@@ -264,8 +263,8 @@ def test_the_walk_sees_the_code():
     [
         (
             "statex_dist/state/a.py",
-            "from statex_dist.ops.precision import x",
-            "(floor 1) imports statex_dist.ops.precision (floor 2)",
+            "from statex_dist.ops.cu_seqlens import x",
+            "(floor 1) imports statex_dist.ops.cu_seqlens (floor 2)",
         ),
         ("statex_dist/errors.py", "import statex_dist.config", "(floor 0) imports statex_dist.config (floor 1)"),
         ("statex_dist/data/a.py", "def f():\n    from statex_dist.models import lm", "do not know each other"),
@@ -305,7 +304,7 @@ def test_the_walk_sees_the_code():
 )
 def test_the_walk_catches_a_breach(tmp_path, file, source, words):
     names = [
-        *("errors", "config", "run", "ops.precision", "batch", "data.loader", "optim.groups", "models.hf"),
+        *("errors", "config", "run", "ops.cu_seqlens", "batch", "data.loader", "optim.groups", "models.hf"),
         *("models.lm", "models.gla.mixer", "checkpoint.writer"),
     ]
     for name in names:

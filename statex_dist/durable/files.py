@@ -1,8 +1,8 @@
 """Files that outlive a crash: atomic writes, journals, and the removal of what killed processes left behind.
 
 After a crash a path that was written atomically holds the old contents or the new ones, never a part. A JSONL journal
-lists the finished work of a job, one record a line, so that a killed job can continue. A line counts when its newline is on
-disk; a last line without one was cut by the end of its process, and is dropped.
+lists the finished work of a job, one record a line, so that a killed job can continue. A line counts when its newline
+is on disk; a last line without one was cut by the end of its process, and is dropped.
 """
 
 from __future__ import annotations

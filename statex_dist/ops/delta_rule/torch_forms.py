@@ -21,8 +21,8 @@ from functools import partial
 import torch
 
 from statex_dist.ops.cu_seqlens import power_of_two_layout
+from statex_dist.ops.gla.torch_forms import decayed_products
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
-from statex_dist.ops.precision import decayed_products
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 
