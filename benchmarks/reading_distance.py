@@ -1,10 +1,11 @@
 """How far apart the code of one task lies: files of the project that it touches, and switches between them.
 
-A profiler hook (``sys.setprofile``) sees every call of a Python function. A *switch* is a call or a return that goes
-from one file of the project to another; other packages between them do not count. *Loaded* are the project's modules
-that the task imported; *touched* those of which a function ran, import time included for commands.
+A profiler hook (``sys.setprofile``) sees every call of a Python function. *Files* are those of the project in which a
+function ran; what ran because a module was imported (the module itself, its class bodies, decorators and tables) does
+not count. A *switch* is a call or a return that goes from one of these files to another; other packages between them do
+not count. *Loaded* are the project's modules that the task imported.
 
-    python -m benchmarks.reading_distance            # this tree
+    python -m benchmarks.reading_distance            # this tree; --files lists the files, --switches the pairs
     cd OTHER_TREE && python /path/to/benchmarks/reading_distance.py   # another one with the same task
 
 Tasks: one optimizer step of the training loop (plain engine, tiny GLA model), ``statex expand``, ``statex reshard`` and
@@ -41,10 +42,11 @@ class Distance:
 
     def __init__(self, *, threads: bool = False):
         self.calls: Counter[str] = Counter()
-        self.switches = 0
+        self.switches: Counter[str] = Counter()
         self._threads = threads
         self._names: dict[str, str | None] = {}
         self._last: dict[int, str] = {}
+        self._importing: Counter[int] = Counter()
 
     def __enter__(self) -> Distance:
         if self._threads:
@@ -65,20 +67,26 @@ class Distance:
         return self._names[file]
 
     def _see(self, frame: Any, event: str, _: Any) -> None:
-        if event == "call":
-            here = self._name(frame.f_code.co_filename)
-        elif event == "return" and frame.f_back is not None:
-            here = self._name(frame.f_back.f_code.co_filename)
-        else:
+        if event not in ("call", "return"):
             return
+        thread, code = threading.get_ident(), frame.f_code
+        if code.co_name == "<module>":
+            self._importing[thread] += 1 if event == "call" else -1
+        if self._importing[thread] or code.co_name == "<module>":
+            return
+        at = frame if event == "call" else frame.f_back
+        here = None if at is None or at.f_code.co_name == "<module>" else self._name(at.f_code.co_filename)
         if here is None:
             return
         if event == "call":
             self.calls[here] += 1
-        thread = threading.get_ident()
-        if self._last.get(thread, here) != here:
-            self.switches += 1
+        if (last := self._last.get(thread, here)) != here:
+            self.switches[f"{last} -> {here}"] += 1
         self._last[thread] = here
+
+    def result(self) -> dict[str, Any]:
+        """Return what was counted."""
+        return {"files": dict(self.calls), "switches": dict(self.switches), "loaded": loaded()}
 
 
 def loaded() -> list[str]:
@@ -123,7 +131,7 @@ def step(folder: Path) -> dict[str, Any]:
 
     PlainEngine.forward_backward, PlainEngine.step = begin, end  # type: ignore[method-assign]
     assert train(parse_config(RunConfig, ["--config", str(file)], prog="train.py"))
-    return {"files": dict(found[0].calls), "switches": found[0].switches, "loaded": loaded()}
+    return found[0].result()
 
 
 def _command(*arguments: str) -> dict[str, Any]:
@@ -132,7 +140,7 @@ def _command(*arguments: str) -> dict[str, Any]:
 
         code = main(list(arguments))
     assert not code, code
-    return {"files": dict(distance.calls), "switches": distance.switches, "loaded": loaded()}
+    return distance.result()
 
 
 def expand(folder: Path) -> dict[str, Any]:
@@ -218,8 +226,7 @@ def serve(arguments: list[str]) -> None:
 
     def end(*_: Any) -> None:
         counting.clear()
-        result = {"files": dict(distance.calls), "switches": distance.switches, "loaded": loaded()}
-        tell("RESULT " + json.dumps(result))
+        tell("RESULT " + json.dumps(distance.result()))
 
     signal.signal(signal.SIGUSR1, begin)
     signal.signal(signal.SIGUSR2, end)
@@ -238,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--files", action="store_true", help="List the files of each task with their calls.")
+    parser.add_argument("--switches", action="store_true", help="List the pairs of files with their switches.")
     args = parser.parse_args()
     if args.task is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -257,11 +265,14 @@ def main() -> None:
             rows.append((task, "failed", done.stderr.strip().splitlines()[-1:], ""))
             continue
         result = json.loads(line.removeprefix("RESULT "))
-        rows.append((task, len(result["files"]), result["switches"], len(result["loaded"])))
-        if args.files:
-            for file, calls in sorted(result["files"].items(), key=lambda item: -item[1]):
-                sys.stdout.write(f"  {task}: {calls:6} calls  {file}\n")
-    sys.stdout.write("| task | files touched | switches | modules loaded |\n|---|---|---|---|\n")
+        rows.append((task, len(result["files"]), sum(result["switches"].values()), len(result["loaded"])))
+        for listed, counts, unit in (
+            (args.files, result["files"], "calls"),
+            (args.switches, result["switches"], "times"),
+        ):
+            for what, count in sorted(counts.items(), key=lambda item: -item[1]) if listed else ():
+                sys.stdout.write(f"  {task}: {count:6} {unit}  {what}\n")
+    sys.stdout.write("| task | files | switches | modules loaded |\n|---|---|---|---|\n")
     for row in rows:
         sys.stdout.write(f"| {' | '.join(map(str, row))} |\n")
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.measure import Ceilings
-from statex_dist.state.scan_memory import chunks_per_segment
+from statex_dist.state.geometry import chunks_per_segment
 
 FLA_CHUNK = 64
 """Tokens per chunk of fla's ``chunk_gla``: fixed in its code."""

@@ -20,7 +20,7 @@ from statex_dist.ops.fla_api import has_fla
 from statex_dist.ops.gla import gla
 from statex_dist.ops.ssd import ssd
 from statex_dist.ops.ssd.mamba_api import has_mamba_ssm
-from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES
+from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES
 
 Tensors = dict[str, torch.Tensor]
 Role = Literal["ours", "authors", "original", "other"]

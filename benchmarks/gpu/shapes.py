@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.distributions import generator_for
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict, make_plan
+from statex_dist.models.row_mapping import generator_for
 
 
 def _gla(hidden: int, layers: int, vocab: int = 32000) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 transformers' own class opens a model that ``config.json`` describes completely: an un-expanded model of a family that
 transformers has, or a Mamba2 model in which all layers grew equally. The export of any other model of ours contains its
 code (:mod:`checkpoints_tools.export.modeling_code`). Models with layers that other software runs (softmax attention)
-are exported without code. With a plan, no other software can open them; :mod:`statex_dist.models.plan_keys` ensures
+are exported without code. With a plan, no other software can open them; :mod:`statex_dist.models.config_keys` ensures
 this.
 """
 
@@ -18,10 +18,11 @@ from checkpoints_tools.export.hf_tokenizer import (
     bytes_tokenizer_documents,
     read_tokenizer_config,
 )
-from checkpoints_tools.export.modeling_code import FAMILY_FOLDERS, remote_code, with_our_type
+from checkpoints_tools.export.modeling_code import remote_code, with_our_type
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.config_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.plan_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
+from statex_dist.models.registry import family_of
 
 Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
@@ -42,7 +43,7 @@ def form_of(config: ModelConfig) -> Form:
     expressed = config.statex is None or bool(config.plain_keys())
     if expressed and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
         return "plain"
-    return "none" if config.is_mixed or config.MODEL_TYPE not in FAMILY_FOLDERS else "remote_code"
+    return "none" if config.is_mixed or family_of(config.MODEL_TYPE).block is None else "remote_code"
 
 
 def export_notes(config: ModelConfig) -> list[str]:

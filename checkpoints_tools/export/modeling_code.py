@@ -13,14 +13,10 @@ from functools import cache
 from pathlib import Path
 
 from statex_dist import __version__, models
-from statex_dist.models.plan_keys import AUTO_MAP, OUR_CODE_PREFIX
-from statex_dist.models.registry import FAMILIES
+from statex_dist.models.config_keys import AUTO_MAP, OUR_CODE_PREFIX
+from statex_dist.models.registry import family_of
 
 _MODELS = Path(models.__file__).parent
-FAMILY_FOLDERS = {
-    family.model_type: family.config.__module__.split(".")[-2] for family in FAMILIES.values() if family.block
-}
-"""The folder of each family that has such code, by ``MODEL_TYPE``."""
 
 _CODE = "checkpoints_tools.export.remote_code"
 _EXAMPLE = "hgrn2"
@@ -66,7 +62,7 @@ The expansion plan under "statex" in config.json says which layers have a larger
 
 def _family_texts(model_type: str) -> tuple[list[str], list[str]]:
     """Return what the modules of :data:`_WRITTEN_FOR` say of a family."""
-    family = FAMILIES[model_type]
+    family = family_of(model_type)
     names, config = family.names, family.config
     assert family.block is not None
     mixer, _, block = family.block.partition(":")
@@ -80,7 +76,7 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
     """Return the contents of ``modeling_statex.py`` for a family.
 
     Args:
-        model_type: One of :data:`FAMILY_FOLDERS`.
+        model_type: That of a family with a ``block``.
         ours_alone: Whether no other software computes the same: the ``model_type`` then has our prefix.
     """
     # Only an export needs these: expansions import this module too.
@@ -105,7 +101,8 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
             known=Known(calls=_RESULTS, attributes={"all_here": True}, fields={"Sequences": _SEQUENCES}),
         )
     )
-    about = (_MODELS / FAMILY_FOLDERS[model_type] / "__init__.py").read_text(encoding="utf-8")
+    folder = family_of(model_type).config.__module__.split(".")[-2]
+    about = (_MODELS / folder / "__init__.py").read_text(encoding="utf-8")
     code = _INTRODUCTION.format(title=about.splitlines()[0].strip('"'), version=__version__) + code
     return with_our_type(code) if ours_alone else code
 

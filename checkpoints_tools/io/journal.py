@@ -19,8 +19,7 @@ from typing import Any
 
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import FileRecord
-from statex_dist.durable.files import write_durably
-from statex_dist.durable.journal import JournalDamageError, JsonlJournal, read_journal
+from statex_dist.durable.files import JournalDamageError, JsonlJournal, read_journal, write_durably
 from statex_dist.durable.lock import LockHeldError, acquire
 from statex_dist.errors import CheckpointError
 

@@ -48,7 +48,7 @@ from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.layout import TensorSpec
 from statex_dist.models.registry import family_of
-from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
+from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
 
 Place = Literal["none", "cpu", "nvme"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from statex_dist.checkpoint.layout import BEST_NAME, TEMPORARY_PREFIX, complete_tags, step_of
-from statex_dist.checkpoint.leftovers import remove_leftovers, remove_tree
 from statex_dist.checkpoint.manifest import Manifest
+from statex_dist.durable.files import remove_leftovers, remove_tree
 from statex_dist.errors import CheckpointError, refusal
 
 logger = logging.getLogger(__name__)

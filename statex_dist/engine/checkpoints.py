@@ -29,9 +29,8 @@ from statex_dist.checkpoint.layout import (
     step_of,
     tag_of,
 )
-from statex_dist.checkpoint.leftovers import remove_leftovers
 from statex_dist.checkpoint.manifest import Manifest, commit_directory
-from statex_dist.durable.files import write_durably
+from statex_dist.durable.files import remove_leftovers, write_durably
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.checkpoint_retention import BEST_KEY, DOUBTFUL_KEY, SavePolicy, mark_best, prune, settle_best
 from statex_dist.engine.documents import Documents

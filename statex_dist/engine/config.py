@@ -15,7 +15,7 @@ from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import TrainEngine
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.errors import ConfigError
-from statex_dist.state.scan_memory import MAX_STATE_BYTES
+from statex_dist.state.geometry import MAX_STATE_BYTES
 
 Place = Literal["none", "cpu", "nvme"]
 

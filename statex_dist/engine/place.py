@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from statex_dist.checkpoint.layout import LATEST_NAME
-from statex_dist.checkpoint.leftovers import remove_tree
 from statex_dist.checkpoint.manifest import FileRecord
 from statex_dist.checkpoint.visible import fresh_names, unseen_files, wait_until_none
-from statex_dist.durable.files import write_durably
+from statex_dist.durable.files import remove_tree, write_durably
 from statex_dist.engine.base import TrainEngine
 from statex_dist.errors import shown
 

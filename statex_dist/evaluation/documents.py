@@ -24,7 +24,6 @@ from statex_dist.inference.prefill import device_of, evaluating, explain_row, ro
 from statex_dist.inference.vocabulary import token_outside
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.ops.precision import wide_dtype
 
 
 def read_documents(path: Path, tokenizer: Tokenizer) -> Iterator[DocumentSlice]:
@@ -197,7 +196,7 @@ def _read(model: RecurrentLM, waiting: Iterator[DocumentRow], segment_length: in
         _check_tokens(inputs, labels, rows, model.config.vocab_size)
         ids = torch.as_tensor(inputs, device=device)
         output = model(ids, states=states, output_states=True)
-        wide = output.logits.to(wide_dtype(output.logits.dtype))
+        wide = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
         losses = F.cross_entropy(
             wide.flatten(0, 1), torch.as_tensor(labels, device=device).flatten(), reduction="none"
         ).view(labels.shape)

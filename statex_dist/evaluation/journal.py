@@ -28,8 +28,7 @@ from statex_dist.checkpoint.formats.detect import open_files
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorSource
 from statex_dist.checkpoint.json_file import parse_json, read_json
 from statex_dist.checkpoint.layout import CONFIG_NAME
-from statex_dist.durable.files import sync, write_json
-from statex_dist.durable.journal import JournalDamageError, JsonlJournal, read_journal
+from statex_dist.durable.files import JournalDamageError, JsonlJournal, read_journal, sync, write_json
 from statex_dist.durable.lock import LockHeldError, acquire
 from statex_dist.durable.progress import ProgressLine
 from statex_dist.errors import ConfigError, DataError, reason

@@ -26,7 +26,6 @@ from statex_dist.inference.prefill import (
 from statex_dist.inference.vocabulary import check_token_ids
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.ops.precision import wide_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ def _score_tokens(
     logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the targets' summed log-probability ``[B]`` float64, and whether each is the most likely, ``[B]``."""
-    wide = logits.to(wide_dtype(logits.dtype))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logprobs = wide.gather(-1, targets[..., None])[..., 0] - wide.logsumexp(dim=-1)
     sums = torch.where(counted, logprobs, 0).double().sum(dim=1)
     return sums, ((wide.argmax(dim=-1) == targets) | ~counted).all(dim=1)

@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.core.trunk import Recompute
-from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.lm import Recompute, RecurrentLM
 
 
 def activation_bytes(

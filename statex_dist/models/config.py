@@ -14,8 +14,14 @@ from typing import Any, ClassVar, Literal, Self
 from statex_dist.checkpoint.json_file import config_text, decode_floats, parse_config, read_text
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError, reason, shown
-from statex_dist.models.config_keys import check_other_keys
-from statex_dist.models.plan_keys import OUR_CODE_PREFIX, ours, own_keys, with_plan_entry, without_plan
+from statex_dist.models.config_keys import (
+    OUR_CODE_PREFIX,
+    check_other_keys,
+    ours,
+    own_keys,
+    with_plan_entry,
+    without_plan,
+)
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan, LayerExpansion
 

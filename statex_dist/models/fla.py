@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
-from statex_dist.models.distributions import Constant, Distribution, Normal, Uniform
 from statex_dist.models.layout import Names, TensorSpec, Units
+from statex_dist.models.row_mapping import Constant, Distribution, Normal, Uniform
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 

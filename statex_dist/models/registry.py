@@ -1,37 +1,154 @@
-"""The families, by the ``model_type`` of their ``config.json``, and functions over any of them.
+"""The interface of a model family, the families by the ``model_type`` of their ``config.json``, and functions over any.
 
-Adding a family is a folder and one row here, or a call of :func:`register`. This module and its imports need numpy
-alone: a family's mixer is imported when a model is built.
+A family is a folder whose ``config`` (or ``tensors``) module makes a :class:`Family`: one value that gives its names,
+tensors, first values and layers. Adding one is a folder and one row here, or a call of :func:`register`. It is imported
+when a configuration names it, which needs numpy alone. Its mixer pulls in torch and the scan kernels, so it is imported
+when a model is built and never when a checkpoint is only read.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from statex_dist.errors import CheckpointError, ConfigError, shown
-from statex_dist.models.bamba.config import FAMILY as BAMBA
 from statex_dist.models.config import ModelConfig, read_config_dict
-from statex_dist.models.family import Family
-from statex_dist.models.gated_deltanet.config import FAMILY as GATED_DELTANET
-from statex_dist.models.gla.config import FAMILY as GLA
-from statex_dist.models.hgrn2.config import FAMILY as HGRN2
-from statex_dist.models.kda.config import FAMILY as KDA
-from statex_dist.models.lightning.config import FAMILY as LIGHTNING
-from statex_dist.models.mamba2.tensors import FAMILY as MAMBA2
-from statex_dist.models.retnet.config import FAMILY as RETNET
-from statex_dist.models.row_mapping import Keep, TensorMapping
-from statex_dist.models.state_spaces.config import FAMILY as STATE_SPACES
+from statex_dist.models.config_keys import OUR_CODE_PREFIX
+from statex_dist.models.layout import Names, TensorSpec
+from statex_dist.models.row_mapping import Distribution, Keep, RowMapping, TensorMapping
 from statex_dist.state.plan import ExpansionPlan, Init, LayerExpansion, Op, extend_plan, select_layers
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Role = Literal["base", "expanded", "new", "mix"]
 
-FAMILIES: dict[str, Family] = {}
+SharedInputs = Callable[[Any], "Sequence[Sequence[torch.Tensor | None]]"]
+"""Computes of a trunk's shared parameters each layer's inputs: further arguments of its forward, each one per layer."""
+
+
+def no_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Return no tensors: of a family whose layers share no parameter."""
+    return {}
+
+
+def no_notes(config: ModelConfig) -> list[str]:
+    """Return no notes."""
+    return []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronLayer:
+    """How megatron-core's module of a family names the tensors of a layer.
+
+    Attributes:
+        names: Its names below ``decoder.layers.{i}.``, by ours without the layer's prefix.
+        notes: Takes a config; returns what has to be known before Megatron gets the weights.
+    """
+
+    names: Mapping[str, str]
+    notes: Callable[[Any], list[str]] = no_notes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        config: Its config class, which names its ``model_type``.
+        names: Where it keeps embeddings, layers and head.
+        layer_tensors: Takes config and layer; returns the tensors of a recurrent layer under the plan, in the order of
+            the built model's parameters, by name without the layer's prefix.
+        first_value: Takes such a name, a shape and ``config=``; returns the tensor's distribution in a fresh model.
+        layer_mappings: Takes the configs before and after and a layer's expansion; returns the row mappings of the
+            tensors that change or are new, by name without the prefix.
+        block: ``module:Class`` of the layer; a function ``shared_inputs`` may stand beside it. None where other
+            software runs the models.
+        shared_tensors: Takes a config; returns parameters that the layers share, by full name.
+        megatron: Names of megatron-core's module; None where it has none.
+    """
+
+    config: type[ModelConfig]
+    names: Names
+    layer_tensors: Callable[[Any, int], dict[str, TensorSpec]]
+    first_value: Callable[..., Distribution]
+    layer_mappings: Callable[[Any, Any, LayerExpansion], dict[str, RowMapping]]
+    block: str | None
+    shared_tensors: Callable[[Any], dict[str, TensorSpec]] = field(default=no_tensors)
+    megatron: MegatronLayer | None = None
+
+    @property
+    def model_type(self) -> str:
+        """The ``model_type`` of its configs."""
+        return self.config.MODEL_TYPE
+
+    def _mixer_module(self) -> ModuleType:
+        assert self.block is not None, f"{self.model_type} is run by other software"
+        return importlib.import_module(self.block.partition(":")[0])
+
+    def block_classes(self, config: ModelConfig) -> list[type[nn.Module]]:
+        """Import and return the class of each layer."""
+        module = self._mixer_module()
+        assert self.block is not None
+        return [getattr(module, self.block.partition(":")[2])] * config.num_hidden_layers
+
+    def shared_inputs(self) -> SharedInputs | None:
+        """Return the function that makes further arguments of the layers of the shared parameters, or None."""
+        return getattr(self._mixer_module(), "shared_inputs", None)
+
+    def outside_tensors(self, config: ModelConfig) -> dict[str, TensorSpec]:
+        """Return the tensors outside the layers, by full name: embeddings, final norm, head, shared parameters."""
+        specs = self.names.outside_layers(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, tied=config.tie_word_embeddings
+        )
+        return {**self.shared_tensors(config), **specs}
+
+    def tensors(self, config: ModelConfig) -> dict[str, TensorSpec]:
+        """Return every tensor of a model that the family knows, by full name (of a mixed model, not those between).
+
+        Their order is that of the built model's ``named_parameters()``, in which a ZeRO-3 checkpoint is flat.
+        """
+        specs = self.outside_tensors(config)
+        behind = {name: specs.pop(name) for name in self.names.behind_layers if name in specs}
+        for layer in config.recurrent_layers:
+            prefix = self.names.layer(layer)
+            specs.update({prefix + name: spec for name, spec in self.layer_tensors(config, layer).items()})
+        return {**specs, **behind}
+
+    def checked_mappings(
+        self, before: ModelConfig, after: ModelConfig, expansion: LayerExpansion
+    ) -> dict[str, RowMapping]:
+        """Return what becomes of a layer's tensors, by name without the prefix; those not named are kept.
+
+        Raises:
+            AssertionError: The mappings do not make the tensors that the layout of the expanded model asks for.
+        """
+        mappings = self.layer_mappings(before, after, expansion)
+        old, new = self.layer_tensors(before, expansion.layer), self.layer_tensors(after, expansion.layer)
+        made = {name: spec.shape for name, spec in old.items()} | {name: m.shape for name, m in mappings.items()}
+        assert made == {name: spec.shape for name, spec in new.items()}, f"{self.model_type}: {expansion}"
+        return mappings
+
+
+FAMILIES: dict[str, Family | str] = {
+    "gla": "gla.config",
+    "mamba2": "mamba2.tensors",
+    "mamba2_state_spaces": "state_spaces.config",
+    "hgrn2": "hgrn2.config",
+    "retnet": "retnet.config",
+    "minimax": "lightning.config",
+    "gated_deltanet": "gated_deltanet.config",
+    "kda": "kda.config",
+    "bamba": "bamba.config",
+}
+"""Each family, or the module of this package whose ``FAMILY`` it is; :func:`family_of` imports it."""
 
 
 def register(family: Family) -> None:
@@ -45,10 +162,6 @@ def register(family: Family) -> None:
     FAMILIES[family.model_type] = family
 
 
-for row in (GLA, MAMBA2, STATE_SPACES, HGRN2, RETNET, LIGHTNING, GATED_DELTANET, KDA, BAMBA):
-    register(row)
-
-
 def family_of(model_type: Any) -> Family:
     """Return the family of a ``model_type``.
 
@@ -57,12 +170,18 @@ def family_of(model_type: Any) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    row = FAMILIES[model_type]
+    if isinstance(row, str):
+        row = FAMILIES[model_type] = importlib.import_module(f"{__package__}.{row}").FAMILY
+    return row
 
 
 def find_family(values: dict[str, Any]) -> Family | None:
     """Return the family that the contents of a ``config.json`` belong to, or None."""
-    return next((family for family in FAMILIES.values() if family.config.recognises(values)), None)
+    named = values.get("model_type")
+    named = named.removeprefix(OUR_CODE_PREFIX) if isinstance(named, str) else None
+    families = map(family_of, (named,) if named in FAMILIES else FAMILIES)
+    return next((family for family in families if family.config.recognises(values)), None)
 
 
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:
@@ -72,7 +191,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         shown = repr(values.get("architectures"))[:80]
         raise CheckpointError(
             f"config.json has no model_type (architectures: {shown}); add the one that the model's class has, such as "
-            f"{', '.join(kind for kind in FAMILIES if kind != STATE_SPACES.model_type)}"
+            f"{', '.join(kind for kind in FAMILIES if kind != 'mamba2_state_spaces')}"
         )
     return (family or family_of(values["model_type"])).config.from_dict(values)
 

@@ -29,6 +29,7 @@ class Forms(NamedTuple):
     """The implementations of one recurrence over queries, keys, values and what else it takes.
 
     Attributes:
+        has_kernels: Whether the library of ``kernel`` is installed.
         naive: Token by token.
         kernel: Another library's.
         chunked: In PyTorch; takes ``chunk_size`` too, and values as a list of each partner's.
@@ -36,6 +37,7 @@ class Forms(NamedTuple):
         triton: Our own kernels, or None; they take the mixing matrix themselves.
     """
 
+    has_kernels: Callable[[], bool]
     naive: Scan
     kernel: Scan
     chunked: Scan
@@ -87,6 +89,7 @@ def mixed_scan(
     chunk_size: int | None,
     context: ContextShare | None,
     initial_state: torch.Tensor | None,
+    fits_triton: bool | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one form of a recurrence, plain or mixed, over a whole sequence or a rank's share of it.
@@ -95,16 +98,18 @@ def mixed_scan(
     the contribution of the state before the share is added.
 
     Args:
-        backend: From :func:`pick_backend`.
+        backend: The one asked for.
         forms: The implementations of the recurrence.
         inputs: ``q, k, v`` and the rest.
         mix: ``[H, r]`` mixing matrix or None.
         chunk_size: Of the chunked form.
         context: This rank's share or None.
         initial_state: ``[S, H, K, r V]`` or None for zero.
+        fits_triton: As for :func:`pick_backend`.
         options: Further options of the forms, ``scale`` among them.
     """
     q, k, v, *rest = inputs
+    backend = pick_backend(backend, q, forms.has_kernels, fits_triton=fits_triton)
     options["initial_state"] = initial_state if context is None else None
     if backend == "triton":
         assert forms.triton is not None

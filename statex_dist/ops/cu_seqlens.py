@@ -1,4 +1,4 @@
-"""Packed sequences by their borders ``cu_seqlens [S + 1]``: read, looked up by token, and cut into chunks.
+"""Packed sequences by their borders ``cu_seqlens [S + 1]``: read, looked up by token, and cut into chunks with decays.
 
 Every sequence starts a chunk of its own, so that its initial and final states are simply those at its first and after
 its last chunk; the tail of its last chunk is filled with tokens that change nothing (zero keys, zero decay). Sequences
@@ -18,7 +18,6 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.precision import SMALLEST_BLOCK
 
 
 def read_borders(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
@@ -89,6 +88,11 @@ class ChunkLayout:
         if not self.identity:
             flat = _Rearrange.apply(flat, self.gather, self.scatter)
         return flat.unflatten(0, (self.num_chunks, self.chunk_size)).transpose(1, 2)
+
+    def to_wide_chunks(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return :meth:`to_chunks` of each tensor, in fp32 (float64 where the first is)."""
+        wide = torch.promote_types(tensors[0].dtype, torch.float32)
+        return tuple(self.to_chunks(x).to(wide) for x in tensors)
 
     def from_chunks(self, x: torch.Tensor, batch: int) -> torch.Tensor:
         """Return ``[B, T, H, ...]`` from ``x [num_chunks, H, chunk_size, ...]``: the inverse of :meth:`to_chunks`."""
@@ -205,6 +209,8 @@ def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, filler]).index_select(0, index.clamp(max=x.shape[0]))
 
 
+SMALLEST_BLOCK = 4
+"""Tokens of the smallest chunk."""
 CHUNK_SIZES = (64, 32, 16)
 """The first is fastest on a CPU for long sequences."""
 _LARGEST_FILL = 0.25
@@ -298,3 +304,26 @@ def chunk_layout(lengths: tuple[int, ...], chunk_size: int, device: torch.device
         rank=index_tensor(rank, device),
         identity=len(gather) == total and bool((gather == np.arange(total)).all()),
     )
+
+
+def power_of_two_layout(x: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int | None) -> ChunkLayout:
+    """Return the layout of ``x [B, T, ...]``, packed or not, in chunks of :func:`power_of_two_chunks`."""
+    lengths = sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
+    return chunk_layout(lengths, power_of_two_chunks(lengths, chunk_size), x.device)
+
+
+def reverse_cumsum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return, for every place along a dimension, the sum from there to the end."""
+    return x.flip(dim).cumsum(dim=dim).flip(dim)
+
+
+def causal_decay(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return ``exp(b_t - b_u)`` for ``u <= t``, else 0, ``[..., C, C]``.
+
+    Args:
+        rows: ``[..., C, 1]`` cumulative log decays ``b``.
+        columns: The same, ``[..., 1, C]``.
+    """
+    difference = rows - columns
+    later = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
+    return difference.masked_fill(later, -torch.inf).exp()

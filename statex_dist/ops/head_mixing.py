@@ -12,8 +12,6 @@ from collections.abc import Iterable
 
 import torch
 
-from statex_dist.ops.precision import wide_dtype
-
 
 def partner_values(v: torch.Tensor, num_partners: int, *, head_dim: int = -2) -> list[torch.Tensor]:
     """Return ``r`` tensors like ``v [..., H, V]``: in the ``s``-th, head ``i`` has the values of head ``i + s``.
@@ -87,7 +85,7 @@ def unmix_scores(
     """Return the gradients of ``scores`` and of ``mix`` from that of :func:`mix_scores`."""
     if mix is None:
         return grad, None
-    wide = wide_dtype(scores.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
     total, dmix = torch.zeros_like(grad), []
     for part, weight in zip(partner_values(grad, mix.shape[1], head_dim=0), _weights(mix, scores.dtype), strict=True):
         total.addcmul_(part, weight)

@@ -19,11 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from statex_dist.ops.fla_api import fla_cross_entropy_
-from statex_dist.ops.fused import takes_kernels
-from statex_dist.ops.precision import wide_dtype
+from statex_dist.ops import backends
+from statex_dist.ops.fla_api import fla_cross_entropy_, has_fla
 
 LOSS_CHUNK_TOKENS = 8192
+
+
+def takes_kernels(x: torch.Tensor) -> bool:
+    """Return whether flash-linear-attention's kernel is to run on ``x``."""
+    return x.is_cuda and x.numel() > 0 and backends.takes_kernels(x, has_fla)
 
 
 def linear_cross_entropy(
@@ -69,7 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) if wants_weight else None
+        d_weight = (
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if wants_weight else None
+        )
 
         # A function of its own, so that a chunk's logits are gone before the next one's are there.
         def chunk_loss(start: int) -> torch.Tensor:
@@ -107,7 +113,7 @@ def _row_losses(
         # The kernel takes a target beyond the vocabulary for none at all; PyTorch's own loss stops there.
         torch._assert_async(((targets < logits.shape[-1]) & (targets >= 0) | (targets == ignore_index)).all())
         return fla_cross_entropy_(logits, targets, ignore_index=ignore_index, gradient=wants_gradient).sum(), logits
-    log_probs = logits.to(wide_dtype(logits.dtype)).log_softmax(-1)
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     loss = F.nll_loss(log_probs, targets, ignore_index=ignore_index, reduction="sum")
     if not wants_gradient:
         return loss, logits

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from statex_dist.ops.precision import reverse_cumsum
+from statex_dist.ops.cu_seqlens import reverse_cumsum
 
 Tensors = tuple[torch.Tensor, ...]
 Scan = Callable[[Tensors, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]

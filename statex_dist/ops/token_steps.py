@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from statex_dist.ops.cu_seqlens import borders_of
-from statex_dist.ops.precision import wide_dtype
 
 _BLOCK_BYTES = 1 << 20
 """Of a state that a CPU works on at a time: about half of a core's second-level cache."""
@@ -50,7 +49,7 @@ def scan_tokens(
                 scan_tokens(step, rows, values[:, sequence], state_shape, initial_state=initial, cu_seqlens=None)
             )
         return torch.cat([o for o, _ in parts], dim=1), torch.cat([state for _, state in parts])
-    wide = wide_dtype(tensors[0].dtype)
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
     if initial_state is None:
         state = values.new_zeros(len(values), *state_shape, dtype=wide)
     else:

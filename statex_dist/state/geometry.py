@@ -1,11 +1,13 @@
 """Shape, size and cost of one layer's recurrent state.
 
 Both families keep a matrix per head and read it with a query: GLA ``S [K, V]`` (arXiv 2312.06635), Mamba2 ``S [N, P]``
-(arXiv 2405.21060). One value describes either, before and after an expansion.
+(arXiv 2405.21060). One value describes either, before and after an expansion. The memory limits of the GPU scan of
+large GLA states (``ops/gla/triton``) are here because memory predictions use them too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 STATE_BYTES = 4
@@ -13,6 +15,12 @@ STATE_BYTES = 4
 
 LARGEST_PLAIN_HEAD = 256 * 512
 """Numbers of a head's state in GLA-1.3B. Our own GPU scan, whose memory is bounded, takes larger ones."""
+
+CHUNK_SIZE = 256
+"""Tokens per chunk of long sequences in that scan. Each writes and reads one state: longer ones need less traffic and
+more arithmetic for the products inside a chunk."""
+MAX_STATE_BYTES = 256 * 2**20
+"""Bytes of the chunk states that are held at once, those of the forward pass and their gradients together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,3 +73,17 @@ class StateGeometry:
         keys = self.num_key_groups * self.key_dim
         values = self.num_heads * self.value_dim * self.values_per_key
         return 4 * self.elements + 2 * self.chunk_size * (keys + values)
+
+
+def chunks_per_segment(num_chunks: int, state_bytes: int, max_state_bytes: int) -> int:
+    """Return the number of chunks of a segment, whose states and gradients are held at once.
+
+    One fp32 state is kept per segment. A segment has at least the square root of the number of chunks: the states that
+    are kept for shorter segments would take more memory than the shorter segments save.
+
+    Args:
+        num_chunks: Chunks of the whole sequence, or of all packed ones.
+        state_bytes: Bytes of one chunk's state.
+        max_state_bytes: Limit of the states and gradients of a segment together.
+    """
+    return max(max_state_bytes // (2 * state_bytes), math.isqrt(num_chunks), 1)

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
-from statex_dist.checkpoint.leftovers import remove_leftovers, remove_tree
 from statex_dist.checkpoint.visible import fresh_names, wait_until_none
 from statex_dist.distributed.ranks import Ranks
+from statex_dist.durable.files import remove_leftovers, remove_tree
 from statex_dist.errors import ConfigError, refusal
 from statex_dist.train.run_lock import claim, not_held, taken_text
 

@@ -23,7 +23,7 @@ from statex_dist.models.config import ModelConfig
 from statex_dist.models.config_keys import SHARED_KEYS
 from statex_dist.models.hf import from_pretrained, save_pretrained
 from statex_dist.models.mamba2.config import has_fla_keys
-from statex_dist.models.registry import FAMILIES, config_from_dict, make_plan
+from statex_dist.models.registry import config_from_dict, family_of, make_plan
 from statex_dist.models.state_spaces import config as state_spaces
 from tests.models.tiny import build, gla_config, hgrn2_config, mamba2_config, minimax_config, retnet_config, tokens
 
@@ -74,13 +74,13 @@ class TestEveryKeyOfTheirClasses:
     def test_flash_linear_attention(self, family):
         theirs = arguments_of("fla", f"models/{family}/configuration_{family}.py", FLA_CLASSES[family])
         assert len(theirs) > 20
-        assert not theirs - understood(FAMILIES[family].config)
+        assert not theirs - understood(family_of(family).config)
 
     @pytest.mark.parametrize("family", ["mamba2", "minimax", "bamba"])
     def test_transformers(self, family):
         theirs = {field.name for field in fields(transformers.CONFIG_MAPPING[family])}
         assert len(theirs) > 20
-        assert not theirs - understood(FAMILIES[family].config)
+        assert not theirs - understood(family_of(family).config)
 
     def test_state_spaces(self):
         assert arguments_of("mamba_ssm", "models/config_mamba.py", "MambaConfig") == state_spaces._TOP_KEYS

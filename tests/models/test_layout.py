@@ -232,7 +232,7 @@ def test_vocabulary_is_cut_where_it_divides():
 
 
 def test_bamba_shares_its_mamba2_layers():
-    config = FAMILIES["bamba"].config(
+    config = family_of("bamba").config(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, mamba_n_heads=4, mamba_d_state=6
     )
     assert shapes(config, 4, 1)["model.layers.1.mamba.in_proj.weight"] == (8 + 8 + 6 + 6 + 1, 16)

@@ -1,5 +1,7 @@
 """The registry's facts of any model: parameters' roles, and FLOPs against a count by hand and torch's counter."""
 
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -8,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import (
+    FAMILIES,
     Role,
+    family_of,
     forward_flops_per_token,
     make_plan,
     parameter_roles,
@@ -16,6 +20,19 @@ from statex_dist.models.registry import (
 )
 from statex_dist.optim.groups import ROLES
 from tests.models.tiny import CONFIGS, gla_config, mamba2_config
+
+
+def test_every_row_names_its_family():
+    assert [family_of(kind).model_type for kind in FAMILIES] == list(FAMILIES)
+
+
+def test_a_configuration_imports_its_own_family_alone():
+    script = (
+        "import sys; from statex_dist.models.registry import find_family; find_family({'model_type': 'hgrn2'});"
+        "print(*(name for name in sys.modules if name.startswith('statex_dist.models.') and name.count('.') > 2))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["statex_dist.models.hgrn2.config"]
 
 
 def named(config, role: str) -> set[str]:

@@ -6,27 +6,25 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statex_dist.models.distributions import (
+from statex_dist.models.row_mapping import (
     Constant,
     FirstColumn,
+    Fresh,
+    Keep,
     LogCount,
     LogUniform,
     Normal,
-    TimeStep,
-    Uniform,
-    describe,
-    generator_for,
-)
-from statex_dist.models.row_mapping import (
-    Fresh,
-    Keep,
     RowMapping,
     TensorMapping,
+    TimeStep,
+    Uniform,
     added,
+    describe,
     from_blocks,
+    generator_for,
     grown_groups,
     redrawn,
     repeated,
@@ -50,6 +48,7 @@ def tensor_mapping(*blocks, columns=3, seed=1, name="a"):
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda d: type(d).__name__)
+@settings(deadline=None)  # a busy machine
 @given(sizes=st.integers(1, 70))
 def test_values_do_not_depend_on_the_size_of_the_pieces(distribution, sizes):
     change = tensor_mapping(Keep(0, 2), Fresh(20, distribution))

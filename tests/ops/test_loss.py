@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from statex_dist.ops.loss import linear_cross_entropy
-from tests.ops.fused_cases import (
+from tests.models.core.layer_cases import (
     IGNORED,
     assert_near,
     loss_inputs,

@@ -36,7 +36,6 @@ from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, device_of, eva
 from statex_dist.inference.vocabulary import token_outside
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.ops.precision import wide_dtype
 
 PROMPTS = ("newlines", "text", "data")
 STATISTICS = ("mean", "variance", "norm", "largest")
@@ -332,7 +331,7 @@ def read_tokens(
     for at in range(start, end, segment_length):
         part = torch.as_tensor(tokens[:, at : min(at + segment_length, end) + 1], device=device).long()
         output = model(part[:, :-1], states=states, output_states=True)
-        logits = output.logits.to(wide_dtype(output.logits.dtype))
+        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
         losses = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
         total += losses.view(len(tokens), -1).double().sum(1).cpu().numpy()
         states = output.states

@@ -175,6 +175,8 @@ class ContinuousBatch:
 
     def _start(self) -> None:
         """Let rows whose prompt is read have the slots that are not promised to those who came before them."""
+        if not self._admitted:
+            return
         room = self._max_rows - self.running
         for reading in self._admitted:
             if room <= 0:
@@ -298,9 +300,10 @@ class Worker:
         with self._changed:
             while not (self._stopping or self._leaving or self._waiting or self._batch.running or self._batch.reading):
                 self._changed.wait()
-            self._batch.drop(self._leaving)
-            self._open -= self._leaving
-            self._leaving.clear()
+            if self._leaving:
+                self._batch.drop(self._leaving)
+                self._open -= self._leaving
+                self._leaving.clear()
             while self._waiting and self._batch.free > 0:
                 self._batch.admit(self._waiting.popleft())
             return not self._stopping

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, Recurrence, check_layer_list, is_layer
-from statex_dist.models.distributions import Distribution
-from statex_dist.models.family import Family
 from statex_dist.models.layout import Names, TensorSpec
 from statex_dist.models.mamba2 import tensors as mamba2
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.row_mapping import RowMapping
+from statex_dist.models.registry import Family
+from statex_dist.models.row_mapping import Distribution, RowMapping
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 

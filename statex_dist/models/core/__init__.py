@@ -1,1 +1,1 @@
-"""What all families share: the recurrent mixer, blocks, trunk, head, norms and the state of a layer."""
+"""What all families share: the recurrent mixer, blocks, norms and the state of a layer."""

@@ -15,7 +15,6 @@ import torch
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.ops.mitigations import Scan, Tensors
-from statex_dist.ops.precision import wide_dtype
 
 MITIGATIONS: dict[str, type[Mitigation]] = {}
 """Every mitigation by name."""
@@ -113,4 +112,4 @@ def tokens_of_ssd(scan: Scan, A: torch.Tensor) -> Scan:
 
 def widened(inputs: Tensors) -> Tensors:
     """Return fp32 or float64: what leaves a window has to be what entered it, and bf16 rounds the two apart."""
-    return tuple(y.to(wide_dtype(y.dtype)) for y in inputs)
+    return tuple(y.to(torch.promote_types(y.dtype, torch.float32)) for y in inputs)

@@ -19,11 +19,10 @@ from typing import Any, ClassVar
 from statex_dist.errors import CheckpointError
 from statex_dist.models import fla
 from statex_dist.models.config import Recurrence
-from statex_dist.models.distributions import Distribution, LogUniform, TimeStep
-from statex_dist.models.family import Family
 from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, mix_tensor
 from statex_dist.models.layout import LayerUnits, TensorSpec, layer_units
-from statex_dist.models.row_mapping import RowMapping, head_mappings
+from statex_dist.models.registry import Family
+from statex_dist.models.row_mapping import Distribution, LogUniform, RowMapping, TimeStep, head_mappings
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 

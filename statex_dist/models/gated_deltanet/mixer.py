@@ -10,7 +10,6 @@ from statex_dist.models.core.layers import FLABlock, GatedRMSNorm, RMSNorm
 from statex_dist.models.core.mixer import DeltaRule, Tokens, depthwise
 from statex_dist.models.gated_deltanet.config import DeltaRuleConfig, GatedDeltaNetConfig
 from statex_dist.ops.mitigations import Tensors
-from statex_dist.ops.precision import wide_dtype
 
 KEY_NORM_EPS = 1e-6
 
@@ -55,7 +54,7 @@ class DeltaAttention(DeltaRule):
         q, k, v = tokens.convolved if self.use_short_conv else map(F.silu, tokens.convolved)
         q, k = (unit(y.unflatten(-1, (self.heads.keys, -1))) for y in (q, k))
         beta = self.b_proj(tokens.x)
-        beta = torch.sigmoid(beta.to(wide_dtype(beta.dtype))) * self.beta_factor
+        beta = torch.sigmoid(beta.to(torch.promote_types(beta.dtype, torch.float32))) * self.beta_factor
         return q, k, v.unflatten(-1, (self.heads.values, -1)), self.log_decays(tokens.x), beta
 
     def output(self, o: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -65,7 +64,7 @@ class DeltaAttention(DeltaRule):
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` over its Euclidean norm along the last dimension."""
-    wide = x.to(wide_dtype(x.dtype))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + KEY_NORM_EPS)).to(x.dtype)
 
 
@@ -89,7 +88,7 @@ class GatedDeltaNet(DeltaAttention):
     def log_decays(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``-exp(A_log) softplus(a(x) + dt_bias)``, one per value head."""
         a = self.a_proj(x)
-        wide = wide_dtype(a.dtype)
+        wide = torch.promote_types(a.dtype, torch.float32)
         step = F.softplus(a.to(wide) + self.dt_bias.to(wide))
         return (-self.A_log.to(wide).exp() * step).unsqueeze(-1)
 

@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models import fla
-from statex_dist.models.distributions import Constant, Distribution, Uniform
-from statex_dist.models.family import Family
 from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
 from statex_dist.models.layout import TensorSpec, layer_units
+from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import (
+    Constant,
+    Distribution,
     RowMapping,
+    Uniform,
     from_blocks,
     grown_groups,
     head_mappings,

@@ -14,7 +14,6 @@ from statex_dist.models.core.layers import FLABlock, GatedRMSNorm
 from statex_dist.models.core.mixer import LinearAttention, Tokens, depthwise
 from statex_dist.models.gla.config import GATE_LOW_RANK_DIM, GLAConfig
 from statex_dist.ops.mitigations import Tensors
-from statex_dist.ops.precision import wide_dtype
 
 
 class GatedLinearAttention(LinearAttention):
@@ -61,7 +60,10 @@ class GatedLinearAttention(LinearAttention):
         """Return queries, keys and log decays ``[B, T, keys]``."""
         q, k, _ = tokens.convolved
         logits = self.gk_proj(tokens.x)
-        g = F.logsigmoid(logits.to(wide_dtype(logits.dtype))) / self.config.gate_logit_normalizer
+        g = (
+            F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            / self.config.gate_logit_normalizer
+        )
         return q, k, g if self.config.clamp_min is None else g.clamp(min=self.config.clamp_min)
 
     def scan_inputs(self, tokens: Tokens) -> Tensors:

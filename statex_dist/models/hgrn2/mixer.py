@@ -14,7 +14,6 @@ from statex_dist.models.core.layers import FLABlock, RMSNorm
 from statex_dist.models.core.mixer import LinearAttention, Tokens, depthwise
 from statex_dist.models.hgrn2.config import HGRN2Config
 from statex_dist.ops.mitigations import Tensors
-from statex_dist.ops.precision import wide_dtype
 
 OUTPUT_NORM_EPS = 1e-5
 """Of the norm behind the scan: flash-linear-attention's layer leaves it at its kernel's default, whatever ``norm_eps``
@@ -26,7 +25,7 @@ def shared_inputs(trunk: nn.Module) -> list[list[torch.Tensor | None]]:
     logits = getattr(trunk, "lower_bounds", None)
     if logits is None:
         return []
-    shares = logits.to(wide_dtype(logits.dtype)).softmax(0)
+    shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(0)
     return [[None, *(shares.cumsum(0) - shares[0])[1:].unbind(0)]]
 
 
@@ -60,7 +59,7 @@ class HGRN2Attention(LinearAttention):
         q, f, v = tokens.convolved
         lower_bound = tokens.shared[0] if tokens.shared else None
         q = F.silu(q)
-        g = F.logsigmoid(f.to(wide_dtype(f.dtype)))
+        g = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
         if lower_bound is not None:
             lower_bound = lower_bound[self.heads.key_channels]
             g = torch.logaddexp(lower_bound.log(), torch.log1p(-lower_bound) + g)

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models import fla
-from statex_dist.models.distributions import Constant, Distribution, LogUniform, TimeStep
-from statex_dist.models.family import Family
 from statex_dist.models.fla import block_tensors, mix_tensor
 from statex_dist.models.gated_deltanet.config import DeltaRuleConfig, conv_tensors, mixing_mappings
 from statex_dist.models.layout import TensorSpec, layer_units
+from statex_dist.models.registry import Family
+from statex_dist.models.row_mapping import Constant, Distribution, LogUniform, TimeStep
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,6 @@ from torch import nn
 from statex_dist.models.core.layers import FLABlock, GatedRMSNorm
 from statex_dist.models.gated_deltanet.mixer import DeltaAttention
 from statex_dist.models.kda.config import KDAConfig
-from statex_dist.ops.precision import wide_dtype
 
 
 class KimiDeltaAttention(DeltaAttention):
@@ -27,7 +26,7 @@ class KimiDeltaAttention(DeltaAttention):
     def log_decays(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``-exp(A_log) softplus(f(x) + dt_bias)``; with a bound, ``bound sigmoid(exp(A_log) (...))``."""
         f = self.f_proj(x)
-        wide = wide_dtype(f.dtype)
+        wide = torch.promote_types(f.dtype, torch.float32)
         f = (f.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.heads.decays, -1))
         rate = self.A_log.to(wide).exp().unsqueeze(-1)
         if self.lower_bound is not None:

@@ -17,14 +17,16 @@ from typing import ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.distributions import Constant, Distribution, Normal
-from statex_dist.models.family import Family
 from statex_dist.models.fla import head_geometry, mix_tensor
 from statex_dist.models.layout import Names, TensorSpec, Units, layer_units
+from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import (
     Block,
+    Constant,
+    Distribution,
     Fresh,
     Keep,
+    Normal,
     RowMapping,
     from_blocks,
     head_mappings,

@@ -15,7 +15,6 @@ from statex_dist.models.core.mixer import LinearAttention, Tokens
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.ops.mitigations import Tensors
-from statex_dist.ops.precision import wide_dtype
 
 OUTPUT_NORM_EPS = 1e-6
 """Of the norm behind the scan: transformers' layer leaves it at the norm's default, whatever ``rms_norm_eps`` says."""
@@ -54,7 +53,7 @@ class LightningAttention(LinearAttention):
         """Return ``q, k, v, g``."""
         q, k, v = tokens.convolved
         q, k = (y.unflatten(-1, (self.heads.keys, -1)) for y in (q, k))
-        rates = torch.tensor(self.rates, dtype=wide_dtype(k.dtype), device=k.device)
+        rates = torch.tensor(self.rates, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
         rates = rates.repeat_interleave(self.keys_per_head)[self.heads.key_channels]
         g = -rates.view(self.heads.keys, -1).expand_as(k)
         return q, k, v.unflatten(-1, (self.heads.values, -1)), g

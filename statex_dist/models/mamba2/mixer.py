@@ -14,7 +14,6 @@ from statex_dist.models.core.mixer import StateSpace, Tokens
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.ops.mitigations import Tensors
-from statex_dist.ops.precision import wide_dtype
 
 
 class Mamba2Mixer(StateSpace):
@@ -56,7 +55,7 @@ class Mamba2Mixer(StateSpace):
         x, B, C = tokens.convolved[0].split([inner, grouped, grouped], dim=-1)
         B, C = (y.unflatten(-1, (heads.keys, -1)) for y in (B, C))
         # The dynamics stay fp32 in bf16 training: a rounded decay is a different memory.
-        wide = wide_dtype(tokens.x.dtype)
+        wide = torch.promote_types(tokens.x.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)
         return x.unflatten(-1, (heads.values, -1)), dt, -self.A_log.to(wide).exp(), B, C
 
@@ -79,5 +78,5 @@ class Mamba2Block(nn.Module):
     ) -> tuple[torch.Tensor, LayerState | None]:
         """Return the layer's output ``[B, T, hidden]`` and its state after ``x``."""
         mixed, new_state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), sequences, state)
-        residual = x.to(wide_dtype(x.dtype)) if self.residual_in_fp32 else x
+        residual = x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
         return residual + mixed, new_state

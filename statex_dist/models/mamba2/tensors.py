@@ -19,15 +19,20 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from statex_dist.models.distributions import Constant, Distribution, LogCount, Normal, TimeStep, Uniform
-from statex_dist.models.family import Family, MegatronLayer
 from statex_dist.models.layout import Names, TensorSpec, Units
 from statex_dist.models.mamba2.config import Mamba2Config
+from statex_dist.models.registry import Family, MegatronLayer
 from statex_dist.models.row_mapping import (
     Block,
+    Constant,
+    Distribution,
     Fresh,
     Keep,
+    LogCount,
+    Normal,
     RowMapping,
+    TimeStep,
+    Uniform,
     from_blocks,
     grown_groups,
     redrawn,

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models import fla
-from statex_dist.models.family import Family
 from statex_dist.models.gla import config as gla
 from statex_dist.models.gla.config import GLAConfig
 from statex_dist.models.layout import TensorSpec
+from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import RowMapping
 from statex_dist.state.plan import LayerExpansion
 

@@ -13,7 +13,6 @@ from statex_dist.models.core.mixer import Tokens
 from statex_dist.models.gla.mixer import GatedLinearAttention
 from statex_dist.models.retnet.config import RetNetConfig
 from statex_dist.ops.mitigations import Tensors
-from statex_dist.ops.precision import wide_dtype
 
 ROTARY_BASE = 10000.0
 
@@ -33,7 +32,7 @@ class Retention(GatedLinearAttention):
         x, (q, k, _) = tokens.x, tokens.convolved
         assert tokens.positions is not None
         q, k = (rotate(y.unflatten(-1, (-1, self.config.head_key_dim)), tokens.positions).flatten(-2) for y in (q, k))
-        heads = torch.arange(self.config.num_heads, dtype=wide_dtype(x.dtype), device=x.device)
+        heads = torch.arange(self.config.num_heads, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         decay = torch.log1p(-torch.exp2(-5 - heads))
         decay = decay.repeat_interleave(self.blocks_per_head * self.config.head_key_dim)
         return q, k, decay[self.heads.key_channels].expand(*x.shape[:2], -1)
@@ -42,7 +41,7 @@ class Retention(GatedLinearAttention):
 def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rotate the halves of ``x [B, T, H, D]`` by the tokens' positions (arXiv 2104.09864, in the half-split form)."""
     half = x.shape[-1] // 2
-    wide = wide_dtype(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
     frequency = ROTARY_BASE ** -(torch.arange(half, dtype=wide, device=x.device) / half)
     angle = positions.to(wide)[..., None, None] * frequency
     first, second = x.to(wide).split(half, dim=-1)

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Self
 from statex_dist.checkpoint.json_file import decode_floats
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import LARGEST_SIZE, check_layer_list, check_type, is_layer
-from statex_dist.models.config_keys import SHARED_KEYS
+from statex_dist.models.config_keys import SHARED_KEYS, without_plan
 from statex_dist.models.layout import Names
 from statex_dist.models.mamba2 import tensors as mamba2
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.plan_keys import without_plan
 from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan
 
 _SIZES = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "chunk_size": 256}

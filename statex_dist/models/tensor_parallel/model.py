@@ -21,9 +21,8 @@ from statex_dist.models.config import ModelConfig
 from statex_dist.models.core.layers import Expert, GatedRMSNorm, RMSNorm, SparseExperts
 from statex_dist.models.core.mitigation import Mitigation
 from statex_dist.models.core.mixer import RecurrentMixer, mixer_of
-from statex_dist.models.core.trunk import LMHead
 from statex_dist.models.layout import HeldHeads, TensorSpec
-from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.lm import LMHead, RecurrentLM
 from statex_dist.models.registry import read_config
 from statex_dist.models.source import find_model
 from statex_dist.models.tensor_parallel.norms import SplitGatedRMSNorm, SplitRMSNorm

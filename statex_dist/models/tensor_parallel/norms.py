@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from statex_dist.models.core.layers import GatedRMSNorm, RMSNorm
 from statex_dist.models.tensor_parallel.share import TensorShare
-from statex_dist.ops.precision import wide_dtype
 
 
 class SplitRMSNorm(RMSNorm):
@@ -43,7 +42,7 @@ class SplitGatedRMSNorm(GatedRMSNorm):
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the gated norm of ``x [..., held]`` in ``x``'s dtype."""
         activation = torch.sigmoid if self.sigmoid else F.silu
-        gate = activation(gate.to(wide_dtype(gate.dtype)))
+        gate = activation(gate.to(torch.promote_types(gate.dtype, torch.float32)))
         if self.norm_before_gate:
             return (self.weight * _normalize(x, self) * gate).to(x.dtype)
         return (self.weight * _normalize(x.to(gate.dtype) * gate, self).to(x.dtype)).to(x.dtype)
@@ -51,6 +50,6 @@ class SplitGatedRMSNorm(GatedRMSNorm):
 
 def _normalize(x: torch.Tensor, norm: SplitRMSNorm | SplitGatedRMSNorm) -> torch.Tensor:
     """Return ``x`` over the root mean square of all channels of a group, in fp32 (float64 for float64)."""
-    groups = x.to(wide_dtype(x.dtype)).unflatten(-1, (norm.num_groups, -1))
+    groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (norm.num_groups, -1))
     mean = norm.share.all_reduce(groups.square().sum(-1, keepdim=True)) / norm.size
     return (groups * torch.rsqrt(mean + norm.eps)).flatten(-2)

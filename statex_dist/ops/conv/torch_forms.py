@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from statex_dist.ops.cu_seqlens import borders_of, sequence_index
+from statex_dist.ops.cu_seqlens import borders_of
 
 
 def causal_conv(
@@ -81,8 +81,8 @@ def conv_tail(
 
 def _positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return each token's position within its sequence, ``[T]``."""
-    index = torch.arange(num_tokens, device=cu_seqlens.device)
-    return index - cu_seqlens.to(index.dtype)[sequence_index(cu_seqlens, num_tokens)]
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+    return torch.arange(num_tokens, device=cu_seqlens.device) - starts
 
 
 def conv_step(

@@ -49,8 +49,14 @@ def delta_rule(
     """
     inputs = (q, k, v, g, beta)
     return mixed_scan(
-        _trainable(pick_backend(backend, q, has_fla), backend, inputs),
-        Forms(naive=naive_delta_rule, kernel=fla_delta_rule, chunked=chunked_delta_rule, across=delta_across),
+        _trainable(backend, inputs),
+        Forms(
+            has_kernels=has_fla,
+            naive=naive_delta_rule,
+            kernel=fla_delta_rule,
+            chunked=chunked_delta_rule,
+            across=delta_across,
+        ),
         inputs,
         mix=mix,
         chunk_size=chunk_size,
@@ -61,18 +67,18 @@ def delta_rule(
     )
 
 
-def _trainable(picked: Backend, asked: Backend, inputs: tuple[torch.Tensor, ...]) -> Backend:
-    """Return the picked backend, or ``chunked`` where it cannot compute gradients that are needed.
+def _trainable(asked: Backend, inputs: tuple[torch.Tensor, ...]) -> Backend:
+    """Return the backend asked for, or ``chunked`` where its kernel cannot compute gradients that are needed.
 
     Raises:
         ConfigError: The kernel was asked for by name and cannot.
     """
-    if picked != "kernel" or inputs[3].shape[-1] > 1:  # KDA has another backward pass
-        return picked
+    if pick_backend(asked, inputs[0], has_fla) != "kernel" or inputs[3].shape[-1] > 1:  # KDA: another backward pass
+        return asked
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     obstacle = delta_backward_obstacle() if needs_gradients else None
     if obstacle is None:
-        return picked
+        return asked
     if asked == "kernel":
         raise ConfigError(f"scan backend 'kernel' cannot train this model: {obstacle}")
     warn_once(f"the gated delta rule is trained with the slower PyTorch form: {obstacle}")

@@ -20,9 +20,9 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.cu_seqlens import chunk_layout, power_of_two_chunks, sequence_lengths
+from statex_dist.ops.cu_seqlens import power_of_two_layout
+from statex_dist.ops.gla.torch_forms import decayed_products
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
-from statex_dist.ops.precision import decayed_products, wide_dtype
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 
@@ -161,14 +161,12 @@ def chunked_delta_rule(
         ConfigError: ``chunk_size`` is not a power of two from 4.
     """
     heads = g.shape[2]
-    lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
-    chunk_size = power_of_two_chunks(lengths, chunk_size)
-    layout, dtype = chunk_layout(lengths, chunk_size, q.device), wide_dtype(q.dtype)
+    layout = power_of_two_layout(q, cu_seqlens, chunk_size)
     q, k = (y.repeat_interleave(heads // y.shape[2], dim=2) for y in (q * scale, k))
-    q, k, g, beta = (layout.to_chunks(y).to(dtype) for y in (q, k, g, beta.unsqueeze(-1)))
+    q, k, g, beta = layout.to_wide_chunks(q, k, g, beta.unsqueeze(-1))
     b = g.cumsum(dim=2)
     total = b[:, :, -1:]
-    identity = torch.eye(chunk_size, dtype=dtype, device=q.device)
+    identity = torch.eye(layout.chunk_size, dtype=q.dtype, device=q.device)
     system = identity + (beta * decayed_products(k, k, b)).tril(-1)
     inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
     attention, erase = decayed_products(q, k, b), inverse @ (beta * k * b.exp())

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from statex_dist.distributed.context_group import ContextShare
-from statex_dist.ops.backends import Backend, Forms, mixed_scan, pick_backend
+from statex_dist.ops.backends import Backend, Forms, mixed_scan
 from statex_dist.ops.fla_api import fla_gla, has_fla
 from statex_dist.ops.gla.torch_forms import chunked_gla, naive_gla
 from statex_dist.ops.gla.triton.expanded import SMALLEST_CHUNK, expanded_gla
@@ -59,8 +59,9 @@ def gla(
     """
     wants_state = output_final_state or context is not None
     o, state = mixed_scan(
-        pick_backend(backend, q, has_fla, fits_triton=_is_expanded(q, v, mix)),
+        backend,
         Forms(
+            has_kernels=has_fla,
             naive=naive_gla,
             kernel=fla_gla,
             chunked=chunked_gla,
@@ -72,6 +73,7 @@ def gla(
         chunk_size=chunk_size,
         context=context,
         initial_state=initial_state,
+        fits_triton=_is_expanded(q, v, mix),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         cu_seqlens=cu_seqlens,
     )

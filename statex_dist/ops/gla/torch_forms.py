@@ -8,6 +8,9 @@ Chunked, with ``b`` the cumulative log decay inside a chunk and ``h`` the state 
 
     A[t, u] = sum_c q_tc k_uc exp(b_tc - b_uc)   for u <= t
     o = A v + (q e^b) h,   h' = e^{b_C} h + (k e^{b_C - b})^T v
+
+The textbook form of ``A`` multiplies ``q e^b`` by ``k e^{-b}``, which overflows in fp32 once the decays sum below -88.
+No exponent is ever positive here, whatever the gates are.
 """
 
 from __future__ import annotations
@@ -17,9 +20,8 @@ from functools import partial
 
 import torch
 
-from statex_dist.ops.cu_seqlens import chunk_layout, power_of_two_chunks, sequence_lengths
+from statex_dist.ops.cu_seqlens import SMALLEST_BLOCK, causal_decay, power_of_two_layout
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
-from statex_dist.ops.precision import decayed_products, wide_dtype
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 
@@ -139,9 +141,8 @@ def chunked_gla(
     Raises:
         ConfigError: ``chunk_size`` is not a power of two from 4.
     """
-    lengths = sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)
-    layout = chunk_layout(lengths, power_of_two_chunks(lengths, chunk_size), q.device)
-    q, k, g = (layout.to_chunks(x).to(wide_dtype(q.dtype)) for x in (q * scale, k, g))
+    layout = power_of_two_layout(q, cu_seqlens, chunk_size)
+    q, k, g = layout.to_wide_chunks(q * scale, k, g)
     b = g.cumsum(dim=2)
     total = b[:, :, -1:]
     decay, keys, queries = total.transpose(-1, -2).exp(), k * (total - b).exp(), q * b.exp()
@@ -153,3 +154,47 @@ def chunked_gla(
         return attention @ values + queries @ starts, final
 
     return layout.scan_values(v, initial_state, scan)
+
+
+def decayed_products(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the causal ``A[t, u] = sum_c q_tc k_uc exp(b_tc - b_uc)`` of chunks, ``[..., C, C]``.
+
+    With a decay per channel it is built by halving: each off-diagonal block refers both sides to the border between
+    its halves.
+
+    Args:
+        q: ``[..., C, K]``, ``C`` a power of two from 4.
+        k: ``[..., C, K]``.
+        b: ``[..., C, K]`` or ``[..., C, 1]`` log decays, summed so far.
+    """
+    if b.shape[-1] < q.shape[-1]:
+        return (q @ k.transpose(-1, -2)) * causal_decay(b, b.transpose(-1, -2))
+    chunk_size = q.shape[-2]
+    matrix = _diagonal_blocks(q, k, b)
+    size = SMALLEST_BLOCK
+    while size < chunk_size:
+        q_late, k_early = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((q, 1), (k, 0)))
+        b_early, b_late = b.unflatten(-2, (-1, 2, size)).unbind(-3)
+        border = b_early[..., -1:, :]
+        corner = (q_late * (b_late - border).exp()) @ (k_early * (border - b_early).exp()).transpose(-1, -2)
+        early, late = matrix.unflatten(-3, (-1, 2)).unbind(-3)
+        top = torch.cat([early, early.new_zeros(()).expand_as(early)], dim=-1)
+        matrix = torch.cat([top, torch.cat([corner, late], dim=-1)], dim=-2)
+        size *= 2
+    return matrix.squeeze(-3)
+
+
+def _diagonal_blocks(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the causal ``[..., C / 4, 4, 4]`` blocks on the diagonal of ``A``.
+
+    Written out entry by entry: the four diagonal entries need no exponential and the six above it nothing at all, which
+    makes this twice as fast as a masked ``[..., 4, 4, K]`` tensor and its gradient.
+    """
+    q_rows, k_rows, b_rows = (x.unflatten(-2, (-1, SMALLEST_BLOCK)).unbind(-2) for x in (q, k, b))
+    nothing = q.new_zeros(()).expand(q_rows[0].shape[:-1])
+    rows = []
+    for t in range(SMALLEST_BLOCK):
+        decayed = [k_rows[u] * (b_rows[t] - b_rows[u]).exp() for u in range(t)]
+        entries = [(q_rows[t] * key).sum(-1) for key in (*decayed, k_rows[t])]
+        rows.append(torch.stack(entries + [nothing] * (SMALLEST_BLOCK - 1 - t), dim=-1))
+    return torch.stack(rows, dim=-2)

@@ -8,8 +8,7 @@ import torch
 
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.ops.backends import Backend, add_to_first, pick_backend
-from statex_dist.ops.cu_seqlens import read_borders
-from statex_dist.ops.precision import reverse_cumsum, wide_dtype
+from statex_dist.ops.cu_seqlens import read_borders, reverse_cumsum
 from statex_dist.ops.ssd.mamba_api import has_mamba_ssm, mamba_ssd
 from statex_dist.ops.ssd.torch_forms import add_skip, chunked_ssd, naive_ssd
 
@@ -109,7 +108,7 @@ def ssd_final_state(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch
     Decays are summed from the end: what is near it has a small exponent, which a difference of two large ones would
     round.
     """
-    wide, groups = wide_dtype(x.dtype), B.shape[2]
+    wide, groups = torch.promote_types(x.dtype, torch.float32), B.shape[2]
     g = (dt * A).to(wide)
     later = reverse_cumsum(g, 1) - g
     weighted = (x * dt.unsqueeze(-1)).to(wide) * later.exp().unsqueeze(-1)

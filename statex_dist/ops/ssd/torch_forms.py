@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from statex_dist.errors import ConfigError
-from statex_dist.ops.cu_seqlens import chunk_layout, pick_chunk_size, sequence_lengths
-from statex_dist.ops.precision import causal_decay, wide_dtype
+from statex_dist.ops.cu_seqlens import causal_decay, chunk_layout, pick_chunk_size, sequence_lengths
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 
@@ -145,7 +144,7 @@ def chunked_ssd(
     if chunk_size < 1:
         raise ConfigError(f"chunk_size must be 1 or more, not {chunk_size}")
     layout = chunk_layout(lengths, chunk_size, x.device)
-    out_dtype, work_dtype = x.dtype, wide_dtype(x.dtype)
+    out_dtype, work_dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     decay_log = layout.to_chunks((dt * A).unsqueeze(-1)).to(work_dtype).squeeze(-1)
     x_dt = layout.to_chunks(x * dt.unsqueeze(-1)).to(work_dtype)
     B, C = (layout.to_chunks(y).to(work_dtype) for y in (B, C))

@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import ConfigError
+from statex_dist.models.config_keys import ARCHITECTURE, OUR_CODE_PREFIX
 from statex_dist.models.hf import from_pretrained
-from statex_dist.models.plan_keys import ARCHITECTURE, OUR_CODE_PREFIX
 from statex_dist.models.registry import make_plan, read_config
 from statex_dist.state.plan import Init
 from tests.checkpoints_tools.builders import run_expand, write_model

@@ -10,14 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_tools.io.documents import with_dtype
+from checkpoints_tools.io.target import with_dtype
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.verify import verify_expansion, verify_same
 from launch.cli import main
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import read_config_dict
+from statex_dist.models.config_keys import AUTO_MAP, NO_ACTIVATION, without_plan
 from statex_dist.models.hf import from_pretrained
-from statex_dist.models.plan_keys import AUTO_MAP, NO_ACTIVATION, without_plan
 from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import CONFIGS, GLA, MAMBA2, run_expand, write_model
 from tests.models.tiny import tokens

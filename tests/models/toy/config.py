@@ -7,11 +7,10 @@ from functools import partial
 from typing import ClassVar
 
 from statex_dist.models import fla
-from statex_dist.models.distributions import Constant, Distribution
-from statex_dist.models.family import Family
 from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
 from statex_dist.models.layout import TensorSpec, layer_units
-from statex_dist.models.row_mapping import RowMapping, head_mappings
+from statex_dist.models.registry import Family
+from statex_dist.models.row_mapping import Constant, Distribution, RowMapping, head_mappings
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
 

@@ -35,8 +35,7 @@ from statex_dist.ops.cu_seqlens import power_of_two_chunks, sequence_lengths
 from statex_dist.ops.gla.triton import reference
 from statex_dist.ops.gla.triton.segments import Segment, cut_segments
 from statex_dist.ops.head_mixing import gather_blocks, mix_blocks, mix_scores, spread, unmix_scores, weigh_blocks
-from statex_dist.ops.precision import wide_dtype
-from statex_dist.state.scan_memory import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
+from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
 
 SMALLEST_CHUNK = 16
 CHUNK_SIZES = (CHUNK_SIZE, 128, 64, 32, SMALLEST_CHUNK)
@@ -106,7 +105,10 @@ def expanded_gla(
     state_bytes = math.prod(state_shape[1:]) * q.element_size()
     per_segment = min(chunks_per_segment(num_chunks, state_bytes, max_state_bytes), GRID_PROGRAMS)
     inputs: list[torch.Tensor | None] = [x.flatten(0, 1).contiguous() for x in (q, k, v.to(q.dtype), g)]
-    inputs += [None if x is None else x.to(wide_dtype(q.dtype)).contiguous() for x in (mix, initial_state)]
+    inputs += [
+        None if x is None else x.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+        for x in (mix, initial_state)
+    ]
     settings = _Settings(
         scale=scale,
         segments=cut_segments(lengths, chunk_size, per_segment, q.device),
@@ -159,7 +161,7 @@ class _ExpandedGLA(torch.autograd.Function):
         settings, pieces = ctx.settings, _pieces(q)
         do = torch.zeros_like(v) if do is None else do.contiguous()
         if dfinal is not None:
-            dfinal = dfinal.to(wide_dtype(q.dtype)).contiguous()
+            dfinal = dfinal.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
         dinitial = None
         if ctx.needs_input_grad[5]:  # an empty sequence hands its gradient through
@@ -182,7 +184,7 @@ class _ExpandedGLA(torch.autograd.Function):
 
 
 def _zero_states(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    return like.new_zeros(shape, dtype=wide_dtype(like.dtype))
+    return like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 # Separate functions, so that a segment's tensors are freed before those of the next one are allocated.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from statex_dist.ops.cu_seqlens import reverse_cumsum
+from statex_dist.ops.gla.torch_forms import decayed_products
 from statex_dist.ops.gla.triton.segments import Segment
-from statex_dist.ops.precision import decayed_products, reverse_cumsum, wide_dtype
 
 
 def pregate(
@@ -28,7 +29,7 @@ def pregate(
         The cumulative log decays ``b [H, n, C, K]``, gated queries ``s q e^b`` and keys ``k e^{b_C - b}``
         ``[H, n, C, K]`` in ``q``'s dtype, and the chunks' total log decays ``b_C [H, n, K]`` in fp32.
     """
-    wide = wide_dtype(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     q_wide, k_wide, g_wide = (segment.take(x).to(wide) for x in (q, k, g))
     b = g_wide.cumsum(dim=2)
     later = reverse_cumsum(g_wide, 2) - g_wide

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from statex_dist.ops.gla import gla
-from statex_dist.state.scan_memory import MAX_STATE_BYTES
+from statex_dist.state.geometry import MAX_STATE_BYTES
 from tests.ops.scan_cases import borders, gla_inputs, run_with_gradients
 
 pytestmark = [

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from statex_dist.models.core.sequences import Sequences
-from statex_dist.models.core.trunk import Trunk
 from statex_dist.models.fla import NAMES
 from statex_dist.models.gla.mixer import GLABlock
+from statex_dist.models.lm import Trunk
 from statex_dist.models.retnet.mixer import RetNetBlock
 from tests.models.tiny import CONFIGS, build, retnet_config, tokens
 from tests.ops.scan_cases import borders

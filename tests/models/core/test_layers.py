@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statex_dist.models.core import layers
 from statex_dist.models.core.layers import GatedRMSNorm, RMSNorm
-from statex_dist.ops import fused
 from statex_dist.ops.fla_api import has_fla
-from tests.ops.fused_cases import (
+from tests.models.core.interpreted_layers import CHECKS
+from tests.models.core.layer_cases import (
     EPS,
     PIECES,
     assert_near,
@@ -19,7 +20,6 @@ from tests.ops.fused_cases import (
     widened,
     with_gradients,
 )
-from tests.ops.interpreted_fused import CHECKS
 from tests.ops.interpreter import assert_script_passes
 
 
@@ -59,8 +59,8 @@ def test_modules_have_the_settings_they_were_made_with():
 
 
 def test_float64_and_tensors_on_a_cpu_stay_with_pytorch():
-    assert not fused.takes_kernels(torch.zeros(3, 8))
-    assert not fused.takes_kernels(torch.zeros(3, 8, dtype=torch.float64))
+    assert not layers.takes_kernels(torch.zeros(3, 8))
+    assert not layers.takes_kernels(torch.zeros(3, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_what_pytorch_keeps_is_what_the_module_says(piece, per_channel, per_row)
 
 def test_what_pytorch_keeps_of_swiglu():
     inputs = narrowed(piece_inputs("swiglu", 6, 48), torch.bfloat16) | {"weight": torch.ones(8, 48).bfloat16()}
-    assert kept_bytes(lambda gate, up, weight: F.linear(fused.swiglu(gate, up), weight), inputs) == 6 * 48 * 8
+    assert kept_bytes(lambda gate, up, weight: F.linear(layers.swiglu(gate, up), weight), inputs) == 6 * 48 * 8
 
 
 @pytest.mark.skipif(not has_fla(), reason="fla-core or triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops/test_gpu_fused.py runs the compiled kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/models/core/test_gpu_layers.py runs the compiled kernels")
 def test_kernels_in_the_interpreter():
-    assert_script_passes("tests.ops.interpreted_fused", CHECKS)
+    assert_script_passes("tests.models.core.interpreted_layers", CHECKS)
 
 
 def test_groups_of_channels_are_normed_each_by_itself():
@@ -89,10 +89,10 @@ def test_groups_of_channels_are_normed_each_by_itself():
     weight = torch.randn(12, dtype=torch.float64, generator=generator)
     for before in (True, False):
         options = {"eps": 1e-5, "norm_before_gate": before}
-        whole = fused.gated_rms_norm(x, gate, weight, **options, num_groups=3)
+        whole = layers.gated_rms_norm(x, gate, weight, **options, num_groups=3)
         parts = [
-            fused.gated_rms_norm(*part, **options)
+            layers.gated_rms_norm(*part, **options)
             for part in zip(*(y.split(4, -1) for y in (x, gate, weight)), strict=True)
         ]
         torch.testing.assert_close(whole, torch.cat(parts, dim=-1), rtol=0, atol=1e-14)
-        assert not torch.allclose(whole, fused.gated_rms_norm(x, gate, weight, **options))
+        assert not torch.allclose(whole, layers.gated_rms_norm(x, gate, weight, **options))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from statex_dist.ops import fused, loss
-from tests.ops.fused_cases import (
+from statex_dist.models.core import layers
+from statex_dist.ops import loss
+from tests.models.core.layer_cases import (
     IGNORED,
     PIECES,
     assert_near,
@@ -50,9 +51,9 @@ def counting(name, function):
 
 def force_kernels() -> None:
     enter_interpreter()
-    fused.takes_kernels = loss.takes_kernels = lambda x: x.dtype != torch.float64 and x.numel() > 0
+    layers.takes_kernels = loss.takes_kernels = lambda x: x.dtype != torch.float64 and x.numel() > 0
     for module, names in (
-        (fused, ("fla_rms_norm", "fla_gated_rms_norm", "fla_swiglu")),
+        (layers, ("fla_rms_norm", "fla_gated_rms_norm", "fla_swiglu")),
         (loss, ("fla_cross_entropy_",)),
     ):
         for name in names:
@@ -86,7 +87,7 @@ def check_fallbacks() -> None:
         ours, equation = PIECES[piece]
         inputs = narrowed(piece_inputs(piece, *shape), torch.float32)
         assert_near(with_gradients(ours, inputs), with_gradients(equation, widened(inputs)), TOLERANCE[torch.float32])
-    assert fused.rms_norm(torch.zeros(0, 8), torch.ones(8), eps=1e-5).shape == (0, 8)
+    assert layers.rms_norm(torch.zeros(0, 8), torch.ones(8), eps=1e-5).shape == (0, 8)
     assert calls == before
     print("ok fallbacks", flush=True)  # noqa: T201
 
@@ -99,7 +100,7 @@ def check_kept_bytes() -> None:
     inputs = narrowed(piece_inputs("swiglu", rows, channels), torch.bfloat16) | {
         "weight": torch.ones(8, channels).bfloat16()
     }
-    assert kept_bytes(lambda gate, up, weight: F.linear(fused.swiglu(gate, up), weight), inputs) == rows * 6 * channels
+    assert kept_bytes(lambda gate, up, weight: F.linear(layers.swiglu(gate, up), weight), inputs) == rows * 6 * channels
     print("ok kept bytes", flush=True)  # noqa: T201
 
 

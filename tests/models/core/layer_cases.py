@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from statex_dist.ops.fused import gated_rms_norm, rms_norm, swiglu
+from statex_dist.models.core.layers import gated_rms_norm, rms_norm, swiglu
 from statex_dist.ops.loss import linear_cross_entropy
 
 EPS = 1e-3

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from statex_dist.ops import fused
+from statex_dist.models.core import layers
 from statex_dist.ops.fla_api import has_fla
-from tests.ops.fused_cases import (
+from tests.models.core.layer_cases import (
     IGNORED,
     PIECES,
     assert_near,
@@ -42,7 +42,7 @@ def full_fp32_products(monkeypatch):
 def test_piece(piece, shape, dtype):
     ours, equation = PIECES[piece]
     inputs = narrowed(piece_inputs(piece, *shape), dtype, "cuda")
-    assert fused.takes_kernels(next(iter(inputs.values())))
+    assert layers.takes_kernels(next(iter(inputs.values())))
     actual = with_gradients(ours, inputs)
     assert actual["out"].dtype == dtype
     assert_near(actual, with_gradients(equation, widened(inputs)), TOLERANCE[dtype])
