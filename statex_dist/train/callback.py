@@ -48,7 +48,8 @@ OWN_FIGURES = frozenset({"eval", "state_norms", "tokens", "seconds", "tokens_per
 """Figures that our callbacks add to some records; the files, the log line and wandb rely on their form."""
 
 _FAILURES = (Exception, SystemExit)
-"""Errors that the code of a user may raise. One rank that exits alone would leave the others waiting, and the run ``running``."""
+"""Errors that the code of a user may raise. A rank that exits alone would leave the others waiting, and the run
+``running``."""
 
 
 class CallbackError(StateXError):
