@@ -23,6 +23,7 @@ from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.config import check_finite
 from statex_dist.data.collate import PackReader, PackSpec, lay_out
 from statex_dist.data.held_out import HeldOut
+from statex_dist.data.manifest import DatasetManifest, check_same_tokenizer
 from statex_dist.data.plan import Cursor, PackPlan, PackPlanOptions
 from statex_dist.data.store import ShardStore
 from statex_dist.engine.checkpoint_retention import best_step
@@ -86,10 +87,13 @@ class EvalConfig:
 
         Raises:
             ConfigError: The same data is in both.
-            DataError: A data set cannot be opened, or one side of it is empty.
+            DataError: A data set cannot be opened, was made with another tokenizer, or one side of it is empty.
         """
         if not self.held_out:
             found = dict(open_stores(self.paths))
+            manifests = {**_manifests(stores, {}), **_manifests(found, self.paths)}
+            if found:  # a new model has no tokenizer to compare both with
+                check_same_tokenizer(manifests, None)
             known = {store.fingerprint: name for name, store in stores.items()}
             for name, store in found.items():
                 if store.fingerprint in known:
@@ -272,6 +276,11 @@ def first_packs(name: str, store: ShardStore, count: int, seq_len: int) -> list[
             )
         )
     return found
+
+
+def _manifests(stores: Mapping[str, ShardStore], paths: Mapping[str, str]) -> dict[str, DatasetManifest]:
+    """Return the manifests by the name that messages use."""
+    return {paths.get(name, f"source {name}"): store.manifest for name, store in stores.items() if store.manifest}
 
 
 def _has_tokens(store: ShardStore) -> bool:

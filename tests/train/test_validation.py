@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -404,6 +406,17 @@ def test_data_that_is_trained_on_is_refused(tmp_path: Path, directory: Path):
     (tmp_path / "link").symlink_to(directory / "data" / "shards")
     config = load(directory, tmp_path / "run", eval={"data": str(tmp_path / "link")})
     with raises(ConfigError, "eval.data data", "source data", "eval.held_out"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path: Path, directory: Path):
+    shutil.copytree(directory / "other" / "shards", tmp_path / "shards")
+    manifest = tmp_path / "shards" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "tokenizer": "gpt2", "tokenizer_hash": "0" * 32}))
+    config = load(directory, tmp_path / "run", eval={"data": str(tmp_path / "shards")})
+    with pytest.raises(DataError, match=r"another tokenizer \(gpt2\)"):  # a new model has none of its own
         train(config)
     assert not (tmp_path / "run").exists()
 
