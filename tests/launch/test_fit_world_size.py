@@ -145,13 +145,26 @@ def test_killed_at_any_moment_the_next_call_finishes(tmp_path: Path, reference: 
         "fit_world_size(Path(sys.argv[1]), 'global_step4', 3)"
     )
     checkpoints = copy_of(reference, tmp_path / "killed")
-    killed_inside = 0
-    for attempt in range(7):
-        arguments = [sys.executable, "-c", program, str(checkpoints)]
+
+    def start(directory: Path) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-c", program, str(directory)]
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], env={**os.environ})
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.04 * attempt)
+        return process
+
+    undisturbed = copy_of(reference, tmp_path / "undisturbed")
+    process, begin = start(undisturbed), time.monotonic()
+    while not any(p.name.startswith(".tmp-") for p in undisturbed.iterdir()) and process.poll() is None:
+        time.sleep(0.001)
+    first_file = time.monotonic() - begin
+    with process:
+        process.wait()
+    seconds = time.monotonic() - begin
+    killed_inside = 0
+    for attempt in range(8):
+        process = start(checkpoints)
+        time.sleep(first_file + (seconds - first_file) * attempt / 8)
         process.kill()
         process.wait()
         process.stdout.close()

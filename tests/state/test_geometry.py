@@ -63,12 +63,12 @@ def test_bytes_count_the_convolution_tails():
     assert plain.state_bytes == 4 * 30
     tailed = StateGeometry(num_heads=2, key_dim=3, value_dim=5, num_key_groups=2, conv_channels=7, conv_kernel=4)
     assert tailed.state_bytes == 4 * (30 + 7 * 3)
-    assert tailed.numbers == 30
+    assert tailed.elements == 30
     # x, B and C of one group: 4096 + 2 * 128 channels
     assert MAMBA2_1B3.layer_geometry(0).state_bytes == 4 * (64 * 64 * 128 + 3 * (4096 + 256))
 
 
-def test_numbers_are_those_of_real_states():
+def test_elements_are_those_of_real_states():
     one = torch.ones(1, 1, 1, 1)
     mix = torch.ones(2, 3)
     _, state = gla(*(one.expand(1, 4, 2, size) for size in (5, 5, 7)), -one.expand(1, 4, 2, 5), mix=mix[:, :2])
@@ -76,4 +76,4 @@ def test_numbers_are_those_of_real_states():
     assert state.numel() == geometry.elements
     x, B = one.expand(1, 4, 6, 7), one.expand(1, 4, 3, 5)
     _, state = ssd(x, x[..., 0], -torch.ones(6), B, B)
-    assert state.numel() == StateGeometry(num_heads=6, key_dim=5, value_dim=7, num_key_groups=3).numbers
+    assert state.numel() == StateGeometry(num_heads=6, key_dim=5, value_dim=7, num_key_groups=3).elements

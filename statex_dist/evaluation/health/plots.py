@@ -120,7 +120,7 @@ def plot_laws(laws: Mapping[str, tuple[Law | None, Sequence[Any]]]) -> bytes:
     for axes, (law, points) in zip(all_axes, laws.values(), strict=True):
         axes.set(xlabel="state (million numbers)", ylabel="length (K tokens)")
         for point in points:
-            size = point.state_elements / MILLION
+            size = point.state_numbers / MILLION
             if point.used:
                 axes.plot([size], [point.tokens / THOUSAND_TOKENS], "o", color=_LINE, markersize=6)
             if point.used and point.low is not None:

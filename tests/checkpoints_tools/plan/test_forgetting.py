@@ -102,7 +102,7 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
         options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
         smaller = plan_model(before, PlanOptions(**options, reset_dynamics="--reset-dynamics" in plan.options))
         assert {e.reset_dynamics for e in smaller.statex.layers} == {reset}
-        assert smaller.state_numbers == plan.state_numbers < after.state_elements
+        assert smaller.state_elements == plan.state_numbers < after.state_elements
         assert judge_forgetting(before, smaller, train_length, PAPER).long_enough
     sizes = [plan.state_numbers for plan in found.smaller]
     assert not sizes or sizes[0] == max(sizes)
