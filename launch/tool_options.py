@@ -37,7 +37,7 @@ def add_plan_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--reset-dynamics",
         action="store_true",
-        help="start decays, time steps and norms anew, as the authors' scripts do (they are kept otherwise)",
+        help="start decays, time steps and norms again, as the authors' scripts do (they are kept otherwise)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the new values")
 
@@ -67,7 +67,7 @@ def add_output_options(parser: ArgumentParser, *, layouts: str) -> None:
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="size limit of a safetensors file")
     parser.add_argument("--workers", type=int, default=4, help="tensors read and written at a time")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that is not empty")
-    parser.add_argument("--resume", action="store_true", help="go on with what a killed run of this command left")
+    parser.add_argument("--resume", action="store_true", help="continue from the finished parts of a killed run")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--to", type=str, default="hf", help=f"layout of the target: {layouts}")
     parser.add_argument(

@@ -44,7 +44,7 @@ class Options:
     sequences: int = option(4, help="sequences of text or data; of newlines there is one")
     points: int = option(128, help="positions at which states are looked at, about")
     variance_factor: float = option(4.0, help="a head collapses above this multiple of its variance in training")
-    loss_rise: float = option(0.5, help="the model collapses so many nats a token above its best in training")
+    loss_rise: float = option(0.5, help="nats per token above its best at which a model counts as collapsed")
     sustained: float = option(0.9, help="share of the remaining positions at which that must be so")
 
 

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 class Options:
     data: str | None = option(None, metavar="PATH", help="shards or text files")
     packed_length: int | None = option(
-        None, help="join the documents and cut sequences of so many tokens (default: whole documents)"
+        None, help="join the documents and cut sequences of N tokens (default: whole documents)"
     )
-    max_tokens: int | None = option(None, help="stop after so many tokens")
+    max_tokens: int | None = option(None, help="stop after N tokens")
 
 
 class PerplexitySuite(Suite):
