@@ -87,7 +87,7 @@ def _assign(size: np.ndarray, seq_len: int, first: np.ndarray) -> np.ndarray:
 def _split_tails(pieces: Pieces, seq_len: int, kept: np.ndarray) -> Pieces:
     """Dissolve the emptiest packs and lay their pieces, cut where needed, into the tails of the others.
 
-    As many packs are dissolved as the tails of ``MIN_ROOM`` tokens or more can hold, but none with a piece of ``kept``.
+    Packs are dissolved while the tails of ``MIN_ROOM`` tokens or more can hold them. Packs with ``kept`` pieces stay.
     """
     num_packs = int(pieces.pack.max()) + 1
     used = np.bincount(pieces.pack, weights=pieces.stop - pieces.start, minlength=num_packs).astype(np.int64)
