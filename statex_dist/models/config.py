@@ -22,7 +22,7 @@ from statex_dist.models.config_keys import (
     with_plan_entry,
     without_plan,
 )
-from statex_dist.state.geometry import StateGeometry
+from statex_dist.state.geometry import FeatureMap, StateGeometry, largest_roll
 from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan, LayerExpansion
 
 Recurrence = Literal["gla", "delta_rule", "ssd"]
@@ -132,6 +132,8 @@ class ModelConfig:
                     f"plan, layer {expansion.layer}: {self.why_not(expansion.op)}; use {' or '.join(self.OPS)}"
                 )
             self.check_expansion(expansion)
+            if expansion.features is not None:
+                self._check_rolls(expansion.layer, expansion.features)
 
     def why_not(self, op: str) -> str:
         """Return why an operation that is not in :attr:`OPS` cannot be done."""
@@ -139,6 +141,15 @@ class ModelConfig:
 
     def check_expansion(self, expansion: LayerExpansion) -> None:
         """Raise if an expansion of a known operation does not fit the layer: a family's own rules."""
+
+    def _check_rolls(self, layer: int, features: FeatureMap) -> None:
+        """Raise if a roll of a layer's features repeats the products of a smaller one."""
+        keys = self.layer_geometry(layer).projected_key_dim
+        if max(features.rolls) > (most := largest_roll(keys)):
+            raise ConfigError(
+                f"plan, layer {layer}: roll {max(features.rolls)} of features.rolls repeats the products of another; "
+                f"{keys} key channels of a head allow rolls 0 (squares) to {most}"
+            )
 
     def _check_head_factor(self, expansion: LayerExpansion, num_heads: int) -> None:
         """Raise unless the heads can be merged or mixed by the expansion's factor."""
@@ -192,8 +203,8 @@ class ModelConfig:
         return self.obstacle is not None
 
     def common_factor(self) -> int | None:
-        """Return the factor by which every recurrent layer grows, or None where they grow differently or not at all."""
-        factors = {e.layer: e.factor for e in self.statex.layers} if self.statex else {}
+        """Return the factor of ``grow_state`` if every recurrent layer has it and nothing else is done, else None."""
+        factors = {e.layer: e.factor for e in self.statex.layers if e.op == "grow_state"} if self.statex else {}
         alike = set(factors) == set(self.recurrent_layers) and len(set(factors.values())) == 1
         return next(iter(factors.values())) if alike else None
 

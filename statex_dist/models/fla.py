@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
-from statex_dist.models.layout import Names, TensorSpec, Units
+from statex_dist.models.layout import GAIN_NAME, Names, TensorSpec, Units
 from statex_dist.models.row_mapping import Constant, Distribution, Normal, Uniform
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import LayerExpansion
@@ -126,9 +126,9 @@ def head_geometry(
             num_heads //= expansion.factor
         elif expansion.op == "mix_heads":
             values_per_key = expansion.factor
-        else:
+        elif expansion.op == "grow_state":
             keys *= expansion.factor
-    return StateGeometry(
+    geometry = StateGeometry(
         num_heads=num_heads,
         key_dim=keys // num_heads,
         value_dim=values // num_heads,
@@ -137,6 +137,7 @@ def head_geometry(
         conv_channels=2 * keys + values if conv_kernel else 0,
         conv_kernel=conv_kernel,
     )
+    return geometry if expansion is None else expansion.with_features(geometry)
 
 
 def block_tensors(config: FLAConfig, mixing: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -153,13 +154,6 @@ def block_tensors(config: FLAConfig, mixing: dict[str, TensorSpec]) -> dict[str,
     }
 
 
-def mix_tensor(geometry: StateGeometry, name: str = MIX_NAME) -> dict[str, TensorSpec]:
-    """Return the mixing matrix's entry of a layer's table, empty where the layer does not mix."""
-    if geometry.values_per_key == 1:
-        return {}
-    return {name: TensorSpec(shape=(geometry.num_heads, geometry.values_per_key), decay=False, role="mix")}
-
-
 def first_value(suffix: str, shape: tuple[int, ...], *, config: FLAConfig) -> Distribution:
     """Return the distribution of the tensor ``suffix`` (name without the layer's prefix).
 
@@ -171,6 +165,8 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: FLAConfig) -> Di
         return Constant(1.0)
     if suffix == MIX_NAME:
         return Constant(shape[1] ** -0.5)
+    if suffix.endswith(GAIN_NAME):
+        return Constant(0.0)
     if suffix.endswith(".bias"):
         return Constant(0.0)
     if "conv1d" in suffix:

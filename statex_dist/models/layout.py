@@ -18,6 +18,9 @@ from typing import Literal, NamedTuple
 from statex_dist.errors import ConfigError
 from statex_dist.state.geometry import StateGeometry
 
+GAIN_NAME = "feature_gain"
+"""The gains of a ``grow_features`` layer, below its mixer's name (ours; public checkpoints have none)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Units:
@@ -96,7 +99,7 @@ class HeldHeads:
         decays: Value heads whose decays, steps and strengths are here.
         values: Value heads here.
         first: The first of those, counted from 0 among all.
-        key_dim: Key channels of a head.
+        key_dim: Key channels of a head that projections make.
         value_dim: Value channels of a head that are here: all, or a piece.
         ranks_per_head: Ranks in a row that cut one head along its values; 1 where heads are whole.
         partners: Value heads that each head's state stores (the ``r`` of a mixed layer, else 1).
@@ -124,17 +127,17 @@ class HeldHeads:
             assert found is not None, (geometry, tp)
             return found
 
-        keys = held(units.keys, geometry.num_key_groups, geometry.key_dim)
+        keys = held(units.keys, geometry.num_key_groups, geometry.projected_key_dim)
         decays = held(units.heads, geometry.num_heads, 1)
         start, stop = held(units.values, geometry.num_heads, geometry.value_dim)
         values = max((stop - start) // geometry.value_dim, 1)
         return cls(
             total=geometry.num_heads,
-            keys=(keys[1] - keys[0]) // geometry.key_dim,
+            keys=(keys[1] - keys[0]) // geometry.projected_key_dim,
             decays=decays[1] - decays[0],
             values=values,
             first=start // geometry.value_dim,
-            key_dim=geometry.key_dim,
+            key_dim=geometry.projected_key_dim,
             value_dim=(stop - start) // values,
             ranks_per_head=max(tp // geometry.num_heads, 1),
             partners=geometry.values_per_key,
@@ -170,7 +173,7 @@ class TensorSpec:
         axis: The axis that ranks share: 0 for outputs, 1 for a matrix whose inputs they share and outputs they add up.
         units: What stays together, for each part (all its blocks read as one), or for the one piece; empty for a
             tensor that every rank holds.
-        role: What an optimizer may treat apart: ``mix``, a mixing matrix.
+        role: What an optimizer may treat apart: ``mix``, a mixing matrix, or ``gain``, gains of features.
     """
 
     shape: tuple[int, ...]
@@ -180,7 +183,7 @@ class TensorSpec:
     trunk: bool = True
     axis: int = 0
     units: tuple[Units, ...] = ()
-    role: Literal["mix"] | None = None
+    role: Literal["mix", "gain"] | None = None
 
     def __post_init__(self) -> None:
         assert not self.parts or self.blocks * sum(rows for _, rows in self.parts) == self.shape[0], self
@@ -210,6 +213,23 @@ class TensorSpec:
                 return None
             ranges.append(held)
         return ranges
+
+
+def expansion_tensors(geometry: StateGeometry, mixer: str) -> dict[str, TensorSpec]:
+    """Return what an expansion adds to a mixer's own parameters: mixing matrix or gains of features, or nothing.
+
+    Args:
+        geometry: The layer's state under the plan.
+        mixer: Name of the mixer in its layer.
+    """
+    if geometry.values_per_key > 1:
+        shape = (geometry.num_heads, geometry.values_per_key)
+        return {f"{mixer}.mix": TensorSpec(shape=shape, decay=False, role="mix")}
+    if geometry.features is not None:
+        shape = (geometry.num_key_groups, geometry.key_dim - geometry.projected_key_dim)
+        units = (layer_units(geometry).keys,)
+        return {f"{mixer}.{GAIN_NAME}": TensorSpec(shape=shape, decay=False, units=units, role="gain")}
+    return {}
 
 
 def shard_ranges(spec: TensorSpec, name: str, tp: int, rank: int) -> tuple[tuple[int, int], ...]:

@@ -21,14 +21,15 @@ from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig, read_config_dict
 from statex_dist.models.config_keys import OUR_CODE_PREFIX
 from statex_dist.models.layout import Names, TensorSpec
-from statex_dist.models.row_mapping import Distribution, Keep, RowMapping, TensorMapping
-from statex_dist.state.plan import ExpansionPlan, Init, LayerExpansion, Op, extend_plan, select_layers
+from statex_dist.models.row_mapping import Constant, Distribution, Keep, RowMapping, TensorMapping, added
+from statex_dist.state.geometry import FeatureMap
+from statex_dist.state.plan import DEFAULT_GROWTH, ExpansionPlan, Init, LayerExpansion, Op, extend_plan, select_layers
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Role = Literal["base", "expanded", "new", "mix"]
+Role = Literal["base", "expanded", "new", "mix", "gain"]
 
 SharedInputs = Callable[[Any], "Sequence[Sequence[torch.Tensor | None]]"]
 """Computes of a trunk's shared parameters each layer's inputs: further arguments of its forward, each one per layer."""
@@ -130,11 +131,19 @@ class Family:
         Raises:
             AssertionError: The mappings do not make the tensors that the layout of the expanded model asks for.
         """
-        mappings = self.layer_mappings(before, after, expansion)
+        if expansion.op == "grow_features":
+            mappings = self._gain_mapping(after, expansion.layer)
+        else:
+            mappings = self.layer_mappings(before, after, expansion)
         old, new = self.layer_tensors(before, expansion.layer), self.layer_tensors(after, expansion.layer)
         made = {name: spec.shape for name, spec in old.items()} | {name: m.shape for name, m in mappings.items()}
         assert made == {name: spec.shape for name, spec in new.items()}, f"{self.model_type}: {expansion}"
         return mappings
+
+    def _gain_mapping(self, after: ModelConfig, layer: int) -> dict[str, RowMapping]:
+        """Return the mapping of the gains of features, which is all that ``grow_features`` adds: they start at zero."""
+        specs = self.layer_tensors(after, layer)
+        return {name: added(spec.shape, Constant(0.0)) for name, spec in specs.items() if spec.role == "gain"}
 
 
 FAMILIES: dict[str, Family | str] = {
@@ -218,6 +227,7 @@ def make_plan(
     seed: int = 0,
     op: Op | None = None,
     reset_dynamics: bool = False,
+    features: FeatureMap | None = None,
 ) -> ModelConfig:
     """Return ``config`` with an expansion plan in it.
 
@@ -229,11 +239,17 @@ def make_plan(
         seed: Seed of the random values.
         op: The operation; None takes :func:`default_op`.
         reset_dynamics: Whether decays, steps and norms are initialised again, as in the authors' scripts.
+        features: The products of ``grow_features``; None takes those of :meth:`FeatureMap.of_factor`.
 
     Raises:
         ConfigError: The plan does not fit the model.
     """
     op = op or default_op(config, init)
+    if op == "grow_features" and op in config.OPS:
+        keys = config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).key_dim
+        factor = factor or (features.factor if features else None)
+        features = features or FeatureMap.of_factor(factor or DEFAULT_GROWTH, keys)
+        factor = factor or features.factor
     if factor is None:
         if op == "grow_state":
             raise ConfigError(
@@ -242,7 +258,15 @@ def make_plan(
             )
         factor = config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).num_heads
     chosen = [
-        LayerExpansion(layer=layer, op=op, factor=factor, init=init, seed=seed, reset_dynamics=reset_dynamics)
+        LayerExpansion(
+            layer=layer,
+            op=op,
+            factor=factor,
+            init=init,
+            seed=seed,
+            reset_dynamics=reset_dynamics,
+            features=features,
+        )
         for layer in select_layers(layers, config.num_hidden_layers, config.recurrent_layers)
     ]
     return config.replace(statex=extend_plan(config.statex, chosen))
@@ -308,8 +332,9 @@ def expand_state_dict(
 def parameter_roles(config: ModelConfig) -> dict[str, Role]:
     """Return every parameter's role in an expansion, so that an optimizer can treat the roles differently.
 
-    ``mix``: a mixing matrix M. ``new``: another tensor that an expansion added, grew or redrew. ``expanded``: the
-    other tensors of expanded layers. ``base``: all the rest, and everything in a model without a plan.
+    ``mix``: a mixing matrix M. ``gain``: gains of features. ``new``: another tensor that an expansion added, grew or
+    redrew. ``expanded``: the other tensors of expanded layers. ``base``: all the rest, and everything in a model
+    without a plan.
 
     Args:
         config: The model's configuration with its plan.

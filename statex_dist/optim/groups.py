@@ -2,7 +2,7 @@
 
 The groups are made from parameter *names*: under ZeRO-3 a partitioned parameter is flat, so that the usual rule "decay
 tensors of two dimensions" would decay everything or nothing. The *role* of a parameter states the effect of an
-expansion on it (:func:`statex_dist.models.registry.parameter_roles`): ``base``, ``expanded``, ``new`` or ``mix``. The
+expansion on it (:func:`statex_dist.models.registry.parameter_roles`): one of :data:`ROLES`. The
 optimizers are in :data:`OPTIMIZERS`.
 """
 
@@ -23,13 +23,13 @@ from statex_dist.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("base", "expanded", "new", "mix")
+ROLES = ("base", "expanded", "new", "mix", "gain")
 """Roles of a parameter, in the order of their groups."""
 
 OPTIMIZERS = Registry("optimizer.name", {"adamw": "torch.optim:AdamW"})
 """Each is called with the parameter groups, ``lr=`` and the options, and returns a ``torch.optim.Optimizer``."""
 
-_TRAINED = {"all": ROLES, "expanded": ("expanded", "new", "mix"), "new": ("new", "mix")}
+_TRAINED = {"all": ROLES, "expanded": ROLES[1:], "new": ROLES[2:]}
 
 
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -50,9 +50,9 @@ class OptimizerConfig:
         train: ``all`` parameters, those of the ``expanded`` layers, or only the ``new`` ones (tensors that an expansion
             added, grew or drew again). The others are frozen.
         freeze: Regular expressions; parameters with a match anywhere in their name are frozen too.
-        lr_factors: Learning rate relative to ``lr`` by role of a parameter: ``mix`` (mixing matrices), ``new`` (other
-            tensors that an expansion added, grew or drew again), ``expanded`` (the rest of the expanded layers),
-            ``base``.
+        lr_factors: Learning rate relative to ``lr`` by role of a parameter: ``mix`` (mixing matrices), ``gain`` (gains
+            of features), ``new`` (other tensors that an expansion added, grew or drew again), ``expanded`` (the rest of
+            the expanded layers), ``base``.
     """
 
     name: str = "adamw"

@@ -8,7 +8,11 @@ large GLA states (``ops/gla/triton``) are here because memory predictions use th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from statex_dist.errors import ConfigError, shown
 
 STATE_BYTES = 4
 """Recurrent states are carried in fp32 by every kernel that we use."""
@@ -24,18 +28,81 @@ MAX_STATE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureMap:
+    """A fixed function of a head's keys (and queries) that gives the state further key channels.
+
+    ``phi(x) = [x * roll(x, r) for r in rolls]`` over the ``K`` channels of a head (docs/method.md, section 7).
+
+    Attributes:
+        rolls: The rolls, each a block of ``K`` new channels; 0 gives the squares. A roll ``r`` and the roll ``K - r``
+            give the same products, so a roll is at most ``(K - 1) // 2``.
+        relu: Whether the products are those of ``relu(x)``.
+        match_norm: Whether ``phi(x)`` is scaled to the norm of ``x``.
+    """
+
+    rolls: Sequence[int]
+    relu: bool = False
+    match_norm: bool = False
+
+    def __post_init__(self) -> None:
+        rolls = self.rolls
+        if not isinstance(rolls, list | tuple) or not rolls:
+            raise ConfigError(f"plan: features.rolls must be a list of rolls such as [1, 2, 3], not {shown(rolls)}")
+        if any(not isinstance(roll, int) or isinstance(roll, bool) or roll < 0 for roll in rolls):
+            raise ConfigError(f"plan: features.rolls must be whole numbers from 0, not {shown(rolls)}")
+        if len(set(rolls)) != len(rolls):
+            raise ConfigError(f"plan: features.rolls {shown(rolls)} names a roll twice")
+        for name in ("relu", "match_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"plan: features.{name} must be true or false, not {shown(getattr(self, name))}")
+        object.__setattr__(self, "rolls", tuple(rolls))
+
+    @classmethod
+    def of_factor(cls, factor: int, key_dim: int, *, relu: bool = False, match_norm: bool = False) -> FeatureMap:
+        """Return the map that multiplies ``key_dim`` channels by ``factor``: rolls 1, 2, ..., then the squares.
+
+        Raises:
+            ConfigError: There are fewer independent products.
+        """
+        most = largest_roll(key_dim)
+        if not 2 <= factor <= most + 2:
+            raise ConfigError(
+                f"factor {shown(factor)} of op grow_features must be 2 to {most + 2}: {key_dim} key channels have "
+                f"{most} independent rolls and the squares"
+            )
+        rolls = [*range(1, min(factor - 1, most) + 1), *([0] if factor == most + 2 else [])]
+        return cls(rolls=rolls, relu=relu, match_norm=match_norm)
+
+    @property
+    def factor(self) -> int:
+        """Key channels that a head stores for each projected one."""
+        return 1 + len(self.rolls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the form stored in ``config.json``."""
+        return {**asdict(self), "rolls": list(self.rolls)}
+
+
+def largest_roll(key_dim: int) -> int:
+    """Return the largest roll whose products no smaller roll gives too."""
+    return (key_dim - 1) // 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StateGeometry:
     """The recurrent state of one layer.
 
     Attributes:
         num_heads: Independent recurrences.
-        key_dim: Rows of a head's state, the side that decays (GLA ``K``; Mamba2 ``d_state``).
+        key_dim: Rows of a head's state, the side that decays (GLA ``K``; Mamba2 ``d_state``), those of feature maps
+            included.
         value_dim: Columns of a head's state for one value head (GLA ``V``; Mamba2 ``head_dim``).
         num_key_groups: Groups of heads that share keys and queries (GLA: every head its own; Mamba2: ``n_groups``).
         values_per_key: Value heads that each key head stores (the ``r`` of the mixing matrix; 1 without mixing).
         conv_channels: Channels of the causal convolutions, whose last inputs are state too.
         conv_kernel: Width of those convolutions; 0 without any.
         chunk_size: Tokens per chunk of the training scan, for the cost model only.
+        features: The map that makes a part of the key channels of the others, or None.
     """
 
     num_heads: int
@@ -46,6 +113,12 @@ class StateGeometry:
     conv_channels: int = 0
     conv_kernel: int = 0
     chunk_size: int = 64
+    features: FeatureMap | None = None
+
+    @property
+    def projected_key_dim(self) -> int:
+        """Key channels of a head that projections make; features are functions of them."""
+        return self.key_dim // (self.features.factor if self.features else 1)
 
     @property
     def elements(self) -> int:

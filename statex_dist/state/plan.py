@@ -11,12 +11,13 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from statex_dist.errors import ConfigError, reason, shown
+from statex_dist.state.geometry import FeatureMap, StateGeometry
 
-Op = Literal["merge_heads", "mix_heads", "grow_state"]
+Op = Literal["merge_heads", "mix_heads", "grow_state", "grow_features"]
 Init = Literal["reinit", "inherit", "lossless", "copy"]
 
 PLAN_VERSION = 1
@@ -26,6 +27,9 @@ MAX_LAYERS = 10_000
 
 MAX_FACTOR = 4096
 
+DEFAULT_GROWTH = 4
+"""Factor of the operations that grow the key side of a state, where none is given."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExpansion:
@@ -34,8 +38,9 @@ class LayerExpansion:
     Attributes:
         layer: Index of the layer, from 0.
         op: ``merge_heads`` (StateX for GLA: groups of ``factor`` heads become one), ``mix_heads`` (each key head also
-            stores the values of ``factor - 1`` other heads, read through a learned matrix M) or ``grow_state`` (the key
-            side of the state times ``factor``: Mamba2's ``d_state``, the key channels of a GLA head).
+            stores the values of ``factor - 1`` other heads, read through a learned matrix M), ``grow_state`` (the key
+            side of the state times ``factor``: Mamba2's ``d_state``, the key channels of a GLA head) or
+            ``grow_features`` (the same by products of the existing key channels).
         factor: How many times larger the layer's state becomes, 2 or more.
         init: ``reinit`` (the paper's choice: fresh token-mixing parameters), ``inherit`` (old values kept),
             ``lossless`` (the model computes what it computed before) or ``copy`` (the new rows are copies of the old
@@ -44,6 +49,7 @@ class LayerExpansion:
             they do not depend on the order in which shards are read.
         reset_dynamics: Whether decays, time steps and norms are initialised again, as in the authors' scripts (for
             replication).
+        features: The products of ``grow_features``; a mapping of the fields of :class:`FeatureMap` is read too.
     """
 
     layer: int
@@ -52,6 +58,7 @@ class LayerExpansion:
     init: Init
     seed: int = 0
     reset_dynamics: bool = False
+    features: FeatureMap | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.reset_dynamics, bool):
@@ -71,6 +78,7 @@ class LayerExpansion:
             raise ConfigError(
                 f"plan, layer {self.layer}: factor must be at most {MAX_FACTOR}, not {shown(self.factor)}"
             )
+        self._check_features()
         if self.op == "merge_heads" and self.init == "lossless":
             raise ConfigError(
                 f"plan, layer {self.layer}: merging heads cannot be lossless; use op mix_heads, or init inherit"
@@ -82,17 +90,45 @@ class LayerExpansion:
                 f"plan, layer {self.layer}: reset_dynamics changes the function, so the start cannot be lossless"
             )
 
+    def _check_features(self) -> None:
+        """Raise unless ``grow_features``, and no other operation, names its products."""
+        where = f"plan, layer {self.layer}"
+        if isinstance(self.features, dict):
+            try:
+                object.__setattr__(self, "features", FeatureMap(**self.features))
+            except TypeError as error:
+                raise ConfigError(f"{where}: bad entry 'features': {reason(error)}") from None
+        if self.op != "grow_features":
+            if self.features is not None:
+                raise ConfigError(f"{where}: features are for op grow_features, not {self.op}")
+            return
+        if not isinstance(self.features, FeatureMap):
+            raise ConfigError(f"{where}: op grow_features needs features, such as {{'rolls': [1, 2, 3]}}")
+        if self.features.factor != self.factor:
+            raise ConfigError(
+                f"{where}: {len(self.features.rolls)} rolls make the factor {self.features.factor}, not {self.factor}"
+            )
+        if self.init != "lossless":
+            raise ConfigError(f"{where}: op grow_features starts lossless; init {self.init} is for other operations")
+
     @property
     def summary(self) -> str:
         """The expansion in the short form of tables and messages: ``merge_heads x4 inherit``."""
         return f"{self.op} x{self.factor} {self.init}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of ``config.json``; a field that replication alone needs is left out where it is off."""
+        """Return the entry of ``config.json``; fields that other expansions need are left out."""
         values = asdict(self)
+        del values["features"]
         if not self.reset_dynamics:
             del values["reset_dynamics"]
-        return values
+        return values if self.features is None else {**values, "features": self.features.to_dict()}
+
+    def with_features(self, geometry: StateGeometry) -> StateGeometry:
+        """Return the state of a layer with the key channels that this expansion's features add, if it has any."""
+        if self.features is None:
+            return geometry
+        return replace(geometry, key_dim=geometry.key_dim * self.factor, features=self.features)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

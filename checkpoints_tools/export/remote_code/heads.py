@@ -18,7 +18,11 @@ class WholeHeads:
     """
 
     def __init__(self, geometry: Any):
-        self.keys, self.key_dim, self.value_dim = geometry.num_key_groups, geometry.key_dim, geometry.value_dim
+        self.keys, self.key_dim, self.value_dim = (
+            geometry.num_key_groups,
+            geometry.projected_key_dim,
+            geometry.value_dim,
+        )
         self.decays = self.values = geometry.num_heads
         self.key_channels = slice(None)
 

@@ -21,7 +21,7 @@ class BambaConfig(ModelConfig):
     """The keys of a Bamba model that its Mamba2 layers depend on; all others are kept as they are."""
 
     MODEL_TYPE: ClassVar[str] = "bamba"
-    OPS: ClassVar[tuple[str, ...]] = Mamba2Config.OPS
+    OPS: ClassVar[tuple[str, ...]] = ("grow_state",)
     RECURRENCE: ClassVar[Recurrence] = "ssd"
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
         {
@@ -91,6 +91,12 @@ class BambaConfig(ModelConfig):
             initializer_range=self.initializer_range,
             statex=self.statex,
         )
+
+    def why_not(self, op: str) -> str:
+        """Explain that features need code of ours in the layer."""
+        if op == "grow_features":
+            return "op grow_features does not apply to bamba: transformers runs its layers, and has no features"
+        return super().why_not(op)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

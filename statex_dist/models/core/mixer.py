@@ -20,7 +20,7 @@ asks for tensors and never for a projection by its name.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from statex_dist.models.layout import HeldHeads
 from statex_dist.ops.conv import convolve_sequences
 from statex_dist.ops.cu_seqlens import borders_of
 from statex_dist.ops.delta_rule import delta_decode, delta_rule
+from statex_dist.ops.features import Features, widened_delta, widened_gla, widened_ssd
 from statex_dist.ops.gla import gla, gla_decode
 from statex_dist.ops.mitigations import Scan, Tensors
 from statex_dist.ops.ssd import ssd, ssd_decode
@@ -69,7 +70,8 @@ class RecurrentMixer(nn.Module):
 
     Attributes:
         heads: The heads in this process.
-        mix: ``[H, r]`` mixing matrix, or None (:meth:`add_mix`).
+        mix: ``[H, r]`` mixing matrix, or None (:meth:`add_expansion`).
+        feature_gain: ``[G, n K]`` gains of features, or None.
     """
 
     HAS_POSITIONS: ClassVar[bool] = False
@@ -78,18 +80,31 @@ class RecurrentMixer(nn.Module):
     """Whether a SiLU follows the convolution."""
 
     mix: nn.Parameter | None
+    feature_gain: nn.Parameter | None
 
     def __init__(self, geometry: StateGeometry, *, scale: float | None = None):
         super().__init__()
         self.geometry, self.heads = geometry, HeldHeads.of(geometry)
-        self.scale = geometry.key_dim**-0.5 if scale is None else scale
+        self.scale = geometry.projected_key_dim**-0.5 if scale is None else scale
 
-    def add_mix(self) -> None:
-        """Add the mixing matrix that the geometry asks for, or None; a family calls it where its parameters have it."""
-        if self.geometry.values_per_key > 1:
-            self.mix = nn.Parameter(torch.zeros(self.geometry.num_heads, self.geometry.values_per_key))
-        else:
-            self.register_parameter("mix", None)
+    def add_expansion(self) -> None:
+        """Add the parameters that the geometry asks for; a family calls it where its other parameters have them."""
+        geometry = self.geometry
+        self.register_parameter("mix", None)
+        self.register_parameter("feature_gain", None)
+        if geometry.values_per_key > 1:
+            self.mix = nn.Parameter(torch.zeros(geometry.num_heads, geometry.values_per_key))
+        if geometry.features is not None:
+            added = geometry.key_dim - geometry.projected_key_dim
+            self.feature_gain = nn.Parameter(torch.zeros(geometry.num_key_groups, added))
+
+    @property
+    def features(self) -> Features | None:
+        """The layer's features with the gains in this process, or None."""
+        if self.geometry.features is None:
+            return None
+        assert self.feature_gain is not None
+        return Features(self.geometry.features, self.feature_gain)
 
     def project(self, x: torch.Tensor) -> tuple[Tensors, Tensors]:
         """Return what the convolution takes of ``x [B, T, hidden]``, ``[B, T, channels]`` each, and what passes it."""
@@ -103,7 +118,13 @@ class RecurrentMixer(nn.Module):
         """Return the inputs of the recurrence, ``[B, T, heads, ...]`` each."""
         raise NotImplementedError
 
-    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
+    def widened(self, inputs: Tensors, features: Features) -> Tensors:
+        """Return the inputs of a recurrence that has no features and computes the same."""
+        raise NotImplementedError
+
+    def scan(
+        self, inputs: Tensors, before: State, sequences: Sequences, mix: State, features: Features | None
+    ) -> tuple[torch.Tensor, State]:
         """Run the recurrence over a segment, or its step where the segment is one token.
 
         Args:
@@ -111,6 +132,7 @@ class RecurrentMixer(nn.Module):
             before: The state before the segment, or None for zero.
             sequences: How the tokens form sequences, and the scan's backend.
             mix: The mixing matrix, or None.
+            features: The layer's features, or None.
         """
         raise NotImplementedError
 
@@ -178,7 +200,11 @@ class RecurrentMixer(nn.Module):
         pairs = None if mix is None else PartnerHeads.where_needed(self.heads)
         if pairs is not None:
             inputs, mix = pairs.inputs(inputs), None
-        scan = partial(self.scan, sequences=sequences, mix=mix)
+        features = self.features
+        if features is not None and sequences.mitigation is not None:
+            # A mitigation scales keys and queries, and features are not linear in them.
+            inputs, features = self.widened(inputs, features), None
+        scan = partial(self.scan, sequences=sequences, mix=mix, features=features)
         if sequences.mitigation is None:
             o, after = scan(inputs, before.recurrent)
             memory: Tensors = ()
@@ -203,15 +229,22 @@ def mixer_of(layer: nn.Module) -> RecurrentMixer:
 class LinearAttention(RecurrentMixer):
     """Gated linear attention: ``scan_inputs`` returns ``q, k, v, g``, wide log decays ``g`` per key channel."""
 
-    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
+    def widened(self, inputs: Tensors, features: Features) -> Tensors:
+        """Return ``q, k, v, g`` with the features as key channels."""
+        return widened_gla(inputs, features)
+
+    def scan(
+        self, inputs: Tensors, before: State, sequences: Sequences, mix: State, features: Features | None
+    ) -> tuple[torch.Tensor, State]:
         """Run :func:`statex_dist.ops.gla.gla` or its step."""
         if before is not None and sequences.is_step(inputs[0]):
             q, k, v, g = (y.squeeze(1) for y in inputs)
-            o, after = gla_decode(q, k, v, g, before, scale=self.scale, mix=mix, overwrite=sequences.overwrites)
+            added: dict[str, Any] = {"scale": self.scale, "mix": mix, "features": features}
+            o, after = gla_decode(q, k, v, g, before, overwrite=sequences.overwrites, **added)
             return o.unsqueeze(1), after
         q, k, v, g = inputs
         options = {**sequences.scan_options, "max_state_bytes": sequences.max_state_bytes}
-        return gla(q, k, v, g, scale=self.scale, mix=mix, initial_state=before, **options)
+        return gla(q, k, v, g, scale=self.scale, mix=mix, features=features, initial_state=before, **options)
 
     def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation."""
@@ -221,15 +254,22 @@ class LinearAttention(RecurrentMixer):
 class DeltaRule(RecurrentMixer):
     """The gated delta rule: ``scan_inputs`` returns ``q, k, v, g, beta``, queries and keys normalised."""
 
-    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
+    def widened(self, inputs: Tensors, features: Features) -> Tensors:
+        """Return ``q, k, v, g, beta`` with the features as key channels."""
+        return widened_delta(inputs, features)
+
+    def scan(
+        self, inputs: Tensors, before: State, sequences: Sequences, mix: State, features: Features | None
+    ) -> tuple[torch.Tensor, State]:
         """Run :func:`statex_dist.ops.delta_rule.delta_rule` or its step."""
+        added: dict[str, Any] = {"scale": self.scale, "mix": mix, "features": features}
         if before is not None and sequences.is_step(inputs[0]):
             q, k, v, g, beta = (y.squeeze(1) for y in inputs)
-            o, after = delta_decode(q, k, v, g, beta, before, mix=mix, overwrite=sequences.overwrites)
+            o, after = delta_decode(q, k, v, g, beta, before, overwrite=sequences.overwrites, **added)
             return o.unsqueeze(1), after
         q, k, v, g, beta = inputs
         options = {name: value for name, value in sequences.scan_options.items() if name != "output_final_state"}
-        return delta_rule(q, k, v, g, beta, mix=mix, initial_state=before, **options)  # which always returns the state
+        return delta_rule(q, k, v, g, beta, initial_state=before, **added, **options)  # which always returns the state
 
     def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation."""
@@ -241,16 +281,22 @@ class StateSpace(RecurrentMixer):
 
     D: nn.Parameter
 
-    def scan(self, inputs: Tensors, before: State, sequences: Sequences, mix: State) -> tuple[torch.Tensor, State]:
+    def widened(self, inputs: Tensors, features: Features) -> Tensors:
+        """Return ``x, dt, A, B, C`` with the features as state rows."""
+        return widened_ssd(inputs, features)
+
+    def scan(
+        self, inputs: Tensors, before: State, sequences: Sequences, mix: State, features: Features | None
+    ) -> tuple[torch.Tensor, State]:
         """Run :func:`statex_dist.ops.ssd.ssd` or its step."""
         x, dt, A, B, C = inputs
         skip = self.D if sequences.mitigation is None else None
         if before is not None and sequences.is_step(x):
             x, dt, B, C = (y.squeeze(1) for y in (x, dt, B, C))
-            y, after = ssd_decode(x, dt, A, B, C, before, D=skip, overwrite=sequences.overwrites)
+            y, after = ssd_decode(x, dt, A, B, C, before, D=skip, features=features, overwrite=sequences.overwrites)
             return y.unsqueeze(1), after
         options = {**sequences.scan_options, "seq_idx": sequences.seq_idx}
-        return ssd(x, dt, A, B, C, D=skip, initial_state=before, **options)
+        return ssd(x, dt, A, B, C, D=skip, features=features, initial_state=before, **options)
 
     def mitigated(self, mitigation: Mitigation, scan: Scan, inputs: Tensors, state: State, memory: Tensors) -> Scanned:
         """Run the recurrence under a mitigation, and add the skip term behind it.

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 from statex_dist.errors import CheckpointError
 from statex_dist.models import fla
 from statex_dist.models.config import Recurrence
-from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, mix_tensor
-from statex_dist.models.layout import LayerUnits, TensorSpec, layer_units
+from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors
+from statex_dist.models.layout import LayerUnits, TensorSpec, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import Distribution, LogUniform, RowMapping, TimeStep, head_mappings
 from statex_dist.state.geometry import StateGeometry
@@ -33,7 +33,7 @@ DYNAMICS = ("attn.A_log", "attn.dt_bias")
 class DeltaRuleConfig(FLAConfig):
     """Keys that flash-linear-attention's ``GatedDeltaNetConfig`` and ``KDAConfig`` share."""
 
-    OPS: ClassVar[tuple[str, ...]] = ("mix_heads",)
+    OPS: ClassVar[tuple[str, ...]] = ("mix_heads", "grow_features")
     RECURRENCE: ClassVar[Recurrence] = "delta_rule"
 
     num_heads: int
@@ -104,15 +104,17 @@ class DeltaRuleConfig(FLAConfig):
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of ``layer`` under the plan."""
         expansion = self.statex.get(layer) if self.statex else None
-        return StateGeometry(
+        mixes = expansion is not None and expansion.op == "mix_heads"
+        geometry = StateGeometry(
             num_heads=self.value_heads,
             key_dim=self.head_dim,
             value_dim=self.head_value_dim,
             num_key_groups=self.num_heads,
-            values_per_key=expansion.factor if expansion else 1,
+            values_per_key=expansion.factor if expansion and mixes else 1,
             conv_channels=2 * self.key_dim + self.value_dim if self.use_short_conv else 0,
             conv_kernel=self.conv_size if self.use_short_conv else 0,
         )
+        return expansion.with_features(geometry) if expansion else geometry
 
 
 def conv_tensors(config: DeltaRuleConfig, units: LayerUnits) -> dict[str, TensorSpec]:
@@ -181,7 +183,7 @@ def layer_tensors(config: GatedDeltaNetConfig, layer: int) -> dict[str, TensorSp
     by_key, by_head, by_value = (units.keys,), (units.heads,), (units.values,)
     specs = {
         "attn.A_log": TensorSpec(shape=(heads,), decay=False, units=by_head),
-        **mix_tensor(geometry),
+        **expansion_tensors(geometry, "attn"),
         "attn.dt_bias": TensorSpec(shape=(heads,), decay=False, units=by_head),
         "attn.q_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
         "attn.k_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),

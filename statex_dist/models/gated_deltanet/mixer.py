@@ -31,7 +31,7 @@ class DeltaAttention(DeltaRule):
                 depthwise(size, config.conv_size) for size in (keys, keys, values)
             )
         self.o_proj = nn.Linear(values, hidden, bias=False)
-        self.add_mix()
+        self.add_expansion()
 
     def log_decays(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[B, T, HV, 1]`` or ``[B, T, HV, K]`` log decays, at most 0, in a wide dtype."""

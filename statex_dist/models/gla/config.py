@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models import fla
-from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
-from statex_dist.models.layout import TensorSpec, layer_units
+from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry
+from statex_dist.models.layout import TensorSpec, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import (
     Constant,
@@ -57,7 +57,7 @@ class GLAConfig(FLAConfig):
     """
 
     MODEL_TYPE: ClassVar[str] = "gla"
-    OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_state")
+    OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_state", "grow_features")
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**FLAConfig.FIXED, "elementwise_affine": (True,)}
     HARMLESS: ClassVar[frozenset[str]] = FLAConfig.HARMLESS | {"use_gk", "use_gv"}
     """fla's model reads neither of the two."""
@@ -138,11 +138,11 @@ def gate_norm_name(config: GLAConfig) -> str:
 def layer_tensors(config: GLAConfig, layer: int) -> dict[str, TensorSpec]:
     """Return the tensors of one layer under the plan, by name without the layer's prefix."""
     geometry = config.layer_geometry(layer)
-    hidden, keys, values = config.hidden_size, geometry.num_heads * geometry.key_dim, config.value_dim
+    hidden, keys, values = config.hidden_size, geometry.num_heads * geometry.projected_key_dim, config.value_dim
     units = layer_units(geometry)
     by_key, by_value = (units.keys,), (units.values,)
     specs = {
-        **mix_tensor(geometry),
+        **expansion_tensors(geometry, "attn"),
         "attn.q_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
         "attn.k_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
         "attn.v_proj.weight": TensorSpec(shape=(values, hidden), units=by_value),

@@ -27,7 +27,7 @@ class GatedLinearAttention(LinearAttention):
         # A merged head has a scale of its own; mixed and grown ones keep that of the original keys.
         super().__init__(geometry, scale=config.scale if geometry.num_heads == config.num_heads else None)
         self.config = config
-        hidden, values, keys = config.hidden_size, config.value_dim, geometry.num_heads * geometry.key_dim
+        hidden, values, keys = config.hidden_size, config.value_dim, geometry.num_heads * geometry.projected_key_dim
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
         self.v_proj = nn.Linear(hidden, values, bias=False)
@@ -40,7 +40,7 @@ class GatedLinearAttention(LinearAttention):
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (
                 depthwise(size, config.conv_size) for size in (keys, keys, values)
             )
-        self.add_mix()
+        self.add_expansion()
 
     def add_gates(self, keys: int) -> None:
         """Add what the log decays are computed from: a low-rank projection."""

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models import fla
-from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
-from statex_dist.models.layout import TensorSpec, layer_units
+from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry
+from statex_dist.models.layout import TensorSpec, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import RowMapping, head_mappings
 from statex_dist.state.geometry import StateGeometry
@@ -30,7 +30,7 @@ class HGRN2Config(FLAConfig):
     """
 
     MODEL_TYPE: ClassVar[str] = "hgrn2"
-    OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads")
+    OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_features")
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {**FLAConfig.FIXED, "elementwise_affine": (True,)}
 
     num_heads: int | None = None
@@ -102,7 +102,7 @@ def layer_tensors(config: HGRN2Config, layer: int) -> dict[str, TensorSpec]:
     hidden, geometry = config.hidden_size, config.layer_geometry(layer)
     units = layer_units(geometry)
     cuts = {"q": (units.keys,), "f": (units.keys,), "i": (units.values,)}
-    specs = mix_tensor(geometry)
+    specs = expansion_tensors(geometry, "attn")
     for name, cut in cuts.items():
         specs[f"attn.{name}_proj.weight"] = TensorSpec(shape=(hidden, hidden), units=cut)
     if config.use_short_conv:

@@ -44,7 +44,7 @@ class HGRN2Attention(LinearAttention):
             self.q_conv1d, self.f_conv1d, self.i_conv1d = (depthwise(hidden, config.conv_size) for _ in range(3))
         self.g_norm = RMSNorm(hidden, eps=OUTPUT_NORM_EPS)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
-        self.add_mix()
+        self.add_expansion()
 
     def project(self, x: torch.Tensor) -> tuple[Tensors, Tensors]:
         """Return queries, forget gates and values."""

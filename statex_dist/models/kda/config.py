@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models import fla
-from statex_dist.models.fla import block_tensors, mix_tensor
+from statex_dist.models.fla import block_tensors
 from statex_dist.models.gated_deltanet.config import DeltaRuleConfig, conv_tensors, mixing_mappings
-from statex_dist.models.layout import TensorSpec, layer_units
+from statex_dist.models.layout import TensorSpec, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import Constant, Distribution, LogUniform, TimeStep
 
@@ -46,7 +46,7 @@ def layer_tensors(config: KDAConfig, layer: int) -> dict[str, TensorSpec]:
     by_key, by_head, by_value = (units.keys,), (units.heads,), (units.values,)
     specs = {
         "attn.A_log": TensorSpec(shape=(heads,), decay=False, units=by_head),
-        **mix_tensor(geometry),
+        **expansion_tensors(geometry, "attn"),
         "attn.dt_bias": TensorSpec(shape=(config.gate_dim,), decay=False, units=by_head),
         "attn.q_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),
         "attn.k_proj.weight": TensorSpec(shape=(keys, hidden), units=by_key),

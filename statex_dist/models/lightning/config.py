@@ -17,8 +17,8 @@ from typing import ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.fla import head_geometry, mix_tensor
-from statex_dist.models.layout import Names, TensorSpec, Units, layer_units
+from statex_dist.models.fla import head_geometry
+from statex_dist.models.layout import GAIN_NAME, Names, TensorSpec, Units, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import (
     Block,
@@ -53,7 +53,7 @@ class LightningConfig(ModelConfig):
     """Hyper-parameters of a MiniMax language model; names and defaults are transformers'."""
 
     MODEL_TYPE: ClassVar[str] = "minimax"
-    OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_state")
+    OPS: ClassVar[tuple[str, ...]] = ("merge_heads", "mix_heads", "grow_state", "grow_features")
     DERIVED: ClassVar[tuple[str, ...]] = (
         *ModelConfig.DERIVED,
         "self_attn.slope_rate",
@@ -180,12 +180,12 @@ def layer_tensors(config: LightningConfig, layer: int) -> dict[str, TensorSpec]:
     """
     hidden, inner, geometry = config.hidden_size, config.inner_size, config.layer_geometry(layer)
     heads = config.num_attention_heads
-    keys = geometry.num_heads * geometry.key_dim
+    keys = geometry.num_heads * geometry.projected_key_dim
     rows = (("q", keys // heads), ("k", keys // heads), ("v", inner // heads))
     units = layer_units(geometry)
     by_value, channels = (units.values,), (Units(config.intermediate_size),)
     specs = {"input_layernorm.weight": TensorSpec(shape=(hidden,), decay=False)}
-    specs |= mix_tensor(geometry, MIX_NAME)
+    specs |= expansion_tensors(geometry, "self_attn")
     specs |= {
         "self_attn.qkv_proj.weight": TensorSpec(
             shape=(2 * keys + inner, hidden), parts=rows, blocks=heads, units=(units.keys, units.keys, units.values)
@@ -213,6 +213,8 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: LightningConfig)
         return Constant(1.0)
     if suffix == MIX_NAME:
         return Constant(shape[1] ** -0.5)
+    if suffix.endswith(GAIN_NAME):
+        return Constant(0.0)
     return Normal(config.initializer_range)
 
 

@@ -28,13 +28,13 @@ class LightningAttention(LinearAttention):
         # The queries have no factor; m merged heads get that of their sum, as GLA's do.
         super().__init__(geometry, scale=(heads // geometry.num_heads) ** -0.5)
         self.config, hidden, inner = config, config.hidden_size, config.inner_size
-        self.keys_per_head = geometry.key_dim * geometry.num_heads // heads
+        self.keys_per_head = geometry.projected_key_dim * geometry.num_heads // heads
         self.rates = config.decay_rates(layer)
         self.qkv_proj = nn.Linear(hidden, heads * (2 * self.keys_per_head + config.head_size), bias=False)
         self.out_proj = nn.Linear(inner, hidden, bias=False)
         self.output_gate = nn.Linear(hidden, inner, bias=False)
         self.norm = RMSNorm(inner, eps=OUTPUT_NORM_EPS)
-        self.add_mix()
+        self.add_expansion()
 
     def project(self, x: torch.Tensor) -> tuple[Tensors, Tensors]:
         """Return queries, keys and values ``[B, T, channels]``.

@@ -46,7 +46,7 @@ class Mamba2Config(ModelConfig):
     """Hyper-parameters of a Mamba2 language model; names and defaults are transformers'."""
 
     MODEL_TYPE: ClassVar[str] = "mamba2"
-    OPS: ClassVar[tuple[str, ...]] = ("grow_state",)
+    OPS: ClassVar[tuple[str, ...]] = ("grow_state", "grow_features")
     RECURRENCE: ClassVar[Recurrence] = "ssd"
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = FLA_FIXED
     TRAINING: ClassVar[frozenset[str]] = FLA_TRAINING
@@ -138,8 +138,9 @@ class Mamba2Config(ModelConfig):
     def layer_geometry(self, layer: int) -> StateGeometry:
         """Return the state of ``layer`` under the plan."""
         expansion = self.statex.get(layer) if self.statex else None
-        d_state = self.state_size * (expansion.factor if expansion else 1)
-        return StateGeometry(
+        grows = expansion is not None and expansion.op == "grow_state"
+        d_state = self.state_size * (expansion.factor if expansion and grows else 1)
+        geometry = StateGeometry(
             num_heads=self.num_heads,
             key_dim=d_state,
             value_dim=self.head_dim,
@@ -148,6 +149,7 @@ class Mamba2Config(ModelConfig):
             conv_kernel=self.conv_kernel,
             chunk_size=self.chunk_size,
         )
+        return expansion.with_features(geometry) if expansion else geometry
 
 
 def has_fla_keys(values: Mapping[str, Any]) -> bool:

@@ -35,7 +35,7 @@ class Mamba2Mixer(StateSpace):
             config.inner_size, eps=config.layer_norm_epsilon, norm_before_gate=False, num_groups=config.n_groups
         )
         self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
-        self.add_mix()
+        self.add_expansion()
 
     def project(self, x: torch.Tensor) -> tuple[Tensors, Tensors]:
         """Return ``x | B | C``, which are convolved as one, and the gate ``z`` and the steps ``dt``."""

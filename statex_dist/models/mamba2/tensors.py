@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from statex_dist.models.layout import Names, TensorSpec, Units
+from statex_dist.models.layout import GAIN_NAME, Names, TensorSpec, Units, expansion_tensors
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.registry import Family, MegatronLayer
 from statex_dist.models.row_mapping import (
@@ -60,7 +60,7 @@ MEGATRON_NAMES = {
 
 def conv_parts(config: Mamba2Config, layer: int) -> tuple[tuple[str, int], ...]:
     """Return the channel parts ``x | B | C`` of the convolution."""
-    grouped = config.n_groups * config.layer_geometry(layer).key_dim
+    grouped = config.n_groups * config.layer_geometry(layer).projected_key_dim
     return (("x", config.inner_size), ("B", grouped), ("C", grouped))
 
 
@@ -85,6 +85,7 @@ def layer_tensors(config: Mamba2Config, layer: int) -> dict[str, TensorSpec]:
         "mixer.dt_bias": TensorSpec(shape=(heads,), decay=False, units=(by_head,)),
         "mixer.A_log": TensorSpec(shape=(heads,), decay=False, units=(by_head,)),
         "mixer.D": TensorSpec(shape=(heads,), decay=False, units=(by_head,)),
+        **expansion_tensors(config.layer_geometry(layer), "mixer"),
         "mixer.in_proj.weight": TensorSpec(shape=(num_rows, hidden), parts=rows, units=row_units),
     }
     if config.use_bias:
@@ -130,7 +131,7 @@ def first_value(
         return Uniform(conv_bound)
     if layer_default and suffix.startswith("mixer.in_proj"):
         return Uniform(1 / math.sqrt(config.hidden_size))
-    if suffix.endswith(".bias"):
+    if suffix.endswith((".bias", GAIN_NAME)):
         return Constant(0.0)
     if suffix == "mixer.out_proj.weight":
         bound = 1 / math.sqrt(config.inner_size)

@@ -8,6 +8,7 @@ from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
 from statex_dist.ops.backends import Backend, Forms, mixed_scan, pick_backend, warn_once
 from statex_dist.ops.delta_rule.torch_forms import chunked_delta_rule, naive_delta_rule
+from statex_dist.ops.features import Features, widened_delta
 from statex_dist.ops.fla_api import delta_backward_obstacle, fla_delta_rule, has_fla
 
 
@@ -18,7 +19,9 @@ def delta_rule(
     g: torch.Tensor,
     beta: torch.Tensor,
     *,
+    scale: float | None = None,
     mix: torch.Tensor | None = None,
+    features: Features | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
@@ -28,12 +31,15 @@ def delta_rule(
     """The gated delta rule, plain or mixed, with one decay per head (Gated DeltaNet) or per key channel (KDA).
 
     Args:
-        q: ``[B, T, H, K]`` queries, normalised; their factor is ``K ** -0.5``.
+        q: ``[B, T, H, K]`` queries, normalised.
         k: ``[B, T, H, K]`` keys, normalised.
         v: ``[B, T, HV, V]`` values, ``HV`` a multiple of ``H``.
         g: ``[B, T, HV, 1]`` or ``[B, T, HV, K]`` log decays, at most 0.
         beta: ``[B, T, HV]`` strengths of the writes.
+        scale: Factor of the queries, ``K ** -0.5`` where None.
         mix: ``[HV, r]`` mixing matrix; the state then holds ``r`` value heads per recurrence.
+        features: Products of the keys and queries as further key channels, or None. ``K`` of the states is then
+            ``(1 + n)`` times that of the inputs.
         initial_state: ``[S, HV, K, r V]`` or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         backend: Which implementation runs.
@@ -47,7 +53,10 @@ def delta_rule(
     Raises:
         ConfigError: The backend is unknown, or ``kernel`` cannot compute the gradients on this machine.
     """
-    inputs = (q, k, v, g, beta)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs: tuple[torch.Tensor, ...] = (q, k, v, g, beta)
+    if features is not None:
+        inputs = widened_delta(inputs, features)
     return mixed_scan(
         _trainable(backend, inputs),
         Forms(
@@ -62,7 +71,7 @@ def delta_rule(
         chunk_size=chunk_size,
         context=context,
         initial_state=initial_state,
-        scale=q.shape[-1] ** -0.5,
+        scale=scale,
         cu_seqlens=cu_seqlens,
     )
 

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from statex_dist.ops.cu_seqlens import power_of_two_layout
+from statex_dist.ops.features import Features, widened_delta
 from statex_dist.ops.gla.torch_forms import decayed_products
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
@@ -91,14 +92,18 @@ def delta_decode(
     beta: torch.Tensor,
     state: torch.Tensor,
     *,
+    scale: float | None = None,
     mix: torch.Tensor | None = None,
+    features: Features | None = None,
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advance ``delta_rule`` by one token: arguments without their ``T``, ``state [B, HV, K, r V]``.
 
     With ``overwrite`` the new state takes the old one's place in memory: without autograd, and if the caller owns it.
     """
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if features is not None:
+        q, k, v, g, beta = widened_delta((q, k, v, g, beta), features)
     if mix is not None:
         v = spread_values(v, mix.shape[1])
     if overwrite and state.is_contiguous():

@@ -8,6 +8,7 @@ import torch
 
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.ops.backends import Backend, Forms, mixed_scan
+from statex_dist.ops.features import Features, widened_gla
 from statex_dist.ops.fla_api import fla_gla, has_fla
 from statex_dist.ops.gla.torch_forms import chunked_gla, naive_gla
 from statex_dist.ops.gla.triton.expanded import SMALLEST_CHUNK, expanded_gla
@@ -22,6 +23,7 @@ def gla(
     *,
     scale: float | None = None,
     mix: torch.Tensor | None = None,
+    features: Features | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
@@ -42,6 +44,8 @@ def gla(
         g: ``[B, T, H, K]`` log decays, at most 0.
         scale: Factor of the queries, ``K ** -0.5`` where None.
         mix: ``[H, r]`` mixing matrix; the state then holds ``r`` value heads per key head.
+        features: Products of the keys and queries as further key channels, or None. ``K`` of the states is then
+            ``(1 + n)`` times that of the inputs.
         initial_state: ``[S, H, K, r V]`` or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; ``B`` must be 1.
         backend: Which implementation runs.
@@ -57,6 +61,9 @@ def gla(
     Raises:
         ConfigError: The backend is unknown, or ``chunk_size`` or ``max_state_bytes`` not allowed.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if features is not None:
+        q, k, v, g = widened_gla((q, k, v, g), features)
     wants_state = output_final_state or context is not None
     o, state = mixed_scan(
         backend,
@@ -74,7 +81,7 @@ def gla(
         context=context,
         initial_state=initial_state,
         fits_triton=_is_expanded(q, v, mix),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         cu_seqlens=cu_seqlens,
     )
     return o, state if output_final_state else None

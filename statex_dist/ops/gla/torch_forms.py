@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from statex_dist.ops.cu_seqlens import SMALLEST_BLOCK, causal_decay, power_of_two_layout
+from statex_dist.ops.features import Features, widened_gla
 from statex_dist.ops.head_mixing import mix_outputs, spread_values
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
@@ -71,6 +72,7 @@ def gla_decode(
     *,
     scale: float | None = None,
     mix: torch.Tensor | None = None,
+    features: Features | None = None,
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advance ``gla`` by one token: ``q, k, g [B, H, K]``, ``v [B, H, V]``, ``state [B, H, K, r V]``.
@@ -78,6 +80,8 @@ def gla_decode(
     With ``overwrite`` the new state takes the old one's place in memory: without autograd, and if the caller owns it.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if features is not None:
+        q, k, v, g = widened_gla((q, k, v, g), features)
     if mix is not None:
         v = spread_values(v, mix.shape[1])
     if overwrite and state.is_contiguous():

@@ -9,6 +9,7 @@ import torch
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.ops.backends import Backend, add_to_first, pick_backend
 from statex_dist.ops.cu_seqlens import read_borders, reverse_cumsum
+from statex_dist.ops.features import Features, widened_ssd
 from statex_dist.ops.ssd.mamba_api import has_mamba_ssm, mamba_ssd
 from statex_dist.ops.ssd.torch_forms import add_skip, chunked_ssd, naive_ssd
 
@@ -21,6 +22,7 @@ def ssd(
     C: torch.Tensor,
     *,
     D: torch.Tensor | None = None,
+    features: Features | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
@@ -38,6 +40,8 @@ def ssd(
         B: ``[B, T, G, N]`` input projections.
         C: ``[B, T, G, N]`` output projections.
         D: ``[H]`` skip weights or None.
+        features: Products of B and C as further state rows, or None. ``N`` of the states is then ``(1 + n)`` times that
+            of the inputs.
         initial_state: ``[S, H, P, N]`` or None for zero.
         cu_seqlens: ``[S + 1]`` borders of packed sequences; the batch must be 1.
         seq_idx: ``[B, T]`` int32, the same borders in mamba_ssm's form, which saves its kernel deriving them.
@@ -51,6 +55,8 @@ def ssd(
         Output ``[B, T, H, P]`` and final states ``[S, H, P, N]`` (None unless asked for).
     """
     backend = pick_backend(backend, x, has_mamba_ssm)
+    if features is not None:
+        x, dt, A, B, C = widened_ssd((x, dt, A, B, C), features)
     initial = initial_state if context is None else None
     state: torch.Tensor | None
     if backend == "naive":

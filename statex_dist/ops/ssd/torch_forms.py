@@ -11,6 +11,7 @@ import torch
 
 from statex_dist.errors import ConfigError
 from statex_dist.ops.cu_seqlens import causal_decay, chunk_layout, pick_chunk_size, sequence_lengths
+from statex_dist.ops.features import Features, widened_ssd
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
 
@@ -71,12 +72,15 @@ def ssd_decode(
     state: torch.Tensor,
     *,
     D: torch.Tensor | None = None,
+    features: Features | None = None,
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advance ``ssd`` by one token: ``x [B, H, P]``, ``dt [B, H]``, ``B, C [B, G, N]``, ``state [B, H, P, N]``.
 
     With ``overwrite`` the new state takes the old one's place in memory: without autograd, and if the caller owns it.
     """
+    if features is not None:
+        x, dt, A, B, C = widened_ssd((x, dt, A, B, C), features)
     if overwrite and state.is_contiguous():
         y = ssd_step_(x, dt, A, B, C, state)
     else:

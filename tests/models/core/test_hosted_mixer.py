@@ -32,7 +32,7 @@ class HostedMamba2(StateSpace):
             self.add_module(name, child)
         for name, parameter in host.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.add_mix()
+        self.add_expansion()
         self.sizes = [host.intermediate_size, host.conv_dim, host.num_heads]
         grouped = host.n_groups * host.ssm_state_size
         self.parts, self.time_step_limit = [host.intermediate_size, grouped, grouped], host.time_step_limit

@@ -7,8 +7,8 @@ from functools import partial
 from typing import ClassVar
 
 from statex_dist.models import fla
-from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry, mix_tensor
-from statex_dist.models.layout import TensorSpec, layer_units
+from statex_dist.models.fla import MIX_NAME, FLAConfig, block_tensors, head_geometry
+from statex_dist.models.layout import TensorSpec, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import Constant, Distribution, RowMapping, head_mappings
 from statex_dist.state.geometry import StateGeometry
@@ -40,7 +40,10 @@ class ToyConfig(FLAConfig):
 def layer_tensors(config: ToyConfig, layer: int) -> dict[str, TensorSpec]:
     hidden, geometry = config.hidden_size, config.layer_geometry(layer)
     units = layer_units(geometry)
-    specs = {"attn.rate": TensorSpec(shape=(hidden,), decay=False, units=(units.keys,)), **mix_tensor(geometry)}
+    specs = {
+        "attn.rate": TensorSpec(shape=(hidden,), decay=False, units=(units.keys,)),
+        **expansion_tensors(geometry, "attn"),
+    }
     for name, cut in (("q", units.keys), ("k", units.keys), ("v", units.values)):
         specs[f"attn.{name}_proj.weight"] = TensorSpec(shape=(hidden, hidden), units=(cut,))
     specs["attn.conv.weight"] = TensorSpec(shape=(hidden, 1, 4), decay=False, units=(units.keys,))

@@ -16,7 +16,7 @@ class ToyAttention(LinearAttention):
         super().__init__(config.layer_geometry(layer))
         hidden = config.hidden_size
         self.rate = nn.Parameter(torch.ones(hidden))
-        self.add_mix()
+        self.add_expansion()
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.k_proj = nn.Linear(hidden, hidden, bias=False)
         self.v_proj = nn.Linear(hidden, hidden, bias=False)
