@@ -116,9 +116,9 @@ def mixed_scan(
     """
     backend = pick_backend(backend, inputs[0], forms.has_kernels, fits_triton=fits_triton)
     narrow = inputs
-    if features is not None and backend == "kernel":
+    if backend == "kernel" and features is not None:
         inputs = forms.widened(inputs, features)
-    elif features is not None:
+    if backend != "kernel" and features is not None:
         options["features"] = features
     q, k, v, *rest = inputs
     options["initial_state"] = initial_state if context is None else None

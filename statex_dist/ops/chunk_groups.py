@@ -144,7 +144,8 @@ def in_token_blocks(
     Args:
         body: Takes a block of each tensor.
         tensors: Inputs of the same number of tokens.
-        bytes_per_token: Of what the body makes; a block has :data:`GROUP_BYTES` of it, but at least one token.
+        bytes_per_token: Of the tensors that the body makes; a block has :data:`GROUP_BYTES` of them, but at least one
+            token.
     """
     size = max(1, GROUP_BYTES // max(1, bytes_per_token))
     blocks = list(zip(*(x.split(size, dim=1) for x in tensors), strict=True))

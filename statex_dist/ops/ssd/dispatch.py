@@ -118,7 +118,7 @@ def ssd_across(
 
 
 def _bytes_of_token(x: torch.Tensor, rows: int, groups: int) -> int:
-    """Return the bytes of what a token of ``x [B, T, H, P]`` takes with wide ``B`` and ``C``."""
+    """Return the bytes of a token of ``x [B, T, H, P]`` beside its ``B`` and ``C`` with products."""
     return torch.float32.itemsize * (rows * groups + x.shape[2] * x.shape[3])
 
 
