@@ -52,6 +52,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.cpu_scan
+	$(BIN)/python -m benchmarks.cpu_features
 	$(BIN)/python -m benchmarks.expand
 	$(BIN)/python -m benchmarks.reshard
 	$(BIN)/python -m benchmarks.data

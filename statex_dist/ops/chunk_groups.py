@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-GROUP_BYTES = 1 << 25
+GROUP_BYTES = 1 << 26
 """Of the wide inputs and chunk states that a group of chunks, or a block of tokens, makes in one pass."""
 
 Body = Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]]
