@@ -23,6 +23,10 @@ LARGEST_PLAIN_HEAD = 256 * 512
 CHUNK_SIZE = 256
 """Tokens per chunk of long sequences in that scan. Each writes and reads one state: longer ones need less traffic and
 more arithmetic for the products inside a chunk."""
+
+FLA_DELTA_KEYS = 256
+"""Key channels of a head at which fla-core's kernels of the delta rules end."""
+
 MAX_STATE_BYTES = 256 * 2**20
 """Bytes of the chunk states that are held at once, those of the forward pass and their gradients together."""
 
@@ -77,6 +81,18 @@ class FeatureMap:
     def factor(self) -> int:
         """Key channels that a head stores for each projected one."""
         return 1 + len(self.rolls)
+
+    @property
+    def summary(self) -> str:
+        """The map in the short form of tables and messages: ``rolls 1-3,0 relu match_norm``."""
+        spans: list[list[int]] = []
+        for roll in self.rolls:
+            if spans and roll == spans[-1][-1] + 1:
+                spans[-1] = [spans[-1][0], roll]
+            else:
+                spans.append([roll])
+        rolls = ",".join("-".join(map(str, span)) for span in spans)
+        return " ".join([f"rolls {rolls}", *(name for name in ("relu", "match_norm") if getattr(self, name))])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form stored in ``config.json``."""
