@@ -29,7 +29,7 @@ def add_plan_options(parser: ArgumentParser) -> None:
         ("factor", "growth of a layer's state, or 'full': all heads (default: full for heads, else 4)"),
         ("init", "start of the new state: reinit, inherit or lossless (default: reinit; lossless for grow_features)"),
         ("op", f"{', '.join(get_args(Op))} (default: by family and --init)"),
-        ("rolls", "grow_features: multiply each channel by those so many places before it, such as 1,2,3; 0: squares"),
+        ("rolls", "grow_features: distances of the channels that are multiplied, such as 1,2,3; 0: squares"),
         ("target-state", "find layers and factor for a total state, such as 1.5x or 18.7M"),
         ("plan", "YAML file with a plan per layer (docs/checkpoints.md)"),
         ("recipe", f"a mode of the StateX authors' scripts: {RECIPE_NAMES}"),

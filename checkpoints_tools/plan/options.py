@@ -39,9 +39,9 @@ class PlanOptions:
         op: The operation; None takes the family's own.
         seed: Seed of the random values.
         reset_dynamics: Whether decays, steps and norms are initialised again, as in the authors' scripts.
-        rolls: Rolls of ``grow_features``, ``1,2,3`` or a list (0: squares); None takes as many as the factor asks for.
+        rolls: Rolls of ``grow_features``, ``1,2,3`` or a list (0: squares); None takes the first ones of the factor.
         relu: Whether its products are those of ``relu(x)``.
-        match_norm: Whether its products are scaled to the norm of what they are made of.
+        match_norm: Whether its products are scaled to the norm of the head's channels.
         recipe: A name of :data:`RECIPES`, in place of op, factor, init, reset_dynamics and features.
         target_state: Size that all states together are to reach (``1.5x`` or ``18.7M``). It determines layers and
             factor, as far as they are not given.
@@ -200,9 +200,10 @@ def _read_features(row: Mapping[str, Any]) -> FeatureMap:
 
 def _check_feature_keys(row: Mapping[str, Any], op: str | None) -> None:
     """Raise if a row or the options name features for an operation that has none."""
-    given = [key for key in (*_FEATURE_KEYS, "features") if row.get(key)]
+    given = [f"--{key.replace('_', '-')}" for key in _FEATURE_KEYS if row.get(key)]
+    given += ["features"] if row.get("features") else []
     if given and op != "grow_features":
-        options = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        options = ", ".join(given)
         named = "" if op is None else f", not {op}"
         raise ConfigError(f"{options} is for --op grow_features{named}; give that operation or leave the option out")
 
