@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,10 +167,10 @@ def _features(config: ModelConfig, row: Mapping[str, Any], op: Op, factor: int |
     if row.get("features") is not None:
         features = _read_features(row)
     else:
-        switches = {"relu": row.get("relu") or False, "match_norm": row.get("match_norm") or False}
+        switches = {name: row[name] for name in ("relu", "match_norm") if row.get(name) is not None}
         if row.get("rolls") is None:
             keys = config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).key_dim
-            return FeatureMap.of_factor(factor or DEFAULT_GROWTH, keys, **switches)
+            return FeatureMap.of_factor(DEFAULT_GROWTH if factor is None else factor, keys, **switches)
         features = FeatureMap(rolls=_parse_rolls(row["rolls"]), **switches)
     if factor is not None and factor != features.factor:
         rolls = ",".join(map(str, features.rolls))
@@ -188,7 +189,7 @@ def _check_offered(config: ModelConfig, op: Op) -> None:
 
 def _read_features(row: Mapping[str, Any]) -> FeatureMap:
     """Return the features of a row that has them in the form of ``config.json``."""
-    if doubled := [key for key in _FEATURE_KEYS if row.get(key)]:
+    if doubled := _given(row, _FEATURE_KEYS):
         raise ConfigError(f"a row of --plan says {', '.join(doubled)} both in 'features' and beside it; leave out one")
     try:
         return FeatureMap(**row["features"])
@@ -200,12 +201,16 @@ def _read_features(row: Mapping[str, Any]) -> FeatureMap:
 
 def _check_feature_keys(row: Mapping[str, Any], op: str | None) -> None:
     """Raise if a row or the options name features for an operation that has none."""
-    given = [f"--{key.replace('_', '-')}" for key in _FEATURE_KEYS if row.get(key)]
-    given += ["features"] if row.get("features") else []
+    given = [f"--{key.replace('_', '-')}" for key in _given(row, _FEATURE_KEYS)] + _given(row, ("features",))
     if given and op != "grow_features":
         options = ", ".join(given)
         named = "" if op is None else f", not {op}"
         raise ConfigError(f"{options} is for --op grow_features{named}; give that operation or leave the option out")
+
+
+def _given(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Return the keys that a row has a value for; a roll of 0 is one, a switch that is off is not."""
+    return [key for key in keys if row.get(key) is not None and row[key] is not False]
 
 
 def _parse_rolls(rolls: Any) -> Any:
@@ -215,7 +220,7 @@ def _parse_rolls(rolls: Any) -> Any:
     if not isinstance(rolls, str):
         return rolls
     parts = [part.strip() for part in rolls.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
         raise ConfigError(
             f"--rolls {shown(rolls)} must be whole numbers from 0 with commas between them, such as 1,2,3 (0: squares)"
         )

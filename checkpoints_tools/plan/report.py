@@ -135,7 +135,7 @@ def _kernel_notes(config: ModelConfig) -> tuple[str, ...]:
     projected, widest = geometries[wide[0]].projected_key_dim, max(geometries[layer].key_dim for layer in wide)
     line = (
         f"layers {wide}: up to {widest} key channels of a head, features included; fla-core's kernels of the delta "
-        f"rule end at {FLA_DELTA_KEYS}, and our slower PyTorch form runs"
+        f"rule end at {FLA_DELTA_KEYS}, and our slower PyTorch form runs, whose activations the GPU estimate leaves out"
     )
     most = FLA_DELTA_KEYS // projected
     return (f"{line}; a factor of at most {most} keeps the kernels" if most > 1 else line,)

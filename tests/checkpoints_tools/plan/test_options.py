@@ -75,7 +75,7 @@ class TestPlanFile:
             ("- {layer: 7}", "layer 7.*range"),
             ("- {layer: 0, factor: most}", "--factor 'most' is neither"),
             ("- {layer: -1}", "--layers '-1'"),
-            ("- {layer: 0, rolls: 1}", "--rolls is for --op grow_features, not merge_heads"),
+            ("- {layer: 0, rolls: 0}", "--rolls is for --op grow_features, not merge_heads"),
             (
                 "- {layer: 0, op: grow_state, features: {rolls: [1]}}",
                 "features is for --op grow_features, not grow_state",
@@ -205,6 +205,7 @@ BAMBA = {
     ("values", "options", "named"),
     [
         (MAMBA2, {"factor": 5}, ("factor 5", "2 to 4")),
+        (MAMBA2, {"factor": 0, "target_state": "2x"}, ("factor 0", "2 to 4")),
         (MAMBA2, {"factor": 3, "rolls": "1,2,0"}, ("--factor 3", "--rolls 1,2,0", "4")),
         (MAMBA2, {"factor": "full"}, ("--factor full", "grow_features")),
         (MAMBA2, {"rolls": "3"}, ("roll 3", "0 (squares) to 2")),
