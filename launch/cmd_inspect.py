@@ -55,11 +55,10 @@ def _print(facts: Any) -> None:
     from rich.table import Table
 
     from launch.tool_options import size
+    from statex_dist.state.plan import LayerExpansion
 
     table = Table(show_header=False)
-    plan = ", ".join(
-        f"{e['layer']}: {e['op']} x{e['factor']} {e['init']}" for e in (facts.plan or {}).get("layers", [])
-    )
+    plan = ", ".join(f"{row['layer']}: {LayerExpansion(**row).summary}" for row in (facts.plan or {}).get("layers", []))
     rows = {
         "directory": facts.path,
         "layout": facts.kind,

@@ -178,6 +178,8 @@ def _print(report: Any, left_out: dict[str, Any] | None) -> None:
     console.print(totals)
     if run.device == "cuda":
         console.print("GPU memory of activations is an estimate; host memory is that of each rank, not of a machine")
+    for note in report.notes:
+        console.print(note)
     if report.mixed:
         console.print("parameters, FLOPs and memory leave out the layers of another kind, which are passed through")
     if left_out is not None:

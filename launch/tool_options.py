@@ -26,9 +26,10 @@ def add_plan_options(parser: ArgumentParser) -> None:
     """Add the options that describe an expansion (``statex plan`` and ``statex expand``)."""
     for name, text in (
         ("layers", "every:K, first:K, last:K, all or a list such as 0,6,12 (default: every:6)"),
-        ("factor", "growth of a layer's state, or 'full': all heads (default: full for heads, 4 for grow_state)"),
-        ("init", "start of the new state: reinit, inherit or lossless (default: reinit)"),
+        ("factor", "growth of a layer's state, or 'full': all heads (default: full for heads, else 4)"),
+        ("init", "start of the new state: reinit, inherit or lossless (default: reinit; lossless for grow_features)"),
         ("op", f"{', '.join(get_args(Op))} (default: by family and --init)"),
+        ("rolls", "grow_features: distances of the channels that are multiplied, such as 1,2,3; 0: squares"),
         ("target-state", "find layers and factor for a total state, such as 1.5x or 18.7M"),
         ("plan", "YAML file with a plan per layer (docs/checkpoints.md)"),
         ("recipe", f"a mode of the StateX authors' scripts: {RECIPE_NAMES}"),
@@ -39,6 +40,11 @@ def add_plan_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="start decays, time steps and norms again, as the authors' scripts do (they are kept otherwise)",
     )
+    for name, text in (
+        ("relu", "grow_features: multiply the channels after a ReLU"),
+        ("match-norm", "grow_features: scale the products of a head to the norm of its channels"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the new values")
 
 
@@ -50,7 +56,8 @@ def plan_options(args: Any) -> PlanOptions:
     """
     from checkpoints_tools.plan.options import PlanOptions
 
-    names = ("layers", "factor", "init", "op", "target_state", "plan", "recipe", "reset_dynamics", "seed")
+    of_features = ("rolls", "relu", "match_norm")
+    names = ("layers", "factor", "init", "op", *of_features, "target_state", "plan", "recipe", "reset_dynamics", "seed")
     return PlanOptions(**{name: getattr(args, name) for name in names})
 
 

@@ -32,7 +32,8 @@ GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each o
 T hidden`` where it is recomputed, one such layer being whole at a time. To this comes what the backward pass of the
 most demanding layer holds: the states at the borders of chunks of ``C`` tokens and their gradients, ``8 T / C`` times
 its state elements. Where a head is so large that our own scan runs it (``ops/triton``), these are bounded by
-``max_state_bytes``, and the layer keeps one state in fp32 for each time the bound is filled. Logits take
+``max_state_bytes``, and the layer keeps one state in fp32 for each time the bound is filled. Other kernels get the
+queries and keys with their features (and decays, but for Mamba2's): ``p T`` for each added channel. Logits take
 ``p`` bytes each, those of one loss chunk at a time: their gradient overwrites them. The loss computes its gradients at
 once, in the forward pass: ``p T hidden``, and of the head ``8 vocab hidden``: a fp32 sum and the term added to it.
 Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 GiB of Python on a CPU) come on top.
@@ -248,7 +249,7 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
     tokens, family = settings.tokens, family_of(config.MODEL_TYPE)
     widths = [0] * config.num_hidden_layers
     for name, spec in specs.items():
-        if (place := family.names.split(name)) and len(spec.shape) == 2:
+        if (place := family.names.split(name)) and len(spec.shape) == 2 and spec.role != "gain":
             widths[place[0]] += sum(spec.shape)
     kept, again, states = 0, [0], [0]
     for layer in config.recurrent_layers:
@@ -261,6 +262,8 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
             whole += 4 * geometry.elements * -(-chunks // held)
         else:
             states.append(8 * -(-tokens // geometry.chunk_size) * geometry.elements)
+            added = geometry.num_key_groups * (geometry.key_dim - geometry.projected_key_dim)
+            whole += width * tokens * added * (2 if config.RECURRENCE == "ssd" else 3)
         expanded = config.statex is not None and config.statex.get(layer) is not None
         policy = settings.activation_checkpointing
         if policy == "block" or (policy == "expanded" and expanded):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +13,10 @@ import yaml
 from statex_dist.errors import ConfigError, reason, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.registry import default_op, make_plan
-from statex_dist.state.plan import Init, Op
+from statex_dist.state.geometry import FeatureMap
+from statex_dist.state.plan import DEFAULT_GROWTH, Init, Op
 
 DEFAULT_EVERY = 6
-DEFAULT_GROWTH = 4
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "statex-paper-gla": {"layers": "every:6", "op": "merge_heads", "factor": "full", "init": "reinit"},
@@ -34,12 +35,15 @@ class PlanOptions:
         layers: A rule of :func:`statex_dist.state.plan.select_layers`; None is ``every:6`` (the paper's choice for GLA;
             the first recurrent layer alone on a model of fewer layers).
         factor: A number or ``full`` (all heads of a layer); None is ``full`` for operations on heads and 4 for
-            ``grow_state`` (Mamba2: 128 -> 512, as in the paper).
-        init: How the new state starts; None is ``reinit``.
+            ``grow_state`` (Mamba2: 128 -> 512, as in the paper) and ``grow_features``.
+        init: How the new state starts; None is ``reinit``, and ``lossless`` for ``grow_features``.
         op: The operation; None takes the family's own.
         seed: Seed of the random values.
         reset_dynamics: Whether decays, steps and norms are initialised again, as in the authors' scripts.
-        recipe: A name of :data:`RECIPES`, in place of op, factor, init and reset_dynamics.
+        rolls: Rolls of ``grow_features``, ``1,2,3`` or a list (0: squares); None takes the first ones of the factor.
+        relu: Whether its products are those of ``relu(x)``.
+        match_norm: Whether its products are scaled to the norm of the head's channels.
+        recipe: A name of :data:`RECIPES`, in place of op, factor, init, reset_dynamics and features.
         target_state: Size that all states together are to reach (``1.5x`` or ``18.7M``). It determines layers and
             factor, as far as they are not given.
         plan: A YAML file with a plan per layer (:func:`read_plan_file`), in place of all others but the seed.
@@ -51,6 +55,9 @@ class PlanOptions:
     op: Op | None = None
     seed: int = 0
     reset_dynamics: bool = False
+    rolls: str | Sequence[int] | None = None
+    relu: bool = False
+    match_norm: bool = False
     recipe: str | None = None
     target_state: str | None = None
     plan: str | Path | None = None
@@ -64,14 +71,18 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ConfigError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
+        if self.rolls is not None:
+            _parse_rolls(self.rolls)
         groups = {
-            "recipe": ("factor", "init", "op", "reset_dynamics", "target_state", "plan"),
-            "plan": ("layers", "factor", "init", "op", "reset_dynamics", "target_state"),
+            "recipe": ("factor", "init", "op", "reset_dynamics", *_FEATURE_KEYS, "target_state", "plan"),
+            "plan": ("layers", "factor", "init", "op", "reset_dynamics", *_FEATURE_KEYS, "target_state"),
         }
         for name, others in groups.items():
             if getattr(self, name) is not None and (clash := [o for o in others if getattr(self, o)]):
                 options = ", ".join(f"--{other.replace('_', '-')}" for other in clash)
                 raise ConfigError(f"--{name} decides by itself what {options} would say; leave them out")
+        if self.recipe is None and self.plan is None:
+            _check_feature_keys({name: getattr(self, name) for name in _FEATURE_KEYS}, self.op)
 
 
 def plan_model(config: ModelConfig, options: PlanOptions | None = None) -> ModelConfig:
@@ -101,15 +112,20 @@ def plan_model(config: ModelConfig, options: PlanOptions | None = None) -> Model
         "init": options.init,
         "op": options.op,
         "reset_dynamics": options.reset_dynamics,
+        **{name: getattr(options, name) for name in _FEATURE_KEYS},
     }
     if options.target_state is not None:
         from checkpoints_tools.plan.size_search import find_plan  # only where a size is asked for
 
-        init = options.init or "reinit"
+        init = _init(options.init, options.op)
         op = options.op or default_op(config, init)
-        factor = _factor(config, options.factor, op) if options.factor is not None else None
+        factor = _factor(options.factor, op) if options.factor is not None else None
         if options.factor == "full":
             factor = _full(config, op)
+        if op == "grow_features":
+            _check_offered(config, op)
+        if (features := None if options.rolls is None else _features(config, row, op, factor)) is not None:
+            factor = features.factor
         found = find_plan(config, options.target_state, layers=options.layers, factor=factor, op=op, init=init)
         row |= {"layers": ",".join(map(str, found.layers)), "factor": found.factor, "op": op}
     return _add(config, row, options.seed)
@@ -117,23 +133,106 @@ def plan_model(config: ModelConfig, options: PlanOptions | None = None) -> Model
 
 def _add(config: ModelConfig, row: Mapping[str, Any], seed: int) -> ModelConfig:
     """Return ``config`` with one row of a plan added, defaults filled in."""
-    init: Init = row.get("init") or "reinit"
+    init = _init(row.get("init"), row.get("op"))
     op: Op = row.get("op") or default_op(config, init)
+    factor = _factor(row.get("factor"), op)
+    features = _features(config, row, op, factor)
     return make_plan(
         config,
         layers=row.get("layers") or f"every:{DEFAULT_EVERY}",
-        factor=_factor(config, row.get("factor"), op),
+        factor=features.factor if features is not None else factor,
         init=init,
         op=op,
         seed=row.get("seed", seed),
         reset_dynamics=row.get("reset_dynamics") or False,
+        features=features,
     )
 
 
-def _factor(config: ModelConfig, factor: str | int | None, op: Op) -> int | None:
-    """Return the number that a factor stands for; None is ``full``."""
+def _init(init: Init | None, op: Op | None) -> Init:
+    """Return how the new state starts where the user names no init: products of keys start lossless and only so."""
+    return init or ("lossless" if op == "grow_features" else "reinit")
+
+
+def _features(config: ModelConfig, row: Mapping[str, Any], op: Op, factor: int | None) -> FeatureMap | None:
+    """Return the products that a row of a plan asks for, or None where its operation has none.
+
+    Raises:
+        ConfigError: The family or the operation has no features, or they contradict the factor or one another.
+    """
+    _check_feature_keys(row, op)
+    if op != "grow_features":
+        return None
+    _check_offered(config, op)
+    if row.get("features") is not None:
+        features = _read_features(row)
+    else:
+        switches = {name: row[name] for name in ("relu", "match_norm") if row.get(name) is not None}
+        if row.get("rolls") is None:
+            keys = config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).key_dim
+            return FeatureMap.of_factor(DEFAULT_GROWTH if factor is None else factor, keys, **switches)
+        features = FeatureMap(rolls=_parse_rolls(row["rolls"]), **switches)
+    if factor is not None and factor != features.factor:
+        rolls = ",".join(map(str, features.rolls))
+        raise ConfigError(
+            f"--factor {factor} contradicts --rolls {rolls}, which make the factor {features.factor}; leave out one of "
+            "the two"
+        )
+    return features
+
+
+def _check_offered(config: ModelConfig, op: Op) -> None:
+    """Raise unless the family has an operation."""
+    if op not in config.OPS:
+        raise ConfigError(f"{config.why_not(op)}; use {' or '.join(config.OPS)}")
+
+
+def _read_features(row: Mapping[str, Any]) -> FeatureMap:
+    """Return the features of a row that has them in the form of ``config.json``."""
+    if doubled := _given(row, _FEATURE_KEYS):
+        raise ConfigError(f"a row of --plan says {', '.join(doubled)} both in 'features' and beside it; leave out one")
+    try:
+        return FeatureMap(**row["features"])
+    except TypeError as error:
+        raise ConfigError(
+            f"--plan: bad entry 'features': {reason(error)}; it holds {', '.join(_FEATURE_KEYS)}"
+        ) from None
+
+
+def _check_feature_keys(row: Mapping[str, Any], op: str | None) -> None:
+    """Raise if a row or the options name features for an operation that has none."""
+    given = [f"--{key.replace('_', '-')}" for key in _given(row, _FEATURE_KEYS)] + _given(row, ("features",))
+    if given and op != "grow_features":
+        options = ", ".join(given)
+        named = "" if op is None else f", not {op}"
+        raise ConfigError(f"{options} is for --op grow_features{named}; give that operation or leave the option out")
+
+
+def _given(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Return the keys that a row has a value for; a roll of 0 is one, a switch that is off is not."""
+    return [key for key in keys if row.get(key) is not None and row[key] is not False]
+
+
+def _parse_rolls(rolls: Any) -> Any:
+    """Return the rolls of a text such as ``1,2,3``; a list is returned as it is, for :class:`FeatureMap` to check."""
+    if isinstance(rolls, int) and not isinstance(rolls, bool):
+        return [rolls]
+    if not isinstance(rolls, str):
+        return rolls
+    parts = [part.strip() for part in rolls.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
+        raise ConfigError(
+            f"--rolls {shown(rolls)} must be whole numbers from 0 with commas between them, such as 1,2,3 (0: squares)"
+        )
+    return [int(part) for part in parts]
+
+
+def _factor(factor: str | int | None, op: Op) -> int | None:
+    """Return the number that a factor stands for; None is ``full``, or that ``grow_features`` has no factor given."""
     if factor is None:
         return DEFAULT_GROWTH if op == "grow_state" else None
+    if factor == "full" and op == "grow_features":
+        raise ConfigError(f"--factor full is for models with heads to merge or mix; give a number for op {op}")
     if factor == "full":
         return None
     if isinstance(factor, int) and not isinstance(factor, bool):
@@ -150,12 +249,13 @@ def _full(config: ModelConfig, op: Op) -> int:
     Raises:
         ConfigError: The operation is not one on heads.
     """
-    if op == "grow_state":
+    if op in ("grow_state", "grow_features"):
         raise ConfigError(f"--factor full is for models with heads to merge or mix; give a number for op {op}")
     return config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).num_heads
 
 
-_ROW_KEYS = ("layer", "layers", "op", "factor", "init", "seed", "reset_dynamics")
+_FEATURE_KEYS = ("rolls", "relu", "match_norm")
+_ROW_KEYS = ("layer", "layers", "op", "factor", "init", "seed", "reset_dynamics", *_FEATURE_KEYS, "features")
 
 
 def read_plan_file(path: Path) -> list[dict[str, Any]]:
@@ -168,6 +268,7 @@ def read_plan_file(path: Path) -> list[dict[str, Any]]:
           factor: 4
           init: inherit
         - {layer: 3, op: mix_heads, factor: 2, init: lossless}
+        - {layer: 5, op: grow_features, rolls: [1, 2, 3], relu: true}  # or `features`, as in config.json
 
     Raises:
         ConfigError: The file is missing, not YAML, or a row is not as above.

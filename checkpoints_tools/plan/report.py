@@ -14,6 +14,7 @@ from checkpoints_tools.plan.forgetting import Evidence, Forgetting, judge_forget
 from checkpoints_tools.plan.memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.registry import family_of, forward_flops_per_token
+from statex_dist.state.geometry import LARGEST_DELTA_KERNEL_KEYS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,7 @@ class PlanReport:
         after: Figures of the expanded model.
         forgetting: Whether ``seq_len`` is long enough for the state, with the evidence and the proposals.
         mixed: Whether the model has layers that are not counted (attention and other layers that are passed through).
+        notes: Limits of kernels that the plan meets.
     """
 
     model_type: str
@@ -64,6 +66,7 @@ class PlanReport:
     after: ModelCost
     forgetting: Forgetting
     mixed: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def warning(self) -> str | None:
@@ -117,7 +120,28 @@ def report_plan(
         after=_cost(after, training, count_activations, evidence),
         forgetting=judge_forgetting(before, after, training.seq_len, evidence),
         mixed=before.is_mixed,
+        notes=_kernel_notes(after),
     )
+
+
+def _kernel_notes(config: ModelConfig) -> tuple[str, ...]:
+    """Return what has to be known about the kernels of layers with features."""
+    if config.RECURRENCE != "delta_rule":
+        return ()
+    geometries = {layer: config.layer_geometry(layer) for layer in config.recurrent_layers}
+    wide = [
+        layer for layer, g in geometries.items() if g.features is not None and g.key_dim > LARGEST_DELTA_KERNEL_KEYS
+    ]
+    if not wide:
+        return ()
+    projected, widest = geometries[wide[0]].projected_key_dim, max(geometries[layer].key_dim for layer in wide)
+    line = (
+        f"layers {wide}: up to {widest} key channels of a head, features included; fla-core's kernels of the delta "
+        f"rule end at {LARGEST_DELTA_KERNEL_KEYS}, and our slower PyTorch form runs, whose activations the GPU "
+        "estimate leaves out"
+    )
+    most = LARGEST_DELTA_KERNEL_KEYS // projected
+    return (f"{line}; a factor of at most {most} keeps the kernels" if most > 1 else line,)
 
 
 def _cost(

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.registry import make_plan, new_expansions
+from statex_dist.state.geometry import FeatureMap, largest_roll
 from statex_dist.state.plan import Init, LayerExpansion, Op, select_layers
 
 TOLERANCE = 0.05
 """Largest relative distance from the wanted size."""
 
 LARGEST_GROWTH = 16
-"""Factors of ``grow_state`` that are tried: powers of two up to this (operations on heads end at their number)."""
+"""Largest factor that is tried: of ``grow_state`` powers of two, of ``grow_features`` every number (operations on heads
+end at their number)."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -104,7 +106,9 @@ def _spread(layers: list[int], count: int) -> tuple[int, ...]:
 def _factors(config: ModelConfig, layer: int, op: Op) -> list[int]:
     if op == "grow_state":
         return [2**power for power in range(1, LARGEST_GROWTH.bit_length())]
-    return list(range(2, config.replace(statex=None).layer_geometry(layer).num_heads + 1))
+    geometry = config.replace(statex=None).layer_geometry(layer)
+    most = min(largest_roll(geometry.key_dim) + 2, LARGEST_GROWTH) if op == "grow_features" else geometry.num_heads
+    return list(range(2, most + 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,12 +121,19 @@ class SmallerPlan:
     layers: tuple[int, ...]
     state_numbers: int
     reset_dynamics: bool = False
+    features: FeatureMap | None = None
 
     @property
     def options(self) -> str:
         """Options of ``statex plan`` and ``statex expand``."""
         layers = ",".join(map(str, self.layers))
         line = f"--layers {layers} --factor {self.factor} --op {self.op} --init {self.init}"
+        if self.features is not None:
+            rolls = ",".join(map(str, self.features.rolls))
+            # The factor stands for its first rolls.
+            given = {f"--rolls {rolls}": self.features.rolls != (*range(1, self.factor),)}
+            given |= {"--relu": self.features.relu, "--match-norm": self.features.match_norm}
+            line = " ".join([line, *(option for option, said in given.items() if said)])
         return f"{line} --reset-dynamics" if self.reset_dynamics else line
 
 
@@ -142,7 +153,7 @@ def smaller_plans(
     if after.statex is None or after.statex == before.statex:
         return None
     planned = new_expansions(before, after).layers
-    kinds = {(e.op, e.init, e.reset_dynamics) for e in planned}
+    kinds = {(e.op, e.init, e.reset_dynamics, e.features) for e in planned}
     if len(kinds) != 1 or len({e.factor for e in planned}) != 1:
         return None
     (first,), layers = planned[:1], tuple(e.layer for e in planned)
@@ -178,7 +189,8 @@ def _largest_fitting(
 
 
 def _try(before: ModelConfig, like: LayerExpansion, factor: int, layers: tuple[int, ...]) -> SmallerPlan | None:
-    """Return a plan, or None where the family does not allow its factor."""
+    """Return a plan, or None where the family does not allow its factor; of features it has the first."""
+    features = None if like.features is None else replace(like.features, rolls=like.features.rolls[: factor - 1])
     try:
         after = make_plan(
             before,
@@ -187,6 +199,7 @@ def _try(before: ModelConfig, like: LayerExpansion, factor: int, layers: tuple[i
             init=like.init,
             op=like.op,
             reset_dynamics=like.reset_dynamics,
+            features=features,
         )
     except ConfigError:
         return None
@@ -197,4 +210,5 @@ def _try(before: ModelConfig, like: LayerExpansion, factor: int, layers: tuple[i
         layers=layers,
         state_numbers=after.state_elements,
         reset_dynamics=like.reset_dynamics,
+        features=features,
     )

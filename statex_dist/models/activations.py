@@ -50,7 +50,7 @@ def activation_bytes(
     model.lm_head.chunk_tokens = loss_chunk_tokens
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    with _LiveStorages([*model.parameters(), tokens]) as live:
+    with _LiveStorages([*model.parameters(), tokens], experts=getattr(config, "num_local_experts", 1)) as live:
         states = None
         # A second segment starts from the states of the first.
         for _ in range(2 if carried else 1):
@@ -66,10 +66,14 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages that live, but for those of ``apart``, and keeps the highest count."""
+    """Counts the bytes of all storages that live, but for those of ``apart``, and keeps the highest count.
 
-    def __init__(self, apart: Iterable[torch.Tensor]):
+    Each of ``experts`` is counted with an equal share of the tokens: which it gets is not known of shapes.
+    """
+
+    def __init__(self, apart: Iterable[torch.Tensor], *, experts: int):
         super().__init__()
+        self._experts = experts
         self.live = self.peak = 0
         self._apart = [tensor.untyped_storage() for tensor in apart]
         self._known = {id(storage): 0 for storage in self._apart}
@@ -77,7 +81,11 @@ class _LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            mask = args[0]
+            made = mask.new_empty((-(-mask.numel() // self._experts), mask.dim()), dtype=torch.int64)
+        else:
+            made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()

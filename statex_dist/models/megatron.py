@@ -20,7 +20,7 @@ from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo, TensorSo
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.layout import TensorSpec
+from statex_dist.models.layout import GAIN_NAME, TensorSpec
 from statex_dist.models.registry import family_of
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,11 @@ def megatron_name(config: ModelConfig, name: str) -> str:
     if name in outside:
         return outside[name]
     place = names.split(name)
+    if place is not None and place[1].endswith(GAIN_NAME):
+        raise CheckpointError(
+            f"layer {place[0]} has features (op grow_features), of which Megatron's layers of {config.MODEL_TYPE} have "
+            "none; write --to hf, zero3 or tp"
+        )
     if place is None or place[1] not in layer_names:
         raise CheckpointError(f"tensor '{name}' of a {config.MODEL_TYPE} model has no name in Megatron")
     return f"decoder.layers.{place[0]}.{layer_names[place[1]]}"

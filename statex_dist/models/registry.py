@@ -247,9 +247,9 @@ def make_plan(
     op = op or default_op(config, init)
     if op == "grow_features" and op in config.OPS:
         keys = config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).key_dim
-        factor = factor or (features.factor if features else None)
-        features = features or FeatureMap.of_factor(factor or DEFAULT_GROWTH, keys)
-        factor = factor or features.factor
+        if features is None:
+            features = FeatureMap.of_factor(DEFAULT_GROWTH if factor is None else factor, keys)
+        factor = features.factor if factor is None else factor
     if factor is None:
         if op == "grow_state":
             raise ConfigError(

@@ -13,7 +13,7 @@ from statex_dist.engine.config import EngineConfig
 from statex_dist.models.activations import activation_bytes
 from statex_dist.models.lm import LMHead
 from statex_dist.ops.loss import LOSS_CHUNK_TOKENS
-from tests.models.tiny import build, gla_config, mamba2_config, tokens
+from tests.models.tiny import build, gla_config, mamba2_config, minimax_config, tokens
 from tests.models.tiny import expanded as expand
 
 LENGTH = 45
@@ -90,3 +90,6 @@ def test_counted_activations_follow_the_settings():
     assert count(loss_chunk_tokens=64) < whole
     assert count(carried=True) == pytest.approx(whole, rel=0.05)
     assert activation_bytes(config, num_tokens=512, precision="bf16") < whole
+    # Two of three experts for each token.
+    one, two = (activation_bytes(minimax_config(), num_tokens=n, precision="fp32") for n in (128, 256))
+    assert two == pytest.approx(2 * one, rel=0.02)

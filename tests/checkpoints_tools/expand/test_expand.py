@@ -24,10 +24,12 @@ CASES = [
     ("gla", {"factor": 3, "init": "lossless"}),
     ("gla", {"op": "mix_heads", "factor": 2, "init": "reinit"}),
     ("gla", {"op": "grow_state", "factor": 3, "init": "lossless"}),
+    ("gla", {"op": "grow_features", "rolls": "0,1", "relu": True}),
     ("mamba2", {"factor": 2, "init": "copy", "reset_dynamics": True}),
     ("mamba2", {"factor": 2, "init": "reinit"}),
     ("mamba2", {"factor": 3, "init": "inherit"}),
     ("mamba2", {"factor": 2, "init": "lossless"}),
+    ("mamba2", {"op": "grow_features"}),
 ]
 
 
@@ -82,6 +84,12 @@ def test_the_report_names_what_happened(tmp_path):
     assert rows == [{"rows": 16, "distribution": "Normal", "std": 0.02}]
     mixed = run_expand(tmp_path / "g", tmp_path / "g2", layers="0", factor=2, init="lossless")
     assert [n for n, row in mixed.tensors.items() if row.change != "kept"] == ["model.layers.0.attn.mix"]
+    featured = run_expand(tmp_path / "g2", tmp_path / "g3", layers="1", op="grow_features", rolls="1", match_norm=True)
+    assert [n for n, row in featured.tensors.items() if row.change != "kept"] == ["model.layers.1.attn.feature_gain"]
+    row = featured.to_dict()["tensors"]["model.layers.1.attn.feature_gain"]
+    assert row["rows"] == [{"rows": 4, "distribution": "Constant", "value": 0.0}]
+    assert featured.parameters_after - featured.parameters_before == 4 * 4
+    assert featured.to_dict()["layers"][0]["features"] == {"rolls": [1], "relu": False, "match_norm": True}
     grown = run_expand(tmp_path / "m", tmp_path / "m1", layers="0", factor=2, init="lossless", seed=7)
     change = changes(grown, "backbone.layers.0.mixer.")
     assert [n for n, c in change.items() if c == "grown"] == [
@@ -184,6 +192,8 @@ def test_tied_head_in_the_file(tmp_path):
         ({}, {"factor": 2, "dtype": "int4"}, ConfigError, "int4"),
         ({}, {"factor": 2, "init": "lossless", "op": "merge_heads"}, ConfigError, "cannot be lossless"),
         ({}, {"factor": 2, "init": "copy"}, ConfigError, "init copy.*mamba2"),
+        ({}, {"op": "grow_features", "factor": 4}, ConfigError, "factor 4 .* 2 to 3: 4 key channels"),
+        ({}, {"op": "grow_features", "factor": 2, "init": "reinit"}, ConfigError, "grow_features .*lossless.* reinit"),
     ],
 )
 def test_wrong_options(tmp_path, values, options, error, message):

@@ -40,6 +40,7 @@ def run(tmp_path):
         (GLA, {"factor": 4, "layers": "1", "init": "reinit"}),
         (GLA, {"factor": 2, "layers": "1", "init": "lossless"}),
         (MAMBA2, {"factor": 4, "layers": "all", "init": "lossless"}),
+        (MAMBA2, {"op": "grow_features", "rolls": "1,2", "layers": "0,1"}),
     ],
 )
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -34,7 +34,7 @@ from statex_dist.checkpoint.formats.safetensors import SafetensorsSource
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME
-from statex_dist.models.megatron import megatron_notes, name_map
+from statex_dist.models.megatron import has_megatron_names, megatron_notes, name_map
 from statex_dist.models.registry import FAMILIES, config_from_dict, family_of
 from statex_dist.models.source import interpret, open_source
 from tests.checkpoints_tools.builders import (
@@ -48,6 +48,7 @@ from tests.checkpoints_tools.builders import (
 )
 from tests.distributed_test import run_distributed_test
 from tests.models.tiny import CONFIGS
+from tests.raising import raises
 
 GROUPED = {**MAMBA2, "n_groups": 2, "use_bias": False, "tie_word_embeddings": False, "vocab_size": 38}
 
@@ -184,7 +185,10 @@ BAMBA = {
     **{"model_type": "bamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "mamba_n_heads": 4},
     **{"mamba_d_head": 8, "mamba_d_state": 6, "mamba_n_groups": 1, "attn_layer_indices": [1]},
 }
+FEATURES = {"version": 1, "layers": [{"layer": 1, "op": "grow_features", "factor": 2, "init": "lossless"}]}
+FEATURES["layers"][0]["features"] = {"rolls": [2]}
 EVERY = {name: config.to_dict() for name, config in CONFIGS.items()} | {"state_spaces": STATE_SPACES, "bamba": BAMBA}
+EVERY["state_spaces-features"] = {**STATE_SPACES, "statex": FEATURES}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -192,6 +196,10 @@ def test_every_family(tmp_path, name):
     config = config_from_dict(EVERY[name])
     further = {"model.layers.1.self_attn.q_proj.weight": torch.randn(16, 16)} if name == "bamba" else {}
     tensors = write_model(tmp_path / "hf", EVERY[name], {**random_tensors(EVERY[name]), **further})
+    if has_megatron_names(config) and any("feature_gain" in tensor for tensor in tensors):
+        with raises(CheckpointError, "layer 1", "grow_features", "hf, zero3 or tp"):
+            to_megatron(tmp_path / "hf", tmp_path / "megatron")
+        return
     stored = read_metadata(to_megatron(tmp_path / "hf", tmp_path / "megatron") / ".metadata").tensors
     parts = name_map(config)
     assert {part.name for parts in parts.values() for part in parts} | set(further) == set(stored)

@@ -29,10 +29,14 @@ MODELS = {
         **{"head_dim": 4, "state_size": 6, "n_groups": 2, "tie_word_embeddings": True},
     },
 }
-EXPANSIONS = {"gla": {"factor": 8, "layers": "0"}, "mamba2": {"factor": 4, "init": "lossless", "layers": "all"}}
+EXPANSIONS = {
+    "gla": {"factor": 8, "layers": "0"},
+    "mamba2": {"factor": 4, "init": "lossless", "layers": "all"},
+    "mamba2-groups": {"op": "grow_features", "factor": 3, "layers": "all"},
+}
 
 
-@pytest.fixture(params=[*MODELS, "gla-expanded", "mamba2-expanded"])
+@pytest.fixture(params=["gla", "mamba2", "gla-expanded", "mamba2-expanded", "mamba2-groups-expanded"])
 def model(request, tmp_path) -> Path:
     name = request.param.removesuffix("-expanded")
     if request.param.endswith("-expanded"):

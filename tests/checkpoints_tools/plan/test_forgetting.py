@@ -84,12 +84,12 @@ def test_mamba2_as_it_is_asks_for_more_than_64k():
     family=st.sampled_from([GLA_1B, MAMBA2_1B]),
     layers=st.sampled_from(["every:6", "all", "first:5"]),
     factor=st.sampled_from([2, 4]),
-    reset=st.booleans(),
+    kind=st.sampled_from([{}, {"reset_dynamics": True}, {"op": "grow_features"}]),
     train_length=st.integers(30_000, 600_000),
 )
-def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
+def test_what_is_proposed_would_do(family, layers, factor, kind, train_length):
     before = config_from_dict(family)
-    after = plan_model(before, PlanOptions(layers=layers, factor=factor, reset_dynamics=reset))
+    after = plan_model(before, PlanOptions(layers=layers, factor=factor, **kind))
     found = judge_forgetting(before, after, train_length, PAPER)
     assert found.long_enough == (train_length >= PAPER_FORGET.tokens(after.state_elements))
     if found.long_enough:
@@ -101,7 +101,7 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
         words = plan.options.removesuffix(" --reset-dynamics").split()
         options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
         smaller = plan_model(before, PlanOptions(**options, reset_dynamics="--reset-dynamics" in plan.options))
-        assert {e.reset_dynamics for e in smaller.statex.layers} == {reset}
+        assert {e.reset_dynamics for e in smaller.statex.layers} == {"reset_dynamics" in kind}
         assert smaller.state_elements == plan.state_numbers < after.state_elements
         assert judge_forgetting(before, smaller, train_length, PAPER).long_enough
     sizes = [plan.state_numbers for plan in found.smaller]
@@ -110,7 +110,7 @@ def test_what_is_proposed_would_do(family, layers, factor, reset, train_length):
     if found.smaller and len(found.smaller[0].layers) < len(after.statex.layers):
         best = found.smaller[0]
         more = [e.layer for e in after.statex.layers][: len(best.layers) + 1]
-        larger = plan_model(before, PlanOptions(layers=",".join(map(str, more)), factor=best.factor))
+        larger = plan_model(before, PlanOptions(layers=",".join(map(str, more)), factor=best.factor, **kind))
         assert train_length < PAPER_FORGET.tokens(larger.state_elements)
 
 

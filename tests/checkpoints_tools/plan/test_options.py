@@ -7,6 +7,7 @@ import pytest
 from checkpoints_tools.plan.options import RECIPES, PlanOptions, plan_model
 from statex_dist.errors import ConfigError
 from statex_dist.models.registry import config_from_dict
+from statex_dist.state.geometry import FeatureMap
 from tests.checkpoints_tools.builders import GLA, MAMBA2
 from tests.raising import raises
 
@@ -47,8 +48,15 @@ class TestPlanFile:
         rows = planned(GLA, plan=self.write(tmp_path, "- layers: [0, 2]\n- layers: '1'\n  init: lossless"))
         assert [(e.layer, e.op) for e in rows] == [(0, "merge_heads"), (1, "mix_heads"), (2, "merge_heads")]
 
+    def test_features_of_a_row(self, tmp_path):
+        text = "- {layer: 0, op: grow_features, rolls: [2, 0], relu: true}\n- {layers: [1, 2], op: grow_features}"
+        first, *others = planned(MAMBA2, plan=self.write(tmp_path, text))
+        assert (first.factor, first.init, first.features) == (3, "lossless", FeatureMap(rolls=[2, 0], relu=True))
+        assert [(e.factor, e.features) for e in others] == [(4, FeatureMap(rolls=[1, 2, 0]))] * 2
+
     def test_the_form_of_config_json_is_a_plan_file(self, tmp_path):
         config = plan_model(config_from_dict(MAMBA2), PlanOptions(layers="0,2", factor=3, seed=2, init="inherit"))
+        config = plan_model(config, PlanOptions(layers="1", op="grow_features", rolls=[1], match_norm=True))
         path = self.write(tmp_path, json.dumps(config.statex.to_dict()))
         assert planned(MAMBA2, plan=path) == config.statex.layers
 
@@ -67,6 +75,14 @@ class TestPlanFile:
             ("- {layer: 7}", "layer 7.*range"),
             ("- {layer: 0, factor: most}", "--factor 'most' is neither"),
             ("- {layer: -1}", "--layers '-1'"),
+            ("- {layer: 0, rolls: 0}", "--rolls is for --op grow_features, not merge_heads"),
+            (
+                "- {layer: 0, op: grow_state, features: {rolls: [1]}}",
+                "features is for --op grow_features, not grow_state",
+            ),
+            ("- {layer: 0, op: grow_features, relu: true, features: {rolls: [1]}}", "relu both in 'features'"),
+            ("- {layer: 0, op: grow_features, features: {roll: [1]}}", "'features'.*rolls, relu, match_norm"),
+            ("- {layer: 0, op: grow_features, factor: 2, relu: 1}", "features.relu must be true or false, not 1"),
         ],
     )
     def test_bad_files(self, tmp_path, text, message):
@@ -90,6 +106,16 @@ class TestTargetState:
         for target, options in (("2x", {}), ("1.25x", {"init": "lossless"}), ("3x", {"op": "grow_state"})):
             after = plan_model(config, PlanOptions(target_state=target, **options))
             assert after.state_elements == pytest.approx(float(target[:-1]) * config.state_elements, rel=0.05)
+
+    def test_features_of_a_size(self):
+        rows = planned(GLA_1B3, target_state="1.5x", op="grow_features", layers="every:6", relu=True)
+        assert {(e.factor, e.features) for e in rows} == {(4, FeatureMap(rolls=[1, 2, 3], relu=True))}
+        rows = planned(MAMBA2_1B3, target_state="2x", op="grow_features", rolls="2,4,0")
+        assert {e.features for e in rows} == {FeatureMap(rolls=[2, 4, 0])}
+        assert len(rows) == 16
+        # Every product once: 63 rolls and the squares.
+        rows = planned(MAMBA2_1B3, target_state="65x", op="grow_features", layers="all")
+        assert {e.factor for e in rows} == {65}
 
     def test_what_is_given_stays(self):
         rows = planned(MAMBA2_1B3, target_state="2x", factor=4)
@@ -157,8 +183,39 @@ class TestRecipes:
         ({"plan": "x.yaml", "layers": "all"}, "--plan .* --layers "),
         ({"plan": "x.yaml", "reset_dynamics": True}, "--plan .* --reset-dynamics "),
         ({"op": "merge"}, "--op 'merge'.*merge_heads.*mix_heads.*grow_state"),
+        ({"recipe": "statex-paper-gla", "rolls": "1"}, "--recipe .* --rolls "),
+        ({"plan": "x.yaml", "relu": True, "match_norm": True}, "--plan .* --relu, --match-norm "),
+        ({"rolls": "1"}, "--rolls is for --op grow_features; give"),
+        ({"op": "mix_heads", "match_norm": True}, "--match-norm is for --op grow_features, not mix_heads"),
+        ({"op": "grow_features", "rolls": "1,two"}, "--rolls '1,two' .*such as 1,2,3"),
     ],
 )
 def test_options_that_clash(options, message):
     with pytest.raises(ConfigError, match=message):
         PlanOptions(**options)
+
+
+BAMBA = {
+    **{"model_type": "bamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "mamba_n_heads": 4},
+    **{"mamba_d_head": 8, "mamba_d_state": 6, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "named"),
+    [
+        (MAMBA2, {"factor": 5}, ("factor 5", "2 to 4")),
+        (MAMBA2, {"factor": 0, "target_state": "2x"}, ("factor 0", "2 to 4")),
+        (MAMBA2, {"factor": 3, "rolls": "1,2,0"}, ("--factor 3", "--rolls 1,2,0", "4")),
+        (MAMBA2, {"factor": "full"}, ("--factor full", "grow_features")),
+        (MAMBA2, {"rolls": "3"}, ("roll 3", "0 (squares) to 2")),
+        (MAMBA2, {"rolls": "1,1"}, ("features.rolls", "twice")),
+        (MAMBA2, {"init": "inherit"}, ("lossless", "inherit")),
+        (MAMBA2, {"reset_dynamics": True}, ("reset_dynamics",)),
+        (BAMBA, {}, ("bamba", "grow_state")),
+        (BAMBA, {"target_state": "2x"}, ("bamba", "grow_state")),
+    ],
+)
+def test_features_that_cannot_be(values, options, named):
+    with raises(ConfigError, *named):
+        planned(values, op="grow_features", **options)

@@ -63,6 +63,28 @@ def test_refuses_nonsense(options, message):
         TrainingSettings(**options)
 
 
+def test_features_add_gains_alone_and_name_the_limit_of_kernels():
+    before = config_from_dict(GLA_1B)
+    settings = TrainingSettings(world_size=8)
+    report = report_plan(before, plan_model(before, PlanOptions(op="grow_features", relu=True)), settings)
+    assert report.after.state_numbers == report.before.state_numbers * 3 // 2
+    assert report.after.parameters - report.before.parameters == 4 * 4 * 3 * 256
+    assert report.layers[0].expansion == "grow_features x4 lossless (rolls 1-3 relu)"
+    keys = plan_model(before, PlanOptions(op="grow_state", init="lossless"))
+    # One fp32 state more for the backward pass of each of the layers, as key growth has it; no wider projections.
+    grown = report_plan(before, keys, settings).after.memory.passing["activations"].device
+    assert (
+        report.before.memory.passing["activations"].device < report.after.memory.passing["activations"].device < grown
+    )
+    assert report.notes == ()
+    assert report.to_dict()["forgetting"]["proposals"]["smaller"][0]["options"].endswith("--relu")
+    delta = config_from_dict({**GLA_1B, "model_type": "kda", "head_dim": 128, "num_heads": 16})
+    reports = [report_plan(delta, plan_model(delta, PlanOptions(op="grow_features", factor=f))) for f in (2, 3)]
+    assert reports[0].notes == ()
+    assert "384 key channels" in reports[1].notes[0]
+    assert "a factor of at most 2" in reports[1].notes[0]
+
+
 def test_what_each_setting_saves():
     config = config_from_dict(GLA_1B)
 

@@ -19,6 +19,7 @@ OPTIONS = [
     ("mamba2", {"factor": 3, "init": "inherit"}),
     ("mamba2", {"factor": 2, "init": "reinit", "reset_dynamics": True}),
     ("mamba2", {"factor": 2, "init": "copy"}),
+    ("mamba2", {"op": "grow_features", "rolls": "2,0", "relu": True}),
 ]
 
 
@@ -53,6 +54,24 @@ def test_the_second_of_two_expansions_is_proved_against_the_first_and_both_again
         verify_expansion(tmp_path / "two", tmp_path / "one")
     with pytest.raises(CheckpointError, match=str(tmp_path / "in")):
         verify_expansion(tmp_path / "in", tmp_path / "in")
+
+
+def test_a_gain_that_is_not_zero_and_other_features(tmp_path):
+    write_model(tmp_path / "in", MAMBA2)
+    run_expand(tmp_path / "in", tmp_path / "out", layers="1", op="grow_features", rolls="1,2")
+    (tmp_path / "out/MANIFEST.json").unlink()
+    tensors = load_all(tmp_path / "out")
+    name = "backbone.layers.1.mixer.feature_gain"
+    save_file({**tensors, name: tensors[name] + 1e-30}, tmp_path / "out/model.safetensors")
+    found = verify_expansion(tmp_path / "in", tmp_path / "out").differences
+    assert found == [f"tensor '{name}' (new) differs from row 0 on"]
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    path = tmp_path / "out/config.json"
+    values = json.loads(path.read_text())
+    values["statex"]["layers"][0]["features"]["relu"] = True
+    path.write_text(json.dumps(values))
+    found = verify_expansion(tmp_path / "in", tmp_path / "out").differences
+    assert found == ["expansion_report.json: layers is not what was done"]
 
 
 class TestSpoiled:
