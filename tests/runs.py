@@ -65,7 +65,7 @@ def expanded(values: dict[str, Any]) -> ModelConfig:
     """Return a config with every kind of expansion that its family has."""
     config = config_from_dict(values)
     if config.MODEL_TYPE == "gla":
-        config = config.replace(num_hidden_layers=4)
+        config = config.replace(num_hidden_layers=max(4, config.num_hidden_layers))
         config = make_plan(config, layers="3", factor=3, init="lossless", op="grow_features")
         config = make_plan(config, layers="0", factor=2, init="reinit", op="merge_heads")
         config = make_plan(config, layers="1", factor=4, init="inherit", op="mix_heads")

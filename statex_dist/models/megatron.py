@@ -48,12 +48,7 @@ NameMap = Mapping[str, tuple[MegatronPart, ...]]
 
 def has_megatron_names(config: ModelConfig) -> bool:
     """Return whether a model gets Megatron's names, not ours."""
-    return family_of(config.MODEL_TYPE).megatron is not None and not config.is_mixed and not _has_features(config)
-
-
-def _has_features(config: ModelConfig) -> bool:
-    """Return whether layers have features, which no module of Megatron computes."""
-    return config.statex is not None and any(expansion.features for expansion in config.statex.layers)
+    return family_of(config.MODEL_TYPE).megatron is not None and not config.is_mixed
 
 
 def name_map(config: ModelConfig) -> dict[str, tuple[MegatronPart, ...]]:
@@ -112,8 +107,6 @@ def megatron_notes(config: ModelConfig | None) -> list[str]:
     megatron = family_of(config.MODEL_TYPE).megatron
     if megatron is None or config.is_mixed:
         return [f"Megatron has no module of {config.MODEL_TYPE} models: tensors keep our names"]
-    if _has_features(config):
-        return ["Megatron has no module with features (op grow_features): tensors keep our names"]
     return megatron.notes(config)
 
 

@@ -249,9 +249,9 @@ def make_plan(
         if op not in config.OPS:
             raise ConfigError(f"{config.why_not(op)}; use {' or '.join(config.OPS)}")
         keys = config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).key_dim
-        factor = factor or (features.factor if features else None)
-        features = features or FeatureMap.of_factor(factor or DEFAULT_GROWTH, keys)
-        factor = factor or features.factor
+        if features is None:
+            features = FeatureMap.of_factor(DEFAULT_GROWTH if factor is None else factor, keys)
+        factor = features.factor if factor is None else factor
     if factor is None:
         if op == "grow_state":
             raise ConfigError(

@@ -82,10 +82,15 @@ class FeatureMap:
 
     @property
     def summary(self) -> str:
-        """The map in the short form of tables and messages: ``rolls 1 2 3, relu``."""
-        parts = [f"rolls {' '.join(map(str, self.rolls))}"]
-        parts += [text for text, on in (("relu", self.relu), ("norm matched", self.match_norm)) if on]
-        return ", ".join(parts)
+        """The map in the short form of tables and messages: ``rolls 1-3,0 relu match_norm``."""
+        spans: list[list[int]] = []
+        for roll in self.rolls:
+            if spans and roll == spans[-1][-1] + 1:
+                spans[-1] = [spans[-1][0], roll]
+            else:
+                spans.append([roll])
+        rolls = ",".join("-".join(map(str, span)) for span in spans)
+        return " ".join([f"rolls {rolls}", *(name for name in ("relu", "match_norm") if getattr(self, name))])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form stored in ``config.json``."""

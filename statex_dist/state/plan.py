@@ -119,8 +119,8 @@ class LayerExpansion:
     @property
     def summary(self) -> str:
         """The expansion in the short form of tables and messages: ``merge_heads x4 inherit``."""
-        features = f" ({self.features.summary})" if self.features else ""
-        return f"{self.op} x{self.factor} {self.init}{features}"
+        line = f"{self.op} x{self.factor} {self.init}"
+        return line if self.features is None else f"{line} ({self.features.summary})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``config.json``; fields that other expansions need are left out."""

@@ -28,7 +28,7 @@ DIAGONAL = {
     "gla-merged": 0,
     "gla-mixed": 1,
     "gla-grown": 0,
-    "mamba2-features": 0,
+    "mamba2-features": 1,
     "mamba2-grown": 1,
     "hgrn2-conv-merged": 1,
     "retnet-grown": 0,

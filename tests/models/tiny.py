@@ -79,7 +79,7 @@ CONFIGS = {
     "mamba2": mamba2_config(),
     "mamba2-one-group": mamba2_config(n_groups=1, use_bias=True, use_conv_bias=False, tie_word_embeddings=True),
     "mamba2-grown": expanded(mamba2_config(), "inherit", factor=3, layers="1"),
-    "mamba2-features": with_features(mamba2_config(), rolls=(1, 2, 0)),
+    "mamba2-features": with_features(mamba2_config(), layers="1", rolls=(1, 2, 0)),
     "hgrn2": hgrn2_config(),
     "hgrn2-conv-merged": with_features(
         expanded(hgrn2_config(use_short_conv=True), "inherit", factor=4), layers="1", match_norm=True

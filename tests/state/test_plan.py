@@ -117,8 +117,8 @@ def test_bad_features(changes, words):
 
 def test_features_name_themselves_and_come_back_from_json():
     plain, changed = features(), features(features={"rolls": [1, 2, 0], "relu": True, "match_norm": True})
-    assert plain.summary == "grow_features x4 lossless (rolls 1 2 0)"
-    assert changed.summary == "grow_features x4 lossless (rolls 1 2 0, relu, norm matched)"
+    assert plain.summary == "grow_features x4 lossless (rolls 1-2,0)"
+    assert changed.summary == "grow_features x4 lossless (rolls 1-2,0 relu match_norm)"
     for found in (plain, changed):
         plan = ExpansionPlan(layers=(found, expansion(7)))
         assert ExpansionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
