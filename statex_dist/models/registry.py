@@ -244,6 +244,11 @@ def make_plan(
     Raises:
         ConfigError: The plan does not fit the model.
     """
+    if not config.recurrent_layers:
+        raise ConfigError(
+            f"this {config.MODEL_TYPE} model has no recurrent layer to expand: all {config.num_hidden_layers} of its "
+            "layers are softmax attention"
+        )
     op = op or default_op(config, init)
     if op == "grow_features":
         if op not in config.OPS:

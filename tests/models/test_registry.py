@@ -145,6 +145,7 @@ def test_features_never_pass_for_a_larger_d_state():
         (gla_config(), {"factor": 2, "features": FeatureMap(rolls=(1, 0))}, ("layer 0", "factor 3", "not 2")),
         (gla_config(), {"factor": 3, "init": "reinit"}, ("layer 0", "lossless", "reinit")),
         (gla_config(), {"factor": 2, "op": "grow_state", "features": FeatureMap(rolls=(1,))}, ("grow_state",)),
+        (gla_config(attn={"layers": [0, 1], "num_heads": 4}), {"factor": None}, ("gla", "all 2", "softmax")),
         (BAMBA, {"factor": 2}, ("bamba", "transformers", "grow_state")),
     ],
 )
