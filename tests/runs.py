@@ -65,9 +65,12 @@ def expanded(values: dict[str, Any]) -> ModelConfig:
     """Return a config with every kind of expansion that its family has."""
     config = config_from_dict(values)
     if config.MODEL_TYPE == "gla":
+        config = config.replace(num_hidden_layers=max(4, config.num_hidden_layers))
+        config = make_plan(config, layers="3", factor=3, init="lossless", op="grow_features")
         config = make_plan(config, layers="0", factor=2, init="reinit", op="merge_heads")
         config = make_plan(config, layers="1", factor=4, init="inherit", op="mix_heads")
         return make_plan(config, layers="2", factor=2, init="inherit", op="grow_state")
+    config = make_plan(config, layers="0", factor=4, init="lossless", op="grow_features")
     if config.MODEL_TYPE != "mamba2":
         return make_plan(config, layers="1", factor=2, init="lossless", op="mix_heads")
     return make_plan(config, layers="1", factor=4, init="inherit")
@@ -78,7 +81,7 @@ def save_model(config: ModelConfig, directory: Path, *, seed: int = 0) -> Path:
     model = RecurrentLM(config)
     model.init_parameters(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith("mix"):
+        if name.endswith(("mix", "feature_gain")):
             torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(seed))
     save_pretrained(model, directory)
     return directory

@@ -147,8 +147,8 @@ class ModelConfig:
         keys = self.layer_geometry(layer).projected_key_dim
         if max(features.rolls) > (most := largest_roll(keys)):
             raise ConfigError(
-                f"plan, layer {layer}: roll {max(features.rolls)} of features.rolls repeats the products of another; "
-                f"{keys} key channels of a head allow rolls 0 (squares) to {most}"
+                f"plan, layer {layer}: roll {shown(max(features.rolls))} of features.rolls repeats the products of "
+                f"another; {keys} key channels of a head allow rolls 0 (the squares) to {most}"
             )
 
     def _check_head_factor(self, expansion: LayerExpansion, num_heads: int) -> None:

@@ -244,8 +244,15 @@ def make_plan(
     Raises:
         ConfigError: The plan does not fit the model.
     """
+    if not config.recurrent_layers:
+        raise ConfigError(
+            f"this {config.MODEL_TYPE} model has no recurrent layer to expand: all {config.num_hidden_layers} of its "
+            "layers are softmax attention"
+        )
     op = op or default_op(config, init)
-    if op == "grow_features" and op in config.OPS:
+    if op == "grow_features":
+        if op not in config.OPS:
+            raise ConfigError(f"{config.why_not(op)}; use {' or '.join(config.OPS)}")
         keys = config.replace(statex=None).layer_geometry(config.recurrent_layers[0]).key_dim
         if features is None:
             features = FeatureMap.of_factor(DEFAULT_GROWTH if factor is None else factor, keys)
@@ -361,11 +368,11 @@ def forward_flops_per_token(config: ModelConfig) -> int:
     """Return the FLOPs of a forward pass for one token; a multiplication and an addition are two.
 
     ``2`` per element of every matrix and convolution that multiplies the token (embedding tables do not), and the
-    chunked scan's of every recurrent layer (:attr:`statex_dist.state.geometry.StateGeometry.scan_flops`). Norms, gates
-    and the softmax are left out. Of a mixed model only what the family knows is counted.
+    chunked scan's of every recurrent layer (:attr:`statex_dist.state.geometry.StateGeometry.scan_flops`). Norms, gates,
+    products of features and the softmax are left out. Of a mixed model only what the family knows is counted.
     """
     specs = family_of(config.MODEL_TYPE).tensors(config)
-    matrices = sum(spec.numel for spec in specs.values() if spec.trunk and len(spec.shape) >= 2)
+    matrices = sum(s.numel for s in specs.values() if s.trunk and len(s.shape) >= 2 and s.role != "gain")
     return 2 * matrices + sum(config.layer_geometry(layer).scan_flops for layer in config.recurrent_layers)
 
 

@@ -50,14 +50,16 @@ class FeatureMap:
     def __post_init__(self) -> None:
         rolls = self.rolls
         if not isinstance(rolls, list | tuple) or not rolls:
-            raise ConfigError(f"plan: features.rolls must be a list of rolls such as [1, 2, 3], not {shown(rolls)}")
+            raise ConfigError(f"features.rolls must be a list of rolls such as [1, 2, 3], not {shown(rolls)}")
         if any(not isinstance(roll, int) or isinstance(roll, bool) or roll < 0 for roll in rolls):
-            raise ConfigError(f"plan: features.rolls must be whole numbers from 0, not {shown(rolls)}")
+            raise ConfigError(
+                f"features.rolls must be whole numbers: 0 (the squares) or more, such as [1, 2, 3], not {shown(rolls)}"
+            )
         if len(set(rolls)) != len(rolls):
-            raise ConfigError(f"plan: features.rolls {shown(rolls)} names a roll twice")
+            raise ConfigError(f"features.rolls must name each roll once, not {shown(rolls)}")
         for name in ("relu", "match_norm"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"plan: features.{name} must be true or false, not {shown(getattr(self, name))}")
+                raise ConfigError(f"features.{name} must be true or false, not {shown(getattr(self, name))}")
         object.__setattr__(self, "rolls", tuple(rolls))
 
     @classmethod

@@ -98,15 +98,20 @@ class LayerExpansion:
                 object.__setattr__(self, "features", FeatureMap(**self.features))
             except TypeError as error:
                 raise ConfigError(f"{where}: bad entry 'features': {reason(error)}") from None
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
         if self.op != "grow_features":
             if self.features is not None:
                 raise ConfigError(f"{where}: features are for op grow_features, not {self.op}")
             return
         if not isinstance(self.features, FeatureMap):
-            raise ConfigError(f"{where}: op grow_features needs features, such as {{'rolls': [1, 2, 3]}}")
+            raise ConfigError(
+                f"{where}: op grow_features needs features such as {{'rolls': [1, 2, 3]}}, not {shown(self.features)}"
+            )
         if self.features.factor != self.factor:
             raise ConfigError(
-                f"{where}: {len(self.features.rolls)} rolls make the factor {self.features.factor}, not {self.factor}"
+                f"{where}: features.rolls {shown(list(self.features.rolls))} make the factor {self.features.factor}, "
+                f"not {self.factor}; give {self.factor - 1} rolls, or the factor {self.features.factor}"
             )
         if self.init != "lossless":
             raise ConfigError(f"{where}: op grow_features starts lossless; init {self.init} is for other operations")

@@ -118,7 +118,7 @@ def test_steps_equal_those_of_the_plain_engine(found, plain, variant: str):
         assert mine["norms"] == pytest.approx(other["norms"], rel=1e-4)
     assert len(ours[0]["norms"]) == 2, "with and without weight decay"
     assert ours[1]["loss"] != pytest.approx(ours[4]["loss"], rel=1e-3), "something must have been learnt"
-    assert set(ours[-1]["state_norms"]) == {"0", "1", "2"}
+    assert set(ours[-1]["state_norms"]) == {"0", "1", "2", "3"}
 
 
 def test_segments_have_the_whole_loss_and_a_truncated_gradient(plain):

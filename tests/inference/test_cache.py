@@ -15,6 +15,7 @@ from statex_dist.inference.generate import read_prefix, stream_continuations
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import parse_mitigation
 from statex_dist.models.registry import make_plan
+from statex_dist.state.geometry import FeatureMap
 from tests.evaluation.stand_ins import tiny_config, tiny_model
 from tests.models.tiny import CONFIGS, build
 
@@ -53,6 +54,13 @@ def test_states_of_another_model_are_refused_with_the_difference(tmp_path):
     with torch.no_grad():
         one_weight.trunk.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
     planned = RecurrentLM(make_plan(tiny_config(), layers="0", factor=2, init="inherit"))
+    products = [FeatureMap(rolls=(1,)), FeatureMap(rolls=(0,))]  # models of the same shapes and weights
+    featured = [
+        RecurrentLM(
+            make_plan(tiny_config(), layers="0", factor=2, init="lossless", op="grow_features", features=features)
+        )
+        for features in products
+    ]
     remedied = tiny_model()
     remedied.mitigation = parse_mitigation("forget-more")
     others = [
@@ -70,6 +78,11 @@ def test_states_of_another_model_are_refused_with_the_difference(tmp_path):
         with pytest.raises(CheckpointError, match=words):
             load_prefix(path, other, tokenizer)
     load_prefix(path, tiny_model(), TOKENIZER)
+    for model in featured:
+        model.init_parameters(0)
+    save_prefix(path, read_prefix(featured[0].eval(), [1, 2, 3]), featured[0], TOKENIZER)
+    with pytest.raises(CheckpointError, match=r"plan.*rolls 1.*rolls 0"):
+        load_prefix(path, featured[1], TOKENIZER)
 
 
 def test_files_that_are_none_are_refused(tmp_path):

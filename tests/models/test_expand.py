@@ -8,9 +8,23 @@ import pytest
 import torch
 
 from statex_dist.errors import ConfigError
+from statex_dist.models.core.mixer import mixer_of
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import expand_state_dict, family_of, make_plan
-from tests.models.tiny import build, expanded, gla_config, mamba2_config, tokens
+from tests.models.tiny import (
+    build,
+    expanded,
+    gated_deltanet_config,
+    gla_config,
+    hgrn2_config,
+    kda_config,
+    mamba2_config,
+    minimax_config,
+    retnet_config,
+    tokens,
+    with_features,
+)
+from tests.ops.scan_cases import borders
 from tests.raising import raises
 
 GLA = gla_config(use_short_conv=True)
@@ -25,11 +39,22 @@ CASES = {
     "grow keys reinit": (GLA, "grow_state", "reinit", 2),
     "grow keys inherit": (GLA, "grow_state", "inherit", 3),
     "grow keys lossless": (GLA, "grow_state", "lossless", 2),
+    "features": (GLA, "grow_features", "lossless", 3),
+    "features of Mamba2": (MAMBA2, "grow_features", "lossless", 4),
     "grow copy": (MAMBA2, "grow_state", "copy", 4),
     "grow reinit": (MAMBA2, "grow_state", "reinit", 4),
     "grow inherit": (MAMBA2, "grow_state", "inherit", 2),
     "grow lossless": (MAMBA2, "grow_state", "lossless", 3),
 }
+FAMILIES = [
+    GLA,
+    MAMBA2,
+    hgrn2_config(),
+    retnet_config(),
+    minimax_config(),
+    gated_deltanet_config(),
+    kda_config(num_heads=2, num_v_heads=4),
+]
 every_case = pytest.mark.parametrize(("config", "op", "init", "factor"), CASES.values(), ids=CASES)
 
 
@@ -80,7 +105,10 @@ def test_what_is_kept_is_bit_equal(config, op, init, factor):
     assert all(name.startswith("layers.1.") for name in changed)
     suffixes = {name.removeprefix("layers.1.") for name in changed}
     keys = {f"{name}.weight" for name in ("q_proj", "k_proj", "q_conv1d", "k_conv1d", "gk_proj.1")} | {"gk_proj.1.bias"}
-    if config is MAMBA2:
+    if op == "grow_features":
+        assert not suffixes
+        assert {name.rpartition(".")[2] for name in set(after) - set(before)} == {"feature_gain"}
+    elif config is MAMBA2:
         # B and C in in_proj and the convolution; z, x, dt and the output projection are kept in every mode
         assert suffixes == {"mixer.in_proj.weight", "mixer.in_proj.bias", "mixer.conv1d.weight", "mixer.conv1d.bias"}
     elif init == "reinit":
@@ -199,6 +227,76 @@ def test_mamba2_lossless_is_exact(config, factor):
     source, target, _, after = expand(config, None, "lossless", factor, layers="all")
     ids = tokens(2, 50)
     assert (loaded(target, after)(ids).logits - source(ids).logits).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.MODEL_TYPE)
+@torch.no_grad()
+def test_features_are_lossless_to_the_last_bit(config):
+    """In fp32, whole, packed, and in segments and steps."""
+    source = build(config, dtype=torch.float32)
+    before = source.state_dict()
+    for options in ({}, {"relu": True, "match_norm": True}):
+        target = with_features(config, layers="all", **options)
+        model = loaded(target, expand_state_dict(before, config, target), torch.float32)
+        ids = tokens(1, 50)
+        for lengths in (None, borders([20, 1, 29])):
+            assert torch.equal(model(ids, cu_seqlens=lengths).logits, source(ids, cu_seqlens=lengths).logits)
+        states = [None, None]
+        for segment in ids.split([37] + [1] * 13, dim=1):
+            outputs = [m(segment, states=s, output_states=True) for m, s in zip((source, model), states, strict=True)]
+            states = [output.states for output in outputs]
+            assert torch.equal(outputs[0].logits, outputs[1].logits)
+
+
+def wide(x, rolls):
+    """``[..., (1 + n) K]``: the channels of ``x [..., K]``, then ``x_c x_(c - r)`` of each roll ``r``."""
+    channels = range(x.shape[-1])
+    blocks = [torch.stack([x[..., c] * x[..., (c - r) % len(channels)] for c in channels], -1) for r in rolls]
+    return torch.cat([x, *blocks], dim=-1)
+
+
+def wide_inputs(inputs, gain, rolls):
+    """Inputs of a recurrence without features that computes what one with features has to."""
+    if len(inputs) == 5 and inputs[2].ndim == 1:
+        x, dt, A, B, C = inputs
+        return x, dt, A, wide(B, rolls), with_gain(wide(C, rolls), gain)
+    q, k, v, g, *beta = inputs
+    q, k, g = wide(q, rolls), wide(k, rolls), g if g.shape[-1] == 1 else g.repeat(1, 1, 1, 1 + len(rolls))
+    if not beta:
+        return with_gain(q, gain), k, v, g
+    added = with_gain(k, gain)
+    norm = (1 + added[..., -gain.shape[-1] :].square().sum(-1, keepdim=True)).sqrt()
+    return q, added / norm, v, g, *beta
+
+
+def with_gain(x, gain):
+    old = x.shape[-1] - gain.shape[-1]
+    return torch.cat([x[..., :old], x[..., old:] * gain], dim=-1)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.MODEL_TYPE)
+@torch.no_grad()
+def test_features_are_products_of_the_final_keys_and_queries(config, monkeypatch):
+    """The oracle has no features: its mixers get the products as inputs, written out here, and the scale of before."""
+    model, plain = build(with_features(config, layers="all", rolls=(1, 0))), RecurrentLM(config).double()
+    plain.load_state_dict({name: x for name, x in model.state_dict().items() if "feature_gain" not in name})
+    for layer, other in zip(model.trunk.layers, plain.trunk.layers, strict=True):
+        mixer, gain = mixer_of(other), mixer_of(layer).feature_gain
+        final = mixer.scan_inputs
+        monkeypatch.setattr(mixer, "scan_inputs", lambda x, f=final, gain=gain: wide_inputs(f(x), gain, (1, 0)))
+    ids = tokens(1, 30)
+    found, wanted = (m(ids, output_states=True) for m in (model, plain))
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-9)
+    for state, expected in zip(found.states, wanted.states, strict=True):
+        torch.testing.assert_close(state[0], expected[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.MODEL_TYPE)
+def test_gains_of_features_learn_at_once(config):
+    target = with_features(config, layers="1")
+    model = loaded(target, expand_state_dict(build(config).state_dict(), config, target))
+    (gradient,) = (grad for name, grad in gradients(model).items() if name.endswith("feature_gain"))
+    assert (gradient.abs() > 1e-9).all()
 
 
 def test_merge_inherit_is_the_original_read_as_one_head():

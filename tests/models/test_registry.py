@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from statex_dist.errors import ConfigError
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import (
     FAMILIES,
     Role,
+    config_from_dict,
     family_of,
     forward_flops_per_token,
     make_plan,
@@ -19,7 +21,16 @@ from statex_dist.models.registry import (
     training_flops_per_token,
 )
 from statex_dist.optim.groups import ROLES
-from tests.models.tiny import CONFIGS, gla_config, mamba2_config
+from statex_dist.state.geometry import FeatureMap
+from tests.models.tiny import CONFIGS, gla_config, mamba2_config, with_features
+from tests.raising import raises
+
+BAMBA = config_from_dict(
+    {
+        **{"model_type": "bamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "mamba_n_heads": 4},
+        **{"mamba_d_head": 8, "mamba_d_state": 6, "attn_layer_indices": [1]},
+    }
+)
 
 
 def test_every_row_names_its_family():
@@ -45,6 +56,7 @@ def test_every_parameter_has_one(config):
     assert list(roles) == [name for name, _ in RecurrentLM(config).named_parameters()]
     assert (set(roles.values()) == {"base"}) is (config.statex is None)
     assert all((role == "mix") is name.endswith(".mix") for name, role in roles.items())
+    assert all((role == "gain") is name.endswith(".feature_gain") for name, role in roles.items())
 
 
 def test_the_paper_draws_the_token_mixing_of_gla_anew():
@@ -104,3 +116,40 @@ def test_a_bigger_state_costs_more():
     after = make_plan(before, layers="0", factor=4, init="inherit")
     more = after.layer_geometry(0).elements - before.layer_geometry(0).elements
     assert forward_flops_per_token(after) - forward_flops_per_token(before) == 4 * more
+    grown = with_features(before)
+    more = grown.layer_geometry(0).elements - before.layer_geometry(0).elements
+    keys = before.layer_geometry(0).num_heads * 2 * 4
+    assert forward_flops_per_token(grown) - forward_flops_per_token(before) == 4 * more + 2 * 64 * keys
+
+
+def test_features_never_pass_for_a_larger_d_state():
+    """Software that knows no plan would open such a ``state_size`` and read other weights."""
+    grown = mamba2_config(statex=make_plan(mamba2_config(), layers="1", factor=4, init="reinit").statex)
+    for config in (
+        with_features(mamba2_config(), layers="all", rolls=(1, 2, 0)),
+        with_features(grown, rolls=(1, 2, 0)),
+    ):
+        assert config.ours_alone
+        assert config.plain_keys() == {}
+        assert {config.layer_geometry(layer).key_dim for layer in (0, 1)} == {24}
+        written = config.to_dict()
+        assert written["state_size"] == 6
+        assert config_from_dict(written) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (gla_config(), {"factor": 4}, ("factor 4", "2 to 3", "4 key channels")),
+        (gla_config(), {"factor": None, "features": FeatureMap(rolls=(1, 2))}, ("layer 0", "roll 2", "0", "to 1")),
+        (gla_config(), {"factor": 2, "features": FeatureMap(rolls=(1, 0))}, ("layer 0", "factor 3", "not 2")),
+        (gla_config(), {"factor": 3, "init": "reinit"}, ("layer 0", "lossless", "reinit")),
+        (gla_config(), {"factor": 2, "op": "grow_state", "features": FeatureMap(rolls=(1,))}, ("grow_state",)),
+        (gla_config(attn={"layers": [0, 1], "num_heads": 4}), {"factor": None}, ("gla", "all 2", "softmax")),
+        (BAMBA, {"factor": 2}, ("bamba", "transformers", "grow_state")),
+    ],
+)
+def test_features_that_do_not_fit_a_model_are_refused(config, options, words):
+    options = {"op": "grow_features", "init": "lossless", "layers": "0", **options}
+    with raises(ConfigError, *words):
+        make_plan(config, **options)

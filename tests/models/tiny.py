@@ -17,6 +17,7 @@ from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.registry import make_plan
 from statex_dist.models.retnet.config import RetNetConfig
+from statex_dist.state.geometry import FeatureMap
 
 COMMON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}
 
@@ -57,6 +58,12 @@ def kda_config(**changes) -> KDAConfig:
     return KDAConfig(**COMMON | {"num_heads": 4, "head_dim": 4, "intermediate_size": 24} | changes)
 
 
+def with_features(config: ModelConfig, *, layers: str = "0", rolls: tuple[int, ...] = (1, 0), **options: bool):
+    """Return a config with features in some layers, beside the expansions that it has."""
+    features = FeatureMap(rolls=rolls, **options)
+    return make_plan(config, layers=layers, factor=None, init="lossless", op="grow_features", features=features)
+
+
 def expanded(config: ModelConfig, init: str, *, factor: int = 2, op: str | None = None, layers: str = "0"):
     return make_plan(config, layers=layers, factor=factor, init=init, op=op)
 
@@ -66,23 +73,32 @@ CONFIGS = {
     "gla-conv": gla_config(use_short_conv=True, fuse_norm=False, tie_word_embeddings=True),
     "gla-merged": expanded(gla_config(use_short_conv=True), "inherit", factor=4),
     "gla-mixed": expanded(gla_config(), "inherit", factor=3, op="mix_heads", layers="1"),
-    "gla-grown": expanded(gla_config(use_short_conv=True), "inherit", factor=3, op="grow_state"),
+    "gla-grown": with_features(
+        expanded(gla_config(use_short_conv=True), "inherit", factor=3, op="grow_state"), layers="1"
+    ),
     "mamba2": mamba2_config(),
     "mamba2-one-group": mamba2_config(n_groups=1, use_bias=True, use_conv_bias=False, tie_word_embeddings=True),
     "mamba2-grown": expanded(mamba2_config(), "inherit", factor=3, layers="1"),
+    "mamba2-features": with_features(mamba2_config(), layers="1", rolls=(1, 2, 0)),
     "hgrn2": hgrn2_config(),
-    "hgrn2-conv-merged": expanded(hgrn2_config(use_short_conv=True), "inherit", factor=4),
+    "hgrn2-conv-merged": with_features(
+        expanded(hgrn2_config(use_short_conv=True), "inherit", factor=4), layers="1", match_norm=True
+    ),
     "retnet": retnet_config(),
     "retnet-grown": expanded(retnet_config(use_short_conv=True), "inherit", op="grow_state"),
-    "retnet-merged": expanded(retnet_config(fuse_norm=False), "inherit", layers="1"),
+    "retnet-merged": with_features(expanded(retnet_config(fuse_norm=False), "inherit", layers="1"), relu=True),
     "minimax": minimax_config(),
-    "minimax-mixed": expanded(minimax_config(), "inherit", factor=3, op="mix_heads", layers="1"),
+    "minimax-mixed": with_features(expanded(minimax_config(), "inherit", factor=3, op="mix_heads", layers="1")),
     "gated_deltanet": gated_deltanet_config(),
-    "gated_deltanet-mixed": expanded(gated_deltanet_config(), "inherit", factor=3, layers="1"),
+    "gated_deltanet-mixed": with_features(expanded(gated_deltanet_config(), "inherit", factor=3, layers="1")),
     "kda": kda_config(),
-    "kda-mixed": expanded(kda_config(num_heads=2, num_v_heads=4, use_short_conv=False), "inherit", factor=4),
+    "kda-mixed": with_features(
+        expanded(kda_config(num_heads=2, num_v_heads=4, use_short_conv=False), "inherit", factor=4),
+        layers="1",
+        rolls=(1,),
+    ),
 }
-"""Every family and operation."""
+"""Every family and operation; the layer beside an expanded one has features in every family."""
 
 
 def build(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> RecurrentLM:

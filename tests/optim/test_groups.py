@@ -36,8 +36,8 @@ def test_matrices_decay_and_nothing_else(values):
     shapes = {name: parameter.ndim for name, parameter in RecurrentLM(config).named_parameters()}
     assert decayed | plain == set(shapes)
     assert all(shapes[name] == 2 for name in decayed)
-    assert all(shapes[name] != 2 or name.endswith("mix") for name in plain)
-    for suffix in ("A_log", "dt_bias", ".D", "norm.weight", "mix", "conv1d.weight"):
+    assert all(shapes[name] != 2 or name.endswith(("mix", "feature_gain")) for name in plain)
+    for suffix in ("A_log", "dt_bias", ".D", "norm.weight", "mix", "feature_gain", "conv1d.weight"):
         assert not any(name.endswith(suffix) for name in decayed)
 
 
@@ -51,37 +51,38 @@ def test_only_what_was_asked_for_is_trained(values, train):
     )
     _, members = built(config, OptimizerConfig(train=train))
     trained, roles = set().union(*members.values()), parameter_roles(config)
-    prefix = family_of(config.MODEL_TYPE).names.layer(1)
-    in_layer = {name for name in roles if name.startswith(prefix)}
-    new = {name for name, role in roles.items() if role == "new"}
+    prefixes = tuple(family_of(config.MODEL_TYPE).names.layer(e.layer) for e in config.statex.layers)
+    in_layer = {name for name in roles if name.startswith(prefixes)}
+    new = {name for name, role in roles.items() if role in ("new", "gain")}
     assert new < in_layer
+    assert any(name.endswith("feature_gain") for name in new) == (values is MAMBA2)
     assert trained == (in_layer if train == "expanded" else new)
 
 
 def test_factors_give_each_role_its_groups():
-    settings = OptimizerConfig(lr=0.01, lr_factors={"new": 3, "mix": 10.0})
+    settings = OptimizerConfig(lr=0.01, lr_factors={"new": 3, "mix": 10.0, "gain": 100})
     config = expanded(GLA)
     optimizer, members = built(config, settings)
     roles = parameter_roles(config)
     for group in optimizer.param_groups:
         role, decay = group["name"].split(".")
         assert {roles[name] for name in members[group["name"]]} == {role}
-        assert group["lr_factor"] == {"new": 3, "mix": 10}.get(role, 1)
+        assert group["lr_factor"] == {"new": 3, "mix": 10, "gain": 100}.get(role, 1)
         assert group["lr"] == 0.01 * group["lr_factor"]
         assert group["weight_decay"] == (0.1 if decay == "decay" else 0)
     assert list(members) == [
         *("base.decay", "base.no_decay", "expanded.decay", "expanded.no_decay", "new.decay", "new.no_decay"),
-        "mix.no_decay",
+        *("mix.no_decay", "gain.no_decay"),
     ]
     assert sum(len(names) for names in members.values()) == len(roles)
 
 
 def test_patterns_freeze_by_name():
-    _, members = built(expanded(GLA), OptimizerConfig(freeze=["embeddings", r"layers\.[01]\.mlp"]))
+    _, members = built(expanded(GLA), OptimizerConfig(freeze=["embeddings", r"layers\.[013]\.mlp"]))
     everything = set(parameter_roles(expanded(GLA)))
     left_out = everything - set().union(*members.values())
     assert left_out == {n for n in everything if "embeddings" in n or ("mlp" in n and "layers.2" not in n)}
-    assert len(left_out) == 9
+    assert len(left_out) == 13
 
 
 def test_a_model_without_a_plan_takes_the_same_settings(caplog):

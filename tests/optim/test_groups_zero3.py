@@ -16,7 +16,7 @@ from tests.runs import GLA, expanded, losses, make_shards, run_training, save_mo
 
 pytestmark = pytest.mark.distributed
 
-OPTIMIZER = {"lr": 0.01, "train": "expanded", "freeze": [r"layers\.2\.mlp"], "lr_factors": {"new": 3.0, "mix": 10.0}}
+OPTIMIZER = {"lr": 0.01, "train": "expanded", "freeze": [r"layers\.2\.mlp"], "lr_factors": {"new": 3.0, "gain": 10.0}}
 
 
 def weights(run: Path, step: int, directory: Path) -> dict[str, torch.Tensor]:
@@ -27,7 +27,7 @@ def weights(run: Path, step: int, directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(expanded({**GLA, "num_hidden_layers": 4}), tmp_path_factory.mktemp("gla"))
+    return save_model(expanded({**GLA, "num_hidden_layers": 5}), tmp_path_factory.mktemp("gla"))
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_frozen_parameters_stay_and_the_others_train_as_in_plain_pytorch(tmp_pat
     file = write_run(tmp_path / "two.yaml", **sections)
     result = run_training(2, "--config", str(file))
     assert result.returncode == 0, result.stderr
-    assert "in 48 of 72 tensors" in result.stderr.split("training ")[1]
+    assert "in 66 of 90 tensors" in result.stderr.split("training ")[1]
 
     plain = write_run(tmp_path / "plain.yaml", **sections)
     assert train(parse_config(RunConfig, ["--config", str(plain), "--engine.name", "plain"], prog="train.py"))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from statex_dist.errors import ConfigError
+from statex_dist.state.geometry import FeatureMap
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion, extend_plan, select_layers
 from tests.raising import raises
 
@@ -81,6 +82,63 @@ def test_bad_expansions(changes, words):
     with pytest.raises(ConfigError) as caught:
         expansion(**{"layer": 3} | changes)
     assert words in str(caught.value)
+
+
+def features(rolls=(1, 2, 0), **changes):
+    return expansion(
+        3, **{"op": "grow_features", "factor": 4, "init": "lossless", "features": {"rolls": rolls}} | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"features": None}, ("features", "[1, 2, 3]", "None")),
+        ({"features": [1]}, ("features", "[1]")),
+        ({"features": {}}, ("'features'", "rolls")),
+        ({"features": {"rolls": [1, 2, 3], "shift": 1}}, ("'features'", "shift")),
+        ({"features": {"rolls": 3}}, ("features.rolls", "3")),
+        ({"features": {"rolls": []}}, ("features.rolls", "[]")),
+        ({"features": {"rolls": [1, 2, -1]}}, ("features.rolls", "-1")),
+        ({"features": {"rolls": [1, 2, True]}}, ("features.rolls", "True")),
+        ({"features": {"rolls": [1, 2.0, 3]}}, ("features.rolls", "2.0")),
+        ({"features": {"rolls": [1, 2, 1]}}, ("features.rolls", "[1, 2, 1]")),
+        ({"features": {"rolls": [1, 2, 3], "relu": 1}}, ("features.relu", "1", "true or false")),
+        ({"features": {"rolls": [1, 2, 3], "match_norm": "no"}}, ("features.match_norm", "'no'")),
+        ({"factor": 3}, ("[1, 2, 0]", "factor 4", "not 3")),
+        ({"init": "inherit"}, ("lossless", "inherit")),
+        ({"op": "grow_state"}, ("grow_features", "grow_state")),
+    ],
+)
+def test_bad_features(changes, words):
+    with raises(ConfigError, "plan, layer 3", *words):
+        features(**changes)
+
+
+def test_features_name_themselves_and_come_back_from_json():
+    plain, changed = features(), features(features={"rolls": [1, 2, 0], "relu": True, "match_norm": True})
+    assert plain.summary == "grow_features x4 lossless (rolls 1-2,0)"
+    assert changed.summary == "grow_features x4 lossless (rolls 1-2,0 relu match_norm)"
+    for found in (plain, changed):
+        plan = ExpansionPlan(layers=(found, expansion(7)))
+        assert ExpansionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+        assert "features" not in plan.to_dict()["layers"][1]
+
+
+@pytest.mark.parametrize(
+    ("factor", "keys", "rolls"),
+    [(4, 64, (1, 2, 3)), (3, 6, (1, 2)), (4, 6, (1, 2, 0)), (2, 1, (0,)), (2, 2, (0,)), (33, 64, (*range(1, 32), 0))],
+)
+def test_a_factor_takes_the_first_rolls_and_the_squares_last(factor, keys, rolls):
+    assert FeatureMap.of_factor(factor, keys).rolls == rolls
+    products = {frozenset((c, (c - r) % keys)) for r in rolls for c in range(keys)}
+    assert len(products) == keys * len(rolls), "two channels are the same product"
+
+
+@pytest.mark.parametrize(("factor", "keys", "allowed"), [(1, 64, "2 to 33"), (34, 64, "2 to 33"), (5, 6, "2 to 4")])
+def test_a_factor_has_as_many_products(factor, keys, allowed):
+    with raises(ConfigError, "grow_features", factor, allowed):
+        FeatureMap.of_factor(factor, keys)
 
 
 def test_a_plan_is_sorted_and_finds_its_layers():

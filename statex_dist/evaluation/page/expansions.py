@@ -58,6 +58,7 @@ def layer_lines(config: ModelConfig) -> list[list[str]]:
     for layer in config.recurrent_layers:
         expansion, old, new = config.statex.get(layer), before.layer_geometry(layer), config.layer_geometry(layer)
         what = f"{expansion.op} ×{expansion.factor}, {expansion.init}" if expansion else ""
+        what += f", {expansion.features.summary}" if expansion and expansion.features else ""
         sizes = (old.elements, new.elements, old.state_bytes, new.state_bytes)
         lines.append([str(layer), what, *(f"{size:,}" for size in sizes)])
     return lines

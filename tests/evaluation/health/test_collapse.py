@@ -422,7 +422,7 @@ def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     assert main(command(saved, tmp_path / "whole")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "loss healthy, x " in said
-    assert "0 of 10 heads" in said
+    assert "0 of 14 heads" in said
     assert "32 tokens (given by --train-length)" in said
     assert "WARNING: 96 tokens" in said
     from statex_dist.evaluation.health import collapse
@@ -448,7 +448,7 @@ def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     assert rows_of[0] == rows_of[1]
     assert whole["train_length_from"] == "--train-length"
     assert whole["says"] in said
-    assert whole["verdict"] == {"collapsed": False, "position": None, "prompt": None, "heads_collapsed": 0, "heads": 10}
+    assert whole["verdict"] == {"collapsed": False, "position": None, "prompt": None, "heads_collapsed": 0, "heads": 14}
     ends = {
         name: {row["low"] is None for row in told["loss"]["by_position"]} for name, told in whole["prompts"].items()
     }
@@ -456,7 +456,7 @@ def test_command_and_resumption(saved, tmp_path: Path, capsys, monkeypatch):
     assert whole["doubt"].startswith("96 tokens are too few for the verdict on heads")
     rows = [json.loads(line) for line in (tmp_path / "cut" / "collapse.jsonl").read_text().splitlines()]
     heads = [row for row in rows if row["kind"] == "head"]
-    assert len(heads) == 2 * 10
+    assert len(heads) == 2 * 14
     assert all(len(row["norm"]) == len(whole["positions"]) for row in heads)
     assert len([row for row in rows if row["kind"] == "sequence"]) == 1 + 3
     assert [bucket["end"] for bucket in whole["prompts"]["text"]["loss"]["by_position"]] == whole["positions"]
