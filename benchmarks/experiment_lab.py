@@ -184,7 +184,7 @@ class Lab:
                 found[name].append(self._result(seed, name, arm))
         return found
 
-    def write_summary(self, arms: dict[str, Any]) -> dict[str, Any]:
+    def write_summary(self, arms: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write ``summary.json``, the arms' figures and all values that determine them, and return its contents."""
         summary = {
             "date": time.strftime("%Y-%m-%d"),
@@ -192,6 +192,7 @@ class Lab:
             "experiment": asdict(self.experiment),
             "seeds": self.experiment.seeds,
             "arms": arms,
+            **more,
         }
         write_durably(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -275,13 +276,20 @@ class Lab:
         if _is_made(target / "index.json", self.experiment.data_recipe(name)):
             return target
         (self.out / "data").mkdir(parents=True, exist_ok=True)
-        corpus = self.experiment.corpora[name]
-        recall = recall_documents(tuple(corpus.num_pairs), corpus.recall_tokens) if corpus.num_pairs else []
-        text = [{"text": piece} for piece in self._pieces(name)]
-        sources = write_sources(self.out / "data", name, recall=recall, text=text)
-        self._statex("prepare", *sources, "--out", target, "--overwrite")
+        sources = write_sources(self.out / "data", name, **self.rows(name))
+        self._statex("prepare", *sources, "--tokenizer", self.tokenizer(), "--out", target, "--overwrite")
         _say_made(target / "index.json", self.experiment.data_recipe(name))
         return target
+
+    def tokenizer(self) -> str:
+        """Return the tokenizer of all data, as ``statex prepare`` takes it."""
+        return "bytes"
+
+    def rows(self, name: str) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of a corpus by kind, for ``statex prepare``."""
+        corpus = self.experiment.corpora[name]
+        recall = recall_documents(tuple(corpus.num_pairs), corpus.recall_tokens) if corpus.num_pairs else []
+        return {"recall": recall, "text": [{"text": piece} for piece in self._pieces(name)]}
 
     def held_out(self) -> Path:
         """Return the data that no model is trained on."""
