@@ -149,7 +149,7 @@ class RecallText:
     def _read(
         self, encode: Callable[[Sequence[str]], list[npt.NDArray[np.uint32]]], pieces: Sequence[str]
     ) -> Iterator[list[int]]:
-        """Yield stretches of a few words for ever."""
+        """Yield stretches of a few words, without end."""
         low, high = self.words_between
         while True:
             for piece in pieces:

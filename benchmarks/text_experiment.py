@@ -32,7 +32,6 @@ from statex_dist.errors import ConfigError, StateXError, one_line
 from statex_dist.evaluation.documents import read_documents
 from statex_dist.evaluation.mqar import score_mqar
 from statex_dist.evaluation.perplexity import PerplexitySettings, run_perplexity
-from statex_dist.evaluation.report import png
 from statex_dist.log import setup_logging
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.lm import RecurrentLM
@@ -164,8 +163,8 @@ def measure(model_dir: Path, lab: TextLab, num_pairs: Sequence[int], documents: 
     for n in num_pairs:
         drawn = [source.draw(n) for _ in range(documents)]
         longest = max(len(tokens) for tokens, _ in drawn)
-        tokens, mask = (np.array([[*row, *[0] * (longest - len(row))] for row in rows]) for rows in zip(*drawn))
-        recall[str(n)] = score_mqar(model, tokens, mask).tolist()
+        padded = np.array([[row + [0] * (longest - len(row)) for row in document] for document in drawn])
+        recall[str(n)] = score_mqar(model, padded[:, 0], padded[:, 1].astype(np.uint8)).tolist()
     text = run_perplexity(model, read_documents(lab.held_out(), tokenizer), PerplexitySettings())
     return {
         "state_numbers": model.config.state_elements,
