@@ -1,8 +1,8 @@
 """Text of a folder with key-value statements in it: documents, a BPE tokenizer and recall documents.
 
-A recall document is real text. After every few words of its first half a sentence ``The code of KEY is VALUE.`` gives a
-pair; in its second half the same sentences return in another order, and there each value can be predicted from
-the text before it. Every key and every value is one token, a word of the tokenizer.
+A recall document is real text. After every few words of its first half a sentence ``KEY means VALUE.`` gives a pair; in
+its second half the same sentences return in another order, and there each value can be predicted from the text before
+it. Every key and every value is one token, a word of the tokenizer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NUM_WORDS = 64
 
 _UNIT = re.compile(r"\s*\S+")
 _WORD = re.compile(r" [a-z]{5,}(?![\w-])")
-_BEFORE_KEY, _BEFORE_VALUE, _AFTER_VALUE = " The code of", " is", "."
+_BEFORE_VALUE, _AFTER_VALUE = " means", "."
 
 
 def read_texts(folder: Path) -> list[str]:
@@ -112,6 +112,7 @@ def choose_words(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
         ConfigError: There are too few.
     """
     counts = Counter(word for text in texts for word in _WORD.findall(text))
+    del counts[_BEFORE_VALUE]
     ids = {word: tokenizer.encode(word).tolist() for word, _ in counts.most_common(tokenizer.vocab_size)}
     found = [tokens[0] for tokens in ids.values() if len(tokens) == 1][: 2 * NUM_WORDS]
     if len(found) < 2 * NUM_WORDS:
@@ -139,9 +140,7 @@ class RecallText:
         seed: int,
     ):
         self.keys, self.values = np.array(words[::2]), np.array(words[1::2])
-        self.before_key, self.before_value, self.after = (
-            tokenizer.encode(part).tolist() for part in (_BEFORE_KEY, _BEFORE_VALUE, _AFTER_VALUE)
-        )
+        self.before_value, self.after = (tokenizer.encode(part).tolist() for part in (_BEFORE_VALUE, _AFTER_VALUE))
         self.words_between = words_between
         self.rng = np.random.default_rng(seed)
         self.stretches = self._read(tokenizer.encode_batch, pieces)
@@ -169,7 +168,7 @@ class RecallText:
         for asked, order in enumerate((pairs, [pairs[i] for i in self.rng.permutation(num_pairs)])):
             for key, value in order:
                 words = next(self.stretches) if self.words_between[1] else []
-                start = [*words, *self.before_key, key, *self.before_value]
+                start = [*words, key, *self.before_value]
                 tokens += [*start, value, *self.after]
                 mask += [0] * len(start) + [asked] + [0] * len(self.after)
         return tokens, mask
