@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benchmarks import collapse_experiment, recall_experiment, text_experiment
-from benchmarks.experiment_lab import Experiment, Lab
+from benchmarks.experiment_lab import Experiment, Lab, merged
 from benchmarks.experiment_stats import interval
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from statex_dist.config import parse_config
@@ -85,6 +85,8 @@ def test_configurations_make_models_plans_and_runs(path: Path, tmp_path: Path):
         if arm.expand is not None:
             options = {name: str(value) for name, value in arm.expand.items()}
             assert plan_model(model, PlanOptions(**options)).state_elements > model.state_elements
+        if arm.model is not None:
+            assert config_from_dict(merged(experiment.model, arm.model)).state_elements > model.state_elements
     for name, run in [(s.corpus, s.run) for s in (*experiment.pretrain, experiment.posttrain)]:
         file = tmp_path / f"{name}.yaml"
         values = {
@@ -106,6 +108,8 @@ def test_what_an_experiment_lacks_is_named(tmp_path: Path):
         ("arms", {"a": {"mitigation": "magic"}}, "mitigation 'magic'"),
         ("arms", {"a": {"expand": {"layer": 1}}}, "arm a: expand.layer"),
         ("arms", {"a": {"like": "b"}, "b": {}}, "arm a.*'b'"),
+        ("arms", {"a": {"model": {"key_size": 8}}}, "arm a: model.key_size"),
+        ("arms", {"a": {"model": {"expand_k": 1.0}, "mlp_channels": 8}}, "mlp_channels and model"),
     ):
         file = tmp_path / "bad.yaml"
         file.write_text(yaml.safe_dump({**values, key: value}, sort_keys=False))
@@ -150,7 +154,7 @@ def test_a_whole_experiment_goes_on_where_it_was_and_writes_its_table(tmp_path: 
         corpus["recall_tokens"] = min(corpus.get("recall_tokens", 0), 4000)
         corpus["text_pieces"] = min(corpus.get("text_pieces", 0), 6)
     wanted = {
-        "recall": ("lpt", "lossless"),
+        "recall": ("lpt", "lossless", "from nothing, state of that size"),
         "collapse": ("short", "state passing", "sliding window"),
         "text": ("lpt", "lossless, keys grown"),
     }[name]
