@@ -21,11 +21,13 @@ import yaml
 from rich.console import Console
 
 from benchmarks.experiment_stats import machine
+from benchmarks.widening import widen, widened
 from launch.cli import main as statex
 from launch.demo_data import library_pieces, recall_documents, write_sources
 from statex_dist.durable.files import write_durably
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.models.mitigation import parse_mitigation
+from statex_dist.models.registry import config_from_dict
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULT_NAME = "result.json"
@@ -73,6 +75,8 @@ class Arm:
 
     Attributes:
         expand: Options of ``statex expand``; None leaves the model as it is.
+        mlp_channels: Channels added to every MLP without a change of the function, in place of an expansion.
+        model: Values of ``config.json`` of a model that is pre-trained for this arm alone, on the same tokens.
         run: Values of its post-training's configuration, in addition to those of all arms.
         corpus: Name of its data, if it differs from that of all arms.
         train: Whether it is post-trained.
@@ -81,11 +85,18 @@ class Arm:
     """
 
     expand: dict[str, Any] | None = None
+    mlp_channels: int | None = None
+    model: dict[str, Any] | None = None
     run: dict[str, Any] = field(default_factory=dict)
     corpus: str | None = None
     train: bool = True
     like: str | None = None
     mitigation: str | None = None
+
+    def __post_init__(self) -> None:
+        made = [name for name in ("expand", "mlp_channels", "model", "like") if getattr(self, name) is not None]
+        if len(made) > 1:
+            raise ConfigError(f"an arm has one of expand, mlp_channels, model and like, not {' and '.join(made)}")
 
 
 @dataclass(kw_only=True)
@@ -130,6 +141,10 @@ class Experiment:
                 raise ConfigError(f"arm {name} is like {arm.like!r}, which is no arm above it")
             if arm.mitigation is not None:
                 parse_mitigation(arm.mitigation)
+            if arm.mlp_channels is not None:
+                widened(config_from_dict(self.model), arm.mlp_channels)
+            if arm.model is not None and (extra := config_from_dict(merged(self.model, arm.model)).extra):
+                raise ConfigError(f"arm {name}: model.{next(iter(extra))} is no key of a {self.model['model_type']}")
             if unknown := sorted((arm.expand or {}).keys() - _EXPAND_OPTIONS):
                 raise ConfigError(f"arm {name}: expand.{unknown[0]} is not one of {', '.join(sorted(_EXPAND_OPTIONS))}")
 
@@ -148,10 +163,10 @@ class Experiment:
         counts = {key: corpus.text_pieces for key, corpus in self.corpora.items()}
         return {"name": name, "corpus": asdict(self.corpora[name]), "pieces": counts, "piece_bytes": self.piece_bytes}
 
-    def pretraining_recipe(self, seed: int, stages: int) -> dict[str, Any]:
-        """Return all values that determine the model after ``stages`` stages."""
+    def pretraining_recipe(self, seed: int, stages: int, model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all values that determine a model after ``stages`` stages."""
         done = [{"data": self.data_recipe(stage.corpus), "run": stage.run} for stage in self.pretrain[:stages]]
-        return {"model": self.model, "seed": seed, "stages": done}
+        return {"model": dict(model), "seed": seed, "stages": done}
 
     def arm_recipe(self, seed: int, arm: Arm) -> dict[str, Any]:
         """Return all values that determine an arm's model."""
@@ -159,8 +174,9 @@ class Experiment:
             return self.arm_recipe(seed, self.arms[arm.like])
         corpus = arm.corpus or self.posttrain.corpus
         training = {"data": self.data_recipe(corpus), "run": merged(self.posttrain.run, arm.run)} if arm.train else None
-        base = self.pretraining_recipe(seed, len(self.pretrain))
-        return {"base": base, "expand": arm.expand, "training": training}
+        base = self.pretraining_recipe(seed, len(self.pretrain), merged(self.model, arm.model or {}))
+        widening = {} if arm.mlp_channels is None else {"mlp_channels": arm.mlp_channels}
+        return {"base": base, "expand": arm.expand, **widening, "training": training}
 
 
 class Lab:
@@ -184,7 +200,7 @@ class Lab:
                 found[name].append(self._result(seed, name, arm))
         return found
 
-    def write_summary(self, arms: dict[str, Any]) -> dict[str, Any]:
+    def write_summary(self, arms: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write ``summary.json``, the arms' figures and all values that determine them, and return its contents."""
         summary = {
             "date": time.strftime("%Y-%m-%d"),
@@ -192,6 +208,7 @@ class Lab:
             "experiment": asdict(self.experiment),
             "seeds": self.experiment.seeds,
             "arms": arms,
+            **more,
         }
         write_durably(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
@@ -216,13 +233,18 @@ class Lab:
         folder = self.out / f"seed{seed}" / name
         if arm.like is not None:
             return self._arm(seed, arm.like, self.experiment.arms[arm.like])
-        model = self._pretrained(seed)
-        if arm.expand is not None:
+        model = self._pretrained(seed, self.out / f"seed{seed}" if arm.model is None else folder, arm.model or {})
+        if arm.expand is not None or arm.mlp_channels is not None:
             expanded = folder / "expanded"
             recipe = {**self.experiment.arm_recipe(seed, arm), "training": None}
             if not _is_made(expanded / "config.json", recipe):
-                options = [f"--{key.replace('_', '-')}={value}" for key, value in arm.expand.items()]
-                self._statex("expand", "--source", model, "--target", expanded, "--seed", seed, "--overwrite", *options)
+                if arm.expand is None:
+                    widen(model, expanded, channels=arm.mlp_channels or 0, seed=seed)
+                else:
+                    words = [f"--{key.replace('_', '-')}={value}" for key, value in arm.expand.items()]
+                    self._statex(
+                        "expand", "--source", model, "--target", expanded, "--seed", seed, "--overwrite", *words
+                    )
                 _say_made(expanded / "config.json", recipe)
             model = expanded
         if not arm.train:
@@ -233,11 +255,12 @@ class Lab:
         recipe = self.experiment.arm_recipe(seed, arm)
         return self._train(folder, {"path": str(model)}, Stage(corpus=corpus, run=run), 1000 + seed, recipe)
 
-    def _pretrained(self, seed: int) -> Path:
-        source: dict[str, Any] = {"config": self.experiment.model}
+    def _pretrained(self, seed: int, folder: Path, changes: Mapping[str, Any]) -> Path:
+        values = merged(self.experiment.model, changes)
+        source: dict[str, Any] = {"config": values}
         for index, stage in enumerate(self.experiment.pretrain):
-            recipe = self.experiment.pretraining_recipe(seed, index + 1)
-            model = self._train(self.out / f"seed{seed}" / f"pretrain{index}", source, stage, seed, recipe)
+            recipe = self.experiment.pretraining_recipe(seed, index + 1, values)
+            model = self._train(folder / f"pretrain{index}", source, stage, seed, recipe)
             source = {"path": str(model)}
         return model
 
@@ -275,13 +298,20 @@ class Lab:
         if _is_made(target / "index.json", self.experiment.data_recipe(name)):
             return target
         (self.out / "data").mkdir(parents=True, exist_ok=True)
-        corpus = self.experiment.corpora[name]
-        recall = recall_documents(tuple(corpus.num_pairs), corpus.recall_tokens) if corpus.num_pairs else []
-        text = [{"text": piece} for piece in self._pieces(name)]
-        sources = write_sources(self.out / "data", name, recall=recall, text=text)
-        self._statex("prepare", *sources, "--out", target, "--overwrite")
+        sources = write_sources(self.out / "data", name, **self.rows(name))
+        self._statex("prepare", *sources, "--tokenizer", self.tokenizer(), "--out", target, "--overwrite")
         _say_made(target / "index.json", self.experiment.data_recipe(name))
         return target
+
+    def tokenizer(self) -> str:
+        """Return the tokenizer of all data, as ``statex prepare`` takes it."""
+        return "bytes"
+
+    def rows(self, name: str) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of a corpus by kind, for ``statex prepare``."""
+        corpus = self.experiment.corpora[name]
+        recall = recall_documents(tuple(corpus.num_pairs), corpus.recall_tokens) if corpus.num_pairs else []
+        return {"recall": recall, "text": [{"text": piece} for piece in self._pieces(name)]}
 
     def held_out(self) -> Path:
         """Return the data that no model is trained on."""

@@ -78,8 +78,12 @@ def _more(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(values: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Return seconds a step and bytes of states a sequence of a model of random weights."""
+    return decode_step(build(values), batch)
+
+
+def decode_step(model: RecurrentLM, batch: int) -> dict[str, Any]:
     """Return seconds a step and bytes of states a sequence."""
-    model = build(values)
     ids = torch.randint(model.config.vocab_size, (batch, 16), generator=torch.Generator().manual_seed(0))
     with evaluating(model):
         logits, states = prefill(model, ids)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import collapse_experiment, recall_experiment
-from benchmarks.experiment_lab import Experiment, Lab
+from benchmarks import collapse_experiment, recall_experiment, text_experiment
+from benchmarks.experiment_lab import Experiment, Lab, merged
 from benchmarks.experiment_stats import interval
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from statex_dist.config import parse_config
@@ -77,13 +77,16 @@ def test_a_collapse_is_the_loss_and_the_variance_past_the_training_length():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_make_models_plans_and_runs(path: Path, tmp_path: Path):
-    experiment = parse_config(Experiment, ["--config", str(path)], prog="experiment")
+    kind = text_experiment.TextExperiment if path.stem.startswith("text") else Experiment
+    experiment = parse_config(kind, ["--config", str(path)], prog="experiment")
     model = config_from_dict(experiment.model)
     assert not model.extra
     for arm in experiment.arms.values():
         if arm.expand is not None:
             options = {name: str(value) for name, value in arm.expand.items()}
             assert plan_model(model, PlanOptions(**options)).state_elements > model.state_elements
+        if arm.model is not None:
+            assert config_from_dict(merged(experiment.model, arm.model)).state_elements > model.state_elements
     for name, run in [(s.corpus, s.run) for s in (*experiment.pretrain, experiment.posttrain)]:
         file = tmp_path / f"{name}.yaml"
         values = {
@@ -105,6 +108,8 @@ def test_what_an_experiment_lacks_is_named(tmp_path: Path):
         ("arms", {"a": {"mitigation": "magic"}}, "mitigation 'magic'"),
         ("arms", {"a": {"expand": {"layer": 1}}}, "arm a: expand.layer"),
         ("arms", {"a": {"like": "b"}, "b": {}}, "arm a.*'b'"),
+        ("arms", {"a": {"model": {"key_size": 8}}}, "arm a: model.key_size"),
+        ("arms", {"a": {"model": {"expand_k": 1.0}, "mlp_channels": 8}}, "mlp_channels and model"),
     ):
         file = tmp_path / "bad.yaml"
         file.write_text(yaml.safe_dump({**values, key: value}, sort_keys=False))
@@ -125,12 +130,21 @@ def test_no_text_is_in_two_corpora(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [recall_experiment, collapse_experiment], ids=["recall", "collapse"])
-def test_a_whole_experiment_goes_on_where_it_was_and_writes_its_table(tmp_path: Path, script, capsys):
-    name = script.__name__.rpartition(".")[2].removesuffix("_experiment")
-    path = next(path for path in CONFIGS if path.stem == f"{name}_mamba2")
+@pytest.mark.parametrize(
+    ("script", "config_name"),
+    [(recall_experiment, "recall_mamba2"), (collapse_experiment, "collapse_mamba2"), (text_experiment, "text_gla")],
+    ids=["recall", "collapse", "text"],
+)
+def test_a_whole_experiment_goes_on_where_it_was_and_writes_its_table(tmp_path: Path, script, config_name, capsys):
+    name = config_name.partition("_")[0]
+    path = next(path for path in CONFIGS if path.stem == config_name)
     values = yaml.safe_load(path.read_text())
     values |= {"out": str(tmp_path / "out"), "seeds": [0, 1]}
+    if script is text_experiment:
+        values["text"] = str(Path(__file__).parents[2] / "docs")
+        values["settings"]["documents"] = 4
+        for corpus in values["corpora"].values():
+            corpus["recall_pieces"] = 2
     for stage in (*values["pretrain"], values["posttrain"]):
         stage["run"]["train"] = {"num_steps": 2}
         stage["run"]["schedule"] = {"name": "constant"}
@@ -139,7 +153,11 @@ def test_a_whole_experiment_goes_on_where_it_was_and_writes_its_table(tmp_path: 
     for corpus in values["corpora"].values():
         corpus["recall_tokens"] = min(corpus.get("recall_tokens", 0), 4000)
         corpus["text_pieces"] = min(corpus.get("text_pieces", 0), 6)
-    wanted = {"recall": ("lpt", "lossless"), "collapse": ("short", "state passing", "sliding window")}[name]
+    wanted = {
+        "recall": ("lpt", "lossless", "from nothing, state of that size"),
+        "collapse": ("short", "state passing", "sliding window"),
+        "text": ("lpt", "lossless, keys grown"),
+    }[name]
     values["arms"] = {key: arm for key, arm in values["arms"].items() if key in wanted}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -154,4 +172,5 @@ def test_a_whole_experiment_goes_on_where_it_was_and_writes_its_table(tmp_path: 
     assert "another configuration" in capsys.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["arms"]) == list(wanted)
-    assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    picture = "collapse.png" if name == "collapse" else "recall.png"
+    assert (tmp_path / "out" / picture).stat().st_size > 10_000
