@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from statex_dist.distributed.context_group import ContextShare
-from statex_dist.ops.backends import Backend, Forms, mixed_scan
+from statex_dist.ops.backends import Backend, Forms, mixed_scan, pick_backend
 from statex_dist.ops.features import Features, widened_gla
 from statex_dist.ops.fla_api import fla_gla, has_fla
 from statex_dist.ops.gla.torch_forms import chunked_gla, naive_gla
@@ -62,8 +63,12 @@ def gla(
         ConfigError: The backend is unknown, or ``chunk_size`` or ``max_state_bytes`` not allowed.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if features is not None:
-        q, k, v, g = widened_gla((q, k, v, g), features)
+    fits_triton = _is_expanded(q, v, mix, features)
+    across = gla_across
+    if features is not None and pick_backend(backend, q, has_fla, fits_triton=fits_triton) != "triton":
+        (q, k, v, g), features = widened_gla((q, k, v, g), features), None
+    elif features is not None:
+        across = partial(_across_with_features, features)
     wants_state = output_final_state or context is not None
     o, state = mixed_scan(
         backend,
@@ -72,26 +77,35 @@ def gla(
             naive=naive_gla,
             kernel=fla_gla,
             chunked=chunked_gla,
-            across=gla_across,
-            triton=partial(expanded_gla, max_state_bytes=max_state_bytes, output_final_state=wants_state),
+            across=across,
+            triton=partial(
+                expanded_gla, features=features, max_state_bytes=max_state_bytes, output_final_state=wants_state
+            ),
         ),
         (q, k, v, g),
         mix=mix,
         chunk_size=chunk_size,
         context=context,
         initial_state=initial_state,
-        fits_triton=_is_expanded(q, v, mix),
+        fits_triton=fits_triton,
         scale=scale,
         cu_seqlens=cu_seqlens,
     )
     return o, state if output_final_state else None
 
 
-def _is_expanded(q: torch.Tensor, v: torch.Tensor, mix: torch.Tensor | None) -> bool:
+def _is_expanded(q: torch.Tensor, v: torch.Tensor, mix: torch.Tensor | None, features: Features | None) -> bool:
     """Return whether a head's state is larger than those that fla's kernels are quick and lean for."""
     elements = q.shape[-1] * v.shape[-1] * (1 if mix is None else mix.shape[1])
+    elements *= 1 if features is None else features.map.factor
     fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float32) and q.shape[1] >= SMALLEST_CHUNK
     return fits and elements > LARGEST_PLAIN_HEAD
+
+
+def _across_with_features(
+    features: Features, context: ContextShare, inputs: tuple[torch.Tensor, ...], *states: Any, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gla_across(context, widened_gla(inputs, features), *states, scale=scale)
 
 
 def gla_across(
