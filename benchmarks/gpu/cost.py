@@ -42,6 +42,7 @@ class Work:
         values: Channels of values, and of outputs.
         scores: Matrices of ``C x C`` that a chunk needs: one per head, or per group that shares keys.
         element: Bytes of one number of queries, keys and values.
+        projected: Channels of ``keys`` that are inputs, where the others are their products; None for all.
     """
 
     tokens: int
@@ -50,6 +51,7 @@ class Work:
     values: int
     scores: int
     element: int = 2
+    projected: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +98,8 @@ def batched_products(work: Work, chunk: int, max_state_bytes: int) -> ScanCost:
 
     Chunk states have the inputs' precision. They are written by a product, read and written by the pass that carries
     them on, and read by a product; in the backward pass the same again, and their gradients likewise, read by two
-    products, while the states are read once more for the gates' gradient.
+    products, while the states are read once more for the gates' gradient. With features, the wide queries and keys of a
+    segment pass through memory too, and in the backward pass their gradients.
 
     Args:
         work: The scan.
@@ -105,13 +108,15 @@ def batched_products(work: Work, chunk: int, max_state_bytes: int) -> ScanCost:
     """
     element, keys, values = work.element, work.keys, work.values
     states = element * work.numbers / chunk
-    inputs = element * (2 * keys + values) + 4 * keys
+    projected = keys if work.projected is None else work.projected
+    inputs = element * (2 * projected + values) + 4 * projected
     gated = 2 * element * 2 * keys
+    products = 0 if work.projected is None else 2 * element * 2 * keys  # queries and keys with them, written and read
     scores = 2 * element * work.scores * chunk
-    forward = 4 * states + inputs + element * values + gated + scores
+    forward = 4 * states + inputs + element * values + gated + products + scores
     partial = 2 * 4 * 2 * keys  # gradients of queries and keys from the states and from inside the chunk, added in fp32
     reads = 2 * element * 2 * values  # values and the output's gradient, for two more products each
-    backward = 10 * states + 2 * inputs + element * values + gated + 2 * scores + partial + reads
+    backward = 10 * states + 2 * inputs + element * values + gated + 2 * products + 2 * scores + partial + reads
     chunks = -(-work.tokens // chunk)
     one = element * work.numbers
     held = min(chunks, chunks_per_segment(chunks, one, max_state_bytes))

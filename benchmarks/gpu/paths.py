@@ -1,9 +1,10 @@
 """The scans that :mod:`benchmarks.gpu.scan` compares: how each is called, what it must agree with, what it costs.
 
-All compute one layer of a 1.3 B model on one sequence. For GLA: our path on a merged head and on mixed heads, the
-merged head through fla's ``chunk_gla`` (what StateX's authors run), the same as 16 virtual heads, and the layer as it
-was before its expansion. For Mamba2: mamba_ssm's kernel at the original and at the grown ``d_state``, and the PyTorch
-form that runs where it is missing.
+All compute one layer of a 1.3 B model on one sequence. For GLA: our path on a merged head, on mixed heads, on heads
+whose keys have grown, and on heads with features that give as large a state; the merged head through fla's
+``chunk_gla`` (what StateX's authors run), the same as 16 virtual heads, and the layer as it was before its expansion.
+For Mamba2: mamba_ssm's kernel at the original and at the grown ``d_state``, and the PyTorch form that runs where it is
+missing.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from benchmarks.gpu.cost import ScanCost, Work, batched_products, chunk_gla, mamba_scan
+from statex_dist.ops.backends import Backend
+from statex_dist.ops.features import Features
 from statex_dist.ops.fla_api import has_fla
 from statex_dist.ops.gla import gla
 from statex_dist.ops.ssd import ssd
 from statex_dist.ops.ssd.mamba_api import has_mamba_ssm
-from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES
+from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES, FeatureMap
 
 Tensors = dict[str, torch.Tensor]
 Role = Literal["ours", "authors", "original", "other"]
@@ -167,6 +170,51 @@ def batched_path(
     )
 
 
+def grown_path(sizes: Sizes, *, features: bool) -> Path:
+    """Return our path of a GLA layer whose heads have more keys: projected ones, or products of those that there are.
+
+    The factor is the number of heads, so that the state is as large as that of the merged head.
+    """
+    heads, keys, values, factor = sizes.heads, sizes.keys, sizes.values, sizes.heads
+    products = FeatureMap.of_factor(factor, keys) if features else None
+
+    def make(tokens: int, device: torch.device) -> Tensors:
+        found = gla_tensors(tokens, heads, keys if features else factor * keys, values, device)
+        if features:
+            found["gain"] = torch.randn(heads, (factor - 1) * keys, device=device)
+        return found
+
+    def scan(x: Tensors, backend: Backend) -> torch.Tensor:
+        gain = x.get("gain")
+        options: dict[str, Any] = {name: tensor for name, tensor in x.items() if name != "gain"}
+        if products is not None and gain is not None:
+            options["features"] = Features(products, gain)
+        return gla(**options, backend=backend)[0]
+
+    def cost(tokens: int, element: int) -> ScanCost:
+        work = Work(
+            tokens=tokens,
+            numbers=heads * factor * keys * values,
+            keys=heads * factor * keys,
+            values=heads * values,
+            scores=heads,
+            element=element,
+            projected=heads * keys if features else None,
+        )
+        return batched_products(work, CHUNK_SIZE, MAX_STATE_BYTES)
+
+    shape = f"{heads} x {keys} (x {factor}) x {values}" if features else f"{heads} x {factor * keys} x {values}"
+    return Path(
+        name=f"ours, {'features' if features else 'grown keys'} {shape}",
+        family="gla",
+        role="other",
+        make=make,
+        scan=lambda x: scan(x, "triton"),
+        exact=lambda x: scan(x, "chunked"),
+        cost=cost,
+    )
+
+
 def _exact_gla(x: Tensors) -> torch.Tensor:
     return gla(**x, backend="chunked")[0]  # type: ignore[arg-type]
 
@@ -189,6 +237,8 @@ def gla_paths(sizes: Sizes) -> list[Path]:
     return [
         batched_path(sizes),
         batched_path(sizes, mixed=True),
+        grown_path(sizes, features=False),
+        grown_path(sizes, features=True),
         Path(
             name=f"chunk_gla, merged 1 x {h * keys} x {h * values}",
             family="gla",

@@ -1,7 +1,8 @@
 """The models that :mod:`benchmarks.gpu.model` and :mod:`benchmarks.gpu.decode` run, before and after an expansion.
 
 The shapes are those of the published GLA and Mamba2 models (fla-hub's and state-spaces' configs). An expansion is
-StateX's: heads merged, or ``d_state`` 512, in every sixth layer; *mixed* is the lossless form of the first.
+StateX's: heads merged, or ``d_state`` 512, in every sixth layer; *mixed* is the lossless form of the first. *keys* and
+*features* grow the keys of a GLA layer to a state of the same size.
 Values are random: neither time nor memory depends on them.
 """
 
@@ -61,6 +62,8 @@ EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {
         "as it was": {},
         "merged": {"layers": "every:6", "factor": None, "init": "reinit", "op": "merge_heads"},
         "mixed": {"layers": "every:6", "factor": None, "init": "lossless", "op": "mix_heads"},
+        "keys x 4": {"layers": "every:6", "factor": 4, "init": "lossless", "op": "grow_state"},
+        "features x 4": {"layers": "every:6", "factor": 4, "init": "lossless", "op": "grow_features"},
     },
     "mamba2": {
         "as it was": {},

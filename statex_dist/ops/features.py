@@ -17,7 +17,7 @@ import torch
 from statex_dist.ops.mitigations import Tensors
 from statex_dist.state.geometry import FeatureMap
 
-_SMALLEST_NORM = 1e-6
+SMALLEST_NORM = 1e-6
 """Added to the norm of products that are scaled to that of their channels."""
 
 
@@ -83,7 +83,7 @@ def products(x: torch.Tensor, features: FeatureMap) -> torch.Tensor:
     blocks = torch.cat([base * base.roll(roll, -1) for roll in features.rolls], dim=-1)
     if features.match_norm:
         norms = [torch.linalg.vector_norm(y, dim=-1, keepdim=True) for y in (x, blocks)]
-        blocks = blocks * (norms[0] / (norms[1] + _SMALLEST_NORM))
+        blocks = blocks * (norms[0] / (norms[1] + SMALLEST_NORM))
     return blocks
 
 

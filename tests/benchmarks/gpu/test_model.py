@@ -60,11 +60,11 @@ def test_the_command_runs_on_a_cpu(tmp_path, capsys):
     options = ["--device", "cpu", "--tiny", "--steps", "1", "--packs", "2", "--only", "GLA tiny", "--out", str(out)]
     assert model.main(options) == 0
     document = json.loads(out.read_text())
-    assert [row["expansion"] for row in document["rows"]] == ["as it was", "merged", "mixed"]
+    assert [row["expansion"] for row in document["rows"]] == expansions(TINY_MODELS["GLA tiny"])
     for row in document["rows"]:
         assert row["tokens_per_s"] == pytest.approx(2 * 128 / row["step_s"])
         assert 4 < row["loss"] < 8
-    assert [row["expanded_layers"] for row in document["rows"]] == [0, 1, 1]
+    assert [row["expanded_layers"] for row in document["rows"]] == [0, 1, 1, 1, 1]
     assert capsys.readouterr().out.strip() == model.render(document)
 
 

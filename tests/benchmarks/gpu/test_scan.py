@@ -22,13 +22,15 @@ def test_the_command_runs_on_a_cpu(monkeypatch, tmp_path, capsys):
     document = json.loads(out.read_text())
     assert printed.strip() == scan.render(document)
     speeds = [row for row in document["rows"] if row["kind"] == "speed"]
-    assert len(speeds) == 8
+    assert len(speeds) == 10
     for row in speeds:
         assert row.get("failed") == (None if row["path"].startswith("ours") else "needs CUDA")
     errors = [row for row in document["rows"] if "errors" in row]
     assert [set(row["errors"]) for row in errors] == [
         {"out", "dq", "dk", "dv", "dg"},
         {"out", "dq", "dk", "dv", "dg", "dmix"},
+        {"out", "dq", "dk", "dv", "dg"},
+        {"out", "dq", "dk", "dv", "dg", "dgain"},
         {"out", "dx", "ddt", "dA", "dB", "dC"},
     ]
     assert all(error <= row["tolerances"][name] for row in errors for name, error in row["errors"].items())

@@ -16,6 +16,10 @@ A mixed layer (``mix [H, r]``) stores ``r`` value heads per key head and reads
 ``o_j = sum_i M_ij (A_i v_j + q~_i h_ij)``, ``i`` over the key heads that store head ``j``'s values: the C x C matrices
 are summed over heads before they meet the values (docs/method.md, section 4).
 
+Products of keys and queries as further channels (:mod:`statex_dist.ops.features`) are made of one segment at a time
+(:mod:`features`), and so are the gradients of the wide tensors; log decays stay those of the ``K`` projected channels.
+Old channels and products are multiplied apart, so that products without a gain add exact zeros.
+
 Memory is bounded: chunks are processed in segments whose states fit ``max_state_bytes``; the
 backward pass computes each segment's states again from the fp32 state before it.
 """
@@ -32,10 +36,12 @@ from torch.autograd.function import once_differentiable
 
 from statex_dist.errors import ConfigError
 from statex_dist.ops.cu_seqlens import power_of_two_chunks, sequence_lengths
+from statex_dist.ops.features import Features
 from statex_dist.ops.gla.triton import reference
+from statex_dist.ops.gla.triton.products import inner_products, outer_products, products
 from statex_dist.ops.gla.triton.segments import Segment, cut_segments
 from statex_dist.ops.head_mixing import gather_blocks, mix_blocks, mix_scores, spread, unmix_scores, weigh_blocks
-from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
+from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES, FeatureMap, chunks_per_segment
 
 SMALLEST_CHUNK = 16
 CHUNK_SIZES = (CHUNK_SIZE, 128, 64, 32, SMALLEST_CHUNK)
@@ -46,6 +52,7 @@ GRID_PROGRAMS = 65535
 class _Pieces(NamedTuple):
     """Where the elementwise parts are computed: in Triton, or in PyTorch."""
 
+    features: ModuleType
     gates: ModuleType
     scores: ModuleType
     carry: ModuleType
@@ -54,11 +61,11 @@ class _Pieces(NamedTuple):
 def _pieces(q: torch.Tensor) -> _Pieces:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q.dtype == torch.float64 or not (q.is_cuda or interpreted):
-        return _Pieces(reference, reference, reference)
+        return _Pieces(reference, reference, reference, reference)
     # Not at the top: triton is not needed on a CPU, and reads its environment when it is first imported.
-    from statex_dist.ops.gla.triton import carry, gates, scores
+    from statex_dist.ops.gla.triton import carry, features, gates, scores
 
-    return _Pieces(gates, scores, carry)
+    return _Pieces(features, gates, scores, carry)
 
 
 def expanded_gla(
@@ -69,6 +76,7 @@ def expanded_gla(
     *,
     scale: float,
     mix: torch.Tensor | None = None,
+    features: Features | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     chunk_size: int | None = None,
@@ -82,13 +90,15 @@ def expanded_gla(
     Args:
         q: fp32 or bf16 (float64 too, in PyTorch).
         g: Finite and at most 0.
+        features: Products as further channels, which the states have too; not together with ``mix``.
         chunk_size: Tokens per chunk, a power of two from 16; None picks 256, or less for short sequences.
         max_state_bytes: Bound of the chunk states held at once, of the forward pass and their gradients together; None
             for 256 MiB. Those of the square root of all chunks are held in any case.
 
     Raises:
-        ConfigError: ``chunk_size`` or ``max_state_bytes`` is not allowed, or the dtype is not supported.
-        ValueError: ``initial_state`` or ``cu_seqlens`` does not fit the tokens.
+        ConfigError: ``chunk_size`` or ``max_state_bytes`` is not allowed, the dtype is not supported, or both
+            ``features`` and ``mix`` are given.
+        ValueError: ``initial_state`` or ``cu_seqlens`` does not fit the tokens, or gains do not fit the heads.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ConfigError(f"scan backend 'triton' computes in fp32 or bf16, not {str(q.dtype).removeprefix('torch.')}")
@@ -97,8 +107,16 @@ def expanded_gla(
     max_state_bytes = MAX_STATE_BYTES if max_state_bytes is None else max_state_bytes
     if max_state_bytes < 1:
         raise ConfigError(f"max_state_bytes must be 1 or more, not {max_state_bytes}")
+    keys = q.shape[3]
+    if features is not None:
+        if mix is not None:
+            raise ConfigError("scan backend 'triton' computes mixed heads or features, not both in one layer")
+        gains = (q.shape[2], len(features.map.rolls) * keys)
+        if features.gain.shape != gains:
+            raise ValueError(f"gains of features must be {gains}, not {tuple(features.gain.shape)}")
+        keys *= features.map.factor
     partners = 1 if mix is None else mix.shape[1]
-    state_shape = (len(lengths), q.shape[2], q.shape[3], v.shape[3] * partners)
+    state_shape = (len(lengths), q.shape[2], keys, v.shape[3] * partners)
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state must be {state_shape}, not {tuple(initial_state.shape)}")
     num_chunks = sum(-(-length // chunk_size) for length in lengths)
@@ -107,10 +125,11 @@ def expanded_gla(
     inputs: list[torch.Tensor | None] = [x.flatten(0, 1).contiguous() for x in (q, k, v.to(q.dtype), g)]
     inputs += [
         None if x is None else x.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
-        for x in (mix, initial_state)
+        for x in (mix, initial_state, None if features is None else features.gain)
     ]
     settings = _Settings(
         scale=scale,
+        features=None if features is None else features.map,
         segments=cut_segments(lengths, chunk_size, per_segment, q.device),
         state_shape=state_shape,
         output_final_state=output_final_state,
@@ -127,6 +146,7 @@ class _Settings(NamedTuple):
     """The arguments of a scan beside its tensors; ``state_shape`` is ``(S, H, K, r V)``."""
 
     scale: float
+    features: FeatureMap | None
     segments: tuple[Segment, ...]
     state_shape: tuple[int, int, int, int]
     output_final_state: bool
@@ -137,8 +157,8 @@ class _ExpandedGLA(torch.autograd.Function):
     """Segments in order, and in reverse order for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, g, mix, initial, settings: _Settings):
-        tensors, pieces = (q, k, v, g, mix, initial), _pieces(q)
+    def forward(ctx: Any, q, k, v, g, mix, initial, gain, settings: _Settings):
+        tensors, pieces = (q, k, v, g, mix, initial, gain), _pieces(q)
         final = None
         if settings.output_final_state:
             final = _zero_states(q, settings.state_shape) if initial is None else initial.clone()
@@ -148,7 +168,7 @@ class _ExpandedGLA(torch.autograd.Function):
         for segment in settings.segments:
             if keep:
                 befores.append(carried.clone())
-            _run_segment(pieces, tensors, carried, final, o, settings.scale, segment)
+            _run_segment(pieces, tensors, carried, final, o, settings, segment)
         ctx.save_for_backward(*tensors, *befores)
         ctx.set_materialize_grads(False)
         ctx.settings = settings
@@ -157,7 +177,7 @@ class _ExpandedGLA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do, dfinal):
-        q, k, v, g, mix, initial, *befores = ctx.saved_tensors
+        q, k, v, g, mix, initial, gain, *befores = ctx.saved_tensors
         settings, pieces = ctx.settings, _pieces(q)
         do = torch.zeros_like(v) if do is None else do.contiguous()
         if dfinal is not None:
@@ -166,21 +186,21 @@ class _ExpandedGLA(torch.autograd.Function):
         dinitial = None
         if ctx.needs_input_grad[5]:  # an empty sequence hands its gradient through
             dinitial = torch.zeros_like(initial) if dfinal is None else dfinal.clone()
-        dmix = None if mix is None else torch.zeros_like(mix)
+        dmix, dgain = (None if x is None else torch.zeros_like(x) for x in (mix, gain))
         carried = _zero_states(q, settings.state_shape[1:])
         with torch.autocast(q.device.type, enabled=False):
             for segment, before in zip(reversed(settings.segments), reversed(befores), strict=True):
                 _run_segment_back(
                     pieces,
-                    (q, k, v, g, mix, initial),
+                    (q, k, v, g, mix, initial, gain),
                     before.clone(),  # it is advanced in place, and a second backward pass may follow
                     carried,
                     (do, dfinal),
-                    (dq, dk, dv, dg, dmix, dinitial),
-                    settings.scale,
+                    (dq, dk, dv, dg, dmix, dinitial, dgain),
+                    settings,
                     segment,
                 )
-        return dq, dk, dv, dg, dmix, dinitial, None
+        return dq, dk, dv, dg, dmix, dinitial, dgain, None
 
 
 def _zero_states(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -190,36 +210,74 @@ def _zero_states(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 # Separate functions, so that a segment's tensors are freed before those of the next one are allocated.
 
 
-def _run_segment(pieces: _Pieces, tensors, carried, final, o, scale: float, segment: Segment) -> None:
+def _run_segment(pieces: _Pieces, tensors, carried, final, o, settings: _Settings, segment: Segment) -> None:
     """Advance the states over a segment and write its outputs."""
-    mix = tensors[4]
-    part = _Part.compute(pieces, tensors, carried, final, scale, segment)
-    read = mix_blocks(_products(part.queries, part.starts), mix)
-    _put_sum(read, mix_scores(part.scores, mix), part.values, segment, o)
+    *inputs, gain = tensors
+    if gain is not None:
+        assert settings.features is not None
+        inputs = _widened(pieces, inputs, Features(settings.features, gain), segment)
+        o, segment = segment.own(o), segment.alone
+    _scan_segment(pieces, inputs, carried, final, o, settings.scale, segment)
 
 
 def _run_segment_back(
-    pieces: _Pieces, tensors, before, carried, grads_of_outputs, grads_of_inputs, scale: float, segment: Segment
+    pieces: _Pieces, tensors, before, carried, grads_of_outputs, grads_of_inputs, settings: _Settings, segment: Segment
 ) -> None:
     """Carry the gradient of the states back over a segment and write the gradients of its inputs."""
+    *inputs, gain = tensors
+    *outs, dgain = grads_of_inputs
+    if gain is None:
+        _scan_segment_back(pieces, inputs, before, carried, grads_of_outputs, outs, settings.scale, segment)
+        return
+    assert settings.features is not None
+    features = Features(settings.features, gain)
+    (q, k), (dq, dk, dv, dg) = (tuple(segment.own(x) for x in part) for part in (inputs[:2], outs[:4]))
+    wide = _widened(pieces, inputs, features, segment)
+    dwide = [torch.empty_like(x) for x in wide[:2]]
+    do, dfinal = grads_of_outputs
+    grads = (segment.own(do), dfinal), (*dwide, dv, dg, *outs[4:])
+    _scan_segment_back(pieces, wide, before, carried, *grads, settings.scale, segment.alone)
+    dgain += pieces.features.narrow(q, dwide[0], features, dq, gain=True)
+    pieces.features.narrow(k, dwide[1], features, dk, gain=False)
+
+
+def _widened(pieces: _Pieces, tensors, features: Features, segment: Segment):
+    """Return the tensors of a segment's tokens alone, products as further channels of queries and keys."""
+    q, k, v, g = (segment.own(x) for x in tensors[:4])
+    widen = pieces.features.widen
+    return widen(q, features, gain=True), widen(k, features, gain=False), v, g, *tensors[4:]
+
+
+def _scan_segment(pieces: _Pieces, tensors, carried, final, o, scale: float, segment: Segment) -> None:
+    """Run :func:`_run_segment` without features; log decays that are fewer than channels repeat."""
+    mix = tensors[4]
+    part = _Part.compute(pieces, tensors, carried, final, scale, segment)
+    read = mix_blocks(inner_products(part.queries, part.starts, part.old), mix)
+    _put_sum(read, mix_scores(part.scores, mix), part.values, segment, o)
+
+
+def _scan_segment_back(
+    pieces: _Pieces, tensors, before, carried, grads_of_outputs, grads_of_inputs, scale: float, segment: Segment
+) -> None:
+    """Run :func:`_run_segment_back` without features."""
     q, k, _, _, mix, _ = tensors
     do, dfinal = grads_of_outputs
     dq, dk, dv, dg, dmix, dinitial = grads_of_inputs
     part = _Part.compute(pieces, tensors, before, None, scale, segment)
     do_part = segment.take(do)
     do_spread = spread(do_part, mix)
-    dscores, dmix_scores = unmix_scores(_products(do_part, part.values.mT), part.scores, mix)
-    dqueries = _products(weigh_blocks(do_spread, mix), part.starts.mT)
+    dscores, dmix_scores = unmix_scores(products(do_part, part.values.mT), part.scores, mix)
+    dqueries = products(weigh_blocks(do_spread, mix), part.starts.mT)
     # Gradient of the states at the chunks' starts, from the reads; the carry replaces it with the one at their ends.
-    dstates = _products(part.queries.mT, do_spread)
+    dstates = outer_products(part.queries, do_spread, part.old)
     dtotal, dmix_states = pieces.carry.carry_gradients(
         part.total, part.starts, dstates, mix, carried, dfinal, dinitial, segment
     )
     if dmix is not None:
         dmix += dmix_scores + dmix_states
-    dv_part = gather_blocks(_products(part.keys, dstates), mix)
+    dv_part = gather_blocks(inner_products(part.keys, dstates, part.old), mix)
     _put_sum(dv_part, mix_scores(part.scores, mix).mT, do_part, segment, dv)
-    dkeys = _products(part.spread, dstates.mT)
+    dkeys = products(part.spread, dstates.mT)
     pieces.scores.input_gradients(q, k, part.decays, dscores, dqueries, dkeys, dtotal, segment, scale, (dq, dk, dg))
 
 
@@ -227,6 +285,7 @@ class _Part(NamedTuple):
     """What forward and backward pass both need of a segment.
 
     Attributes:
+        old: Channels that are not products; ``K`` counts both.
         decays: What the pieces themselves hand on (see ``pregate``).
         queries: ``[H, n, C, K]`` gated queries.
         keys: ``[H, n, C, K]`` gated keys.
@@ -237,6 +296,7 @@ class _Part(NamedTuple):
         starts: ``[H, n, K, r V]`` states before the chunks.
     """
 
+    old: int
     decays: torch.Tensor
     queries: torch.Tensor
     keys: torch.Tensor
@@ -254,14 +314,9 @@ class _Part(NamedTuple):
         scores = pieces.scores.scores(q, k, decays, segment, scale)
         values = segment.take(v)
         stored = spread(values, mix)
-        states = _products(keys.mT, stored)
+        states = outer_products(keys, stored, g.shape[-1])
         pieces.carry.carry_states(total, states, carried, initial, final, segment)  # from what chunks add to starts
-        return cls(decays, queries, keys, total, scores, values, stored, states)
-
-
-def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return ``x @ y`` of ``[H, n, ., .]`` tensors as one batched product."""
-    return torch.bmm(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return cls(g.shape[-1], decays, queries, keys, total, scores, values, stored, states)
 
 
 def _put_sum(base: torch.Tensor, x: torch.Tensor, y: torch.Tensor, segment: Segment, out: torch.Tensor) -> None:

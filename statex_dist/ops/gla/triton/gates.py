@@ -54,6 +54,15 @@ def load_row(x, chunk, row, cols, width):
     return tl.load(x + chunk + row * width + cols, mask=cols < width, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def gate_columns(cols, gates, REPEATED: tl.constexpr):
+    """Return which of the ``gates`` log decays of a head those channels have: they repeat where there are fewer."""
+    columns = cols
+    if REPEATED:
+        columns = cols % gates
+    return columns
+
+
 @triton.jit(do_not_specialize=["num_chunks"])
 def pregate_kernel(
     q,
@@ -69,12 +78,15 @@ def pregate_kernel(
     num_chunks,
     num_heads,
     width,
+    gates,
+    REPEATED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program per tile of channels, chunk and head."""
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    gate_cols = gate_columns(cols, gates, REPEATED)
     i_chunk, i_head = tl.program_id(1), tl.program_id(2)
     first, count = tl.load(start + i_chunk), tl.load(length + i_chunk)
     stride, offset = num_heads * width, i_head * width
@@ -83,26 +95,27 @@ def pregate_kernel(
     before = tl.zeros([COLUMNS], dtype=tl.float32)
     for i in range(CHUNK // BLOCK):
         rows = i * BLOCK + tl.arange(0, BLOCK)
-        gates = load_tokens(g, first, rows, count, offset, stride, cols, width)
-        summed = tl.cumsum(gates, 0)
+        decays = load_tokens(g, first, rows, count, i_head * gates, num_heads * gates, gate_cols, gates)
+        summed = tl.cumsum(decays, 0)
         gated = (
             load_tokens(q, first, rows, count, offset, stride, cols, width) * tl.exp(summed + before[None, :]) * scale
         )
         target = chunk + rows[:, None] * width + cols[None, :]
         inside = (cols < width)[None, :]
-        tl.store(prefix + target, summed, mask=inside)
+        kept = (place * CHUNK + rows[:, None]) * gates + cols[None, :]
+        tl.store(prefix + kept, summed, mask=(cols < gates)[None, :])
         tl.store(queries + target, gated.to(queries.dtype.element_ty), mask=inside)
-        before += tl.sum(gates, 0)
+        before += tl.sum(decays, 0)
     tl.store(total + place * width + cols, before, mask=cols < width)
     after = tl.zeros([COLUMNS], dtype=tl.float32)
     for m in range(CHUNK // BLOCK):
         rows = CHUNK - (m + 1) * BLOCK + tl.arange(0, BLOCK)
-        gates = load_tokens(g, first, rows, count, offset, stride, cols, width)
-        later = tl.cumsum(gates, 0, reverse=True) - gates + after[None, :]
+        decays = load_tokens(g, first, rows, count, i_head * gates, num_heads * gates, gate_cols, gates)
+        later = tl.cumsum(decays, 0, reverse=True) - decays + after[None, :]
         gated = load_tokens(k, first, rows, count, offset, stride, cols, width) * tl.exp(later)
         target = chunk + rows[:, None] * width + cols[None, :]
         tl.store(keys + target, gated.to(keys.dtype.element_ty), mask=(cols < width)[None, :])
-        after += tl.sum(gates, 0)
+        after += tl.sum(decays, 0)
 
 
 def pregate(
@@ -113,12 +126,12 @@ def pregate(
     The first result holds log decays summed within blocks of :func:`block_rows` rows, in fp32: differences of short
     sums round less than those of long ones.
     """
-    (_, heads, width), n, size = q.shape, segment.num_chunks, segment.chunk_size
-    prefix = q.new_empty(heads, n, size, width, dtype=torch.float32)
+    (_, heads, width), n, size, gates = q.shape, segment.num_chunks, segment.chunk_size, g.shape[-1]
+    prefix = q.new_empty(heads, n, size, gates, dtype=torch.float32)
     queries, keys = (q.new_empty(heads, n, size, width) for _ in range(2))
     total = q.new_empty(heads, n, width, dtype=torch.float32)
     tensors = q, k, g, prefix, queries, keys, total, segment.start, segment.length
-    constants = {"CHUNK": size, "BLOCK": block_rows(size), "COLUMNS": _COLUMNS}
+    constants = {"REPEATED": gates < width, "CHUNK": size, "BLOCK": block_rows(size), "COLUMNS": _COLUMNS}
     grid = triton.cdiv(width, _COLUMNS), n, heads
-    pregate_kernel[grid](*tensors, float(scale), n, heads, width, **constants, num_warps=8)
+    pregate_kernel[grid](*tensors, float(scale), n, heads, width, gates, **constants, num_warps=8)
     return prefix, queries, keys, total

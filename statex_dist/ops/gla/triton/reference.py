@@ -1,16 +1,46 @@
 """The pieces of :mod:`~statex_dist.ops.gla.triton.expanded` in PyTorch: the kernels' oracle, and the path on a CPU.
 
-Each function has a Triton counterpart of the same name and arguments in :mod:`gates`, :mod:`scores` or :mod:`carry`.
-Their results agree, but for the first of :func:`pregate`, which only the other pieces of the same kind read.
+Each function has a Triton counterpart of the same name and arguments in :mod:`features`, :mod:`gates`, :mod:`scores`
+or :mod:`carry`. Their results agree, but for the first of :func:`pregate`, which only the other pieces of the same kind
+read. Where log decays are fewer than channels, as with features, ``K_g`` for ``K``, they repeat.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from statex_dist.ops.cu_seqlens import reverse_cumsum
+from statex_dist.ops.features import Features, with_products
 from statex_dist.ops.gla.torch_forms import decayed_products
 from statex_dist.ops.gla.triton.segments import Segment
+
+
+def widen(x: torch.Tensor, features: Features, *, gain: bool) -> torch.Tensor:
+    """Return ``[x ; phi(x)] [tokens, H, (1 + n) K]`` of ``x [tokens, H, K]``, with the gains where ``gain``."""
+    return with_products(x, features, gain=gain)
+
+
+def narrow(
+    x: torch.Tensor, dwide: torch.Tensor, features: Features, out: torch.Tensor, *, gain: bool
+) -> torch.Tensor | None:
+    """Write the gradient of ``x`` in :func:`widen` to ``out``; return that of the gains ``[H, n K]``, if they are used.
+
+    Args:
+        x: ``[tokens, H, K]``.
+        dwide: ``[tokens, H, (1 + n) K]`` gradient of the result.
+        features: The products.
+        out: ``[tokens, H, K]``, overwritten.
+        gain: As for :func:`widen`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    leaves = [y.detach().to(wide).requires_grad_() for y in ((x, features.gain) if gain else (x,))]
+    with torch.enable_grad():
+        result = with_products(leaves[0], Features(features.map, leaves[-1]), gain=gain)
+    dx, *dgain = torch.autograd.grad(result, leaves, dwide.to(wide))
+    out.copy_(dx)
+    return dgain[0] if gain else None
 
 
 def pregate(
@@ -21,25 +51,47 @@ def pregate(
     Args:
         q: ``[tokens, H, K]`` queries.
         k: ``[tokens, H, K]`` keys.
-        g: ``[tokens, H, K]`` log decays.
+        g: ``[tokens, H, K_g]`` log decays.
         segment: The chunks to read.
         scale: Factor of the queries.
 
     Returns:
-        The cumulative log decays ``b [H, n, C, K]``, gated queries ``s q e^b`` and keys ``k e^{b_C - b}``
+        The cumulative log decays ``b [H, n, C, K_g]``, gated queries ``s q e^b`` and keys ``k e^{b_C - b}``
         ``[H, n, C, K]`` in ``q``'s dtype, and the chunks' total log decays ``b_C [H, n, K]`` in fp32.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_wide, k_wide, g_wide = (segment.take(x).to(wide) for x in (q, k, g))
+    g_wide = segment.take(g).to(wide)
     b = g_wide.cumsum(dim=2)
     later = reverse_cumsum(g_wide, 2) - g_wide
-    return b, (q_wide * b.exp() * scale).to(q.dtype), (k_wide * later.exp()).to(q.dtype), b[:, :, -1]
+    queries = _joined([(segment.take(x).to(wide) * b.exp() * scale).to(q.dtype) for x in _blocks(q, b)])
+    keys = _joined([(segment.take(x).to(wide) * later.exp()).to(q.dtype) for x in _blocks(k, b)])
+    return b, queries, keys, _joined([b[:, :, -1]] * (q.shape[-1] // b.shape[-1]))
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor, segment: Segment, scale: float) -> torch.Tensor:
     """Return ``A [H, n, C, C]``: ``A[t, u] = s sum_c q_tc k_uc exp(b_tc - b_uc)`` for ``u <= t``, else 0."""
     wide = b.dtype
-    return decayed_products(segment.take(q).to(wide) * scale, segment.take(k).to(wide), b).to(q.dtype)
+    blocks = zip(_blocks(q, b), _blocks(k, b), strict=True)
+    # Summed block by block: products without a gain add exact zeros.
+    return _sum(decayed_products(segment.take(x).to(wide) * scale, segment.take(y).to(wide), b) for x, y in blocks).to(
+        q.dtype
+    )
+
+
+def _blocks(x: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    """Return the blocks of channels of ``x [..., K]`` that each have the decays ``b [..., K_g]``."""
+    return [part.contiguous() for part in x.split(b.shape[-1], dim=-1)]
+
+
+def _joined(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=-1)
+
+
+def _sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    total, *others = parts
+    for part in others:
+        total = total + part
+    return total
 
 
 def carry_states(
@@ -143,10 +195,31 @@ def input_gradients(
         dtotal: ``[H, n, K]`` gradient of the chunks' total log decays through the carried states.
         segment: The chunks.
         scale: Factor of the queries.
-        out: ``dq, dk, dg [tokens, H, K]``, written at the segment's tokens.
+        out: ``dq, dk [tokens, H, K]`` and ``dg [tokens, H, K_g]``, written at the segment's tokens.
     """
+    parts = [
+        _block_gradients(segment.take(x), segment.take(y), b, dscores, *grads, scale=scale)
+        for x, y, *grads in zip(*(_blocks(x, b) for x in (q, k, dqueries, dkeys, dtotal)), strict=True)
+    ]
+    dq, dk, dg = zip(*parts, strict=True)
+    for gradient, target in zip((_joined(dq), _joined(dk), _sum(dg)), out, strict=True):
+        segment.put(gradient.to(target.dtype), target)
+
+
+def _block_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    b: torch.Tensor,
+    dscores: torch.Tensor,
+    dqueries: torch.Tensor,
+    dkeys: torch.Tensor,
+    dtotal: torch.Tensor,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what one block of channels gives to the gradients of :func:`input_gradients`, ``[H, n, C, K_g]`` each."""
     wide = b.dtype
-    leaves = [x.detach().to(wide).requires_grad_() for x in (segment.take(q), segment.take(k), b)]
+    leaves = [x.detach().to(wide).requires_grad_() for x in (q, k, b)]
     with torch.enable_grad():
         products = decayed_products(leaves[0] * scale, leaves[1], leaves[2])
     dq, dk, db = torch.autograd.grad(products, leaves, dscores.to(wide).tril())
@@ -155,6 +228,4 @@ def input_gradients(
     dk_inter = dkeys.to(wide) * (b[:, :, -1:] - b).exp()
     db = db + q_wide * dq_inter - k_wide * dk_inter
     dlast = dtotal.unsqueeze(2) + (k_wide * dk_inter).sum(2, keepdim=True)
-    dg = reverse_cumsum(db, 2) + dlast
-    for x, target in zip((dq + dq_inter, dk + dk_inter, dg), out, strict=True):
-        segment.put(x.to(target.dtype), target)
+    return dq + dq_inter, dk + dk_inter, reverse_cumsum(db, 2) + dlast

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from statex_dist.ops.gla.triton.gates import block_rows, dot_precision, load_places, load_row, load_tokens
+from statex_dist.ops.gla.triton.gates import block_rows, dot_precision, gate_columns, load_places, load_row, load_tokens
 from statex_dist.ops.gla.triton.segments import Segment
 
 _SPLIT_LIMIT = tl.constexpr(40.0)
@@ -36,6 +36,8 @@ def scores_kernel(
     num_chunks,
     num_heads,
     width,
+    gates,
+    REPEATED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -47,32 +49,33 @@ def scores_kernel(
     first, count = tl.load(start + i_chunk), tl.load(length + i_chunk)
     stride, offset = num_heads * width, i_head * width
     place = i_head.to(tl.int64) * num_chunks + i_chunk
-    chunk = place * CHUNK * width
+    chunk = place * CHUNK * gates
     within = tl.arange(0, BLOCK)
     rows, columns = late * BLOCK + within, early * BLOCK + within
     acc = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     if early <= late:
         for low in range(0, width, COLUMNS):
             cols = low + tl.arange(0, COLUMNS)
+            gate_cols = gate_columns(cols, gates, REPEATED)
             q_rows = load_tokens(q, first, rows, count, offset, stride, cols, width)
             k_rows = load_tokens(k, first, columns, count, offset, stride, cols, width)
-            p_rows = load_places(prefix, chunk, rows, cols, width)
+            p_rows = load_places(prefix, chunk, rows, gate_cols, gates)
             if early < late:
                 gap = tl.zeros([COLUMNS], dtype=tl.float32)
                 for block in range(early, late):
-                    gap += load_row(prefix, chunk, block * BLOCK + BLOCK - 1, cols, width)
-                p_columns = load_places(prefix, chunk, columns, cols, width)
+                    gap += load_row(prefix, chunk, block * BLOCK + BLOCK - 1, gate_cols, gates)
+                p_columns = load_places(prefix, chunk, columns, gate_cols, gates)
                 keys = k_rows * tl.exp(gap[None, :] - p_columns)
                 acc += tl.dot(q_rows * tl.exp(p_rows), tl.trans(keys), input_precision=PRECISION)
             else:
-                middle = load_row(prefix, chunk, late * BLOCK + BLOCK // 2, cols, width)
+                middle = load_row(prefix, chunk, late * BLOCK + BLOCK // 2, gate_cols, gates)
                 if tl.max(tl.max(tl.abs(p_rows - middle[None, :]), 1), 0) < _SPLIT_LIMIT:
                     keys = k_rows * tl.exp(middle[None, :] - p_rows)
                     acc += tl.dot(q_rows * tl.exp(p_rows - middle[None, :]), tl.trans(keys), input_precision=PRECISION)
                 else:
                     for u in range(BLOCK):
                         key = tl.sum(tl.where((within == u)[:, None], k_rows, 0.0), 0)
-                        p_row = load_row(prefix, chunk, late * BLOCK + u, cols, width)
+                        p_row = load_row(prefix, chunk, late * BLOCK + u, gate_cols, gates)
                         decay = tl.exp(tl.minimum(p_rows - p_row[None, :], 0.0))
                         column = tl.sum(q_rows * key[None, :] * decay, 1)
                         acc += tl.where((within == u)[None, :], column[:, None], 0.0)
@@ -103,6 +106,8 @@ def input_gradients_kernel(
     num_chunks,
     num_heads,
     width,
+    gates,
+    REPEATED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,12 +120,13 @@ def input_gradients_kernel(
     the total, so ``summed`` starts with the last two.
     """
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    gate_cols = gate_columns(cols, gates, REPEATED)
     i_chunk, i_head = tl.program_id(1), tl.program_id(2)
     num_blocks = CHUNK // BLOCK
     first, count = tl.load(start + i_chunk), tl.load(length + i_chunk)
     stride, offset = num_heads * width, i_head * width
     place = i_head.to(tl.int64) * num_chunks + i_chunk
-    chunk, matrix = place * CHUNK * width, place * CHUNK * CHUNK
+    chunk, gate_chunk, matrix = place * CHUNK * width, place * CHUNK * gates, place * CHUNK * CHUNK
     within = tl.arange(0, BLOCK)
     lower = within[:, None] >= within[None, :]
 
@@ -130,8 +136,8 @@ def input_gradients_kernel(
     for m in range(num_blocks):
         i = num_blocks - 1 - m
         rows = i * BLOCK + within
-        p_rows = load_places(prefix, chunk, rows, cols, width)
-        p_end = load_row(prefix, chunk, i * BLOCK + BLOCK - 1, cols, width)
+        p_rows = load_places(prefix, gate_chunk, rows, gate_cols, gates)
+        p_end = load_row(prefix, gate_chunk, i * BLOCK + BLOCK - 1, gate_cols, gates)
         k_rows = load_tokens(k, first, rows, count, offset, stride, cols, width)
         gated = load_places(dkeys, chunk, rows, cols, width) * tl.exp((p_end + after)[None, :] - p_rows)
         summed += tl.sum(k_rows * gated, 0)
@@ -143,16 +149,16 @@ def input_gradients_kernel(
         rows = i * BLOCK + within
         q_rows = load_tokens(q, first, rows, count, offset, stride, cols, width)
         k_rows = load_tokens(k, first, rows, count, offset, stride, cols, width)
-        p_rows = load_places(prefix, chunk, rows, cols, width)
-        p_end = load_row(prefix, chunk, i * BLOCK + BLOCK - 1, cols, width)
+        p_rows = load_places(prefix, gate_chunk, rows, gate_cols, gates)
+        p_end = load_row(prefix, gate_chunk, i * BLOCK + BLOCK - 1, gate_cols, gates)
 
         dq_rows = tl.zeros([BLOCK, COLUMNS], dtype=tl.float32)
         before = tl.zeros([COLUMNS], dtype=tl.float32)
         for back in range(i):
             j = i - 1 - back
             others = j * BLOCK + within
-            p_others = load_places(prefix, chunk, others, cols, width)
-            end = load_row(prefix, chunk, j * BLOCK + BLOCK - 1, cols, width)
+            p_others = load_places(prefix, gate_chunk, others, gate_cols, gates)
+            end = load_row(prefix, gate_chunk, j * BLOCK + BLOCK - 1, gate_cols, gates)
             keys = load_tokens(k, first, others, count, offset, stride, cols, width)
             keys = keys * tl.exp((end + before)[None, :] - p_others)
             grads = tl.load(dscores + matrix + rows[:, None] * CHUNK + others[None, :]).to(tl.float32)
@@ -164,17 +170,17 @@ def input_gradients_kernel(
         between = tl.zeros([COLUMNS], dtype=tl.float32)
         for j in range(i + 1, num_blocks):
             others = j * BLOCK + within
-            p_others = load_places(prefix, chunk, others, cols, width)
+            p_others = load_places(prefix, gate_chunk, others, gate_cols, gates)
             queries = load_tokens(q, first, others, count, offset, stride, cols, width)
             queries = queries * tl.exp(between[None, :] + p_others)
             grads = tl.load(dscores + matrix + others[None, :] * CHUNK + rows[:, None]).to(tl.float32)
             dk_rows += tl.dot(grads, queries, input_precision=PRECISION)
-            between += load_row(prefix, chunk, j * BLOCK + BLOCK - 1, cols, width)
+            between += load_row(prefix, gate_chunk, j * BLOCK + BLOCK - 1, gate_cols, gates)
         dk_rows *= tl.exp(p_end[None, :] - p_rows)
 
         grads = tl.load(dscores + matrix + rows[:, None] * CHUNK + rows[None, :]).to(tl.float32)
         grads = tl.where(lower, grads, 0.0)
-        middle = load_row(prefix, chunk, i * BLOCK + BLOCK // 2, cols, width)
+        middle = load_row(prefix, gate_chunk, i * BLOCK + BLOCK // 2, gate_cols, gates)
         if tl.max(tl.max(tl.abs(p_rows - middle[None, :]), 1), 0) < _SPLIT_LIMIT:
             rise, fall = tl.exp(p_rows - middle[None, :]), tl.exp(middle[None, :] - p_rows)
             dq_rows += rise * tl.dot(grads, k_rows * fall, input_precision=PRECISION)
@@ -183,7 +189,7 @@ def input_gradients_kernel(
             for u in range(BLOCK):
                 is_row = (within == u)[:, None]
                 key = tl.sum(tl.where(is_row, k_rows, 0.0), 0)
-                p_row = load_row(prefix, chunk, i * BLOCK + u, cols, width)
+                p_row = load_row(prefix, gate_chunk, i * BLOCK + u, gate_cols, gates)
                 column = tl.sum(tl.where((within == u)[None, :], grads, 0.0), 1)
                 decayed = column[:, None] * tl.exp(tl.minimum(p_rows - p_row[None, :], 0.0))
                 dq_rows += decayed * key[None, :]
@@ -206,12 +212,12 @@ def input_gradients_kernel(
 
 def scores(q: torch.Tensor, k: torch.Tensor, prefix: torch.Tensor, segment: Segment, scale: float) -> torch.Tensor:
     """Run :func:`statex_dist.ops.gla.triton.reference.scores` in Triton; ``prefix`` is that of :func:`pregate`."""
-    (_, heads, width), n, size = q.shape, segment.num_chunks, segment.chunk_size
+    (_, heads, width), n, size, gates = q.shape, segment.num_chunks, segment.chunk_size, prefix.shape[-1]
     out = q.new_empty(heads, n, size, size)
     rows = block_rows(size)
-    constants = {"CHUNK": size, "BLOCK": rows, "PRECISION": dot_precision(q.dtype)}
+    constants = {"REPEATED": gates < width, "CHUNK": size, "BLOCK": rows, "PRECISION": dot_precision(q.dtype)}
     tensors = q, k, prefix, out, segment.start, segment.length
-    scores_kernel[((size // rows) ** 2, n, heads)](*tensors, float(scale), n, heads, width, **constants)
+    scores_kernel[((size // rows) ** 2, n, heads)](*tensors, float(scale), n, heads, width, gates, **constants)
     return out
 
 
@@ -228,11 +234,17 @@ def input_gradients(
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """Run :func:`statex_dist.ops.gla.triton.reference.input_gradients` in Triton."""
-    (_, heads, width), n, size = q.shape, segment.num_chunks, segment.chunk_size
+    (_, heads, width), n, size, gates = q.shape, segment.num_chunks, segment.chunk_size, prefix.shape[-1]
+    dq, dk, dg = out
+    # Channels that share a log decay each have a part of its gradient.
+    parts = q.new_empty(q.shape, dtype=torch.float32) if gates < width else dg
 
     def grid(meta: dict) -> tuple[int, int, int]:
         return triton.cdiv(width, meta["COLUMNS"]), n, heads
 
     constants = {"CHUNK": size, "BLOCK": block_rows(size), "PRECISION": dot_precision(q.dtype)}
-    tensors = q, k, prefix, dscores, dqueries, dkeys, dtotal, *out, segment.start, segment.length
-    input_gradients_kernel[grid](*tensors, float(scale), n, heads, width, **constants)
+    tensors = q, k, prefix, dscores, dqueries, dkeys, dtotal, dq, dk, parts, segment.start, segment.length
+    sizes = float(scale), n, heads, width, gates
+    input_gradients_kernel[grid](*tensors, *sizes, REPEATED=gates < width, **constants)
+    if gates < width:
+        dg.copy_(parts.unflatten(-1, (-1, gates)).sum(-2))

@@ -7,7 +7,7 @@ zeros (a zero key and no decay change nothing). A segment is a run of chunks who
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +49,17 @@ class Segment:
     def is_full(self) -> bool:
         """Whether every place holds a token, so that tokens and places are the same memory."""
         return self.tokens[1] == self.num_chunks * self.chunk_size
+
+    @property
+    def alone(self) -> Segment:
+        """The same chunks of tensors that hold the segment's tokens alone (:meth:`own`)."""
+        first, count = self.tokens
+        return replace(self, start=self.start - first, tokens=(0, count))
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the segment's part of ``x [tokens, H, D]``, a view."""
+        first, count = self.tokens
+        return x[first : first + count]
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[H, n, C, D]`` from ``x [tokens, H, D]``, zero in empty places; a view of one head's full chunks."""

@@ -6,7 +6,9 @@ import sys
 
 import torch
 
+from statex_dist.ops.features import Features
 from statex_dist.ops.gla import gla
+from statex_dist.state.geometry import FeatureMap
 from tests.ops.interpreter import enter_interpreter
 from tests.ops.scan_cases import assert_close, borders, gla_inputs, run_with_gradients
 
@@ -44,6 +46,40 @@ CASES = {
     "a transposed M": {"tokens": 40, "mix": "transposed", "chunk_size": 16},
     "no final states": {"lengths": [30, 30], "chunk_size": 16, "segment_chunks": 1, "wants_final": False},
     "bf16, mixed": {"tokens": 70, "mix": "random", "chunk_size": 32, "dtype": torch.bfloat16, "tolerance": 2e-2},
+    "features": {
+        "tokens": 33,
+        "keys": 7,
+        "values": 6,
+        "chunk_size": 16,
+        "segment_chunks": 1,
+        "features": {"rolls": [3, 1]},
+    },
+    "squares after relu, at the old norms, packed": {
+        "lengths": [20, 1, 0, 9],
+        "heads": 1,
+        "keys": 5,
+        "values": 8,
+        "chunk_size": 16,
+        "segment_chunks": 2,
+        "features": {"rolls": [0, 2], "relu": True, "match_norm": True},
+    },
+    "features, strong gates": {
+        "tokens": 20,
+        "heads": 1,
+        "gate": "constant:-50",
+        "chunk_size": 16,
+        "keys": 6,
+        "features": {"rolls": [1]},
+    },
+    "features, bf16": {
+        "tokens": 30,
+        "heads": 1,
+        "keys": 9,
+        "chunk_size": 32,
+        "features": {"rolls": [1, 2], "match_norm": True},
+        "dtype": torch.bfloat16,
+        "tolerance": 2e-2,
+    },
     "bf16": {"tokens": 150, "chunk_size": 64, "dtype": torch.bfloat16, "tolerance": 2e-2},
 }
 
@@ -63,6 +99,7 @@ def compare(
     *,
     lengths: list[int] | None = None,
     mix: str | None = None,
+    features: dict | None = None,
     segment_chunks: int = 100,
     chunk_size: int | None = None,
     gate: str = "soft",
@@ -77,18 +114,26 @@ def compare(
     inputs = {name: x if name == "g" else x.to(dtype).double() for name, x in gla_inputs(**sizes, gate=gate).items()}
     matrix = None if mix is None else mixing_matrix(mix, sizes["heads"])
     width = sizes["values"] * (1 if matrix is None else matrix.shape[1])
+    keys, products = sizes["keys"], None if features is None else FeatureMap(**features)
+    if products is not None:
+        keys *= products.factor
+        gains = torch.randn(sizes["heads"], keys - sizes["keys"], generator=torch.Generator().manual_seed(2))
+        inputs["gain"] = gains.double()
+        inputs["k"][:, 3] = 0  # its norm has no gradient
     sequences = len(lengths) if lengths else sizes.get("batch", 1)
     rng = torch.Generator().manual_seed(1)
-    state = torch.randn(sequences, sizes["heads"], sizes["keys"], width, generator=rng, dtype=torch.float64)
+    state = torch.randn(sequences, sizes["heads"], keys, width, generator=rng, dtype=torch.float64)
     options = {"cu_seqlens": borders(lengths) if lengths else None}
 
-    def scan(*args, **kwargs):
-        out, final = gla(*args, **kwargs, output_final_state=wants_final)
+    def scan(gain=None, **kwargs):
+        if products is not None:
+            kwargs |= {"features": Features(products, gain)}
+        out, final = gla(**kwargs, output_final_state=wants_final)
         return out, out.new_zeros(()) if final is None else final
 
     expected = run_with_gradients(scan, inputs, backend="naive", initial_state=state, mix=matrix, **options)
-    narrow = {name: x.to(torch.float32 if name == "g" else dtype) for name, x in inputs.items()}
-    state_bytes = sizes["heads"] * sizes["keys"] * width * dtype.itemsize
+    narrow = {name: x.to(torch.float32 if name in ("g", "gain") else dtype) for name, x in inputs.items()}
+    state_bytes = sizes["heads"] * keys * width * dtype.itemsize
     actual = run_with_gradients(
         scan,
         narrow,

@@ -23,13 +23,13 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one program may use, by compute capability (CUDA C++ programming guide)."""
 
 POINTERS = {
-    "input": "q k queries keys out dscores dqueries dkeys dq dk states starts reads",
-    "fp32": "g prefix total carried initial final mix dfinal dinitial dtotal dmix dg",
+    "input": "q k queries keys out dscores dqueries dkeys dq dk states starts reads x dwide dx",
+    "fp32": "g prefix total carried initial final mix dfinal dinitial dtotal dmix dg gain partial",
     "i64": "start",
-    "i32": "length sequence is_first is_last",
+    "i32": "length sequence is_first is_last rolls",
 }
 NUMBERS = {"scale": "fp32"}
-DIVISIBLE = ("width", "height", "block")
+DIVISIBLE = ("width", "height", "block", "gates")
 """Multiples of 16 at full size, which Triton compiles for."""
 
 SPILLED_BYTES = 64
@@ -40,15 +40,23 @@ def kernels() -> dict[str, tuple]:
     """Each kernel with its constants and tuning choices, at the default chunk size."""
     from triton import Config
 
-    from statex_dist.ops.gla.triton import carry, gates, scores
+    from statex_dist.ops.gla.triton import carry, features, gates, scores
 
-    chunk = {"CHUNK": 256, "BLOCK": 64}
+    chunk = {"CHUNK": 256, "BLOCK": 64, "REPEATED": False}
+    products = {"HAS_GAIN": True, "RELU": True, "MATCH_NORM": True, "ROWS": 16, "COLUMNS": 256}
     flags = {"HAS_INITIAL": True, "ROWS": 16, "COLUMNS": 128}
     fixed = [Config({}, num_warps=4)]
     return {
         "pregate": (gates.pregate_kernel, {**chunk, "COLUMNS": 64}, [Config({}, num_warps=8)]),
         "scores": (scores.scores_kernel.fn, chunk, scores.scores_kernel.configs),
         "input_gradients": (scores.input_gradients_kernel.fn, chunk, scores.input_gradients_kernel.configs),
+        "input_gradients, features": (
+            scores.input_gradients_kernel.fn,
+            {**chunk, "REPEATED": True},
+            scores.input_gradients_kernel.configs,
+        ),
+        "widen": (features.widen_kernel, products, fixed),
+        "narrow": (features.narrow_kernel, products, [Config({}, num_warps=8)]),
         "carry_states": (carry.carry_states_kernel, {**flags, "HAS_FINAL": True}, fixed),
         "carry_gradients": (carry.carry_gradients_kernel, {**flags, "HAS_MIX": True, "HAS_FINAL": True}, fixed),
     }
@@ -106,7 +114,14 @@ def spilled_bytes(compiled, arch: int, directory: Path) -> int:
         pytest.param(100, "bf16", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("name", ["pregate", "scores", "input_gradients", "carry_states", "carry_gradients"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pregate", "scores", "input_gradients", "carry_states", "carry_gradients"),
+        "narrow",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("widen", "input_gradients, features")),
+    ],
+)
 def test_kernel_compiles_and_fits(name, arch, dtype, tmp_path):
     kernel, constants, configs = kernels()[name]
     spills = {}

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from statex_dist.errors import ConfigError
 from statex_dist.ops.delta_rule import delta_rule
+from statex_dist.ops.features import Features
 from statex_dist.ops.gla import gla
 from statex_dist.ops.gla.triton.segments import cut_segments
 from statex_dist.ops.ssd import ssd
+from statex_dist.state.geometry import FeatureMap
 from tests.ops.scan_cases import assert_close, borders, delta_inputs, gla_inputs, run_with_gradients, ssd_inputs
 from tests.raising import raises
 
@@ -55,6 +57,52 @@ def test_equals_the_recurrence(lengths, partners, chunk_size, chunks_per_segment
         **options,
     )
     assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "products",
+    [
+        FeatureMap(rolls=[2, 1]),
+        FeatureMap(rolls=[1, 0], relu=True),
+        FeatureMap(rolls=[1], match_norm=True),
+        FeatureMap(rolls=[0, 2], relu=True, match_norm=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [[50], [0, 17, 1, 33]], ids=str)
+def test_features_equal_the_recurrence_on_widened_inputs(products, lengths):
+    inputs = gla_inputs(tokens=sum(lengths), heads=2, keys=KEYS, values=VALUES)
+    inputs["k"][:, 3] = 0
+    rng = torch.Generator().manual_seed(7)
+    keys = KEYS * products.factor
+    inputs["gain"] = torch.randn(2, keys - KEYS, generator=rng, dtype=torch.float64)
+    options = {
+        "cu_seqlens": borders(lengths),
+        "initial_state": torch.randn(len(lengths), 2, keys, VALUES, generator=rng, dtype=torch.float64),
+    }
+
+    def scan(gain, **rest):
+        return gla(**rest, features=Features(products, gain))
+
+    expected = run_with_gradients(scan, inputs, backend="naive", **options)
+    actual = run_with_gradients(scan, inputs, backend="triton", chunk_size=16, max_state_bytes=1, **options)
+    assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("keys", "values"), [(7, 5), (32, 16)])
+def test_gains_of_zero_change_nothing(keys, values, dtype):
+    """Outputs and the old rows of the states equal those without features to the last bit, in equal segments."""
+    inputs = gla_inputs(tokens=70, heads=2, keys=keys, values=values)
+    inputs = {name: x.to(torch.float32 if name == "g" else dtype) for name, x in inputs.items()}
+    state = torch.randn(2, 2, 3 * keys, values)
+    features = Features(FeatureMap(rolls=[1, 0]), torch.zeros(2, 2 * keys))
+    options = {"cu_seqlens": borders([30, 40]), "chunk_size": 16, "max_state_bytes": 1, "backend": "triton"}
+    with torch.no_grad():
+        plain, after = gla(**inputs, initial_state=state[:, :, :keys].contiguous(), **options)
+        wide, wide_after = gla(**inputs, features=features, initial_state=state, **options)
+    assert torch.equal(wide, plain)
+    assert torch.equal(wide_after[:, :, :keys], after)
 
 
 def test_batches_are_sequences():
@@ -131,10 +179,15 @@ class LiveStorages(TorchDispatchMode):
         return out
 
 
-def test_memory_beside_inputs_and_outputs_does_not_grow_with_the_sequence():
-    """Forward and backward pass hold one segment's tensors, and a state per segment."""
+@pytest.mark.parametrize("rolls", [None, [1, 2, 3]], ids=["plain", "features"])
+def test_memory_beside_inputs_and_outputs_does_not_grow_with_the_sequence(rolls):
+    """Forward and backward pass hold one segment's tensors, wide or not, and a state per segment."""
     keys, values, chunk = 32, 64, 16
-    state = keys * values * 8
+    features = None
+    if rolls is not None:
+        keys = keys // (1 + len(rolls))
+        features = Features(FeatureMap(rolls=rolls), torch.randn(1, len(rolls) * keys, dtype=torch.float64))
+    state = 32 * values * 8
 
     def most(chunks: int, max_states: int) -> int:
         inputs = gla_inputs(tokens=chunks * chunk, heads=1, keys=keys, values=values)
@@ -144,6 +197,7 @@ def test_memory_beside_inputs_and_outputs_does_not_grow_with_the_sequence():
                 *leaves,
                 backend="triton",
                 chunk_size=chunk,
+                features=features,
                 max_state_bytes=max_states * state,
                 output_final_state=False,
             )
@@ -217,6 +271,15 @@ def test_states_of_another_shape_are_refused():
 def test_bad_options(options, message):
     with pytest.raises(ConfigError, match=message):
         gla(**gla_inputs(tokens=20), backend="triton", **options)
+
+
+def test_features_that_do_not_fit_are_refused():
+    """The kernels would read after the gains' end; the mixing matrix and features never occur in one layer."""
+    inputs, products = gla_inputs(tokens=20, heads=2, keys=5), FeatureMap(rolls=[1])
+    with raises(ValueError, "gains", "(2, 5)", "(1, 5)"):
+        gla(**inputs, backend="triton", features=Features(products, torch.zeros(1, 5)))
+    with raises(ConfigError, "mixed", "features"):
+        gla(**inputs, backend="triton", features=Features(products, torch.zeros(2, 5)), mix=torch.ones(2, 2))
 
 
 def test_other_dtypes_are_refused():

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from statex_dist.ops.features import Features
 from statex_dist.ops.gla import gla
-from statex_dist.state.geometry import MAX_STATE_BYTES
+from statex_dist.state.geometry import MAX_STATE_BYTES, FeatureMap
 from tests.ops.scan_cases import borders, gla_inputs, run_with_gradients
 
 pytestmark = [
@@ -92,6 +93,26 @@ def test_odd_sizes_packed(partners, gate, dtype):
         assert (actual["dg"].double() - expected["dg"]).abs().max() < TOLERANCE[dtype]
         del found["dg"]
     assert max(found.values()) < TOLERANCE[dtype] * (5 if gate == "bursty" else 1), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("products", [FeatureMap(rolls=[3, 1]), FeatureMap(rolls=[0], relu=True, match_norm=True)])
+def test_features_packed(products, dtype):
+    lengths = [700, 1, 0, 256, 43]
+    inputs = gla_inputs(tokens=sum(lengths), heads=4, keys=200, values=300)
+    inputs = {name: x.to("cuda", torch.float32 if name == "g" else dtype) for name, x in inputs.items()}
+    inputs["gain"] = torch.randn(4, 200 * (products.factor - 1), device="cuda")
+    state = torch.randn(len(lengths), 4, 200 * products.factor, 300, device="cuda")
+    options = {"scale": 0.1, "cu_seqlens": borders(lengths).cuda()}
+
+    def scan(gain, **rest):
+        return gla(**rest, features=Features(products, gain))
+
+    wide = {name: x.double() for name, x in inputs.items()}
+    expected = run_with_gradients(scan, wide, backend="chunked", initial_state=state.double(), **options)
+    actual = run_with_gradients(scan, inputs, backend="triton", initial_state=state, max_state_bytes=2**24, **options)
+    found = errors(actual, expected)
+    assert max(found.values()) < TOLERANCE[dtype], found
 
 
 def test_two_runs_agree_to_the_bit():
