@@ -15,7 +15,9 @@ import torch
 
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
+from statex_dist.ops.features import Features
 from statex_dist.ops.head_mixing import mix_outputs, partner_values, spread_values
+from statex_dist.ops.mitigations import Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +33,10 @@ class Forms(NamedTuple):
     Attributes:
         has_kernels: Whether the library of ``kernel`` is installed.
         naive: Token by token.
-        kernel: Another library's.
+        kernel: Another library's; the only one that knows no features.
         chunked: In PyTorch; takes ``chunk_size`` too, and values as a list of each partner's.
         across: What carries a state across ranks.
+        widened: Returns inputs of ``kernel`` that have the features as further key channels.
         triton: Our own kernels, or None; they take the mixing matrix themselves.
     """
 
@@ -42,6 +45,7 @@ class Forms(NamedTuple):
     kernel: Scan
     chunked: Scan
     across: Scan
+    widened: Callable[[Tensors, Features], Tensors]
     triton: Callable[..., tuple[torch.Tensor, Any]] | None = None
 
 
@@ -86,6 +90,7 @@ def mixed_scan(
     inputs: tuple[torch.Tensor, ...],
     *,
     mix: torch.Tensor | None,
+    features: Features | None,
     chunk_size: int | None,
     context: ContextShare | None,
     initial_state: torch.Tensor | None,
@@ -102,14 +107,20 @@ def mixed_scan(
         forms: The implementations of the recurrence.
         inputs: ``q, k, v`` and the rest.
         mix: ``[H, r]`` mixing matrix or None.
+        features: Products that are key channels of the state too, or None.
         chunk_size: Of the chunked form.
         context: This rank's share or None.
         initial_state: ``[S, H, K, r V]`` or None for zero.
         fits_triton: As for :func:`pick_backend`.
         options: Further options of the forms, ``scale`` among them.
     """
+    backend = pick_backend(backend, inputs[0], forms.has_kernels, fits_triton=fits_triton)
+    narrow = inputs
+    if backend == "kernel" and features is not None:
+        inputs = forms.widened(inputs, features)
+    if backend != "kernel" and features is not None:
+        options["features"] = features
     q, k, v, *rest = inputs
-    backend = pick_backend(backend, q, forms.has_kernels, fits_triton=fits_triton)
     options["initial_state"] = initial_state if context is None else None
     if backend == "triton":
         assert forms.triton is not None
@@ -121,7 +132,9 @@ def mixed_scan(
         scan = forms.naive if backend == "naive" else forms.kernel
         o, state = scan(q, k, v if mix is None else spread_values(v, mix.shape[1]), *rest, **options)
     if context is not None:
-        added, state = forms.across(context, inputs, state[-1:], initial_state, scale=options["scale"])
+        added, state = forms.across(
+            context, narrow, state[-1:], initial_state, scale=options["scale"], features=features
+        )
         if backend == "triton" and mix is not None:
             added = mix_outputs(added, mix)
         o = add_to_first(o, added)

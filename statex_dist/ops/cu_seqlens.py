@@ -9,7 +9,7 @@ are sorted by length and chunks ordered by their position within the sequence: t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from statex_dist.errors import ConfigError
+from statex_dist.ops.chunk_groups import Body, ChunkRun
 
 
 def read_borders(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ def sequence_index(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChunkLayout:
+class ChunkLayout(ChunkRun):
     """Positions of ``num_chunks x chunk_size`` places in a flat row of tokens.
 
     Attributes:
@@ -67,7 +68,6 @@ class ChunkLayout:
         chunk_size: Tokens per chunk.
         gather: ``[num_chunks * chunk_size]`` index of each place's token; filler places hold the number of tokens.
         scatter: ``[num_tokens]`` place of each token.
-        active: Number of sequences that have a chunk at position 0, 1, ...
         order: ``[S]`` sequence of each rank, longest first.
         rank: ``[S]`` rank of each sequence.
         identity: Whether ``gather`` is 0, 1, 2, ..., so that a view suffices.
@@ -77,7 +77,6 @@ class ChunkLayout:
     chunk_size: int
     gather: torch.Tensor
     scatter: torch.Tensor
-    active: tuple[int, ...]
     order: torch.Tensor
     rank: torch.Tensor
     identity: bool
@@ -89,11 +88,6 @@ class ChunkLayout:
             flat = _Rearrange.apply(flat, self.gather, self.scatter)
         return flat.unflatten(0, (self.num_chunks, self.chunk_size)).transpose(1, 2)
 
-    def to_wide_chunks(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return :meth:`to_chunks` of each tensor, in fp32 (float64 where the first is)."""
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        return tuple(self.to_chunks(x).to(wide) for x in tensors)
-
     def from_chunks(self, x: torch.Tensor, batch: int) -> torch.Tensor:
         """Return ``[B, T, H, ...]`` from ``x [num_chunks, H, chunk_size, ...]``: the inverse of :meth:`to_chunks`."""
         flat = x.transpose(1, 2).flatten(0, 1)
@@ -103,87 +97,70 @@ class ChunkLayout:
 
     def scan_values(
         self,
+        body: Body,
+        inputs: Sequence[torch.Tensor],
         v: torch.Tensor | Sequence[torch.Tensor],
         initial_state: torch.Tensor | None,
-        scan: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+        rows: Sequence[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a chunked scan over values ``[B, T, H, V]``, or over several that stand side by side, each by itself.
 
         Args:
+            body: Takes the chunks of ``inputs`` and of each value, and for each value the states of each block of rows.
+            inputs: ``[B, T, ...]`` each.
             v: The values.
             initial_state: ``[S, H, K, V]``, side by side as the values are, or None.
-            scan: Takes values in chunks and the state before them; returns outputs in chunks and the final state.
+            rows: Sizes of the blocks of a state's rows. With more than one block the body makes wide tensors, and runs
+                over groups of chunks.
 
         Returns:
             Outputs ``[B, T, H, V]`` in the values' dtype and final states, side by side.
         """
         values = [v] if isinstance(v, torch.Tensor) else v
-        states = [None] * len(values) if initial_state is None else initial_state.chunk(len(values), dim=-1)
-        outputs, finals = [], []
-        for value, state in zip(values, states, strict=True):
-            out, final = scan(self.to_chunks(value), state)
-            outputs.append(self.from_chunks(out, len(value)).to(value.dtype))
-            finals.append(final)
-        if len(values) == 1:
-            return outputs[0], finals[0]
-        return torch.cat(outputs, dim=-1), torch.cat(finals, dim=-1)
-
-    def carry(
-        self, decay: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run ``S <- decay * S + update`` over the chunks of every sequence.
-
-        Args:
-            decay: Per chunk ``[num_chunks, ...]``, broadcastable to ``update``.
-            update: Per chunk ``[num_chunks, ...state]``.
-            initial_state: ``[S, ...state]`` or None for zero.
-
-        Returns:
-            The state at the start of each chunk ``[num_chunks, ...state]`` and final states ``[S, ...state]``.
-        """
-        state = self.first_state(update, initial_state)
-        starts, final = self.scan(lambda S, d, u: (torch.addcmul(u, S, d), S), state, decay, update)
-        return (starts if starts is not None else update), final
+        wide = torch.promote_types(inputs[0].dtype, torch.float32)
+        given = [None] * len(values) if initial_state is None else initial_state.chunk(len(values), dim=-1)
+        states = []
+        for value, state in zip(values, given, strict=True):
+            parts = [None] * len(rows) if state is None else state.split(list(rows), dim=-2)
+            for size, part in zip(rows, parts, strict=True):
+                like = value.new_zeros(0, value.shape[2], size, value.shape[3], dtype=wide)
+                states.append(self.first_state(like, part))
+        chunks = [self.to_chunks(x) for x in (*inputs, *values)]
+        width = sum(rows) * values[0].shape[2] * (2 * self.chunk_size + 2 * sum(x.shape[3] for x in values))
+        outputs, finals = self.run_chunks(body, chunks, states, width * wide.itemsize if len(rows) > 1 else None)
+        out = [self.from_chunks(o, len(value)).to(value.dtype) for o, value in zip(outputs, values, strict=True)]
+        final = [join(finals[i : i + len(rows)], dim=-2) for i in range(0, len(finals), len(rows))]
+        return join(out, dim=-1), join(final, dim=-1)
 
     def first_state(self, like: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
-        """Return the states ``[S, ...]`` before each sequence's first chunk, in the order of :meth:`scan`.
+        """Return the states ``[S, ...]`` before each sequence's first chunk, by rank.
 
         Args:
-            like: Per chunk ``[num_chunks, ...state]``.
+            like: ``[any, ...state]``.
             initial_state: ``[S, ...state]`` or None for zero.
         """
         if initial_state is None:
             return like.new_zeros(len(self.order), *like.shape[1:])
         return initial_state.to(like.dtype).index_select(0, self.order)
 
-    def scan(
-        self,
-        step: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-        state: torch.Tensor,
-        *per_chunk: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Run a recurrence over the chunks of every sequence, all sequences at once.
+    def run_chunks(
+        self, body: Body, chunks: Sequence[torch.Tensor], states: Sequence[torch.Tensor], chunk_bytes: int | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run a body over all chunks, from states of :meth:`first_state`; return outputs and final states ``[S, ...]``.
 
         Args:
-            step: Called with the states of the running sequences and their chunks' slices of ``per_chunk``; returns
-                the states after these chunks and an output per chunk.
-            state: From :meth:`first_state`.
-            per_chunk: Tensors ``[num_chunks, ...]``.
-
-        Returns:
-            The outputs ``[num_chunks, ...]`` (None without chunks) and final states ``[S, ...]``.
+            body: As for :meth:`run`.
+            chunks: Tensors ``[num_chunks, ...]``.
+            states: Tensors ``[S, ...]``, by rank.
+            chunk_bytes: As for :meth:`run`.
         """
-        outputs: list[torch.Tensor] = []
-        ended: list[torch.Tensor] = []
-        sizes = list(self.active)
-        for count, *slices in zip(sizes, *(x.split(sizes) for x in per_chunk), strict=True):
-            if count < len(state):
-                ended.append(state[count:])
-                state = state[:count]
-            state, output = step(state, *slices)
-            outputs.append(output)
-        ended.append(state)
-        return (torch.cat(outputs) if outputs else None), torch.cat(ended[::-1]).index_select(0, self.rank)
+        outputs, finals = self.run(body, chunks, states, chunk_bytes)
+        return outputs, [state.index_select(0, self.rank) for state in finals]
+
+
+def join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate tensors; one alone is returned as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
 
 
 class _Rearrange(torch.autograd.Function):
@@ -310,6 +287,11 @@ def power_of_two_layout(x: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_
     """Return the layout of ``x [B, T, ...]``, packed or not, in chunks of :func:`power_of_two_chunks`."""
     lengths = sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
     return chunk_layout(lengths, power_of_two_chunks(lengths, chunk_size), x.device)
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in fp32, or in float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def reverse_cumsum(x: torch.Tensor, dim: int) -> torch.Tensor:

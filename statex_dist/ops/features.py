@@ -9,6 +9,7 @@ features: the old channels and their decays are not touched. Products are comput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,46 @@ class Features(NamedTuple):
     map: FeatureMap
     gain: torch.Tensor
 
+    def of_chunks(self) -> Features:
+        """Return the features of tensors ``[..., G, tokens, K]``, in place of ``[..., G, K]``."""
+        return Features(self.map, self.gain.unsqueeze(-2))
+
+    def repeated(self, times: int) -> Features:
+        """Return the features of keys that ``times`` heads of a group each have a copy of."""
+        return Features(self.map, self.gain.repeat_interleave(times, dim=0))
+
+
+def state_blocks(key_dim: int, features: Features | None) -> tuple[int, ...]:
+    """Return the sizes of the blocks of a state's rows: ``key_dim`` projected channels, and their products if any."""
+    return (key_dim,) if features is None else (key_dim, key_dim * (features.map.factor - 1))
+
+
+def block_sizes(rows: int, projected: int | None) -> list[int]:
+    """Return the sizes of the blocks of a state with ``rows`` rows, of which ``projected`` are of no products."""
+    return [rows] if projected is None else [projected, rows - projected]
+
+
+def join_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of one part or two: that of the projected channels, and that of their products.
+
+    A product over all channels at once may sum in another order, and a gain of zero would not give the exact numbers of
+    the layer without features.
+    """
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def decayed(x: torch.Tensor, decays: torch.Tensor) -> torch.Tensor:
+    """Return ``x [..., n K]`` times decays ``[..., K]`` of each block of ``K`` channels, or ``[..., 1]`` of all."""
+    if decays.shape[-1] in (1, x.shape[-1]):
+        return x * decays
+    return (x.unflatten(-1, (-1, decays.shape[-1])) * decays.unsqueeze(-2)).flatten(-2)
+
+
+def decay_rows(decays: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return ``[..., rows, 1]`` decays of a state's rows from those of ``K`` channels, ``[..., K, 1]``."""
+    keys = decays.shape[-2]
+    return decays if keys in (1, rows) else torch.cat([decays] * (rows // keys), dim=-2)
+
 
 def products(x: torch.Tensor, features: FeatureMap) -> torch.Tensor:
     """Return ``phi(x) [..., n K]`` of ``x [..., K]``, in fp32 (float64 for float64).
@@ -46,20 +87,29 @@ def products(x: torch.Tensor, features: FeatureMap) -> torch.Tensor:
     return blocks
 
 
-def with_products(x: torch.Tensor, features: Features, *, gain: bool) -> torch.Tensor:
-    """Return ``[x ; phi(x)]`` of ``x [..., G, K]``, times the gains where ``gain``, in ``x``'s dtype."""
-    added = products(x, features.map)
-    if gain:
-        added = added * features.gain.to(added.dtype)
-    return torch.cat([x, added.to(x.dtype)], dim=-1)
+def linear_products(q: torch.Tensor, k: torch.Tensor, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``gain phi(q)`` and ``phi(k)`` of ``q, k [..., G, K]``: further channels of linear attention, in fp32."""
+    added = products(q, features.map)
+    return added * features.gain.to(added.dtype), products(k, features.map)
 
 
-def normalised_with_products(x: torch.Tensor, features: Features) -> torch.Tensor:
-    """Return ``[x ; gain phi(x)] / sqrt(1 + |gain phi(x)|^2)``, of norm 1 where ``x [..., G, K]`` has norm 1."""
-    added = products(x, features.map)
+def delta_products(
+    q: torch.Tensor, k: torch.Tensor, features: Features
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``phi(q)``, and for the keys the results of :func:`delta_keys`."""
+    return products(q, features.map), *delta_keys(k, features)
+
+
+def delta_keys(k: torch.Tensor, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return further key channels of a delta rule, and the factor ``[..., G, 1]`` of the old ones, in fp32.
+
+    With ``f = 1 / sqrt(1 + |gain phi(k)|^2)`` they are ``f gain phi(k)``, and ``f`` is the factor, 1 to the last bit at
+    a gain of zero. The norm of a key of norm 1 stays 1.
+    """
+    added = products(k, features.map)
     added = added * features.gain.to(added.dtype)
     factor = torch.rsqrt(1 + added.square().sum(-1, keepdim=True))
-    return torch.cat([x.to(added.dtype), added], dim=-1).mul(factor).to(x.dtype)
+    return added * factor, factor
 
 
 def repeated_decays(g: torch.Tensor, key_dim: int, features: Features) -> torch.Tensor:
@@ -71,22 +121,26 @@ def repeated_decays(g: torch.Tensor, key_dim: int, features: Features) -> torch.
 
 
 def widened_gla(inputs: Tensors, features: Features) -> Tensors:
-    """Return ``q, k, v, g`` of linear attention with the products as further key channels."""
+    """Return ``q, k, v, g`` of linear attention with the products as further key channels, in the inputs' dtypes."""
     q, k, v, g = inputs
-    keys = q.shape[-1]
-    q, k = (with_products(x, features, gain=gain) for x, gain in ((q, True), (k, False)))
-    return q, k, v, repeated_decays(g, keys, features)
+    added_q, added_k = linear_products(q, k, features)
+    return _beside(q, added_q), _beside(k, added_k), v, repeated_decays(g, q.shape[-1], features)
 
 
 def widened_delta(inputs: Tensors, features: Features) -> Tensors:
-    """Return ``q, k, v, g, beta`` of a delta rule with the products as further key channels."""
+    """Return ``q, k, v, g, beta`` of a delta rule with the products as further key channels, in the inputs' dtypes."""
     q, k, v, g, beta = inputs
-    keys = q.shape[-1]
-    q, k = with_products(q, features, gain=False), normalised_with_products(k, features)
-    return q, k, v, repeated_decays(g, keys, features), beta
+    added_q, added_k, factor = delta_products(q, k, features)
+    k = _beside((k.to(factor.dtype) * factor).to(k.dtype), added_k)
+    return _beside(q, added_q), k, v, repeated_decays(g, q.shape[-1], features), beta
 
 
 def widened_ssd(inputs: Tensors, features: Features) -> Tensors:
-    """Return ``x, dt, A, B, C`` of Mamba2 with the products as further state rows."""
+    """Return ``x, dt, A, B, C`` of Mamba2 with the products as further state rows, in the inputs' dtypes."""
     x, dt, A, B, C = inputs
-    return x, dt, A, with_products(B, features, gain=False), with_products(C, features, gain=True)
+    added_C, added_B = linear_products(C, B, features)
+    return x, dt, A, _beside(B, added_B), _beside(C, added_C)
+
+
+def _beside(x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, added.to(x.dtype)], dim=-1)

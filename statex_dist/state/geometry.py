@@ -23,6 +23,9 @@ LARGEST_PLAIN_HEAD = 256 * 512
 CHUNK_SIZE = 256
 """Tokens per chunk of long sequences in that scan. Each writes and reads one state: longer ones need less traffic and
 more arithmetic for the products inside a chunk."""
+LARGEST_DELTA_KERNEL_KEYS = 256
+"""Key channels of a head that fla-core's kernels of the delta rules take; with more the PyTorch form runs."""
+
 MAX_STATE_BYTES = 256 * 2**20
 """Bytes of the chunk states that are held at once, those of the forward pass and their gradients together."""
 

@@ -65,7 +65,8 @@ def test_carry_is_a_loop_over_each_sequence(lengths, chunk_size, with_state):
     # Values per token, equal within a chunk, so that each chunk can be found in its sequence again.
     update, decay = (torch.rand(layout.num_chunks, 2, generator=rng, dtype=torch.float64) for _ in range(2))
     initial = torch.rand(len(lengths), 2, generator=rng, dtype=torch.float64) if with_state else None
-    starts, final = layout.carry(decay, update, initial)
+    starts, final = layout.carry(decay, update, layout.first_state(update, initial))
+    final = final[layout.rank]
     chunk_of_token = layout.scatter // chunk_size
     offset = 0
     for i, length in enumerate(lengths):

@@ -7,9 +7,10 @@ import torch
 from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError
 from statex_dist.ops.backends import Backend, Forms, mixed_scan, pick_backend, warn_once
-from statex_dist.ops.delta_rule.torch_forms import chunked_delta_rule, naive_delta_rule
-from statex_dist.ops.features import Features, widened_delta
+from statex_dist.ops.delta_rule.torch_forms import chunked_delta_rule, delta_transition, naive_delta_rule
+from statex_dist.ops.features import Features, state_blocks, widened_delta
 from statex_dist.ops.fla_api import delta_backward_obstacle, fla_delta_rule, has_fla
+from statex_dist.state.geometry import LARGEST_DELTA_KERNEL_KEYS
 
 
 def delta_rule(
@@ -51,23 +52,24 @@ def delta_rule(
         Output ``[B, T, HV, V]`` and final states ``[S, HV, K, r V]``.
 
     Raises:
-        ConfigError: The backend is unknown, or ``kernel`` cannot compute the gradients on this machine.
+        ConfigError: The backend is unknown, or ``kernel`` cannot compute the gradients on this machine, or has more key
+            channels than it can take (:data:`statex_dist.state.geometry.LARGEST_DELTA_KERNEL_KEYS`).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs: tuple[torch.Tensor, ...] = (q, k, v, g, beta)
-    if features is not None:
-        inputs = widened_delta(inputs, features)
+    inputs = (q, k, v, g, beta)
     return mixed_scan(
-        _trainable(backend, inputs),
+        _fitting(backend, inputs, features),
         Forms(
             has_kernels=has_fla,
             naive=naive_delta_rule,
             kernel=fla_delta_rule,
             chunked=chunked_delta_rule,
             across=delta_across,
+            widened=widened_delta,
         ),
         inputs,
         mix=mix,
+        features=features,
         chunk_size=chunk_size,
         context=context,
         initial_state=initial_state,
@@ -76,13 +78,22 @@ def delta_rule(
     )
 
 
-def _trainable(asked: Backend, inputs: tuple[torch.Tensor, ...]) -> Backend:
-    """Return the backend asked for, or ``chunked`` where its kernel cannot compute gradients that are needed.
+def _fitting(asked: Backend, inputs: tuple[torch.Tensor, ...], features: Features | None) -> Backend:
+    """Return the backend asked for, or ``chunked`` where the kernel cannot run or compute gradients that are needed.
 
     Raises:
         ConfigError: The kernel was asked for by name and cannot.
     """
-    if pick_backend(asked, inputs[0], has_fla) != "kernel" or inputs[3].shape[-1] > 1:  # KDA: another backward pass
+    if pick_backend(asked, inputs[0], has_fla) != "kernel":
+        return asked
+    keys = sum(state_blocks(inputs[0].shape[-1], features))
+    if keys > LARGEST_DELTA_KERNEL_KEYS:
+        limit = f"fla-core's kernels take at most {LARGEST_DELTA_KERNEL_KEYS} key channels a head, not {keys}"
+        if asked == "kernel":
+            raise ConfigError(f"scan backend 'kernel' cannot run this model: {limit}; use auto or chunked")
+        warn_once(f"the delta rule runs in the slower PyTorch form: {limit}")
+        return "chunked"
+    if inputs[3].shape[-1] > 1:  # KDA: another backward pass
         return asked
     needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     obstacle = delta_backward_obstacle() if needs_gradients else None
@@ -101,12 +112,19 @@ def delta_across(
     initial: torch.Tensor | None,
     *,
     scale: float,
+    features: Features | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do for the delta rule what :func:`statex_dist.ops.gla.dispatch.gla_across` does for GLA, with its arguments.
 
-    Its transition is a matrix per head, which the scan itself computes: run from the identity and without values.
+    Its transition is a matrix per head, which the scan itself computes: run from the identity and without values. With
+    features the outputs of that scan would be wide, so a second scan reads the state before the share.
     """
     q, k, _, g, beta = (x[:, : context.first_tokens] for x in inputs)
+    if features is not None:
+        before, after = context.exchange(final, delta_transition(k, g, beta, features, final.dtype), initial)
+        nothing = q.new_zeros(*beta.shape, final.shape[-1])
+        added, _ = chunked_delta_rule(q, k, nothing, g, beta, scale=scale, features=features, initial_state=before)
+        return added, after
     keys = q.shape[-1]
     identity = torch.eye(keys, dtype=final.dtype, device=q.device).expand(1, beta.shape[2], keys, keys)
     nothing = q.new_zeros(*beta.shape, keys)
