@@ -30,7 +30,8 @@ class AbsentNames(ast.NodeTransformer):
         return ast.Constant(None) if node.attr in self.absent and isinstance(node.ctx, ast.Load) else node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Leave the argument out."""
+        """Leave the argument out; one that is given by its place has the name of its parameter."""
+        node.args = [argument for argument in node.args if not self._is_absent(argument)]
         self.generic_visit(node)
         node.keywords = [keyword for keyword in node.keywords if keyword.arg not in self.absent]
         return node
@@ -45,12 +46,12 @@ class AbsentNames(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> ast.stmt | None:
         """Leave the variable out."""
         self.generic_visit(node)
-        return None if self._is_target(node.targets[0]) else node
+        return None if self._is_absent(node.targets[0]) else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
         """Leave the variable or the field out."""
         self.generic_visit(node)
-        return None if self._is_target(node.target) else node
+        return None if self._is_absent(node.target) else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt | None:
         """Leave the parameter out, or the property of this name."""
@@ -69,5 +70,5 @@ class AbsentNames(ast.NodeTransformer):
     def _is_key(self, node: ast.expr | None) -> bool:
         return isinstance(node, ast.Constant) and node.value in self.absent
 
-    def _is_target(self, node: ast.expr) -> bool:
+    def _is_absent(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Name) and node.id in self.absent

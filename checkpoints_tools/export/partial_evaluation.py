@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -254,7 +255,10 @@ def reachable(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def constant_variables(node: ast.FunctionDef) -> dict[str, Any]:
-    """Return the variables of a function that are bound once, to a constant, or before a parameter's value is read."""
+    """Return the variables of a function that are bound once, to a constant, or before a parameter's value is read.
+
+    A variable that is bound to None, and again only where it is not None, is None throughout.
+    """
     found: dict[str, list[ast.expr | None]] = {}
     for name, value in bindings(node):
         found.setdefault(name, []).append(value)
@@ -265,11 +269,25 @@ def constant_variables(node: ast.FunctionDef) -> dict[str, Any]:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             overwritten |= {statement.targets[0].id} & read
         read -= set(names(statement))
+    never = _bound_where_not_none(node)
+    single = {name: value_of(values[0]) for name, values in constants.items() if len(values) == 1}
     return {
-        name: value_of(values[0])
-        for name, values in constants.items()
-        if len(values) == 1 and len(found[name]) - (name in overwritten) == 1
+        name: value
+        for name, value in single.items()
+        if len(found[name]) - (name in overwritten) - (never[name] if value is None else 0) == 1
     }
+
+
+def _bound_where_not_none(node: ast.FunctionDef) -> Counter[str]:
+    """Return how often variables are bound in branches that ask whether they are not None."""
+    counts: Counter[str] = Counter()
+    for found in ast.walk(node):
+        match found:
+            case ast.If(
+                test=ast.Compare(left=ast.Name(id=name), ops=[ast.IsNot()], comparators=[ast.Constant(value=None)])
+            ):
+                counts[name] += sum(bound == name for part in found.body for bound, _ in bindings(part))
+    return counts
 
 
 def without_unread(node: ast.FunctionDef, body: list[ast.stmt]) -> list[ast.stmt]:

@@ -179,10 +179,11 @@ def test_an_option_that_an_export_has_not_leaves_no_trace(recipe):
             class Kind:
                 size = 2
 
+            def times(kind: Kind | None, x):
+                return x if kind is None else x * kind.size
+
             def scaled(x, *, kind: Kind | None = None, more=1):
-                if kind is not None:
-                    x = x * kind.size
-                return x + more
+                return times(kind, x) + more
             """,
         "ours.root": """
             from ours.kinds import Kind, scaled
@@ -258,6 +259,8 @@ def test_what_is_missing_or_ambiguous_is_refused(recipe):
         ("if a:\n    c = {'x': a[0]}\n    return g(**c)\nreturn b", "if a:\n    return g(x=a[0])\nreturn b"),
         ("c = {'x': b}\nb = 2\nreturn g(**c)", "c = {'x': b}\nb = 2\nreturn g(**c)"),
         ("return g(**{**a})", "return g(**a)"),
+        ("c = None\nif c is not None:\n    c = a[c]\nreturn c or b", "return b"),
+        ("c = None\nif a:\n    c = b\nreturn c", "c = None\nif a:\n    c = b\nreturn c"),
         ("return f'{a!r} {f()} {None:>3}'", "return f'{a!r} True {None:>3}'"),
         ("assert f() is True\nassert a", "assert a"),
         ("return isinstance(None, Kind) or a", "return a"),
