@@ -113,7 +113,7 @@ def expansion_code(expansion: Expansion) -> dict[str, str]:
     if not brings_code(expansion.values, model_dir):
         return {}
     assert model_dir is not None
-    return {CODE_NAME: code_of_expansion(model_dir)}
+    return {CODE_NAME: code_of_expansion(model_dir, expansion.after)}
 
 
 def check_target(expansion: Expansion, target: Path, options: WriteOptions) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoints_tools.export.absent_names import AbsentNames
 from checkpoints_tools.export.interprocedural import (
     Uses,
     drop_unread_fields,
@@ -23,8 +24,9 @@ from checkpoints_tools.export.interprocedural import (
     known_properties,
     result_of,
 )
-from checkpoints_tools.export.partial_evaluation import Known, PartialEvaluator, bindings, dotted
+from checkpoints_tools.export.partial_evaluation import Known, PartialEvaluator
 from checkpoints_tools.export.source_text import SourceText, Writer, import_lines, without_roles
+from checkpoints_tools.export.syntax import bindings, dotted
 
 _ROOT = Path(__file__).parents[2]
 _CALLED_BY_TORCH = {"forward", "backward"}
@@ -46,6 +48,7 @@ class BundleSpec:
         dropped: Members that are removed from all other classes.
         bare: Classes whose subclasses are no data classes here: they lose fields and decorators.
         known: Facts that are known before the program runs.
+        absent: Names of options, such as parameters and fields, that are None throughout: they are left out.
     """
 
     root: str
@@ -58,6 +61,7 @@ class BundleSpec:
     dropped: frozenset[str]
     bare: frozenset[str]
     known: Known
+    absent: frozenset[str] = frozenset()
 
 
 class BundleError(Exception):
@@ -181,6 +185,8 @@ class _Bundle:
         self.emitted[found] = emitted
         source = self._module(place)
         definition = _Definition(source, copy.deepcopy(source.definitions[name]))
+        if self.spec.absent:
+            definition.nodes = [AbsentNames(self.spec.absent).visit(node) for node in definition.nodes]
         self._evaluate(definition)
         self.program[emitted] = definition
         try:
@@ -306,17 +312,15 @@ class _Bundle:
     def _keep_reached(self) -> set[str]:
         """Leave out definitions and members that the wanted names do not reach; return the attributes in use."""
         reached, attributes = set(self.spec.names), set(_CALLED_BY_TORCH)
+        read: dict[int, tuple[set[str], set[str]]] = {}
         size = -1
         while size != (size := len(reached) + len(attributes)):
             for name in [name for name in self.program if name in reached]:
                 for part in self._live_parts(self.program[name], attributes):
-                    for node in ast.walk(part):
-                        if isinstance(node, ast.Name):
-                            reached.add(node.id)
-                        elif isinstance(node, ast.Attribute):
-                            attributes.add(node.attr)
-                        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
-                            attributes.add(ast.unparse(node.args[1]).strip("'"))
+                    if id(part) not in read:
+                        read[id(part)] = _read_names(part)
+                    reached |= read[id(part)][0]
+                    attributes |= read[id(part)][1]
         self.program = {name: d for name, d in self.program.items() if name in reached}
         for definition in self.program.values():
             if isinstance(main := definition.main, ast.ClassDef) and not self._is_whole(definition):
@@ -362,6 +366,8 @@ class _Bundle:
             inside = [node for part in definition.nodes for node in ast.walk(part)]
             if any(isinstance(node, ast.Import | ast.ImportFrom) for node in inside):
                 raise BundleError(f"{definition.module.name} imports inside of a function, which the export would need")
+            if left := self.spec.absent & {name for part in definition.nodes for name in _bound(part)}:
+                raise BundleError(f"{definition.module.name} still sets {sorted(left)[0]}, which the export has not")
         parts = [import_lines(external)]
         for place in self._order():
             found = [d for d in self.program.values() if d.module.name == place]
@@ -427,6 +433,19 @@ def _imported(node: ast.Import | ast.ImportFrom, module: str, *, is_package: boo
         above = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
         base = ".".join([*above, *([node.module] if node.module else [])])
     return {alias.asname or alias.name: (base, alias.name) for alias in node.names}
+
+
+def _read_names(part: ast.AST) -> tuple[set[str], set[str]]:
+    """Return the names and the attributes that a part of a program reads or sets."""
+    found, attributes = set(), set()
+    for node in ast.walk(part):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            attributes.add(node.attr)
+        elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "hasattr"):
+            attributes.add(ast.unparse(node.args[1]).strip("'"))
+    return found, attributes
 
 
 def _is_text(member: ast.stmt, owner: ast.ClassDef) -> bool:

@@ -23,6 +23,7 @@ from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.config_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
 from statex_dist.models.mamba2.config import Mamba2Config
 from statex_dist.models.registry import family_of
+from statex_dist.state.geometry import FeatureMap
 
 Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
@@ -116,9 +117,24 @@ def brings_code(values: dict[str, Any], model_dir: Path | None) -> bool:
     return values.get("auto_map") == AUTO_MAP and model_dir is not None and (model_dir / CODE_NAME).is_file()
 
 
-def code_of_expansion(model_dir: Path) -> str:
-    """Return the code that a base brings, for the expanded model: its ``model_type`` has our prefix."""
-    return with_our_type((model_dir / CODE_NAME).read_text(encoding="utf-8"))
+def code_of_expansion(model_dir: Path, config: ModelConfig) -> str:
+    """Return the code that a base brings, for the expanded model: its ``model_type`` has our prefix.
+
+    Code of a base without features cannot run an expansion with them; the code of this release takes its place.
+
+    Args:
+        model_dir: Of the base.
+        config: The expanded model's configuration.
+    """
+    code = (model_dir / CODE_NAME).read_text(encoding="utf-8")
+    if has_features(config) and FeatureMap.__name__ not in code:
+        return remote_code(config.MODEL_TYPE, ours_alone=True, features=True)
+    return with_our_type(code)
+
+
+def has_features(config: ModelConfig) -> bool:
+    """Return whether keys of a layer have features."""
+    return config.statex is not None and any(expansion.features for expansion in config.statex.layers)
 
 
 def export_documents(
@@ -137,7 +153,9 @@ def export_documents(
     """
     documents: dict[str, Any] = {CONFIG_NAME: export_config(values, config)}
     if form_of(config) == "remote_code":
-        documents[CODE_NAME] = remote_code(config.MODEL_TYPE, ours_alone=config.ours_alone)
+        documents[CODE_NAME] = remote_code(
+            config.MODEL_TYPE, ours_alone=config.ours_alone, features=has_features(config)
+        )
     marker = tokenizer.config if tokenizer is not None else read_tokenizer_config(model_dir)
     is_bytes = marker.get("tokenizer_class") == BYTES_CLASS
     if is_bytes:

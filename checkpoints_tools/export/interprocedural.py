@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from checkpoints_tools.export.partial_evaluation import bindings, dotted, is_constant, value_of
+from checkpoints_tools.export.syntax import bindings, dotted, is_constant, value_of
 
 
 def has_decorator(node: ast.ClassDef, name: str) -> bool:

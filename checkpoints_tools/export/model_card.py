@@ -25,6 +25,8 @@ from statex_dist.checkpoint.formats.tensor_io import SourceFacts
 from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, MODEL_DIR, TRAIN_LENGTH_KEY
 from statex_dist.models.config import ModelConfig
+from statex_dist.state.geometry import FeatureMap
+from statex_dist.state.plan import ExpansionPlan
 
 CARD_NAME = "README.md"
 
@@ -194,7 +196,26 @@ def _plan(facts: CardFacts) -> str:
         for e in config.statex.layers
     ]
     names = ("layer", "operation", "factor", "start", "state elements before", "after")
-    return f"## Expansion\n\n{_table(names, rows)}\n\nThe plan is also in `config.json`, under `statex`."
+    parts = ["## Expansion", _table(names, rows), *_features(config.statex)]
+    return "\n\n".join([*parts, "The plan is also in `config.json`, under `statex`."])
+
+
+def _features(plan: ExpansionPlan) -> Iterator[str]:
+    """Yield a paragraph for each kind of features that layers have."""
+    layers: dict[FeatureMap, list[int]] = {}
+    for expansion in plan.layers:
+        if expansion.features is not None:
+            layers.setdefault(expansion.features, []).append(expansion.layer)
+    for features, found in layers.items():
+        rolls = ", ".join(f"{roll} (squares)" if roll == 0 else str(roll) for roll in features.rolls)
+        source = "y = relu(x)" if features.relu else "y = x"
+        scaled = ", scaled to the norm of `x`" if features.match_norm else ""
+        yield (
+            f"Features in layers {', '.join(map(str, found))}: of the keys and queries `x` of a head, the products "
+            f"`y * roll(y, r)` with `{source}` and rolls `r` = {rolls}{scaled}, are further key channels. "
+            "`feature_gain` has a gain for each product. All gains were 0 when the state was expanded, which left the "
+            "function as it was."
+        )
 
 
 def _numbers(facts: CardFacts) -> str:

@@ -46,6 +46,9 @@ _REPLACED = {
 }
 _OPTIONAL = {name: f"{_CODE}.heads:no_{name}" for name in ("shared_tensors", "shared_inputs")}
 
+_FEATURES = frozenset({"features"})
+"""What variables, parameters and fields with a layer's features are called."""
+
 _MODEL_TYPE = re.compile(rf'^(    model_type = ")(?!{OUR_CODE_PREFIX})(?=\w+"$)', flags=re.MULTILINE)
 
 _INTRODUCTION = '''"""{title}
@@ -71,14 +74,20 @@ def _family_texts(model_type: str) -> tuple[list[str], list[str]]:
     return model, [f"from {config.__module__} import", config.__name__, f'model_type = "{model_type}"']
 
 
-@cache
-def remote_code(model_type: str, *, ours_alone: bool) -> str:
+def remote_code(model_type: str, *, ours_alone: bool, features: bool = False) -> str:
     """Return the contents of ``modeling_statex.py`` for a family.
 
     Args:
         model_type: That of a family with a ``block``.
         ours_alone: Whether no other software computes the same: the ``model_type`` then has our prefix.
+        features: Whether layers have features; code without them refuses a plan with them.
     """
+    code = _code(model_type, features)
+    return with_our_type(code) if ours_alone else code
+
+
+@cache
+def _code(model_type: str, features: bool) -> str:
     # Only an export needs these: expansions import this module too.
     from checkpoints_tools.export.bundle import BundleSpec, bundle
     from checkpoints_tools.export.partial_evaluation import Known
@@ -99,12 +108,12 @@ def remote_code(model_type: str, *, ours_alone: bool) -> str:
             dropped=frozenset({"__post_init__", "to_dict"}),
             bare=frozenset({"ModelConfig"}),
             known=Known(calls=_RESULTS, attributes={"all_here": True}, fields={"Sequences": _SEQUENCES}),
+            absent=frozenset() if features else _FEATURES,
         )
     )
     folder = family_of(model_type).config.__module__.split(".")[-2]
     about = (_MODELS / folder / "__init__.py").read_text(encoding="utf-8")
-    code = _INTRODUCTION.format(title=about.splitlines()[0].strip('"'), version=__version__) + code
-    return with_our_type(code) if ours_alone else code
+    return _INTRODUCTION.format(title=about.splitlines()[0].strip('"'), version=__version__) + code
 
 
 def with_our_type(code: str) -> str:

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import ast
 import copy
-import itertools
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+from checkpoints_tools.export.options import inline_options
+from checkpoints_tools.export.syntax import (
+    all_arguments,
+    annotated,
+    as_keywords,
+    bindings,
+    dotted,
+    is_constant,
+    names,
+    value_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,26 +40,6 @@ class Known:
     calls: Mapping[str, Any]
     attributes: Mapping[str, Any]
     fields: Mapping[str, Mapping[str, Any]]
-
-
-def is_constant(node: ast.expr | None) -> bool:
-    """Return whether a value is known."""
-    return isinstance(node, ast.Constant)
-
-
-def dotted(node: ast.expr) -> str:
-    """Return the text of a name or of an attribute of one, else nothing."""
-    if isinstance(node, ast.Name):
-        return node.id
-    return (
-        f"{node.value.id}.{node.attr}" if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
-    )
-
-
-def value_of(node: ast.expr) -> Any:
-    """Return the value of a constant."""
-    assert isinstance(node, ast.Constant), ast.dump(node)
-    return node.value
 
 
 class PartialEvaluator(ast.NodeTransformer):
@@ -83,6 +73,9 @@ class PartialEvaluator(ast.NodeTransformer):
         self.generic_visit(node)
         called = dotted(node.func)
         for keyword in [k for k in node.keywords if k.arg is None and isinstance(k.value, ast.Dict)]:
+            if keyword.value.keys == [None]:  # type: ignore[attr-defined]
+                keyword.value = keyword.value.values[0]  # type: ignore[attr-defined]
+                continue
             given = as_keywords(keyword.value)
             if given is not None:
                 at = node.keywords.index(keyword)
@@ -247,24 +240,6 @@ def _with_values(node: ast.BoolOp, values: list[ast.expr]) -> ast.expr:
     return node if len(values) > 1 else values[0]
 
 
-def names(node: ast.AST) -> Iterator[str]:
-    """Yield the names of variables in a part of a program."""
-    return (found.id for found in ast.walk(node) if isinstance(found, ast.Name))
-
-
-def annotated(argument: ast.arg) -> str:
-    """Return the first name in a parameter's annotation."""
-    assert argument.annotation is not None
-    return next(names(argument.annotation), "")
-
-
-def all_arguments(node: FunctionNode) -> list[ast.arg]:
-    """Return the parameters of a function, of every kind."""
-    found = node.args
-    extra = [argument for argument in (found.vararg, found.kwarg) if argument is not None]
-    return [*found.posonlyargs, *found.args, *found.kwonlyargs, *extra]
-
-
 def reachable(body: list[ast.stmt]) -> list[ast.stmt]:
     """Return statements up to the first that leaves their block, there and in every block inside."""
     kept: list[ast.stmt] = []
@@ -279,24 +254,11 @@ def reachable(body: list[ast.stmt]) -> list[ast.stmt]:
     return kept
 
 
-def bindings(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
-    """Yield every variable that a function binds, at any depth, with its value where that is one assignment's."""
-    simple: set[int] = set()
-    for found in ast.walk(node):
-        if isinstance(found, ast.Assign) and len(found.targets) == 1 and isinstance(found.targets[0], ast.Name):
-            simple.add(id(found.targets[0]))
-            yield found.targets[0].id, found.value
-        elif isinstance(found, FunctionNode):
-            yield from ((argument.arg, None) for argument in all_arguments(found))
-    for found in ast.walk(node):
-        if isinstance(found, ast.Name) and not isinstance(found.ctx, ast.Load) and id(found) not in simple:
-            yield found.id, None
-        elif isinstance(found, ast.Nonlocal | ast.Global):
-            yield from ((name, None) for name in found.names)
-
-
 def constant_variables(node: ast.FunctionDef) -> dict[str, Any]:
-    """Return the variables of a function that are bound once, to a constant, or before a parameter's value is read."""
+    """Return the variables of a function that are bound once, to a constant, or before a parameter's value is read.
+
+    A variable that is bound to None, and again only where it is not None, is None throughout.
+    """
     found: dict[str, list[ast.expr | None]] = {}
     for name, value in bindings(node):
         found.setdefault(name, []).append(value)
@@ -307,42 +269,25 @@ def constant_variables(node: ast.FunctionDef) -> dict[str, Any]:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             overwritten |= {statement.targets[0].id} & read
         read -= set(names(statement))
+    never = _bound_where_not_none(node)
+    single = {name: value_of(values[0]) for name, values in constants.items() if len(values) == 1}
     return {
-        name: value_of(values[0])
-        for name, values in constants.items()
-        if len(values) == 1 and len(found[name]) - (name in overwritten) == 1
+        name: value
+        for name, value in single.items()
+        if len(found[name]) - (name in overwritten) - (never[name] if value is None else 0) == 1
     }
 
 
-def as_keywords(node: ast.expr) -> list[ast.keyword] | None:
-    """Return the entries of a dictionary that is written out as keyword arguments, or None if they are not all."""
-    assert isinstance(node, ast.Dict)
-    pairs = list(zip(node.keys, node.values, strict=True))
-    if not all(isinstance(key, ast.Constant) and str(key.value).isidentifier() for key, _ in pairs):
-        return None
-    return [ast.keyword(str(value_of(key)), value) for key, value in pairs if key is not None]
-
-
-def inline_options(node: ast.FunctionDef) -> None:
-    """Put a dictionary that is written out in place of a variable that is used once, as the options of a call."""
-    body = node.body
-    for first, then in itertools.pairwise(list(body)):
-        target = first.targets[0] if isinstance(first, ast.Assign) else None
-        entry = then.targets[0] if isinstance(then, ast.Assign) else None
-        if not (isinstance(target, ast.Name) and isinstance(first.value, ast.Dict)):  # type: ignore[attr-defined]
-            continue
-        options: ast.Dict = first.value  # type: ignore[attr-defined]
-        if isinstance(entry, ast.Subscript) and dotted(entry.value) == target.id and is_constant(entry.slice):
-            options.keys.append(entry.slice)
-            options.values.append(then.value)  # type: ignore[attr-defined]
-            body.remove(then)
-            inline_options(node)
-            return
-        used = [keyword for part in ast.walk(then) for keyword in getattr(part, "keywords", ())]
-        used = [k for k in used if isinstance(k, ast.keyword) and k.arg is None and dotted(k.value) == target.id]
-        if len(used) == 1 and list(names(node)).count(target.id) == 2:
-            used[0].value = options
-            body.remove(first)
+def _bound_where_not_none(node: ast.FunctionDef) -> Counter[str]:
+    """Return how often variables are bound in branches that ask whether they are not None."""
+    counts: Counter[str] = Counter()
+    for found in ast.walk(node):
+        match found:
+            case ast.If(
+                test=ast.Compare(left=ast.Name(id=name), ops=[ast.IsNot()], comparators=[ast.Constant(value=None)])
+            ):
+                counts[name] += sum(bound == name for part in found.body for bound, _ in bindings(part))
+    return counts
 
 
 def without_unread(node: ast.FunctionDef, body: list[ast.stmt]) -> list[ast.stmt]:

@@ -87,6 +87,12 @@ def products(x: torch.Tensor, features: FeatureMap) -> torch.Tensor:
     return blocks
 
 
+def with_products(x: torch.Tensor, features: Features, *, gain: bool) -> torch.Tensor:
+    """Return ``[x ; phi(x)]`` of ``x [..., G, K]``, the products times the gains where ``gain``, in ``x``'s dtype."""
+    added = products(x, features.map)
+    return _beside(x, added * features.gain.to(added.dtype) if gain else added)
+
+
 def linear_products(q: torch.Tensor, k: torch.Tensor, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``gain phi(q)`` and ``phi(k)`` of ``q, k [..., G, K]``: further channels of linear attention, in fp32."""
     added = products(q, features.map)
@@ -123,8 +129,8 @@ def repeated_decays(g: torch.Tensor, key_dim: int, features: Features) -> torch.
 def widened_gla(inputs: Tensors, features: Features) -> Tensors:
     """Return ``q, k, v, g`` of linear attention with the products as further key channels, in the inputs' dtypes."""
     q, k, v, g = inputs
-    added_q, added_k = linear_products(q, k, features)
-    return _beside(q, added_q), _beside(k, added_k), v, repeated_decays(g, q.shape[-1], features)
+    decays = repeated_decays(g, q.shape[-1], features)
+    return with_products(q, features, gain=True), with_products(k, features, gain=False), v, decays
 
 
 def widened_delta(inputs: Tensors, features: Features) -> Tensors:
@@ -138,8 +144,7 @@ def widened_delta(inputs: Tensors, features: Features) -> Tensors:
 def widened_ssd(inputs: Tensors, features: Features) -> Tensors:
     """Return ``x, dt, A, B, C`` of Mamba2 with the products as further state rows, in the inputs' dtypes."""
     x, dt, A, B, C = inputs
-    added_C, added_B = linear_products(C, B, features)
-    return x, dt, A, _beside(B, added_B), _beside(C, added_C)
+    return x, dt, A, with_products(B, features, gain=False), with_products(C, features, gain=True)
 
 
 def _beside(x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:

@@ -135,7 +135,7 @@ class StateGeometry:
     @property
     def projected_key_dim(self) -> int:
         """Key channels of a head that projections make; features are functions of them."""
-        return self.key_dim // (self.features.factor if self.features else 1)
+        return self.key_dim // self.features.factor if self.features else self.key_dim
 
     @property
     def elements(self) -> int:

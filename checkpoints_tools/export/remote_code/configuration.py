@@ -7,7 +7,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from statex_dist.models.hgrn2.config import HGRN2Config
+from statex_dist.state.geometry import FeatureMap
 from statex_dist.state.plan import ExpansionPlan, LayerExpansion
+
+
+def feature_map(entry: dict[str, Any]) -> FeatureMap | None:
+    """Return the features of a layer's expansion, from its entry in the plan."""
+    return FeatureMap(**entry["features"]) if entry.get("features") else None
 
 
 class PlannedConfig(PretrainedConfig):
@@ -24,7 +30,9 @@ class PlannedConfig(PretrainedConfig):
     def plan(self) -> ExpansionPlan:
         """The expansion plan: operation and factor of each expanded layer."""
         entries = sorted((self.statex or {}).get("layers", ()), key=lambda entry: entry["layer"])
-        return ExpansionPlan(layers=tuple(LayerExpansion(**entry) for entry in entries))
+        return ExpansionPlan(
+            layers=tuple(LayerExpansion(**{**entry, "features": feature_map(entry)}) for entry in entries)
+        )
 
     def expansion(self, layer: int) -> tuple[str | None, int]:
         """Return what was done to a layer, and the factor by which its state grew (None and 1 for nothing)."""

@@ -212,8 +212,8 @@ def _ssd_chunks(
     b = decay_log.squeeze(-1).cumsum(dim=-1)
     total = b[..., -1:]
     decay = causal_decay(b.unsqueeze(-1), b.unsqueeze(-2))
-    products = join_sum([C @ B.transpose(-1, -2) for B, C in blocks])
-    scores = products.unsqueeze(2) * decay.unflatten(1, (num_groups, -1))
+    shared = join_sum([C @ B.transpose(-1, -2) for B, C in blocks])
+    scores = shared.unsqueeze(2) * decay.unflatten(1, (num_groups, -1))
     within = scores.flatten(1, 2) @ x_dt
     # [chunks, G, (H/G) P, C] @ [chunks, G, C, N]
     decayed = _fold_heads(x_dt * (total - b).exp().unsqueeze(-1), num_groups)

@@ -1,6 +1,7 @@
 """Programs put together from modules: what is followed, left out, evaluated, renamed and refused."""
 
 import ast
+import re
 import textwrap
 
 import pytest
@@ -172,6 +173,42 @@ def test_what_modules_and_classes_give_is_followed(recipe):
         assert absent not in source, absent
 
 
+def test_an_option_that_an_export_has_not_leaves_no_trace(recipe):
+    files = {
+        "ours.kinds": """
+            class Kind:
+                size = 2
+
+            def times(kind: Kind | None, x):
+                return x if kind is None else x * kind.size
+
+            def scaled(x, *, kind: Kind | None = None, more=1):
+                return times(kind, x) + more
+            """,
+        "ours.root": """
+            from ours.kinds import Kind, scaled
+
+            class Model:
+                kind: Kind | None = None
+
+                def run(self, x, kind: Kind | None = None):
+                    kind = self.kind
+                    options: dict = {"kind": kind, "more": 3}
+                    if x > 1:
+                        return scaled(x, **options)
+                    return scaled(-x, **options)
+            """,
+    }
+    source = bundle(recipe(files=files, absent=frozenset({"kind"})))
+    names: dict = {}
+    exec(source, names)
+    assert (names["Model"]().run(2), names["Model"]().run(1)) == (5, 2)
+    assert not re.search(r"\b[Kk]ind\b", source)
+    files["ours.root"] = files["ours.root"].replace("kind = self.kind", "kind, x = x, x")
+    with raises(BundleError, "kind"):
+        bundle(recipe(files=files, absent=frozenset({"kind"})))
+
+
 def test_what_is_missing_or_ambiguous_is_refused(recipe):
     for files, words in (
         ({"ours.root": "from ours.layer import Layer\nclass Model(Layer):\n    pass\n", "ours.layer": ""}, "Layer"),
@@ -215,6 +252,15 @@ def test_what_is_missing_or_ambiguous_is_refused(recipe):
         ("c = {'x': a, **{'y': f()}}\nc['z'] = 3\nreturn g(b, **c)", "return g(b, x=a, y=True, z=3)"),
         ("return g(**{k: v for k, v in {'x': a, 'y': b}.items() if k != 'x'})", "return g(y=b)"),
         ("c = {'x': a}\nreturn g(**c), c", "c = {'x': a}\nreturn (g(**c), c)"),
+        (
+            "c: dict = {'x': a.y, 'z': b}\nif a:\n    return g(**c)\nreturn k(b, **c)",
+            "if a:\n    return g(x=a.y, z=b)\nreturn k(b, x=a.y, z=b)",
+        ),
+        ("if a:\n    c = {'x': a[0]}\n    return g(**c)\nreturn b", "if a:\n    return g(x=a[0])\nreturn b"),
+        ("c = {'x': b}\nb = 2\nreturn g(**c)", "c = {'x': b}\nb = 2\nreturn g(**c)"),
+        ("return g(**{**a})", "return g(**a)"),
+        ("c = None\nif c is not None:\n    c = a[c]\nreturn c or b", "return b"),
+        ("c = None\nif a:\n    c = b\nreturn c", "c = None\nif a:\n    c = b\nreturn c"),
         ("return f'{a!r} {f()} {None:>3}'", "return f'{a!r} True {None:>3}'"),
         ("assert f() is True\nassert a", "assert a"),
         ("return isinstance(None, Kind) or a", "return a"),

@@ -180,19 +180,29 @@ def test_an_expansion_warns_where_only_we_open_it(tmp_path, caplog):
     assert warns(tmp_path / "with-code", "without-code-x")
 
 
-def test_the_code_of_a_base_goes_along_with_the_names_of_an_expanded_model(tmp_path):
+@pytest.mark.parametrize("op", ["mix_heads", "grow_features"])
+def test_the_code_of_a_base_goes_along_with_the_names_of_an_expanded_model(tmp_path, op):
     reshard(model_without_tokenizer(tmp_path / "base"), tmp_path / "code")
-    run_expand(tmp_path / "code", tmp_path / "x", layers="1", factor=2, op="mix_heads", init="inherit")
+    run_expand(tmp_path / "code", tmp_path / "x", layers="1", factor=2, op=op, init="lossless")
     assert verify_expansion(tmp_path / "code", tmp_path / "x").ok
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "code", trust_remote_code=True)
+    ids = torch.arange(9)[None]
+    for parameter in (*model.parameters(), *base.parameters()):
+        parameter.data = parameter.data.clone()  # not in a mapped file, where sums may have another order
+    assert torch.equal(model(ids).logits, base(ids).logits)
     assert (model.config.model_type, model.config.architectures) == ("statex_gla", ["StateXForCausalLM"])
     model.save_pretrained(tmp_path / "saved")
     values = json.loads((tmp_path / "saved/config.json").read_text())
     assert values["model_type"] == "statex_gla"
-    ids = torch.arange(9)[None]
     assert torch.equal(from_pretrained(tmp_path / "saved")(ids).logits, from_pretrained(tmp_path / "x")(ids).logits)
     code = tmp_path / "x/modeling_statex.py"
-    code.write_text(code.read_text().replace("statex_gla", "statex_gl"))
+    text = code.read_text()
+    if op == "grow_features":
+        code.write_text((tmp_path / "code/modeling_statex.py").read_text())
+        with pytest.raises(TypeError, match="'features'"):  # code without features does not leave them out
+            AutoModelForCausalLM.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    code.write_text(text.replace("statex_gla", "statex_gl"))
     (tmp_path / "x/MANIFEST.json").unlink()
     assert verify_expansion(tmp_path / "code", tmp_path / "x").differences == [
         "modeling_statex.py differs from the base's"

@@ -73,7 +73,7 @@ def test_a_model_of_mixed_kind_says_that_it_does_not_open(tmp_path):
         assert values["model_type"] == ("statex_gla" if name == "source-x" else "gla")
 
 
-@pytest.mark.parametrize("name", ["gla-merged", "gla-mixed", "mamba2-even", "minimax-grown", "state_spaces-grown"])
+@pytest.mark.parametrize("name", ["gla-merged", "gla-mixed", "mamba2-even", "kda-features", "state_spaces-grown"])
 def test_figures_are_those_of_the_files(tmp_path, name):
     ours, directory, _ = export(name, tmp_path, dtype=torch.float32)
     reshard(directory, tmp_path / "bf16", dtype="bf16")
@@ -86,6 +86,13 @@ def test_figures_are_those_of_the_files(tmp_path, name):
         assert f"| stored in | {dtype} |" in body
         assert f"| parameters | {sum(tensor.numel() for tensor in tensors.values()):,} |" in body
         assert f"| state elements | {sum(state[0].numel() for state in states):,} |" in body
+        told = [line for line in body.splitlines() if line.startswith("Features in layers ")]
+        assert [line.split(":")[0][-1] for line in told] == (["0", "1"] if "features" in name else [])
+        for line, words in zip(
+            told, ("r` = 1, 0 (squares), are", "relu(x)` and rolls `r` = 1, scaled to"), strict=False
+        ):
+            assert words in line
+            assert "`feature_gain`" in line
 
 
 def test_every_dtype_is_named(tmp_path):

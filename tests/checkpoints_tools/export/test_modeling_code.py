@@ -1,6 +1,7 @@
 """Exports with code of their own: transformers opens them, and their results are compared with our models."""
 
 import ast
+import itertools
 import json
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_logits_are_those_of_our_model_whole_in_pieces_and_padded(tmp_path, name
 
 
 @pytest.mark.parametrize(
-    "name", ["gla-merged", "retnet-grown", "mamba2-grown", "gated_deltanet-mixed", "minimax-merged"]
+    "name", ["gla-merged", "retnet-grown", "mamba2-grown", "gated_deltanet-features", "minimax-merged"]
 )
 @torch.no_grad()
 def test_generate(tmp_path, name):
@@ -184,7 +185,9 @@ def test_logits_of_the_last_tokens_alone(tmp_path):
         model()
 
 
-@pytest.mark.parametrize("name", ["gla-merged", "mamba2-grown", "kda-mixed"])
+@pytest.mark.parametrize(
+    "name", ["gla-merged", "mamba2-grown", "kda-mixed", "gla-features", "kda-features", "mamba2-features"]
+)
 @torch.no_grad()
 def test_numbers_of_every_dtype_are_those_of_our_model(tmp_path, name):
     _, directory, _ = export(name, tmp_path)
@@ -194,7 +197,7 @@ def test_numbers_of_every_dtype_are_those_of_our_model(tmp_path, name):
         assert torch.equal(theirs(ids).logits, ours(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["hgrn2-conv-merged", "mamba2-grown", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["hgrn2-conv-merged", "mamba2-grown", "gated_deltanet-features"])
 def test_loss_and_gradients_are_those_of_our_model(tmp_path, name):
     ours, directory, _ = export(name, tmp_path)
     theirs, ids = load(directory), tokens(1, 40, vocab=37)
@@ -246,7 +249,7 @@ def test_a_prompt_may_be_read_in_pieces_of_which_some_are_padding(tmp_path):
     assert error(output.logits[1, -1], model(ids[1:, :5]).logits[0, -1]) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["gla-mixed", "mamba2-grown", "hgrn2", "state_spaces-even", "minimax-merged"])
+@pytest.mark.parametrize("name", ["gla-mixed", "mamba2-grown", "hgrn2", "state_spaces-features", "kda-features"])
 @torch.no_grad()
 def test_saved_again_it_is_still_the_same_model_for_transformers_and_for_us(tmp_path, name):
     ours, directory, _ = export(name, tmp_path)
@@ -295,7 +298,7 @@ def test_a_class_that_computes_something_else_is_not_taken(tmp_path, name, monke
 
 
 def test_a_directory_opens_where_nothing_of_ours_is_installed(tmp_path):
-    ours, directory, _ = export("gla-mixed", tmp_path)
+    ours, directory, _ = export("gla-features", tmp_path)
     ids = tokens(1, 12, vocab=37)
     script = (
         "import json, sys\n"
@@ -316,9 +319,10 @@ def test_a_directory_opens_where_nothing_of_ours_is_installed(tmp_path):
     assert encoded == list("é <|pad|>".encode())
 
 
+@pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("family", CODED)
-def test_the_code_is_one_file_that_imports_torch_and_transformers_alone(family):
-    tree = ast.parse(remote_code(family, ours_alone=True))
+def test_the_code_is_one_file_that_imports_torch_and_transformers_alone(family, features):
+    tree = ast.parse(remote_code(family, ours_alone=True, features=features))
     assert "statex-dist" in (ast.get_docstring(tree) or "")
     imported = set()
     for node in ast.walk(tree):
@@ -334,11 +338,14 @@ def test_the_code_is_one_file_that_imports_torch_and_transformers_alone(family):
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert set(names) - used == {"StateXForCausalLM"}
     assert not {"context", "mitigation", "fla"} & used, "what an export does not need is left out"
+    bound = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    assert [{"FeatureMap", "Features"} <= used, "products" in names, "features" in bound] == [features] * 3
 
 
 def test_the_code_has_no_undefined_and_no_unused_names(tmp_path):
-    for family in CODED:
-        (tmp_path / f"{family}.py").write_text(remote_code(family, ours_alone=False))
+    for family, features in itertools.product(CODED, (False, True)):
+        code = remote_code(family, ours_alone=False, features=features)
+        (tmp_path / f"{family}_{features}.py").write_text(code)
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", "--output-format", "concise"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
