@@ -17,8 +17,8 @@ def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _old_and_added(x: torch.Tensor, old: int, dim: int) -> list[torch.Tensor]:
     """Return the old channels of ``x`` and, where it has them, its products."""
     parts = x.split([size for size in (old, x.shape[dim] - old) if size], dim=dim)
-    # A CPU rounds a sum by where its numbers lie.
-    return list(parts) if x.is_cuda else [part.contiguous() for part in parts]
+    # A CPU rounds a sum by where its numbers lie: a copy has the order of dimensions in memory that ``x`` has.
+    return list(parts) if x.is_cuda else [part.clone() for part in parts]
 
 
 def inner_products(x: torch.Tensor, y: torch.Tensor, old: int) -> torch.Tensor:

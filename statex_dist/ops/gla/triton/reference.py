@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from statex_dist.ops.cu_seqlens import reverse_cumsum
-from statex_dist.ops.features import Features, with_products
+from statex_dist.ops.features import Features, decayed, with_products
 from statex_dist.ops.gla.torch_forms import decayed_products
 from statex_dist.ops.gla.triton.segments import Segment
 
@@ -63,8 +63,8 @@ def pregate(
     g_wide = segment.take(g).to(wide)
     b = g_wide.cumsum(dim=2)
     later = reverse_cumsum(g_wide, 2) - g_wide
-    queries = _joined([(segment.take(x).to(wide) * b.exp() * scale).to(q.dtype) for x in _blocks(q, b)])
-    keys = _joined([(segment.take(x).to(wide) * later.exp()).to(q.dtype) for x in _blocks(k, b)])
+    queries = (decayed(segment.take(q).to(wide), b.exp()) * scale).to(q.dtype)
+    keys = decayed(segment.take(k).to(wide), later.exp()).to(q.dtype)
     return b, queries, keys, _joined([b[:, :, -1]] * (q.shape[-1] // b.shape[-1]))
 
 

@@ -89,20 +89,21 @@ def test_features_equal_the_recurrence_on_widened_inputs(products, lengths):
     assert_close(actual, expected, 1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("keys", "values"), [(7, 5), (32, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("keys", "values"), [(37, 21), (32, 16)])
 def test_gains_of_zero_change_nothing(keys, values, dtype):
     """Outputs and the old rows of the states equal those without features to the last bit, in equal segments."""
-    inputs = gla_inputs(tokens=70, heads=2, keys=keys, values=values)
-    inputs = {name: x.to(torch.float32 if name == "g" else dtype) for name, x in inputs.items()}
-    state = torch.randn(2, 2, 3 * keys, values)
-    features = Features(FeatureMap(rolls=[1, 0]), torch.zeros(2, 2 * keys))
-    options = {"cu_seqlens": borders([30, 40]), "chunk_size": 16, "max_state_bytes": 1, "backend": "triton"}
+    inputs = gla_inputs(tokens=160, heads=2, keys=keys, values=values)
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = {name: x.to(wide if name == "g" else dtype) for name, x in inputs.items()}
+    state = torch.randn(2, 2, 3 * keys, values, dtype=wide)
+    features = Features(FeatureMap(rolls=[1, 0]), torch.zeros(2, 2 * keys, dtype=wide))
+    options = {"cu_seqlens": borders([64, 96]), "chunk_size": 32, "max_state_bytes": 1, "backend": "triton"}
     with torch.no_grad():
         plain, after = gla(**inputs, initial_state=state[:, :, :keys].contiguous(), **options)
-        wide, wide_after = gla(**inputs, features=features, initial_state=state, **options)
-    assert torch.equal(wide, plain)
-    assert torch.equal(wide_after[:, :, :keys], after)
+        grown, grown_after = gla(**inputs, features=features, initial_state=state, **options)
+    assert torch.equal(grown, plain)
+    assert torch.equal(grown_after[:, :, :keys], after)
 
 
 def test_batches_are_sequences():
