@@ -78,7 +78,7 @@ class PlanOptions:
             "plan": ("layers", "factor", "init", "op", "reset_dynamics", *_FEATURE_KEYS, "target_state"),
         }
         for name, others in groups.items():
-            if getattr(self, name) is not None and (clash := [o for o in others if getattr(self, o)]):
+            if getattr(self, name) is not None and (clash := _given({o: getattr(self, o) for o in others}, others)):
                 options = ", ".join(f"--{other.replace('_', '-')}" for other in clash)
                 raise ConfigError(f"--{name} decides by itself what {options} would say; leave them out")
         if self.recipe is None and self.plan is None:

@@ -165,9 +165,7 @@ def first_value(suffix: str, shape: tuple[int, ...], *, config: FLAConfig) -> Di
         return Constant(1.0)
     if suffix == MIX_NAME:
         return Constant(shape[1] ** -0.5)
-    if suffix.endswith(GAIN_NAME):
-        return Constant(0.0)
-    if suffix.endswith(".bias"):
+    if suffix.endswith((".bias", GAIN_NAME)):
         return Constant(0.0)
     if "conv1d" in suffix:
         return Uniform(1 / math.sqrt(shape[-1]))

@@ -289,7 +289,7 @@ def power_of_two_layout(x: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_
     return chunk_layout(lengths, power_of_two_chunks(lengths, chunk_size), x.device)
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """Return a tensor in fp32, or in float64 as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from statex_dist.ops.cu_seqlens import at_least_fp32
 from statex_dist.ops.mitigations import Tensors
 from statex_dist.state.geometry import FeatureMap
 
@@ -52,12 +53,15 @@ def block_sizes(rows: int, projected: int | None) -> list[int]:
 
 
 def join_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of one part or two: that of the projected channels, and that of their products.
+    """Return the sum of parts, in their order: that of the projected channels, then those of their products.
 
     A product over all channels at once may sum in another order, and a gain of zero would not give the exact numbers of
     the layer without features.
     """
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    total, *others = parts
+    for part in others:
+        total = total + part
+    return total
 
 
 def decayed(x: torch.Tensor, decays: torch.Tensor) -> torch.Tensor:
@@ -78,7 +82,7 @@ def products(x: torch.Tensor, features: FeatureMap) -> torch.Tensor:
 
     Block ``i`` of ``K`` channels holds ``x_c x_(c - r_i)``, ``r_i`` the ``i``-th roll.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_fp32(x)
     base = torch.relu(x) if features.relu else x
     blocks = torch.cat([base * base.roll(roll, -1) for roll in features.rolls], dim=-1)
     if features.match_norm:

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from statex_dist.errors import ConfigError, reason, shown
@@ -97,7 +97,8 @@ class LayerExpansion:
             try:
                 object.__setattr__(self, "features", FeatureMap(**self.features))
             except TypeError as error:
-                raise ConfigError(f"{where}: bad entry 'features': {reason(error)}") from None
+                names = ", ".join(field.name for field in fields(FeatureMap))
+                raise ConfigError(f"{where}: bad entry 'features': {reason(error)}; it holds {names}") from None
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
         if self.op != "grow_features":

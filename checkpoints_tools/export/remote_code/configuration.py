@@ -13,7 +13,7 @@ from statex_dist.state.plan import ExpansionPlan, LayerExpansion
 
 def feature_map(entry: dict[str, Any]) -> FeatureMap | None:
     """Return the features of a layer's expansion, from its entry in the plan."""
-    return FeatureMap(**entry["features"]) if entry.get("features") else None
+    return FeatureMap(**entry["features"]) if entry["op"] == "grow_features" else None
 
 
 class PlannedConfig(PretrainedConfig):

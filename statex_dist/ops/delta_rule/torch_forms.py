@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from statex_dist.ops.chunk_groups import ChunkRun
-from statex_dist.ops.cu_seqlens import power_of_two_layout, widen
+from statex_dist.ops.cu_seqlens import at_least_fp32, power_of_two_layout
 from statex_dist.ops.features import (
     Features,
     decay_rows,
@@ -166,7 +166,7 @@ def naive_delta_rule(
     projected = None
     if features is not None:
         projected = q.shape[-1]
-        q, k, v, g, beta = widened_delta((widen(q), widen(k), v, g, beta), features)
+        q, k, v, g, beta = widened_delta((at_least_fp32(q), at_least_fp32(k), v, g, beta), features)
     state_shape = (v.shape[2], q.shape[3], v.shape[3])
     step = partial(delta_step, scale=scale, projected=projected)
     return scan_tokens(step, (q, k, v, g, beta), v, state_shape, initial_state=initial_state, cu_seqlens=cu_seqlens)

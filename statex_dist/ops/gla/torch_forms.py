@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from statex_dist.ops.chunk_groups import ChunkRun
-from statex_dist.ops.cu_seqlens import SMALLEST_BLOCK, causal_decay, power_of_two_layout, widen
+from statex_dist.ops.cu_seqlens import SMALLEST_BLOCK, at_least_fp32, causal_decay, power_of_two_layout
 from statex_dist.ops.features import (
     Features,
     block_sizes,
@@ -168,7 +168,7 @@ def naive_gla(
     projected = None
     if features is not None:
         projected = q.shape[-1]
-        q, k, v, g = widened_gla((widen(q), widen(k), v, g), features)
+        q, k, v, g = widened_gla((at_least_fp32(q), at_least_fp32(k), v, g), features)
     state_shape = (*q.shape[2:], v.shape[3])
     step = partial(gla_step, scale=scale, projected=projected)
     return scan_tokens(step, (q, k, v, g), v, state_shape, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -14,7 +14,14 @@ import torch
 
 from statex_dist.errors import ConfigError
 from statex_dist.ops.chunk_groups import ChunkRun
-from statex_dist.ops.cu_seqlens import causal_decay, chunk_layout, join, pick_chunk_size, sequence_lengths, widen
+from statex_dist.ops.cu_seqlens import (
+    at_least_fp32,
+    causal_decay,
+    chunk_layout,
+    join,
+    pick_chunk_size,
+    sequence_lengths,
+)
 from statex_dist.ops.features import Features, block_sizes, join_sum, linear_products, state_blocks, widened_ssd
 from statex_dist.ops.token_steps import scan_tokens, step_in_blocks
 
@@ -106,7 +113,7 @@ def ssd_decode(
     projected = None
     if features is not None:
         projected = B.shape[-1]
-        x, dt, A, B, C = widened_ssd((x, dt, A, widen(B), widen(C)), features)
+        x, dt, A, B, C = widened_ssd((x, dt, A, at_least_fp32(B), at_least_fp32(C)), features)
     if overwrite and state.is_contiguous():
         y = ssd_step_(x, dt, A, B, C, state, projected=projected)
     else:
@@ -148,7 +155,7 @@ def naive_ssd(
     projected = None
     if features is not None:
         projected = B.shape[-1]
-        x, dt, A, B, C = widened_ssd((x, dt, A, widen(B), widen(C)), features)
+        x, dt, A, B, C = widened_ssd((x, dt, A, at_least_fp32(B), at_least_fp32(C)), features)
 
     def step(x, dt, B, C, state) -> tuple[torch.Tensor, torch.Tensor]:
         return ssd_step(x, dt, A, B, C, state, projected=projected)

@@ -275,7 +275,7 @@ def test_the_model_without_its_head_and_the_configuration_open_too(tmp_path):
     assert (config.model_type, config.expansion(1), config.expansion(0)) == (
         "statex_retnet",
         ("merge_heads", 2),
-        (None, 1),
+        ("grow_features", 3),
     )
 
 

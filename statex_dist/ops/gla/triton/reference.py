@@ -7,12 +7,10 @@ read. Where log decays are fewer than channels, as with features, ``K_g`` for ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 
-from statex_dist.ops.cu_seqlens import reverse_cumsum
-from statex_dist.ops.features import Features, decayed, with_products
+from statex_dist.ops.cu_seqlens import join, reverse_cumsum
+from statex_dist.ops.features import Features, decayed, join_sum, with_products
 from statex_dist.ops.gla.torch_forms import decayed_products
 from statex_dist.ops.gla.triton.segments import Segment
 
@@ -65,33 +63,20 @@ def pregate(
     later = reverse_cumsum(g_wide, 2) - g_wide
     queries = (decayed(segment.take(q).to(wide), b.exp()) * scale).to(q.dtype)
     keys = decayed(segment.take(k).to(wide), later.exp()).to(q.dtype)
-    return b, queries, keys, _joined([b[:, :, -1]] * (q.shape[-1] // b.shape[-1]))
+    return b, queries, keys, join([b[:, :, -1]] * (q.shape[-1] // b.shape[-1]), dim=-1)
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, b: torch.Tensor, segment: Segment, scale: float) -> torch.Tensor:
     """Return ``A [H, n, C, C]``: ``A[t, u] = s sum_c q_tc k_uc exp(b_tc - b_uc)`` for ``u <= t``, else 0."""
     wide = b.dtype
     blocks = zip(_blocks(q, b), _blocks(k, b), strict=True)
-    # Summed block by block: products without a gain add exact zeros.
-    return _sum(decayed_products(segment.take(x).to(wide) * scale, segment.take(y).to(wide), b) for x, y in blocks).to(
-        q.dtype
-    )
+    parts = [decayed_products(segment.take(x).to(wide) * scale, segment.take(y).to(wide), b) for x, y in blocks]
+    return join_sum(parts).to(q.dtype)
 
 
 def _blocks(x: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
     """Return the blocks of channels of ``x [..., K]`` that each have the decays ``b [..., K_g]``."""
     return [part.contiguous() for part in x.split(b.shape[-1], dim=-1)]
-
-
-def _joined(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=-1)
-
-
-def _sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    total, *others = parts
-    for part in others:
-        total = total + part
-    return total
 
 
 def carry_states(
@@ -202,7 +187,7 @@ def input_gradients(
         for x, y, *grads in zip(*(_blocks(x, b) for x in (q, k, dqueries, dkeys, dtotal)), strict=True)
     ]
     dq, dk, dg = zip(*parts, strict=True)
-    for gradient, target in zip((_joined(dq), _joined(dk), _sum(dg)), out, strict=True):
+    for gradient, target in zip((join(dq, dim=-1), join(dk, dim=-1), join_sum(dg)), out, strict=True):
         segment.put(gradient.to(target.dtype), target)
 
 
