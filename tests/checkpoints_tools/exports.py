@@ -42,9 +42,6 @@ def with_features(config: ModelConfig) -> ModelConfig:
 
 _FEATURES = {
     "gla": gla_config(use_short_conv=True),
-    "retnet": retnet_config(),
-    "minimax": minimax_config(),
-    "hgrn2": hgrn2_config(),
     "mamba2": mamba2_config(),
     "state_spaces": STATE_SPACES,
     "gated_deltanet": gated_deltanet_config(),
