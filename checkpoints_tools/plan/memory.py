@@ -31,9 +31,9 @@ Activations on a CPU are counted, not estimated (``statex_dist/models/activation
 GPU kernels they are estimated: a layer keeps ``p T (rows + columns)`` of each of its matrices for ``T`` tokens, or ``p
 T hidden`` where it is recomputed, one such layer being whole at a time. To this comes what the backward pass of the
 most demanding layer holds: the states at the borders of chunks of ``C`` tokens and their gradients, ``8 T / C`` times
-its state elements. Where a head is so large that our own scan runs it (``ops/triton``), these are bounded by
-``max_state_bytes``, and the layer keeps one state in fp32 for each time the bound is filled. Other kernels get the
-queries and keys with their features (and decays, but for Mamba2's): ``p T`` for each added channel. Logits take
+its state elements. Where our own scan runs (``ops/gla/triton``: large heads, and linear attention with features), these
+are bounded by ``max_state_bytes``, and the layer keeps one state in fp32 for each time the bound is filled. Other
+kernels get the queries and keys with their features (and KDA's decays): ``p T`` for each added channel. Logits take
 ``p`` bytes each, those of one loss chunk at a time: their gradient overwrites them. The loss computes its gradients at
 once, in the forward pass: ``p T hidden``, and of the head ``8 vocab hidden``: a fp32 sum and the term added to it.
 Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 GiB of Python on a CPU) come on top.
@@ -255,7 +255,7 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
     for layer in config.recurrent_layers:
         geometry = config.layer_geometry(layer)
         whole = width * tokens * widths[layer]
-        if geometry.is_large:
+        if geometry.is_large or (geometry.features is not None and config.RECURRENCE == "gla"):
             chunks, state = -(-tokens // CHUNK_SIZE), width * geometry.elements
             held = min(chunks, chunks_per_segment(chunks, state, settings.max_state_bytes))
             states.append(2 * state * held)
@@ -263,7 +263,7 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
         else:
             states.append(8 * -(-tokens // geometry.chunk_size) * geometry.elements)
             added = geometry.num_key_groups * (geometry.key_dim - geometry.projected_key_dim)
-            whole += width * tokens * added * (2 if config.RECURRENCE == "ssd" else 3)
+            whole += width * tokens * added * (3 if config.MODEL_TYPE == "kda" else 2)
         expanded = config.statex is not None and config.statex.get(layer) is not None
         policy = settings.activation_checkpointing
         if policy == "block" or (policy == "expanded" and expanded):

@@ -78,6 +78,12 @@ def test_features_add_gains_alone_and_name_the_limit_of_kernels():
     )
     assert report.notes == ()
     assert report.to_dict()["forgetting"]["proposals"]["smaller"][0]["options"].endswith("--relu")
+    small = plan_model(config_from_dict({**GLA_1B, "num_heads": 16}), PlanOptions(op="grow_features", factor=2))
+    bounded = [
+        training_memory(small, TrainingSettings(max_state_bytes=bound)).passing["activations"].device
+        for bound in (2**20, 2**30)
+    ]
+    assert bounded[0] < bounded[1], "our own scan runs small heads with features too"
     delta = config_from_dict({**GLA_1B, "model_type": "kda", "head_dim": 128, "num_heads": 16})
     reports = [report_plan(delta, plan_model(delta, PlanOptions(op="grow_features", factor=f))) for f in (2, 3)]
     assert reports[0].notes == ()
