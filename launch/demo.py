@@ -36,7 +36,7 @@ from statex_dist.train.metrics import read_metrics
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES: dict[str, tuple[str, ...]] = {
     "gla": ("--layers", "all", "--factor", "full", "--init", "inherit"),
-    "mamba2": ("--layers", "all", "--factor", "8", "--init", "lossless"),
+    "mamba2": ("--layers", "all", "--op", "grow_features", "--factor", "4"),
 }
 """How each family is expanded; docs/demo.md has the figures of the other choices."""
 
