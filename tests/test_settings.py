@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.cli import build_parser
 from launch.supervise import build_parser as build_supervise_parser
@@ -211,6 +212,8 @@ def known_options() -> set[str]:
     ours |= {f"--{section}.{name}" if section else f"--{name}" for section, names in NAMES.items() for name in names}
     for file in (REPOSITORY / "benchmarks").rglob("*.py"):
         ours |= set(re.findall(r"add_argument\(\s*\"(--[a-z-]+)\"", file.read_text(encoding="utf-8")))
+    for file in (REPOSITORY / "configs" / "experiments").glob("*.yaml"):
+        ours |= {f"--{key}" for key in yaml.safe_load(file.read_text(encoding="utf-8"))}
     return ours | {"--config", "--print_config", "--help", "--section.key"}
 
 

@@ -535,11 +535,11 @@ def test_every_family_has_the_operations_it_should():
     """So that the cases below cannot shrink unseen."""
     ops = {config.MODEL_TYPE: set(config.OPS) for config in EXPANDABLE.values()}
     assert ops == {
-        "hgrn2": {"merge_heads", "mix_heads"},
-        "retnet": {"merge_heads", "mix_heads", "grow_state"},
-        "minimax": {"merge_heads", "mix_heads", "grow_state"},
-        "gated_deltanet": {"mix_heads"},
-        "kda": {"mix_heads"},
+        "hgrn2": {"merge_heads", "mix_heads", "grow_features"},
+        "retnet": {"merge_heads", "mix_heads", "grow_state", "grow_features"},
+        "minimax": {"merge_heads", "mix_heads", "grow_state", "grow_features"},
+        "gated_deltanet": {"mix_heads", "grow_features"},
+        "kda": {"mix_heads", "grow_features"},
     }
 
 
