@@ -58,7 +58,7 @@ def measure(model: RecurrentLM, batch: int, device: torch.device, ceilings: Ceil
     seconds = time_call(lambda: decode(model, ids, states, STEPS), device, budget=budget).median / STEPS
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not model.config.tie_word_embeddings:  # of the embedding table a step reads one row a sequence
-        table = model.trunk.embedding_table.weight
+        table = model.embedding_table.weight
         weights -= table.numel() * table.element_size()
     moved = weights + 2 * state_bytes(states)
     return {

@@ -103,7 +103,7 @@ class EngineConfig:
 
     def prepare(self, model: Any) -> None:
         """Tell a model what this section says of its memory."""
-        model.trunk.recompute = self.activation_checkpointing
+        model.recompute = self.activation_checkpointing
         model.lm_head.chunk_tokens = self.loss_chunk_tokens
         model.max_state_bytes = self.max_state_bytes
 

@@ -42,10 +42,10 @@ def explain_not_finite(
         if bad.any():
             found.append((name, position + int(bad.nonzero()[0])))
 
-    trunk = model.trunk
-    parts: list[tuple[str, nn.Module]] = [("the embeddings", trunk.embedding_table)]
-    parts += [(f"layer {i}", layer) for i, layer in enumerate(trunk.layers)]
-    parts += [("the final norm", trunk.get_submodule(trunk.final_norm_name)), ("the head", model.lm_head)]
+    parts: list[tuple[str, nn.Module]] = [("the embeddings", model.embedding_table)]
+    parts += [(f"layer {i}", layer) for i, layer in enumerate(model.layers)]
+    final_norm = model.trunk.get_submodule(model.final_norm_name)
+    parts += [("the final norm", final_norm), ("the head", model.lm_head)]
     hooks = [part.register_forward_hook(functools.partial(look, name)) for name, part in parts]
     try:
         after = model(input_ids, states=states, output_states=True).states

@@ -18,8 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from statex_dist.models.build import build_lm
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.lm import Recompute, RecurrentLM
+from statex_dist.models.lm import Recompute
 
 
 def activation_bytes(
@@ -43,10 +44,10 @@ def activation_bytes(
         carried: Whether states pass from one segment to the next.
     """
     with torch.device("meta"):
-        model = RecurrentLM(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        model = build_lm(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
         tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
     model.train()
-    model.trunk.recompute = recompute
+    model.recompute = recompute
     model.lm_head.chunk_tokens = loss_chunk_tokens
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)

@@ -6,6 +6,8 @@ For checkpoints that do not fit in memory there are the streaming tools in ``che
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from statex_dist.checkpoint.formats.tensor_io import TensorSource
 from statex_dist.checkpoint.manifest import finish_target, prepare_target
 from statex_dist.durable.files import sync
 from statex_dist.errors import CheckpointError
+from statex_dist.models.build import build_lm
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
+from statex_dist.models.layout import Part
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import read_config
 from statex_dist.models.source import find_model, open_model
@@ -74,17 +78,49 @@ def from_pretrained(
     opened = open_runnable(directory, digests=digests)
     config, source = opened.config, opened.source
     with torch.device("meta"):
-        model = RecurrentLM(config)
+        model = build_lm(config)
     stored = torch_dtype(source.info(model.family.names.embeddings).dtype)
-    model = model.to_empty(device=device).to(dtype or stored)
+    model = model.to_empty(device=device)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.trunk.embedding_table.weight
-    parameters = dict(model.named_parameters())
+        model.lm_head.weight = model.embedding_table.weight
+    model.finish_build(dtype or stored)
+    tensors = model.stored_tensors()
     with torch.no_grad(), WholeReader(source, crcs=digests) as reader:
-        for name in model.family.tensors(config):
-            read_into(reader, source, name, parameters.pop(name))
-    assert not parameters, f"{list(parameters)} were not filled"
+        for name, parts in model.file_parts().items():
+            read_parts(reader, source, name, parts, tensors.pop(name))
+    assert not tensors, f"{list(tensors)} were not filled"
     return model
+
+
+def read_parts(
+    reader: WholeReader, source: TensorSource, name: str, parts: Sequence[Part], target: torch.Tensor
+) -> None:
+    """Read a tensor of memory from its parts in the files, or from one of its own name.
+
+    Raises:
+        CheckpointError: A part is missing or of another shape, or the files are damaged.
+    """
+    if name in source or len(parts) == 1:
+        only = parts[0].name if len(parts) == 1 and parts[0].name in source else name
+        _check_part(source, Part(only, tuple(target.shape)))
+        read_into(reader, source, only, target)
+        return
+    flat, position = target.detach().view(-1), 0
+    for part in parts:
+        _check_part(source, part)
+        size = math.prod(part.shape)
+        read_into(reader, source, part.name, flat[position : position + size])
+        position += size
+
+
+def _check_part(source: TensorSource, part: Part) -> None:
+    if part.name not in source:
+        raise CheckpointError(f"{source.facts.path} lacks tensor '{part.name}' of the model in its config.json")
+    shape = source.info(part.name).shape
+    if [size for size in shape if size != 1] != [size for size in part.shape if size != 1]:
+        raise CheckpointError(
+            f"{source.facts.path}: tensor '{part.name}' has shape {shape}; config.json asks for {part.shape}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

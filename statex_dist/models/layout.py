@@ -59,6 +59,13 @@ class Units:
         return start, start + piece
 
 
+class Part(NamedTuple):
+    """A tensor of a model's files that is a tensor of memory, or a stretch of one: its elements are in order there."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
 class LayerUnits(NamedTuple):
     """How the ranks share what belongs to the heads of a layer.
 

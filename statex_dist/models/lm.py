@@ -15,7 +15,7 @@ from statex_dist.models.config import ModelConfig
 from statex_dist.models.core.layers import RMSNorm
 from statex_dist.models.core.mitigation import Mitigation
 from statex_dist.models.core.sequences import LayerState, Sequences
-from statex_dist.models.layout import Names
+from statex_dist.models.layout import Names, Part
 from statex_dist.models.registry import Family, SharedInputs, family_of
 from statex_dist.models.row_mapping import Constant, Distribution, Normal, generator_for
 from statex_dist.ops.loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
@@ -100,17 +100,21 @@ class LMHead(nn.Linear):
 
     Attributes:
         chunk_tokens: Tokens whose logits are held at once with labels; 0 holds them all.
+        factor: Factor of the logits.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.chunk_tokens = LOSS_CHUNK_TOKENS
+        self.factor = 1.0
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[B, T, vocab]``; with ``labels [B, T]`` the sum of the cross entropy in nats.
 
         One call, whatever the number of chunks: ZeRO-3 gathers the weight once for it.
         """
+        if self.factor != 1.0:
+            hidden = hidden * self.factor
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(
@@ -150,8 +154,15 @@ class RecurrentLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         config.require_runnable()
-        family = family_of(config.MODEL_TYPE)
-        self.config, self.trunk_name = config, family.names.trunk
+        self.config = config
+        self._build()
+        self.max_state_bytes: int | None = None
+        self._mitigation: Mitigation | None = None
+
+    def _build(self) -> None:
+        """Make trunk and head."""
+        config, family = self.config, self.family
+        self.trunk_name = family.names.trunk
         prefix = f"{family.names.trunk}."
         trunk = Trunk(
             config,
@@ -163,9 +174,7 @@ class RecurrentLM(nn.Module):
         self.add_module(self.trunk_name, trunk)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.trunk.embedding_table.weight
-        self.max_state_bytes: int | None = None
-        self._mitigation: Mitigation | None = None
+            self.lm_head.weight = self.embedding_table.weight
 
     @property
     def mitigation(self) -> Mitigation | None:
@@ -203,6 +212,53 @@ class RecurrentLM(nn.Module):
     def trunk(self) -> Trunk:
         """Embeddings, layers and final norm."""
         return getattr(self, self.trunk_name)
+
+    @property
+    def embedding_table(self) -> nn.Embedding:
+        """The embedding table."""
+        return self.trunk.embedding_table
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers."""
+        return self.trunk.layers
+
+    @property
+    def final_norm_name(self) -> str:
+        """Name of the norm behind the layers in the trunk."""
+        return self.trunk.final_norm_name
+
+    @property
+    def recompute(self) -> Recompute:
+        """Layers that are computed again in the backward pass."""
+        return self.trunk.recompute
+
+    @recompute.setter
+    def recompute(self, recompute: Recompute) -> None:
+        self.trunk.recompute = recompute
+
+    @property
+    def state_places(self) -> list[tuple[int, str]]:
+        """Layer and kind (``recurrent`` or ``attention``) of each of the states that a forward pass returns."""
+        return [(layer, "recurrent") for layer in range(self.config.num_hidden_layers)]
+
+    def finish_build(self, dtype: torch.dtype) -> None:
+        """Give the parameters a dtype, after the model was made on ``meta`` and moved to a device."""
+        self.to(dtype)
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what checkpoints hold of the model, by name in memory."""
+        return dict(self.named_parameters())
+
+    def file_parts(self) -> dict[str, list[Part]]:
+        """Return the tensors of a model's files that each of :meth:`stored_tensors` is made of, in order."""
+        return {name: [Part(name, spec.shape)] for name, spec in self.family.tensors(self.config).items()}
+
+    def _hidden(
+        self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
+    ) -> tuple[torch.Tensor, list[LayerState]]:
+        """Return the final hidden states ``[B, T, hidden]`` and the states after the tokens."""
+        return self.trunk(input_ids, sequences, states)
 
     def forward(
         self,
@@ -253,7 +309,7 @@ class RecurrentLM(nn.Module):
             context=context,
             mitigation=self.mitigation,
         )
-        hidden, new_states = self.trunk(input_ids, sequences, states)
+        hidden, new_states = self._hidden(input_ids, sequences, states)
         if logits_to_keep is not None:
             assert labels is None, "a loss is taken over all tokens"
             hidden = hidden[:, -logits_to_keep:]

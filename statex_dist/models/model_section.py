@@ -11,6 +11,7 @@ import torch
 
 from statex_dist.checkpoint.layout import TRAIN_LENGTH_KEY
 from statex_dist.errors import ConfigError
+from statex_dist.models.build import build_lm
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict
@@ -60,6 +61,6 @@ class ModelSource:
             allowed = sorted({f.name for f in dataclasses.fields(settings)} - {"extra"})
             unknown = ", ".join(f"model.config.{key}" for key in sorted(settings.extra))
             raise ConfigError(f"unknown key {unknown}; allowed in model.config: model_type, {', '.join(allowed)}")
-        model = RecurrentLM(settings)
+        model = build_lm(settings)
         model.init_parameters(seed)
         return model.to(dtype)

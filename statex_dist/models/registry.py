@@ -70,8 +70,8 @@ class Family:
         first_value: Takes such a name, a shape and ``config=``; returns the tensor's distribution in a fresh model.
         layer_mappings: Takes the configs before and after and a layer's expansion; returns the row mappings of the
             tensors that change or are new, by name without the prefix.
-        block: ``module:Class`` of the layer; a function ``shared_inputs`` may stand beside it. None where other
-            software runs the models.
+        block: ``module:Class`` of the layer; a function ``shared_inputs`` may stand beside it. None where transformers
+            hosts the layers (:mod:`statex_dist.models.hybrid`).
         shared_tensors: Takes a config; returns parameters that the layers share, by full name.
         megatron: Names of megatron-core's module; None where it has none.
     """
@@ -91,7 +91,7 @@ class Family:
         return self.config.MODEL_TYPE
 
     def _mixer_module(self) -> ModuleType:
-        assert self.block is not None, f"{self.model_type} is run by other software"
+        assert self.block is not None, f"{self.model_type} is hosted by transformers"
         return importlib.import_module(self.block.partition(":")[0])
 
     def block_classes(self, config: ModelConfig) -> list[type[nn.Module]]:
@@ -155,9 +155,12 @@ FAMILIES: dict[str, Family | str] = {
     "minimax": "lightning.config",
     "gated_deltanet": "gated_deltanet.config",
     "kda": "kda.config",
-    "bamba": "bamba.config",
+    "bamba": "hybrid.hosts:BAMBA",
+    "nemotron_h": "hybrid.hosts:NEMOTRON_H",
+    "qwen3_next": "hybrid.hosts:QWEN3_NEXT",
 }
-"""Each family, or the module of this package whose ``FAMILY`` it is; :func:`family_of` imports it."""
+"""Each family, or the module of this package that has it (under ``FAMILY`` or the name behind the colon);
+:func:`family_of` imports it."""
 
 
 def register(family: Family) -> None:
@@ -181,7 +184,8 @@ def family_of(model_type: Any) -> Family:
         raise CheckpointError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
     row = FAMILIES[model_type]
     if isinstance(row, str):
-        row = FAMILIES[model_type] = importlib.import_module(f"{__package__}.{row}").FAMILY
+        module, _, name = row.partition(":")
+        row = FAMILIES[model_type] = getattr(importlib.import_module(f"{__package__}.{module}"), name or "FAMILY")
     return row
 
 

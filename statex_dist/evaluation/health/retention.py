@@ -34,7 +34,7 @@ class RetentionProbe:
     """
 
     def __init__(self, model: RecurrentLM):
-        self._layers = list(model.trunk.layers)
+        self._layers = list(model.layers)
         self._probes: list[torch.Tensor | None] = [None] * len(self._layers)
         self._signs: list[torch.Tensor | None] = [None] * len(self._layers)
         self._handles: list[RemovableHandle] = []

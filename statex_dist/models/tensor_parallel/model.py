@@ -143,14 +143,14 @@ def load_tensor_parallel(
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.trunk.embedding_table.weight
+        model.lm_head.weight = model.embedding_table.weight
     return model.eval()
 
 
 def _make_local(model: TensorParallelLM, tensors: dict[str, torch.Tensor], share: TensorShare) -> None:
     """Put modules for what this rank holds in place of the whole ones; their parameters have no data yet."""
     sizes = set()
-    for layer in model.trunk.layers:
+    for layer in model.layers:
         mixer = mixer_of(layer)
         mixer.heads = HeldHeads.of(mixer.geometry, tp=share.size, rank=share.rank)
         sizes.add(mixer.heads.ranks_per_head)
@@ -188,7 +188,7 @@ def _mixer_with(model: TensorParallelLM, name: str) -> RecurrentMixer:
     """Return the token mixing of the layer that a tensor belongs to."""
     place = model.family.names.split(name)
     assert place is not None, name
-    return mixer_of(model.trunk.layers[place[0]])
+    return mixer_of(model.layers[place[0]])
 
 
 def _local(

@@ -1,0 +1,193 @@
+"""Configurations of models of transformers that have recurrent layers: the keys that those layers depend on.
+
+The ``config.json`` is kept as it is. A family's row (:class:`HostModel`) names the keys with the sizes of its recurrent
+layers, and transformers' defaults; everything else is read by transformers alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from statex_dist.checkpoint.json_file import decode_floats
+from statex_dist.checkpoint.layout import CONFIG_NAME
+from statex_dist.errors import CheckpointError, shown
+from statex_dist.models.config import ModelConfig, check_layer_list, check_type
+from statex_dist.models.config_keys import ours, without_plan
+from statex_dist.models.hybrid.names import NameMap
+from statex_dist.state.geometry import StateGeometry
+from statex_dist.state.plan import ExpansionPlan
+
+LayerKind = Literal["recurrent", "attention", "both", "other"]
+"""How a layer reads the tokens before: by a recurrent state, by keys and values, by both, or not at all."""
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostModel:
+    """How transformers' model of a family is built, as far as its recurrent layers need it.
+
+    Attributes:
+        model: ``module:Class`` of the model without its head, below ``transformers.models``.
+        layer_kinds: Takes the file's values and the number of layers; returns each layer's kind.
+        keys: Key of the file and transformers' default, by the name of a field of the recurrent layers' configuration.
+        options: Takes the file's values; returns further fields of that configuration.
+        place: Name of the recurrent mixer in its layer, or a function of the layer's index and its kind.
+        mixer: ``module:Class`` of our mixer, below ``statex_dist.models``.
+        text: Key of the section of the text model, where there is one.
+        head_factor: Takes the file's values; returns the factor of the logits.
+        names: The names of memory in the files.
+        since: The first release of transformers that has the model.
+    """
+
+    model: str
+    layer_kinds: Callable[[Values, int], list[LayerKind]]
+    keys: Mapping[str, tuple[str, Any]]
+    mixer: str
+    place: str | Callable[[int, LayerKind], str]
+    options: Callable[[Values], dict[str, Any]] = field(default=lambda values: {})
+    text: str | None = None
+    head_factor: Callable[[Values], float] = field(default=lambda values: 1.0)
+    names: NameMap = field(default_factory=NameMap)
+    since: str = "5.17"
+
+
+@dataclass(kw_only=True)
+class HybridConfig(ModelConfig):
+    """A model that transformers hosts.
+
+    Attributes:
+        values: The contents of its ``config.json``, without a plan.
+    """
+
+    HOST: ClassVar[HostModel]
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    """transformers' defaults of the fields that all models have, where the file may leave them out."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer_list(f"{self.MODEL_TYPE} config: its list of layers", self.layer_kinds, self.num_hidden_layers)
+        self.check_plan()
+        for layer in self.recurrent_layers[:1]:
+            self.layer_geometry(layer)
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The values of the text model."""
+        return self.values if self.HOST.text is None else self.values.get(self.HOST.text, self.values)
+
+    @property
+    def layer_kinds(self) -> list[LayerKind]:
+        """Each layer's kind."""
+        return self.HOST.layer_kinds(self.text, self.num_hidden_layers)
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers with softmax attention, also beside a recurrence."""
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind in ("attention", "both"))
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Layers with a recurrent state."""
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind in ("recurrent", "both"))
+
+    @property
+    def obstacle(self) -> str | None:
+        """Nothing: transformers runs the other layers."""
+        return None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Tensors of the other layers are passed through."""
+        return True
+
+    @property
+    def final_norm_eps(self) -> float:
+        """Epsilon of the norms; the host's own are the host's."""
+        return self.mixer_config().final_norm_eps
+
+    def place(self, layer: int) -> str:
+        """Return the name of a layer's recurrent mixer in the layer."""
+        place = self.HOST.place
+        return place if isinstance(place, str) else place(layer, self.layer_kinds[layer])
+
+    def mixer_fields(self) -> dict[str, Any]:
+        """Return the fields of the recurrent layers' own configuration that the file gives."""
+        fields = {}
+        for name, (key, default) in self.HOST.keys.items():
+            value = self.text.get(key)
+            fields[name] = default if value is None else value
+        return {**fields, **self.HOST.options(self.text)}
+
+    def mixer_config(self, layer: int | None = None) -> Any:
+        """Return the recurrent layers' own configuration, with the whole plan or that of one layer alone."""
+        raise NotImplementedError
+
+    def plan_of(self, layer: int | None) -> ExpansionPlan | None:
+        """Return the plan, or what it has of one layer."""
+        if layer is None or self.statex is None:
+            return self.statex
+        expansion = self.statex.get(layer)
+        return ExpansionPlan(layers=(expansion,)) if expansion else None
+
+    def layer_geometry(self, layer: int) -> StateGeometry:
+        """Return the state of a recurrent layer under the plan."""
+        geometry: StateGeometry = self.mixer_config(layer).layer_geometry(layer)
+        return geometry
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build a config from the contents of a ``config.json``.
+
+        Raises:
+            CheckpointError: A required key is missing or has the wrong type.
+        """
+        values = decode_floats(values)
+        plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
+        model_type = values.get("model_type")
+        values = without_plan(values)
+        text = values if cls.HOST.text is None else values.get(cls.HOST.text, values)
+        if not isinstance(text, dict):
+            raise CheckpointError(f"{CONFIG_NAME}: '{cls.HOST.text}' must be a mapping, not {shown(text)}")
+        given = {**cls.DEFAULTS, **{key: value for key, value in text.items() if value is not None}}
+        hints: dict[str, Any] = {
+            "vocab_size": int,
+            "hidden_size": int,
+            "num_hidden_layers": int,
+            "initializer_range": float,
+        }
+        hints |= {"tie_word_embeddings": bool, "pad_token_id": int | None, "bos_token_id": int | None}
+        hints |= {"eos_token_id": int | list[int] | None}
+        if cls.HOST.text is not None and "tie_word_embeddings" in values:
+            given["tie_word_embeddings"] = values["tie_word_embeddings"]
+        if "num_hidden_layers" not in given and (listed := cls.HOST.layer_kinds(text, 0)):
+            given["num_hidden_layers"] = len(listed)  # a host that counts the entries of its list of layers
+        if missing := [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in given]:
+            raise CheckpointError(f"{CONFIG_NAME} of a {cls.MODEL_TYPE} model lacks {', '.join(missing)}")
+        kept = {key: given[key] for key in hints if key in given}
+        for key, value in kept.items():
+            check_type(key, value, hints[key])
+        for key, default in cls.HOST.keys.values():
+            if text.get(key) is not None and default is not None and not isinstance(default, tuple):
+                check_type(key, text[key], float if isinstance(default, float) else type(default))
+        extra = {key: value for key, value in values.items() if key not in kept}
+        config = cls(**kept, statex=plan, extra=extra, values=values)
+        if ours(model_type) and plan is None:
+            raise CheckpointError(
+                f"{CONFIG_NAME}: model_type {model_type!r} is of an expanded model, but there is no plan under 'statex'"
+            )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the contents of ``config.json``: those that were read, and the plan."""
+        changed = {key: value for key, value in self.extra.items() if self.values.get(key, ...) != value}
+        return self.with_plan({"model_type": self.MODEL_TYPE, **self.values, **changed})
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with ``changes``."""
+        return dataclasses.replace(self, **changes)

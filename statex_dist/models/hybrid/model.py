@@ -1,0 +1,188 @@
+"""A model of transformers with recurrent mixers of ours, as the language model that everything else here works with."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from statex_dist.errors import ConfigError
+from statex_dist.models.core.mixer import token_positions
+from statex_dist.models.core.sequences import LayerState, Sequences
+from statex_dist.models.hybrid import attention, mixers
+from statex_dist.models.hybrid.config import HybridConfig
+from statex_dist.models.hybrid.mixers import HostCall, States
+from statex_dist.models.layout import Part
+from statex_dist.models.lm import LMHead, Recompute, RecurrentLM
+from statex_dist.ops.attention import KeyValues
+
+
+class HostedLM(RecurrentLM):
+    """A causal language model whose layers, but for the recurrent mixers, are transformers' own.
+
+    Parameters have the names of transformers' model in memory; :meth:`file_names` tells those of its files.
+
+    Args:
+        config: The model's configuration; its plan decides each recurrent layer's state.
+    """
+
+    config: HybridConfig
+
+    def _build(self) -> None:
+        self.trunk_name = "model"
+        self.model = host_model(self.config)
+        self.lm_head = LMHead(self.config.hidden_size, self.config.vocab_size)
+        self.lm_head.factor = self.config.HOST.head_factor(self.config.text)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding_table.weight
+
+    @property
+    def embedding_table(self) -> nn.Embedding:
+        """The embedding table."""
+        table: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[assignment]
+        return table
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The host's layers."""
+        layers: nn.ModuleList = self.model.layers  # type: ignore[assignment]
+        return layers
+
+    @property
+    def final_norm_name(self) -> str:
+        """Name of the norm behind the layers in the trunk."""
+        return self.family.names.final_norm
+
+    @property
+    def recompute(self) -> Recompute:
+        """Layers that are computed again in the backward pass."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: Recompute) -> None:
+        self._recompute = recompute
+        plan = self.config.statex
+        for index, layer in enumerate(self.layers):
+            expanded = plan is not None and plan.get(index) is not None
+            setting: Any = layer
+            setting.gradient_checkpointing = recompute == "block" or (recompute == "expanded" and expanded)
+            setting._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    @property
+    def state_places(self) -> list[tuple[int, str]]:
+        """Layer and kind of each state, in the order of the states that a forward pass returns."""
+        config = self.config
+        recurrent, attends = set(config.recurrent_layers), set(config.attention_layers)
+        kinds = (("recurrent", recurrent), ("attention", attends))
+        return [(layer, kind) for layer in range(config.num_hidden_layers) for kind, of in kinds if layer in of]
+
+    def finish_build(self, dtype: torch.dtype) -> None:
+        """Give the parameters a dtype. Buffers keep theirs: frequencies and router biases are fp32 in a bf16 model."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        restore_buffers(self.model)
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the parameters and the buffers that checkpoints hold, by name in memory; a tied head once."""
+        tensors: dict[str, torch.Tensor] = dict(self.state_dict(keep_vars=True))
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        return tensors
+
+    def file_parts(self) -> dict[str, list[Part]]:
+        """Return the tensors of the files that each of :meth:`stored_tensors` is made of, in order."""
+        names = self.config.HOST.names
+        return {name: names.parts(name, tensor.shape) for name, tensor in self.stored_tensors().items()}
+
+    def _hidden(
+        self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
+    ) -> tuple[torch.Tensor, list[LayerState]]:
+        """Return the final hidden states and the states after the tokens (attention's are :class:`KeyValues`)."""
+        places = self.state_places
+        before: States = dict(zip(places, states, strict=True)) if states else {}
+        call = HostCall(sequences=sequences, before=before)
+        output = self.model(
+            input_ids=input_ids,
+            position_ids=self._positions(input_ids, sequences, before),
+            use_cache=False,
+            statex=call,
+        )
+        hidden = output.last_hidden_state.to(self.lm_head.weight.dtype)
+        return hidden, [call.after[place] for place in places if place in call.after]
+
+    def _positions(self, input_ids: torch.Tensor, sequences: Sequences, before: States) -> torch.Tensor:
+        """Return each token's place in its sequence, ``[B, T]``: what rotary embeddings turn by."""
+        read = next((KeyValues(*state).lengths for (_, kind), state in before.items() if kind == "attention"), None)
+        if read is not None and sequences.cu_seqlens is not None and sequences.context is None:
+            others = len(sequences.cu_seqlens) - 2
+            read = torch.cat([read[:1], read.new_zeros(others)])
+        positions, _ = token_positions(input_ids, sequences, read)
+        return positions
+
+    def init_parameters(self, seed: int) -> None:
+        """Refuse: a hybrid's first values are transformers'.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            f"a {self.config.MODEL_TYPE} model is trained from a checkpoint (model.path); make a new one with "
+            "transformers (AutoModelForCausalLM.from_config) and save it first"
+        )
+
+
+def host_model(config: HybridConfig) -> PreTrainedModel:
+    """Build transformers' model without its head, with our mixers, on the current device.
+
+    Args:
+        config: The model's configuration with its plan.
+
+    Raises:
+        ConfigError: This transformers does not have the model, or cannot build it.
+    """
+    host = config.HOST
+    if Version(transformers.__version__) < Version(host.since):
+        raise ConfigError(
+            f"{config.MODEL_TYPE} models need transformers >= {host.since}, not {transformers.__version__}"
+        )
+    attention.register()
+    module, _, name = host.model.partition(":")
+    base: type[PreTrainedModel] = getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    settings = host_settings(config)
+    model = base._from_config(settings, attn_implementation=attention.NAME)
+    layers = config.mixer_config()
+    mixer = getattr(mixers, host.mixer)
+    for index, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(partial(_name_layer, index), with_kwargs=True)
+        if index in config.recurrent_layers:
+            parent, _, leaf = config.place(index).rpartition(".")
+            setattr(layer.get_submodule(parent), leaf, mixer(layers, index))
+    return model
+
+
+def host_settings(config: HybridConfig) -> Any:
+    """Return transformers' configuration of the text model, without our plan."""
+    values = {key: value for key, value in config.text.items() if key not in ("auto_map", "architectures", "statex")}
+    model_type = values.pop("model_type", config.MODEL_TYPE)
+    return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def _name_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tell the mixers of a layer which one it is: a host may share a module between layers."""
+    call = kwargs.get("statex")
+    return None if call is None else (args, {**kwargs, "statex": call.of(index)})
+
+
+def restore_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds (of rotary embeddings), after a model was made on ``meta``."""
+    with torch.no_grad():
+        for module in model.modules():
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)

@@ -1,0 +1,197 @@
+"""Causal softmax attention of packed sequences: of each document by itself, over segments, rows and ranks.
+
+A dense mask of a pack of 131,072 tokens takes 16 GiB, so no mask is made: each document is attended to by itself.
+Attention carries keys and values from one segment to the next, as a recurrence carries its state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
+
+from statex_dist.ops.cu_seqlens import borders_of
+
+if TYPE_CHECKING:
+    from statex_dist.distributed.context_group import ContextGroup, ContextShare
+
+
+class KeyValues(NamedTuple):
+    """The keys and values that an attention layer has read; what it carries on in place of a state.
+
+    Rows of a batch may have read unequal numbers of tokens: their tokens end at the last place, and the places before
+    a row's first token hold zeros. Of a pack only the last sequence is kept, which is the one that may continue.
+
+    Attributes:
+        keys: ``[S, H, L, D]``.
+        values: ``[S, H, L, V]``.
+        lengths: ``[S]`` int64, the tokens that each row has read.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: torch.Tensor | None = None,
+    before: KeyValues | None = None,
+    context: ContextShare | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, KeyValues | None]:
+    """Attend to the tokens before each token in its own sequence, and to itself.
+
+    Args:
+        q: ``[B, HQ, T, D]``, rotated where the model rotates.
+        k: ``[B, H, T, D]``; ``H`` divides ``HQ``.
+        v: ``[B, H, T, V]``.
+        scale: Factor of the scores; None takes ``D ** -0.5``.
+        dropout: Probability with which a score is dropped.
+        cu_seqlens: ``[S + 1]`` borders of packed sequences (``B`` is 1), or None: every row is one sequence.
+        before: What was read before, or None: of each row, or of the first sequence of a pack.
+        context: How the tokens connect to those of other ranks, or None.
+        output_final_state: Whether to return what the next segment needs.
+
+    Returns:
+        ``[B, HQ, T, V]``, and keys and values of each row, or of a pack's last sequence; None unless asked for.
+    """
+    if cu_seqlens is None:
+        assert context is None, "ranks share packs"
+        return _of_rows(q, k, v, before, scale=scale, dropout=dropout, output_final_state=output_final_state)
+    assert len(q) == 1, q.shape
+    held: tuple[torch.Tensor, ...] = (
+        (k[:, :, :0], v[:, :, :0]) if before is None else _tail_of(before, int(before.lengths[0]))
+    )
+    after: KeyValues | None = None
+    if context is not None:
+        held, after = _from_other_ranks(k, v, cu_seqlens, context, held)
+    outputs = []
+    for place, (start, stop) in enumerate(borders_of(cu_seqlens)):
+        rows = slice(start, stop)
+        keys, values = k[:, :, rows], v[:, :, rows]
+        if place == 0 and held[0].shape[2]:
+            keys, values = (
+                torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(held, (keys, values), strict=True)
+            )
+        if stop > start:
+            outputs.append(_causal(q[:, :, rows], keys, values, scale, dropout))
+    if output_final_state and context is None:
+        after = KeyValues(keys, values, torch.full((1,), keys.shape[2], device=k.device))
+    return torch.cat(outputs, dim=2), after if output_final_state else None
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, dropout: float) -> torch.Tensor:
+    """Return the outputs of the last tokens of one sequence, of whose keys the last belong to them."""
+    queries, keys = q.shape[2], k.shape[2]
+    causal = queries == keys and queries > 1
+    bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _of_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: KeyValues | None,
+    *,
+    scale: float | None,
+    dropout: float,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, KeyValues | None]:
+    """Attend in each row of a batch, after what the row has read before."""
+    tokens = k.shape[2]
+    lengths = torch.zeros(len(k), dtype=torch.int64, device=k.device) if before is None else before.lengths
+    if before is None or not before.keys.shape[2]:
+        o = _causal(q, k, v, scale, dropout)
+    else:
+        k, v = (_joined(*pair) for pair in zip(before[:2], (k, v), strict=True))
+        read = before.keys.shape[2]
+        if bool((lengths == read).all()):
+            o = _causal(q, k, v, scale, dropout)
+        else:
+            place = torch.arange(k.shape[2], device=k.device)
+            row = torch.arange(tokens, device=k.device)[:, None]
+            seen = (place >= (read - lengths)[:, None, None]) & (place <= row + read)
+            o = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+    return o, KeyValues(k, v, lengths + tokens) if output_final_state else None
+
+
+def _joined(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.cat([old.to(new.dtype), new], dim=2)
+
+
+def _tail_of(state: KeyValues, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first row's last keys and values."""
+    start = state.keys.shape[2] - length
+    return state.keys[:1, :, start:], state.values[:1, :, start:]
+
+
+def _from_other_ranks(
+    k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, context: ContextShare, held: tuple[torch.Tensor, ...]
+) -> tuple[tuple[torch.Tensor, ...], KeyValues]:
+    """Return keys and values of this share's first sequence on the ranks before, and those of the pack's last one.
+
+    Each rank gathers the keys and values of all: memory of a layer grows with the pack, not with its square.
+
+    Args:
+        k: ``[1, H, T, D]`` of this share.
+        v: ``[1, H, T, V]``.
+        cu_seqlens: Borders of this share.
+        context: How the share connects to the others.
+        held: What the pack's first sequence has read before the pack.
+    """
+    group = context.group
+    # Where the share's last sequence begins in it, and -1 where that one began on an earlier rank.
+    begin = -1 if context.passes else int(cu_seqlens[-2])
+    facts = group.all_gather(torch.tensor([k.shape[2], begin], device=k.device))
+    lengths, begins = ([int(fact[place]) for fact in facts] for place in (0, 1))
+    keys, values = (
+        torch.cat([held_part.to(own.dtype), *_Gather.apply(own, lengths, group)], dim=2)
+        for held_part, own in zip(held, (k, v), strict=True)
+    )
+    first, starts = held[0].shape[2], []
+    position, current = first, 0
+    for length, mark in zip(lengths, begins, strict=True):
+        starts.append((position, current))  # where the share starts, and where the sequence does that enters it
+        current = current if mark < 0 else position + mark
+        position += length
+    own, entered = starts[group.rank]
+    own_first = slice(entered if context.opens else own, own)
+    last = slice(current, position)
+    after = KeyValues(
+        keys[:, :, last].detach(), values[:, :, last].detach(), torch.full((1,), position - current, device=k.device)
+    )
+    return (keys[:, :, own_first], values[:, :, own_first]), after
+
+
+class _Gather(torch.autograd.Function):
+    """Gather the tokens of all ranks; backward each rank gets the sum of all ranks' gradients for its own."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, lengths: list[int], group: ContextGroup):
+        ctx.lengths, ctx.group = lengths, group
+        most = max(lengths)
+        parts = group.all_gather(F.pad(x, (0, 0, 0, most - x.shape[2])))
+        return tuple(part[:, :, :length] for part, length in zip(parts, lengths, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: torch.Tensor):
+        whole = torch.cat(grads, dim=2).contiguous()
+        dist.all_reduce(whole, group=ctx.group.group)
+        start = sum(ctx.lengths[: ctx.group.rank])
+        return whole[:, :, start : start + ctx.lengths[ctx.group.rank]], None, None
