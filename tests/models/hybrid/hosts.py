@@ -1,0 +1,101 @@
+"""Tiny models of transformers with recurrent layers, made and saved by transformers itself: the oracle of our hosts."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 97
+
+_ATTENTION: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+_GATED_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+MAMBA2_HOSTS: dict[str, dict[str, Any]] = {
+    "bamba": {
+        **_ATTENTION,
+        "num_hidden_layers": 4,
+        "attn_layer_indices": [2],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 2,
+    },
+    "nemotron_h": {
+        **_ATTENTION,
+        "num_hidden_layers": 5,
+        "hybrid_override_pattern": "M*EM-",
+        "head_dim": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+}
+DELTA_HOSTS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**_ATTENTION, **_GATED_DELTA, **_QWEN_EXPERTS, "num_hidden_layers": 4, "head_dim": 8},
+}
+HOSTS = MAMBA2_HOSTS | DELTA_HOSTS
+"""Settings of a tiny model by its ``model_type``."""
+
+_KERNELS = ("fla", "mamba_ssm", "causal_conv1d")
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Hide the kernels of other libraries: transformers takes them when it imports a model, also on a CPU."""
+    kept = {name: sys.modules.get(name) for name in _KERNELS}
+    sys.modules.update(dict.fromkeys(_KERNELS))
+    try:
+        yield
+    finally:
+        for name, module in kept.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+def save_host(
+    model_type: str, directory: Path, *, seed: int = 0, module: str | None = None, **changes: Any
+) -> PreTrainedModel:
+    """Make a model of transformers with random weights, save it, and return it in evaluation mode.
+
+    Args:
+        model_type: One of :data:`HOSTS`.
+        directory: Where it goes, in the layout of the hub.
+        seed: Of its weights.
+        module: Folder of transformers' model, where it is not called as its ``model_type``.
+        **changes: Further settings.
+    """
+    name = module or model_type
+    with without_kernels():
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    torch.manual_seed(seed)
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, **HOSTS[model_type], **changes}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms, biases and steps that are all alike would hide errors
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(directory)
+    return model.eval()
