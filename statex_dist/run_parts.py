@@ -9,9 +9,10 @@ from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import TrainEngine
+from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import family_of, parameter_roles, training_flops_per_token
+from statex_dist.models.registry import training_flops_per_token
 from statex_dist.run_config import RunConfig
 from statex_dist.train.callback import Callback
 from statex_dist.train.model_files import check_data
@@ -36,7 +37,12 @@ def build_loader(
 def build_model(config: RunConfig) -> RecurrentLM:
     """Load or make the model, and freeze the parameters that are not trained."""
     model = config.model.build(dtype=config.engine.dtype, seed=config.seed)
-    config.optimizer.freeze_in(model.named_parameters(), roles=parameter_roles(model.config))
+    if config.train.state_passing and any(kind == "attention" for _, kind in model.state_places):
+        raise ConfigError(
+            f"train.state_passing does not go with attention, and this {model.config.MODEL_TYPE} model has layers of "
+            "it: keys and values of an unrelated sequence are no state that a text could leave; set it to 0"
+        )
+    config.optimizer.freeze_in(model.named_parameters(), roles=model.roles())
     config.engine.prepare(model)
     return model
 
@@ -44,10 +50,7 @@ def build_model(config: RunConfig) -> RecurrentLM:
 def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv) -> TrainEngine:
     """Return the engine that the configuration names, around ``model``."""
     config.engine.join(env, config.shared_settings())
-    tensors = family_of(model.config.MODEL_TYPE).tensors(model.config)
-    no_decay = {name for name, spec in tensors.items() if not spec.decay}
-    roles = parameter_roles(model.config)
-    optimizer = config.optimizer.build(model.named_parameters(), no_decay=no_decay, roles=roles)
+    optimizer = config.optimizer.build(model.named_parameters(), no_decay=model.no_decay(), roles=model.roles())
     return config.engine.build(
         model,
         optimizer,

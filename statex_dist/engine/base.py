@@ -201,7 +201,12 @@ class TrainEngine(ABC):
 
         By layer; empty where it was not observed, or is not known (padding behind it, in a pack over several ranks).
         """
-        return {str(layer): float(square) ** 0.5 for layer, square in enumerate(self.carried.observed or ())}
+        if self.carried.observed is None:
+            return {}
+        model: Any = getattr(self.model, "module", self.model)
+        layers = [layer for layer, kind in model.state_places if kind == "recurrent"]
+        observed = zip(layers, self.carried.observed, strict=True)
+        return {str(layer): float(square) ** 0.5 for layer, square in observed}
 
     def peak_memory(self) -> int:
         """Return the most bytes this process held: allocated on the GPU, or resident where there is none."""

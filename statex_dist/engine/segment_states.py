@@ -9,6 +9,7 @@ of an unrelated one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.distributed.context_group import ContextGroup, ContextShare
+from statex_dist.ops.attention import KeyValues
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +157,14 @@ class CarriedStates:
         )
         if batch.continues:
             # A document that continues fills its pack to the end, so its state is the last one.
-            self._lanes[lane] = [tuple(part[-1:].detach().clone() for part in layer) for layer in output.states]
+            self._lanes[lane] = [
+                _like(layer, (part[-1:].detach().clone() for part in layer)) for layer in output.states
+            ]
         if self.passing is not None:
             self.passing.keep(batch, lane, output.states)
         if place is not None:
-            self.observed = [layer[0][place].detach().double().square().mean() for layer in output.states]
+            recurrent = [layer[0] for layer in output.states if not isinstance(layer, KeyValues)]
+            self.observed = [state[place].detach().double().square().mean() for state in recurrent]
         return output.loss_sum
 
     def forget(self) -> None:
@@ -170,13 +175,15 @@ class CarriedStates:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states by lane, on the CPU, with those of state passing; empty where no state waits."""
-        lanes = {str(lane): [tuple(p.cpu() for p in layer) for layer in x] for lane, x in self._lanes.items()}
+        lanes: dict[str, Any] = {}
+        for lane, layers in self._lanes.items():
+            lanes[str(lane)] = [tuple(part.cpu() for part in layer) for layer in layers]
         return lanes if self.passing is None else {**lanes, _PASSING: self.passing.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         lanes = {key: value for key, value in state.items() if key != _PASSING}
-        self._lanes = {int(lane): [tuple(layer) for layer in layers] for lane, layers in lanes.items()}
+        self._lanes = {int(lane): [_of_saved(tuple(layer)) for layer in layers] for lane, layers in lanes.items()}
         if self.passing is not None and _PASSING in state:
             self.passing.load_state_dict(state[_PASSING])
 
@@ -194,11 +201,26 @@ def _observed_place(batch: PackedBatch, *, over_ranks: bool) -> int | None:
 
 
 def _first_of(kept: LaneStates, sequences: int, device: torch.device) -> LaneStates:
-    """States of a pack's ``sequences``: the kept one for the first, empty ones for the others."""
+    """States of a pack's ``sequences``: the kept one for the first, empty ones for the others.
+
+    Of attention the kept one alone: those for the others would be as long.
+    """
     return [
-        tuple(
+        KeyValues(*(part.to(device) for part in layer))
+        if isinstance(layer, KeyValues)
+        else tuple(
             torch.cat([part.to(device), part.new_zeros((sequences - 1, *part.shape[1:]), device=device)])
             for part in layer
         )
         for layer in kept
     ]
+
+
+def _like(layer: tuple[torch.Tensor, ...], parts: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return the parts of a state as a state of the same kind."""
+    return KeyValues(*parts) if isinstance(layer, KeyValues) else tuple(parts)
+
+
+def _of_saved(layer: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return a saved state: of attention, where the third part counts tokens."""
+    return KeyValues(*layer) if len(layer) == 3 and layer[2].dtype == torch.int64 else layer

@@ -22,6 +22,7 @@ from statex_dist.models.config_keys import (
     with_plan_entry,
     without_plan,
 )
+from statex_dist.models.layout import Part
 from statex_dist.state.geometry import FeatureMap, StateGeometry, largest_roll
 from statex_dist.state.plan import MAX_LAYERS, ExpansionPlan, LayerExpansion
 
@@ -221,6 +222,14 @@ class ModelConfig:
 
         Where every recurrent layer of a Mamba2 model grows alike, ``state_size`` expresses the whole plan, and classes
         that know no plan can open the directory. Empty where no such changes exist.
+        """
+        return {}
+
+    def file_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
+        """Return the tensors of the files that tensors of memory are made of, where the names differ.
+
+        Args:
+            shapes: Shapes by names, of memory or already of the files; the latter have no entry.
         """
         return {}
 

@@ -16,7 +16,7 @@ from statex_dist.models.core.layers import RMSNorm
 from statex_dist.models.core.mitigation import Mitigation
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.layout import Names, Part
-from statex_dist.models.registry import Family, SharedInputs, family_of
+from statex_dist.models.registry import Family, Role, SharedInputs, family_of, parameter_roles
 from statex_dist.models.row_mapping import Constant, Distribution, Normal, generator_for
 from statex_dist.ops.loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 
@@ -253,6 +253,14 @@ class RecurrentLM(nn.Module):
     def file_parts(self) -> dict[str, list[Part]]:
         """Return the tensors of a model's files that each of :meth:`stored_tensors` is made of, in order."""
         return {name: [Part(name, spec.shape)] for name, spec in self.family.tensors(self.config).items()}
+
+    def roles(self) -> dict[str, Role]:
+        """Return the role of each parameter in an expansion (:func:`statex_dist.models.registry.parameter_roles`)."""
+        return parameter_roles(self.config)
+
+    def no_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay."""
+        return {name for name, spec in self.family.tensors(self.config).items() if not spec.decay}
 
     def _hidden(
         self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None

@@ -98,6 +98,8 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     if prefix := find_prefix(source, config):
         logger.warning("%s: every tensor's name begins with '%s', which is taken off", source.facts.path, prefix)
         source.strip(prefix)
+    if parts := config.file_parts({name: source.info(name).shape for name in source.keys()}):  # noqa: SIM118
+        source.divide(parts)
     if not check:
         return OpenModel(source=source, values=values, config=config, names=source.keys())
     names = check_tensors(source, config, values=source.has_values)

@@ -91,6 +91,34 @@ class Held:
 Pieces = Sequence[Piece | Held]
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements ``start .. stop`` of a stored tensor, which are shown as a tensor of their own."""
+
+    stored: str
+    start: int
+    stop: int
+
+    def cut(self, piece: Piece | Held, item_bytes: int) -> Pieces:
+        """Return what lies in the stretch of a piece of the stored tensor, as a piece of the shown one.
+
+        Args:
+            piece: A part of the stored tensor, whose rows lie in the stretch or outside.
+            item_bytes: Bytes of an element.
+        """
+        if isinstance(piece, Held):
+            first, last = max(self.start - piece.start, 0), self.stop - piece.start
+            data = piece.data[first * item_bytes : max(last, 0) * item_bytes]
+            return [Held(piece.start + first - self.start, data)] if data else []
+        assert self.start % piece.width == 0 == self.stop % piece.width, (self, piece)
+        begin, end = self.start // piece.width, self.stop // piece.width
+        first, last = max(piece.start, begin), min(piece.stop, end)
+        if first >= last:
+            return []
+        offset = piece.offset + (first - piece.start) * (piece.last - piece.first) * item_bytes
+        return [replace(piece, offset=offset, start=first - begin, stop=last - begin)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFacts:
     """Facts about a checkpoint besides its tensors.
@@ -166,6 +194,7 @@ class TensorSource(ABC):
         self.buffers = frozenset(buffers)
         self.prefix = ""
         self._infos = dict(infos)
+        self._stretches: dict[str, Stretch] = {}
 
     def keys(self) -> list[str]:
         """Return the names of all tensors, in the checkpoint's order."""
@@ -188,6 +217,9 @@ class TensorSource(ABC):
 
     def pieces(self, name: str) -> Pieces:
         """Return where the values of a tensor lie: every element once, in the order of :attr:`Piece.start`."""
+        if stretch := self._stretches.get(name):
+            pieces = self.stored_pieces(self.prefix + stretch.stored)
+            return [cut for piece in pieces for cut in stretch.cut(piece, self.info(name).item_bytes)]
         return self.stored_pieces(self.prefix + name)
 
     @abstractmethod
@@ -196,6 +228,11 @@ class TensorSource(ABC):
 
     def replicas(self, name: str) -> Sequence[Piece]:
         """Return further places that must hold the same values as :meth:`pieces` (tensor parallelism repeats some)."""
+        if stretch := self._stretches.get(name):
+            found = [
+                stretch.cut(p, self.info(name).item_bytes) for p in self.stored_replicas(self.prefix + stretch.stored)
+            ]
+            return [cut for cuts in found for cut in cuts if isinstance(cut, Piece)]
         return self.stored_replicas(self.prefix + name)
 
     def stored_replicas(self, name: str) -> Sequence[Piece]:
@@ -215,6 +252,35 @@ class TensorSource(ABC):
         self.facts = replace(self.facts, digests=digests)
         for state in self.states().values():
             state.strip(prefix)
+
+    def divide(self, parts: Mapping[str, Sequence[tuple[str, tuple[int, ...]]]]) -> None:
+        """Show tensors as others, which are consecutive stretches of them; the optimizer's states too.
+
+        A tensor of one part is renamed, with its digest. Of a tensor of several, digests are not known.
+
+        Args:
+            parts: Names and shapes of the parts of a tensor, in order, by its name; a tensor without an entry stays.
+        """
+        infos: dict[str, TensorInfo] = {}
+        renamed: dict[str, str] = {}
+        for name, info in self._infos.items():
+            position = 0
+            for part, shape in parts.get(name, [(name, info.shape)]):
+                made = replace(info, name=part, shape=shape)
+                infos[part] = made
+                if part != name:
+                    self._stretches[part] = Stretch(name, position, position + made.numel)
+                if made.numel == info.numel:
+                    renamed[name] = part
+                position += made.numel
+            assert position == info.numel, (name, info.shape)
+        self._infos = infos
+        self.aliases = {renamed[alias]: renamed[owner] for alias, owner in self.aliases.items()}
+        self.buffers = frozenset(renamed[name] for name in self.buffers if name in renamed)
+        digests = {renamed[name]: digest for name, digest in self.facts.digests.items() if name in renamed}
+        self.facts = replace(self.facts, digests=digests)
+        for state in self.states().values():
+            state.divide({name: of for name, of in parts.items() if name in state})
 
     def archives(self) -> Iterable[TorchArchive]:
         """Return the ``torch.save`` files among :attr:`files`: they carry checksums of their own."""

@@ -17,6 +17,7 @@ from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import ModelConfig, check_layer_list, check_type
 from statex_dist.models.config_keys import ours, without_plan
 from statex_dist.models.hybrid.names import NameMap
+from statex_dist.models.layout import Part
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan
 
@@ -110,6 +111,11 @@ class HybridConfig(ModelConfig):
     def final_norm_eps(self) -> float:
         """Epsilon of the norms; the host's own are the host's."""
         return self.mixer_config().final_norm_eps
+
+    def file_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
+        """Return the tensors of the files that tensors of memory are made of, where the names differ."""
+        found = {name: self.HOST.names.parts(name, shape) for name, shape in shapes.items()}
+        return {name: parts for name, parts in found.items() if [part.name for part in parts] != [name]}
 
     def place(self, layer: int) -> str:
         """Return the name of a layer's recurrent mixer in the layer."""

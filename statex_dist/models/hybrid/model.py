@@ -21,6 +21,7 @@ from statex_dist.models.hybrid.config import HybridConfig
 from statex_dist.models.hybrid.mixers import HostCall, States
 from statex_dist.models.layout import Part
 from statex_dist.models.lm import LMHead, Recompute, RecurrentLM
+from statex_dist.models.registry import Role, parameter_roles
 from statex_dist.ops.attention import KeyValues
 
 
@@ -100,6 +101,26 @@ class HostedLM(RecurrentLM):
         """Return the tensors of the files that each of :meth:`stored_tensors` is made of, in order."""
         names = self.config.HOST.names
         return {name: names.parts(name, tensor.shape) for name, tensor in self.stored_tensors().items()}
+
+    def roles(self) -> dict[str, Role]:
+        """Return the role of each parameter; the host's own are ``base``, or ``expanded`` in expanded layers."""
+        known, names, plan = parameter_roles(self.config), self.family.names, self.config.statex
+        roles: dict[str, Role] = {}
+        for name, parts in self.file_parts().items():
+            place = names.split(parts[0].name)
+            grown = plan is not None and place is not None and plan.get(place[0]) is not None
+            roles[name] = known.get(parts[0].name, "expanded" if grown else "base")
+        return roles
+
+    def no_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay; of the host's own, those that are no matrices."""
+        specs = self.family.tensors(self.config)
+        found = set()
+        for name, parts in self.file_parts().items():
+            spec = specs.get(parts[0].name)
+            if not spec.decay if spec else len(parts[0].shape) < 2:
+                found.add(name)
+        return found
 
     def _hidden(
         self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
