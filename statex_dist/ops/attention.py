@@ -69,24 +69,20 @@ def attention(
         assert context is None, "ranks share packs"
         return _of_rows(q, k, v, before, scale=scale, dropout=dropout, output_final_state=output_final_state)
     assert len(q) == 1, q.shape
-    held: tuple[torch.Tensor, ...] = (
-        (k[:, :, :0], v[:, :, :0]) if before is None else _tail_of(before, int(before.lengths[0]))
-    )
-    after: KeyValues | None = None
+    history, after = 0, None
+    if before is not None:
+        history = int(before.lengths[0])
+        k, v = (_joined(*pair) for pair in zip(_tail_of(before, history), (k, v), strict=True))
     if context is not None:
-        held, after = _from_other_ranks(k, v, cu_seqlens, context, held)
+        k, v, history, after = _with_other_ranks(k, v, cu_seqlens, context, history)
     outputs = []
     for place, (start, stop) in enumerate(borders_of(cu_seqlens)):
-        rows = slice(start, stop)
-        keys, values = k[:, :, rows], v[:, :, rows]
-        if place == 0 and held[0].shape[2]:
-            keys, values = (
-                torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(held, (keys, values), strict=True)
-            )
+        # The first sequence began before the tokens, by as many as there are more keys than queries.
+        read = slice(start + history if place else 0, stop + history)
         if stop > start:
-            outputs.append(_causal(q[:, :, rows], keys, values, scale, dropout))
+            outputs.append(_causal(q[:, :, start:stop], k[:, :, read], v[:, :, read], scale, dropout))
     if output_final_state and context is None:
-        after = KeyValues(keys, values, torch.full((1,), keys.shape[2], device=k.device))
+        after = KeyValues(k[:, :, read], v[:, :, read], torch.full((1,), read.stop - read.start, device=k.device))
     return torch.cat(outputs, dim=2), after if output_final_state else None
 
 
@@ -140,42 +136,44 @@ def _tail_of(state: KeyValues, length: int) -> tuple[torch.Tensor, torch.Tensor]
     return state.keys[:1, :, start:], state.values[:1, :, start:]
 
 
-def _from_other_ranks(
-    k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, context: ContextShare, held: tuple[torch.Tensor, ...]
-) -> tuple[tuple[torch.Tensor, ...], KeyValues]:
-    """Return keys and values of this share's first sequence on the ranks before, and those of the pack's last one.
+def _with_other_ranks(
+    k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, context: ContextShare, history: int
+) -> tuple[torch.Tensor, torch.Tensor, int, KeyValues]:
+    """Return keys and values from the begin of this share's first sequence on, and those of the pack's last one.
 
-    Each rank gathers the keys and values of all: memory of a layer grows with the pack, not with its square.
+    Each rank gathers the keys and values of all: memory of a layer grows with the pack, not with its square. Every rank
+    takes its own from what it has gathered, so that all take part in the exchange of the backward pass.
 
     Args:
-        k: ``[1, H, T, D]`` of this share.
-        v: ``[1, H, T, V]``.
+        k: ``[1, H, history + T, D]`` of this share, behind what the pack's first sequence has read before the pack.
+        v: ``[1, H, history + T, V]``.
         cu_seqlens: Borders of this share.
         context: How the share connects to the others.
-        held: What the pack's first sequence has read before the pack.
+        history: Tokens read before the pack.
+
+    Returns:
+        Keys and values, the number of tokens in them before this share, and the state after the pack.
     """
-    group = context.group
-    # Where the share's last sequence begins in it, and -1 where that one began on an earlier rank.
-    begin = -1 if context.passes else int(cu_seqlens[-2])
-    facts = group.all_gather(torch.tensor([k.shape[2], begin], device=k.device))
-    lengths, begins = ([int(fact[place]) for fact in facts] for place in (0, 1))
-    keys, values = (
-        torch.cat([held_part.to(own.dtype), *_Gather.apply(own, lengths, group)], dim=2)
-        for held_part, own in zip(held, (k, v), strict=True)
-    )
-    first, starts = held[0].shape[2], []
-    position, current = first, 0
-    for length, mark in zip(lengths, begins, strict=True):
-        starts.append((position, current))  # where the share starts, and where the sequence does that enters it
-        current = current if mark < 0 else position + mark
+    group, size = context.group, k.shape[-1]
+    both = torch.cat([k, v], dim=-1)
+    own = both[:, :, history:]
+    # Where the share's last sequence begins in it; -1 where that one began on an earlier rank.
+    mark = -1 if context.passes else int(cu_seqlens[-2])
+    facts = group.all_gather(torch.tensor([own.shape[2], mark], device=k.device))
+    lengths, marks = ([int(fact[place]) for fact in facts] for place in (0, 1))
+    whole = torch.cat([both[:, :, :history], *_Gather.apply(own, lengths, group)], dim=2)
+    # Of each share its first token, and where the sequence begins that comes into it from before.
+    position, entered, places = history, 0, []
+    for length, begin in zip(lengths, marks, strict=True):
+        places.append((position, entered))
+        entered = entered if begin < 0 else position + begin
         position += length
-    own, entered = starts[group.rank]
-    own_first = slice(entered if context.opens else own, own)
-    last = slice(current, position)
-    after = KeyValues(
-        keys[:, :, last].detach(), values[:, :, last].detach(), torch.full((1,), position - current, device=k.device)
-    )
-    return (keys[:, :, own_first], values[:, :, own_first]), after
+    start, first = places[group.rank]
+    first = first if context.opens else start
+    last = whole[:, :, entered:].detach()
+    after = KeyValues(last[..., :size], last[..., size:], torch.full((1,), position - entered, device=k.device))
+    mine = whole[:, :, first : start + own.shape[2]]
+    return mine[..., :size], mine[..., size:], start - first, after
 
 
 class _Gather(torch.autograd.Function):

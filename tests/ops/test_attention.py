@@ -1,0 +1,87 @@
+"""Attention of packs, rows and segments against float64 attention with a dense mask."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from statex_dist.ops.attention import KeyValues, attention
+from tests.ops.scan_cases import borders
+
+HEADS, KEY_HEADS, KEYS, VALUES = 4, 2, 6, 5
+
+
+def inputs(tokens: int, *, batch: int = 1, seed: int = 0) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    sizes = [(HEADS, KEYS), (KEY_HEADS, KEYS), (KEY_HEADS, VALUES)]
+    return [torch.randn(batch, heads, tokens, size, generator=rng, dtype=torch.float64) for heads, size in sizes]
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """Attention under one mask over all tokens; ``documents [T]`` numbers each token's."""
+    k, v = (y.repeat_interleave(HEADS // KEY_HEADS, dim=1) for y in (k, v))
+    scores = q @ k.transpose(-1, -2) * KEYS**-0.5
+    place = torch.arange(len(documents))
+    seen = (documents[:, None] == documents) & (place[:, None] >= place)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), cuts=st.sets(st.integers(1, 44), max_size=4))
+def test_segments_of_packs_equal_dense_attention(lengths: list[int], cuts: set[int]):
+    total = sum(lengths)
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    q, k, v = (y.requires_grad_() for y in inputs(total))
+    expected = dense(q, k, v, documents)
+    marks = sorted({0, total, *(cut for cut in cuts if cut < total)})
+    state: KeyValues | None = None
+    parts = []
+    for start, stop in itertools.pairwise(marks):
+        inside = [0, *(b - start for b in itertools.accumulate(lengths) if start < b < stop), stop - start]
+        goes_on = start > 0 and documents[start - 1] == documents[start]
+        o, state = attention(
+            *(y[:, :, start:stop] for y in (q, k, v)),
+            cu_seqlens=torch.tensor(inside, dtype=torch.int32),
+            before=state if goes_on else None,
+            output_final_state=True,
+        )
+        parts.append(o)
+        assert state is not None
+        assert int(state.lengths[0]) == state.keys.shape[2]
+    found = torch.cat(parts, dim=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = (torch.autograd.grad((y * weights).sum(), (q, k, v), retain_graph=True) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_rows_of_unequal_lengths_are_read_on(steps: int):
+    lengths, width = [2, 7, 4], 7
+    q, k, v = inputs(width + steps, batch=3)
+    keys, values = (y[:, :, :width].clone() for y in (k, v))
+    for row, length in enumerate(lengths):
+        for y in (keys, values):
+            y[row, :, : width - length] = 0
+    before = KeyValues(keys, values, torch.tensor(lengths))
+    rows = (y[:, :, width:] for y in (q, k, v))
+    found, after = attention(*rows, before=before, output_final_state=True)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        expected = dense(*(y[one, :, width - length :] for y in (q, k, v)), torch.zeros(length + steps))
+        torch.testing.assert_close(found[one], expected[:, :, length:], rtol=0, atol=1e-12)
+    assert after is not None
+    assert after.lengths.tolist() == [length + steps for length in lengths]
+
+
+def test_dropout_changes_scores_in_training_alone():
+    q, k, v = inputs(8)
+    marks = borders([3, 5])
+    kept, _ = attention(q, k, v, cu_seqlens=marks)
+    dropped, _ = attention(q, k, v, cu_seqlens=marks, dropout=0.5)
+    assert not torch.equal(kept, dropped)
