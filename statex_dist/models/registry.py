@@ -155,12 +155,34 @@ FAMILIES: dict[str, Family | str] = {
     "minimax": "lightning.config",
     "gated_deltanet": "gated_deltanet.config",
     "kda": "kda.config",
-    "bamba": "hybrid.hosts:BAMBA",
-    "nemotron_h": "hybrid.hosts:NEMOTRON_H",
+    "bamba": "hybrid.mamba2_hosts:BAMBA",
+    "granitemoehybrid": "hybrid.mamba2_hosts:GRANITE_H",
+    "nemotron_h": "hybrid.mamba2_hosts:NEMOTRON_H",
+    "falcon_h1": "hybrid.mamba2_hosts:FALCON_H1",
+    "zamba2": "hybrid.mamba2_hosts:ZAMBA2",
     "qwen3_next": "hybrid.hosts:QWEN3_NEXT",
 }
 """Each family, or the module of this package that has it (under ``FAMILY`` or the name behind the colon);
 :func:`family_of` imports it."""
+
+
+_MAMBA1 = "its Mamba layers (Mamba1) have a decay for each channel and state, and no heads whose state could grow"
+_RWKV = "RWKV's recurrence has no scan here"
+
+UNSUPPORTED: dict[str, str] = {
+    "mamba": _MAMBA1,
+    "falcon_mamba": _MAMBA1,
+    "jamba": _MAMBA1,
+    "zamba": _MAMBA1,
+    "recurrent_gemma": "its RG-LRU layers keep a vector, and no matrix that could grow",
+    "lfm2": "its layers are short convolutions, which keep a few tokens and no state",
+    "lfm2_moe": "its layers are short convolutions, which keep a few tokens and no state",
+    "rwkv": "its layers keep a vector, and no matrix that could grow",
+    "rwkv6": _RWKV,
+    "rwkv7": _RWKV,
+    "xlstm": "its layers have exponential gates and a normaliser, for which there is no scan here",
+}
+"""Recurrent models that we do not support, by ``model_type``, and why."""
 
 
 def register(family: Family) -> None:
@@ -181,7 +203,8 @@ def family_of(model_type: Any) -> Family:
         CheckpointError: We have no such family.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
+        why = f": {UNSUPPORTED[model_type]}" if isinstance(model_type, str) and model_type in UNSUPPORTED else ""
+        raise CheckpointError(f"model_type {shown(model_type)} is not supported{why}; supported: {', '.join(FAMILIES)}")
     row = FAMILIES[model_type]
     if isinstance(row, str):
         module, _, name = row.partition(":")

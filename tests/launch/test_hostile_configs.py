@@ -1,13 +1,18 @@
 """Whatever number a config.json holds, every command answers in one line, within bounded memory and time."""
 
+import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import write_model
 from tests.launch.limited import run_limited
+from tests.models.hybrid.hosts import HOSTS
 from tests.models.tiny import CONFIGS
 
 STATE_SPACES = {
@@ -20,33 +25,29 @@ STATE_SPACES = {
     "tie_embeddings": True,
     "pad_vocab_size_multiple": 8,
 }
-BAMBA = {
-    "model_type": "bamba",
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "mamba_n_heads": 4,
-    "mamba_d_state": 6,
-    "attn_layer_indices": [1],
-}
 PLAN = {"version": 1, "layers": [{"layer": 0, "op": "grow_state", "factor": 2, "init": "inherit"}]}
+HOSTED = {
+    host: {"model_type": host, "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, **values}
+    for host, values in HOSTS.items()
+}
 FAMILIES = {
     **{name: CONFIGS[name].to_dict() for name in ("gla", "mamba2", "hgrn2", "retnet", "minimax", "kda")},
     "gated_deltanet": CONFIGS["gated_deltanet-mixed"].to_dict(),
     "state-spaces": STATE_SPACES,
-    "bamba": BAMBA,
+    "bamba": HOSTED["bamba"],
 }
+WRONG = (10**9, 10**400, 1e308, -1, 0, [0], [], ["a"], {"a": 1}, None, "x", True)
 VALUES = (10**9, 10**400, 1e308, -1, [0] * 200_000, {"a": [[]] * 100_000})
 
 
-def hostile(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def hostile(values: dict[str, Any], others: Sequence[Any] = VALUES) -> list[tuple[str, dict[str, Any]]]:
     """Return configs with one changed value each, with the name of the change."""
     found = []
     for key, value in values.items():
         if key != "architectures":
-            found += [(f"{key} {index}", {**values, key: other}) for index, other in enumerate(VALUES)]
+            found += [(f"{key} {index}", {**values, key: other}) for index, other in enumerate(others)]
         if isinstance(value, dict):
-            found += [(f"{key}.{text}", {**values, key: inner}) for text, inner in hostile(value)]
+            found += [(f"{key}.{text}", {**values, key: inner}) for text, inner in hostile(value, others)]
     return found
 
 
@@ -97,21 +98,34 @@ def check(names: list[str], results: list[dict[str, Any]]) -> None:
         assert all(len(line) <= 400 for line in lines), (name, result)
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 16], ids=["all", "some"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "step"),
+    [
+        *((family, 16) for family in FAMILIES),
+        *(pytest.param(family, 1, marks=pytest.mark.slow) for family in FAMILIES | HOSTED),
+    ],
+)
 def test_no_value_of_a_config_takes_memory_or_time(family, step, tmp_path):
     """Check every ``step``-th of the changed configs, beginning at another one for each family."""
-    write_model(tmp_path / "weights", FAMILIES[family])
+    values = (FAMILIES | HOSTED)[family]
+    write_model(tmp_path / "weights", values)
     names, commands = [], []
-    begin = list(FAMILIES).index(family) % step
-    for number, (name, changed) in enumerate(hostile(FAMILIES[family])[begin::step]):
+    begin = list(FAMILIES | HOSTED).index(family) % step
+    for number, (name, changed) in enumerate(hostile(values)[begin::step]):
         names.append(name)
         commands.append(["plan", directory_of(changed, tmp_path / "weights", tmp_path / str(number))])
-    for number, (name, changed) in enumerate(hostile_plans(FAMILIES[family])[begin % 4 :: min(step, 4)]):
+    for number, (name, changed) in enumerate(hostile_plans(values)[begin % 4 :: min(step, 4)]):
         model = directory_of(changed, tmp_path / "weights", tmp_path / f"plan{number}")
         names += [name] * 4
         commands += every_command(model, tmp_path / f"{number}-target")
     check(names, run_limited(commands, tmp_path))
+
+
+@pytest.mark.parametrize("values", HOSTED.values(), ids=HOSTED)
+def test_no_value_of_a_hosts_config_gives_a_traceback(values):
+    for _, changed in hostile(values, WRONG):
+        with contextlib.suppress(CheckpointError, ConfigError):
+            config_from_dict(changed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import (
     FAMILIES,
+    UNSUPPORTED,
     Role,
     config_from_dict,
     family_of,
@@ -25,16 +26,16 @@ from statex_dist.state.geometry import FeatureMap
 from tests.models.tiny import CONFIGS, gla_config, mamba2_config, with_features
 from tests.raising import raises
 
-BAMBA = config_from_dict(
-    {
-        **{"model_type": "bamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "mamba_n_heads": 4},
-        **{"mamba_d_head": 8, "mamba_d_state": 6, "attn_layer_indices": [1]},
-    }
-)
-
 
 def test_every_row_names_its_family():
     assert [family_of(kind).model_type for kind in FAMILIES] == list(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_a_recurrent_model_that_is_not_supported_says_why(kind):
+    assert kind not in FAMILIES
+    with raises(CheckpointError, kind, UNSUPPORTED[kind]):
+        config_from_dict({"model_type": kind})
 
 
 def test_a_configuration_imports_its_own_family_alone():
@@ -146,7 +147,6 @@ def test_features_never_pass_for_a_larger_d_state():
         (gla_config(), {"factor": 3, "init": "reinit"}, ("layer 0", "lossless", "reinit")),
         (gla_config(), {"factor": 2, "op": "grow_state", "features": FeatureMap(rolls=(1,))}, ("grow_state",)),
         (gla_config(attn={"layers": [0, 1], "num_heads": 4}), {"factor": None}, ("gla", "all 2", "softmax")),
-        (BAMBA, {"factor": 2}, ("bamba", "transformers", "grow_state")),
     ],
 )
 def test_features_that_do_not_fit_a_model_are_refused(config, options, words):

@@ -7,24 +7,21 @@ layers, and transformers' defaults; everything else is read by transformers alon
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from statex_dist.checkpoint.json_file import decode_floats
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import ModelConfig, check_layer_list, check_type
-from statex_dist.models.config_keys import ours, without_plan
+from statex_dist.models.config import LARGEST_SIZE, ModelConfig, check_type
+from statex_dist.models.config_keys import check_other_keys, ours, without_plan
+from statex_dist.models.hybrid.layer_lists import LayerKind, Values
 from statex_dist.models.hybrid.names import NameMap
 from statex_dist.models.layout import Part
 from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan
-
-LayerKind = Literal["recurrent", "attention", "both", "other"]
-"""How a layer reads the tokens before: by a recurrent state, by keys and values, by both, or not at all."""
-
-Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +38,11 @@ class HostModel:
         text: Key of the section of the text model, where there is one.
         head_factor: Takes the file's values; returns the factor of the logits.
         names: The names of memory in the files.
+        aliases: Keys of older files, and the key of today in whose place transformers reads them.
+        read: Types of further keys that the functions above read; a key that is left out is transformers' default.
+        fixed: Keys that change the recurrent layers in a way that ours do not have, with the values that change
+            nothing.
+        training: Keys that change a training run of transformers and no logit; reported where they are set.
         since: The first release of transformers that has the model.
     """
 
@@ -53,7 +55,44 @@ class HostModel:
     text: str | None = None
     head_factor: Callable[[Values], float] = field(default=lambda values: 1.0)
     names: NameMap = field(default_factory=NameMap)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    read: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    training: frozenset[str] = frozenset()
     since: str = "5.17"
+
+    def text_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of the text model under the keys of today.
+
+        Raises:
+            CheckpointError: The section of the text model is no mapping.
+        """
+        text = values if self.text is None else values.get(self.text, values)
+        if not isinstance(text, dict):
+            raise CheckpointError(f"{CONFIG_NAME}: '{self.text}' must be a mapping, not {shown(text)}")
+        old = {key: name for key, name in self.aliases.items() if key in text}
+        return {**{key: value for key, value in text.items() if key not in old}, **{old[k]: text[k] for k in old}}
+
+    def check_types(self, text: Values) -> None:
+        """Raise if a key that we read has not the type that transformers gives it, or is no size.
+
+        Raises:
+            CheckpointError: It has not.
+        """
+        hints = {key: _hint(default) for key, default in self.keys.values() if default is not None}
+        for key, hint in {**hints, **self.read}.items():
+            if key not in text:
+                continue
+            check_type(key, value := text[key], hint)
+            if type(value) is int and hint is not float and not 1 <= value <= LARGEST_SIZE:
+                raise CheckpointError(
+                    f"{CONFIG_NAME}: {key} must be 1 or more and at most {LARGEST_SIZE}, not {shown(value)}"
+                )
+
+
+def _hint(default: Any) -> Any:
+    """Return the type of a key with this default."""
+    return tuple[float, ...] if isinstance(default, tuple) else type(default)
 
 
 @dataclass(kw_only=True)
@@ -72,30 +111,48 @@ class HybridConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layer_list(f"{self.MODEL_TYPE} config: its list of layers", self.layer_kinds, self.num_hidden_layers)
+        self._kinds = tuple(self.HOST.layer_kinds(self.text, self.num_hidden_layers))
+        if len(self._kinds) != self.num_hidden_layers:
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: its list of layers has {len(self._kinds)} entries; num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
+        self._recurrent = tuple(i for i, kind in enumerate(self._kinds) if kind in ("recurrent", "both"))
+        self.places = frozenset(self.place(layer) for layer in self._recurrent)
         self.check_plan()
-        for layer in self.recurrent_layers[:1]:
-            self.layer_geometry(layer)
+        self.HOST.head_factor(self.text)
+        if self._recurrent:
+            self._check_mixers()
+
+    def _check_mixers(self) -> None:
+        """Raise if the recurrent layers' sizes do not fit, by the names that they have in the file."""
+        try:
+            self.mixer_config()
+        except CheckpointError as error:
+            keys = {name: key for name, (key, _) in self.HOST.keys.items()}
+            text = re.sub(r"^\w+ config", f"{self.MODEL_TYPE} config", str(error))
+            text = re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), text)
+            raise CheckpointError(text) from None
 
     @property
     def text(self) -> dict[str, Any]:
         """The values of the text model."""
-        return self.values if self.HOST.text is None else self.values.get(self.HOST.text, self.values)
+        return self.HOST.text_of(self.values)
 
     @property
-    def layer_kinds(self) -> list[LayerKind]:
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Each layer's kind."""
-        return self.HOST.layer_kinds(self.text, self.num_hidden_layers)
+        return self._kinds
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers with softmax attention, also beside a recurrence."""
-        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind in ("attention", "both"))
+        return tuple(i for i, kind in enumerate(self._kinds) if kind in ("attention", "both"))
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """Layers with a recurrent state."""
-        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind in ("recurrent", "both"))
+        return self._recurrent
 
     @property
     def obstacle(self) -> str | None:
@@ -120,15 +177,13 @@ class HybridConfig(ModelConfig):
     def place(self, layer: int) -> str:
         """Return the name of a layer's recurrent mixer in the layer."""
         place = self.HOST.place
-        return place if isinstance(place, str) else place(layer, self.layer_kinds[layer])
+        return place if isinstance(place, str) else place(layer, self._kinds[layer])
 
     def mixer_fields(self) -> dict[str, Any]:
         """Return the fields of the recurrent layers' own configuration that the file gives."""
-        fields = {}
-        for name, (key, default) in self.HOST.keys.items():
-            value = self.text.get(key)
-            fields[name] = default if value is None else value
-        return {**fields, **self.HOST.options(self.text)}
+        text = {**self.text, "hidden_size": self.hidden_size}  # the file may leave it out
+        fields = {name: text.get(key, default) for name, (key, default) in self.HOST.keys.items()}
+        return {**fields, **self.HOST.options(text)}
 
     def mixer_config(self, layer: int | None = None) -> Any:
         """Return the recurrent layers' own configuration, with the whole plan or that of one layer alone."""
@@ -157,10 +212,8 @@ class HybridConfig(ModelConfig):
         plan = ExpansionPlan.from_dict(values["statex"]) if values.get("statex") else None
         model_type = values.get("model_type")
         values = without_plan(values)
-        text = values if cls.HOST.text is None else values.get(cls.HOST.text, values)
-        if not isinstance(text, dict):
-            raise CheckpointError(f"{CONFIG_NAME}: '{cls.HOST.text}' must be a mapping, not {shown(text)}")
-        given = {**cls.DEFAULTS, **{key: value for key, value in text.items() if value is not None}}
+        host = cls.HOST
+        text = host.text_of(values)
         hints: dict[str, Any] = {
             "vocab_size": int,
             "hidden_size": int,
@@ -169,18 +222,19 @@ class HybridConfig(ModelConfig):
         }
         hints |= {"tie_word_embeddings": bool, "pad_token_id": int | None, "bos_token_id": int | None}
         hints |= {"eos_token_id": int | list[int] | None}
-        if cls.HOST.text is not None and "tie_word_embeddings" in values:
+        given = {**cls.DEFAULTS, **text}
+        if host.text is not None and "tie_word_embeddings" in values:
             given["tie_word_embeddings"] = values["tie_word_embeddings"]
-        if "num_hidden_layers" not in given and (listed := cls.HOST.layer_kinds(text, 0)):
-            given["num_hidden_layers"] = len(listed)  # a host that counts the entries of its list of layers
-        if missing := [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in given]:
-            raise CheckpointError(f"{CONFIG_NAME} of a {cls.MODEL_TYPE} model lacks {', '.join(missing)}")
         kept = {key: given[key] for key in hints if key in given}
         for key, value in kept.items():
             check_type(key, value, hints[key])
-        for key, default in cls.HOST.keys.values():
-            if text.get(key) is not None and default is not None and not isinstance(default, tuple):
-                check_type(key, text[key], float if isinstance(default, float) else type(default))
+        host.check_types(text)
+        known = frozenset(text)  # transformers reads the other keys
+        check_other_keys(cls.MODEL_TYPE, text, fixed=host.fixed, training=host.training, harmless=known)
+        if "num_hidden_layers" not in kept and (found := host.layer_kinds(text, 0)):
+            kept["num_hidden_layers"] = len(found)  # a host that counts the entries of its list of layers
+        if missing := [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in kept]:
+            raise CheckpointError(f"{CONFIG_NAME} of a {cls.MODEL_TYPE} model lacks {', '.join(missing)}")
         extra = {key: value for key, value in values.items() if key not in kept}
         config = cls(**kept, statex=plan, extra=extra, values=values)
         if ours(model_type) and plan is None:

@@ -22,12 +22,14 @@ class Mamba2Layers(Mamba2Config):
     Attributes:
         gated_norm: Whether there is one; without it the gate multiplies the scan's output.
         norm_before_gate: Whether it comes before the gate.
+        out_bias: Whether the output projection has a bias.
         in_factor: Factor of the mixer's input.
         row_factors: Factors of ``z | x | B | C | dt``, or none.
     """
 
     gated_norm: bool = True
     norm_before_gate: bool = False
+    out_bias: bool = False
     in_factor: float = 1.0
     row_factors: tuple[float, ...] = ()
 
@@ -35,6 +37,9 @@ class Mamba2Layers(Mamba2Config):
     def inner_size(self) -> int:
         """Channels of ``x`` and ``z``."""
         return self.num_heads * self.head_dim
+
+    def check_plan(self) -> None:
+        """Leave the check to the host's configuration, which does it once and not for each layer."""
 
 
 class Mamba2Hybrid(HybridConfig):
@@ -46,6 +51,7 @@ class Mamba2Hybrid(HybridConfig):
     def mixer_config(self, layer: int | None = None) -> Mamba2Layers:
         """Return the Mamba2 layers' own configuration, with the whole plan or that of one layer alone."""
         fields = {**_of_model(self), "tie_word_embeddings": False, **self.mixer_fields()}
+        fields.setdefault("out_bias", fields["use_bias"])
         return Mamba2Layers(**fields, statex=self.plan_of(layer))
 
     def plain_keys(self) -> dict[str, Any]:
@@ -79,18 +85,24 @@ def _host_names(config: HybridConfig, layer: int, suffixes: dict[str, Any]) -> d
 
 def layer_tensors(config: Mamba2Hybrid, layer: int) -> dict[str, TensorSpec]:
     """Return the mixer's tensors of one layer under the plan, by name without the layer's prefix."""
-    return _host_names(config, layer, mamba2.layer_tensors(config.mixer_config(), layer))
+    layers = config.mixer_config(layer)
+    specs = mamba2.layer_tensors(layers, layer)
+    specs.pop("mixer.out_proj.bias", None)
+    if layers.out_bias:
+        specs["mixer.out_proj.bias"] = TensorSpec(shape=(config.hidden_size,), decay=False)
+    return _host_names(config, layer, specs)
 
 
 def first_value(suffix: str, shape: tuple[int, ...], *, config: Mamba2Hybrid) -> Distribution:
     """Return the distribution of a mixer's tensor (name without the layer's prefix)."""
-    place = next(place for place in {config.place(i) for i in config.recurrent_layers} if suffix.startswith(place))
+    place = next(place for place in config.places if suffix.startswith(f"{place}."))
     return mamba2.first_value(suffix.replace(place, "mixer", 1), shape, config=config.mixer_config())
 
 
 def layer_mappings(config: Mamba2Hybrid, after: Mamba2Hybrid, expansion: LayerExpansion) -> dict[str, RowMapping]:
     """Return a row mapping for each tensor of an expanded layer that changes, by name without the prefix."""
-    mappings = mamba2.layer_mappings(config.mixer_config(), after.mixer_config(), expansion)
+    layer = expansion.layer
+    mappings = mamba2.layer_mappings(config.mixer_config(layer), after.mixer_config(layer), expansion)
     return _host_names(config, expansion.layer, mappings)
 
 

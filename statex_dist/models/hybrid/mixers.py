@@ -93,6 +93,8 @@ class HostedMamba2(HostedMixer, Mamba2Mixer):
                 norm_before_gate=config.norm_before_gate,
                 num_groups=config.n_groups,
             )
+        if config.out_bias != config.use_bias:
+            self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.out_bias)
 
     def project(self, x: torch.Tensor) -> tuple[Tensors, Tensors]:
         """Return ``x | B | C``, which are convolved as one, and the gate ``z`` and the steps ``dt``."""

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, reason
 from statex_dist.models.core.mixer import token_positions
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.hybrid import attention, mixers
@@ -23,6 +24,9 @@ from statex_dist.models.layout import Part
 from statex_dist.models.lm import LMHead, Recompute, RecurrentLM
 from statex_dist.models.registry import Role, parameter_roles
 from statex_dist.ops.attention import KeyValues
+
+_REFUSALS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What transformers raises for values of a ``config.json`` that it cannot build a model of."""
 
 
 class HostedLM(RecurrentLM):
@@ -86,16 +90,16 @@ class HostedLM(RecurrentLM):
 
     def finish_build(self, dtype: torch.dtype) -> None:
         """Give the parameters a dtype. Buffers keep theirs: frequencies and router biases are fp32 in a bf16 model."""
+        self.model.tie_weights()  # blocks that layers share are apart after a build on ``meta``
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
         restore_buffers(self.model)
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the parameters and the buffers that checkpoints hold, by name in memory; a tied head once."""
-        tensors: dict[str, torch.Tensor] = dict(self.state_dict(keep_vars=True))
-        if self.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
-        return tensors
+        """Return the parameters and buffers that checkpoints hold, by name in memory; a tied one by its first name."""
+        first: dict[int, str] = {}
+        tensors: dict[str, torch.Tensor] = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in tensors.items() if first.setdefault(id(tensor), name) == name}
 
     def file_parts(self) -> dict[str, list[Part]]:
         """Return the tensors of the files that each of :meth:`stored_tensors` is made of, in order."""
@@ -176,8 +180,10 @@ def host_model(config: HybridConfig) -> PreTrainedModel:
     attention.register()
     module, _, name = host.model.partition(":")
     base: type[PreTrainedModel] = getattr(importlib.import_module(f"transformers.models.{module}"), name)
-    settings = host_settings(config)
-    model = base._from_config(settings, attn_implementation=attention.NAME)
+    try:
+        model = base._from_config(host_settings(config), attn_implementation=attention.NAME)
+    except _REFUSALS as error:
+        raise ConfigError(f"transformers cannot build this {config.MODEL_TYPE} model: {reason(error)}") from None
     layers = config.mixer_config()
     mixer = getattr(mixers, host.mixer)
     for index, layer in enumerate(model.layers):

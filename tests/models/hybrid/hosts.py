@@ -28,15 +28,45 @@ _QWEN_EXPERTS: dict[str, Any] = {
     "shared_expert_intermediate_size": 16,
 }
 
+_MAMBA2: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2}
+
 MAMBA2_HOSTS: dict[str, dict[str, Any]] = {
-    "bamba": {
+    "bamba": {**_ATTENTION, **_MAMBA2, "num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_proj_bias": True},
+    "granitemoehybrid": {
         **_ATTENTION,
-        "num_hidden_layers": 4,
-        "attn_layer_indices": [2],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "mamba_n_groups": 2,
+        **_MAMBA2,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 4,
+        "shared_intermediate_size": 16,
+        "tie_word_embeddings": True,
+        "position_embedding_type": "rope",
+        "logits_scaling": 8.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "falcon_h1": {
+        **_ATTENTION,
+        **_MAMBA2,
+        "num_hidden_layers": 2,
+        "mamba_d_ssm": 64,
+        "projectors_bias": True,
+        "ssm_multipliers": [0.5, 1.5, 0.75, 1.25, 0.875],  # the host keeps them in fp32
+        "mlp_multipliers": [0.8, 1.2],
+        "ssm_in_multiplier": 1.4,
+        "ssm_out_multiplier": 0.6,
+        "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 1.1,
+        "key_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+        "lm_head_multiplier": 1.7,
+    },
+    "zamba2": {
+        **{"num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 5},
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+        **{"n_mamba_heads": 8, "mamba_d_state": 8, "mamba_ngroups": 2, "time_step_min": 0.3},
+        **{"num_mem_blocks": 2, "adapter_rank": 4, "use_shared_attention_adapter": True, "use_mem_rope": True},
     },
     "nemotron_h": {
         **_ATTENTION,
@@ -47,6 +77,7 @@ MAMBA2_HOSTS: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 8,
         "ssm_state_size": 8,
         "n_groups": 2,
+        "time_step_min": 0.3,
         "n_routed_experts": 4,
         "moe_intermediate_size": 16,
         "moe_shared_expert_intermediate_size": 16,
@@ -57,6 +88,9 @@ DELTA_HOSTS: dict[str, dict[str, Any]] = {
 }
 HOSTS = MAMBA2_HOSTS | DELTA_HOSTS
 """Settings of a tiny model by its ``model_type``."""
+
+FALCON_NORM: dict[str, Any] = {"mamba_rms_norm": True}
+"""Further settings of a Falcon-H1 that has a norm, which comes before the gate unless a key says otherwise."""
 
 _KERNELS = ("fla", "mamba_ssm", "causal_conv1d")
 
