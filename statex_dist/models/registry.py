@@ -158,6 +158,12 @@ FAMILIES: dict[str, Family | str] = {
     "bamba": "hybrid.hosts:BAMBA",
     "nemotron_h": "hybrid.hosts:NEMOTRON_H",
     "qwen3_next": "hybrid.hosts:QWEN3_NEXT",
+    "qwen3_5": "hybrid.hosts:QWEN3_5",
+    "qwen3_5_text": "hybrid.hosts:QWEN3_5_TEXT",
+    "qwen3_5_moe": "hybrid.hosts:QWEN3_5_MOE",
+    "qwen3_5_moe_text": "hybrid.hosts:QWEN3_5_MOE_TEXT",
+    "olmo_hybrid": "hybrid.hosts:OLMO_HYBRID",
+    "kimi_linear": "hybrid.hosts:KIMI_LINEAR",
 }
 """Each family, or the module of this package that has it (under ``FAMILY`` or the name behind the colon);
 :func:`family_of` imports it."""
