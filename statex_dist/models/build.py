@@ -12,7 +12,7 @@ def build_lm(config: ModelConfig) -> RecurrentLM:
     Raises:
         ConfigError: The model cannot be run here.
     """
-    if not hasattr(config, "HOST"):
+    if getattr(config, "HOST", None) is None:
         return RecurrentLM(config)
     from statex_dist.models.hybrid.model import HostedLM  # transformers' models, where one is needed
 

@@ -160,7 +160,13 @@ FAMILIES: dict[str, Family | str] = {
     "nemotron_h": "hybrid.mamba2_hosts:NEMOTRON_H",
     "falcon_h1": "hybrid.mamba2_hosts:FALCON_H1",
     "zamba2": "hybrid.mamba2_hosts:ZAMBA2",
-    "qwen3_next": "hybrid.hosts:QWEN3_NEXT",
+    "qwen3_next": "hybrid.delta_hosts:QWEN3_NEXT",
+    "qwen3_5": "hybrid.delta_hosts:QWEN3_5",
+    "qwen3_5_text": "hybrid.delta_hosts:QWEN3_5_TEXT",
+    "qwen3_5_moe": "hybrid.delta_hosts:QWEN3_5_MOE",
+    "qwen3_5_moe_text": "hybrid.delta_hosts:QWEN3_5_MOE_TEXT",
+    "olmo_hybrid": "hybrid.delta_hosts:OLMO_HYBRID",
+    "kimi_linear": "hybrid.delta_hosts:KIMI_LINEAR",
 }
 """Each family, or the module of this package that has it (under ``FAMILY`` or the name behind the colon);
 :func:`family_of` imports it."""

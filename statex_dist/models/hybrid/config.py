@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -34,7 +34,7 @@ class HostModel:
         keys: Key of the file and transformers' default, by the name of a field of the recurrent layers' configuration.
         options: Takes the file's values; returns further fields of that configuration.
         place: Name of the recurrent mixer in its layer, or a function of the layer's index and its kind.
-        mixer: ``module:Class`` of our mixer, below ``statex_dist.models``.
+        mixer: ``module:Class`` of our mixer, below ``statex_dist.models``; a class alone is in ``hybrid.mixers``.
         text: Key of the section of the text model, where there is one.
         head_factor: Takes the file's values; returns the factor of the logits.
         names: The names of memory in the files.
@@ -171,8 +171,16 @@ class HybridConfig(ModelConfig):
 
     def file_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
         """Return the tensors of the files that tensors of memory are made of, where the names differ."""
-        found = {name: self.HOST.names.parts(name, shape) for name, shape in shapes.items()}
+        found = {name: self.parts(name, shape) for name, shape in shapes.items()}
         return {name: parts for name, parts in found.items() if [part.name for part in parts] != [name]}
+
+    def parts(self, name: str, shape: Sequence[int]) -> list[Part]:
+        """Return the tensors of the files that a tensor of memory is made of, in order."""
+        return self.HOST.names.parts(name, shape, self.row_sizes(name))
+
+    def row_sizes(self, name: str) -> tuple[int, ...]:
+        """Return the rows of the parts of a tensor that is joined of unequal ones; empty where they are equal."""
+        return ()
 
     def place(self, layer: int) -> str:
         """Return the name of a layer's recurrent mixer in the layer."""

@@ -1,4 +1,4 @@
-"""Delta-rule layers of a host: their configuration, and their tensors under the host's names."""
+"""Delta-rule layers of a host: their configuration, and their tensors under the names of the host's files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from statex_dist.errors import ConfigError
+from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import Recurrence
-from statex_dist.models.gated_deltanet.config import GatedDeltaNetConfig
+from statex_dist.models.gated_deltanet.config import DeltaRuleConfig, GatedDeltaNetConfig
 from statex_dist.models.hybrid.config import HybridConfig
+from statex_dist.models.kda.config import KDAConfig
 from statex_dist.models.layout import GAIN_NAME, Names, TensorSpec, expansion_tensors
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import (
@@ -30,26 +31,49 @@ class GatedDeltaLayers(GatedDeltaNetConfig):
     """Gated DeltaNet layers inside another model."""
 
 
+@dataclass(kw_only=True)
+class KimiDeltaLayers(KDAConfig):
+    """Layers of Kimi Delta Attention inside another model."""
+
+
 class DeltaHybrid(HybridConfig):
-    """A host of Gated DeltaNet layers."""
+    """A host of delta-rule layers."""
 
     OPS: ClassVar[tuple[str, ...]] = ("mix_heads", "grow_features")
     RECURRENCE: ClassVar[Recurrence] = "delta_rule"
+    LAYERS: ClassVar[type[DeltaRuleConfig]] = GatedDeltaLayers
 
-    def mixer_config(self, layer: int | None = None) -> GatedDeltaLayers:
-        """Return the Gated DeltaNet layers' own configuration, with the whole plan or that of one layer alone."""
+    def __post_init__(self) -> None:
+        if (activation := self.text.get("hidden_act")) not in (None, "silu", "swish"):
+            raise CheckpointError(
+                f"{self.MODEL_TYPE} config: hidden_act={shown(activation)} is not supported; allowed: 'silu', also "
+                "called 'swish', which follows the convolutions of the delta-rule layers too"
+            )
+        super().__post_init__()
+
+    def mixer_config(self, layer: int | None = None) -> Any:
+        """Return the delta-rule layers' own configuration, with the whole plan or that of one layer alone."""
         fields = self.mixer_fields()
-        fields["expand_v"] = fields.pop("value_dim") / fields["head_dim"]
+        values, keys = fields.pop("value_dim", None), fields["head_dim"]
+        if values is not None:
+            fields["expand_v"] = values / keys if keys else 1.0  # a size of 0 is refused by name
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")
-        return GatedDeltaLayers(**{name: getattr(self, name) for name in names}, **fields, statex=self.plan_of(layer))
+        return self.LAYERS(**{name: getattr(self, name) for name in names}, **fields, statex=self.plan_of(layer))
+
+    def row_sizes(self, name: str) -> tuple[int, ...]:
+        """Return the rows of the convolutions of queries, keys and values, which are one tensor in memory."""
+        if not name.endswith(".conv1d.weight"):
+            return ()
+        layers = self.mixer_config()
+        return layers.key_dim, layers.key_dim, layers.value_dim
 
     def why_not(self, op: str) -> str:
         """Explain why heads of a delta rule cannot be merged, nor their keys grown."""
-        return self.mixer_config().replace(statex=None).why_not(op).replace("gated_deltanet", self.MODEL_TYPE)
+        return self.mixer_config().replace(statex=None).why_not(op).replace(self.LAYERS.MODEL_TYPE, self.MODEL_TYPE)
 
     def check_expansion(self, expansion: LayerExpansion) -> None:
         """Raise if there are fewer heads than partners, or the plan would reset norms that are the host's."""
-        self._check_head_factor(expansion, self.mixer_fields()["num_v_heads"])
+        self._check_head_factor(expansion, self.mixer_config().value_heads)
         if expansion.reset_dynamics:
             raise ConfigError(
                 f"plan, layer {expansion.layer}: reset_dynamics also resets the norm before the layer, which is the "
@@ -57,16 +81,18 @@ class DeltaHybrid(HybridConfig):
             )
 
 
-def projections(config: GatedDeltaLayers, form: str) -> LayerTensors:
+def projections(config: DeltaRuleConfig, form: str) -> LayerTensors:
     """Return shapes of a mixer's tensors by name without the mixer's.
 
     Args:
         config: The layers.
-        form: ``fused`` (Qwen3-Next), ``split`` (Qwen3.5) or ``separate`` (OLMo-hybrid).
+        form: ``fused`` (Qwen3-Next), ``split`` (Qwen3.5), ``separate`` (OLMo-hybrid) or ``kimi`` (Kimi-Linear).
     """
     hidden, keys, values, heads = config.hidden_size, config.key_dim, config.value_dim, config.value_heads
-    conv = {"conv1d.weight": (2 * keys + values, 1, config.conv_size)}
+    inputs: LayerTensors
+    conv: LayerTensors = {"conv1d.weight": (2 * keys + values, 1, config.conv_size)}
     norm, out = "norm.weight", "out_proj.weight"
+    dynamics: LayerTensors = {"dt_bias": (heads,), "A_log": (heads,)}
     if form == "fused":
         inputs = {"in_proj_qkvz.weight": (2 * keys + 2 * values, hidden), "in_proj_ba.weight": (2 * heads, hidden)}
     elif form == "split":
@@ -74,14 +100,20 @@ def projections(config: GatedDeltaLayers, form: str) -> LayerTensors:
         inputs |= {f"in_proj_{name}.weight": (heads, hidden) for name in "ba"}
     else:
         inputs = {f"{name}_proj.weight": (keys, hidden) for name in "qk"}
-        inputs |= {f"{name}_proj.weight": (values, hidden) for name in "vg"}
-        inputs |= {f"{name}_proj.weight": (heads, hidden) for name in "ab"}
+        inputs |= {"v_proj.weight": (values, hidden), "b_proj.weight": (heads, hidden)}
+        if form == "separate":
+            inputs |= {"g_proj.weight": (values, hidden), "a_proj.weight": (heads, hidden)}
+        else:
+            assert isinstance(config, KDAConfig)
+            rank = config.head_value_dim
+            inputs |= {f"{name}_a_proj.weight": (rank, hidden) for name in "fg"}
+            inputs |= {"f_b_proj.weight": (config.gate_dim, rank), "g_b_proj.weight": (values, rank)}
+            dynamics = {"dt_bias": (config.gate_dim,), "A_log": (1, 1, heads, 1)}
         conv = {
             f"{name}_conv1d.weight": (size, 1, config.conv_size)
             for name, size in {"q": keys, "k": keys, "v": values}.items()
         }
         norm, out = "o_norm.weight", "o_proj.weight"
-    dynamics = {"dt_bias": (heads,), "A_log": (heads,)}
     return {**dynamics, **conv, **inputs, norm: (config.head_value_dim,), out: (hidden, values)}
 
 
@@ -127,7 +159,7 @@ def layer_mappings(
 
 
 def delta_host(config: type[DeltaHybrid], names: Names, *, form: str) -> Family:
-    """Return the family of a host of Gated DeltaNet layers; ``form`` is that of :func:`projections`."""
+    """Return the family of a host of delta-rule layers; ``form`` is that of :func:`projections`."""
     return Family(
         config=config,
         names=names,

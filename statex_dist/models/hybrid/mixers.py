@@ -157,9 +157,13 @@ class HostedGatedDelta(HostedMixer, DeltaRule):
         """Return the convolution's weight."""
         return self.conv1d.weight, None
 
+    def queries_keys_values(self, tokens: Tokens) -> Tensors:
+        """Return queries, keys and values ``[B, T, channels]``."""
+        return tokens.convolved
+
     def scan_inputs(self, tokens: Tokens) -> Tensors:
         """Return ``q, k, v, g, beta``."""
-        (q, k, v), (_, b, a) = tokens.convolved, tokens.others
+        (q, k, v), (_, b, a) = self.queries_keys_values(tokens), tokens.others
         q, k = (unit(y.unflatten(-1, (self.heads.keys, -1))) for y in (q, k))
         wide = torch.promote_types(b.dtype, torch.float32)
         beta = torch.sigmoid(b.to(wide)) * self.beta_factor

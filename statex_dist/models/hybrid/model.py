@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from statex_dist.errors import ConfigError, reason
 from statex_dist.models.core.mixer import token_positions
 from statex_dist.models.core.sequences import LayerState, Sequences
-from statex_dist.models.hybrid import attention, mixers
+from statex_dist.models.hybrid import attention
 from statex_dist.models.hybrid.config import HybridConfig
 from statex_dist.models.hybrid.mixers import HostCall, States
 from statex_dist.models.layout import Part
@@ -103,8 +103,7 @@ class HostedLM(RecurrentLM):
 
     def file_parts(self) -> dict[str, list[Part]]:
         """Return the tensors of the files that each of :meth:`stored_tensors` is made of, in order."""
-        names = self.config.HOST.names
-        return {name: names.parts(name, tensor.shape) for name, tensor in self.stored_tensors().items()}
+        return {name: self.config.parts(name, tensor.shape) for name, tensor in self.stored_tensors().items()}
 
     def roles(self) -> dict[str, Role]:
         """Return the role of each parameter; the host's own are ``base``, or ``expanded`` in expanded layers."""
@@ -185,7 +184,8 @@ def host_model(config: HybridConfig) -> PreTrainedModel:
     except _REFUSALS as error:
         raise ConfigError(f"transformers cannot build this {config.MODEL_TYPE} model: {reason(error)}") from None
     layers = config.mixer_config()
-    mixer = getattr(mixers, host.mixer)
+    place, _, kind = host.mixer.rpartition(":")
+    mixer = getattr(importlib.import_module(f"statex_dist.models.{place or 'hybrid.mixers'}"), kind)
     for index, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(partial(_name_layer, index), with_kwargs=True)
         if index in config.recurrent_layers:

@@ -10,15 +10,17 @@ norm runs over all heads, so merging heads changes no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.fla import head_geometry
-from statex_dist.models.layout import GAIN_NAME, Names, TensorSpec, Units, expansion_tensors, layer_units
+from statex_dist.models.hybrid.config import HostModel
+from statex_dist.models.hybrid.names import Joined, NameMap, Rename
+from statex_dist.models.layout import GAIN_NAME, Names, Part, TensorSpec, Units, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
 from statex_dist.models.row_mapping import (
     Block,
@@ -47,6 +49,25 @@ TOKEN_MIXING = (QKV, "self_attn.output_gate.weight", "self_attn.out_proj.weight"
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
+HOST = HostModel(
+    model="minimax.modeling_minimax:MiniMaxModel",
+    layer_kinds=lambda values, count: [],  # LightningConfig reads them
+    keys={},
+    mixer="hybrid.delta_mixers:HostedLightning",
+    place="self_attn",
+    names=NameMap(
+        joined=(
+            Joined(
+                r"\.mlp\.experts\.gate_up_proj$",
+                (".block_sparse_moe.experts.{e}.w1.weight", ".block_sparse_moe.experts.{e}.w3.weight"),
+            ),
+            Joined(r"\.mlp\.experts\.down_proj$", (".block_sparse_moe.experts.{e}.w2.weight",)),
+        ),
+        renames=(Rename(r"\.mlp\.", ".block_sparse_moe."),),
+    ),
+)
+"""transformers' model, which runs a MiniMax that has softmax layers."""
+
 
 @dataclass(kw_only=True)
 class LightningConfig(ModelConfig):
@@ -67,7 +88,7 @@ class LightningConfig(ModelConfig):
         {
             "block_size",
             "router_aux_loss_coef",
-            # Of softmax attention, which is not run here.
+            # Of softmax attention, which transformers runs.
             "num_key_value_heads",
             "max_position_embeddings",
             "sliding_window",
@@ -141,6 +162,46 @@ class LightningConfig(ModelConfig):
     def attention_layers(self) -> tuple[int, ...]:
         """Layers with softmax attention."""
         return tuple(layer for layer, kind in enumerate(self.kinds) if kind == FULL)
+
+    @property
+    def HOST(self) -> HostModel | None:  # noqa: N802 (of all hosts)
+        """transformers' model where some layers are softmax attention; a model without any is ours alone."""
+        return HOST if self.attention_layers else None
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The values of transformers' configuration."""
+        return {**self.replace(statex=None).to_dict(), "router_jitter_noise": 0.0}
+
+    @property
+    def obstacle(self) -> str | None:
+        """A window of softmax attention, which is not implemented; else nothing."""
+        window = self.extra.get("sliding_window")
+        if self.attention_layers and window is not None:
+            return f"layers {list(self.attention_layers)} are softmax attention with sliding_window={shown(window)}"
+        return None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there are softmax layers, whose tensors are passed through."""
+        return bool(self.attention_layers)
+
+    def place(self, layer: int) -> str:
+        """Return the name of a layer's mixer in the layer."""
+        return "self_attn"
+
+    def mixer_config(self, layer: int | None = None) -> LightningConfig:
+        """Return the configuration of the Lightning layers, which is this one."""
+        return self
+
+    def parts(self, name: str, shape: Sequence[int]) -> list[Part]:
+        """Return the tensors of the files that a tensor of memory is made of, in order."""
+        return HOST.names.parts(name, shape) if self.attention_layers else [Part(name, tuple(shape))]
+
+    def file_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
+        """Return the tensors of the files that tensors of memory are made of, where the names differ."""
+        found = {name: self.parts(name, shape) for name, shape in shapes.items()}
+        return {name: parts for name, parts in found.items() if [part.name for part in parts] != [name]}
 
     @property
     def head_size(self) -> int:

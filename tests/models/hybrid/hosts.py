@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 97
@@ -29,6 +30,16 @@ _QWEN_EXPERTS: dict[str, Any] = {
 }
 
 _MAMBA2: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2}
+
+_QWEN3_5: dict[str, Any] = {
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 2],
+    },
+}
 
 MAMBA2_HOSTS: dict[str, dict[str, Any]] = {
     "bamba": {**_ATTENTION, **_MAMBA2, "num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_proj_bias": True},
@@ -85,6 +96,45 @@ MAMBA2_HOSTS: dict[str, dict[str, Any]] = {
 }
 DELTA_HOSTS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_ATTENTION, **_GATED_DELTA, **_QWEN_EXPERTS, "num_hidden_layers": 4, "head_dim": 8},
+    "qwen3_5_text": {**_ATTENTION, **_GATED_DELTA, **_QWEN3_5, "num_hidden_layers": 4},
+    "qwen3_5_moe_text": {**_ATTENTION, **_GATED_DELTA, **_QWEN_EXPERTS, **_QWEN3_5, "num_hidden_layers": 4},
+    "olmo_hybrid": {
+        **_ATTENTION,
+        **_GATED_DELTA,
+        "num_hidden_layers": 4,
+        "linear_value_head_dim": 16,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    },
+    "kimi_linear": {
+        **_ATTENTION,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 4,
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "minimax": {
+        **_ATTENTION,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "block_size": 8,
+        "linear_attn_alpha_factor": 1.5,
+        "linear_attn_beta_factor": 0.75,
+        "full_attn_alpha_factor": 1.25,
+        "mlp_alpha_factor": 1.125,
+        "mlp_beta_factor": 0.5,
+    },
 }
 HOSTS = MAMBA2_HOSTS | DELTA_HOSTS
 """Settings of a tiny model by its ``model_type``."""
@@ -122,7 +172,7 @@ def save_host(
         module: Folder of transformers' model, where it is not called as its ``model_type``.
         **changes: Further settings.
     """
-    name = module or model_type
+    name = module or model_type.removesuffix("_text")
     with without_kernels():
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     torch.manual_seed(seed)
@@ -132,4 +182,17 @@ def save_host(
         for parameter in model.parameters():  # norms, biases and steps that are all alike would hide errors
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(directory)
+    if model_type == "olmo_hybrid":
+        _as_on_the_hub(directory / "model.safetensors", model)
     return model.eval()
+
+
+def _as_on_the_hub(path: Path, model: PreTrainedModel) -> None:
+    """Cut OLMo-hybrid's convolutions where queries, keys and values end; transformers 5.24 saves equal thirds."""
+    tensors = load_file(path)
+    for name, module in model.named_modules():
+        if name.endswith("linear_attn"):
+            sizes = [module.key_dim, module.key_dim, module.value_dim]
+            for part, rows in zip("qkv", module.conv1d.weight.detach().split(sizes), strict=True):
+                tensors[f"{name}.{part}_conv1d.weight"] = rows.contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})

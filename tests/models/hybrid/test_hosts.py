@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -24,6 +25,10 @@ LENGTHS = [7, 1, 9]
 TOKENS = sum(LENGTHS)
 VARIANTS = {"falcon_h1-norm": FALCON_NORM, "falcon_h1-gate-first": {**FALCON_NORM, "mamba_norm_before_gate": False}}
 """Further models of a host, of which the logits alone are compared."""
+DENSE_KIMI = re.compile(r"^(model\.layers\.0\.)block_sparse_moe")
+"""What transformers calls the dense first layer when it saves, and the hub does not; both are read."""
+EXACT = {"minimax": 1e-6}
+"""Bounds in place of 1e-10: MiniMax keeps its decays in fp32 buffers."""
 
 
 @pytest.fixture(scope="module", params=HOSTS)
@@ -111,17 +116,18 @@ def documents(exact):
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_a_pack_equals_the_hosts_documents(exact, documents, recompute):
     model, (logits, wanted) = exact[1].train(), documents
+    bound = EXACT.get(model.config.MODEL_TYPE, 1e-10)
     model.recompute = recompute
     with float64():
         packed = model(tokens(), **pack()).logits
-        torch.testing.assert_close(packed, logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(packed, logits, rtol=0, atol=bound)
         probe(packed).backward()
     found = gradients(model)
     assert {name for name, grad in found.items() if grad is not None} == {n for n, g in wanted.items() if g is not None}
     for name, grad in found.items():
         if grad is not None:
             scale = wanted[name].abs().max().item()
-            torch.testing.assert_close(grad, wanted[name], rtol=0, atol=1e-9 * max(scale, 1e-3), msg=name)
+            torch.testing.assert_close(grad, wanted[name], rtol=0, atol=10 * bound * max(scale, 1e-3), msg=name)
 
 
 def padded(states, length):
@@ -187,7 +193,12 @@ def test_a_grown_layer_starts_as_the_host_and_learns(saved, tmp_path, op):
 
 def test_names_and_shapes_are_those_of_the_files(saved, ours):
     with safe_open(saved[1] / "model.safetensors", "pt") as file:
-        wanted = {Part(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+        wanted = {
+            Part(DENSE_KIMI.sub(r"\1mlp", name) if ours.config.MODEL_TYPE == "kimi_linear" else name, shape)
+            for name in file.keys()  # noqa: SIM118
+            if not name.endswith((*ours.config.DERIVED, "rotary_emb.inv_freq"))
+            for shape in [tuple(file.get_slice(name).get_shape())]
+        }
     parts = [part for parts in ours.file_parts().values() for part in parts]
     assert len(parts) == len(set(parts))
     assert set(parts) == wanted
