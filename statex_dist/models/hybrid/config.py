@@ -43,7 +43,6 @@ class HostModel:
         fixed: Keys that change the recurrent layers in a way that ours do not have, with the values that change
             nothing.
         training: Keys that change a training run of transformers and no logit; reported where they are set.
-        since: The first release of transformers that has the model.
     """
 
     model: str
@@ -59,7 +58,6 @@ class HostModel:
     read: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
-    since: str = "5.17"
 
     def text_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of the text model under the keys of today.

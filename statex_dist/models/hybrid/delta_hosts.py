@@ -257,7 +257,6 @@ class KimiLinearConfig(DeltaHybrid):
                 Rename(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
             ),
         ),
-        since="5.24",
     )
 
 
