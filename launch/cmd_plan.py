@@ -186,7 +186,8 @@ def _print(report: Any, left_out: dict[str, Any] | None) -> None:
     for note in report.notes:
         console.print(note)
     if report.mixed:
-        console.print("parameters, FLOPs and memory leave out the layers of another kind, which are passed through")
+        left = "FLOPs leave" if report.counted else "parameters, FLOPs and memory leave"
+        console.print(f"{left} out the layers of another kind, which are passed through")
     if left_out is not None:
         console.print(left_out["says"])
     _print_forgetting(console, report.forgetting)

@@ -11,9 +11,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from checkpoints_tools.plan.forgetting import Evidence, Forgetting, judge_forgetting
-from checkpoints_tools.plan.memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
+from checkpoints_tools.plan.memory import (
+    CountActivations,
+    TrainingMemory,
+    TrainingSettings,
+    parameter_shapes,
+    training_memory,
+)
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.registry import family_of, forward_flops_per_token
+from statex_dist.models.hybrid.host_tensors import memory_tensors
+from statex_dist.models.registry import forward_flops_per_token
 from statex_dist.models.sequence_memory import SequenceMemory, sequence_memory
 from statex_dist.state.geometry import LARGEST_DELTA_KERNEL_KEYS
 
@@ -57,7 +64,8 @@ class PlanReport:
         before: Figures of the model as it is.
         after: Figures of the expanded model.
         forgetting: Whether ``seq_len`` is long enough for the state, with the evidence and the proposals.
-        mixed: Whether the model has layers that are not counted (attention and other layers that are passed through).
+        mixed: Whether the model has layers of which the FLOPs are not counted (attention and others).
+        counted: Whether parameters and memory of those layers are.
         notes: Limits of kernels that the plan meets.
     """
 
@@ -68,6 +76,7 @@ class PlanReport:
     after: ModelCost
     forgetting: Forgetting
     mixed: bool = False
+    counted: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -125,6 +134,7 @@ def report_plan(
         after=_cost(after, training, count_activations, evidence, context_length),
         forgetting=judge_forgetting(before, after, training.seq_len, evidence),
         mixed=before.is_mixed,
+        counted=not before.is_mixed or memory_tensors(before) is not None,
         notes=_kernel_notes(after),
     )
 
@@ -156,9 +166,8 @@ def _cost(
     evidence: Evidence,
     context_length: int | None,
 ) -> ModelCost:
-    specs = family_of(config.MODEL_TYPE).tensors(config)
     geometries = [config.layer_geometry(layer) for layer in config.recurrent_layers]
-    parameters = sum(spec.numel for spec in specs.values())
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     numbers = sum(geometry.elements for geometry in geometries)
     needed = math.ceil(evidence.threshold(numbers))
     return ModelCost(
