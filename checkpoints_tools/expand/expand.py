@@ -171,7 +171,7 @@ def read_model(source: str | Path, *, training: bool = False) -> tuple[TensorSou
     Raises:
         CheckpointError: It is damaged, has no ``config.json``, or is of another architecture.
     """
-    opened = open_model(source, training=training)
+    opened = open_model(source, training=training, as_stored=True)
     if opened.values is None:
         raise CheckpointError(f"{opened.source.facts.path} has no {CONFIG_NAME}: what to expand is not known")
     return opened.source, opened.values, opened.config or config_from_dict(opened.values)

@@ -137,7 +137,7 @@ def reshard(
 
 def _open(path: str | Path, *, training: bool) -> OpenModel:
     """Open a source; warn about what is not checked."""
-    opened = open_model(path, training=training)
+    opened = open_model(path, training=training, as_stored=True)
     facts, values = opened.source.facts, opened.values
     if values is None:
         logger.warning("%s has no %s: the tensors alone are written", facts.path, CONFIG_NAME)

@@ -71,7 +71,7 @@ def verify_expansion(
         CheckpointError: One of the two is damaged, incomplete, or the second has no plan beyond the first's.
     """
     source, values, before = read_model(base)
-    other = open_source(expanded, check=False)
+    other = open_source(expanded, check=False, as_stored=True)
     if other.facts.model_dir is None:
         raise CheckpointError(f"{other.facts.path} has no config.json: its plan is not known")
     found = read_config_dict(other.facts.model_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,22 +177,20 @@ def _check_host(source: TensorSource, specs: Collection[str], others: list[str],
     where = source.facts.path
     if wanted is None:
         return
-    held = {*specs, *others}
+    held = {name: source.info(name) for name in (*specs, *others)}
+    for name, parts in config.file_parts({name: info.shape for name, info in held.items()}).items():
+        whole = held.pop(name)  # experts in one tensor
+        held |= {part.name: replace(whole, name=part.name, shape=part.shape) for part in parts}
     if missing := [name for name in wanted if name not in held]:
         raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
-    family = family_of(config.MODEL_TYPE)
-    unknown = [
-        name
-        for name in others
-        if name not in wanted and family.names.split(name) and not is_extra(source.info(name), config)
-    ]
-    if unknown:
+    inside = [name for name in held if name not in wanted and family_of(config.MODEL_TYPE).names.split(name)]
+    if unknown := [name for name in inside if name not in specs and not is_extra(held[name], config)]:
         raise CheckpointError(
             f"{where} holds {_listed(unknown)}, unknown to the {config.MODEL_TYPE} model in config.json"
         )
-    for name in others:
-        if name in wanted:
-            _check_like(source.info(name), wanted[name], where)
+    for name in wanted:
+        if name not in specs:
+            _check_like(held[name], wanted[name], where)
 
 
 def _check_like(info: TensorInfo, shape: tuple[int, ...], where: Path) -> None:
