@@ -183,6 +183,15 @@ class ModelConfig:
         return sum(self.layer_geometry(layer).elements for layer in self.recurrent_layers)
 
     @property
+    def kv_elements(self) -> int | None:
+        """Numbers of keys and values that all attention layers keep of a token; None where that is not known."""
+        return None if self.attention_layers else 0
+
+    def said(self, *keys: str) -> Any:
+        """Return the value of the first of these keys that the file has and no field holds, or None."""
+        return next((self.extra[key] for key in keys if self.extra.get(key) is not None), None)
+
+    @property
     def obstacle(self) -> str | None:
         """Why the model can be expanded and resharded here but not run, or None: softmax attention is not run."""
         return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None

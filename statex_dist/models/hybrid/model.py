@@ -23,7 +23,10 @@ from statex_dist.models.lm import LMHead, Recompute, RecurrentLM
 from statex_dist.models.registry import Role, parameter_roles
 from statex_dist.ops.attention import KeyValues
 
-_REFUSALS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (
+    *(StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError),
+    ValueError,
+)
 """What transformers raises for values of a ``config.json`` that it cannot build a model of."""
 
 
