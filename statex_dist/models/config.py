@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from statex_dist.checkpoint.json_file import config_text, decode_floats, parse_config, read_text
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError, reason, shown
+from statex_dist.models.attention_layers import AttentionLayer
 from statex_dist.models.config_keys import (
     OUR_CODE_PREFIX,
     check_other_keys,
@@ -182,10 +183,20 @@ class ModelConfig:
         """State elements of all recurrent layers together."""
         return sum(self.layer_geometry(layer).elements for layer in self.recurrent_layers)
 
+    def attention_layer(self, layer: int) -> AttentionLayer | None:
+        """Return our own form of one of :attr:`attention_layers`; None where only other software runs it."""
+        return None
+
+    @property
+    def own_block(self) -> str | None:
+        """``module:Class`` of this model's recurrent layers where it is not the family's, or None."""
+        return None
+
     @property
     def obstacle(self) -> str | None:
-        """Why the model can be expanded and resharded here but not run, or None: softmax attention is not run."""
-        return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None
+        """Why the model can be expanded and resharded here but not run, or None: attention that is not ours."""
+        others = [layer for layer in self.attention_layers if self.attention_layer(layer) is None]
+        return f"layers {others} are softmax attention" if others else None
 
     def require_runnable(self) -> None:
         """Raise if the model cannot be run here.
