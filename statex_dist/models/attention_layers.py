@@ -18,11 +18,11 @@ from statex_dist.models.row_mapping import Distribution
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSizes:
-    """What an attention layer is built from.
+    """Sizes and options of an attention layer.
 
     Attributes:
         num_heads: Heads of queries.
-        num_kv_heads: Heads of keys and values, each shared by as many heads of queries.
+        num_kv_heads: Heads of keys and values; equal groups of heads of queries share them.
         head_dim: Channels of a head.
         bias: Whether the projections of queries, keys and values have a bias.
         out_bias: Whether the output projection has one.
@@ -93,7 +93,7 @@ class AttentionLayer:
     """An attention layer as the rest of the program sees it.
 
     Attributes:
-        sizes: What it is built from.
+        sizes: Its sizes and options.
         block: ``module:Class`` of the layer.
         tensors: Its tensors in the order of the built layer's parameters, by name without the layer's prefix.
         first_value: Takes such a name and a shape; returns the tensor's distribution in a fresh model.

@@ -1,7 +1,7 @@
 """Layers with softmax attention beside recurrent ones: rotary positions, and flash-linear-attention's layer.
 
-Positions are those in the document: of packed sequences each by itself, and after what a state has read. A state is
-keys and values (:class:`statex_dist.ops.attention.KeyValues`), which grow with the text.
+Positions are those in the document: of packed sequences each by itself, and after the tokens that a state has read. A
+state is keys and values (:class:`statex_dist.ops.attention.KeyValues`), which grow with the text.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class AttentionMixer(nn.Module):
     """Softmax attention of one layer, around the projections that a library gives it.
 
     Args:
-        sizes: What it is built from.
+        sizes: Its sizes and options.
 
     Attributes:
         num_heads: Heads of queries in this process.
@@ -83,7 +83,7 @@ class AttentionMixer(nn.Module):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, before: KeyValues | None
     ) -> tuple[torch.Tensor, KeyValues | None]:
-        """Return the outputs ``[B, T, H D]`` and what was read; arguments are ``[B, T, heads D]``."""
+        """Return the outputs ``[B, T, H D]`` and the keys and values so far; arguments are ``[B, T, heads D]``."""
         q, k, v = (y.unflatten(-1, (-1, self.sizes.head_dim)) for y in (q, k, v))
         positions = positions_after(q, sequences, None if before is None else before.lengths)
         q, k = (rotate(y, positions, self.sizes) for y in (q, k))
