@@ -183,6 +183,12 @@ class ModelConfig:
         """State elements of all recurrent layers together."""
         return sum(self.layer_geometry(layer).elements for layer in self.recurrent_layers)
 
+    @property
+    def kv_elements(self) -> int | None:
+        """Numbers of keys and values that all attention layers keep of a token; None where that is not known."""
+        found = [self.attention_layer(layer) for layer in self.attention_layers]
+        return None if None in found else sum(2 * layer.sizes.key_size for layer in found if layer is not None)
+
     def attention_layer(self, layer: int) -> AttentionLayer | None:
         """Return our own form of one of :attr:`attention_layers`; None where only other software runs it."""
         return None
