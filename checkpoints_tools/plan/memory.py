@@ -253,14 +253,20 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
             widths[place[0]] += sum(spec.shape)
     kept, again, states = 0, [0], [0]
     recurrent = frozenset(config.recurrent_layers)
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers) if config.kv_elements else config.recurrent_layers:
         whole = width * tokens * widths[layer]
-        if layer in recurrent:
-            scan, held = _scan_memory(config, settings, layer, width)
-            whole += scan
-            states.append(held)
-        elif config.attention_layer(layer) is None:
-            continue  # not ours: what its backward pass keeps is not known
+        geometry = config.layer_geometry(layer) if layer in recurrent else None
+        if geometry is None:
+            pass  # attention keeps its inputs and outputs alone, which the matrices have
+        elif geometry.is_large or (geometry.features is not None and config.RECURRENCE == "gla"):
+            chunks, state = -(-tokens // CHUNK_SIZE), width * geometry.elements
+            held = min(chunks, chunks_per_segment(chunks, state, settings.max_state_bytes))
+            states.append(2 * state * held)
+            whole += 4 * geometry.elements * -(-chunks // held)
+        else:
+            states.append(8 * -(-tokens // geometry.chunk_size) * geometry.elements)
+            added = geometry.num_key_groups * (geometry.key_dim - geometry.projected_key_dim)
+            whole += width * tokens * added * (3 if config.MODEL_TYPE == "kda" else 2)
         expanded = config.statex is not None and config.statex.get(layer) is not None
         policy = settings.activation_checkpointing
         if policy == "block" or (policy == "expanded" and expanded):
@@ -269,18 +275,6 @@ def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, 
         else:
             kept += whole
     return kept + max(again) + max(states)
-
-
-def _scan_memory(config: ModelConfig, settings: TrainingSettings, layer: int, width: int) -> tuple[int, int]:
-    """Return the bytes that a layer's scan keeps for the backward pass, and those that the pass itself holds."""
-    tokens, geometry = settings.tokens, config.layer_geometry(layer)
-    if geometry.is_large or (geometry.features is not None and config.RECURRENCE == "gla"):
-        chunks, state = -(-tokens // CHUNK_SIZE), width * geometry.elements
-        held = min(chunks, chunks_per_segment(chunks, state, settings.max_state_bytes))
-        return 4 * geometry.elements * -(-chunks // held), 2 * state * held
-    added = geometry.num_key_groups * (geometry.key_dim - geometry.projected_key_dim)
-    kept = width * tokens * added * (3 if config.MODEL_TYPE == "kda" else 2)
-    return kept, 8 * -(-tokens // geometry.chunk_size) * geometry.elements
 
 
 def _option(name: str) -> str:
