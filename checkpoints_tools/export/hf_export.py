@@ -3,8 +3,8 @@
 transformers' own class opens a model that ``config.json`` describes completely: an un-expanded model of a family that
 transformers has, or one of Mamba2 layers in which all grew equally. The export of any other model contains its code
 (:mod:`checkpoints_tools.export.modeling_code`): of a hybrid that transformers hosts, classes that derive from the
-host's. Multimodal models, and models with layers that nobody runs here, are exported without code. With a plan, no
-other software can open them; :mod:`statex_dist.models.config_keys` ensures this.
+host's. Multimodal models, and others with attention layers, are exported without code. With a plan that no key of
+their own expresses, no other software can open them; :mod:`statex_dist.models.config_keys` ensures this.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def form_of(config: ModelConfig) -> Form:
     """Return how transformers opens a model."""
     if plain_class(config) is not None and (config.statex is None or config.plain_keys()):
         return "plain"
-    if _host(config) is not None:
-        return "none" if _host(config).text is not None else "remote_code"
-    return "none" if config.is_mixed or family_of(config.MODEL_TYPE).block is None else "remote_code"
+    if (host := _host(config)) is not None:
+        return "none" if host.text is not None else "remote_code"
+    others = config.is_mixed or config.attention_layers or config.own_block
+    return "none" if others or family_of(config.MODEL_TYPE).block is None else "remote_code"
 
 
 def plain_class(config: ModelConfig) -> str | None:
@@ -96,9 +97,13 @@ def closed_note(config: ModelConfig) -> str:
     """Return why transformers opens no export of a model, and what does."""
     name, mixed = config.MODEL_TYPE, "and we write no code for mixed models"
     why = config.obstacle or f"there is no code for {name}"
+    if config.own_block:
+        why = config.obstacle or "layers have an MLP"
+    if config.attention_layers:
+        why = config.obstacle or f"layers {list(config.attention_layers)} are softmax attention"
     if _host(config) is not None and config.obstacle is None:
         mixed, why = "and we write no code for multimodal models", f"{name} has other parts than a language model"
-    if config.statex is not None:
+    if config.statex is not None and not _is_plain_mamba_ssm(config):
         return (
             f"no library opens this expanded model, as none knows its plan, {mixed}: {why}; "
             "it can be expanded further, resharded and verified"
@@ -106,6 +111,11 @@ def closed_note(config: ModelConfig) -> str:
     if config.ours_alone:
         return f"no library opens this {name} model, {mixed}: {why}"
     return f"transformers has no class for this {name} model, {mixed}: {why}; the software that it came from opens it"
+
+
+def _is_plain_mamba_ssm(config: ModelConfig) -> bool:
+    """Return whether the keys of mamba_ssm, whose files have no ``model_type``, express the whole plan."""
+    return "model_type" not in config.to_dict() and bool(config.plain_keys())
 
 
 def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -116,6 +126,8 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
         config: The same, typed.
     """
     form, values = form_of(config), config.with_plan(values)
+    if form == "none" and _is_plain_mamba_ssm(config):
+        values = {key: value for key, value in values.items() if key != "statex"}  # which its MambaConfig refuses
     if config.ours_alone and "model_type" in values:  # mamba_ssm's files have none
         values = {**values, "model_type": OUR_CODE_PREFIX + config.MODEL_TYPE, "architectures": [ARCHITECTURE]}
     if form == "remote_code":

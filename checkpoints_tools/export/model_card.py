@@ -228,7 +228,11 @@ def _numbers(facts: CardFacts) -> str:
         size = sum(version.layer_geometry(layer).state_bytes for layer in version.recurrent_layers)
         rows.append((f"state elements{when}", f"{version.state_elements:,}"))
         rows.append((f"bytes of state per sequence{when} (fp32, convolutions included)", f"{size:,}"))
-    return f"## Numbers\n\n{_table(('', ''), rows)}\n\nThe state has this size whatever the length of the text."
+    length = "The state has this size whatever the length of the text."
+    if config.kv_elements:
+        rows.append(("keys and values per token, of softmax attention", f"{config.kv_elements:,}"))
+        length += " Keys and values are kept of every token."
+    return f"## Numbers\n\n{_table(('', ''), rows)}\n\n{length}"
 
 
 def _training(facts: CardFacts, run: Path | None) -> str:

@@ -272,7 +272,7 @@ def _estimate(
             widths[int(place[1])] += chosen * sum(shape[1:])
     kept, again, states = 0, [0], [0]
     recurrent = frozenset(config.recurrent_layers)
-    for layer in range(config.num_hidden_layers) if config.is_mixed else config.recurrent_layers:
+    for layer in range(config.num_hidden_layers) if config.is_mixed or config.kv_elements else config.recurrent_layers:
         whole = width * tokens * widths[layer]
         geometry = config.layer_geometry(layer) if layer in recurrent else None
         if geometry is None:

@@ -163,7 +163,9 @@ class CarriedStates:
         if self.passing is not None:
             self.passing.keep(batch, lane, output.states)
         if place is not None:
-            recurrent = [layer[0] for layer in output.states if not isinstance(layer, KeyValues)]
+            whole: Any = getattr(model, "module", model)
+            kinds = [kind for _, kind in whole.state_places]
+            recurrent = [x[0] for x, kind in zip(output.states, kinds, strict=True) if kind == "recurrent"]
             self.observed = [state[place].detach().double().square().mean() for state in recurrent]
         return output.loss_sum
 

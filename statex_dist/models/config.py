@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 from statex_dist.checkpoint.json_file import config_text, decode_floats, parse_config, read_text
 from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, ConfigError, reason, shown
+from statex_dist.models.attention_layers import AttentionLayer
 from statex_dist.models.config_keys import (
     OUR_CODE_PREFIX,
     check_other_keys,
@@ -185,7 +186,17 @@ class ModelConfig:
     @property
     def kv_elements(self) -> int | None:
         """Numbers of keys and values that all attention layers keep of a token; None where that is not known."""
-        return None if self.attention_layers else 0
+        found = [self.attention_layer(layer) for layer in self.attention_layers]
+        return None if None in found else sum(2 * layer.sizes.key_size for layer in found if layer is not None)
+
+    def attention_layer(self, layer: int) -> AttentionLayer | None:
+        """Return our own form of one of :attr:`attention_layers`; None where only other software runs it."""
+        return None
+
+    @property
+    def own_block(self) -> str | None:
+        """``module:Class`` of this model's recurrent layers where it is not the family's, or None."""
+        return None
 
     def said(self, *keys: str) -> Any:
         """Return the value of the first of these keys that the file has and no field holds, or None."""
@@ -193,8 +204,9 @@ class ModelConfig:
 
     @property
     def obstacle(self) -> str | None:
-        """Why the model can be expanded and resharded here but not run, or None: softmax attention is not run."""
-        return f"layers {list(self.attention_layers)} are softmax attention" if self.attention_layers else None
+        """Why the model can be expanded and resharded here but not run, or None: attention that is not ours."""
+        others = [layer for layer in self.attention_layers if self.attention_layer(layer) is None]
+        return f"layers {others} are softmax attention" if others else None
 
     def require_runnable(self) -> None:
         """Raise if the model cannot be run here.

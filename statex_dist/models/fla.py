@@ -1,8 +1,7 @@
 """Common parts of the models of flash-linear-attention: configuration keys, tensors, first values.
 
 Every one of them is a stack of pre-norm blocks ``attn_norm, attn, mlp_norm, mlp`` with a SwiGLU MLP, and any of them
-may have softmax attention in some layers (``attn`` in its config). Those layers are passed through by the offline
-tools; a model that has them cannot be run here.
+may have softmax attention in some layers (``attn`` in its config). Those are run and trained, and never expanded.
 """
 
 from __future__ import annotations
@@ -10,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import ModelConfig, check_layer_list, is_layer
+from statex_dist.models.attention_layers import AttentionLayer, AttentionSizes
+from statex_dist.models.config import LARGEST_SIZE, ModelConfig, check_layer_list, check_type, is_layer
+from statex_dist.models.config_keys import check_other_keys
 from statex_dist.models.layout import GAIN_NAME, Names, TensorSpec, Units
 from statex_dist.models.row_mapping import Constant, Distribution, Normal, Uniform
 from statex_dist.state.geometry import StateGeometry
@@ -23,6 +25,13 @@ NAMES = Names(trunk="model", final_norm="norm")
 
 MIX_NAME = "attn.mix"
 """The mixing matrix M of a ``mix_heads`` layer (ours; public checkpoints have none)."""
+
+_ATTENTION_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("num_heads", "num_kv_heads", "window_size"), int | None),
+    "qkv_bias": bool | None,
+    "rope_theta": float | None,
+}
+"""Keys of an entry of ``attn`` beside its ``layers``, and their types."""
 
 
 @dataclass(kw_only=True)
@@ -46,23 +55,29 @@ class FLAConfig(ModelConfig):
         super().__post_init__()
         self.check_positive("intermediate_size", "hidden_ratio")
         self.check_allowed("hidden_act", "swish", "silu")
-        groups = self._attention_groups
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        """Raise unless ``attn`` describes attention in layers of the model."""
+        groups, where = self._attention_groups, f"{self.MODEL_TYPE} config: attn"
         if len(groups) > self.num_hidden_layers:
-            raise CheckpointError(
-                f"{self.MODEL_TYPE} config: attn has {len(groups)} entries for {self.num_hidden_layers} layers"
-            )
+            raise CheckpointError(f"{where} has {len(groups)} entries for {self.num_hidden_layers} layers")
+        seen: set[int] = set()
         for group in groups:
             if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
                 raise CheckpointError(
-                    f"{self.MODEL_TYPE} config: attn must be a mapping with a list 'layers', or a list of such, not "
-                    f"{shown(self.attn)}"
+                    f"{where} must be a mapping with a list 'layers', or a list of such, not {shown(self.attn)}"
                 )
-            check_layer_list(f"{self.MODEL_TYPE} config: attn.layers", group["layers"], self.num_hidden_layers)
+            check_layer_list(f"{where}.layers", group["layers"], self.num_hidden_layers)
             for layer in group["layers"]:
                 if not is_layer(layer, self.num_hidden_layers):
-                    raise CheckpointError(
-                        f"{self.MODEL_TYPE} config: attn names layer {shown(layer)}, which does not exist"
-                    )
+                    raise CheckpointError(f"{where} names layer {shown(layer)}, which does not exist")
+                if layer in seen:
+                    raise CheckpointError(f"{where} names layer {layer} twice")
+                seen.add(layer)
+            attention_sizes(group, self.hidden_size, where)
+            harmless = frozenset(_ATTENTION_KEYS) | {"layers"}
+            check_other_keys(f"{self.MODEL_TYPE} attn", group, fixed={}, training=(), harmless=harmless)
 
     def check_allowed(self, name: str, *allowed: object) -> None:
         """Raise if a field has a value that we do not support."""
@@ -94,6 +109,17 @@ class FLAConfig(ModelConfig):
         """Layers with softmax attention in place of the recurrence."""
         return tuple(sorted(layer for group in self._attention_groups for layer in group["layers"]))
 
+    def attention_layer(self, layer: int) -> AttentionLayer:
+        """Return one of the attention layers."""
+        group = next(group for group in self._attention_groups if layer in group["layers"])
+        sizes = attention_sizes(group, self.hidden_size, f"{self.MODEL_TYPE} config: attn")
+        return AttentionLayer(
+            sizes=sizes,
+            block="statex_dist.models.core.attention:FLAAttentionBlock",
+            tensors=block_tensors(self, attention_tensors(sizes, self.hidden_size)),
+            first_value=partial(first_value, config=self),
+        )
+
     @property
     def mlp_size(self) -> int:
         """Inner size of the MLP: ``intermediate_size``, or 2/3 of the ratio rounded up to a multiple of 256."""
@@ -106,6 +132,52 @@ class FLAConfig(ModelConfig):
     def final_norm_eps(self) -> float:
         """Epsilon of the RMS norms."""
         return self.norm_eps
+
+
+def attention_sizes(group: Mapping[str, Any], hidden_size: int, where: str) -> AttentionSizes:
+    """Return the sizes of the attention layers of an entry of ``attn``, with flash-linear-attention's defaults.
+
+    Its classes hand nothing else to their attention layers, ``qk_norm`` neither.
+
+    Args:
+        group: The entry.
+        hidden_size: Of the model, which the heads divide.
+        where: The key, for messages.
+
+    Raises:
+        CheckpointError: A value is missing, wrong, or of a variant that we do not support.
+    """
+    for key, hint in _ATTENTION_KEYS.items():
+        check_type(f"attn.{key}", value := group.get(key), hint)
+        if type(value) is int and not 1 <= value <= LARGEST_SIZE:
+            raise CheckpointError(f"{where}.{key} must be from 1 to {LARGEST_SIZE}, not {shown(value)}")
+    heads = group.get("num_heads")
+    if heads is None:
+        raise CheckpointError(f"{where} has no num_heads, which flash-linear-attention asks for")
+    if hidden_size % heads:
+        raise CheckpointError(f"{where}: num_heads={heads} does not divide hidden_size={hidden_size}")
+    sizes = AttentionSizes(
+        num_heads=heads,
+        num_kv_heads=group.get("num_kv_heads") or heads,
+        head_dim=hidden_size // heads,
+        bias=bool(group.get("qkv_bias")),
+        rotary_dim=hidden_size // heads,
+        rotary_base=10000.0 if group.get("rope_theta") is None else group["rope_theta"],
+        window=group.get("window_size"),
+    )
+    sizes.check(where)
+    return sizes
+
+
+def attention_tensors(sizes: AttentionSizes, hidden_size: int) -> dict[str, TensorSpec]:
+    """Return the tensors of flash-linear-attention's ``Attention``, by name without the layer's prefix."""
+    specs = {}
+    for (name, rows), units in zip(sizes.parts, sizes.units, strict=True):
+        specs[f"attn.{name}_proj.weight"] = TensorSpec(shape=(rows, hidden_size), units=(units,))
+        if sizes.bias:
+            specs[f"attn.{name}_proj.bias"] = TensorSpec(shape=(rows,), decay=False, units=(units,))
+    out = TensorSpec(shape=(hidden_size, sizes.query_size), axis=1, units=sizes.units[:1])
+    return {**specs, "attn.o_proj.weight": out}
 
 
 def head_geometry(

@@ -36,6 +36,7 @@ class Trunk(nn.Module):
 
     Attributes:
         recompute: Layers that are computed again in the backward pass.
+        state_kinds: Kinds of each layer's states, in order.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(block(config, layer) for layer, block in enumerate(blocks))
         self.add_module(names.final_norm, RMSNorm(config.hidden_size, eps=config.final_norm_eps))
         self.recompute: Recompute = "none"
+        attention = {layer: config.attention_layer(layer) for layer in config.attention_layers}
+        kinds = {layer: found.state_kinds for layer, found in attention.items() if found is not None}
+        self.state_kinds = [kinds.get(layer, ("recurrent",)) for layer in range(config.num_hidden_layers)]
 
     @property
     def embedding_table(self) -> nn.Embedding:
@@ -79,18 +83,22 @@ class Trunk(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
     ) -> tuple[torch.Tensor, list[LayerState]]:
-        """Return the final hidden states ``[B, T, hidden]`` and the layers' states."""
+        """Return the final hidden states ``[B, T, hidden]`` and the layers' states.
+
+        A layer with several states takes and returns them as a list.
+        """
         hidden = self.embedding_table(input_ids)
         new_states: list[LayerState] = []
-        shared = self.shared_inputs()
+        shared, given = self.shared_inputs(), iter(states or ())
         for index, layer in enumerate(self.layers):
-            inputs = (hidden, sequences, states[index] if states else None, *(x[index] for x in shared))
+            before = [next(given) for _ in self.state_kinds[index]] if states else [None]
+            inputs = (hidden, sequences, before[0] if len(before) == 1 else before, *(x[index] for x in shared))
             if self.training and self._recomputes(index):
                 hidden, new_state = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 hidden, new_state = layer(*inputs)
             if new_state is not None:
-                new_states.append(new_state)
+                new_states += new_state if isinstance(new_state, list) else [new_state]
         norm = self.final_norm
         return norm(hidden.to(norm.weight.dtype)), new_states
 
@@ -239,8 +247,11 @@ class RecurrentLM(nn.Module):
 
     @property
     def state_places(self) -> list[tuple[int, str]]:
-        """Layer and kind (``recurrent`` or ``attention``) of each of the states that a forward pass returns."""
-        return [(layer, "recurrent") for layer in range(self.config.num_hidden_layers)]
+        """Layer and kind of each of the states that a forward pass returns, in order.
+
+        Kinds are ``recurrent``, ``attention`` (keys and values) and ``convolution`` (of an attention layer's inputs).
+        """
+        return [(layer, kind) for layer, kinds in enumerate(self.trunk.state_kinds) for kind in kinds]
 
     def finish_build(self, dtype: torch.dtype) -> None:
         """Give the parameters a dtype, after the model was made on ``meta`` and moved to a device."""
@@ -331,11 +342,16 @@ class RecurrentLM(nn.Module):
     @torch.no_grad()
     def init_parameters(self, seed: int) -> None:
         """Give every parameter its first value, fixed by ``seed`` and the parameter's name."""
-        shared = self.family.shared_tensors(self.config)
+        shared, attends = self.family.shared_tensors(self.config), frozenset(self.config.attention_layers)
         first: Distribution
         for name, parameter in self.named_parameters():
             if place := self.family.names.split(name):
-                first = self.family.first_value(place[1], tuple(parameter.shape), config=self.config)
+                shape = tuple(parameter.shape)
+                attention = self.config.attention_layer(place[0]) if place[0] in attends else None
+                if attention is not None:
+                    first = attention.first_value(place[1], shape)
+                else:
+                    first = self.family.first_value(place[1], shape, config=self.config)
             elif name in shared:
                 first = Constant(0.0)
             elif name.endswith("norm.weight") or name.endswith(f"{self.family.names.final_norm}.weight"):

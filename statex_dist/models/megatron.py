@@ -48,7 +48,8 @@ NameMap = Mapping[str, tuple[MegatronPart, ...]]
 
 def has_megatron_names(config: ModelConfig) -> bool:
     """Return whether a model gets Megatron's names, not ours."""
-    return family_of(config.MODEL_TYPE).megatron is not None and not config.is_mixed
+    mixed = config.is_mixed or config.attention_layers or config.own_block
+    return family_of(config.MODEL_TYPE).megatron is not None and not mixed
 
 
 def name_map(config: ModelConfig) -> dict[str, tuple[MegatronPart, ...]]:
@@ -110,7 +111,7 @@ def megatron_notes(config: ModelConfig | None) -> list[str]:
     if config is None:
         return ["Megatron has no module of this model: tensors keep their names"]
     megatron = family_of(config.MODEL_TYPE).megatron
-    if megatron is None or config.is_mixed:
+    if megatron is None or not has_megatron_names(config):
         return [f"Megatron has no module of {config.MODEL_TYPE} models: tensors keep our names"]
     return megatron.notes(config)
 

@@ -96,9 +96,14 @@ class Family:
 
     def block_classes(self, config: ModelConfig) -> list[type[nn.Module]]:
         """Import and return the class of each layer."""
-        module = self._mixer_module()
-        assert self.block is not None
-        return [getattr(module, self.block.partition(":")[2])] * config.num_hidden_layers
+        own = config.own_block or self.block
+        assert own is not None, f"{self.model_type} is hosted by transformers"
+        blocks = [own] * config.num_hidden_layers
+        for layer in config.attention_layers:
+            if (attention := config.attention_layer(layer)) is not None:
+                blocks[layer] = attention.block
+        classes = {block: _imported(block) for block in set(blocks)}
+        return [classes[block] for block in blocks]
 
     def shared_inputs(self) -> SharedInputs | None:
         """Return the function that makes further arguments of the layers of the shared parameters, or None."""
@@ -118,9 +123,11 @@ class Family:
         """
         specs = self.outside_tensors(config)
         behind = {name: specs.pop(name) for name in self.names.behind_layers if name in specs}
-        for layer in config.recurrent_layers:
+        recurrent = frozenset(config.recurrent_layers)
+        for layer in range(config.num_hidden_layers):
             prefix = self.names.layer(layer)
-            specs.update({prefix + name: spec for name, spec in self.layer_tensors(config, layer).items()})
+            found = self.layer_tensors(config, layer) if layer in recurrent else _attention_tensors(config, layer)
+            specs.update({prefix + name: spec for name, spec in found.items()})
         return {**specs, **behind}
 
     def checked_mappings(
@@ -144,6 +151,18 @@ class Family:
         """Return the mapping of the gains of features, which is all that ``grow_features`` adds: they start at zero."""
         specs = self.layer_tensors(after, layer)
         return {name: added(spec.shape, Constant(0.0)) for name, spec in specs.items() if spec.role == "gain"}
+
+
+def _attention_tensors(config: ModelConfig, layer: int) -> dict[str, TensorSpec]:
+    """Return the tensors of a layer of another kind, by name without its prefix; none where it is not ours."""
+    attention = config.attention_layer(layer)
+    return {} if attention is None else attention.tensors
+
+
+def _imported(place: str) -> Any:
+    """Import and return what ``module:name`` names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 FAMILIES: dict[str, Family | str] = {

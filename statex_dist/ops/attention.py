@@ -6,7 +6,7 @@ Attention carries keys and values from one segment to the next, as a recurrence 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ def attention(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
+    window: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     before: KeyValues | None = None,
     context: ContextShare | None = None,
@@ -57,6 +58,7 @@ def attention(
         v: ``[B, H, T, V]``.
         scale: Factor of the scores; None takes ``D ** -0.5``.
         dropout: Probability with which a score is dropped.
+        window: Tokens that each token sees, itself included; None sees all. States keep all of them.
         cu_seqlens: ``[S + 1]`` borders of packed sequences (``B`` is 1), or None: every row is one sequence.
         before: What was read before, or None: of each row, or of the first sequence of a pack.
         context: How the tokens connect to those of other ranks, or None.
@@ -65,9 +67,10 @@ def attention(
     Returns:
         ``[B, HQ, T, V]``, and keys and values of each row, or of a pack's last sequence; None unless asked for.
     """
+    score = _Score(scale, dropout, window)
     if cu_seqlens is None:
         assert context is None, "ranks share packs"
-        return _of_rows(q, k, v, before, scale=scale, dropout=dropout, output_final_state=output_final_state)
+        return _of_rows(q, k, v, before, score, output_final_state=output_final_state)
     assert len(q) == 1, q.shape
     history, after = 0, None
     if before is not None:
@@ -80,20 +83,61 @@ def attention(
         # The first sequence began before the tokens, by as many as there are more keys than queries.
         read = slice(start + history if place else 0, stop + history)
         if stop > start:
-            outputs.append(_causal(q[:, :, start:stop], k[:, :, read], v[:, :, read], scale, dropout))
+            outputs.append(_causal(q[:, :, start:stop], k[:, :, read], v[:, :, read], score))
     if output_final_state and context is None:
         after = KeyValues(k[:, :, read], v[:, :, read], torch.full((1,), read.stop - read.start, device=k.device))
     return torch.cat(outputs, dim=2), after if output_final_state else None
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, dropout: float) -> torch.Tensor:
+class _Score(NamedTuple):
+    """Arguments of :func:`attention` that every sequence shares."""
+
+    scale: float | None
+    dropout: float
+    window: int | None
+
+    def apply(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask: Any) -> torch.Tensor:
+        """Return PyTorch's attention."""
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout, scale=self.scale, enable_gqa=grouped, **mask
+        )
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: _Score) -> torch.Tensor:
     """Return the outputs of the last tokens of one sequence, of whose keys the last belong to them."""
     queries, keys = q.shape[2], k.shape[2]
-    causal = queries == keys and queries > 1
-    bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if score.window is not None and score.window < keys:
+        return _windowed(q, k, v, score, score.window)
+    if queries == 1:
+        return score.apply(q, k, v)
+    if queries == keys:
+        return score.apply(q, k, v, is_causal=True)
+    return score.apply(q, k, v, attn_mask=causal_lower_right(queries, keys))
+
+
+_WINDOW_QUERIES = 128
+"""Fewest queries that share a mask: short windows would take a call for a few tokens each."""
+
+
+def _windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: _Score, window: int) -> torch.Tensor:
+    """Return the outputs of :func:`_causal` where tokens see a window; blocks of queries take the keys that they see.
+
+    Memory of masks grows with the window, not with the sequence.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    size = max(window, _WINDOW_QUERIES)
+    outputs = []
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        last = keys - queries + stop
+        first = max(last - (stop - start) - window + 1, 0)
+        row = torch.arange(last - (stop - start), last, device=q.device)[:, None]
+        place = torch.arange(first, last, device=q.device)
+        seen = (place <= row) & (place > row - window)
+        read = slice(first, last)
+        outputs.append(score.apply(q[:, :, start:stop], k[:, :, read], v[:, :, read], attn_mask=seen))
+    return torch.cat(outputs, dim=2)
 
 
 def _of_rows(
@@ -101,28 +145,28 @@ def _of_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     before: KeyValues | None,
+    score: _Score,
     *,
-    scale: float | None,
-    dropout: float,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, KeyValues | None]:
     """Attend in each row of a batch, after what the row has read before."""
     tokens = k.shape[2]
     lengths = torch.zeros(len(k), dtype=torch.int64, device=k.device) if before is None else before.lengths
     if before is None or not before.keys.shape[2]:
-        o = _causal(q, k, v, scale, dropout)
+        o = _causal(q, k, v, score)
     else:
         k, v = (_joined(*pair) for pair in zip(before[:2], (k, v), strict=True))
         read = before.keys.shape[2]
-        if bool((lengths == read).all()):
-            o = _causal(q, k, v, scale, dropout)
+        # Tensors of shapes alone (``meta``) tell no lengths: rows are then equal.
+        if lengths.is_meta or bool((lengths == read).all()):
+            o = _causal(q, k, v, score)
         else:
             place = torch.arange(k.shape[2], device=k.device)
-            row = torch.arange(tokens, device=k.device)[:, None]
-            seen = (place >= (read - lengths)[:, None, None]) & (place <= row + read)
-            o = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            row = torch.arange(tokens, device=k.device)[:, None] + read
+            seen = (place >= (read - lengths)[:, None, None]) & (place <= row)
+            if score.window is not None:
+                seen = seen & (place > row - score.window)
+            o = score.apply(q, k, v, attn_mask=seen[:, None])
     return o, KeyValues(k, v, lengths + tokens) if output_final_state else None
 
 

@@ -20,10 +20,12 @@ from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict
 from tests.distributed_test import run_distributed_test
 from tests.models.hybrid.hosts import save_host
+from tests.models.tiny import STATE_SPACES
 from tests.raising import raises
 from tests.runs import GLA, MAMBA2, OTHERS, expanded
 
 RANKS = 4
+CONVOLVED = {**STATE_SPACES["attn_cfg"], "d_conv": 4}
 TOKENS = 96
 PACKS = {
     "one document": [96],
@@ -44,6 +46,8 @@ def models(hybrid: Path = Path()) -> dict[str, Any]:
         "kda": expanded(OTHERS["kda"]),
         "retnet": config_from_dict({**GLA, "model_type": "retnet"}),
         "nemotron_h": hybrid,
+        "attention": config_from_dict({**GLA, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}}),
+        "attention, convolved": config_from_dict({**STATE_SPACES, "vocab_size": 256, "attn_cfg": CONVOLVED}),
     }
 
 

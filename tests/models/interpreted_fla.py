@@ -41,6 +41,7 @@ HEADS = {
     "kda": {"num_heads": 2, "head_dim": 16},
     "mamba2": {"head_dim": 16, "state_size": 8, "chunk_size": 16},
 }
+ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "rope_theta": 100.0}
 SHORT, LONG = 37, 70
 """Tokens: fewer than a chunk of 64, and more."""
 
@@ -52,6 +53,7 @@ VARIANTS = {
         "sizes": {"expand_k": 0.5, "expand_v": 2.0, "intermediate_size": None, "norm_eps": 1e-2},
         "rounded sizes": {"hidden_size": 100, "num_heads": 1, "expand_k": 0.29, "expand_v": 0.57},
         "clamped": {"clamp_min": -0.02, "use_gk": False, "use_gv": True, "attn_mode": "fused_recurrent"},
+        "attention": {"attn": ATTENTION},
     },
     "hgrn2": {
         "plain": {"num_hidden_layers": 3},
@@ -60,6 +62,10 @@ VARIANTS = {
         "no lower bound": {"use_lower_bound": False, "norm_eps": 1e-2},
         "heads by number": {"expand_ratio": None, "num_heads": 1},
         "both given": {"expand_ratio": 8, "num_heads": 2},
+        "attention in two ways": {
+            **{"num_hidden_layers": 3, "max_position_embeddings": 8},
+            "attn": [{"layers": [2, 0], "num_heads": 2}, {**ATTENTION, "window_size": 9}],
+        },
     },
     "retnet": {
         "plain": {},
@@ -67,6 +73,7 @@ VARIANTS = {
         "nothing fused": {"fuse_norm": False, "fuse_swiglu": False, "norm_eps": 1e-2},
         "sizes": {"expand_k": 0.5, "expand_v": 1.0, "intermediate_size": None},
         "parallel": {"attn_mode": "parallel", "clamp_min": -0.01},
+        "attention, a window": {"attn": {**ATTENTION, "window_size": 9}},
     },
     "gated_deltanet": {
         "plain": {},
@@ -74,6 +81,7 @@ VARIANTS = {
         "shared keys": {"num_heads": 1, "num_v_heads": 2, "expand_v": 2.0, "conv_size": 3},
         "no gate": {"use_gate": False, "norm_eps": 1e-2},
         "negative eigenvalues": {"allow_neg_eigval": True, "output_gate_activation": "sigmoid", "fuse_norm": False},
+        "attention": {"attn": {**ATTENTION, "layers": [0], "num_kv_heads": None}},
     },
     "kda": {
         "plain": {},
@@ -82,6 +90,7 @@ VARIANTS = {
         "negative eigenvalues": {"allow_neg_eigval": True, "norm_eps": 1e-2, "fuse_norm": False},
         "bound": {"lower_bound": -2.0},
         "safe gate": {"lower_bound": -5.0, "safe_gate": True},
+        "attention": {"attn": ATTENTION},
     },
     "mamba2": {
         "plain": {},
@@ -99,6 +108,8 @@ VARIANTS = {
 }
 BY_STEPS = {("mamba2", "groups")}
 """What fla computes right token by token alone: without CUDA kernels, a longer text takes B and C of other groups."""
+
+GRADIENT_OPTIONS = {"kda": {"num_hidden_layers": 1}, "gla": {"attn": ATTENTION}}
 
 REFUSED = {
     "gla": [
@@ -162,6 +173,17 @@ def lengths_of(family: str, variant: str) -> tuple[int, ...]:
     if family == "kda":
         return (SHORT,)
     return (SHORT, LONG) if place == 0 else ((LONG,), (SHORT,))[place % 2]
+
+
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, window_size: tuple[int, int]):
+    """flash-attention's function, which needs a GPU, with a dense mask: ``[B, T, H, D]`` each."""
+    assert causal
+    place = torch.arange(q.shape[1])
+    ago = place[:, None] - place
+    seen = (ago >= 0) & ((ago <= window_size[0]) if window_size[0] >= 0 else torch.ones_like(ago, dtype=torch.bool))
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    return o.transpose(1, 2)
 
 
 def fla_model(family: str, options: dict) -> torch.nn.Module:
@@ -299,8 +321,10 @@ def check_transformers() -> None:
 
 def main(group: str) -> None:
     enter_interpreter()
-    import fla.models  # noqa: F401
+    import fla.layers.attn
+    import fla.models
 
+    fla.layers.attn.flash_attn_func = flash_attention
     for name in ("fla", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name, module in list(sys.modules.items()):
@@ -322,7 +346,7 @@ def main(group: str) -> None:
             else:
                 errors = [compare_logits(family, theirs, ours, length) for length in lengths_of(family, variant)]
             done(f"{family}: {variant}", *errors)
-        theirs = fla_model(family, {"num_hidden_layers": 1} if family == "kda" else {})
+        theirs = fla_model(family, GRADIENT_OPTIONS.get(family, {}))
         done(f"{family}: gradients", *compare_gradients(family, theirs, ours_of(theirs)))
         check_refusals(family)
         done(f"{family}: refusals")

@@ -15,7 +15,7 @@ from statex_dist.models.kda.config import KDAConfig
 from statex_dist.models.lightning.config import LightningConfig
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mamba2.config import Mamba2Config
-from statex_dist.models.registry import make_plan
+from statex_dist.models.registry import config_from_dict, make_plan
 from statex_dist.models.retnet.config import RetNetConfig
 from statex_dist.state.geometry import FeatureMap
 
@@ -99,6 +99,31 @@ CONFIGS = {
     ),
 }
 """Every family and operation; the layer beside an expanded one has features in every family."""
+
+
+_ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "rope_theta": 100.0}
+STATE_SPACES = {
+    **{"d_model": 16, "n_layer": 3, "vocab_size": 40, "tie_embeddings": True, "attn_layer_idx": [1]},
+    "ssm_cfg": {"layer": "Mamba2", "d_state": 6, "headdim": 8, "chunk_size": 8},
+    "attn_cfg": {"causal": True, "num_heads": 4, "num_heads_kv": 2, "rotary_emb_dim": 2},
+}
+HYBRIDS = {
+    "gla": gla_config(num_hidden_layers=3, attn={"layers": [1], **_ATTENTION}),
+    "hgrn2": hgrn2_config(num_hidden_layers=3, attn=[{"layers": [0], "num_heads": 2}, {"layers": [2], **_ATTENTION}]),
+    "retnet": retnet_config(attn={"layers": [0], **_ATTENTION, "window_size": 3}, tie_word_embeddings=True),
+    "gated_deltanet": gated_deltanet_config(attn={"layers": [1], **_ATTENTION, "num_kv_heads": None}),
+    "kda": kda_config(attn={"layers": [1], **_ATTENTION, "window_size": 3}),
+    "state_spaces": config_from_dict(
+        {**STATE_SPACES, "attn_cfg": {**STATE_SPACES["attn_cfg"], "d_conv": 4, "out_proj_bias": False}}
+    ),
+    "state_spaces-mlp": config_from_dict(
+        {
+            **{**STATE_SPACES, "d_intermediate": 20, "tie_embeddings": False},
+            "attn_cfg": {**STATE_SPACES["attn_cfg"], "head_dim": 6, "rotary_emb_interleaved": True},
+        }
+    ),
+}
+"""Models with attention layers of our own."""
 
 
 def build(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> RecurrentLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -21,22 +22,31 @@ def inputs(tokens: int, *, batch: int = 1, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(batch, heads, tokens, size, generator=rng, dtype=torch.float64) for heads, size in sizes]
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """Attention under one mask over all tokens; ``documents [T]`` numbers each token's."""
     k, v = (y.repeat_interleave(HEADS // KEY_HEADS, dim=1) for y in (k, v))
     scores = q @ k.transpose(-1, -2) * KEYS**-0.5
     place = torch.arange(len(documents))
     seen = (documents[:, None] == documents) & (place[:, None] >= place)
+    if window is not None:
+        seen &= place[:, None] - place < window
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), cuts=st.sets(st.integers(1, 44), max_size=4))
-def test_segments_of_packs_equal_dense_attention(lengths: list[int], cuts: set[int]):
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    cuts=st.sets(st.integers(1, 44), max_size=4),
+    window=st.none() | st.integers(1, 6),
+)
+@mock.patch("statex_dist.ops.attention._WINDOW_QUERIES", 2)
+def test_segments_of_packs_equal_dense_attention(lengths: list[int], cuts: set[int], window: int | None):
     total = sum(lengths)
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     q, k, v = (y.requires_grad_() for y in inputs(total))
-    expected = dense(q, k, v, documents)
+    expected = dense(q, k, v, documents, window)
     marks = sorted({0, total, *(cut for cut in cuts if cut < total)})
     state: KeyValues | None = None
     parts = []
@@ -47,6 +57,7 @@ def test_segments_of_packs_equal_dense_attention(lengths: list[int], cuts: set[i
             *(y[:, :, start:stop] for y in (q, k, v)),
             cu_seqlens=torch.tensor(inside, dtype=torch.int32),
             before=state if goes_on else None,
+            window=window,
             output_final_state=True,
         )
         parts.append(o)
@@ -60,8 +71,9 @@ def test_segments_of_packs_equal_dense_attention(lengths: list[int], cuts: set[i
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_rows_of_unequal_lengths_are_read_on(steps: int):
+def test_rows_of_unequal_lengths_are_read_on(steps: int, window: int | None):
     lengths, width = [2, 7, 4], 7
     q, k, v = inputs(width + steps, batch=3)
     keys, values = (y[:, :, :width].clone() for y in (k, v))
@@ -70,10 +82,10 @@ def test_rows_of_unequal_lengths_are_read_on(steps: int):
             y[row, :, : width - length] = 0
     before = KeyValues(keys, values, torch.tensor(lengths))
     rows = (y[:, :, width:] for y in (q, k, v))
-    found, after = attention(*rows, before=before, output_final_state=True)
+    found, after = attention(*rows, before=before, window=window, output_final_state=True)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
-        expected = dense(*(y[one, :, width - length :] for y in (q, k, v)), torch.zeros(length + steps))
+        expected = dense(*(y[one, :, width - length :] for y in (q, k, v)), torch.zeros(length + steps), window)
         torch.testing.assert_close(found[one], expected[:, :, length:], rtol=0, atol=1e-12)
     assert after is not None
     assert after.lengths.tolist() == [length + steps for length in lengths]

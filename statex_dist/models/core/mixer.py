@@ -221,9 +221,9 @@ def depthwise(channels: int, kernel_size: int) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=False)
 
 
-def mixer_of(layer: nn.Module) -> RecurrentMixer:
-    """Return the token mixing of a layer."""
-    return next(module for module in layer.modules() if isinstance(module, RecurrentMixer))
+def mixer_of(layer: nn.Module) -> RecurrentMixer | None:
+    """Return the recurrent token mixing of a layer, or None."""
+    return next((module for module in layer.modules() if isinstance(module, RecurrentMixer)), None)
 
 
 class LinearAttention(RecurrentMixer):

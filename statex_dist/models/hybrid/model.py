@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from statex_dist.errors import ConfigError, reason
-from statex_dist.models.core.mixer import token_positions
+from statex_dist.models.core.attention import positions_after
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.hybrid import attention
 from statex_dist.models.hybrid.config import HybridConfig
@@ -145,11 +145,7 @@ class HostedLM(RecurrentLM):
     def _positions(self, input_ids: torch.Tensor, sequences: Sequences, before: States) -> torch.Tensor:
         """Return each token's place in its sequence, ``[B, T]``: what rotary embeddings turn by."""
         read = next((KeyValues(*state).lengths for (_, kind), state in before.items() if kind == "attention"), None)
-        if read is not None and sequences.cu_seqlens is not None and sequences.context is None:
-            others = len(sequences.cu_seqlens) - 2
-            read = torch.cat([read[:1], read.new_zeros(others)])
-        positions, _ = token_positions(input_ids, sequences, read)
-        return positions
+        return positions_after(input_ids, sequences, read)
 
     def init_parameters(self, seed: int) -> None:
         """Refuse: a hybrid's first values are transformers'.

@@ -18,6 +18,7 @@ from torch import nn
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.core.attention import AttentionMixer
 from statex_dist.models.core.layers import Expert, GatedRMSNorm, RMSNorm, SparseExperts
 from statex_dist.models.core.mitigation import Mitigation
 from statex_dist.models.core.mixer import RecurrentMixer, mixer_of
@@ -58,7 +59,8 @@ class TensorParallelLM(RecurrentLM):
             ConfigError: It does not, or does.
         """
         super().check_mitigation(mitigation)
-        cut = [index for index, layer in enumerate(self.trunk.layers) if not mixer_of(layer).heads.whole_states]
+        mixers = {i: mixer for i, layer in enumerate(self.trunk.layers) if (mixer := mixer_of(layer)) is not None}
+        cut = [layer for layer, mixer in mixers.items() if not mixer.heads.whole_states]
         if mitigation.WHOLE_STATES and cut:
             raise ConfigError(
                 f"{mitigation.NAME} takes the norm of a head's whole state, and {self.share.size} ranks cut the heads "
@@ -151,9 +153,12 @@ def _make_local(model: TensorParallelLM, tensors: dict[str, torch.Tensor], share
     """Put modules for what this rank holds in place of the whole ones; their parameters have no data yet."""
     sizes = set()
     for layer in model.layers:
-        mixer = mixer_of(layer)
-        mixer.heads = HeldHeads.of(mixer.geometry, tp=share.size, rank=share.rank)
-        sizes.add(mixer.heads.ranks_per_head)
+        for mixer in layer.modules():
+            if isinstance(mixer, AttentionMixer):
+                mixer.hold(share.size, share.rank)
+            elif isinstance(mixer, RecurrentMixer):
+                mixer.heads = HeldHeads.of(mixer.geometry, tp=share.size, rank=share.rank)
+                sizes.add(mixer.heads.ranks_per_head)
         sizes |= {_ranks_per_group(module, share) for module in layer.modules() if isinstance(module, RMSNorm)}
     # Every rank makes all groups, in one order.
     groups = {size: share.neighbours(size) for size in sorted(sizes)}
@@ -188,7 +193,9 @@ def _mixer_with(model: TensorParallelLM, name: str) -> RecurrentMixer:
     """Return the token mixing of the layer that a tensor belongs to."""
     place = model.family.names.split(name)
     assert place is not None, name
-    return mixer_of(model.layers[place[0]])
+    mixer = mixer_of(model.layers[place[0]])
+    assert mixer is not None, name
+    return mixer
 
 
 def _local(

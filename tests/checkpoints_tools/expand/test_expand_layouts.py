@@ -21,6 +21,7 @@ from tests.checkpoints_tools.builders import (
     run_expand,
     write_model,
 )
+from tests.raising import raises
 
 STATE_SPACES = {
     "d_model": 16,
@@ -185,28 +186,37 @@ DELTA_HYBRID = {
 }
 
 
-def test_gated_deltanet_beside_attention_passes_strangers_through(tmp_path):
-    """Whatever they are: integers, float8, empty and scalar tensors, NaN-like bits only where allowed."""
-    tensors = random_tensors(DELTA_HYBRID, torch.bfloat16)
-    strangers = {
-        "model.layers.1.attn.q_proj.weight": torch.randn(32, 32).bfloat16(),
-        "model.layers.1.attn.rotary.inv_freq": torch.rand(4, dtype=torch.float64),
-        "model.layers.1.mlp.gate_proj.weight": torch.randn(48, 32).to(torch.float8_e4m3fn),
-        "model.layers.1.mlp.packed": torch.randint(0, 255, (7,), dtype=torch.uint8),
-        "model.empty": torch.empty(0, 3),
-        "model.step": torch.tensor(5),
+MIXED = {
+    **{"d_model": 16, "n_layer": 3, "vocab_size": 40, "tie_embeddings": True, "attn_layer_idx": [1]},
+    "ssm_cfg": {"layer": "Mamba2", "d_state": 4, "headdim": 8},
+    "attn_cfg": {"num_heads": 4},
+}
+"""Attention that sees later tokens, which we do not run."""
+
+
+def test_layers_that_are_not_run_here_pass_through(tmp_path):
+    """Whatever they hold: integers, float8, empty and scalar tensors, NaN-like bits only where allowed."""
+    tensors = random_tensors(MIXED, torch.bfloat16)
+    others = {
+        "backbone.layers.1.mixer.in_proj.weight": torch.randn(48, 16).bfloat16(),
+        "backbone.layers.1.mixer.rotary_emb.inv_freq": torch.rand(4, dtype=torch.float64),
+        "backbone.layers.1.mlp.fc1.weight": torch.randn(48, 16).to(torch.float8_e4m3fn),
+        "backbone.layers.1.mlp.packed": torch.randint(0, 255, (7,), dtype=torch.uint8),
+        "backbone.empty": torch.empty(0, 3),
+        "backbone.step": torch.tensor(5),
     }
-    write_model(tmp_path / "in", DELTA_HYBRID, {**tensors, **strangers}, shards=3)
-    report = run_expand(tmp_path / "in", tmp_path / "out", layers="all", factor=4, init="lossless", max_shard_size=5000)
-    written = load_all(tmp_path / "out")
-    for name, tensor in {**tensors, **strangers}.items():
+    write_model(tmp_path / "in", MIXED, {**tensors, **others}, shards=3)
+    report = run_expand(
+        *(tmp_path / "in", tmp_path / "out"),
+        **{"layers": "all", "op": "grow_features", "factor": 2, "init": "lossless", "max_shard_size": 5000},
+    )
+    written, new = load_all(tmp_path / "out"), {f"backbone.layers.{i}.mixer.feature_gain" for i in (0, 2)}
+    for name, tensor in {**tensors, **others}.items():
         assert bits(written[name]) == bits(tensor), name
-    assert set(written) - set(tensors) - set(strangers) == {f"model.layers.{i}.attn.mix" for i in (0, 2)}
-    assert {n for n, row in report.tensors.items() if row.change == "new"} == {
-        f"model.layers.{i}.attn.mix" for i in (0, 2)
-    }
+    assert set(written) - set(tensors) - set(others) == new
+    assert {n for n, row in report.tensors.items() if row.change == "new"} == new
     assert verify_expansion(tmp_path / "in", tmp_path / "out").ok
-    with pytest.raises(ConfigError, match=r"layers \[1\] "):
+    with raises(ConfigError, 1, "attn_cfg", "causal"):
         from_pretrained(tmp_path / "out")
 
 

@@ -53,7 +53,7 @@ def test_the_form_follows_from_family_and_plan():
     forms = {name: form_of(config) for name, config in MODELS.items()}
     assert {name for name, form in forms.items() if form == "plain"} == set(PLAIN)
     assert set(forms.values()) == {"plain", "remote_code"}
-    mixed = gla_config(attn={"layers": [1]})
+    mixed = gla_config(attn={"layers": [1], "num_heads": 4})
     assert form_of(mixed) == "none"
     assert export_notes(mixed) == [
         "transformers has no class for this gla model, and we write no code for mixed models: layers [1] are softmax "

@@ -56,8 +56,7 @@ def test_a_model_as_it_is_has_no_plan_and_no_base(tmp_path):
 
 
 def test_a_model_of_mixed_kind_says_that_it_does_not_open(tmp_path):
-    tensors = write_model(tmp_path / "plain", GLA)
-    write_model(tmp_path / "source", {**GLA, "attn": {"layers": [1]}}, tensors)
+    write_model(tmp_path / "source", {**GLA, "attn": {"layers": [1], "num_heads": 4}})
     run_expand(tmp_path / "source", tmp_path / "source-x", layers="0", factor=2)
     for name, who in (("source", "transformers has no class for this gla model"), ("source-x", "no library opens")):
         summary = reshard(tmp_path / name, tmp_path / f"{name}-hf")
@@ -67,7 +66,8 @@ def test_a_model_of_mixed_kind_says_that_it_does_not_open(tmp_path):
         header, body = card(tmp_path / f"{name}-hf")
         assert "library_name" not in header
         assert summary.notes[0][1:] in body
-        assert "statex generate" not in body
+        assert "statex generate" in body
+        assert "keys and values per token" in body
         assert "```" not in body
         values = json.loads((tmp_path / f"{name}-hf/config.json").read_text())
         assert values["model_type"] == ("statex_gla" if name == "source-x" else "gla")

@@ -24,7 +24,7 @@ from statex_dist.models.tensor_parallel.norms import SplitGatedRMSNorm
 from statex_dist.models.tensor_parallel.share import TensorShare
 from tests.distributed_test import run_distributed_test
 from tests.models.test_tensor_parallel_needs import ALL
-from tests.models.tiny import build, gla_config, mamba2_config, tokens
+from tests.models.tiny import HYBRIDS, build, gla_config, mamba2_config, tokens
 
 RANKS = 4
 STATE_SPACES = {
@@ -38,6 +38,10 @@ CASES = {
     "gla-odd-vocabulary": gla_config(vocab_size=37, tie_word_embeddings=True),
     "mamba2-four-groups": mamba2_config(n_groups=4, use_bias=True),
     "state_spaces": config_from_dict(STATE_SPACES),
+    "gla-attention": HYBRIDS["gla"],
+    "state_spaces-attention": config_from_dict(
+        {**HYBRIDS["state_spaces"].original, "d_intermediate": 20, "tie_embeddings": False}
+    ),
 }
 MITIGATIONS = {
     "gla-merged": ("forget-more", "sliding-window:tokens=5"),
@@ -144,6 +148,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = make_shards(directory / name, config, (2, RANKS)).eval()
         logits, states = read_and_decode(model)
         wanted[name] = {str(torch.float64): logits, "states": [[part.numel() for part in layer] for layer in states]}
+        wanted[name]["kinds"] = [kind for _, kind in model.state_places]
         for text in MITIGATIONS.get(name, ()):
             model.mitigation = parse_mitigation(text)
             wanted[name][text] = read_and_decode(model)[0]
@@ -189,8 +194,8 @@ def test_ranks_say_what_one_process_says_and_hold_their_part(shards, found, name
             rows = sum(stop - start for start, stop in shard_ranges(spec, tensor, tp, rank))
             table[tensor] = spec.numel // spec.shape[spec.axis] * rows
         assert case["parameters"] == table
-        for local, whole in zip(case["states"], wanted["states"], strict=True):
-            assert local[0] * tp == whole[0], "the matrix states are cut evenly"
+        for local, whole, kind in zip(case["states"], wanted["states"], wanted["kinds"], strict=True):
+            assert local[0] * tp == whole[0] or kind != "recurrent", "the matrix states are cut evenly"
             assert all(part <= all_of_it for part, all_of_it in zip(local, whole, strict=True))
 
 
