@@ -16,6 +16,7 @@ from launch.tool_options import size
 from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from statex_dist.inference.serving.limits import Limits
     from statex_dist.models.lm import RecurrentLM
 
 API_KEY_VARIABLE = "STATEX_API_KEY"
@@ -40,6 +41,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-queue", type=int, default=256, help="completions that wait; more are refused")
     parser.add_argument("--max-prompt-tokens", type=int, default=131_072, help="tokens of a prompt at most")
     parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a completion at most")
+    parser.add_argument(
+        "--max-kv-tokens",
+        type=int,
+        default=0,
+        help="hybrids: tokens of all running prompts and completions together, whose keys and values are held "
+        "(default: as many as the other limits allow)",
+    )
     parser.add_argument("--max-body-bytes", type=int, default=2 << 20, help="bytes of a request at most")
     parser.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a request, waiting included")
     parser.add_argument("--header-timeout", type=float, default=10.0, help="seconds for a request's head to arrive")
@@ -90,7 +98,7 @@ def run(args: Any) -> int:
         service = Service(model, tokenizer, name=name, limits=limits, segment_length=args.segment_length)
         server = Server(build_app(service, api_key=api_key), service, grace_seconds=args.grace_period)
         log_end_tokens(tokenizer, model.config.vocab_size)
-        line = f"{name} at {address_of(listener)}: {_describe(model, limits.max_batch_size)}\n"
+        line = f"{name} at {address_of(listener)}: {_describe(model, limits)}\n"
 
         def announce() -> None:
             sys.stdout.write(line)
@@ -100,7 +108,7 @@ def run(args: Any) -> int:
     return 0
 
 
-def _describe(model: RecurrentLM, slots: int) -> str:
+def _describe(model: RecurrentLM, limits: Limits) -> str:
     """Return what a full batch needs, measured with a token: kernels are compiled before the first request comes."""
     import torch
 
@@ -108,5 +116,13 @@ def _describe(model: RecurrentLM, slots: int) -> str:
 
     with evaluating(model):
         _, states = prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
-    slot = sum(part.numel() * part.element_size() for state in states for part in state)
-    return f"{slots} slots, {size(slot)} of state each, {size(slot * slots)} in all (twice that as rows join or leave)"
+    sizes = {"attention": 0, "recurrent": 0}
+    for (_, kind), state in zip(model.state_places, states, strict=True):
+        kind = kind if kind == "attention" else "recurrent"
+        sizes[kind] += sum(part.numel() * part.element_size() for part in state)
+    slots, slot, token = limits.max_batch_size, sizes["recurrent"], sizes["attention"]
+    held = f"{slots} slots, {size(slot)} of state each, {size(slot * slots)} in all (twice that as rows join or leave)"
+    if not token:
+        return held
+    most = limits.max_kv_tokens or slots * (limits.max_prompt_tokens + limits.max_tokens)
+    return f"{held}; keys and values: {size(token)} a token, {size(token * most)} for the {most:,} tokens allowed"

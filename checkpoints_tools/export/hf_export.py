@@ -138,9 +138,9 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
     if form == "plain":
         if isinstance(config, Mamba2Config):
             values = config.with_all_names(values)
-        if _RESCALES in values:
-            # transformers 5 divides the output projections that it loads by the root of the number of layers.
-            values = {**values, _RESCALES: False}
+            if _RESCALES in values:
+                # transformers 5 divides the output projections that it loads by the root of the number of layers.
+                values = {**values, _RESCALES: False}
         if values.get("architectures") in (None, [], [ARCHITECTURE]):
             values["architectures"] = [plain_class(config)]
     return values

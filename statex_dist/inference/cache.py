@@ -1,13 +1,14 @@
 """Prompt caches: the states after a text in a file, so that a continuation can be read without reading the text again.
 
-The file is safetensors: each layer's state, the logits after the last token, and a header that names the model of the
-states. Another model would accept the states without an error, but its results would be wrong. So the header holds a
-digest of the weights themselves, which loading compares with the model's.
+The file is safetensors: each layer's state, of attention layers keys and values, the logits after the last token, and a
+header that names the model of the states. Another model would accept the states without an error, but its results would
+be wrong. So the header holds a digest of the weights themselves, which loading compares with the model's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +27,10 @@ from statex_dist.errors import CheckpointError
 from statex_dist.inference.generate import Prefix
 from statex_dist.inference.prefill import device_of
 from statex_dist.inference.text import text_window
+from statex_dist.models.config_keys import SHARED_KEYS
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.ops.attention import KeyValues
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,14 @@ VERSION = "2"
 _WITHOUT_TOKENS = "1"
 """A version before: it does not hold the last tokens of the text."""
 
-_NO_MATTER = {"statex", "extra", "initializer_range", "embedding_initializer_range", "rescale_prenorm_residual"}
+_NO_MATTER = {
+    "statex",
+    "extra",
+    "values",
+    "initializer_range",
+    "embedding_initializer_range",
+    "rescale_prenorm_residual",
+}
 """Fields of a configuration of which no state depends, and the plan, which is told by layers."""
 
 
@@ -53,8 +64,8 @@ def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Token
     """
     last = torch.tensor(text_window(tokenizer, prefix.tokens), dtype=torch.int64)
     tensors = {"logits": prefix.logits.contiguous(), "last_tokens": last}
-    for layer, state in enumerate(prefix.states):
-        tensors |= {f"layers.{layer}.{part}": tensor.contiguous() for part, tensor in enumerate(state)}
+    for place, state in enumerate(prefix.states):
+        tensors |= {f"layers.{place}.{part}": tensor.contiguous() for part, tensor in enumerate(state)}
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     header = {
         "format": STATES_FORMAT,
@@ -114,9 +125,12 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
             path,
         )
     parts = Counter(int(name.split(".")[1]) for name in tensors)
-    states = [
-        tuple(tensors[f"layers.{layer}.{part}"].to(device) for part in range(parts[layer])) for layer in sorted(parts)
-    ]
+    if [*sorted(parts)] != [*range(len(model.state_places))]:
+        raise CheckpointError(f"{path} is damaged: it holds {len(parts)} states, not {len(model.state_places)}")
+    states: list[LayerState] = []
+    for place, (_, kind) in enumerate(model.state_places):
+        state = tuple(tensors[f"layers.{place}.{part}"].to(device) for part in range(parts[place]))
+        states.append(KeyValues(*state) if kind == "attention" else state)
     return Prefix(logits=logits, states=states, num_tokens=int(header["num_tokens"]), tokens=last)
 
 
@@ -138,6 +152,9 @@ def _facts(model: RecurrentLM, tokenizer: Tokenizer) -> dict[str, str]:
     }
     plan = [f"layer {e.layer} {e.summary}" for e in config.statex.layers] if config.statex else ["none"]
     parameter = next(model.parameters())
+    if getattr(config, "HOST", None) is not None:  # whose other layers depend on keys that no field of ours holds
+        text: dict[str, Any] = getattr(config, "text")  # noqa: B009
+        settings["host"] = json.dumps({key: text[key] for key in sorted(text.keys() - SHARED_KEYS)}, default=str)
     return {
         "model_type": config.MODEL_TYPE,
         **settings,

@@ -1,8 +1,9 @@
 """The decoding loop: rows that take one step a token together, and come and go between steps.
 
-Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it read, so
-a batch is the states of its rows side by side: joining is a concatenation and leaving a selection, and a step writes
-over them. ``statex generate`` and the server run this same loop.
+Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it read (and
+in a hybrid the keys and values of all tokens that it read), so a batch is the states of its rows side by side: joining
+is a concatenation and leaving a selection, and a step writes over them. ``statex generate`` and the server run this
+same loop.
 
 The next token is the most likely one, or drawn with temperature, top-k and top-p, row by row.
 """
@@ -273,7 +274,9 @@ class DecodingLoop:
             for i, place in enumerate(going):
                 if bad[i]:
                     position = self._rows[i].row.position + len(self._rows[i].tokens) - 1
-                    progress[place] = self._rows[i].failed(explain_step(self._states, i, position=position))
+                    progress[place] = self._rows[i].failed(
+                        explain_step(self._model, self._states, i, position=position)
+                    )
             self._keep((~bad).nonzero()[:, 0].tolist())
         return progress
 

@@ -2,7 +2,8 @@
 
 A recurrent state has no mask: a token that is read stays in it permanently. So rows of a batch are never padded while
 they are read. They advance together to the end of the shortest row. This row leaves the batch with its own state, and
-the others continue.
+the others continue. Attention layers of a hybrid keep keys and values in place of a state
+(:class:`~statex_dist.ops.attention.KeyValues`). Those of rows with unequal numbers of tokens end at the same place.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from statex_dist.errors import CheckpointError
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.ops.attention import KeyValues
 
 
 def explain_not_finite(
@@ -52,10 +55,10 @@ def explain_not_finite(
     finally:
         for hook in hooks:
             hook.remove()
-    if (layer := first_not_finite(states or [])) is not None:
-        found.insert(0, (f"the state of layer {layer}", position - 1))
-    elif not found and (layer := first_not_finite(after)) is not None:
-        found.append((f"the state of layer {layer}", position + input_ids.shape[1] - 1))
+    if (place := first_not_finite(states or [])) is not None:
+        found.insert(0, (_state_name(model, place), position - 1))
+    elif not found and (place := first_not_finite(after)) is not None:
+        found.append((_state_name(model, place), position + input_ids.shape[1] - 1))
     return _error(f"first in {found[0][0]} at position {found[0][1]}" if found else "not where it is read again")
 
 
@@ -76,21 +79,28 @@ def explain_row(
         positions: Position of each row's first token.
     """
     row = int(bad.nonzero()[0])
-    before = None if states is None else [tuple(tensor[row : row + 1] for tensor in state) for state in states]
+    before = None if states is None else take_rows(states, [row])
     return explain_not_finite(model, input_ids[row : row + 1], before, position=positions[row])
 
 
-def explain_step(states: Sequence[LayerState], row: int, *, position: int) -> CheckpointError:
+def explain_step(model: RecurrentLM, states: Sequence[LayerState], row: int, *, position: int) -> CheckpointError:
     """Return the error of one row after a step of one token, from the states after it: those before it may be gone.
 
     Args:
+        model: The model.
         states: Each layer's state after the step.
         row: The row whose output is not finite.
         position: Position of the step's token.
     """
-    layer = first_not_finite([tuple(part[row] for part in state) for state in states])
-    where = "the logits alone" if layer is None else f"the state of layer {layer}"
+    place = first_not_finite([tuple(part[row] for part in state) for state in states])
+    where = "the logits alone" if place is None else _state_name(model, place)
     return _error(f"first in {where} at position {position}")
+
+
+def _state_name(model: RecurrentLM, place: int) -> str:
+    """Return how messages name a state, from its place among a model's."""
+    layer, kind = model.state_places[place]
+    return f"the state of layer {layer}" if kind == "recurrent" else f"keys and values of layer {layer}"
 
 
 def _error(where: str) -> CheckpointError:
@@ -98,10 +108,10 @@ def _error(where: str) -> CheckpointError:
 
 
 def first_not_finite(states: Sequence[LayerState]) -> int | None:
-    """Return the first layer whose state holds NaN or infinity."""
+    """Return the place of the first state that holds NaN or infinity."""
     if not states:
         return None
-    # One answer for all layers: each by itself would wait for the device.
+    # One answer for all states: each by itself would wait for the device.
     finite = torch.stack([torch.stack([x.isfinite().all() for x in state]).all() for state in states])
     return None if finite.all() else int((~finite).nonzero()[0])
 
@@ -215,9 +225,9 @@ def read_contexts(
         at, rows = end, active
         while active and len(contexts[order[active - 1]]) == at:
             active -= 1
-        states = [tuple(tensor[:active] for tensor in state) for state in after]
+        states = take_rows(after, range(active))
         if active < rows:
-            ended.append((logits[active:], [tuple(tensor[active:] for tensor in state) for state in after]))
+            ended.append((logits[active:], take_rows(after, range(active, rows))))
     ended.reverse()
     back = torch.tensor(np.argsort(order), device=device)
     joined = join_rows(*(part for _, part in ended))
@@ -226,10 +236,39 @@ def read_contexts(
 
 def join_rows(*parts: Sequence[LayerState]) -> list[LayerState]:
     """Return the states of the rows of several batches as one batch's."""
-    return [tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True)) for layer in zip(*parts, strict=True)]
+    return [_joined(same) for same in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[LayerState]) -> LayerState:
+    """Return one state of those of several batches; keys and values end at the same place."""
+    if not isinstance(parts[0], KeyValues):
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    found = [KeyValues(*part) for part in parts]
+    most = max(part.keys.shape[2] for part in found)
+    keys, values = (
+        torch.cat([F.pad(tensor, (0, 0, most - tensor.shape[2], 0)) for tensor in tensors])
+        for tensors in ([part.keys for part in found], [part.values for part in found])
+    )
+    return KeyValues(keys, values, torch.cat([part.lengths for part in found]))
 
 
 def take_rows(states: Sequence[LayerState], rows: Sequence[int] | torch.Tensor) -> list[LayerState]:
-    """Return the states of some rows; a row may be named more than once."""
+    """Return the states of some rows; a row may be named more than once.
+
+    Keys and values are as long as those of the longest row that is taken.
+    """
+    if not states:
+        return []
+    if isinstance(rows, range):  # a view
+        return [_trimmed(state, [tensor[rows.start : rows.stop] for tensor in state]) for state in states]
     index = torch.as_tensor(rows, device=states[0][0].device)
-    return [tuple(tensor[index] for tensor in state) for state in states]
+    return [_trimmed(state, [tensor[index] for tensor in state]) for state in states]
+
+
+def _trimmed(state: LayerState, parts: Sequence[torch.Tensor]) -> LayerState:
+    """Return rows of a state as what it is; keys and values without places that no row uses."""
+    if not isinstance(state, KeyValues):
+        return tuple(parts)
+    keys, values, lengths = parts
+    unused = keys.shape[2] - int(lengths.max()) if len(lengths) else 0
+    return KeyValues(keys[:, :, unused:], values[:, :, unused:], lengths)

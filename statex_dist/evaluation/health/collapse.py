@@ -276,7 +276,12 @@ def _stream(
             with watching:
                 states, loss = read_tokens(model, tokens, start, end, states, settings.segment_length)
             losses.append(loss / (end - start))
-            seen.append([state_statistics(state[0]) for state in states])
+            found = {
+                layer: state_statistics(state[0])
+                for (layer, kind), state in zip(model.state_places, states, strict=True)
+                if kind == "recurrent"
+            }
+            seen.append([found.get(layer, {}) for layer in range(model.config.num_hidden_layers)])
             if probe is not None and end == settings.train_length:
                 kept = probe.retention()
                 probe = None
@@ -303,7 +308,7 @@ def _stream(
 
 
 def _heads(seen: Sequence[Sequence[dict[str, npt.NDArray[np.float64]]]], layer: int) -> int:
-    return seen[0][layer]["mean"].shape[1]
+    return seen[0][layer]["mean"].shape[1] if seen[0][layer] else 0
 
 
 def read_tokens(

@@ -81,6 +81,7 @@ class ContinuousBatch:
         tokenizer: The model's tokenizer.
         max_rows: Slots.
         segment_length: Most tokens that are read between two steps.
+        max_kv_tokens: Most tokens that admitted rows may come to hold keys and values of; 0 for no limit.
     """
 
     def __init__(
@@ -90,8 +91,12 @@ class ContinuousBatch:
         *,
         max_rows: int,
         segment_length: int = DEFAULT_SEGMENT_LENGTH,
+        max_kv_tokens: int = 0,
     ):
         self._model, self._segment_length, self._max_rows = model, segment_length, max_rows
+        self._max_kv_tokens = max_kv_tokens
+        self._kv_tokens: dict[Hashable, int] = {}
+        """Tokens that each admitted row may come to hold keys and values of."""
         self._device = device_of(model)
         self._loop = DecodingLoop(model, tokenizer)
         self._admitted: list[_PromptReading] = []
@@ -119,10 +124,19 @@ class ContinuousBatch:
         """Bytes of the states of rows that are being written."""
         return self._loop.state_bytes
 
+    def takes(self, prompt: Prompt) -> bool:
+        """Return whether there is a slot for a prompt, and room for the keys and values of its rows."""
+        if self.free <= 0:
+            return False
+        need = sum(len(prompt.tokens) + row.sampling.max_tokens for row in prompt.rows)
+        held = sum(self._kv_tokens.values())
+        return not self._max_kv_tokens or not held or held + need <= self._max_kv_tokens
+
     def admit(self, prompt: Prompt) -> None:
         """Read a prompt, and give its rows the slots that are free and those that come free next."""
         assert len(prompt.tokens)
         assert self.free > 0
+        self._kv_tokens |= {row.key: len(prompt.tokens) + row.sampling.max_tokens for row in prompt.rows}
         reading = _PromptReading(prompt=prompt, rows=list(prompt.rows))
         self._admitted.append(reading)
         self._reading.append(reading)
@@ -130,6 +144,7 @@ class ContinuousBatch:
     def drop(self, keys: Collection[Hashable]) -> None:
         """Let rows leave before their end; keys that are not here are passed over."""
         self._loop.drop(keys)
+        self._release(keys)
         for reading in self._admitted:
             reading.rows = [row for row in reading.rows if row.key not in keys]
         self._forget_started()
@@ -139,7 +154,13 @@ class ContinuousBatch:
         failed, tokens_read = self._read()
         self._start()
         rows = self.running
-        return BatchStepResult(progress=failed + self._loop.step(), tokens_read=tokens_read, rows=rows)
+        progress = failed + self._loop.step()
+        self._release([done.key for done in progress if done.finish_reason is not None])
+        return BatchStepResult(progress=progress, tokens_read=tokens_read, rows=rows)
+
+    def _release(self, keys: Collection[Hashable]) -> None:
+        for key in keys:
+            self._kv_tokens.pop(key, None)
 
     def _read(self) -> tuple[list[Progress], int]:
         """Read up to a segment of tokens in a few passes; return the rows whose prompt the model cannot take."""
@@ -304,6 +325,6 @@ class Worker:
                 self._batch.drop(self._leaving)
                 self._open -= self._leaving
                 self._leaving.clear()
-            while self._waiting and self._batch.free > 0:
+            while self._waiting and self._batch.takes(self._waiting[0]):
                 self._batch.admit(self._waiting.popleft())
             return not self._stopping

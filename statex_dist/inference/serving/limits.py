@@ -37,6 +37,8 @@ class Limits:
         max_queue: Completions that wait for a slot.
         max_prompt_tokens: Tokens of a prompt.
         max_tokens: Tokens of a completion.
+        max_kv_tokens: Tokens of prompts and completions whose keys and values are held at once, where the model has
+            attention layers; 0 for as many as the other limits allow.
         max_body_bytes: Bytes of a request's body.
         request_timeout: Seconds from a request's arrival to the end of its answer.
         max_connections: Open connections, apart from a small reserve.
@@ -49,6 +51,7 @@ class Limits:
     max_queue: int = 256
     max_prompt_tokens: int = 131_072
     max_tokens: int = 4096
+    max_kv_tokens: int = 0
     max_body_bytes: int = 2 << 20
     request_timeout: float = 300.0
     max_connections: int = DEFAULT_MAX_CONNECTIONS
@@ -59,7 +62,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
-            least = 0 if field.name == "max_queue" else 1
+            least = 0 if field.name in ("max_queue", "max_kv_tokens") else 1
             if field.name.endswith("_timeout"):
                 if not 0 < value < float("inf"):
                     raise ConfigError(f"{name} must be above 0 seconds, not {value:g}")
@@ -89,6 +92,21 @@ class Limits:
     def completion_tokens(self, request: CompletionRequest) -> int:
         """Return the tokens of a completion at most."""
         return request.max_tokens or min(DEFAULT_MAX_TOKENS, self.max_tokens)
+
+    def check_kv(self, prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: int) -> None:
+        """Raise if a prompt and its completions need more keys and values than are ever held.
+
+        Raises:
+            RequestError: They do (400).
+        """
+        need = max(num_choices * (len(prompt) + max_tokens) for prompt in prompts)
+        if self.max_kv_tokens and need > self.max_kv_tokens:
+            raise _refused(
+                "prompt",
+                f"a prompt and its completions may take {need} tokens of keys and values; allowed: "
+                f"{self.max_kv_tokens}",
+                code="context_length_exceeded",
+            )
 
     def encode(self, prompts: Sequence[str | Sequence[int]], tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
         """Return the tokens of prompts. It takes its time for a long text.

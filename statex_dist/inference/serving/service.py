@@ -163,7 +163,15 @@ class Service:
         self.last_words_seconds = LAST_WORDS_SECONDS
         self.on_death: Callable[[], None] = lambda: None
         self._vocab_size = model.config.vocab_size
-        batch = ContinuousBatch(model, tokenizer, max_rows=limits.max_batch_size, segment_length=segment_length)
+        # A model without attention layers holds no keys and values.
+        self._keeps_keys = any(kind == "attention" for _, kind in model.state_places)
+        batch = ContinuousBatch(
+            model,
+            tokenizer,
+            max_rows=limits.max_batch_size,
+            segment_length=segment_length,
+            max_kv_tokens=limits.max_kv_tokens if self._keeps_keys else 0,
+        )
         self._worker = Worker(
             model, batch, max_open=limits.max_open, on_step=self._hand_over, on_death=self._hand_over_death
         )
@@ -283,11 +291,14 @@ class Service:
             arrived: When it arrived, on the event loop's clock.
 
         Raises:
-            RequestError: Nothing is taken any more (503), or there is no place (429).
+            RequestError: Nothing is taken any more (503), there is no place (429), or the request needs more keys and
+                values than the server ever holds (400).
         """
         self.check_health()
         self._num_requests += 1
         max_tokens = self.limits.completion_tokens(request)
+        if self._keeps_keys:
+            self.limits.check_kv(prompts, request.num_choices, max_tokens)
         answer = RequestState(self._num_requests, request, prompts, max_tokens=max_tokens, arrived=arrived)
         try:
             self._worker.submit(answer.to_do())
