@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from checkpoints_tools.export import modeling_code
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.models.config_keys import ARCHITECTURE, OUR_CODE_PREFIX
 from statex_dist.models.hf import from_pretrained
@@ -57,6 +58,14 @@ def root(tmp_path_factory) -> Path:
     write_model(directory / "state_spaces", STATE_SPACES)
     if has_fla_models():
         run_with_fla("save", directory)
+    # No class reads the code of an export here, and putting it together takes seconds for each family.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_code, "_code", lambda model_type, features: f'model_type = "{model_type}"\n')
+        write_expansions(directory)
+    return directory
+
+
+def write_expansions(directory: Path) -> None:
     for base in sorted(directory.iterdir()):
         config = read_config(base)
         for op in config.OPS:
@@ -69,7 +78,6 @@ def root(tmp_path_factory) -> Path:
                 name = f"{base.name}.{op}.{start}.{layers}"
                 run_expand(base, directory / f"{name}.x", op=op, init=start, layers=layers, factor=2)
                 reshard(directory / f"{name}.x", directory / f"{name}.hf")
-    return directory
 
 
 def expansions(root: Path, *families: str) -> list[Path]:
