@@ -208,7 +208,7 @@ def unchecked_tensors(names: Collection[str], config: ModelConfig) -> tuple[int,
     """
     wanted = host_tensors(config) if config.is_mixed else None
     own = family_of(config.MODEL_TYPE).tensors(config)
-    rest = [name for name in names if name not in own]
+    rest = [name for name in names if name not in own and not name.endswith(config.DERIVED)]
     if wanted is None:
         return 0, len(rest) if config.is_mixed else 0
     return sum(name not in wanted for name in rest), 0

@@ -33,7 +33,7 @@ def grouped(heads: int, key_values: int | None, size: int | None = None, *, widt
 
     Args:
         heads: transformers' default of ``num_attention_heads``.
-        key_values: The same of ``num_key_value_heads``; None is as many as heads.
+        key_values: The same of ``num_key_value_heads``; None gives each head its own.
         size: The same of ``head_dim``; None is the width shared among the heads.
         width: Channels that the heads share, as a multiple of the model's width.
     """

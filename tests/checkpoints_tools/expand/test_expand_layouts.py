@@ -168,10 +168,6 @@ class TestBamba:
             run_expand(tmp_path / "in", tmp_path / "out", layers="0,1")
         assert [e.layer for e in prepare_expansion(tmp_path / "in").after.statex.layers] == [0]
 
-    def test_it_is_not_run_here(self, tmp_path, model):
-        with pytest.raises(ConfigError, match="bamba"):
-            from_pretrained(tmp_path / "in")
-
 
 DELTA_HYBRID = {
     "model_type": "gated_deltanet",

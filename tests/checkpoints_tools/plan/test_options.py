@@ -194,12 +194,6 @@ def test_options_that_clash(options, message):
         PlanOptions(**options)
 
 
-BAMBA = {
-    **{"model_type": "bamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "mamba_n_heads": 4},
-    **{"mamba_d_head": 8, "mamba_d_state": 6, "mamba_n_groups": 1, "attn_layer_indices": [1]},
-}
-
-
 @pytest.mark.parametrize(
     ("values", "options", "named"),
     [
@@ -211,10 +205,15 @@ BAMBA = {
         (MAMBA2, {"rolls": "1,1"}, ("features.rolls", "once", "[1, 1]")),
         (MAMBA2, {"init": "inherit"}, ("lossless", "inherit")),
         (MAMBA2, {"reset_dynamics": True}, ("reset_dynamics",)),
-        (BAMBA, {}, ("bamba", "grow_state")),
-        (BAMBA, {"target_state": "2x"}, ("bamba", "grow_state")),
     ],
 )
 def test_features_that_cannot_be(values, options, named):
     with raises(ConfigError, *named):
         planned(values, op="grow_features", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_state": "2x"}])
+def test_features_of_a_family_that_has_none(options, monkeypatch):
+    monkeypatch.setattr(type(config_from_dict(MAMBA2)), "OPS", ("grow_state",))
+    with raises(ConfigError, "mamba2", "grow_state"):
+        planned(MAMBA2, op="grow_features", **options)

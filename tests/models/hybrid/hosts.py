@@ -160,6 +160,17 @@ def without_kernels() -> Iterator[None]:
                 sys.modules[name] = module
 
 
+def import_host(name: str) -> None:
+    """Import transformers' model of a folder without the kernels of other libraries, which it would keep."""
+    with without_kernels():
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+# Now, when tests are collected: our own code imports these models too, and does not hide the kernels.
+for _model_type in HOSTS:
+    import_host(_model_type.removesuffix("_text"))
+
+
 def save_host(
     model_type: str, directory: Path, *, seed: int = 0, module: str | None = None, **changes: Any
 ) -> PreTrainedModel:
@@ -172,9 +183,7 @@ def save_host(
         module: Folder of transformers' model, where it is not called as its ``model_type``.
         **changes: Further settings.
     """
-    name = module or model_type.removesuffix("_text")
-    with without_kernels():
-        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    import_host(module or model_type.removesuffix("_text"))
     torch.manual_seed(seed)
     settings = {"vocab_size": VOCABULARY, "hidden_size": 32, **HOSTS[model_type], **changes}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
