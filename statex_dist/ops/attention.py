@@ -1,6 +1,8 @@
 """Causal softmax attention of packed sequences: of each document by itself, over segments, rows and ranks.
 
-A dense mask of a pack of 131,072 tokens takes 16 GiB, so no mask is made: each document is attended to by itself.
+A dense mask of a pack of 131,072 tokens takes 16 GiB, so none is made. On a GPU a kernel for packed sequences reads the
+borders (``ops.packed_attention``); elsewhere documents are attended to in batches of similar lengths. A causal product
+needs no mask for a document that is filled up behind its end: no token reads the filler, and its outputs are dropped.
 Attention carries keys and values from one segment to the next, as a recurrence carries its state.
 """
 
@@ -12,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
-from statex_dist.ops.cu_seqlens import borders_of
+from statex_dist.ops.cu_seqlens import read_borders
+from statex_dist.ops.packed_attention import causal, packed
 
 if TYPE_CHECKING:
     from statex_dist.distributed.context_group import ContextGroup, ContextShare
@@ -75,25 +77,14 @@ def attention(
         k, v = (_joined(*pair) for pair in zip(_tail_of(before, history), (k, v), strict=True))
     if context is not None:
         k, v, history, after = _with_other_ranks(k, v, cu_seqlens, context, history)
-    outputs = []
-    for place, (start, stop) in enumerate(borders_of(cu_seqlens)):
-        # The first sequence began before the tokens, by as many as there are more keys than queries.
-        read = slice(start + history if place else 0, stop + history)
-        if stop > start:
-            outputs.append(_causal(q[:, :, start:stop], k[:, :, read], v[:, :, read], scale, dropout))
+    marks = read_borders(cu_seqlens)
+    o = packed(q, k, v, marks, history=history, scale=scale, dropout=dropout)
     if output_final_state and context is None:
-        after = KeyValues(k[:, :, read], v[:, :, read], torch.full((1,), read.stop - read.start, device=k.device))
-    return torch.cat(outputs, dim=2), after if output_final_state else None
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, dropout: float) -> torch.Tensor:
-    """Return the outputs of the last tokens of one sequence, of whose keys the last belong to them."""
-    queries, keys = q.shape[2], k.shape[2]
-    causal = queries == keys and queries > 1
-    bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        # The first sequence began before the tokens, by as many as there are more keys than queries.
+        start = marks[-2] + (history if len(marks) > 2 else 0)
+        length = torch.full((1,), k.shape[2] - start, device=k.device)
+        after = KeyValues(k[:, :, start:], v[:, :, start:], length)
+    return o, after if output_final_state else None
 
 
 def _of_rows(
@@ -110,12 +101,12 @@ def _of_rows(
     tokens = k.shape[2]
     lengths = torch.zeros(len(k), dtype=torch.int64, device=k.device) if before is None else before.lengths
     if before is None or not before.keys.shape[2]:
-        o = _causal(q, k, v, scale, dropout)
+        o = causal(q, k, v, scale, dropout)
     else:
         k, v = (_joined(*pair) for pair in zip(before[:2], (k, v), strict=True))
         read = before.keys.shape[2]
         if bool((lengths == read).all()):
-            o = _causal(q, k, v, scale, dropout)
+            o = causal(q, k, v, scale, dropout)
         else:
             place = torch.arange(k.shape[2], device=k.device)
             row = torch.arange(tokens, device=k.device)[:, None]
