@@ -1,6 +1,6 @@
 """The costs of an expansion, before it is made: states, parameters, FLOPs and the memory of training.
 
-FLOPs are those of a forward pass for one token (:func:`~statex_dist.models.registry.forward_flops_per_token`); memory
+FLOPs are those of a forward pass for one token (:func:`~statex_dist.models.flops.forward_flops_per_token`); memory
 is that of one rank under ZeRO-3 (:mod:`checkpoints_tools.plan.memory`).
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 from checkpoints_tools.plan.forgetting import Evidence, Forgetting, judge_forgetting
 from checkpoints_tools.plan.memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.registry import family_of, forward_flops_per_token
+from statex_dist.models.flops import forward_flops_per_token
+from statex_dist.models.registry import family_of
 from statex_dist.state.geometry import LARGEST_DELTA_KERNEL_KEYS
 
 
