@@ -112,14 +112,21 @@ class HostedLM(RecurrentLM):
         return {name: self.config.parts(name, tensor.shape) for name, tensor in self.stored_tensors().items()}
 
     def roles(self) -> dict[str, Role]:
-        """Return the role of each parameter; the host's own are ``base``, or ``expanded`` in expanded layers."""
+        """Return the role of each parameter; the host's own are ``base``, or ``expanded`` in expanded layers.
+
+        What several layers share is ``expanded`` where all of them are.
+        """
         known, names, plan = parameter_roles(self.config), self.family.names, self.config.statex
-        roles: dict[str, Role] = {}
-        for name, parts in self.file_parts().items():
-            place = names.split(parts[0].name)
-            grown = plan is not None and place is not None and plan.get(place[0]) is not None
-            roles[name] = known.get(parts[0].name, "expanded" if grown else "base")
-        return roles
+        grown = {expansion.layer for expansion in plan.layers} if plan else set()
+        users: dict[int, set[int]] = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            place = names.split(self.config.parts(name, tensor.shape)[0].name)
+            users.setdefault(id(tensor), set()).add(-1 if place is None else place[0])
+        tensors = self.stored_tensors()
+        return {
+            name: known.get(parts[0].name, "expanded" if users[id(tensors[name])] <= grown else "base")
+            for name, parts in self.file_parts().items()
+        }
 
     def no_decay(self) -> set[str]:
         """Return the names of parameters without weight decay; of the host's own, those that are no matrices."""
