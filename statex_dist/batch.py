@@ -58,6 +58,7 @@ class PackedBatch:
         lost_tokens: Tokens of damaged shards that were skipped; padding stands in their place.
         origins: Where its first pieces come from, at most :data:`MAX_ORIGINS`.
         num_pieces: Pieces of documents in it.
+        padding: Tokens at its end that are no text.
     """
 
     input_ids: torch.Tensor
@@ -71,6 +72,7 @@ class PackedBatch:
     lost_tokens: int = 0
     origins: tuple[Origin, ...] = ()
     num_pieces: int = 0
+    padding: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -110,6 +112,7 @@ class PackedBatch:
             seq_idx=self.seq_idx[places] - self.seq_idx[:, start : start + 1],
             carried=self.carried if start == 0 else not bool((marks == start).any()),
             continues=self.continues if stop == self.num_tokens else not bool((marks == stop).any()),
+            padding=min(stop - start, max(0, stop - self.num_tokens + self.padding)),
         )
 
     def segments(self, num_tokens: int) -> list[PackedBatch]:

@@ -11,8 +11,8 @@ from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import TrainEngine
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.flops import training_flops_per_pair, training_flops_per_token
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.models.registry import training_flops_per_token
 from statex_dist.run_config import RunConfig
 from statex_dist.train.callback import Callback
 from statex_dist.train.model_files import check_data
@@ -71,7 +71,9 @@ def own_callbacks(
     return [
         *config.train.build_watchdog(run_dir, rank=rank, timeout_minutes=config.engine.timeout_minutes),
         *config.profile.build(run_dir, rank=rank, world_size=env.world_size),
-        *config.metrics.build(flops_per_token=training_flops_per_token(model)),
+        *config.metrics.build(
+            flops_per_token=training_flops_per_token(model), flops_per_pair=training_flops_per_pair(model)
+        ),
         *config.eval.build(held, model, config.model.directory, seq_len=max(s.seq_len for s in config.data.stages())),
         RunFiles(),
     ]

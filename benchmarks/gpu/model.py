@@ -29,7 +29,8 @@ from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.data.config import DataConfig
 from statex_dist.distributed.env import read_env
 from statex_dist.engine.config import EngineConfig
-from statex_dist.models.registry import parameter_roles, training_flops_per_token
+from statex_dist.models.flops import training_flops_per_token
+from statex_dist.models.registry import parameter_roles
 from statex_dist.run_config import ModelSource, RunConfig
 from statex_dist.run_parts import build_engine
 from statex_dist.train.config import TrainConfig

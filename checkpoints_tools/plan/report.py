@@ -1,6 +1,6 @@
 """The costs of an expansion, before it is made: states, parameters, FLOPs and the memory of training.
 
-FLOPs are those of a forward pass for one token (:func:`~statex_dist.models.registry.forward_flops_per_token`); memory
+FLOPs are those of a forward pass for one token (:func:`~statex_dist.models.flops.forward_flops_per_token`); memory
 is that of one rank under ZeRO-3 (:mod:`checkpoints_tools.plan.memory`).
 """
 
@@ -19,8 +19,8 @@ from checkpoints_tools.plan.memory import (
     training_memory,
 )
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.flops import forward_flops_per_token
 from statex_dist.models.hybrid.host_tensors import memory_tensors
-from statex_dist.models.registry import forward_flops_per_token
 from statex_dist.models.sequence_memory import SequenceMemory, sequence_memory
 from statex_dist.state.geometry import LARGEST_DELTA_KERNEL_KEYS
 

@@ -180,6 +180,7 @@ def lay_out(specs: Sequence[PackSpec], parts: Sequence[PackParts], pad_id: int) 
                 lost_tokens=part.lost_tokens,
                 origins=spec.origins,
                 num_pieces=len(spec.pieces),
+                padding=seq_len - used,
             )
         )
     return batches

@@ -83,6 +83,7 @@ class TrainEngine(ABC):
         timer: Measures ``forward`` and ``backward``.
         carried: States between packs.
         num_targets: Target tokens of the last global batch.
+        router_loss: Load-balancing loss of the last global batch's experts with its factor, or None.
         saved_rates: Learning rate of each group that the next step of the loaded checkpoint would have had; empty
             without one.
     """
@@ -114,6 +115,7 @@ class TrainEngine(ABC):
         self.carried = CarriedStates(context, passing)
         self.timer = PhaseTimer(device)
         self.num_targets = 0
+        self.router_loss: float | None = None
         self.saved_rates = []
         self._losses: list[tuple[int, torch.Tensor]] = []
 
@@ -153,21 +155,28 @@ class TrainEngine(ABC):
             for index, batch in enumerate(batches)
             for piece in batch.segments(self.segment_tokens)
         ]
-        losses = []
+        losses: list[torch.Tensor] = []
+        routers: list[torch.Tensor] = []
         for index, (lane, piece) in enumerate(pieces):
             last = index + 1 == len(pieces)
             with self.timer.phase("forward"):
                 loss_sum = self.carried.forward_loss(
                     self.model, piece, lane, self.device, observe=observe_states and last
                 )
+            router_loss = self.carried.router_loss
             with self.timer.phase("backward"):
-                self._backward(loss_sum, total or 1.0, last=last)
+                whole = loss_sum if router_loss is None else loss_sum + router_loss
+                self._backward(whole, total or 1.0, last=last)
             losses.append(loss_sum.detach())
+            if router_loss is not None:
+                routers.append(router_loss.detach())
         self._losses = [
             (lane - self.data_parallel_rank * len(batches), loss)
             for (lane, _), loss in zip(pieces, losses, strict=True)
         ]
-        loss = self.sum([float(torch.stack(losses).double().sum())])[0]
+        sums = [float(torch.stack(values).double().sum()) if values else 0.0 for values in (losses, routers)]
+        loss, router = self.sum(sums)
+        self.router_loss = router / total if total and routers else None
         return loss / total if total else math.nan
 
     @contextmanager

@@ -42,6 +42,8 @@ class EngineConfig:
         offload_parameters: The same of the parameters, which may go to ``nvme`` too.
         nvme_path: Directory on a local disk, for ``nvme``.
         timeout_minutes: After which a collective gives up on a dead peer.
+        router_loss: Factor of the load-balancing loss of a hybrid's experts, over the tokens of each pack (or segment);
+            None takes the model's ``router_aux_loss_coef`` where its configuration has ``output_router_logits``.
     """
 
     name: Literal["zero3", "plain"] = "zero3"
@@ -56,11 +58,14 @@ class EngineConfig:
     offload_parameters: Place = "none"
     nvme_path: str | None = None
     timeout_minutes: float = 30.0
+    router_loss: float | None = None
 
     def __post_init__(self) -> None:
         check_finite(self, "engine")
         if self.name == "plain" and self.precision != "fp32":
             raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
+        if self.router_loss is not None and self.router_loss < 0:
+            raise ConfigError(f"engine.router_loss must be 0 or more, or null, not {self.router_loss}")
         for name in ("max_state_bytes", "sub_group_size", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"engine.{name} must be above 0, not {getattr(self, name)}")
@@ -106,6 +111,7 @@ class EngineConfig:
         model.recompute = self.activation_checkpointing
         model.lm_head.chunk_tokens = self.loss_chunk_tokens
         model.max_state_bytes = self.max_state_bytes
+        model.set_router_loss(self.router_loss)
 
     def build(
         self,

@@ -115,6 +115,8 @@ class CarriedStates:
         assert context is None or passing is None, "the configuration refuses it"
         self.context, self.passing = context, passing
         self._lanes: dict[int, LaneStates] = {}
+        self.router_loss: torch.Tensor | None = None
+        """Load-balancing loss of the last forward pass; see :class:`statex_dist.models.lm.LMOutput`."""
         self.observed: list[torch.Tensor] | None = None
         """Mean squares of each layer's state after the last document, where they were asked for and are known."""
 
@@ -154,7 +156,9 @@ class CarriedStates:
             states=states,
             output_states=batch.continues or place is not None or self.passing is not None,
             context=context,
+            padding=share.padding,
         )
+        self.router_loss = output.router_loss
         if batch.continues:
             # A document that continues fills its pack to the end, so its state is the last one.
             self._lanes[lane] = [

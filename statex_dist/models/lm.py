@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statex_dist.batch import IGNORE_INDEX
 from statex_dist.distributed.context_group import ContextShare
+from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.core.layers import RMSNorm
 from statex_dist.models.core.mitigation import Mitigation
@@ -140,12 +141,29 @@ class LMOutput(NamedTuple):
     Attributes:
         logits: ``[B, T, vocab]``; None where labels were given.
         loss_sum: Sum of the cross entropy over all target tokens, in nats; None without labels.
+        router_loss: The load-balancing loss of experts with its factor, times the number of targets; None where a
+            model is not trained with one.
         states: Each layer's state after the last token; None unless asked for.
     """
 
     logits: torch.Tensor | None = None
     loss_sum: torch.Tensor | None = None
     states: list[LayerState] | None = None
+    router_loss: torch.Tensor | None = None
+
+
+class Hidden(NamedTuple):
+    """Results of the layers of a model.
+
+    Attributes:
+        hidden: ``[B, T, hidden]``, behind the final norm.
+        states: Each layer's state after the tokens.
+        router_logits: Of each layer with experts, ``[B * T, experts]``; empty where they are not needed.
+    """
+
+    hidden: torch.Tensor
+    states: list[LayerState]
+    router_logits: tuple[torch.Tensor, ...] = ()
 
 
 class RecurrentLM(nn.Module):
@@ -273,11 +291,27 @@ class RecurrentLM(nn.Module):
         """Return the names of parameters without weight decay."""
         return {name for name, spec in self.family.tensors(self.config).items() if not spec.decay}
 
-    def _hidden(
-        self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
-    ) -> tuple[torch.Tensor, list[LayerState]]:
-        """Return the final hidden states ``[B, T, hidden]`` and the states after the tokens."""
-        return self.trunk(input_ids, sequences, states)
+    def _hidden(self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None) -> Hidden:
+        """Run embeddings, layers and final norm."""
+        return Hidden(*self.trunk(input_ids, sequences, states))
+
+    def set_router_loss(self, coefficient: float | None) -> None:
+        """Set the factor of the experts' load-balancing loss in training; None takes what the configuration asks for.
+
+        Raises:
+            ConfigError: The model cannot be trained with one.
+        """
+        if coefficient:
+            raise ConfigError(
+                f"engine.router_loss is {coefficient}, and this {self.config.MODEL_TYPE} model has no experts; leave "
+                "it out"
+            )
+
+    def _router_loss(
+        self, logits: tuple[torch.Tensor, ...], labels: torch.Tensor, padding: int, context: ContextShare | None
+    ) -> torch.Tensor | None:
+        """Return the load-balancing loss with its factor, times the number of targets."""
+        return None
 
     def forward(
         self,
@@ -293,6 +327,7 @@ class RecurrentLM(nn.Module):
         backend: str = "auto",
         chunk_size: int | None = None,
         context: ContextShare | None = None,
+        padding: int = 0,
     ) -> LMOutput:
         """Run the model.
 
@@ -311,6 +346,7 @@ class RecurrentLM(nn.Module):
             chunk_size: Tokens per chunk of our own scans, a power of two; None picks one.
             context: How ``input_ids`` connect to the tokens of other ranks, or None. ``states`` are then those
                 before and after the whole pack, ``[1, ...]``.
+            padding: Tokens at the end of each row that are no text.
 
         Raises:
             ConfigError: The mitigation is for evaluation only, and the call trains or packs.
@@ -328,7 +364,7 @@ class RecurrentLM(nn.Module):
             context=context,
             mitigation=self.mitigation,
         )
-        hidden, new_states = self._hidden(input_ids, sequences, states)
+        hidden, new_states, routes = self._hidden(input_ids, sequences, states)
         if logits_to_keep is not None:
             assert labels is None, "a loss is taken over all tokens"
             hidden = hidden[:, -logits_to_keep:]
@@ -337,6 +373,7 @@ class RecurrentLM(nn.Module):
             logits=result if labels is None else None,
             loss_sum=None if labels is None else result,
             states=new_states if output_states else None,
+            router_loss=None if labels is None or not routes else self._router_loss(routes, labels, padding, context),
         )
 
     @torch.no_grad()

@@ -414,24 +414,3 @@ def parameter_roles(config: ModelConfig) -> dict[str, Role]:
         else:
             roles[name] = spec.role or "new"
     return roles
-
-
-def forward_flops_per_token(config: ModelConfig) -> int:
-    """Return the FLOPs of a forward pass for one token; a multiplication and an addition are two.
-
-    ``2`` per element of every matrix and convolution that multiplies the token (embedding tables do not), and the
-    chunked scan's of every recurrent layer (:attr:`statex_dist.state.geometry.StateGeometry.scan_flops`). Norms, gates,
-    products of features and the softmax are left out. Of a mixed model only what the family knows is counted.
-    """
-    specs = family_of(config.MODEL_TYPE).tensors(config)
-    matrices = sum(s.numel for s in specs.values() if s.trunk and len(s.shape) >= 2 and s.role != "gain")
-    return 2 * matrices + sum(config.layer_geometry(layer).scan_flops for layer in config.recurrent_layers)
-
-
-def training_flops_per_token(config: ModelConfig) -> int:
-    """Return the FLOPs of forward and backward for one token: three times the forward's.
-
-    A backward pass computes two products for each of the forward's. What activation checkpointing computes again does
-    not count: a model FLOPs utilisation (arXiv 2204.02311, appendix B) measures what the model needs.
-    """
-    return 3 * forward_flops_per_token(config)

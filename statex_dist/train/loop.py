@@ -263,6 +263,7 @@ class Trainer:
         return {
             "step": self.step,
             "loss": loss,
+            **({} if self.engine.router_loss is None else {"router_loss": self.engine.router_loss}),
             "lr": result.lr,
             "grad_norm": grad_norm,
             "grad_norms": norms,

@@ -63,11 +63,12 @@ class MetricsConfig:
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"metrics.peak_tflops must be a number above 0, not {self.peak_tflops}")
 
-    def build(self, *, flops_per_token: int) -> list[Callback]:
+    def build(self, *, flops_per_token: int, flops_per_pair: int = 0) -> list[Callback]:
         """Return the callbacks that take and show a run's figures.
 
         Args:
             flops_per_token: FLOPs of forward and backward for one token of the model.
+            flops_per_pair: The same of its attention, for a token and one that it reads.
         """
         from statex_dist.train.wandb_run import Wandb
 
@@ -77,7 +78,7 @@ class MetricsConfig:
             wandb = [Wandb(project=self.wandb_project, run_name=self.wandb_name, earlier=file.records)]
         return [
             *([StateNorms(every=self.states_every)] if self.states_every else []),
-            Throughput(flops_per_token=flops_per_token, peak_tflops=self.peak_tflops),
+            Throughput(flops_per_token=flops_per_token, flops_per_pair=flops_per_pair, peak_tflops=self.peak_tflops),
             file,
             Console(log_every=self.log_every),
             *wandb,

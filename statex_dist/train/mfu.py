@@ -55,14 +55,30 @@ class Utilisation:
     Attributes:
         flops_per_token: FLOPs of forward and backward for one token.
         peak_flops: Peak FLOP/s of all ranks together.
+        flops_per_pair: FLOPs of attention, forward and backward, for a token and one that it reads.
     """
 
     flops_per_token: int
     peak_flops: float
+    flops_per_pair: int = 0
 
-    def share(self, tokens_per_s: float) -> float:
-        """Return the model FLOPs utilisation at a throughput, from 0 to 1."""
-        return self.flops_per_token * tokens_per_s / self.peak_flops
+    def share(self, tokens_per_s: float, pairs_per_token: float = 0.0) -> float:
+        """Return the model FLOPs utilisation at a throughput, from 0 to 1.
+
+        Args:
+            tokens_per_s: Of all ranks.
+            pairs_per_token: Mean number of tokens that a token's attention reads.
+        """
+        return (self.flops_per_token + self.flops_per_pair * pairs_per_token) * tokens_per_s / self.peak_flops
+
+
+def pairs(pack: PackedBatch) -> int:
+    """Return the pairs of a token and one that its attention reads: in its own document, up to itself.
+
+    Tokens of a document that an earlier pack has are not counted; padding is counted, as its tokens are.
+    """
+    lengths = pack.cu_seqlens.diff().long()
+    return int((lengths * (lengths + 1)).sum()) // 2
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -71,7 +87,12 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 def utilisation(
-    flops_per_token: int, *, device: torch.device, ranks: int, given_tflops: float | None = None
+    flops_per_token: int,
+    *,
+    device: torch.device,
+    ranks: int,
+    given_tflops: float | None = None,
+    flops_per_pair: int = 0,
 ) -> Utilisation | None:
     """Return how to compute the utilisation, or None where the device's peak is not known.
 
@@ -80,13 +101,16 @@ def utilisation(
         device: Of this rank; the others are taken to be the same.
         ranks: All ranks.
         given_tflops: Peak of one device in TFLOP/s, in place of the one in our table.
+        flops_per_pair: FLOPs of attention, forward and backward, for a token and one that it reads.
     """
     peak = given_tflops
     if peak is None and device.type == "cuda":
         import torch
 
         peak = peak_tflops(torch.cuda.get_device_name(device))
-    return None if peak is None else Utilisation(flops_per_token=flops_per_token, peak_flops=peak * 1e12 * ranks)
+    if peak is None:
+        return None
+    return Utilisation(flops_per_token=flops_per_token, flops_per_pair=flops_per_pair, peak_flops=peak * 1e12 * ranks)
 
 
 class Throughput(Callback):
@@ -96,27 +120,36 @@ class Throughput(Callback):
 
     Args:
         flops_per_token: FLOPs of forward and backward for one token.
+        flops_per_pair: The same of attention, for a token and one that it reads, by the documents of this rank's packs.
         peak_tflops: Peak of one device in TFLOP/s, in place of the one in our table.
     """
 
     order = 40
 
-    def __init__(self, *, flops_per_token: int, peak_tflops: float | None = None):
-        self._flops, self._peak = flops_per_token, peak_tflops
+    def __init__(self, *, flops_per_token: int, flops_per_pair: int = 0, peak_tflops: float | None = None):
+        self._flops, self._pair_flops, self._peak = flops_per_token, flops_per_pair, peak_tflops
         self._since: float | None = None
         self._tokens = 0
+        self._pairs_per_token = 0.0
         self.utilisation: Utilisation | None = None
 
     def on_start(self) -> None:
         """Find out the peak of the device."""
         engine = self.run.engine
         self.utilisation = utilisation(
-            self._flops, device=engine.device, ranks=engine.world_size, given_tflops=self._peak
+            self._flops,
+            device=engine.device,
+            ranks=engine.world_size,
+            given_tflops=self._peak,
+            flops_per_pair=self._pair_flops,
         )
 
     def pre_step(self, step: int, batch: Sequence[PackedBatch]) -> None:
         """Count tokens; the first step's time begins here, that of another where the one before was reported."""
-        self._tokens = sum(pack.num_tokens for pack in batch) * self.run.engine.data_parallel_size
+        own = sum(pack.num_tokens for pack in batch)
+        self._tokens = own * self.run.engine.data_parallel_size
+        if self._pair_flops:
+            self._pairs_per_token = sum(map(pairs, batch)) / own
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -132,4 +165,4 @@ class Throughput(Callback):
             "memory_bytes": self.run.engine.peak_memory(),
         }
         if self.utilisation is not None:
-            record["mfu"] = self.utilisation.share(record["tokens_per_s"])
+            record["mfu"] = self.utilisation.share(record["tokens_per_s"], self._pairs_per_token)

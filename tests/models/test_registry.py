@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.flops import forward_flops_per_token, training_flops_per_token
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import (
     FAMILIES,
@@ -16,10 +17,8 @@ from statex_dist.models.registry import (
     Role,
     config_from_dict,
     family_of,
-    forward_flops_per_token,
     make_plan,
     parameter_roles,
-    training_flops_per_token,
 )
 from statex_dist.optim.groups import ROLES
 from statex_dist.state.geometry import FeatureMap

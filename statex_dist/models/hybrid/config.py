@@ -25,6 +25,13 @@ from statex_dist.state.geometry import StateGeometry
 from statex_dist.state.plan import ExpansionPlan
 
 
+def attention_sizes(settings: Any) -> tuple[int, int, int]:
+    """Return the query heads of an attention layer, and the channels of a key and a value in most models."""
+    heads = settings.num_attention_heads
+    size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    return heads, size, size
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostModel:
     """How transformers' model of a family is built, as far as its recurrent layers need it.
@@ -45,6 +52,8 @@ class HostModel:
         fixed: Keys that change the recurrent layers in a way that ours do not have, with the values that change
             nothing.
         training: Keys that change a training run of transformers and no logit; reported where they are set.
+        attention: Takes transformers' configuration; returns what :func:`attention_sizes` does.
+        used_once: Pattern in the names of parameters of a shared block that one of its layers alone uses.
     """
 
     model: str
@@ -61,6 +70,8 @@ class HostModel:
     read: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
+    attention: Callable[[Any], tuple[int, int, int]] = attention_sizes
+    used_once: str = ""
 
     def text_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of the text model under the keys of today.

@@ -255,6 +255,11 @@ class KimiLinearConfig(DeltaHybrid):
                 Rename(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
             ),
         ),
+        attention=lambda settings: (
+            settings.num_attention_heads,
+            settings.qk_nope_head_dim + settings.qk_rope_head_dim,
+            settings.v_head_dim,
+        ),
     )
 
 

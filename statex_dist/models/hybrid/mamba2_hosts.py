@@ -313,6 +313,8 @@ class Zamba2Config(Mamba2Hybrid):
         mixer="HostedMamba2",
         place=lambda layer, kind: "mamba_decoder.mamba" if kind == "both" else "mamba",
         cached=grouped(32, None, width=2),
+        attention=lambda settings: (settings.num_attention_heads, *[settings.attention_head_dim] * 2),
+        used_once=r"\w+adapter_list\.\d+\..*$",
         read={"mamba_expand": int, "time_step_min": float, "layers_block_type": list[str] | None},
         # transformers finds its shared blocks by layers_block_type alone.
         fixed={"layer_types": (None,)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from statex_dist.distributed.context_group import ContextShare
 from statex_dist.errors import ConfigError, reason
 from statex_dist.models.core.attention import positions_after
 from statex_dist.models.core.sequences import LayerState, Sequences
 from statex_dist.models.hybrid import attention
 from statex_dist.models.hybrid.config import HybridConfig
 from statex_dist.models.hybrid.mixers import HostCall, States
+from statex_dist.models.hybrid.router_loss import asked_coefficient, has_experts, has_router_loss, router_loss
 from statex_dist.models.layout import Part
-from statex_dist.models.lm import LMHead, Recompute, RecurrentLM
+from statex_dist.models.lm import Hidden, LMHead, Recompute, RecurrentLM
 from statex_dist.models.registry import Role, parameter_roles
 from statex_dist.ops.attention import KeyValues
+
+logger = logging.getLogger(__name__)
 
 _REFUSALS = (
     *(StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError),
@@ -46,6 +51,7 @@ class HostedLM(RecurrentLM):
         self.model = host_model(self.config)
         self.lm_head = LMHead(self.config.hidden_size, self.config.vocab_size)
         self.lm_head.factor = self.config.HOST.head_factor(self.config.text)
+        self.router_coefficient = asked_coefficient(self.model)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embedding_table.weight
 
@@ -107,14 +113,21 @@ class HostedLM(RecurrentLM):
         return {name: self.config.parts(name, tensor.shape) for name, tensor in self.stored_tensors().items()}
 
     def roles(self) -> dict[str, Role]:
-        """Return the role of each parameter; the host's own are ``base``, or ``expanded`` in expanded layers."""
+        """Return the role of each parameter; the host's own are ``base``, or ``expanded`` in expanded layers.
+
+        What several layers share is ``expanded`` where all of them are.
+        """
         known, names, plan = parameter_roles(self.config), self.family.names, self.config.statex
-        roles: dict[str, Role] = {}
-        for name, parts in self.file_parts().items():
-            place = names.split(parts[0].name)
-            grown = plan is not None and place is not None and plan.get(place[0]) is not None
-            roles[name] = known.get(parts[0].name, "expanded" if grown else "base")
-        return roles
+        grown = {expansion.layer for expansion in plan.layers} if plan else set()
+        users: dict[int, set[int]] = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            place = names.split(self.config.parts(name, tensor.shape)[0].name)
+            users.setdefault(id(tensor), set()).add(-1 if place is None else place[0])
+        tensors = self.stored_tensors()
+        return {
+            name: known.get(parts[0].name, "expanded" if users[id(tensors[name])] <= grown else "base")
+            for name, parts in self.file_parts().items()
+        }
 
     def no_decay(self) -> set[str]:
         """Return the names of parameters without weight decay; of the host's own, those that are no matrices."""
@@ -126,21 +139,55 @@ class HostedLM(RecurrentLM):
                 found.add(name)
         return found
 
-    def _hidden(
-        self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None
-    ) -> tuple[torch.Tensor, list[LayerState]]:
-        """Return the final hidden states and the states after the tokens (attention's are :class:`KeyValues`)."""
+    def _hidden(self, input_ids: torch.Tensor, sequences: Sequences, states: list[LayerState] | None) -> Hidden:
+        """Run the host's layers; states of attention are :class:`KeyValues`."""
         places = self.state_places
         before: States = dict(zip(places, states, strict=True)) if states else {}
         call = HostCall(sequences=sequences, before=before)
+        routed = self.training and self.router_coefficient > 0
         output = self.model(
             input_ids=input_ids,
             position_ids=self._positions(input_ids, sequences, before),
             use_cache=False,
             statex=call,
+            output_router_logits=routed,
         )
         hidden = output.last_hidden_state.to(self.lm_head.weight.dtype)
-        return hidden, [call.after[place] for place in places if place in call.after]
+        after = [call.after[place] for place in places if place in call.after]
+        return Hidden(hidden, after, tuple(output.router_logits) if routed else ())
+
+    def set_router_loss(self, coefficient: float | None) -> None:
+        """Set the factor of the experts' load-balancing loss in training; None takes what the configuration asks for.
+
+        Raises:
+            ConfigError: The model has no experts, or transformers has no such loss for it.
+        """
+        kind = self.config.MODEL_TYPE
+        if not has_experts(self.model):
+            super().set_router_loss(coefficient)
+            return
+        if not has_router_loss(self.model):
+            if coefficient:
+                raise ConfigError(
+                    f"engine.router_loss is {coefficient}, and transformers has no load-balancing loss for {kind}; "
+                    "leave it out"
+                )
+            logger.info("%s: transformers has no load-balancing loss for its experts; none is added", kind)
+            return
+        self.router_coefficient = asked_coefficient(self.model) if coefficient is None else coefficient
+        if self.router_coefficient:
+            logger.info("%s: the load-balancing loss of its experts has the factor %g", kind, self.router_coefficient)
+        else:
+            logger.info(
+                "%s: its experts are trained without a load-balancing loss; engine.router_loss gives it a factor", kind
+            )
+
+    def _router_loss(
+        self, logits: tuple[torch.Tensor, ...], labels: torch.Tensor, padding: int, context: ContextShare | None
+    ) -> torch.Tensor | None:
+        """Return the load-balancing loss with its factor, times the number of targets."""
+        top_k = self.model.config.num_experts_per_tok
+        return self.router_coefficient * router_loss(logits, labels, top_k=top_k, padding=padding, context=context)
 
     def _positions(self, input_ids: torch.Tensor, sequences: Sequences, before: States) -> torch.Tensor:
         """Return each token's place in its sequence, ``[B, T]``: what rotary embeddings turn by."""

@@ -69,5 +69,8 @@ def test_layers_that_another_library_runs_have_no_figure():
     class Other(family_of("gla").config):
         attention_layers = (1,)
 
+        def attention_layer(self, layer):
+            return None
+
     other = Other(**{f.name: getattr(config_from_dict(values), f.name) for f in dataclasses.fields(Other)})
     assert sequence_memory(other).kv_bytes is None
