@@ -97,7 +97,18 @@ class _Score(NamedTuple):
     window: int | None
 
     def apply(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask: Any) -> torch.Tensor:
-        """Return PyTorch's attention."""
+        """Return PyTorch's attention.
+
+        Of shapes alone (``meta``), where memory is counted, it would hold the scores of all pairs of tokens; there the
+        operator of a CPU is called, which does not.
+        """
+        if q.is_meta:
+            bias = mask.pop("attn_mask", None)
+            bias = None if bias is None else bias.to(q.dtype)
+            found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, self.dropout, **mask, attn_mask=bias, scale=self.scale
+            )[0]
+            return found
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout, scale=self.scale, enable_gqa=grouped, **mask
@@ -113,7 +124,10 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: _Score) ->
         return score.apply(q, k, v)
     if queries == keys:
         return score.apply(q, k, v, is_causal=True)
-    return score.apply(q, k, v, attn_mask=causal_lower_right(queries, keys))
+    if q.is_cuda:
+        return score.apply(q, k, v, attn_mask=causal_lower_right(queries, keys))
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return score.apply(q, k, v, attn_mask=seen)
 
 
 _WINDOW_QUERIES = 128
