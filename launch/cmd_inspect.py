@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from launch.tool_options import add_context_length, sequence_lines, size
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``statex inspect`` to ``parser``."""
     parser.add_argument("directory", type=str, metavar="DIR", help="checkpoint or run, or a file of states")
+    add_context_length(parser)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
 
 
@@ -32,7 +36,7 @@ def run(args: Any) -> int:
         header = read_states_header(Path(args.directory))
         sys.stdout.write(json.dumps(header) + "\n" if args.json else "".join(f"{k}: {v}\n" for k, v in header.items()))
         return 0
-    facts = inspect(args.directory)
+    facts = inspect(args.directory, context_length=args.context_length)
     if args.json:
         sys.stdout.write(json.dumps(facts.to_dict()) + "\n")
     else:
@@ -50,11 +54,16 @@ def _able(facts: Any, use: str) -> str:
     return "no" if facts.unable[use] == facts.problem else f"no: {facts.unable[use]}"
 
 
+def _memory(facts: Any) -> Iterator[tuple[str, str]]:
+    """Yield the memory of one sequence, a line each."""
+    for label, (count,) in sequence_lines(facts.sequence) if facts.sequence is not None else ():
+        yield label, "not known" if count is None else size(count)
+
+
 def _print(facts: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from launch.tool_options import size
     from statex_dist.state.plan import LayerExpansion
 
     table = Table(show_header=False)
@@ -68,6 +77,7 @@ def _print(facts: Any) -> None:
         "model type": facts.model_type,
         "plan": plan,
         "state elements": f"{facts.state_numbers:,}" if facts.state_numbers is not None else None,
+        **dict(_memory(facts)),
         "step": facts.step,
         "ranks": facts.world_size,
         "tensors": f"{facts.tensors} ({', '.join(f'{n} {d}' for d, n in facts.dtypes.items())})"

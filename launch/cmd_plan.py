@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from launch.tool_options import add_plan_options, plan_options, size
+from launch.tool_options import add_context_length, add_plan_options, plan_options, sequence_lines, size
 from statex_dist.errors import ConfigError
 from statex_dist.state.geometry import STATE_BYTES
 
@@ -33,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "model_dir", type=str | None, nargs="?", metavar="MODEL_DIR", help="directory with the model's config.json"
     )
     add_plan_options(parser)
+    add_context_length(parser)
     parser.add_argument("--config", type=str | None, default=None, help="a run's YAML, for what is not given below")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that share the training states (ZeRO-3)")
     for name, kind, text in (
@@ -77,7 +78,8 @@ def run(args: Any) -> int:
     # A run's model is taken as it is, unless an expansion is asked for.
     after = before if args.config is not None and options == PlanOptions() else plan_model(before, options)
     evidence = gather_evidence(before, laws=args.laws, health=args.health)
-    report = report_plan(before, after, training, count_activations if training.device == "cpu" else None, evidence)
+    counted = count_activations if training.device == "cpu" else None
+    report = report_plan(before, after, training, counted, evidence, args.context_length)
     if args.json:
         plan = after.statex.to_dict() if after.statex is not None else None
         left_out = passed_states(after) if passing else None
@@ -169,7 +171,10 @@ def _print(report: Any, left_out: dict[str, Any] | None) -> None:
         totals.add_column(name, justify="right" if name else "left")
     for label, old, new, shown in (
         ("state elements", before.state_numbers, after.state_numbers, "{:,}".format),
-        ("state bytes", before.state_bytes, after.state_bytes, size),
+        *(
+            (label, old or 0, new or 0, _or_unknown)
+            for label, (old, new) in sequence_lines(before.sequence, after.sequence)
+        ),
         ("parameters", before.parameters, after.parameters, "{:,}".format),
         ("forward FLOPs per token", before.flops_per_token, after.flops_per_token, "{:,}".format),
         *_memory_rows(before.memory, after.memory),
@@ -181,10 +186,15 @@ def _print(report: Any, left_out: dict[str, Any] | None) -> None:
     for note in report.notes:
         console.print(note)
     if report.mixed:
-        console.print("parameters, FLOPs and memory leave out the layers of another kind, which are passed through")
+        left = "FLOPs leave" if report.counted else "parameters, FLOPs and memory leave"
+        console.print(f"{left} out the layers of another kind, which are passed through")
     if left_out is not None:
         console.print(left_out["says"])
     _print_forgetting(console, report.forgetting)
+
+
+def _or_unknown(count: int) -> str:
+    return size(count) if count else "not known"  # keys and values of none are not told
 
 
 def _print_forgetting(console: Console, forgetting: Forgetting) -> None:

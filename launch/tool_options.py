@@ -15,6 +15,7 @@ from statex_dist.state.plan import Op
 if TYPE_CHECKING:
     from checkpoints_tools.io.target_writer import WriteOptions
     from checkpoints_tools.plan.options import PlanOptions
+    from statex_dist.models.sequence_memory import SequenceMemory
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,25 @@ def add_plan_options(parser: ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the new values")
+
+
+def add_context_length(parser: ArgumentParser) -> None:
+    """Add the length of the sequence whose memory is told (``statex plan`` and ``statex inspect``)."""
+    parser.add_argument(
+        "--context-length",
+        type=int | None,
+        default=None,
+        help="tokens of a sequence whose keys and values are counted (default: max_position_embeddings, else 65536)",
+    )
+
+
+def sequence_lines(*models: SequenceMemory) -> Iterator[tuple[str, list[int | None]]]:
+    """Yield what is told of the memory of one sequence: a label, and the bytes of each model."""
+    first = models[0]
+    yield f"state, one sequence ({first.dtype})", [model.state_bytes for model in models]
+    if first.kv_bytes_per_token != 0:
+        yield "keys and values, each token", [model.kv_bytes_per_token for model in models]
+        yield f"keys and values, {first.tokens:,} tokens", [model.kv_bytes for model in models]
 
 
 def plan_options(args: Any) -> PlanOptions:

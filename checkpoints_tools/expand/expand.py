@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def read_model(source: str | Path, *, training: bool = False) -> tuple[TensorSou
     Raises:
         CheckpointError: It is damaged, has no ``config.json``, or is of another architecture.
     """
-    opened = open_model(source, training=training)
+    opened = open_model(source, training=training, as_stored=True)
     if opened.values is None:
         raise CheckpointError(f"{opened.source.facts.path} has no {CONFIG_NAME}: what to expand is not known")
     return opened.source, opened.values, opened.config or config_from_dict(opened.values)
@@ -232,8 +233,7 @@ def _check_unknown_tensors(
     """Raise if a module that is to be expanded holds tensors that the family does not know: they would not fit."""
     family = family_of(config.MODEL_TYPE)
     known = family.tensors(config)
-    prefixes = {name: family.names.layer(mapping.layer) for name, mapping in changed.items()}
-    modules = {prefix + name.removeprefix(prefix).split(".")[0] + "." for name, prefix in prefixes.items()}
+    modules = {_module_of(name, family.names.layer(mapping.layer), known) for name, mapping in changed.items()}
     unknown = [
         name
         for name in names
@@ -245,6 +245,17 @@ def _check_unknown_tensors(
             f"{source.facts.path}: {listed} in a layer that is to be expanded are unknown to {config.MODEL_TYPE}: how "
             "they should grow is not known"
         )
+
+
+def _module_of(name: str, layer: str, known: Collection[str]) -> str:
+    """Return the prefix of the module of ours that a tensor is in: the longest of all our tensors there.
+
+    A module of the host may hold ours, and tensors of its own beside it.
+    """
+    outer = layer + name.removeprefix(layer).partition(".")[0] + "."
+    paths = [other.split(".")[:-1] for other in (*known, name) if other.startswith(outer)]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared) + "."
 
 
 def _job(info: TensorInfo, natural: str, mapping: TensorMapping | None, dtype: str | None) -> TensorJob:

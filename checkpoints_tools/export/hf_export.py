@@ -1,10 +1,10 @@
 """Files that transformers needs besides an export's weights: configuration, code, tokenizer, generation settings.
 
 transformers' own class opens a model that ``config.json`` describes completely: an un-expanded model of a family that
-transformers has, or a Mamba2 model in which all layers grew equally. The export of any other model of ours contains its
-code (:mod:`checkpoints_tools.export.modeling_code`). Models with layers of another kind (softmax attention) are
-exported without code. With a plan that no key of their own expresses, no other software can open them;
-:mod:`statex_dist.models.config_keys` ensures this.
+transformers has, or one of Mamba2 layers in which all grew equally. The export of any other model contains its code
+(:mod:`checkpoints_tools.export.modeling_code`): of a hybrid that transformers hosts, classes that derive from the
+host's. Multimodal models, and others with attention layers, are exported without code. With a plan that no key of
+their own expresses, no other software can open them; :mod:`statex_dist.models.config_keys` ensures this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from checkpoints_tools.export.hf_tokenizer import (
     bytes_tokenizer_documents,
     read_tokenizer_config,
 )
-from checkpoints_tools.export.modeling_code import remote_code, with_our_type
+from checkpoints_tools.export.modeling_code import has_features, modeling_code, with_our_type
 from statex_dist.models.config import CONFIG_NAME, ModelConfig
 from statex_dist.models.config_keys import ARCHITECTURE, AUTO_MAP, MODULE_NAME, OUR_CODE_PREFIX
 from statex_dist.models.mamba2.config import Mamba2Config
@@ -31,48 +31,68 @@ Form = Literal["plain", "remote_code", "none"]
 _RESCALES = "rescale_prenorm_residual"
 _REFUSED_BY_MAMBA_SSM = ("statex", "torch_dtype", "dtype")
 """Keys of ours and of transformers with which its ``MambaConfig`` cannot be made."""
+_GROUPED_NORMS = ("mamba2", "bamba", "granitemoehybrid")
+"""Models with ``n_groups`` whose output norm transformers took over all groups before 5.23."""
 CODE_NAME = f"{MODULE_NAME}.py"
 GENERATION_NAME = "generation_config.json"
-
-_TRANSFORMERS_CLASSES = {
-    "mamba2": "Mamba2ForCausalLM",
-    "minimax": "MiniMaxForCausalLM",
-    "bamba": "BambaForCausalLM",
-}
 
 
 def form_of(config: ModelConfig) -> Form:
     """Return how transformers opens a model."""
-    expressed = config.statex is None or bool(config.plain_keys())
-    if expressed and config.MODEL_TYPE in _TRANSFORMERS_CLASSES:
+    if plain_class(config) is not None and (config.statex is None or config.plain_keys()):
         return "plain"
+    if (host := _host(config)) is not None:
+        return "none" if host.text is not None else "remote_code"
     others = config.is_mixed or config.attention_layers or config.own_block
     return "none" if others or family_of(config.MODEL_TYPE).block is None else "remote_code"
+
+
+def plain_class(config: ModelConfig) -> str | None:
+    """Return the name of transformers' class of an unexpanded model, or None where it has no class."""
+    if host := _host(config):
+        return host.model.partition(":")[2].removesuffix("Model").removesuffix("Text") + "ForCausalLM"
+    return {"mamba2": "Mamba2ForCausalLM", "minimax": "MiniMaxForCausalLM"}.get(config.MODEL_TYPE)
+
+
+def _host(config: ModelConfig) -> Any:
+    """Return the row of the model of transformers that runs this one, or None."""
+    return getattr(config, "HOST", None)
 
 
 def export_notes(config: ModelConfig) -> list[str]:
     """Return what has to be said of how transformers opens an export."""
     if form_of(config) == "none":
         return [closed_note(config)]
-    if form_of(config) == "remote_code":
-        return []
     notes = []
+    if _plain_minimax(config):
+        notes.append(
+            "transformers' MiniMax does not move the cache with the beams (seen in 5.17 and 5.24): generate with "
+            "num_beams above 1 needs use_cache=False"
+        )
+    if form_of(config) == "remote_code":
+        return notes
     if getattr(config, _RESCALES, False):
         notes.append(
             f"{_RESCALES} is written as false: it is of first values alone, but transformers 5 (seen in 5.24) also "
             "divides the weights that it loads where it is true"
         )
-    if config.MODEL_TYPE == "mamba2" and getattr(config, "n_groups", 1) > 1:
+    if config.MODEL_TYPE in _GROUPED_NORMS and _groups(config) > 1:
         notes.append(
             "n_groups is above 1: open it with transformers 5.23 or newer, which normalises each group by itself, as "
             "we and mamba_ssm do; earlier releases normalise all groups together, which gives other logits"
         )
-    if config.MODEL_TYPE == "minimax":
-        notes.append(
-            "transformers' MiniMax does not move the cache with the beams (seen in 5.17 and 5.24): generate with "
-            "num_beams above 1 needs use_cache=False"
-        )
     return notes
+
+
+def _plain_minimax(config: ModelConfig) -> bool:
+    """Return whether an export has the cache of transformers' MiniMax."""
+    return config.MODEL_TYPE == "minimax" and (_host(config) is not None or form_of(config) == "plain")
+
+
+def _groups(config: ModelConfig) -> int:
+    """Return the groups of Mamba2 layers."""
+    layers: Any = config if _host(config) is None else config.mixer_config()  # type: ignore[attr-defined]
+    return int(layers.n_groups)
 
 
 def closed_note(config: ModelConfig) -> str:
@@ -88,6 +108,8 @@ def closed_note(config: ModelConfig) -> str:
             f"transformers has no class for this {name} model, {mixed}: {why}; mamba_ssm opens pytorch_model.bin "
             "alone: make its MambaLMHeadModel of config.json and load the tensors of the safetensors into that"
         )
+    if _host(config) is not None and config.obstacle is None:
+        mixed, why = "and we write no code for multimodal models", f"{name} has other parts than a language model"
     if config.statex is not None:
         return (
             f"no library opens this expanded model, as none knows its plan, {mixed}: {why}; "
@@ -127,7 +149,7 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
             # transformers 5 divides the output projections that it loads by the root of the number of layers.
             values = {**values, _RESCALES: False}
         if values.get("architectures") in (None, [], [ARCHITECTURE]):
-            values["architectures"] = [_TRANSFORMERS_CLASSES[config.MODEL_TYPE]]
+            values["architectures"] = [plain_class(config)]
     return values
 
 
@@ -147,13 +169,8 @@ def code_of_expansion(model_dir: Path, config: ModelConfig) -> str:
     """
     code = (model_dir / CODE_NAME).read_text(encoding="utf-8")
     if has_features(config) and FeatureMap.__name__ not in code:
-        return remote_code(config.MODEL_TYPE, ours_alone=True, features=True)
+        return modeling_code(config)
     return with_our_type(code)
-
-
-def has_features(config: ModelConfig) -> bool:
-    """Return whether keys of a layer have features."""
-    return config.statex is not None and any(expansion.features for expansion in config.statex.layers)
 
 
 def export_documents(
@@ -172,9 +189,7 @@ def export_documents(
     """
     documents: dict[str, Any] = {CONFIG_NAME: export_config(values, config)}
     if form_of(config) == "remote_code":
-        documents[CODE_NAME] = remote_code(
-            config.MODEL_TYPE, ours_alone=config.ours_alone, features=has_features(config)
-        )
+        documents[CODE_NAME] = modeling_code(config)
     marker = tokenizer.config if tokenizer is not None else read_tokenizer_config(model_dir)
     is_bytes = marker.get("tokenizer_class") == BYTES_CLASS
     if is_bytes:

@@ -16,7 +16,7 @@ import yaml
 
 from checkpoints_tools.export.card_evaluation import Evaluated
 from checkpoints_tools.export.card_training import run_of, setting, spans_of, training_facts
-from checkpoints_tools.export.hf_export import closed_note, export_notes, form_of
+from checkpoints_tools.export.hf_export import closed_note, export_notes, form_of, plain_class
 from checkpoints_tools.export.hf_tokenizer import Kind
 from checkpoints_tools.io.target import read_report
 from statex_dist import __version__
@@ -267,16 +267,19 @@ def _use(facts: CardFacts) -> Iterator[str]:
         yield "No tokenizer is included: the checkpoint had none. Texts need the one that the model was trained with."
     if form == "remote_code":
         closed = ", nor does another library" if facts.config.ours_alone else ""
+        memory = "in constant memory" if not facts.config.attention_layers else "which needs less memory at once"
         yield (
             "transformers has no class for these layers, so the code comes with the weights, in `modeling_statex.py`: "
             f"plain PyTorch, for CPU and GPU. Without `trust_remote_code=True`, transformers does not open it{closed}. "
             "Prompts of unequal length are padded on the left. "
-            "`generate(..., prefill_chunk_size=4096)` reads a long prompt in pieces, in constant memory."
+            f"`generate(..., prefill_chunk_size=4096)` reads a long prompt in pieces, {memory}."
         )
+        if host := plain_class(facts.config) if facts.config.is_mixed else None:
+            yield f"Attention and the other layers are those of transformers' `{host}`, from which the code derives."
     elif form == "plain":
         notes = "".join(f" Note: {note}." for note in export_notes(facts.config))
         yield f"transformers' own class opens it; no other code is needed.{notes}"
-    if not facts.config.is_mixed:
+    if facts.config.obstacle is None:
         option = "" if tokenizer else " --tokenizer DIR"
         command = f'statex generate --model .{option} --prompt "Once upon a time"'
         yield f"With statex-dist, on its scan kernels:\n\n    {command}"

@@ -9,10 +9,15 @@ configuration, which was checked when the file was written.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from statex_dist import __version__, models
+from statex_dist.models.config import ModelConfig
 from statex_dist.models.config_keys import AUTO_MAP, OUR_CODE_PREFIX
 from statex_dist.models.registry import family_of
 
@@ -44,6 +49,7 @@ _REPLACED = {
     "HeldHeads": f"{_CODE}.heads:WholeHeads",
     **dict.fromkeys(("ConfigError", "CheckpointError"), "ValueError"),
 }
+_HYBRID = f"{_CODE}.hybrid"
 _OPTIONAL = {name: f"{_CODE}.heads:no_{name}" for name in ("shared_tensors", "shared_inputs")}
 
 _FEATURES = frozenset({"features"})
@@ -74,6 +80,18 @@ def _family_texts(model_type: str) -> tuple[list[str], list[str]]:
     return model, [f"from {config.__module__} import", config.__name__, f'model_type = "{model_type}"']
 
 
+def modeling_code(config: ModelConfig) -> str:
+    """Return the contents of ``modeling_statex.py`` for a model: of its family, or of its host in transformers."""
+    if getattr(config, "HOST", None) is not None:
+        return hybrid_code(config)
+    return remote_code(config.MODEL_TYPE, ours_alone=config.ours_alone, features=has_features(config))
+
+
+def has_features(config: ModelConfig) -> bool:
+    """Return whether keys of a layer have features."""
+    return config.statex is not None and any(expansion.features for expansion in config.statex.layers)
+
+
 def remote_code(model_type: str, *, ours_alone: bool, features: bool = False) -> str:
     """Return the contents of ``modeling_statex.py`` for a family.
 
@@ -88,21 +106,28 @@ def remote_code(model_type: str, *, ours_alone: bool, features: bool = False) ->
 
 @cache
 def _code(model_type: str, features: bool) -> str:
-    # Only an export needs these: expansions import this module too.
-    from checkpoints_tools.export.bundle import BundleSpec, bundle
-    from checkpoints_tools.export.partial_evaluation import Known
-
     parts = zip(_family_texts(_EXAMPLE), _family_texts(model_type), strict=True)
     edits = {module: list(zip(old, new, strict=True)) for module, (old, new) in zip(_WRITTEN_FOR, parts, strict=True)}
     if model_type in _OWN_CONFIGURATION:
         edits[_WRITTEN_FOR[0]].append((_WRITTEN_FOR[1], _OWN_CONFIGURATION[model_type]))
-    code = bundle(
+    code = _bundled(_WRITTEN_FOR[0], edits, _REPLACED, features=features)
+    folder = family_of(model_type).config.__module__.split(".")[-2]
+    about = (_MODELS / folder / "__init__.py").read_text(encoding="utf-8")
+    return _INTRODUCTION.format(title=about.splitlines()[0].strip('"'), version=__version__) + code
+
+
+def _bundled(root: str, edits: Mapping[str, Any], replaced: Mapping[str, str], *, features: bool) -> str:
+    # Only an export needs these: expansions import this module too.
+    from checkpoints_tools.export.bundle import BundleSpec, bundle
+    from checkpoints_tools.export.partial_evaluation import Known
+
+    return bundle(
         BundleSpec(
-            root=_WRITTEN_FOR[0],
+            root=root,
             names=[place.rpartition(".")[2] for place in AUTO_MAP.values()],
             packages=("statex_dist", "checkpoints_tools"),
             edits=edits,
-            replaced=_REPLACED,
+            replaced=replaced,
             optional=_OPTIONAL,
             whole=_CODE,
             dropped=frozenset({"__post_init__", "to_dict"}),
@@ -111,9 +136,61 @@ def _code(model_type: str, features: bool) -> str:
             absent=frozenset() if features else _FEATURES,
         )
     )
-    folder = family_of(model_type).config.__module__.split(".")[-2]
-    about = (_MODELS / folder / "__init__.py").read_text(encoding="utf-8")
-    return _INTRODUCTION.format(title=about.splitlines()[0].strip('"'), version=__version__) + code
+
+
+def hybrid_code(config: Any) -> str:
+    """Return the contents of ``modeling_statex.py`` for a model that transformers hosts.
+
+    The classes derive from the host's; the sizes of the recurrent mixers stand in the file, the plan in config.json.
+
+    Args:
+        config: The configuration of a host, with a plan.
+    """
+    host, layers = config.HOST, config.mixer_config()
+    module, _, model = host.model.partition(":")
+    name, folder = model.removesuffix("Model"), module.partition(".")[0]
+    causal, kind = f"{name.removesuffix('Text')}ForCausalLM", type(layers).__name__
+    place, _, mixer = host.mixer.rpartition(":")
+    place = f"statex_dist.models.{place or 'hybrid.mixers'}"
+    mixers = {layer: config.place(layer) for layer in config.recurrent_layers}
+    sizes = {f.name: getattr(layers, f.name) for f in fields(layers) if f.name not in ("statex", "extra", "values")}
+    derived = tuple(re.escape(name) + "$" for name in config.DERIVED if name not in ModelConfig.DERIVED)
+    edits = [
+        ("DERIVED: tuple[str, ...] = ()", f"DERIVED: tuple[str, ...] = {derived!r}"),
+        ("configuration_bamba import BambaConfig", f"configuration_{folder} import {name}Config"),
+        ("models.bamba.", f"models.{folder}."),
+        (
+            "modeling_bamba import BambaForCausalLM, BambaModel",
+            f"modeling_{folder} import {causal}, {model}",
+        ),
+        ("BambaForCausalLM", causal),
+        ("BambaModel", model),
+        ("BambaConfig", f"{name}Config"),
+        ('"bamba"', f'"{config.MODEL_TYPE}"'),
+        (
+            "statex_dist.models.hybrid.mamba2 import Mamba2Layers",
+            f"{type(layers).__module__} import {kind}",
+        ),
+        ("Mamba2Layers", kind),
+        ("statex_dist.models.hybrid.mixers import HostedMamba2", f"{place} import {mixer}"),
+        ("HostedMamba2", mixer),
+        ("PLACES: dict[int, str] = {}", f"PLACES: dict[int, str] = {mixers!r}"),
+        ("SIZES: dict[str, Any] = {}", f"SIZES: dict[str, Any] = {_literal(sizes)}"),
+    ]
+    replaced = {**_REPLACED, "HostedMixer": f"{_CODE}.cached_mixer:CachedMixer"}
+    code = _bundled(_HYBRID, {_HYBRID: edits}, replaced, features=has_features(config))
+    title = f"{name.removesuffix('Text')} of transformers with larger recurrent states."
+    return _INTRODUCTION.format(title=title, version=__version__) + with_our_type(code)
+
+
+def _literal(value: Any) -> str:
+    """Return Python's text of a value of ``config.json``, also of infinities."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(_literal, value)) + ("," if isinstance(value, tuple) and value else "")
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    return f'float("{value}")' if isinstance(value, float) and not isfinite(value) else repr(value)
 
 
 def with_our_type(code: str) -> str:

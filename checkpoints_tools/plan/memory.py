@@ -41,13 +41,16 @@ Allocator slack, kernels' workspaces and the process itself (CUDA context; 0.5 G
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.layout import TensorSpec
+from statex_dist.models.hybrid.host_tensors import memory_tensors
+from statex_dist.models.layout import GAIN_NAME
 from statex_dist.models.registry import family_of
 from statex_dist.state.geometry import CHUNK_SIZE, MAX_STATE_BYTES, chunks_per_segment
 
@@ -181,8 +184,8 @@ def training_memory(
         settings: The run.
         count_activations: Counts activations instead of the estimate for GPU kernels.
     """
-    specs = family_of(config.MODEL_TYPE).tensors(config)
-    sizes = [spec.numel for spec in specs.values()]
+    shapes = parameter_shapes(config)
+    sizes = [math.prod(shape) for shape in shapes.values()]
     total, cpu = sum(sizes), settings.device == "cpu"
     whole = sum(size for size in sizes if size <= settings.param_persistence_threshold)
     mine = sum(-(-size // settings.world_size) for size in sizes)
@@ -216,7 +219,7 @@ def training_memory(
     if count_activations is None:
         tokens, chunk = settings.tokens, min(settings.loss_chunk_tokens or settings.tokens, settings.tokens)
         passing |= {
-            "activations": on_device(_estimate(config, settings, specs, width)),
+            "activations": on_device(_estimate(config, settings, shapes, width)),
             "logits": on_device(width * chunk * config.vocab_size),
             "loss gradients": on_device((width * tokens + 8 * config.vocab_size) * config.hidden_size),
         }
@@ -244,16 +247,32 @@ def _gathered(settings: TrainingSettings, sizes: list[int], whole: int) -> int:
     return rest if rest <= kept else min(rest, kept + _PREFETCH_BUCKET + max(sizes))
 
 
-def _estimate(config: ModelConfig, settings: TrainingSettings, specs: dict[str, TensorSpec], width: int) -> int:
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's parameters by name; of a mixed model those of all layers where they are known."""
+    found = memory_tensors(config) if config.is_mixed else None
+    if found is not None:
+        return dict(found)
+    return {name: spec.shape for name, spec in family_of(config.MODEL_TYPE).tensors(config).items()}
+
+
+def _estimate(
+    config: ModelConfig, settings: TrainingSettings, shapes: Mapping[str, tuple[int, ...]], width: int
+) -> int:
     """Return the bytes of the layers' activations with GPU kernels."""
-    tokens, family = settings.tokens, family_of(config.MODEL_TYPE)
+    tokens = settings.tokens
+    chosen = getattr(config, "num_experts_per_tok", None) or config.said("num_experts_per_tok")
     widths = [0] * config.num_hidden_layers
-    for name, spec in specs.items():
-        if (place := family.names.split(name)) and len(spec.shape) == 2 and spec.role != "gain":
-            widths[place[0]] += sum(spec.shape)
+    for name, shape in shapes.items():
+        place = re.search(r"\.layers\.(\d+)\.", name)
+        if place is None or name.endswith((GAIN_NAME, "conv1d.weight")):
+            continue
+        if len(shape) == 2:
+            widths[int(place[1])] += sum(shape)
+        elif len(shape) == 3 and isinstance(chosen, int):  # experts as one tensor, of which a token takes some
+            widths[int(place[1])] += chosen * sum(shape[1:])
     kept, again, states = 0, [0], [0]
     recurrent = frozenset(config.recurrent_layers)
-    for layer in range(config.num_hidden_layers) if config.kv_elements else config.recurrent_layers:
+    for layer in range(config.num_hidden_layers) if config.is_mixed or config.kv_elements else config.recurrent_layers:
         whole = width * tokens * widths[layer]
         geometry = config.layer_geometry(layer) if layer in recurrent else None
         if geometry is None:

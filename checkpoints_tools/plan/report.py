@@ -11,9 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from checkpoints_tools.plan.forgetting import Evidence, Forgetting, judge_forgetting
-from checkpoints_tools.plan.memory import CountActivations, TrainingMemory, TrainingSettings, training_memory
+from checkpoints_tools.plan.memory import (
+    CountActivations,
+    TrainingMemory,
+    TrainingSettings,
+    parameter_shapes,
+    training_memory,
+)
 from statex_dist.models.config import ModelConfig
-from statex_dist.models.registry import family_of, forward_flops_per_token
+from statex_dist.models.hybrid.host_tensors import memory_tensors
+from statex_dist.models.registry import forward_flops_per_token
+from statex_dist.models.sequence_memory import SequenceMemory, sequence_memory
 from statex_dist.state.geometry import LARGEST_DELTA_KERNEL_KEYS
 
 
@@ -41,6 +49,7 @@ class ModelCost:
     parameters: int
     flops_per_token: int
     memory: TrainingMemory
+    sequence: SequenceMemory
     forget_tokens: int | None
 
 
@@ -55,7 +64,8 @@ class PlanReport:
         before: Figures of the model as it is.
         after: Figures of the expanded model.
         forgetting: Whether ``seq_len`` is long enough for the state, with the evidence and the proposals.
-        mixed: Whether the model has layers that are not counted (attention and other layers that are passed through).
+        mixed: Whether the model has layers of which the FLOPs are not counted (attention and others).
+        counted: Whether parameters and memory of those layers are.
         notes: Limits of kernels that the plan meets.
     """
 
@@ -66,6 +76,7 @@ class PlanReport:
     after: ModelCost
     forgetting: Forgetting
     mixed: bool = False
+    counted: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,6 +89,7 @@ class PlanReport:
         values = asdict(self)
         for side in ("before", "after"):
             values[side]["memory"] = getattr(self, side).memory.to_dict()
+            values[side]["sequence"] = getattr(self, side).sequence.to_dict()
         return {**values, "forgetting": self.forgetting.to_dict(), "warning": self.warning}
 
 
@@ -87,6 +99,7 @@ def report_plan(
     training: TrainingSettings | None = None,
     count_activations: CountActivations | None = None,
     evidence: Evidence | None = None,
+    context_length: int | None = None,
 ) -> PlanReport:
     """Return the costs of expanding ``before`` into ``after``.
 
@@ -96,6 +109,7 @@ def report_plan(
         training: The run to predict the memory of.
         count_activations: Counts activations instead of the estimate for GPU kernels.
         evidence: What the forget threshold is concluded from; None for the paper's law.
+        context_length: Tokens of the sequence whose states, keys and values are counted; None takes the model's.
     """
     training, evidence = training or TrainingSettings(), evidence or Evidence()
     layers = []
@@ -116,10 +130,11 @@ def report_plan(
         model_type=before.MODEL_TYPE,
         training=training,
         layers=tuple(layers),
-        before=_cost(before, training, count_activations, evidence),
-        after=_cost(after, training, count_activations, evidence),
+        before=_cost(before, training, count_activations, evidence, context_length),
+        after=_cost(after, training, count_activations, evidence, context_length),
         forgetting=judge_forgetting(before, after, training.seq_len, evidence),
         mixed=before.is_mixed,
+        counted=not before.is_mixed or memory_tensors(before) is not None,
         notes=_kernel_notes(after),
     )
 
@@ -145,11 +160,14 @@ def _kernel_notes(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _cost(
-    config: ModelConfig, training: TrainingSettings, count_activations: CountActivations | None, evidence: Evidence
+    config: ModelConfig,
+    training: TrainingSettings,
+    count_activations: CountActivations | None,
+    evidence: Evidence,
+    context_length: int | None,
 ) -> ModelCost:
-    specs = family_of(config.MODEL_TYPE).tensors(config)
     geometries = [config.layer_geometry(layer) for layer in config.recurrent_layers]
-    parameters = sum(spec.numel for spec in specs.values())
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     numbers = sum(geometry.elements for geometry in geometries)
     needed = math.ceil(evidence.threshold(numbers))
     return ModelCost(
@@ -158,5 +176,6 @@ def _cost(
         parameters=parameters,
         flops_per_token=forward_flops_per_token(config),
         memory=training_memory(config, training, count_activations),
+        sequence=sequence_memory(config, tokens=context_length),
         forget_tokens=needed if needed > 0 else None,
     )

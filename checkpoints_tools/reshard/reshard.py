@@ -14,6 +14,7 @@ from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype
 from statex_dist.checkpoint.formats.tensor_io import Progress, total_bytes
+from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
 from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.model_check import check_apart, tied_names
@@ -136,12 +137,15 @@ def reshard(
 
 def _open(path: str | Path, *, training: bool) -> OpenModel:
     """Open a source; warn about what is not checked."""
-    opened = open_model(path, training=training)
+    opened = open_model(path, training=training, as_stored=True)
     facts, values = opened.source.facts, opened.values
     if values is None:
         logger.warning("%s has no %s: the tensors alone are written", facts.path, CONFIG_NAME)
     elif opened.config is None:
         logger.warning("model_type %s is not one of ours: tensors are not checked", shown(values.get("model_type")))
+    if training and isinstance(opened.source, Zero3Source):
+        opened.source.join()  # a run that continues has the names of memory
+        opened = replace(opened, names=opened.source.keys())
     if not opened.names:
         raise CheckpointError(f"{facts.path} holds no tensors: there is nothing to write")
     return opened

@@ -15,8 +15,9 @@ from statex_dist.checkpoint.layout import CONFIG_NAME, MANIFEST_NAME, STATES_FOR
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig, read_config_dict
-from statex_dist.models.model_check import tied_names
-from statex_dist.models.registry import config_from_dict, find_family
+from statex_dist.models.model_check import tied_names, unchecked_tensors
+from statex_dist.models.registry import UNSUPPORTED, config_from_dict, family_of, find_family
+from statex_dist.models.sequence_memory import SequenceMemory, sequence_memory
 from statex_dist.models.source import OpenModel, interpret
 
 USES = ("plan", "expand", "train", "run")
@@ -42,6 +43,8 @@ class CheckpointFacts:
         tied: Tied names and their owners.
         states: Names of the optimizer's states.
         state_numbers: State elements of all layers together, of a family of ours.
+        sequence: Memory of one sequence, states apart from keys and values
+            (:class:`statex_dist.models.sequence_memory.SequenceMemory`), of a family of ours.
         files: Number of files below the directory.
         bytes: Bytes of all of them.
         largest: The largest files and their bytes.
@@ -67,6 +70,7 @@ class CheckpointFacts:
     tied: dict[str, str] = field(default_factory=dict)
     states: list[str] = field(default_factory=list)
     state_numbers: int | None = None
+    sequence: SequenceMemory | None = None
     files: int = 0
     bytes: int = 0
     largest: dict[str, int] = field(default_factory=dict)
@@ -81,14 +85,19 @@ class CheckpointFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for JSON."""
-        return asdict(self)
+        return {**asdict(self), "sequence": None if self.sequence is None else self.sequence.to_dict()}
 
 
-def inspect(directory: str | Path) -> CheckpointFacts:
+def inspect(directory: str | Path, *, context_length: int | None = None) -> CheckpointFacts:
     """Describe a checkpoint; one that is incomplete or damaged is described as far as it can be.
+
+    Args:
+        directory: The checkpoint, or a run.
+        context_length: Tokens of the sequence whose keys and values are counted; None takes the model's.
 
     Raises:
         CheckpointError: Not a checkpoint.
+        ConfigError: The length is no number of tokens.
     """
     kind, path = recognise(directory)
     sizes = {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
@@ -104,7 +113,7 @@ def inspect(directory: str | Path) -> CheckpointFacts:
     values: dict[str, Any] | None = None
     try:
         values, config = _config(kind, path)
-        opened = _describe(facts, path)
+        opened = _describe(facts, path, context_length)
         values, config = opened.values, opened.config  # a run may have its config under another name
     except CheckpointError as error:
         facts.complete, facts.problem = False, str(error)
@@ -123,7 +132,9 @@ def _config(kind: str, path: Path) -> tuple[dict[str, Any] | None, ModelConfig |
 def _reasons(facts: CheckpointFacts, values: dict[str, Any] | None, config: ModelConfig | None) -> dict[str, str]:
     """Return why a model cannot be planned for, expanded, trained or run; possible uses have no entry."""
     if config is None:
-        text = f"not supported: expand cannot read model_type {values.get('model_type')!r}" if values else ""
+        kind = values.get("model_type") if values else None
+        why = UNSUPPORTED.get(kind) if isinstance(kind, str) else None
+        text = f"not supported: {why or f'expand cannot read model_type {kind!r}'}" if values else ""
         if facts.problem is not None and (not values or find_family(values)):
             text = facts.problem
         return dict.fromkeys(USES, text or f"not known: there is no {CONFIG_NAME}")
@@ -135,8 +146,8 @@ def _reasons(facts: CheckpointFacts, values: dict[str, Any] | None, config: Mode
     return reasons
 
 
-def _describe(facts: CheckpointFacts, path: Path) -> OpenModel:
-    """Add what the headers say, and return the model.
+def _describe(facts: CheckpointFacts, path: Path, context_length: int | None) -> OpenModel:
+    """Add what the headers say, and return the model; arguments of :func:`inspect`.
 
     Raises:
         CheckpointError: Files are missing, damaged, or not those of the manifest, or tensors not those of the model.
@@ -167,9 +178,17 @@ def _describe(facts: CheckpointFacts, path: Path) -> OpenModel:
         return opened
     facts.model_type, facts.state_numbers = opened.config.MODEL_TYPE, opened.config.state_elements
     facts.plan = opened.config.statex.to_dict() if opened.config.statex else None
+    dtype = TORCH_NAMES[source.info(family_of(opened.config.MODEL_TYPE).names.embeddings).dtype]
+    facts.sequence = sequence_memory(opened.config, tokens=context_length, dtype=dtype)
     stored = [source.info(name) for name in tied_names(opened.config) if name in source and name not in source.aliases]
     facts.parameters = (facts.parameters or 0) - sum(info.numel for info in stored)
-    facts.checks.append(f"names, shapes and dtypes of {len(opened.names)} tensors: those of {CONFIG_NAME}")
+    others, unknown = unchecked_tensors(opened.names, opened.config)
+    checked = len(opened.names) - others - unknown
+    facts.checks.append(f"names, shapes and dtypes of {checked} tensors: those of {CONFIG_NAME}")
+    if others:
+        facts.unchecked.append(f"{others} tensors: of other parts than the language model, kept as they are")
+    if unknown:
+        facts.unchecked.append(f"{unknown} tensors: of layers that are not recurrent, kept as they are")
     facts.complete = True
     return opened
 

@@ -71,7 +71,7 @@ def verify_expansion(
         CheckpointError: One of the two is damaged, incomplete, or the second has no plan beyond the first's.
     """
     source, values, before = read_model(base)
-    other = open_source(expanded, check=False)
+    other = open_source(expanded, check=False, as_stored=True)
     if other.facts.model_dir is None:
         raise CheckpointError(f"{other.facts.path} has no config.json: its plan is not known")
     found = read_config_dict(other.facts.model_dir)
@@ -100,8 +100,8 @@ def verify_expansion(
     verdict.differences += [f"tensor '{name}' should not be there" for name in sorted(held - jobs.keys())]
     pairs = [Pair(job, name) for name, job in jobs.items() if name in held]
     checksums = _note(compare(pairs, source, other, workers=workers, progress=progress), verdict)
-    _compare_reports(expansion, checksums, other.facts.path, verdict)
-    _compare_files(source, other, expansion_code(expansion), verdict)
+    _compare_reports(expansion, checksums, other.facts.model_dir, verdict)
+    _compare_files(source, other, expansion_code(expansion), other.facts.model_dir, verdict)
     return verdict
 
 
@@ -221,9 +221,10 @@ def _compare_reports(expansion: Expansion, checksums: dict[str, str], directory:
             verdict.differences.append(f"{REPORT_NAME}: the entry of '{name}' is not what was found")
 
 
-def _compare_files(source: TensorSource, other: TensorSource, code: dict[str, str], verdict: Verification) -> None:
+def _compare_files(
+    source: TensorSource, other: TensorSource, code: dict[str, str], directory: Path, verdict: Verification
+) -> None:
     """Compare what lies beside the weights: carried files, metadata, and anything else."""
-    directory = other.facts.path
     expected = {CONFIG_NAME, REPORT_NAME, MANIFEST_NAME, INDEX_NAME, *(path.name for path in other.files)}
     for path in carried_files(source.facts.model_dir):
         expected.add(path.name)

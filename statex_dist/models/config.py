@@ -198,6 +198,10 @@ class ModelConfig:
         """``module:Class`` of this model's recurrent layers where it is not the family's, or None."""
         return None
 
+    def said(self, *keys: str) -> Any:
+        """Return the value of the first of these keys that the file has and no field holds, or None."""
+        return next((self.extra[key] for key in keys if self.extra.get(key) is not None), None)
+
     @property
     def obstacle(self) -> str | None:
         """Why the model can be expanded and resharded here but not run, or None: attention that is not ours."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from statex_dist.checkpoint.formats.piece_io import same_values
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo, TensorSource
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.hybrid.host_tensors import host_tensors
 from statex_dist.models.registry import family_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,8 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     """Return the names of a model's tensors, after checking that the source holds just these, of the right shapes.
 
     A head of a tied model may be stored beside the embeddings; a name that only points to another tensor is left out.
-    Models of mixed kind may hold any further tensors. No value is read.
+    Models of mixed kind may hold any further tensors outside the layers, and in them where the host's are not known
+    (:func:`statex_dist.models.hybrid.host_tensors.host_tensors`). No value is read.
 
     Returns:
         The family's tensors in its order, then the others in the source's.
@@ -70,6 +74,7 @@ def check_names(source: TensorSource, config: ModelConfig) -> list[str]:
     others = sorted(name for name in held if name not in specs)
     if config.is_mixed:
         _check_other_layers(others, config, where)
+        _check_host(source, specs, others, config)
     extra = [name for name in others if is_extra(source.info(name), config)]
     allowed = {*extra, head} if tied else set(extra)
     if unused := [name for name in others if name not in allowed and not config.is_mixed]:
@@ -164,6 +169,49 @@ def _check_other_layers(others: list[str], config: ModelConfig, where: Path) -> 
         raise CheckpointError(f"{where} holds tensors of layers {beyond}; config.json has {config.num_hidden_layers}")
     if empty := sorted(set(range(config.num_hidden_layers)) - set(config.recurrent_layers) - found):
         raise CheckpointError(f"{where} holds no tensor of layers {empty}")
+
+
+def _check_host(source: TensorSource, specs: Collection[str], others: list[str], config: ModelConfig) -> None:
+    """Raise if tensors of a host's own are missing, unknown or of another shape, as far as the host's are known."""
+    wanted = host_tensors(config)
+    where = source.facts.path
+    if wanted is None:
+        return
+    held = {name: source.info(name) for name in (*specs, *others)}
+    for name, parts in config.file_parts({name: info.shape for name, info in held.items()}).items():
+        whole = held.pop(name)  # experts in one tensor
+        held |= {part.name: replace(whole, name=part.name, shape=part.shape) for part in parts}
+    if missing := [name for name in wanted if name not in held]:
+        raise CheckpointError(f"{where} lacks {_listed(missing)} of the {config.MODEL_TYPE} model in its config.json")
+    inside = [name for name in held if name not in wanted and family_of(config.MODEL_TYPE).names.split(name)]
+    if unknown := [name for name in inside if name not in specs and not is_extra(held[name], config)]:
+        raise CheckpointError(
+            f"{where} holds {_listed(unknown)}, unknown to the {config.MODEL_TYPE} model in config.json"
+        )
+    for name in wanted:
+        if name not in specs:
+            _check_like(held[name], wanted[name], where)
+
+
+def _check_like(info: TensorInfo, shape: tuple[int, ...], where: Path) -> None:
+    """Check a tensor of a host; axes of one element are not told apart, as in reading."""
+    alike = [size for size in info.shape if size != 1] == [size for size in shape if size != 1]
+    check_tensor(info, info.shape if alike else shape, where)
+
+
+def unchecked_tensors(names: Collection[str], config: ModelConfig) -> tuple[int, int]:
+    """Return how many tensors are not of the model that is run, and how many of its own are not checked.
+
+    Args:
+        names: The tensors of a checkpoint that :func:`check_names` has checked.
+        config: The model's config.
+    """
+    wanted = host_tensors(config) if config.is_mixed else None
+    own = family_of(config.MODEL_TYPE).tensors(config)
+    rest = [name for name in names if name not in own]
+    if wanted is None:
+        return 0, len(rest) if config.is_mixed else 0
+    return sum(name not in wanted for name in rest), 0
 
 
 def _listed(names: list[str], most: int = 4) -> str:

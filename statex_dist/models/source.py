@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
 from statex_dist.checkpoint.json_file import parse_config
 from statex_dist.errors import CheckpointError, StateXError
 from statex_dist.models.config import CONFIG_NAME, ModelConfig, read_config_dict
+from statex_dist.models.layout import Names, Part
 from statex_dist.models.model_check import (
     check_not_quantised,
     check_tensors,
@@ -23,6 +24,9 @@ from statex_dist.models.model_check import (
 from statex_dist.models.registry import config_from_dict, family_of, find_family, read_config
 
 logger = logging.getLogger(__name__)
+
+_OF_FILES = ("hf", "torch")
+"""Layouts with the names of the hub; the others have those of memory."""
 
 _FOLDERS = ("", "configs", "config")
 _MOST_FILES = 256
@@ -46,7 +50,14 @@ class OpenModel:
     names: list[str]
 
 
-def open_model(path: str | Path, *, digests: bool = True, describe: bool = False, training: bool = False) -> OpenModel:
+def open_model(
+    path: str | Path,
+    *,
+    digests: bool = True,
+    describe: bool = False,
+    training: bool = False,
+    as_stored: bool = False,
+) -> OpenModel:
     """Open a checkpoint; of a model of one of our families every name, shape and dtype is checked, and a tied head.
 
     Args:
@@ -54,15 +65,23 @@ def open_model(path: str | Path, *, digests: bool = True, describe: bool = False
         digests: See there.
         describe: See there.
         training: See there.
+        as_stored: As for :func:`interpret`.
 
     Raises:
         CheckpointError: See there, and of :func:`interpret`.
     """
     opened = open_files(path, digests=digests, describe=describe, training=training)
-    return interpret(opened, describe=describe, training=training)
+    return interpret(opened, describe=describe, training=training, as_stored=as_stored)
 
 
-def interpret(source: TensorSource, *, describe: bool = False, training: bool = False, check: bool = True) -> OpenModel:
+def interpret(
+    source: TensorSource,
+    *,
+    describe: bool = False,
+    training: bool = False,
+    check: bool = True,
+    as_stored: bool = False,
+) -> OpenModel:
     """Return open files as a model, checked.
 
     Args:
@@ -70,6 +89,8 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
         describe: Whether it was opened to be described.
         training: Whether a training checkpoint is wanted: it may lack frozen parameters that were not saved.
         check: Whether the tensors must be those of the model; what compares two checkpoints tells the differences.
+        as_stored: Whether tensors of a model directory that are joined, and that the family does not know, stay so:
+            experts that the hub has as one tensor.
 
     Raises:
         CheckpointError: ``config.json`` is wrong, or the tensors are not those of its model.
@@ -98,7 +119,12 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     if prefix := find_prefix(source, config):
         logger.warning("%s: every tensor's name begins with '%s', which is taken off", source.facts.path, prefix)
         source.strip(prefix)
-    if parts := config.file_parts({name: source.info(name).shape for name in source.keys()}):  # noqa: SIM118
+    parts = config.file_parts({name: source.info(name).shape for name in source.keys()})  # noqa: SIM118
+    if as_stored and source.facts.kind in _OF_FILES:
+        of_family = family_of(config.MODEL_TYPE).names
+        kept = [name for name, of in parts.items() if len(of) > 1 and not _is_ours(name, of, of_family, config)]
+        parts = {name: of for name, of in parts.items() if name not in kept}
+    if parts:
         source.divide(parts)
     if not check:
         return OpenModel(source=source, values=values, config=config, names=source.keys())
@@ -106,9 +132,16 @@ def interpret(source: TensorSource, *, describe: bool = False, training: bool = 
     return OpenModel(source=source, values=values, config=config, names=names)
 
 
-def open_source(path: str | Path, *, check: bool = True) -> TensorSource:
-    """Open a checkpoint as :func:`open_model` does, and return its tensors; ``check`` as for :func:`interpret`."""
-    return interpret(open_files(path), check=check).source
+def _is_ours(name: str, parts: Sequence[Part], names: Names, config: ModelConfig) -> bool:
+    """Return whether a joined tensor has to be shown in parts: of one of our layers, or one that is renamed."""
+    known = family_of(config.MODEL_TYPE).tensors(config)
+    renamed = name.startswith("model.") and names.split(name) is None
+    return renamed or any(part.name in known for part in parts)
+
+
+def open_source(path: str | Path, *, check: bool = True, as_stored: bool = False) -> TensorSource:
+    """Open a checkpoint as :func:`open_model` does, and return its tensors; arguments of :func:`interpret`."""
+    return interpret(open_files(path), check=check, as_stored=as_stored).source
 
 
 def find_model(path: str | Path) -> Path:

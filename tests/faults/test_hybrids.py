@@ -16,7 +16,7 @@ from statex_dist.models.hf import from_pretrained
 from statex_dist.train.metrics import read_metrics
 from tests.checkpoints_tools.builders import run_expand
 from tests.faults.test_faults import broken
-from tests.models.hybrid.hosts import save_host, without_kernels
+from tests.models.hybrid.hosts import HOSTS, save_host, without_kernels
 from tests.runs import REPOSITORY, losses, make_shards, run_training, write_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -72,3 +72,19 @@ def test_hub_to_transformers(tmp_path: Path, model_type: str):
     kept, given = (json.loads((path / "config.json").read_text()) for path in (export, source))
     changed = {key for key in given if kept.get(key) != given[key]}
     assert changed <= {"architectures", "model_type", "hidden_act", "ssm_state_size", "mamba_d_state"}, changed
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_two_ranks_train_every_host_as_one_process_does(tmp_path: Path, model_type: str):
+    save_host(model_type, tmp_path / "model", vocab_size=258, eos_token_id=256, pad_token_id=257)
+    sections = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"path": str(make_shards(tmp_path / "data"))},
+        "train": {"num_steps": 3},
+    }
+    engines = {"one": {"name": "plain"}, "two": {"name": "zero3", "activation_checkpointing": "block"}}
+    for ranks, (name, engine) in enumerate(engines.items(), 1):
+        file = write_run(tmp_path / f"{name}.yaml", **sections, engine={**engine, "precision": "fp32"})
+        done = run_training(ranks, "--config", str(file))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=2e-6)

@@ -5,6 +5,7 @@ CPU time. A command that takes more than its memory or time ends the process.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import resource
@@ -20,7 +21,13 @@ TRACEBACK = 99
 
 
 def run_limited(
-    commands: Sequence[Sequence[object]], directory: Path, *, memory: int = 512 << 20, seconds: int = 10, files: int = 0
+    commands: Sequence[Sequence[object]],
+    directory: Path,
+    *,
+    memory: int = 512 << 20,
+    seconds: int = 10,
+    files: int = 0,
+    imports: str = "statex_dist.models.registry",
 ) -> list[dict[str, Any]]:
     """Run commands one after the other in a process of their own.
 
@@ -30,20 +37,21 @@ def run_limited(
         memory: Bytes of address space beyond those of the imports.
         seconds: CPU time of a command.
         files: Open files; 0 for no limit.
+        imports: Module that the commands import, which counts as used before.
     """
     path = directory / "commands.json"
     path.write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    arguments = [str(path), str(memory), str(seconds), str(files)]
+    arguments = [str(path), imports, str(memory), str(seconds), str(files)]
     result = subprocess.run([sys.executable, "-m", "tests.launch.limited", *arguments], capture_output=True, text=True)
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert result.returncode == 0, f"{commands[len(found)]}: {result.returncode} {result.stderr[-2000:]}"
     return found
 
 
-def _main(path: str, memory: int, seconds: int, files: int) -> None:
+def _main(path: str, imports: str, memory: int, seconds: int, files: int) -> None:
     from launch.cli import main
-    from statex_dist.models import registry  # noqa: F401 - what the commands import counts as used before
 
+    importlib.import_module(imports)
     base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (base + memory, base + memory))
     if files:
@@ -66,4 +74,4 @@ def _main(path: str, memory: int, seconds: int, files: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], *map(int, sys.argv[2:5]))
+    _main(*sys.argv[1:3], *map(int, sys.argv[3:6]))

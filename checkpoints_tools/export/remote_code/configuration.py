@@ -16,6 +16,12 @@ def feature_map(entry: dict[str, Any]) -> FeatureMap | None:
     return FeatureMap(**entry["features"]) if entry["op"] == "grow_features" else None
 
 
+def expansion_plan(entry: dict[str, Any] | None) -> ExpansionPlan:
+    """Return the expansion plan of the entry ``statex`` of ``config.json``: operation and factor of each layer."""
+    entries = sorted((entry or {}).get("layers", ()), key=lambda entry: entry["layer"])
+    return ExpansionPlan(layers=tuple(LayerExpansion(**{**entry, "features": feature_map(entry)}) for entry in entries))
+
+
 class PlannedConfig(PretrainedConfig):
     """A configuration with an expansion plan under ``statex``.
 
@@ -29,10 +35,7 @@ class PlannedConfig(PretrainedConfig):
     @property
     def plan(self) -> ExpansionPlan:
         """The expansion plan: operation and factor of each expanded layer."""
-        entries = sorted((self.statex or {}).get("layers", ()), key=lambda entry: entry["layer"])
-        return ExpansionPlan(
-            layers=tuple(LayerExpansion(**{**entry, "features": feature_map(entry)}) for entry in entries)
-        )
+        return expansion_plan(self.statex)
 
     def expansion(self, layer: int) -> tuple[str | None, int]:
         """Return what was done to a layer, and the factor by which its state grew (None and 1 for nothing)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from checkpoints_tools.export.remote_code.configuration import StateXConfig
+from checkpoints_tools.export.remote_code.spans import TokenSpan, in_rows
 from statex_dist.models.core.layers import RMSNorm
-from statex_dist.models.core.sequences import LayerState, Sequences
+from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.hgrn2.config import shared_tensors
 from statex_dist.models.hgrn2.mixer import HGRN2Block, shared_inputs
 
@@ -27,18 +28,6 @@ FINAL_NORM = "norm"
 
 SPAN_TOKENS = 4096
 """Tokens that a layer is given at once: it then takes a constant amount of memory, however long the text is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSpan(Sequences):
-    """The tokens that a layer is given; texts of a batch with padding are one behind the other, without it."""
-
-    output_states: bool = True
-
-    def to(self, device: Any, non_blocking: bool = False) -> TokenSpan:
-        """Return a copy on another device; accelerate moves the arguments of layers that are spread over devices."""
-        borders = self.cu_seqlens
-        return TokenSpan(cu_seqlens=None if borders is None else borders.to(device, non_blocking=non_blocking))
 
 
 class StateXCache:
@@ -224,12 +213,12 @@ class StateXModel(PreTrainedModel):
         seen: tuple[torch.Tensor, ...] | None = () if output_hidden_states else None
         shared = shared_inputs(self)
         for index, layer in enumerate(self.layers):
-            seen = None if seen is None else (*seen, _in_rows(hidden, keep))
+            seen = None if seen is None else (*seen, in_rows(hidden, keep))
             inputs = tuple(of_layer[index] for of_layer in shared)
             hidden, state = _run_layer(layer, hidden, borders, memory.layers[index], inputs)
             states.append(state)
         norm = self.get_submodule(FINAL_NORM)
-        hidden = _in_rows(norm(hidden.to(norm.weight.dtype)), keep)  # type: ignore[arg-type]
+        hidden = in_rows(norm(hidden.to(norm.weight.dtype)), keep)  # type: ignore[arg-type]
         if use_cache:
             memory.layers = states
             memory.seen_tokens += num_tokens
@@ -240,11 +229,6 @@ class StateXModel(PreTrainedModel):
             **{CACHE_NAME: memory if use_cache else None},  # type: ignore[arg-type]
         )
         return output.to_tuple() if return_dict is False else output
-
-
-def _in_rows(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """Return ``[B, T, D]`` with zeros for padding from ``x [1, tokens, D]``; without padding ``x`` as it is."""
-    return x if keep is None else x.new_zeros(*keep.shape, x.shape[-1]).index_put((keep,), x.squeeze(0))
 
 
 def _run_layer(

@@ -33,6 +33,7 @@ from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
 from statex_dist.checkpoint.history import read_history
 from statex_dist.checkpoint.layout import tag_named_in
 from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.hybrid.host_tensors import memory_tensors
 from statex_dist.models.layout import TensorSpec
 from statex_dist.models.registry import family_of
 
@@ -71,6 +72,12 @@ def _continued(request: TargetRequest, source: Zero3Source) -> PlannedTarget:
     training, notes = read_training_states(source, ranks)
     history = read_history(source.facts.path)
     if request.grown is not None:
+        if source.is_divided:
+            raise ConfigError(
+                f"--to zero3 cannot grow a run of {request.family_config('zero3').MODEL_TYPE}: transformers "
+                "has its tensors under other names, or joined. Reshard it --to hf, expand that and begin a run with it "
+                "(without the optimizer's states)"
+            )
         training, jobs = _grown(training, request, request.grown)
         made, _ = request.export(jobs)
         plan = zero3_plan(training, jobs, ranks, documents=made, info=request.info, history=history)
@@ -111,7 +118,10 @@ def _fresh_plan(request: TargetRequest, world_size: int) -> TargetPlan:
     source, config = request.source, request.family_config("zero3")
     family = family_of(config.MODEL_TYPE)
     if config.is_mixed:
-        raise CheckpointError(f"{source.facts.path}: --to zero3 is not possible for mixed models: we do not train them")
+        raise CheckpointError(
+            f"{source.facts.path}: --to zero3 of weights is not written for {config.MODEL_TYPE}, whose layers are not "
+            "all ours; a run begins from the directory itself (model.path)"
+        )
     specs = family.tensors(config)
     precision = request.dtype or main_dtype([source.info(name) for name in specs])
     if precision not in ("F32", "BF16"):
@@ -148,7 +158,8 @@ def _grown(
     specs = family_of(config.MODEL_TYPE).tensors(config)
     for job in new:
         groups[_group_of(job.info.name, groups, specs, where)][job.info.name] = job.info.shape
-    order = {name: place for place, name in enumerate(specs)}
+    hosted = memory_tensors(config) if config.is_mixed else None
+    order = {name: place for place, name in enumerate(hosted or specs)}
     for old, group in zip(training.groups, groups, strict=True):
         places = [order.get(name, -1) for name in old]
         if len(group) > len(old) and places != sorted(places):
@@ -182,7 +193,11 @@ def _group_of(
     if len(groups) == 1:
         return 0
     decay = specs[name].decay
-    found = [index for index, group in enumerate(groups) if all(n in specs and specs[n].decay is decay for n in group)]
+
+    def decays(other: str, shape: tuple[int, ...]) -> bool:
+        return specs[other].decay if other in specs else len(shape) > 1  # of a host's own the matrices
+
+    found = [index for index, group in enumerate(groups) if all(decays(*item) is decay for item in group.items())]
     if len(found) != 1:
         raise CheckpointError(
             f"{where}: its optimizer's groups are not those with and without weight decay; to which of them the new "

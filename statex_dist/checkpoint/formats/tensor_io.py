@@ -195,6 +195,12 @@ class TensorSource(ABC):
         self.prefix = ""
         self._infos = dict(infos)
         self._stretches: dict[str, Stretch] = {}
+        self._undivided: tuple[dict[str, TensorInfo], dict[str, str], frozenset[str], SourceFacts] | None = None
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether tensors are shown under other names than those that are stored, or in parts (:meth:`divide`)."""
+        return bool(self._stretches)
 
     def keys(self) -> list[str]:
         """Return the names of all tensors, in the checkpoint's order."""
@@ -263,6 +269,7 @@ class TensorSource(ABC):
         """
         infos: dict[str, TensorInfo] = {}
         renamed: dict[str, str] = {}
+        self._undivided = self._infos, self.aliases, self.buffers, self.facts
         for name, info in self._infos.items():
             position = 0
             for part, shape in parts.get(name, [(name, info.shape)]):
@@ -281,6 +288,14 @@ class TensorSource(ABC):
         self.facts = replace(self.facts, digests=digests)
         for state in self.states().values():
             state.divide({name: of for name, of in parts.items() if name in state})
+
+    def join(self) -> None:
+        """Show the tensors as they are stored again, after :meth:`divide`; the optimizer's states too."""
+        if self._undivided is not None:
+            self._infos, self.aliases, self.buffers, self.facts = self._undivided
+            self._stretches, self._undivided = {}, None
+        for state in self.states().values():
+            state.join()
 
     def archives(self) -> Iterable[TorchArchive]:
         """Return the ``torch.save`` files among :attr:`files`: they carry checksums of their own."""

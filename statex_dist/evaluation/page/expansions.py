@@ -10,6 +10,7 @@ from statex_dist.evaluation.page.figures import Figure, add_legend, finish, look
 from statex_dist.evaluation.page.html import Blocks, Section, details, figures, heading, table
 from statex_dist.evaluation.page.inputs import ExpandedModel
 from statex_dist.models.config import ModelConfig
+from statex_dist.models.sequence_memory import sequence_memory
 
 _MOST_BARS = 64
 
@@ -35,7 +36,12 @@ def total_lines(expansion: ExpandedModel) -> list[list[str]]:
     """Return the model's figures before and after, for :func:`~statex_dist.evaluation.page.html.table`."""
     before, after = expansion.config.replace(statex=None), expansion.config
     rows = [("state elements", before.state_elements, after.state_elements)]
-    rows.append(("state bytes, one sequence", _state_bytes(before), _state_bytes(after)))
+    old_memory, new_memory = sequence_memory(before), sequence_memory(after)
+    rows.append((f"state bytes, one sequence ({new_memory.dtype})", old_memory.state_bytes, new_memory.state_bytes))
+    if new_memory.kv_bytes_per_token and old_memory.kv_bytes_per_token and new_memory.kv_bytes and old_memory.kv_bytes:
+        each = old_memory.kv_bytes_per_token, new_memory.kv_bytes_per_token
+        rows.append(("key and value bytes, each token", *each))
+        rows.append((f"key and value bytes, {new_memory.tokens:,} tokens", old_memory.kv_bytes, new_memory.kv_bytes))
     if expansion.parameters is not None:
         rows.append(("parameters", *expansion.parameters))
     lines = [
@@ -44,10 +50,6 @@ def total_lines(expansion: ExpandedModel) -> list[list[str]]:
     assert after.statex is not None
     count = f"{len(after.statex.layers)} of {len(after.recurrent_layers)}"
     return [["", "before", "after", "change"], *lines, ["expanded layers", "", count, ""]]
-
-
-def _state_bytes(config: ModelConfig) -> int:
-    return sum(config.layer_geometry(layer).state_bytes for layer in config.recurrent_layers)
 
 
 def layer_lines(config: ModelConfig) -> list[list[str]]:

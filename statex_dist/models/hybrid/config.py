@@ -17,6 +17,7 @@ from statex_dist.checkpoint.layout import CONFIG_NAME
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.config import LARGEST_SIZE, ModelConfig, check_type
 from statex_dist.models.config_keys import check_other_keys, ours, without_plan
+from statex_dist.models.hybrid.key_values import CountElements
 from statex_dist.models.hybrid.layer_lists import LayerKind, Values
 from statex_dist.models.hybrid.names import NameMap
 from statex_dist.models.layout import Part
@@ -34,6 +35,7 @@ class HostModel:
         keys: Key of the file and transformers' default, by the name of a field of the recurrent layers' configuration.
         options: Takes the file's values; returns further fields of that configuration.
         place: Name of the recurrent mixer in its layer, or a function of the layer's index and its kind.
+        cached: Counts what an attention layer keeps of a token.
         mixer: ``module:Class`` of our mixer, below ``statex_dist.models``; a class alone is in ``hybrid.mixers``.
         text: Key of the section of the text model, where there is one.
         head_factor: Takes the file's values; returns the factor of the logits.
@@ -43,7 +45,6 @@ class HostModel:
         fixed: Keys that change the recurrent layers in a way that ours do not have, with the values that change
             nothing.
         training: Keys that change a training run of transformers and no logit; reported where they are set.
-        since: The first release of transformers that has the model.
     """
 
     model: str
@@ -51,6 +52,7 @@ class HostModel:
     keys: Mapping[str, tuple[str, Any]]
     mixer: str
     place: str | Callable[[int, LayerKind], str]
+    cached: CountElements
     options: Callable[[Values], dict[str, Any]] = field(default=lambda values: {})
     text: str | None = None
     head_factor: Callable[[Values], float] = field(default=lambda values: 1.0)
@@ -59,7 +61,6 @@ class HostModel:
     read: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
-    since: str = "5.17"
 
     def text_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of the text model under the keys of today.
@@ -121,6 +122,7 @@ class HybridConfig(ModelConfig):
         self.places = frozenset(self.place(layer) for layer in self._recurrent)
         self.check_plan()
         self.HOST.head_factor(self.text)
+        assert self.kv_elements is not None  # counted here, so that a wrong size is refused when the file is read
         if self._recurrent:
             self._check_mixers()
 
@@ -153,6 +155,16 @@ class HybridConfig(ModelConfig):
     def recurrent_layers(self) -> tuple[int, ...]:
         """Layers with a recurrent state."""
         return self._recurrent
+
+    @property
+    def kv_elements(self) -> int:
+        """Numbers of keys and values that all attention layers keep of a token: shared blocks once for each use."""
+        return len(self.attention_layers) * self.HOST.cached({**self.text, "hidden_size": self.hidden_size})
+
+    def said(self, *keys: str) -> Any:
+        """Return the value of the first of these keys that the file has, of the text model or beside it, or None."""
+        both = {**self.values, **self.text}
+        return next((both[key] for key in keys if both.get(key) is not None), None)
 
     @property
     def obstacle(self) -> str | None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
-from statex_dist.models.config import check_type, is_layer
+from statex_dist.models.config import is_layer
 from statex_dist.models.gated_deltanet.config import DeltaRuleConfig
 from statex_dist.models.hybrid.config import HostModel
 from statex_dist.models.hybrid.delta import DeltaHybrid, KimiDeltaLayers, delta_host, gated_delta_keys
+from statex_dist.models.hybrid.key_values import grouped, latent, whole
 from statex_dist.models.hybrid.layer_lists import LayerKind, Values, every, listed
 from statex_dist.models.hybrid.names import Joined, NameMap, Rename
 from statex_dist.models.layout import Names
@@ -41,6 +42,7 @@ class Qwen3NextConfig(DeltaHybrid):
         keys=gated_delta_keys(),
         mixer="HostedGatedDelta",
         place="linear_attn",
+        cached=grouped(16, 2, 256),
         names=NameMap(joined=QWEN_EXPERTS),
     )
 
@@ -59,13 +61,14 @@ _MULTIMODAL_NAMES = Names(trunk="model.language_model", final_norm="norm", embed
 _LANGUAGE_MODEL = Rename(r"^model\.(?!language_model\.|visual\.)", "model.language_model.")
 
 
-def _qwen3_5(model: str, names: NameMap, *, text: str | None = None) -> HostModel:
+def _qwen3_5(model: str, names: NameMap, *, key_values: int, text: str | None = None) -> HostModel:
     return HostModel(
         model=model,
         layer_kinds=_qwen_kinds,
         keys=gated_delta_keys(),
         mixer="hybrid.delta_mixers:HostedSplitGatedDelta",
         place="linear_attn",
+        cached=grouped(16, key_values, 256),
         text=text,
         names=names,
     )
@@ -76,7 +79,7 @@ class Qwen35TextConfig(DeltaHybrid):
 
     MODEL_TYPE: ClassVar[str] = "qwen3_5_text"
     DEFAULTS: ClassVar[Mapping[str, Any]] = _QWEN3_5
-    HOST: ClassVar[HostModel] = _qwen3_5("qwen3_5.modeling_qwen3_5:Qwen3_5TextModel", NameMap())
+    HOST: ClassVar[HostModel] = _qwen3_5("qwen3_5.modeling_qwen3_5:Qwen3_5TextModel", NameMap(), key_values=4)
 
 
 class Qwen35Config(DeltaHybrid):
@@ -85,7 +88,10 @@ class Qwen35Config(DeltaHybrid):
     MODEL_TYPE: ClassVar[str] = "qwen3_5"
     DEFAULTS: ClassVar[Mapping[str, Any]] = _QWEN3_5
     HOST: ClassVar[HostModel] = _qwen3_5(
-        "qwen3_5.modeling_qwen3_5:Qwen3_5TextModel", NameMap(renames=(_LANGUAGE_MODEL,)), text="text_config"
+        "qwen3_5.modeling_qwen3_5:Qwen3_5TextModel",
+        NameMap(renames=(_LANGUAGE_MODEL,)),
+        key_values=4,
+        text="text_config",
     )
 
 
@@ -95,7 +101,7 @@ class Qwen35MoeTextConfig(DeltaHybrid):
     MODEL_TYPE: ClassVar[str] = "qwen3_5_moe_text"
     DEFAULTS: ClassVar[Mapping[str, Any]] = _QWEN3_5_MOE
     HOST: ClassVar[HostModel] = _qwen3_5(
-        "qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeTextModel", NameMap(joined=QWEN_EXPERTS)
+        "qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeTextModel", NameMap(joined=QWEN_EXPERTS), key_values=2
     )
 
 
@@ -107,6 +113,7 @@ class Qwen35MoeConfig(DeltaHybrid):
     HOST: ClassVar[HostModel] = _qwen3_5(
         "qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeTextModel",
         NameMap(joined=QWEN_EXPERTS, renames=(_LANGUAGE_MODEL,)),
+        key_values=2,
         text="text_config",
     )
 
@@ -124,17 +131,6 @@ _CONVOLUTIONS = Joined(
 )
 
 
-def _whole(values: Values, key: str, default: int) -> int:
-    """Return a size of the file, or the default that other sizes give."""
-    value = values.get(key)
-    if value is None:
-        return default
-    check_type(key, value, int)
-    if value < 1:
-        raise CheckpointError(f"config.json: {key} must be 1 or more, not {shown(value)}")
-    return int(value)
-
-
 def _olmo_kinds(values: Values, count: int) -> list[LayerKind]:
     if found := listed(values, count, "layer_types"):
         return found
@@ -143,14 +139,14 @@ def _olmo_kinds(values: Values, count: int) -> list[LayerKind]:
 
 
 def _olmo_options(values: Values) -> dict[str, Any]:
-    heads = _whole(values, "num_attention_heads", 30)
-    keys = _whole(values, "linear_num_key_heads", heads)
-    size = _whole(values, "linear_key_head_dim", int(0.75 * _whole(values, "hidden_size", 3840) / keys))
+    heads = whole(values, "num_attention_heads", 30)
+    keys = whole(values, "linear_num_key_heads", heads)
+    size = whole(values, "linear_key_head_dim", int(0.75 * whole(values, "hidden_size", 3840) / keys))
     return {
         "num_heads": keys,
-        "num_v_heads": _whole(values, "linear_num_value_heads", heads),
+        "num_v_heads": whole(values, "linear_num_value_heads", heads),
         "head_dim": size,
-        "value_dim": _whole(values, "linear_value_head_dim", 2 * size),
+        "value_dim": whole(values, "linear_value_head_dim", 2 * size),
         "norm_eps": 1e-5,  # of the norm behind the recurrence alone, whatever rms_norm_eps says
     }
 
@@ -170,6 +166,7 @@ class OlmoHybridConfig(DeltaHybrid):
         options=_olmo_options,
         mixer="hybrid.delta_mixers:HostedSeparateGatedDelta",
         place="linear_attn",
+        cached=grouped(30, None),
         names=NameMap(
             joined=(_CONVOLUTIONS,),
             renames=(
@@ -220,7 +217,7 @@ def _kimi_kinds(values: Values, count: int) -> list[LayerKind]:
 def _kimi_options(values: Values) -> dict[str, Any]:
     section = _kimi_section(values)
     keys = {"num_heads": "num_heads", "head_dim": "head_dim", "conv_size": "short_conv_kernel_size"}
-    return {name: _whole(section, key, 1) for name, key in keys.items() if section.get(key) is not None}
+    return {name: whole(section, key, 1) for name, key in keys.items() if section.get(key) is not None}
 
 
 class KimiLinearConfig(DeltaHybrid):
@@ -241,6 +238,7 @@ class KimiLinearConfig(DeltaHybrid):
         options=_kimi_options,
         mixer="hybrid.delta_mixers:HostedKimiDelta",
         place="self_attn",
+        cached=latent,
         names=NameMap(
             joined=(
                 _CONVOLUTIONS,
@@ -257,7 +255,6 @@ class KimiLinearConfig(DeltaHybrid):
                 Rename(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
             ),
         ),
-        since="5.24",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from statex_dist.errors import CheckpointError, shown
 from statex_dist.models.hybrid.config import HostModel
+from statex_dist.models.hybrid.key_values import grouped
 from statex_dist.models.hybrid.layer_lists import KINDS, LayerKind, Values, listed
 from statex_dist.models.hybrid.mamba2 import Mamba2Hybrid, mamba2_host
 from statex_dist.models.hybrid.names import Joined, NameMap, Rename
@@ -85,6 +86,7 @@ class BambaConfig(Mamba2Hybrid):
         options=_expanded_heads,
         mixer="HostedMamba2",
         place="mamba",
+        cached=grouped(32, 8),
         read={**_HEAD_TYPES, "attn_layer_indices": list[int] | None},
         fixed={"hidden_act": _SILU},
         training=frozenset({"z_loss_coefficient"}),
@@ -125,6 +127,7 @@ class GraniteHConfig(Mamba2Hybrid):
         options=_expanded_heads,
         mixer="HostedMamba2",
         place="mamba",
+        cached=grouped(32, None),
         head_factor=_granite_head,
         names=NameMap(
             renames=(
@@ -181,6 +184,7 @@ class NemotronHConfig(Mamba2Hybrid):
         options=lambda values: {"time_step_limit": (values.get("time_step_min", 0.001), math.inf)},
         mixer="HostedMamba2",
         place="mixer",
+        cached=grouped(32, 8, 128),
         names=NameMap(
             joined=(
                 Joined(r"\.mixer\.experts\.up_proj$", (".mixer.experts.{e}.up_proj.weight",)),
@@ -251,6 +255,7 @@ class FalconH1Config(Mamba2Hybrid):
         options=_falcon_options,
         mixer="HostedMamba2",
         place="mamba",
+        cached=grouped(32, 8),
         head_factor=lambda values: float(values.get("lm_head_multiplier", 1.0)),
         read={
             **_HEAD_TYPES,
@@ -307,6 +312,7 @@ class Zamba2Config(Mamba2Hybrid):
         options=_zamba2_options,
         mixer="HostedMamba2",
         place=lambda layer, kind: "mamba_decoder.mamba" if kind == "both" else "mamba",
+        cached=grouped(32, None, width=2),
         read={"mamba_expand": int, "time_step_min": float, "layers_block_type": list[str] | None},
         # transformers finds its shared blocks by layers_block_type alone.
         fixed={"layer_types": (None,)},

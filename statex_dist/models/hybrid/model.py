@@ -7,9 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
-from packaging.version import Version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -25,14 +23,17 @@ from statex_dist.models.lm import LMHead, Recompute, RecurrentLM
 from statex_dist.models.registry import Role, parameter_roles
 from statex_dist.ops.attention import KeyValues
 
-_REFUSALS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (
+    *(StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError),
+    ValueError,
+)
 """What transformers raises for values of a ``config.json`` that it cannot build a model of."""
 
 
 class HostedLM(RecurrentLM):
     """A causal language model whose layers, but for the recurrent mixers, are transformers' own.
 
-    Parameters have the names of transformers' model in memory; :meth:`file_names` tells those of its files.
+    Parameters have the names of transformers' model in memory; :meth:`file_parts` tells those of its files.
 
     Args:
         config: The model's configuration; its plan decides each recurrent layer's state.
@@ -165,13 +166,9 @@ def host_model(config: HybridConfig) -> PreTrainedModel:
         config: The model's configuration with its plan.
 
     Raises:
-        ConfigError: This transformers does not have the model, or cannot build it.
+        ConfigError: transformers cannot build a model of this configuration.
     """
     host = config.HOST
-    if Version(transformers.__version__) < Version(host.since):
-        raise ConfigError(
-            f"{config.MODEL_TYPE} models need transformers >= {host.since}, not {transformers.__version__}"
-        )
     attention.register()
     module, _, name = host.model.partition(":")
     base: type[PreTrainedModel] = getattr(importlib.import_module(f"transformers.models.{module}"), name)

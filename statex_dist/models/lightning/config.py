@@ -19,6 +19,7 @@ from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.fla import head_geometry
 from statex_dist.models.hybrid.config import HostModel
+from statex_dist.models.hybrid.key_values import grouped
 from statex_dist.models.hybrid.names import Joined, NameMap, Rename
 from statex_dist.models.layout import GAIN_NAME, Names, Part, TensorSpec, Units, expansion_tensors, layer_units
 from statex_dist.models.registry import Family
@@ -55,6 +56,7 @@ HOST = HostModel(
     keys={},
     mixer="hybrid.delta_mixers:HostedLightning",
     place="self_attn",
+    cached=grouped(32, 8),
     names=NameMap(
         joined=(
             Joined(
@@ -162,6 +164,13 @@ class LightningConfig(ModelConfig):
     def attention_layers(self) -> tuple[int, ...]:
         """Layers with softmax attention."""
         return tuple(layer for layer, kind in enumerate(self.kinds) if kind == FULL)
+
+    @property
+    def kv_elements(self) -> int:
+        """Numbers of keys and values that all softmax layers keep of a token."""
+        sizes = ("num_attention_heads", "hidden_size", "head_dim")
+        values = {**self.extra, **{name: getattr(self, name) for name in sizes}}
+        return len(self.attention_layers) * HOST.cached(values) if self.attention_layers else 0
 
     @property
     def HOST(self) -> HostModel | None:  # noqa: N802 (of all hosts)
