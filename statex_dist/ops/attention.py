@@ -1,20 +1,22 @@
 """Causal softmax attention of packed sequences: of each document by itself, over segments, rows and ranks.
 
-A dense mask of a pack of 131,072 tokens takes 16 GiB, so no mask is made: each document is attended to by itself.
+A dense mask of a pack of 131,072 tokens takes 16 GiB, so none is made. On a GPU a kernel for packed sequences reads the
+borders (``ops.packed_attention``); elsewhere documents are attended to in batches of similar lengths. A causal product
+needs no mask for a document that is filled up behind its end: no token reads the filler, and its outputs are dropped.
 Attention carries keys and values from one segment to the next, as a recurrence carries its state.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
-from statex_dist.ops.cu_seqlens import borders_of
+from statex_dist.ops.cu_seqlens import read_borders
+from statex_dist.ops.packed_attention import Score, causal, packed
 
 if TYPE_CHECKING:
     from statex_dist.distributed.context_group import ContextGroup, ContextShare
@@ -67,7 +69,7 @@ def attention(
     Returns:
         ``[B, HQ, T, V]``, and keys and values of each row, or of a pack's last sequence; None unless asked for.
     """
-    score = _Score(scale, dropout, window)
+    score = Score(scale, dropout, window)
     if cu_seqlens is None:
         assert context is None, "ranks share packs"
         return _of_rows(q, k, v, before, score, output_final_state=output_final_state)
@@ -78,80 +80,14 @@ def attention(
         k, v = (_joined(*pair) for pair in zip(_tail_of(before, history), (k, v), strict=True))
     if context is not None:
         k, v, history, after = _with_other_ranks(k, v, cu_seqlens, context, history)
-    outputs = []
-    for place, (start, stop) in enumerate(borders_of(cu_seqlens)):
-        # The first sequence began before the tokens, by as many as there are more keys than queries.
-        read = slice(start + history if place else 0, stop + history)
-        if stop > start:
-            outputs.append(_causal(q[:, :, start:stop], k[:, :, read], v[:, :, read], score))
+    marks = read_borders(cu_seqlens)
+    o = packed(q, k, v, marks, score, history=history)
     if output_final_state and context is None:
-        after = KeyValues(k[:, :, read], v[:, :, read], torch.full((1,), read.stop - read.start, device=k.device))
-    return torch.cat(outputs, dim=2), after if output_final_state else None
-
-
-class _Score(NamedTuple):
-    """Arguments of :func:`attention` that every sequence shares."""
-
-    scale: float | None
-    dropout: float
-    window: int | None
-
-    def apply(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask: Any) -> torch.Tensor:
-        """Return PyTorch's attention.
-
-        Of shapes alone (``meta``), where memory is counted, it would hold the scores of all pairs of tokens; there the
-        operator of a CPU is called, which does not.
-        """
-        if q.is_meta:
-            bias = mask.pop("attn_mask", None)
-            bias = None if bias is None else bias.to(q.dtype)
-            found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, self.dropout, **mask, attn_mask=bias, scale=self.scale
-            )[0]
-            return found
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout, scale=self.scale, enable_gqa=grouped, **mask
-        )
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: _Score) -> torch.Tensor:
-    """Return the outputs of the last tokens of one sequence, of whose keys the last belong to them."""
-    queries, keys = q.shape[2], k.shape[2]
-    if score.window is not None and score.window < keys:
-        return _windowed(q, k, v, score, score.window)
-    if queries == 1:
-        return score.apply(q, k, v)
-    if queries == keys:
-        return score.apply(q, k, v, is_causal=True)
-    if q.is_cuda:
-        return score.apply(q, k, v, attn_mask=causal_lower_right(queries, keys))
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return score.apply(q, k, v, attn_mask=seen)
-
-
-_WINDOW_QUERIES = 128
-"""Fewest queries that share a mask: short windows would take a call for a few tokens each."""
-
-
-def _windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: _Score, window: int) -> torch.Tensor:
-    """Return the outputs of :func:`_causal` where tokens see a window; blocks of queries take the keys that they see.
-
-    Memory of masks grows with the window, not with the sequence.
-    """
-    queries, keys = q.shape[2], k.shape[2]
-    size = max(window, _WINDOW_QUERIES)
-    outputs = []
-    for start in range(0, queries, size):
-        stop = min(start + size, queries)
-        last = keys - queries + stop
-        first = max(last - (stop - start) - window + 1, 0)
-        row = torch.arange(last - (stop - start), last, device=q.device)[:, None]
-        place = torch.arange(first, last, device=q.device)
-        seen = (place <= row) & (place > row - window)
-        read = slice(first, last)
-        outputs.append(score.apply(q[:, :, start:stop], k[:, :, read], v[:, :, read], attn_mask=seen))
-    return torch.cat(outputs, dim=2)
+        # The first sequence began before the tokens, by as many as there are more keys than queries.
+        start = marks[-2] + (history if len(marks) > 2 else 0)
+        length = torch.full((1,), k.shape[2] - start, device=k.device)
+        after = KeyValues(k[:, :, start:], v[:, :, start:], length)
+    return o, after if output_final_state else None
 
 
 def _of_rows(
@@ -159,7 +95,7 @@ def _of_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     before: KeyValues | None,
-    score: _Score,
+    score: Score,
     *,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, KeyValues | None]:
@@ -167,20 +103,20 @@ def _of_rows(
     tokens = k.shape[2]
     lengths = torch.zeros(len(k), dtype=torch.int64, device=k.device) if before is None else before.lengths
     if before is None or not before.keys.shape[2]:
-        o = _causal(q, k, v, score)
+        o = causal(q, k, v, score)
     else:
         k, v = (_joined(*pair) for pair in zip(before[:2], (k, v), strict=True))
         read = before.keys.shape[2]
         # Tensors of shapes alone (``meta``) tell no lengths: rows are then equal.
         if lengths.is_meta or bool((lengths == read).all()):
-            o = _causal(q, k, v, score)
+            o = causal(q, k, v, score)
         else:
             place = torch.arange(k.shape[2], device=k.device)
             row = torch.arange(tokens, device=k.device)[:, None] + read
             seen = (place >= (read - lengths)[:, None, None]) & (place <= row)
             if score.window is not None:
                 seen = seen & (place > row - score.window)
-            o = score.apply(q, k, v, attn_mask=seen[:, None])
+            o = score.product(q, k, v, attn_mask=seen[:, None])
     return o, KeyValues(k, v, lengths + tokens) if output_final_state else None
 
 
@@ -200,7 +136,7 @@ def _with_other_ranks(
     """Return keys and values from the begin of this share's first sequence on, and those of the pack's last one.
 
     Each rank gathers the keys and values of all: memory of a layer grows with the pack, not with its square. Every rank
-    takes its own out of those that it gathered, so that all take part in the exchange of the backward pass.
+    takes its own from what it has gathered, so that all take part in the exchange of the backward pass.
 
     Args:
         k: ``[1, H, history + T, D]`` of this share, behind what the pack's first sequence has read before the pack.

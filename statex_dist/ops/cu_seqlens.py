@@ -181,6 +181,17 @@ class _Rearrange(torch.autograd.Function):
         return _Rearrange.apply(grad, inverse, index), None, None
 
 
+def rearrange(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Return the rows ``y[i] = x[index[i]]``, zero where the index is out of range.
+
+    Args:
+        x: ``[N, ...]``.
+        index: ``[M]`` int64; no row of ``x`` twice.
+        inverse: ``[N]`` int64, the place in ``y`` of each row of ``x``.
+    """
+    return _Rearrange.apply(x, index, inverse)
+
+
 def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     filler = x.new_zeros(1, *x.shape[1:])
     return torch.cat([x, filler]).index_select(0, index.clamp(max=x.shape[0]))

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from statex_dist.ops import packed_attention
 from statex_dist.ops.attention import KeyValues, attention
+from statex_dist.ops.packed_attention import Score
 from tests.ops.scan_cases import borders
 
 HEADS, KEY_HEADS, KEYS, VALUES = 4, 2, 6, 5
@@ -41,7 +43,7 @@ def dense(
     cuts=st.sets(st.integers(1, 44), max_size=4),
     window=st.none() | st.integers(1, 6),
 )
-@mock.patch("statex_dist.ops.attention._WINDOW_QUERIES", 2)
+@mock.patch("statex_dist.ops.packed_attention._WINDOW_QUERIES", 2)
 def test_segments_of_packs_equal_dense_attention(lengths: list[int], cuts: set[int], window: int | None):
     total = sum(lengths)
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -97,3 +99,68 @@ def test_dropout_changes_scores_in_training_alone():
     kept, _ = attention(q, k, v, cu_seqlens=marks)
     dropped, _ = attention(q, k, v, cu_seqlens=marks, dropout=0.5)
     assert not torch.equal(kept, dropped)
+
+
+@pytest.mark.parametrize("history", [0, 5])
+def test_many_documents_of_unequal_lengths(history: int):
+    lengths = [3, 1, 40, 3, 41, 9, 10, 9, 3, 37, 1, 600, 601]
+    q, k, v = (y.requires_grad_() for y in inputs(history + sum(lengths)))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor([history + 3, *lengths[1:]]))
+    expected = dense(q, k, v, documents)[:, :, history:]
+    marks = [0, *itertools.accumulate(lengths)]
+    found = packed_attention.packed(q[:, :, history:], k, v, marks, Score(), history=history)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(y.sin().sum(), (q, k, v)) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_documents_of_similar_lengths_share_a_call(monkeypatch):
+    calls, product = [], Score.product
+    monkeypatch.setattr(Score, "product", lambda *a, **mask: calls.append(a[1].shape) or product(*a, **mask))
+    lengths = [1 + place % 16 for place in range(512)]
+    attention(*inputs(sum(lengths)), cu_seqlens=borders(lengths))
+    assert len(calls) <= 12
+    assert sum(shape[0] * shape[2] for shape in calls) <= 1.25 * sum(lengths)
+
+
+def test_no_mask_over_a_long_history(monkeypatch):
+    monkeypatch.setattr(packed_attention, "_MASK_ELEMENTS", 256)
+    masks, product = [], Score.product
+    monkeypatch.setattr(Score, "product", lambda *a, **mask: masks.append(mask.get("attn_mask")) or product(*a, **mask))
+    q, k, v = (y.requires_grad_() for y in inputs(64))
+    found = packed_attention.causal(q[:, :, 40:], k, v, Score())
+    expected = dense(q, k, v, torch.zeros(64))[:, :, 40:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(y.sin().sum(), (q, k, v)) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert all(mask.numel() <= 256 for mask in masks if mask is not None)
+
+
+def kernel(q, k, v, of_queries, of_keys, most_queries, most_keys, *, scale, window_size, enable_gqa):
+    """What torch's varlen_attn computes with ``window_size=(tokens before each, 0)``; CPUs do not have it."""
+    assert (window_size[1], enable_gqa) == (0, True)
+    score = Score(scale, window=None if window_size[0] < 0 else window_size[0] + 1)
+    assert len({y.shape[-1] for y in (q, k, v)}) == 1
+    assert q.shape[-1] % 8 == 0
+    outputs, sizes = [], []
+    for (a, b), (c, d) in zip(
+        itertools.pairwise(of_queries.tolist()), itertools.pairwise(of_keys.tolist()), strict=True
+    ):
+        rows = (y.transpose(0, 1) for y in (q[a:b], k[c:d], v[c:d]))
+        outputs.append(packed_attention.causal(*(y[None] for y in rows), score)[0].transpose(0, 1))
+        sizes.append((b - a, d - c))
+    assert (most_queries, most_keys) == tuple(map(max, zip(*sizes, strict=True)))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("history", [0, 7])
+def test_the_kernel_of_gpus_gets_what_it_needs(monkeypatch, history: int, window: int | None):
+    q, k, v = inputs(history + 20)
+    arguments = (q[:, :, history:], k, v, [0, 6, 6, 7, 20], Score(window=window))
+    expected = packed_attention.packed(*arguments, history=history)
+    monkeypatch.setattr(packed_attention, "takes_varlen", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", kernel)
+    torch.testing.assert_close(packed_attention.packed(*arguments, history=history), expected, rtol=0, atol=1e-12)
