@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from statex_dist.ops.cu_seqlens import read_borders
-from statex_dist.ops.packed_attention import Score, causal, packed
+from statex_dist.ops.packed_attention import ScoreRule, causal, packed
 
 if TYPE_CHECKING:
     from statex_dist.distributed.context_group import ContextGroup, ContextShare
@@ -69,7 +69,7 @@ def attention(
     Returns:
         ``[B, HQ, T, V]``, and keys and values of each row, or of a pack's last sequence; None unless asked for.
     """
-    score = Score(scale, dropout, window)
+    score = ScoreRule(scale, dropout, window)
     if cu_seqlens is None:
         assert context is None, "ranks share packs"
         return _of_rows(q, k, v, before, score, output_final_state=output_final_state)
@@ -95,7 +95,7 @@ def _of_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     before: KeyValues | None,
-    score: Score,
+    score: ScoreRule,
     *,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, KeyValues | None]:

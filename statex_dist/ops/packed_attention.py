@@ -37,7 +37,7 @@ _WINDOW_QUERIES = 128
 """Fewest queries that share a mask: short windows would take a call for a few tokens each."""
 
 
-class Score(NamedTuple):
+class ScoreRule(NamedTuple):
     """How scores are computed and which of them count.
 
     Attributes:
@@ -74,7 +74,7 @@ def packed(
     k: torch.Tensor,
     v: torch.Tensor,
     marks: Sequence[int],
-    score: Score,
+    score: ScoreRule,
     *,
     history: int = 0,
 ) -> torch.Tensor:
@@ -109,7 +109,7 @@ def packed(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score) -> torch.Tensor:
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: ScoreRule) -> torch.Tensor:
     """Return the outputs of the last tokens of each row, of whose keys the last belong to them."""
     queries, keys = q.shape[2], k.shape[2]
     if score.window is not None and score.window < keys:
@@ -132,7 +132,7 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score) -> t
     return torch.cat(outputs, dim=2)
 
 
-def _windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score, window: int) -> torch.Tensor:
+def _windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: ScoreRule, window: int) -> torch.Tensor:
     """Return the outputs of :func:`causal` where tokens see a window; blocks of queries take the keys that they see.
 
     Memory of masks grows with the window, not with the sequence.
@@ -193,7 +193,7 @@ def _batches(lengths: tuple[int, ...], device: torch.device) -> _Batches:
     return _Batches(shapes, gather.to(device), scatter[:-1].to(device))
 
 
-def _by_batches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batches: _Batches, score: Score) -> torch.Tensor:
+def _by_batches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batches: _Batches, score: ScoreRule) -> torch.Tensor:
     sizes = [count * size for count, size in batches.shapes]
     flat = (rearrange(y[0].transpose(0, 1), batches.gather, batches.scatter).split(sizes) for y in (q, k, v))
     outputs = []
@@ -214,7 +214,7 @@ def takes_varlen(q: torch.Tensor, v: torch.Tensor, dropout: float) -> bool:
 
 
 def _by_kernel(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, marks: Sequence[int], history: int, score: Score
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, marks: Sequence[int], history: int, score: ScoreRule
 ) -> torch.Tensor:
     """Call the kernel, which takes ``[T, H, D]`` with heads of one size, a multiple of 8."""
     values = v.shape[-1]
