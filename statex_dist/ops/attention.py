@@ -136,7 +136,7 @@ def _with_other_ranks(
     """Return keys and values from the begin of this share's first sequence on, and those of the pack's last one.
 
     Each rank gathers the keys and values of all: memory of a layer grows with the pack, not with its square. Every rank
-    takes its own from what it has gathered, so that all take part in the exchange of the backward pass.
+    takes its own out of those that it gathered, so that all take part in the exchange of the backward pass.
 
     Args:
         k: ``[1, H, history + T, D]`` of this share, behind what the pack's first sequence has read before the pack.
