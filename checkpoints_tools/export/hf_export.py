@@ -29,6 +29,8 @@ Form = Literal["plain", "remote_code", "none"]
 """How transformers opens a model: with its own class, with the code beside the weights, or not at all."""
 
 _RESCALES = "rescale_prenorm_residual"
+_REFUSED_BY_MAMBA_SSM = ("statex", "torch_dtype", "dtype")
+"""Keys of ours and of transformers with which its ``MambaConfig`` cannot be made."""
 _GROUPED_NORMS = ("mamba2", "bamba", "granitemoehybrid")
 """Models with ``n_groups`` whose output norm transformers took over all groups before 5.23."""
 CODE_NAME = f"{MODULE_NAME}.py"
@@ -101,9 +103,14 @@ def closed_note(config: ModelConfig) -> str:
         why = config.obstacle or "layers have an MLP"
     if config.attention_layers:
         why = config.obstacle or f"layers {list(config.attention_layers)} are softmax attention"
+    if _is_plain_mamba_ssm(config):
+        return (
+            f"transformers has no class for this {name} model, {mixed}: {why}; mamba_ssm opens pytorch_model.bin "
+            "alone: make its MambaLMHeadModel of config.json and load the tensors of the safetensors into that"
+        )
     if _host(config) is not None and config.obstacle is None:
         mixed, why = "and we write no code for multimodal models", f"{name} has other parts than a language model"
-    if config.statex is not None and not _is_plain_mamba_ssm(config):
+    if config.statex is not None:
         return (
             f"no library opens this expanded model, as none knows its plan, {mixed}: {why}; "
             "it can be expanded further, resharded and verified"
@@ -114,8 +121,8 @@ def closed_note(config: ModelConfig) -> str:
 
 
 def _is_plain_mamba_ssm(config: ModelConfig) -> bool:
-    """Return whether the keys of mamba_ssm, whose files have no ``model_type``, express the whole plan."""
-    return "model_type" not in config.to_dict() and bool(config.plain_keys())
+    """Return whether a file is mamba_ssm's, which have no ``model_type``, and its keys say all, a plan included."""
+    return "model_type" not in config.to_dict() and (config.statex is None or bool(config.plain_keys()))
 
 
 def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def export_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any]
     """
     form, values = form_of(config), config.with_plan(values)
     if form == "none" and _is_plain_mamba_ssm(config):
-        values = {key: value for key, value in values.items() if key != "statex"}  # which its MambaConfig refuses
+        values = {key: values[key] for key in values if key not in _REFUSED_BY_MAMBA_SSM}
     if config.ours_alone and "model_type" in values:  # mamba_ssm's files have none
         values = {**values, "model_type": OUR_CODE_PREFIX + config.MODEL_TYPE, "architectures": [ARCHITECTURE]}
     if form == "remote_code":

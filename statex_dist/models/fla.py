@@ -62,8 +62,9 @@ class FLAConfig(ModelConfig):
         groups, where = self._attention_groups, f"{self.MODEL_TYPE} config: attn"
         if len(groups) > self.num_hidden_layers:
             raise CheckpointError(f"{where} has {len(groups)} entries for {self.num_hidden_layers} layers")
-        seen: set[int] = set()
-        for group in groups:
+        self._group_of: dict[int, int] = {}
+        self._built: dict[int, AttentionLayer] = {}
+        for place, group in enumerate(groups):
             if not isinstance(group, dict) or not isinstance(group.get("layers"), list):
                 raise CheckpointError(
                     f"{where} must be a mapping with a list 'layers', or a list of such, not {shown(self.attn)}"
@@ -72,9 +73,9 @@ class FLAConfig(ModelConfig):
             for layer in group["layers"]:
                 if not is_layer(layer, self.num_hidden_layers):
                     raise CheckpointError(f"{where} names layer {shown(layer)}, which does not exist")
-                if layer in seen:
+                if layer in self._group_of:
                     raise CheckpointError(f"{where} names layer {layer} twice")
-                seen.add(layer)
+                self._group_of[layer] = place
             attention_sizes(group, self.hidden_size, where)
             harmless = frozenset(_ATTENTION_KEYS) | {"layers"}
             check_other_keys(f"{self.MODEL_TYPE} attn", group, fixed={}, training=(), harmless=harmless)
@@ -110,15 +111,18 @@ class FLAConfig(ModelConfig):
         return tuple(sorted(layer for group in self._attention_groups for layer in group["layers"]))
 
     def attention_layer(self, layer: int) -> AttentionLayer:
-        """Return one of the attention layers."""
-        group = next(group for group in self._attention_groups if layer in group["layers"])
-        sizes = attention_sizes(group, self.hidden_size, f"{self.MODEL_TYPE} config: attn")
-        return AttentionLayer(
-            sizes=sizes,
-            block="statex_dist.models.core.attention:FLAAttentionBlock",
-            tensors=block_tensors(self, attention_tensors(sizes, self.hidden_size)),
-            first_value=partial(first_value, config=self),
-        )
+        """Return one of the attention layers; those of one entry of ``attn`` are alike."""
+        place = self._group_of[layer]
+        if place not in self._built:
+            where = f"{self.MODEL_TYPE} config: attn"
+            sizes = attention_sizes(self._attention_groups[place], self.hidden_size, where)
+            self._built[place] = AttentionLayer(
+                sizes=sizes,
+                block="statex_dist.models.core.attention:FLAAttentionBlock",
+                tensors=block_tensors(self, attention_tensors(sizes, self.hidden_size)),
+                first_value=partial(first_value, config=self),
+            )
+        return self._built[place]
 
     @property
     def mlp_size(self) -> int:

@@ -8,7 +8,7 @@ Attention carries keys and values from one segment to the next, as a recurrence 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from statex_dist.ops.cu_seqlens import read_borders
-from statex_dist.ops.packed_attention import causal, packed
+from statex_dist.ops.packed_attention import ScoreRule, causal, packed
 
 if TYPE_CHECKING:
     from statex_dist.distributed.context_group import ContextGroup, ContextShare
@@ -60,7 +60,7 @@ def attention(
         v: ``[B, H, T, V]``.
         scale: Factor of the scores; None takes ``D ** -0.5``.
         dropout: Probability with which a score is dropped.
-        window: Last tokens that a token sees, itself among them; None for all.
+        window: Tokens that each token sees, itself included; None sees all. States keep all of them.
         cu_seqlens: ``[S + 1]`` borders of packed sequences (``B`` is 1), or None: every row is one sequence.
         before: What was read before, or None: of each row, or of the first sequence of a pack.
         context: How the tokens connect to those of other ranks, or None.
@@ -69,10 +69,10 @@ def attention(
     Returns:
         ``[B, HQ, T, V]``, and keys and values of each row, or of a pack's last sequence; None unless asked for.
     """
+    score = ScoreRule(scale, dropout, window)
     if cu_seqlens is None:
         assert context is None, "ranks share packs"
-        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "window": window}
-        return _of_rows(q, k, v, before, output_final_state=output_final_state, **options)
+        return _of_rows(q, k, v, before, score, output_final_state=output_final_state)
     assert len(q) == 1, q.shape
     history, after = 0, None
     if before is not None:
@@ -81,7 +81,7 @@ def attention(
     if context is not None:
         k, v, history, after = _with_other_ranks(k, v, cu_seqlens, context, history)
     marks = read_borders(cu_seqlens)
-    o = packed(q, k, v, marks, history=history, scale=scale, dropout=dropout, window=window)
+    o = packed(q, k, v, marks, score, history=history)
     if output_final_state and context is None:
         # The first sequence began before the tokens, by as many as there are more keys than queries.
         start = marks[-2] + (history if len(marks) > 2 else 0)
@@ -95,32 +95,28 @@ def _of_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     before: KeyValues | None,
+    score: ScoreRule,
     *,
-    scale: float | None,
-    dropout: float,
-    window: int | None,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, KeyValues | None]:
     """Attend in each row of a batch, after what the row has read before."""
     tokens = k.shape[2]
     lengths = torch.zeros(len(k), dtype=torch.int64, device=k.device) if before is None else before.lengths
     if before is None or not before.keys.shape[2]:
-        o = causal(q, k, v, scale, dropout, window)
+        o = causal(q, k, v, score)
     else:
         k, v = (_joined(*pair) for pair in zip(before[:2], (k, v), strict=True))
         read = before.keys.shape[2]
         # Tensors of shapes alone (``meta``) tell no lengths: rows are then equal.
         if lengths.is_meta or bool((lengths == read).all()):
-            o = causal(q, k, v, scale, dropout, window)
+            o = causal(q, k, v, score)
         else:
             place = torch.arange(k.shape[2], device=k.device)
             row = torch.arange(tokens, device=k.device)[:, None] + read
             seen = (place >= (read - lengths)[:, None, None]) & (place <= row)
-            if window is not None:
-                seen = seen & (place > row - window)
-            o = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            if score.window is not None:
+                seen = seen & (place > row - score.window)
+            o = score.product(q, k, v, attn_mask=seen[:, None])
     return o, KeyValues(k, v, lengths + tokens) if output_final_state else None
 
 
@@ -140,7 +136,7 @@ def _with_other_ranks(
     """Return keys and values from the begin of this share's first sequence on, and those of the pack's last one.
 
     Each rank gathers the keys and values of all: memory of a layer grows with the pack, not with its square. Every rank
-    takes its own part of all of them, so that all take part in the exchange of the backward pass.
+    takes its own out of those that it gathered, so that all take part in the exchange of the backward pass.
 
     Args:
         k: ``[1, H, history + T, D]`` of this share, behind what the pack's first sequence has read before the pack.

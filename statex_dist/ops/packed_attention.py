@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,42 @@ _FILL = 0.8
 """Length of the shortest sequence of a batch, as a share of the longest."""
 _MASK_ELEMENTS = 1 << 22
 """Elements of a mask between the queries of a segment and all keys before them, on a CPU."""
-_WINDOW_QUERIES = 128
-"""Fewest queries that share a mask: short windows would take a call for a few tokens each."""
 _LARGEST_HEAD = 256
 """Channels of a head in flash-attention."""
+_WINDOW_QUERIES = 128
+"""Fewest queries that share a mask: short windows would take a call for a few tokens each."""
+
+
+class ScoreRule(NamedTuple):
+    """How scores are computed and which of them count.
+
+    Attributes:
+        scale: Factor of the scores; None takes ``D ** -0.5``.
+        dropout: Probability with which a score is dropped.
+        window: Tokens that each token sees, itself included; None sees all.
+    """
+
+    scale: float | None = None
+    dropout: float = 0.0
+    window: int | None = None
+
+    def product(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask: Any) -> torch.Tensor:
+        """Return PyTorch's attention.
+
+        Of shapes alone (``meta``), where memory is counted, it would hold the scores of all pairs of tokens; there the
+        operator of a CPU is called, which does not.
+        """
+        if q.is_meta:
+            bias = mask.pop("attn_mask", None)
+            bias = None if bias is None else bias.to(q.dtype)
+            found: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, self.dropout, **mask, attn_mask=bias, scale=self.scale
+            )[0]
+            return found
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout, scale=self.scale, enable_gqa=grouped, **mask
+        )
 
 
 def packed(
@@ -42,11 +74,9 @@ def packed(
     k: torch.Tensor,
     v: torch.Tensor,
     marks: Sequence[int],
+    score: ScoreRule,
     *,
     history: int = 0,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    window: int | None = None,
 ) -> torch.Tensor:
     """Attend inside each sequence.
 
@@ -55,63 +85,54 @@ def packed(
         k: ``[1, H, history + T, D]``; ``H`` divides ``HQ``.
         v: ``[1, H, history + T, V]``.
         marks: Borders of the sequences in ``q``, from 0 to ``T``.
+        score: How scores are computed.
         history: Keys of the first sequence that come before its first query.
-        scale: Factor of the scores; None takes ``D ** -0.5``.
-        dropout: Probability with which a score is dropped.
-        window: Last tokens that a token sees, itself among them; None for all.
 
     Returns:
         ``[1, HQ, T, V]``.
     """
-    if takes_varlen(q, v, dropout):
-        return _by_kernel(q, k, v, marks, history, scale, window)
+    if takes_varlen(q, v, score.dropout):
+        return _by_kernel(q, k, v, marks, history, score)
     first = marks[1] if history else 0
     parts = []
     if first:
-        mine = (q[:, :, :first], k[:, :, : history + first], v[:, :, : history + first])
-        parts.append(causal(*mine, scale, dropout, window))
+        parts.append(causal(q[:, :, :first], k[:, :, : history + first], v[:, :, : history + first], score))
     rest = tuple(stop - start for start, stop in itertools.pairwise(marks[bool(history) :]) if stop > start)
     if rest:
         tokens = (q[:, :, first:], k[:, :, history + first :], v[:, :, history + first :])
         batches = _batches(rest, q.device)
         if len(batches.shapes) < len(rest):
-            parts.append(_by_batches(*tokens, batches, scale, dropout, window))
+            parts.append(_by_batches(*tokens, batches, score))
         else:
             pieces = zip(*(y.split(rest, dim=2) for y in tokens), strict=True)
-            parts += [causal(a, b, c, scale, dropout, window) for a, b, c in pieces]
+            parts += [causal(a, b, c, score) for a, b, c in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def causal(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None,
-    dropout: float,
-    window: int | None = None,
-) -> torch.Tensor:
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: ScoreRule) -> torch.Tensor:
     """Return the outputs of the last tokens of each row, of whose keys the last belong to them."""
     queries, keys = q.shape[2], k.shape[2]
-    if window is not None and window < keys:
-        return _windowed(q, k, v, scale, dropout, window)
-    if not 1 < queries < keys:
-        return _product(q, k, v, None, queries > 1, scale, dropout)
-    step = queries if q.is_cuda else max(1, _MASK_ELEMENTS // keys)
+    if score.window is not None and score.window < keys:
+        return _windowed(q, k, v, score, score.window)
+    if queries in (1, keys):
+        return score.product(q, k, v, is_causal=queries > 1)
+    if q.is_cuda:
+        return score.product(q, k, v, attn_mask=causal_lower_right(queries, keys))
+    step = max(1, _MASK_ELEMENTS // keys)
     if step >= queries:
-        return _product(q, k, v, causal_lower_right(queries, keys), False, scale, dropout)
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        return score.product(q, k, v, attn_mask=seen)
     # A CPU has no kernel for this form and makes the mask, which autograd would keep: block by block, made again.
     outputs = []
     for start in range(0, queries, step):
         stop = min(start + step, queries)
         read = keys - queries + stop
-        block = (q[:, :, start:stop], k[:, :, :read], v[:, :, :read], scale, dropout)
+        block = (q[:, :, start:stop], k[:, :, :read], v[:, :, :read], score)
         outputs.append(checkpoint(causal, *block, use_reentrant=False) if torch.is_grad_enabled() else causal(*block))
     return torch.cat(outputs, dim=2)
 
 
-def _windowed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, dropout: float, window: int
-) -> torch.Tensor:
+def _windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: ScoreRule, window: int) -> torch.Tensor:
     """Return the outputs of :func:`causal` where tokens see a window; blocks of queries take the keys that they see.
 
     Memory of masks grows with the window, not with the sequence.
@@ -127,29 +148,8 @@ def _windowed(
         place = torch.arange(first, last, device=q.device)
         seen = (place <= row) & (place > row - window)
         read = slice(first, last)
-        outputs.append(_product(q[:, :, start:stop], k[:, :, read], v[:, :, read], seen, False, scale, dropout))
+        outputs.append(score.product(q[:, :, start:stop], k[:, :, read], v[:, :, read], attn_mask=seen))
     return torch.cat(outputs, dim=2)
-
-
-def _product(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=bias,
-        is_causal=is_causal,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +193,13 @@ def _batches(lengths: tuple[int, ...], device: torch.device) -> _Batches:
     return _Batches(shapes, gather.to(device), scatter[:-1].to(device))
 
 
-def _by_batches(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    batches: _Batches,
-    scale: float | None,
-    dropout: float,
-    window: int | None,
-) -> torch.Tensor:
+def _by_batches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batches: _Batches, score: ScoreRule) -> torch.Tensor:
     sizes = [count * size for count, size in batches.shapes]
     flat = (rearrange(y[0].transpose(0, 1), batches.gather, batches.scatter).split(sizes) for y in (q, k, v))
     outputs = []
     for shape, *parts in zip(batches.shapes, *flat, strict=True):
         a, b, c = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
-        outputs.append(causal(a, b, c, scale, dropout, window).transpose(1, 2).flatten(0, 1))
+        outputs.append(causal(a, b, c, score).transpose(1, 2).flatten(0, 1))
     return rearrange(torch.cat(outputs), batches.scatter, batches.gather).transpose(0, 1)[None]
 
 
@@ -222,13 +214,7 @@ def takes_varlen(q: torch.Tensor, v: torch.Tensor, dropout: float) -> bool:
 
 
 def _by_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    marks: Sequence[int],
-    history: int,
-    scale: float | None,
-    window: int | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, marks: Sequence[int], history: int, score: ScoreRule
 ) -> torch.Tensor:
     """Call the kernel, which takes ``[T, H, D]`` with heads of one size, a multiple of 8."""
     values = v.shape[-1]
@@ -243,9 +229,9 @@ def _by_kernel(
         *tokens,
         *borders,
         *longest,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=q.shape[-1] ** -0.5 if score.scale is None else score.scale,
         window_size=(
-            -1 if window is None else window - 1,
+            -1 if score.window is None else score.window - 1,
             0,
         ),  # causal, as flash-attention has it: of fewer queries than keys the last belong together
         enable_gqa=q.shape[1] != k.shape[1],

@@ -12,9 +12,10 @@ import torch
 
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.config import parse_config
-from statex_dist.models.registry import config_from_dict
+from statex_dist.models.registry import config_from_dict, make_plan
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
+from tests.models.tiny import STATE_SPACES
 from tests.runs import (
     GLA,
     MAMBA2,
@@ -114,6 +115,34 @@ def test_other_families_train_on_two_ranks_as_plain_pytorch_does(tmp_path: Path,
     result = run_training(2, "--config", str(file))
     assert result.returncode == 0, result.stderr
     assert_same_training(tmp_path / "run", train_plain(tmp_path, model, shards))
+
+
+ATTENTION = {
+    "gla": {**GLA, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 9}},
+    "state_spaces": {
+        **STATE_SPACES,
+        **{"vocab_size": 258, "eos_token_id": 256, "pad_token_id": 257},
+        "attn_cfg": {**STATE_SPACES["attn_cfg"], "d_conv": 4},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ATTENTION)
+def test_models_with_attention_train_in_segments_as_plain_pytorch_does(tmp_path: Path, shards: Path, family: str):
+    """A run that stops between segments' states continues with them: its documents go over the ends of packs."""
+    config = make_plan(config_from_dict(ATTENTION[family]), layers="all", factor=2, init="inherit", op="grow_state")
+    model = save_model(config, tmp_path / "model")
+    sections = {
+        "data": {"path": str(shards)},
+        "engine": {"activation_checkpointing": "block", "segment_tokens": 48},
+    }
+    file = write_run(tmp_path / "run.yaml", model={"path": str(model)}, **sections)
+    for steps in (3, 6):
+        result = run_training(2, "--config", str(file), "--train.num_steps", str(steps), "--schedule.name", "constant")
+        assert result.returncode == 0, result.stderr
+    sections["schedule"] = {"name": "constant"}
+    assert_same_training(tmp_path / "run", train_plain(tmp_path, model, shards, **sections))
 
 
 def _load(directory: Path):

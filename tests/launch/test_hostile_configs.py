@@ -13,15 +13,16 @@ from statex_dist.models.registry import config_from_dict
 from tests.checkpoints_tools.builders import write_model
 from tests.launch.limited import run_limited
 from tests.models.hybrid.hosts import HOSTS
-from tests.models.tiny import CONFIGS
+from tests.models.tiny import CONFIGS, HYBRIDS
 
 STATE_SPACES = {
     "d_model": 16,
     "n_layer": 2,
     "vocab_size": 40,
     "ssm_cfg": {"layer": "Mamba2", "d_state": 6, "headdim": 4, "ngroups": 1},
-    "attn_layer_idx": [],
-    "attn_cfg": {},
+    "d_intermediate": 20,
+    "attn_layer_idx": [1],
+    "attn_cfg": {"causal": True, "num_heads": 4, "num_heads_kv": 2, "d_conv": 4, "rotary_emb_dim": 2, "head_dim": 6},
     "tie_embeddings": True,
     "pad_vocab_size_multiple": 8,
 }
@@ -31,7 +32,8 @@ HOSTED = {
     for host, values in HOSTS.items()
 }
 FAMILIES = {
-    **{name: CONFIGS[name].to_dict() for name in ("gla", "mamba2", "hgrn2", "retnet", "minimax", "kda")},
+    **{name: CONFIGS[name].to_dict() for name in ("mamba2", "hgrn2", "retnet", "minimax", "kda")},
+    "gla": HYBRIDS["gla"].to_dict(),
     "gated_deltanet": CONFIGS["gated_deltanet-mixed"].to_dict(),
     "state-spaces": STATE_SPACES,
     "bamba": HOSTED["bamba"],

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from checkpoints_tools.export.hf_export import export_notes
 from checkpoints_tools.reshard.reshard import reshard
 from statex_dist.errors import CheckpointError
-from statex_dist.models import config_keys
+from statex_dist.models import config_keys, fla
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.config_keys import SHARED_KEYS
 from statex_dist.models.hf import from_pretrained, save_pretrained
@@ -87,6 +87,12 @@ class TestEveryKeyOfTheirClasses:
         layer = arguments_of("mamba_ssm", "modules/mamba2.py", "Mamba2")
         given_by_the_model = {"d_model", "layer_idx", "device", "dtype"}
         assert layer - given_by_the_model | {"layer"} == state_spaces._SSM_KEYS
+        attention = arguments_of("mamba_ssm", "modules/mha.py", "MHA")
+        assert attention - (given_by_the_model - {"d_model"}) - {"embed_dim"} == state_spaces._ATTENTION_KEYS.keys()
+
+    def test_attention_of_flash_linear_attention(self):
+        theirs = arguments_of("fla", "models/configuration_utils.py", "AttentionSpec")
+        assert theirs == {*fla._ATTENTION_KEYS, "layers"}
 
 
 REFUSED = {

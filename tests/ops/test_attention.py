@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from statex_dist.ops import packed_attention
 from statex_dist.ops.attention import KeyValues, attention
+from statex_dist.ops.packed_attention import ScoreRule
 from tests.ops.scan_cases import borders
 
 HEADS, KEY_HEADS, KEYS, VALUES = 4, 2, 6, 5
@@ -107,7 +108,7 @@ def test_many_documents_of_unequal_lengths(history: int):
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor([history + 3, *lengths[1:]]))
     expected = dense(q, k, v, documents)[:, :, history:]
     marks = [0, *itertools.accumulate(lengths)]
-    found = packed_attention.packed(q[:, :, history:], k, v, marks, history=history)
+    found = packed_attention.packed(q[:, :, history:], k, v, marks, ScoreRule(), history=history)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(y.sin().sum(), (q, k, v)) for y in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):
@@ -115,9 +116,8 @@ def test_many_documents_of_unequal_lengths(history: int):
 
 
 def test_documents_of_similar_lengths_share_a_call(monkeypatch):
-    calls = []
-    product = packed_attention._product
-    monkeypatch.setattr(packed_attention, "_product", lambda *a: calls.append(a[0].shape) or product(*a))
+    calls, product = [], ScoreRule.product
+    monkeypatch.setattr(ScoreRule, "product", lambda *a, **mask: calls.append(a[1].shape) or product(*a, **mask))
     lengths = [1 + place % 16 for place in range(512)]
     attention(*inputs(sum(lengths)), cu_seqlens=borders(lengths))
     assert len(calls) <= 12
@@ -126,22 +126,24 @@ def test_documents_of_similar_lengths_share_a_call(monkeypatch):
 
 def test_no_mask_over_a_long_history(monkeypatch):
     monkeypatch.setattr(packed_attention, "_MASK_ELEMENTS", 256)
-    masks = []
-    product = packed_attention._product
-    monkeypatch.setattr(packed_attention, "_product", lambda *a: masks.append(a[3]) or product(*a))
+    masks, product = [], ScoreRule.product
+    monkeypatch.setattr(
+        ScoreRule, "product", lambda *a, **mask: masks.append(mask.get("attn_mask")) or product(*a, **mask)
+    )
     q, k, v = (y.requires_grad_() for y in inputs(64))
-    found = packed_attention.causal(q[:, :, 40:], k, v, None, 0.0)
+    found = packed_attention.causal(q[:, :, 40:], k, v, ScoreRule())
     expected = dense(q, k, v, torch.zeros(64))[:, :, 40:]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(y.sin().sum(), (q, k, v)) for y in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
-    assert all(mask.seq_len_q * mask.seq_len_kv <= 256 for mask in masks if mask is not None)
+    assert all(mask.numel() <= 256 for mask in masks if mask is not None)
 
 
 def kernel(q, k, v, of_queries, of_keys, most_queries, most_keys, *, scale, window_size, enable_gqa):
-    """What torch's varlen_attn computes with ``window_size=(-1, 0)``; CPUs do not have it."""
-    assert (window_size, enable_gqa) == ((-1, 0), True)
+    """What torch's varlen_attn computes with ``window_size=(tokens before each, 0)``; CPUs do not have it."""
+    assert (window_size[1], enable_gqa) == (0, True)
+    score = ScoreRule(scale, window=None if window_size[0] < 0 else window_size[0] + 1)
     assert len({y.shape[-1] for y in (q, k, v)}) == 1
     assert q.shape[-1] % 8 == 0
     outputs, sizes = [], []
@@ -149,16 +151,17 @@ def kernel(q, k, v, of_queries, of_keys, most_queries, most_keys, *, scale, wind
         itertools.pairwise(of_queries.tolist()), itertools.pairwise(of_keys.tolist()), strict=True
     ):
         rows = (y.transpose(0, 1) for y in (q[a:b], k[c:d], v[c:d]))
-        outputs.append(packed_attention.causal(*(y[None] for y in rows), scale, 0.0)[0].transpose(0, 1))
+        outputs.append(packed_attention.causal(*(y[None] for y in rows), score)[0].transpose(0, 1))
         sizes.append((b - a, d - c))
     assert (most_queries, most_keys) == tuple(map(max, zip(*sizes, strict=True)))
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("history", [0, 7])
-def test_the_kernel_of_gpus_gets_what_it_needs(monkeypatch, history: int):
+def test_the_kernel_of_gpus_gets_what_it_needs(monkeypatch, history: int, window: int | None):
     q, k, v = inputs(history + 20)
-    arguments = (q[:, :, history:], k, v, [0, 6, 6, 7, 20])
+    arguments = (q[:, :, history:], k, v, [0, 6, 6, 7, 20], ScoreRule(window=window))
     expected = packed_attention.packed(*arguments, history=history)
     monkeypatch.setattr(packed_attention, "takes_varlen", lambda *_: True)
     monkeypatch.setattr(packed_attention, "varlen_attn", kernel)

@@ -1,1 +1,1 @@
-"""Mamba2 models in the original layout of state-spaces/mamba: other names and keys, the same layers."""
+"""Mamba2 models in the original layout of state-spaces/mamba: other names and keys."""

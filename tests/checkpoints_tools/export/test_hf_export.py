@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from checkpoints_tools.export.hf_export import CODE_NAME, export_notes, form_of
+from checkpoints_tools.export.hf_export import CODE_NAME, export_config, export_notes, form_of
 from checkpoints_tools.export.hf_tokenizer import bytes_tokenizer_documents
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.verify import verify_alone, verify_same
+from statex_dist.bare_package import import_from_bare
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.data.tokenizer import BytesTokenizer, load_tokenizer
 from statex_dist.errors import CheckpointError, ConfigError, DataError
 from statex_dist.models.hf import from_pretrained, save_pretrained
+from statex_dist.models.registry import make_plan
 from tests.checkpoints_tools.builders import GLA, MAMBA2, run_expand, write_model
 from tests.checkpoints_tools.exports import MODELS, PLAIN, export
-from tests.models.tiny import gla_config, skip_where_transformers_norm_is_wrong, tokens
+from tests.models.tiny import HYBRIDS, build, gla_config, skip_where_transformers_norm_is_wrong, tokens
 from tests.raising import raises
 
 NOTES = {
@@ -60,6 +62,20 @@ def test_the_form_follows_from_family_and_plan():
         "attention; the software that it came from opens it"
     ]
     assert export_notes(MODELS["minimax-merged"]) == export_notes(MODELS["gla-merged"]) == []
+
+
+def test_even_growth_of_a_state_spaces_hybrid_keeps_the_keys_of_mamba_ssm(tmp_path):
+    config = make_plan(HYBRIDS["state_spaces"], layers="all", factor=2, init="inherit")
+    save_pretrained(build(config, dtype=torch.float32), tmp_path / "grown")
+    summary = reshard(tmp_path / "grown", tmp_path / "hf", to="hf")
+    assert form_of(config) == "none"
+    assert "mamba_ssm" in summary.notes[0]
+    values = json.loads((tmp_path / "hf/config.json").read_text())
+    theirs = import_from_bare("mamba_ssm.models.config_mamba").MambaConfig(**values)
+    assert theirs.ssm_cfg["d_state"] == 2 * HYBRIDS["state_spaces"].state_size
+    assert verify_same(tmp_path / "grown", tmp_path / "hf").ok
+    uneven = make_plan(HYBRIDS["state_spaces"], layers="0", factor=2, init="inherit")
+    assert "statex" in export_config(uneven.to_dict(), uneven)
 
 
 def test_what_lies_in_an_export(tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from statex_dist.bare_package import import_from_bare
 from statex_dist.engine.segment_states import CarriedStates
 from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.models.activations import activation_bytes
 from statex_dist.models.core.attention import rotate
 from statex_dist.models.core.sequences import Sequences
 from statex_dist.models.hf import from_pretrained, save_pretrained
@@ -205,6 +206,14 @@ def test_a_new_model_learns(config):
         optimizer.step()
         losses.append(loss.item())
     assert losses[3] < losses[2] < losses[1] < losses[0]
+
+
+def test_activations_are_counted_and_grow_with_the_tokens():
+    """A pass that held all scores would take four times as much for twice the tokens."""
+    config = HYBRIDS["state_spaces"]
+    one, two = (activation_bytes(config, num_tokens=n, precision="fp32") for n in (256, 512))
+    assert 1.8 * one < two < 2.2 * one
+    assert activation_bytes(HYBRIDS["retnet"], num_tokens=256, precision="bf16", carried=True) > 0
 
 
 def test_rotated_channels_keep_their_dtype_and_the_others_their_values():
