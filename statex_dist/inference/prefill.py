@@ -266,7 +266,7 @@ def take_rows(states: Sequence[LayerState], rows: Sequence[int] | torch.Tensor) 
 
 
 def _trimmed(state: LayerState, parts: Sequence[torch.Tensor]) -> LayerState:
-    """Return rows of a state as what it is; keys and values without places that no row uses."""
+    """Return a state of these parts, of the same kind; keys and values without places that no row uses."""
     if not isinstance(state, KeyValues):
         return tuple(parts)
     keys, values, lengths = parts

@@ -125,7 +125,7 @@ class ContinuousBatch:
         return self._loop.state_bytes
 
     def takes(self, prompt: Prompt) -> bool:
-        """Return whether there is a slot for a prompt, and room for the keys and values of its rows."""
+        """Return whether there is a slot for a prompt, and whether the keys and values of its rows fit."""
         if self.free <= 0:
             return False
         need = sum(len(prompt.tokens) + row.sampling.max_tokens for row in prompt.rows)
