@@ -152,12 +152,16 @@ def check_not_quantised(values: dict[str, Any], where: Path) -> None:
 def find_prefix(source: TensorSource, config: ModelConfig) -> str:
     """Return the one prefix after which every name fits the model, or nothing where names fit as they are, or never."""
     names, specs = source.keys(), family_of(config.MODEL_TYPE).tensors(config)
-    embeddings = family_of(config.MODEL_TYPE).names.embeddings
+    of_family = family_of(config.MODEL_TYPE).names
     if any(name in specs for name in names):
         return ""
-    for prefix in (name.removesuffix(embeddings) for name in names if name.endswith(f".{embeddings}")):
-        if all(name.startswith(prefix) for name in names) and specs.keys() <= {n.removeprefix(prefix) for n in names}:
-            return prefix
+    # Before the names of files, or those that a host has in memory.
+    for embeddings in dict.fromkeys((of_family.embeddings, f"model.{of_family.embedding}.weight")):
+        for prefix in (name.removesuffix(embeddings) for name in names if name.endswith(f".{embeddings}")):
+            shapes = {name.removeprefix(prefix): source.info(name).shape for name in names}
+            shown = {*shapes, *(part.name for parts in config.file_parts(shapes).values() for part in parts)}
+            if all(name.startswith(prefix) for name in names) and specs.keys() <= shown:
+                return prefix
     return ""
 
 
