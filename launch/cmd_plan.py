@@ -186,8 +186,11 @@ def _print(report: Any, left_out: dict[str, Any] | None) -> None:
     for note in report.notes:
         console.print(note)
     if report.mixed:
-        left = "FLOPs leave" if report.counted else "parameters, FLOPs and memory leave"
-        console.print(f"{left} out the layers of another kind, which are passed through")
+        console.print(
+            "FLOPs leave out the products of queries and keys in attention layers, whose number grows with the context"
+            if report.counted
+            else "parameters, FLOPs and memory leave out the layers of another kind, which are passed through"
+        )
     if left_out is not None:
         console.print(left_out["says"])
     _print_forgetting(console, report.forgetting)

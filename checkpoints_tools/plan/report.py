@@ -64,8 +64,8 @@ class PlanReport:
         before: Figures of the model as it is.
         after: Figures of the expanded model.
         forgetting: Whether ``seq_len`` is long enough for the state, with the evidence and the proposals.
-        mixed: Whether the model has layers of which the FLOPs are not counted (attention and others).
-        counted: Whether parameters and memory of those layers are.
+        mixed: Whether the model has layers of another kind (attention and others).
+        counted: Whether their parameters, memory and FLOPs are counted.
         notes: Limits of kernels that the plan meets.
     """
 
