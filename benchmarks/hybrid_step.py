@@ -51,6 +51,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for kind in KINDS:
                 found[kind].append(_run(kind, args, folder))
+                print(kind, found[kind][-1], file=sys.stderr, flush=True)
     lengths = LENGTHS * args.copies
     print(
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, load "
