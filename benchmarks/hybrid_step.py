@@ -1,8 +1,7 @@
 """Measure a training step of a hybrid of 100 M parameters beside transformers' own step on the same documents.
 
 Run as ``python -m benchmarks.hybrid_step``. Ours runs the documents as one pack in the plain engine. transformers'
-model runs them one by one, as it must where it is not to mix them, and adds the gradients up. Both take AdamW's step in
-fp32.
+model runs them one by one, so that they do not mix, and adds the gradients up. Both take AdamW's step in fp32.
 Each measurement is a process of its own, and the two kinds alternate.
 """
 
@@ -52,6 +51,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for kind in KINDS:
                 found[kind].append(_run(kind, args, folder))
+                print(kind, found[kind][-1], file=sys.stderr, flush=True)
     lengths = LENGTHS * args.copies
     print(
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, load "

@@ -131,6 +131,10 @@ def load_tensor_parallel(
         layout = read_layout(directory, share)
         config = read_config(find_model(directory))
         config.require_runnable()
+        if getattr(config, "HOST", None) is not None:
+            raise ConfigError(
+                f"--tp does not go with {config.MODEL_TYPE}: layers that transformers runs cannot be cut; leave it out"
+            )
         if layout is None:
             tensors = read_part(directory, share, dtype=dtype, device=device, digests=digests)
         else:

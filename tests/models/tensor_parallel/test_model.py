@@ -23,8 +23,10 @@ from statex_dist.models.tensor_parallel.model import TensorParallelLM, load_tens
 from statex_dist.models.tensor_parallel.norms import SplitGatedRMSNorm
 from statex_dist.models.tensor_parallel.share import TensorShare
 from tests.distributed_test import run_distributed_test
+from tests.models.hybrid.hosts import save_host
 from tests.models.test_tensor_parallel_needs import ALL
 from tests.models.tiny import HYBRIDS, build, gla_config, mamba2_config, tokens
+from tests.raising import raises
 
 RANKS = 4
 STATE_SPACES = {
@@ -245,3 +247,9 @@ def test_one_rank_is_the_whole_model(tmp_path):
     model = make_shards(tmp_path, CASES["minimax-merged"], (1,)).requires_grad_(False)
     alone = load_tensor_parallel(tmp_path / "tp1", TensorShare())
     assert torch.equal(read_and_decode(alone)[0], read_and_decode(model)[0])
+
+
+def test_a_hybrid_is_refused(tmp_path: Path):
+    save_host("bamba", tmp_path)
+    with raises(ConfigError, "--tp", "bamba"):
+        load_tensor_parallel(tmp_path, TensorShare())
