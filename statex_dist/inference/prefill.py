@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from statex_dist.errors import CheckpointError
+from statex_dist.inference.rows import join_rows, take_rows
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
 
@@ -52,10 +53,10 @@ def explain_not_finite(
     finally:
         for hook in hooks:
             hook.remove()
-    if (layer := first_not_finite(states or [])) is not None:
-        found.insert(0, (f"the state of layer {layer}", position - 1))
-    elif not found and (layer := first_not_finite(after)) is not None:
-        found.append((f"the state of layer {layer}", position + input_ids.shape[1] - 1))
+    if (where := first_not_finite(model, states or [])) is not None:
+        found.insert(0, (where, position - 1))
+    elif not found and (where := first_not_finite(model, after)) is not None:
+        found.append((where, position + input_ids.shape[1] - 1))
     return _error(f"first in {found[0][0]} at position {found[0][1]}" if found else "not where it is read again")
 
 
@@ -76,20 +77,20 @@ def explain_row(
         positions: Position of each row's first token.
     """
     row = int(bad.nonzero()[0])
-    before = None if states is None else [tuple(tensor[row : row + 1] for tensor in state) for state in states]
+    before = None if states is None else take_rows(states, [row])
     return explain_not_finite(model, input_ids[row : row + 1], before, position=positions[row])
 
 
-def explain_step(states: Sequence[LayerState], row: int, *, position: int) -> CheckpointError:
+def explain_step(model: RecurrentLM, states: Sequence[LayerState], row: int, *, position: int) -> CheckpointError:
     """Return the error of one row after a step of one token, from the states after it: those before it may be gone.
 
     Args:
+        model: The model.
         states: Each layer's state after the step.
         row: The row whose output is not finite.
         position: Position of the step's token.
     """
-    layer = first_not_finite([tuple(part[row] for part in state) for state in states])
-    where = "the logits alone" if layer is None else f"the state of layer {layer}"
+    where = first_not_finite(model, take_rows(states, [row])) or "the logits alone"
     return _error(f"first in {where} at position {position}")
 
 
@@ -97,13 +98,16 @@ def _error(where: str) -> CheckpointError:
     return CheckpointError(f"the model's output is NaN or infinite, {where}; its weights or its gates are damaged")
 
 
-def first_not_finite(states: Sequence[LayerState]) -> int | None:
-    """Return the first layer whose state holds NaN or infinity."""
+def first_not_finite(model: RecurrentLM, states: Sequence[LayerState]) -> str | None:
+    """Return what the first of a model's states that holds NaN or infinity is called, or None if there is none."""
     if not states:
         return None
     # One answer for all layers: each by itself would wait for the device.
     finite = torch.stack([torch.stack([x.isfinite().all() for x in state]).all() for state in states])
-    return None if finite.all() else int((~finite).nonzero()[0])
+    if finite.all():
+        return None
+    layer, kind = model.state_places[int((~finite).nonzero()[0])]
+    return f"the keys and values of layer {layer}" if kind == "attention" else f"the state of layer {layer}"
 
 
 DEFAULT_SEGMENT_LENGTH = 1024
@@ -170,7 +174,7 @@ def prefill(
         # late, or never. A single token has no earlier tokens. A check of all states after each token would cost a
         # third of decoding.
         looked_at = output.states if segment.shape[1] > 1 else []
-        bad = not bool(torch.isfinite(logits).all()) or first_not_finite(looked_at) is not None
+        bad = not bool(torch.isfinite(logits).all()) or first_not_finite(model, looked_at) is not None
         if model.anywhere(bad):
             raise explain_not_finite(model, segment, states, position=position + read)
         states, read = output.states, read + segment.shape[1]
@@ -215,21 +219,10 @@ def read_contexts(
         at, rows = end, active
         while active and len(contexts[order[active - 1]]) == at:
             active -= 1
-        states = [tuple(tensor[:active] for tensor in state) for state in after]
         if active < rows:
-            ended.append((logits[active:], [tuple(tensor[active:] for tensor in state) for state in after]))
+            ended.append((logits[active:], take_rows(after, slice(active, None))))
+        states = take_rows(after, slice(active))
     ended.reverse()
     back = torch.tensor(np.argsort(order), device=device)
     joined = join_rows(*(part for _, part in ended))
     return torch.cat([part for part, _ in ended])[back], take_rows(joined, back)
-
-
-def join_rows(*parts: Sequence[LayerState]) -> list[LayerState]:
-    """Return the states of the rows of several batches as one batch's."""
-    return [tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True)) for layer in zip(*parts, strict=True)]
-
-
-def take_rows(states: Sequence[LayerState], rows: Sequence[int] | torch.Tensor) -> list[LayerState]:
-    """Return the states of some rows; a row may be named more than once."""
-    index = torch.as_tensor(rows, device=states[0][0].device)
-    return [tuple(tensor[index] for tensor in state) for state in states]
