@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from statex_dist.models.core.mixer import RecurrentMixer, mixer_of
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import ForgetMore
 
@@ -25,16 +26,16 @@ _SMALLEST = 1e-9
 
 
 class RetentionProbe:
-    """Carries ``P_t E`` of every layer while it is entered; ``E`` holds random signs.
+    """Carries ``P_t E`` of every recurrent layer while it is entered; ``E`` holds random signs.
 
-    While the probe is entered, each layer runs twice.
+    While the probe is entered, each recurrent mixer runs twice.
 
     Args:
         model: The model, in evaluation mode, fed from its first token on with a carried state.
     """
 
     def __init__(self, model: RecurrentLM):
-        self._layers = list(model.layers)
+        self._layers = [mixer_of(model.layers[index]) for index in model.config.recurrent_layers]
         self._probes: list[torch.Tensor | None] = [None] * len(self._layers)
         self._signs: list[torch.Tensor | None] = [None] * len(self._layers)
         self._handles: list[RemovableHandle] = []
@@ -46,7 +47,7 @@ class RetentionProbe:
 
     def __enter__(self) -> RetentionProbe:
         for index, layer in enumerate(self._layers):
-            self._handles.append(layer.register_forward_hook(self._hook(index)))
+            self._handles.append(layer.register_forward_hook(self._hook(index), with_kwargs=True))
         return self
 
     def __exit__(
@@ -57,9 +58,8 @@ class RetentionProbe:
         self._handles.clear()
 
     def _hook(self, index: int) -> Any:
-        def run_again(layer: torch.nn.Module, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-            hidden, sequences, before, *shared = inputs
-            after = output[1]
+        def run_again(mixer: RecurrentMixer, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            (hidden, sequences, before, *shared), after = mixer.observed(args, kwargs, output)
             probe = self._probes[index]
             if probe is None:
                 # Signs from a fixed seed: the same probe whatever else is drawn, and whatever the device.
@@ -70,14 +70,15 @@ class RetentionProbe:
             assert probe is not None
             factor = _BESIDE * max(1.0, float(after[0].abs().amax().nan_to_num(1.0, 1.0, 1.0)))
             rest = before[1:] if before is not None else tuple(torch.zeros_like(tensor) for tensor in after[1:])
-            # `forward` itself, not the module: its hooks, this one among them, are for the first run.
-            _, probed = layer.forward(hidden, sequences, (probe * factor, *rest), *shared)
+            # Not by a call of the module: its hooks, this one among them, are for the first run.
+            _, probed = mixer.mix_tokens(hidden, sequences, (probe * factor, *rest), *shared)
+            assert probed is not None
             self._probes[index] = probed[0] / factor
 
         return run_again
 
     def retention(self) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-        """Return, for each layer, what its heads have kept: ``[B, H]`` of the whole state and of its slowest row.
+        """Return, for each recurrent layer, what its heads have kept: ``[B, H]`` of the whole state and of one row.
 
         The first is ``|P E| / |E|`` (Frobenius norms), for decays by channel the root mean square of their products;
         the second the largest such ratio of one row of the matrix, for GLA the channel that forgets slowest. Ratios

@@ -122,13 +122,18 @@ def load_tensor_parallel(
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or its files are of several models.
-        ConfigError: This number of ranks cannot share the model, or it cannot be run here.
+        ConfigError: This number of ranks cannot share the model, it is a hybrid, or it cannot be run here.
         OtherRankError: Another rank could not load its part.
     """
     with share.together():
         layout = read_layout(directory, share)
         config = read_config(find_model(directory))
         config.require_runnable()
+        if config.is_mixed:
+            raise ConfigError(
+                f"tensor parallelism does not cut the attention layers of a {config.MODEL_TYPE} model; run it without "
+                "--tp, on one device (--dtype bf16 halves its memory)"
+            )
         if layout is None:
             tensors = read_part(directory, share, dtype=dtype, device=device, digests=digests)
         else:
