@@ -25,7 +25,7 @@ from statex_dist.data.tokenizer import load_tokenizer
 from statex_dist.durable.files import write_durably
 from statex_dist.errors import ConfigError, StateXError, one_line
 from statex_dist.evaluation.documents import read_documents
-from statex_dist.evaluation.health.collapse import read_tokens, state_statistics
+from statex_dist.evaluation.health.collapse import read_tokens, recurrent_states, state_statistics
 from statex_dist.evaluation.report import panels, png
 from statex_dist.inference.prefill import evaluating
 from statex_dist.log import setup_logging
@@ -75,7 +75,8 @@ def measure(model_dir: Path, arm: Arm, held_out: Path) -> dict[str, Any]:
         for start in range(0, length, _SEGMENT):
             states, loss = read_tokens(model, tokens, start, start + _SEGMENT, states, _SEGMENT)
             losses.append(loss / _SEGMENT)
-            variances.append([state_statistics(state[0])["variance"].mean(axis=0).tolist() for state in states])
+            recurrent = recurrent_states(model, states)
+            variances.append([state_statistics(state[0])["variance"].mean(axis=0).tolist() for state in recurrent])
     return {"state_numbers": model.config.state_elements, "loss": np.transpose(losses).tolist(), "variance": variances}
 
 

@@ -20,7 +20,8 @@ from statex_dist.data.store import DocumentSlice, sequential_documents
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import DataError
 from statex_dist.evaluation.journal import Record
-from statex_dist.inference.prefill import device_of, evaluating, explain_row, rows_that_fit, take_rows
+from statex_dist.inference.prefill import device_of, evaluating, explain_row, rows_that_fit
+from statex_dist.inference.rows import clear_rows, take_rows
 from statex_dist.inference.vocabulary import token_outside
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
@@ -236,8 +237,4 @@ def _next_rows(
         return result, states
     if len(fresh) == len(result):
         return result, None
-    carried = take_rows(states, kept)
-    for state in carried:
-        for tensor in state:  # zeros are the state before a text, and no keys
-            tensor[fresh] = 0
-    return result, carried
+    return result, clear_rows(take_rows(states, kept), fresh)

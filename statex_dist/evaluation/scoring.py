@@ -21,8 +21,8 @@ from statex_dist.inference.prefill import (
     prefill,
     read_contexts,
     rows_that_fit,
-    take_rows,
 )
+from statex_dist.inference.rows import take_rows
 from statex_dist.inference.vocabulary import check_token_ids
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
@@ -122,7 +122,7 @@ def _score_rows(
             tokens[row, : len(piece)] = piece
         lengths = torch.tensor([len(wanted[row]) - 1 - at for row in range(active)], device=device)
         ids = torch.as_tensor(tokens, device=device)
-        before = take_rows(states, range(active))
+        before = take_rows(states, slice(active))
         output = model(ids[:, :-1], states=before, output_states=True)
         counted = torch.arange(end - at, device=device) < lengths[:, None]
         bad = (~torch.isfinite(output.logits).all(dim=-1) & counted).any(dim=1)

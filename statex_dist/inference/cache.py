@@ -1,14 +1,14 @@
 """Prompt caches: the states after a text in a file, so that a continuation can be read without reading the text again.
 
-The file is safetensors: each layer's state, of attention layers keys and values, the logits after the last token, and a
-header that names the model of the states. Another model would accept the states without an error, but its results would
-be wrong. So the header holds a digest of the weights themselves, which loading compares with the model's.
+The file is safetensors: each layer's state, the logits after the last token, and a header that names the model of the
+states. Another model would accept the states without an error, but its results would be wrong. So the header holds a
+digest of the weights themselves, which loading compares with the model's. Layers with attention have their keys and
+values in the file, so that it grows with the text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -23,11 +23,10 @@ from safetensors.torch import save
 from statex_dist.checkpoint.layout import STATES_FORMAT
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.durable.files import write_durably
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, bounded_line
 from statex_dist.inference.generate import Prefix
 from statex_dist.inference.prefill import device_of
 from statex_dist.inference.text import text_window
-from statex_dist.models.config_keys import SHARED_KEYS
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.ops.attention import KeyValues
@@ -39,15 +38,11 @@ VERSION = "2"
 _WITHOUT_TOKENS = "1"
 """A version before: it does not hold the last tokens of the text."""
 
-_NO_MATTER = {
-    "statex",
-    "extra",
-    "values",
-    "initializer_range",
-    "embedding_initializer_range",
-    "rescale_prenorm_residual",
-}
+_NO_MATTER = {"statex", "extra", "initializer_range", "embedding_initializer_range", "rescale_prenorm_residual"}
 """Fields of a configuration of which no state depends, and the plan, which is told by layers."""
+
+_NO_MATTER_TO_HOSTS = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache"}
+"""Further keys of a host's ``config.json`` of which no state depends."""
 
 
 def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Tokenizer) -> None:
@@ -64,8 +59,8 @@ def save_prefix(path: Path, prefix: Prefix, model: RecurrentLM, tokenizer: Token
     """
     last = torch.tensor(text_window(tokenizer, prefix.tokens), dtype=torch.int64)
     tensors = {"logits": prefix.logits.contiguous(), "last_tokens": last}
-    for place, state in enumerate(prefix.states):
-        tensors |= {f"layers.{place}.{part}": tensor.contiguous() for part, tensor in enumerate(state)}
+    for place, state in zip(model.state_places, prefix.states, strict=True):
+        tensors |= {f"{_name(*place)}.{part}": tensor.contiguous() for part, tensor in enumerate(state)}
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     header = {
         "format": STATES_FORMAT,
@@ -124,46 +119,58 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
             "be missing; write it again with --save-state",
             path,
         )
-    parts = Counter(int(name.split(".")[1]) for name in tensors)
-    if [*sorted(parts)] != [*range(len(model.state_places))]:
-        raise CheckpointError(f"{path} is damaged: it holds {len(parts)} states, not {len(model.state_places)}")
+    parts = Counter(name.rpartition(".")[0] for name in tensors)
     states: list[LayerState] = []
-    for place, (_, kind) in enumerate(model.state_places):
-        state = tuple(tensors[f"layers.{place}.{part}"].to(device) for part in range(parts[place]))
-        states.append(KeyValues(*state) if kind == "attention" else state)
+    for layer, kind in model.state_places:
+        name = _name(layer, kind)
+        found = [tensors[f"{name}.{part}"].to(device) for part in range(parts[name])]
+        states.append(KeyValues(*found) if kind == "attention" else tuple(found))
     return Prefix(logits=logits, states=states, num_tokens=int(header["num_tokens"]), tokens=last)
+
+
+def _name(layer: int, kind: str) -> str:
+    """Return the name in the file of a layer's state of a kind, in front of the number of its part."""
+    return f"layers.{layer}" if kind == "recurrent" else f"layers.{layer}.{kind}"
 
 
 def _check_facts(path: Path, header: dict[str, str], facts: dict[str, str]) -> None:
     for name, value in facts.items():
         if header.get(name) != value:
-            shown = "" if name in ("weights", "tokenizer") else f": {header.get(name)} there, {value} here"
+            both = f": {bounded_line(str(header.get(name)), 80)} there, {bounded_line(value, 80)} here"
+            difference = "" if name in ("weights", "tokenizer") else both
             verb = "differ" if name == "weights" else "differs"
-            raise CheckpointError(f"{path} holds the states of another model; its {name} {verb}{shown}")
+            raise CheckpointError(f"{path} holds the states of another model; its {name} {verb}{difference}")
 
 
 def _facts(model: RecurrentLM, tokenizer: Tokenizer) -> dict[str, str]:
     """Return what tells a model from another, what says most first."""
     config = model.config
-    settings = {
-        field.name: str(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.name not in _NO_MATTER
-    }
+    settings: dict[str, str] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _NO_MATTER:
+            settings |= _flat(field.name, value) if isinstance(value, dict) else {field.name: str(value)}
     plan = [f"layer {e.layer} {e.summary}" for e in config.statex.layers] if config.statex else ["none"]
     parameter = next(model.parameters())
-    if getattr(config, "HOST", None) is not None:  # whose other layers depend on keys that no field of ours holds
-        text: dict[str, Any] = getattr(config, "text")  # noqa: B009
-        settings["host"] = json.dumps({key: text[key] for key in sorted(text.keys() - SHARED_KEYS)}, default=str)
     return {
         "model_type": config.MODEL_TYPE,
         **settings,
         "plan": ", ".join(plan),
         "mitigation": "none" if model.mitigation is None else str(model.mitigation),
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "weights": _digest((name, tensor.detach()) for name, tensor in sorted(model.named_parameters())),
+        "weights": _digest((name, tensor.detach()) for name, tensor in sorted(model.stored_tensors().items())),
         "tokenizer": tokenizer.hash,
     }
+
+
+def _flat(name: str, values: dict[str, Any]) -> dict[str, str]:
+    """Return the settings of a host's ``config.json``, those of its sections under their own names."""
+    found: dict[str, str] = {}
+    for key, value in sorted(values.items()):
+        if key in _NO_MATTER | _NO_MATTER_TO_HOSTS:
+            continue
+        found |= _flat(f"{name}.{key}", value) if isinstance(value, dict) else {f"{name}.{key}": str(value)}
+    return found
 
 
 def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

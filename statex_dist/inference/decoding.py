@@ -1,9 +1,8 @@
 """The decoding loop: rows that take one step a token together, and come and go between steps.
 
-Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it read (and
-in a hybrid the keys and values of all tokens that it read), so a batch is the states of its rows side by side: joining
-is a concatenation and leaving a selection, and a step writes over them. ``statex generate`` and the server run this
-same loop.
+Every row has its own sampling, random numbers, text and end. A row is its state, of one size however much it read, and
+a hybrid's keys and values, which grow. A batch is the states of its rows side by side: joining is a concatenation and
+leaving a selection, and a step writes over them. ``statex generate`` and the server run this same loop.
 
 The next token is the most likely one, or drawn with temperature, top-k and top-p, row by row.
 """
@@ -20,7 +19,8 @@ import torch
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import ConfigError, StateXError
-from statex_dist.inference.prefill import explain_step, join_rows, take_rows
+from statex_dist.inference.prefill import explain_step
+from statex_dist.inference.rows import join_rows, key_value_bytes, state_bytes, take_rows
 from statex_dist.inference.text import TextStream, end_ids
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
@@ -214,8 +214,13 @@ class DecodingLoop:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all rows' states."""
-        return sum(part.numel() * part.element_size() for state in self._states for part in state)
+        """Bytes of all rows' states, keys and values among them."""
+        return state_bytes(self._states)
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of all rows' keys and values."""
+        return key_value_bytes(self._states)
 
     def add(self, rows: Sequence[Row], logits: torch.Tensor, states: Sequence[LayerState]) -> None:
         """Let rows join.

@@ -15,11 +15,10 @@ from statex_dist.inference.prefill import (
     DEFAULT_SEGMENT_LENGTH,
     Tokens,
     evaluating,
-    join_rows,
     read_contexts,
     rows_that_fit,
-    take_rows,
 )
+from statex_dist.inference.rows import join_rows, take_rows
 from statex_dist.inference.text import stop_with_special_token, text_window
 from statex_dist.inference.vocabulary import check_token_ids
 from statex_dist.models.core.sequences import LayerState

@@ -2,8 +2,7 @@
 
 A recurrent state has no mask: a token that is read stays in it permanently. So rows of a batch are never padded while
 they are read. They advance together to the end of the shortest row. This row leaves the batch with its own state, and
-the others continue. Attention layers of a hybrid keep keys and values in place of a state
-(:class:`~statex_dist.ops.attention.KeyValues`). Those of rows with unequal numbers of tokens end at the same place.
+the others continue.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from statex_dist.errors import CheckpointError
+from statex_dist.inference.rows import join_rows, take_rows
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM
-from statex_dist.ops.attention import KeyValues
 
 
 def explain_not_finite(
@@ -55,10 +53,10 @@ def explain_not_finite(
     finally:
         for hook in hooks:
             hook.remove()
-    if (place := first_not_finite(states or [])) is not None:
-        found.insert(0, (_state_name(model, place), position - 1))
-    elif not found and (place := first_not_finite(after)) is not None:
-        found.append((_state_name(model, place), position + input_ids.shape[1] - 1))
+    if (where := first_not_finite(model, states or [])) is not None:
+        found.insert(0, (where, position - 1))
+    elif not found and (where := first_not_finite(model, after)) is not None:
+        found.append((where, position + input_ids.shape[1] - 1))
     return _error(f"first in {found[0][0]} at position {found[0][1]}" if found else "not where it is read again")
 
 
@@ -92,28 +90,24 @@ def explain_step(model: RecurrentLM, states: Sequence[LayerState], row: int, *, 
         row: The row whose output is not finite.
         position: Position of the step's token.
     """
-    place = first_not_finite([tuple(part[row] for part in state) for state in states])
-    where = "the logits alone" if place is None else _state_name(model, place)
+    where = first_not_finite(model, take_rows(states, [row])) or "the logits alone"
     return _error(f"first in {where} at position {position}")
-
-
-def _state_name(model: RecurrentLM, place: int) -> str:
-    """Return how messages name a state, from its place among a model's."""
-    layer, kind = model.state_places[place]
-    return f"the state of layer {layer}" if kind == "recurrent" else f"keys and values of layer {layer}"
 
 
 def _error(where: str) -> CheckpointError:
     return CheckpointError(f"the model's output is NaN or infinite, {where}; its weights or its gates are damaged")
 
 
-def first_not_finite(states: Sequence[LayerState]) -> int | None:
-    """Return the place of the first state that holds NaN or infinity."""
+def first_not_finite(model: RecurrentLM, states: Sequence[LayerState]) -> str | None:
+    """Return what the first of a model's states that holds NaN or infinity is called, or None if there is none."""
     if not states:
         return None
-    # One answer for all states: each by itself would wait for the device.
+    # One answer for all layers: each by itself would wait for the device.
     finite = torch.stack([torch.stack([x.isfinite().all() for x in state]).all() for state in states])
-    return None if finite.all() else int((~finite).nonzero()[0])
+    if finite.all():
+        return None
+    layer, kind = model.state_places[int((~finite).nonzero()[0])]
+    return f"the keys and values of layer {layer}" if kind == "attention" else f"the state of layer {layer}"
 
 
 DEFAULT_SEGMENT_LENGTH = 1024
@@ -180,7 +174,7 @@ def prefill(
         # late, or never. A single token has no earlier tokens. A check of all states after each token would cost a
         # third of decoding.
         looked_at = output.states if segment.shape[1] > 1 else []
-        bad = not bool(torch.isfinite(logits).all()) or first_not_finite(looked_at) is not None
+        bad = not bool(torch.isfinite(logits).all()) or first_not_finite(model, looked_at) is not None
         if model.anywhere(bad):
             raise explain_not_finite(model, segment, states, position=position + read)
         states, read = output.states, read + segment.shape[1]
@@ -225,50 +219,10 @@ def read_contexts(
         at, rows = end, active
         while active and len(contexts[order[active - 1]]) == at:
             active -= 1
-        states = take_rows(after, range(active))
         if active < rows:
-            ended.append((logits[active:], take_rows(after, range(active, rows))))
+            ended.append((logits[active:], take_rows(after, slice(active, None))))
+        states = take_rows(after, slice(active))
     ended.reverse()
     back = torch.tensor(np.argsort(order), device=device)
     joined = join_rows(*(part for _, part in ended))
     return torch.cat([part for part, _ in ended])[back], take_rows(joined, back)
-
-
-def join_rows(*parts: Sequence[LayerState]) -> list[LayerState]:
-    """Return the states of the rows of several batches as one batch's."""
-    return [_joined(same) for same in zip(*parts, strict=True)]
-
-
-def _joined(parts: Sequence[LayerState]) -> LayerState:
-    """Return one state of those of several batches; keys and values end at the same place."""
-    if not isinstance(parts[0], KeyValues):
-        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    found = [KeyValues(*part) for part in parts]
-    most = max(part.keys.shape[2] for part in found)
-    keys, values = (
-        torch.cat([F.pad(tensor, (0, 0, most - tensor.shape[2], 0)) for tensor in tensors])
-        for tensors in ([part.keys for part in found], [part.values for part in found])
-    )
-    return KeyValues(keys, values, torch.cat([part.lengths for part in found]))
-
-
-def take_rows(states: Sequence[LayerState], rows: Sequence[int] | torch.Tensor) -> list[LayerState]:
-    """Return the states of some rows; a row may be named more than once.
-
-    Keys and values are as long as those of the longest row that is taken.
-    """
-    if not states:
-        return []
-    if isinstance(rows, range):  # a view
-        return [_trimmed(state, [tensor[rows.start : rows.stop] for tensor in state]) for state in states]
-    index = torch.as_tensor(rows, device=states[0][0].device)
-    return [_trimmed(state, [tensor[index] for tensor in state]) for state in states]
-
-
-def _trimmed(state: LayerState, parts: Sequence[torch.Tensor]) -> LayerState:
-    """Return a state of these parts, of the same kind; keys and values without places that no row uses."""
-    if not isinstance(state, KeyValues):
-        return tuple(parts)
-    keys, values, lengths = parts
-    unused = keys.shape[2] - int(lengths.max()) if len(lengths) else 0
-    return KeyValues(keys[:, :, unused:], values[:, :, unused:], lengths)

@@ -34,6 +34,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.config = tiny_config()
         self.longest_call = 0
+        self.state_places = [(0, "recurrent")]
 
     def anywhere(self, found):
         return found

@@ -1,165 +1,201 @@
-"""Hybrids decode as transformers does: batches, long prompts in segments, stored prefixes, the server's batch."""
+"""Hybrids decode as transformers' own ``generate`` does, with keys and values of rows of unequal lengths."""
 
-from __future__ import annotations
+import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.errors import CheckpointError
-from statex_dist.evaluation.health.collapse import state_statistics
-from statex_dist.evaluation.health.retention import RetentionProbe
 from statex_dist.inference.cache import load_prefix, save_prefix
-from statex_dist.inference.decoding import Row, Sampling
+from statex_dist.inference.decoding import DecodingLoop, Row, Sampling
 from statex_dist.inference.generate import read_prefix, stream_continuations
-from statex_dist.inference.prefill import evaluating, explain_not_finite, join_rows, read_contexts, take_rows
+from statex_dist.inference.prefill import evaluating, explain_not_finite, explain_step, read_contexts
+from statex_dist.inference.rows import join_rows, state_bytes, take_rows
 from statex_dist.inference.serving.batch import ContinuousBatch, Prompt
 from statex_dist.inference.serving.limits import Limits
 from statex_dist.inference.serving.protocol import RequestError
-from statex_dist.models.build import build_lm
 from statex_dist.models.hf import from_pretrained
-from statex_dist.models.registry import make_plan
 from statex_dist.ops.attention import KeyValues
-from tests.models.hybrid.hosts import save_host
+from tests.models.hybrid.hosts import HOSTS, save_host
 
 TOKENIZER = BytesTokenizer()
-HOSTS = ["nemotron_h", "falcon_h1", "zamba2", "qwen3_next", "kimi_linear", "minimax"]
-LENGTHS = (11, 3, 1, 11, 7)
-GREEDY = Sampling(max_tokens=6, ignore_eos=True)
+TOKENS = 6
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [1, 8, 2, 8, 1, 8]]
+GREEDY = Sampling(max_tokens=TOKENS, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=HOSTS)
 def pair(request, tmp_path_factory):
-    """A host with a vocabulary of bytes, and our model of it."""
+    """A host with the vocabulary of bytes, and our model of its directory."""
     directory = tmp_path_factory.mktemp(request.param)
-    host = save_host(request.param, directory, vocab_size=258, eos_token_id=256, pad_token_id=257)
-    return host, from_pretrained(directory).eval()
+    host = save_host(request.param, directory, vocab_size=258)
+    TOKENIZER.save(directory)
+    return host, from_pretrained(directory).eval(), directory
 
 
-def contexts():
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in LENGTHS]
+@pytest.fixture(scope="module")
+def wanted(pair):
+    """The tokens of transformers' ``generate`` for each prompt alone."""
+    return [by_host(pair[0], prompt) for prompt in PROMPTS]
 
 
-def written(model, contexts, **options):
-    """Return the tokens that our model writes after each context."""
-    found = stream_continuations(model, contexts, GREEDY, tokenizer=TOKENIZER, **options)
-    ended = {progress.key: list(progress.tokens) for progress in found if progress.finish_reason}
-    return [ended[key] for key in range(len(contexts))]
+def by_host(host, prompt, count=TOKENS):
+    found = host.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return found[0, len(prompt) :].tolist()
 
 
-def of_the_host(host, context, count=GREEDY.max_tokens):
-    """Return the tokens that transformers writes after a context."""
-    ids = torch.tensor([context])
-    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return host.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(context) :].tolist()
+def continued(model, contexts, sampling=GREEDY, **options):
+    values = {"tokenizer": TOKENIZER, "batch_size": 4, "segment_length": 4, **options}
+    found = {}
+    for progress in stream_continuations(model, contexts, sampling, **values):
+        if progress.finish_reason is not None:
+            found[progress.key] = list(progress.tokens)
+    return [found[key] for key in sorted(found)]
 
 
-@torch.no_grad()
-def test_a_batch_of_unequal_prompts_writes_what_transformers_writes_of_each(pair):
-    host, ours = pair
-    found = written(ours, contexts(), batch_size=4, segment_length=4)
-    assert found == [of_the_host(host, context) for context in contexts()]
+def test_batches_of_unequal_prompts_decode_as_the_host_does(pair, wanted):
+    assert continued(pair[1], PROMPTS) == wanted
 
 
-def test_keys_and_values_are_as_long_as_the_longest_row_that_is_left(pair):
-    _, ours = pair
-    with evaluating(ours):
-        _, states = read_contexts(ours, contexts(), segment_length=4)
-    kept = take_rows(states, [4, 1])
-    assert len(kept) == len(ours.state_places)
-    for (_, kind), whole, state in zip(ours.state_places, states, kept, strict=True):
-        assert isinstance(state, KeyValues) == (kind == "attention")
-        if kind == "attention":
-            assert whole.lengths.tolist() == list(LENGTHS)
-            assert (state.keys.shape[2], state.lengths.tolist()) == (7, [7, 3])
-            assert not state.keys[1, :, :4].any()
-            again = join_rows([state], [whole])[0]
-            assert again.keys.shape[2] == 11
-            assert torch.equal(again.keys[0, :, 4:], state.keys[0])
+def test_rows_are_drawn_as_they_would_be_alone(pair):
+    sampling = Sampling(max_tokens=TOKENS, ignore_eos=True, temperature=1.5, top_k=50)
+    alone = [continued(pair[1], [prompt], sampling, seeds=[7 + i])[0] for i, prompt in enumerate(PROMPTS)]
+    assert continued(pair[1], PROMPTS, sampling, seeds=[7, 8, 9]) == alone
 
 
-def test_a_stored_prefix_goes_on_as_if_it_had_never_left_memory(pair, tmp_path):
-    host, ours = pair
-    context = contexts()[0]
-    prefix = read_prefix(ours, context[:8], segment_length=3)
-    save_prefix(tmp_path / "states", prefix, ours, TOKENIZER)
-    loaded = load_prefix(tmp_path / "states", ours, TOKENIZER)
-    found = written(ours, [context[8:], []], batch_size=2, segment_length=4, prefix=loaded)
-    assert found == [of_the_host(host, context), of_the_host(host, context[:8])]
+def test_a_served_batch_takes_and_frees_rows_between_steps(pair, wanted):
+    model, produced, most = pair[1], {}, 0
+    with evaluating(model):
+        batch = ContinuousBatch(model, TOKENIZER, max_rows=2, segment_length=4)
+        waiting = [Prompt(tokens=prompt, rows=[Row(key=i, sampling=GREEDY)]) for i, prompt in enumerate(PROMPTS)]
+        while len(produced) < len(PROMPTS):
+            while waiting and batch.free > 0:
+                batch.admit(waiting.pop(0))
+            for progress in batch.step().progress:
+                assert progress.error is None
+                if progress.finish_reason is not None:
+                    produced[progress.key] = list(progress.tokens)
+            most = max(most, batch.running)
+    assert [produced[key] for key in sorted(produced)] == wanted
+    assert most == 2
+    assert batch.state_bytes == 0
 
 
-def test_a_prefix_of_another_rotation_is_refused(tmp_path):
+def test_reordered_and_repeated_rows_keep_their_texts(pair):
+    """As a beam search orders them."""
+    model = pair[1]
+    with evaluating(model):
+        _, states = read_contexts(model, PROMPTS, segment_length=4)
+        order = [2, 0, 2, 1]
+        column = torch.tensor([[9], [8], [7], [6]])
+        output = model(column, states=take_rows(states, order), output_states=True)
+        for row, place in enumerate(order):
+            whole = torch.tensor([[*PROMPTS[place], int(column[row])]])
+            torch.testing.assert_close(output.logits[row, -1], model(whole).logits[0, -1], rtol=0, atol=1e-5)
+
+
+def test_memory_of_keys_and_values_leaves_with_the_longest_row(pair):
+    model = pair[1]
+    with evaluating(model):
+        logits, states = read_contexts(model, PROMPTS, segment_length=4)
+        loop = DecodingLoop(model, TOKENIZER)
+        loop.add([Row(key=i, sampling=GREEDY) for i in range(len(PROMPTS))], logits, states)
+        loop.drop({0})
+        loop.step()
+        _, one = read_contexts(model, [[*PROMPTS[2], 1]], segment_length=4)
+        assert loop.state_bytes == 2 * state_bytes(one)
+        loop.drop({2})
+        loop.step()
+        _, one = read_contexts(model, [[*PROMPTS[1], 1, 1]], segment_length=4)
+        assert loop.state_bytes == state_bytes(one)
+
+
+def test_a_kept_prefix_is_continued_exactly(pair, wanted, tmp_path):
+    model = pair[1]
+    first = read_prefix(model, PROMPTS[0][:7], segment_length=4)
+    save_prefix(tmp_path / "states", first, model, TOKENIZER)
+    loaded = load_prefix(tmp_path / "states", model, TOKENIZER)
+    assert [type(state) for state in loaded.states] == [type(state) for state in first.states]
+    for ours, theirs in zip(first.states, loaded.states, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    contexts = [PROMPTS[0][7:], [], [5]]
+    found = continued(model, contexts, prefix=loaded)
+    assert found == continued(model, contexts, prefix=first)
+    assert found[0] == wanted[0]
+    stored = load_file(tmp_path / "states")
+    kept = sum(tensor.nbytes for name, tensor in stored.items() if name.startswith("layers."))
+    assert kept == state_bytes(first.states)
+
+
+def test_a_prefix_of_another_model_is_refused(pair, tmp_path):
+    model = pair[1]
+    save_prefix(tmp_path / "states", read_prefix(model, PROMPTS[0]), model, TOKENIZER)
+    other = copy.deepcopy(model)
+    last = sorted(other.stored_tensors().items())[-1][1]  # of some hosts a buffer is no parameter but decides too
+    last.data += 1
+    with pytest.raises(CheckpointError, match="weights differ"):
+        load_prefix(tmp_path / "states", other, TOKENIZER)
+
+
+def test_an_error_names_layer_and_kind_of_a_state(pair):
+    model = pair[1]
+    with evaluating(model):
+        _, states = read_contexts(model, PROMPTS[:1], segment_length=16)
+        for at, (layer, kind) in enumerate(model.state_places):
+            bad = join_rows(states)
+            bad[at][0].view(-1)[-1] = torch.nan
+            name = f"keys and values of layer {layer} " if kind == "attention" else f"state of layer {layer} "
+            assert name in str(explain_step(model, bad, 0, position=9))
+            assert name in str(explain_not_finite(model, torch.tensor([[1]]), bad, position=11))
+            assert isinstance(bad[at], KeyValues) == (kind == "attention")
+
+
+def test_the_command_line_generates_what_the_host_does(pair, capsys):
+    host, _, directory = pair
+    prompts = ["The river rose", "a"]
+    options = ["--max-new-tokens", str(TOKENS), "--ignore-eos", "--segment-length", "4", "--threads", "1", "--json"]
+    texts = [part for prompt in prompts for part in ("--prompt", prompt)]
+    assert main(["generate", "--model", str(directory), *texts, *options]) == 0
+    found = [part["tokens"] for part in json.loads(capsys.readouterr().out)["continuations"]]
+    assert found == [by_host(host, TOKENIZER.encode(prompt).tolist()) for prompt in prompts]
+
+
+def test_a_served_batch_holds_no_more_keys_and_values_than_allowed(pair, wanted):
+    model, ended = pair[1], {}
+    batch = ContinuousBatch(model, TOKENIZER, max_rows=4, segment_length=4, max_kv_tokens=25)
+    waiting = [Prompt(tokens=prompt, rows=[Row(key=i, sampling=GREEDY)]) for i, prompt in enumerate(PROMPTS)]
+    with evaluating(model):
+        while waiting or batch.running or batch.reading:
+            while waiting and batch.takes(waiting[0]):
+                batch.admit(waiting.pop(0))
+            assert batch.running + batch.reading <= 2, "11 + 2 tokens, and 6 of each completion, are all 25"
+            for progress in batch.step().progress:
+                if progress.finish_reason is not None:
+                    ended[progress.key] = list(progress.tokens)
+    assert [ended[key] for key in sorted(ended)] == wanted
+
+
+def test_a_request_that_could_never_be_held_is_refused():
+    with pytest.raises(RequestError, match=r"46.*40"):
+        Limits(max_kv_tokens=40).check_kv(PROMPTS, 2, 12)
+
+
+def test_a_prefix_read_with_another_rotation_is_refused(tmp_path):
     for name, theta in (("a", 10_000.0), ("b", 20_000.0)):
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         save_host("qwen3_next", tmp_path / name, vocab_size=258, **rope)
     ours, other = (from_pretrained(tmp_path / name).eval() for name in "ab")
     save_prefix(tmp_path / "states", read_prefix(ours, [1, 2, 3]), ours, TOKENIZER)
-    with pytest.raises(CheckpointError, match="host"):
+    with pytest.raises(CheckpointError, match="rope_theta"):
         load_prefix(tmp_path / "states", other, TOKENIZER)
-
-
-def test_the_servers_batch_holds_no_more_keys_and_values_than_allowed(pair):
-    _, ours = pair
-    batch = ContinuousBatch(ours, TOKENIZER, max_rows=4, segment_length=4, max_kv_tokens=40)
-    prompts = [
-        Prompt(tokens=context, rows=[Row(key=i, sampling=GREEDY, position=len(context))])
-        for i, context in enumerate(contexts())
-    ]
-    waiting, ended = list(prompts), {}
-    with evaluating(ours):
-        while waiting or batch.running or batch.reading:
-            while waiting and batch.takes(waiting[0]):
-                batch.admit(waiting.pop(0))
-            assert batch.running + batch.reading <= 3, "11 + 3 + 1 tokens and 6 of each completion are 33 of 40"
-            for done in batch.step().progress:
-                if done.finish_reason:
-                    ended[done.key] = list(done.tokens)
-    assert [ended[i] for i in range(5)] == written(ours, contexts(), batch_size=1, segment_length=64)
-    with pytest.raises(RequestError, match="40"):
-        Limits(max_kv_tokens=40).check_kv([contexts()[0]], 2, 12)
-
-
-def test_messages_name_the_layer_of_a_state(pair):
-    _, ours = pair
-    with evaluating(ours):
-        _, states = read_contexts(ours, [contexts()[0]], segment_length=16)
-        place = max(i for i, (_, kind) in enumerate(ours.state_places) if kind == "attention")
-        states[place].keys[0, 0, -1] = torch.nan
-        error = explain_not_finite(ours, torch.tensor([[1, 2]]), states, position=11)
-    assert f"keys and values of layer {ours.state_places[place][0]} at position 10" in str(error)
-
-
-def test_retention_and_statistics_are_those_of_recurrent_layers(pair):
-    """The probe is compared with two runs of the model from states that differ by it."""
-    _, ours = pair
-    ids = torch.tensor([contexts()[0]])
-    with evaluating(ours):
-        start = ours(ids[:, :4], output_states=True).states
-        probe = RetentionProbe(ours)
-        with probe:
-            after = ours(ids[:, 4:], states=start, output_states=True).states
-    kept = probe.retention()
-    recurrent = {layer for layer, kind in ours.state_places if kind == "recurrent"}
-    assert {layer for layer, (whole, _) in enumerate(kept) if whole.shape[1]} == recurrent
-    layer = min(recurrent)
-    place = ours.state_places.index((layer, "recurrent"))
-    signs = torch.randint(0, 2, start[place][0].shape[1:], generator=torch.Generator().manual_seed(layer)) * 2 - 1
-    moved = list(start)
-    moved[place] = (start[place][0] + 1e6 * signs, *start[place][1:])
-    with evaluating(ours):
-        # Only the first recurrent layer's own state is compared: later layers see other inputs.
-        there = ours(ids[:, 4:], states=moved, output_states=True).states[place][0]
-    ratio = (there - after[place][0]).square().sum((-2, -1)).sqrt() / (1e6 * signs.numel() ** 0.5 / len(signs) ** 0.5)
-    torch.testing.assert_close(torch.as_tensor(kept[layer][0]), ratio.double(), rtol=1e-3, atol=1e-6)
-    assert state_statistics(after[place][0])["mean"].shape == (1, after[place][0].shape[1])
-
-
-def test_a_grown_model_decodes(tmp_path):
-    save_host("nemotron_h", tmp_path, vocab_size=258)
-    ours = from_pretrained(tmp_path).eval()
-    grown = build_lm(make_plan(ours.config, layers="all", factor=2, init="inherit")).eval()
-    for parameter in grown.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    together = written(grown, contexts(), batch_size=3, segment_length=4)
-    assert together == written(grown, contexts(), batch_size=1, segment_length=4)

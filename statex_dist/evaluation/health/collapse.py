@@ -195,8 +195,9 @@ def state_statistics(state: torch.Tensor) -> dict[str, npt.NDArray[np.float64]]:
 def collapse_units(model: RecurrentLM, settings: CollapseSettings, tokenizer: Tokenizer) -> list[EvalUnit]:
     """Return the suite's work: one unit for each batch of sequences of a prompt, a digest of given text in its key.
 
-    A unit's records are its sequences: ``{"prompt", "sequence", "loss": [P], "states": {statistic: [[[P], heads],
-    layers]}, "retention": [[heads], layers], "retention_slowest"}``. Values that are not finite are null.
+    A unit's records are its sequences: ``{"prompt", "sequence", "layers": [recurrent layers], "loss": [P], "states":
+    {statistic: [[[P], heads], layers]}, "retention": [[heads], layers], "retention_slowest"}``. Values that are not
+    finite are null.
 
     Args:
         model: The model, fp32.
@@ -276,12 +277,7 @@ def _stream(
             with watching:
                 states, loss = read_tokens(model, tokens, start, end, states, settings.segment_length)
             losses.append(loss / (end - start))
-            found = {
-                layer: state_statistics(state[0])
-                for (layer, kind), state in zip(model.state_places, states, strict=True)
-                if kind == "recurrent"
-            }
-            seen.append([found.get(layer, {}) for layer in range(model.config.num_hidden_layers)])
+            seen.append([state_statistics(state[0]) for state in recurrent_states(model, states)])
             if probe is not None and end == settings.train_length:
                 kept = probe.retention()
                 probe = None
@@ -292,6 +288,7 @@ def _stream(
             {
                 "prompt": prompt,
                 "sequence": number,
+                "layers": [layer for layer, kind in model.state_places if kind == "recurrent"],
                 "loss": finite([loss[row] for loss in losses]),
                 "states": {
                     name: [
@@ -308,7 +305,18 @@ def _stream(
 
 
 def _heads(seen: Sequence[Sequence[dict[str, npt.NDArray[np.float64]]]], layer: int) -> int:
-    return seen[0][layer]["mean"].shape[1] if seen[0][layer] else 0
+    return seen[0][layer]["mean"].shape[1]
+
+
+def recurrent_states(model: RecurrentLM, states: Sequence[LayerState]) -> list[LayerState]:
+    """Return the recurrent ones of a model's states, in the order of its recurrent layers; not keys and values."""
+    return [state for (_, kind), state in zip(model.state_places, states, strict=True) if kind == "recurrent"]
+
+
+def recurrent_layers(record: Record) -> list[int]:
+    """Return the layers of a record's states; those that were written before hybrids have one for each layer."""
+    layers: list[int] = record.get("layers") or list(range(len(next(iter(record["states"].values())))))
+    return layers
 
 
 def read_tokens(
@@ -351,6 +359,6 @@ def finite(values: Sequence[float] | npt.NDArray[np.float64]) -> list[float | No
 
 def series(record: Record, statistic: str) -> Iterator[tuple[int, int, npt.NDArray[np.float64]]]:
     """Yield layer, head and the values by position ``[P]`` of one of a record's statistics, NaN for null."""
-    for layer, heads in enumerate(record["states"][statistic]):
+    for layer, heads in zip(recurrent_layers(record), record["states"][statistic], strict=True):
         for head, values in enumerate(heads):
             yield layer, head, np.array(values, np.float64)

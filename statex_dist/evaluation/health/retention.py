@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from statex_dist.models.core.mixer import RecurrentMixer
+from statex_dist.models.core.mixer import RecurrentMixer, mixer_of
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.mitigation import ForgetMore
 
@@ -35,9 +35,10 @@ class RetentionProbe:
     """
 
     def __init__(self, model: RecurrentLM):
-        self._layers = model.layers
-        self._probes: dict[int, torch.Tensor] = {}
-        self._signs: dict[int, torch.Tensor] = {}
+        found = [mixer_of(model.layers[index]) for index in model.config.recurrent_layers]
+        self._layers = [mixer for mixer in found if mixer is not None]
+        self._probes: list[torch.Tensor | None] = [None] * len(self._layers)
+        self._signs: list[torch.Tensor | None] = [None] * len(self._layers)
         self._handles: list[RemovableHandle] = []
 
     @staticmethod
@@ -47,9 +48,7 @@ class RetentionProbe:
 
     def __enter__(self) -> RetentionProbe:
         for index, layer in enumerate(self._layers):
-            for mixer in layer.modules():
-                if isinstance(mixer, RecurrentMixer):
-                    self._handles.append(mixer.register_forward_hook(self._hook(index), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._hook(index), with_kwargs=True))
         return self
 
     def __exit__(
@@ -60,44 +59,37 @@ class RetentionProbe:
         self._handles.clear()
 
     def _hook(self, index: int) -> Any:
-        def run_again(mixer: RecurrentMixer, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-            if (call := options.get("statex")) is None:
-                hidden, sequences, before, *shared = inputs
-                after = output[1]
-            else:  # a host calls with arguments of its own, and the states are beside them
-                hidden = inputs[0] if inputs else options["hidden_states"]
-                sequences, before, shared = call.sequences, call.state("recurrent"), []
-                after = call.after[index, "recurrent"]
-            if index not in self._probes:
+        def run_again(mixer: RecurrentMixer, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            (hidden, sequences, before, *shared), after = mixer.observed(args, kwargs, output)
+            probe = self._probes[index]
+            if probe is None:
                 # Signs from a fixed seed: the same probe whatever else is drawn, and whatever the device.
                 generator = torch.Generator().manual_seed(index)
                 signs = torch.randint(0, 2, after[0].shape[1:], generator=generator) * 2 - 1
-                self._probes[index] = self._signs[index] = signs.to(after[0]).expand_as(after[0])
+                self._signs[index] = signs.to(after[0]).expand_as(after[0])
+                probe = self._signs[index]
+            assert probe is not None
             factor = _BESIDE * max(1.0, float(after[0].abs().amax().nan_to_num(1.0, 1.0, 1.0)))
             rest = before[1:] if before is not None else tuple(torch.zeros_like(tensor) for tensor in after[1:])
-            # `forward` itself, not the module: its hooks, this one among them, are for the first run.
-            _, probed = RecurrentMixer.forward(mixer, hidden, sequences, (self._probes[index] * factor, *rest), *shared)
+            # Not by a call of the module: its hooks, this one among them, are for the first run.
+            _, probed = mixer.mix_tokens(hidden, sequences, (probe * factor, *rest), *shared)
             assert probed is not None
             self._probes[index] = probed[0] / factor
 
         return run_again
 
     def retention(self) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-        """Return, for each layer, what its heads have kept: ``[B, H]`` of the whole state and of its slowest row.
-
-        Layers without a recurrence have no heads.
+        """Return, for each recurrent layer, what its heads have kept: ``[B, H]`` of the whole state and of one row.
 
         The first is ``|P E| / |E|`` (Frobenius norms), for decays by channel the root mean square of their products;
         the second the largest such ratio of one row of the matrix, for GLA the channel that forgets slowest. Ratios
         below 1e-9 are given as 0.
         """
-        kept: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = []
-        rows = max(len(probe) for probe in self._probes.values())
-        for layer in range(len(self._layers)):
-            if layer not in self._probes:
-                kept.append((np.zeros((rows, 0)), np.zeros((rows, 0))))
-                continue
-            squares, full = self._probes[layer].double().square(), self._signs[layer].double().square()
+        kept = []
+        for probe, signs in zip(self._probes, self._signs, strict=True):
+            assert probe is not None
+            assert signs is not None
+            squares, full = probe.double().square(), signs.double().square()
             whole = (squares.sum((-2, -1)) / full.sum((-2, -1))).sqrt()
             slowest = (squares.sum(-1) / full.sum(-1)).sqrt().amax(-1)
             pair = [torch.where(value < _SMALLEST, 0.0, value).cpu().numpy() for value in (whole, slowest)]

@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from statex_dist.evaluation.health.collapse import LEAST_POSITIONS, STATISTICS, CollapseSettings, finite, series
+from statex_dist.evaluation.health.collapse import (
+    LEAST_POSITIONS,
+    STATISTICS,
+    CollapseSettings,
+    finite,
+    recurrent_layers,
+    series,
+)
 from statex_dist.evaluation.journal import Record
 
 _RESAMPLES = 2000
@@ -196,7 +203,8 @@ def judge_heads(records: Sequence[Record], settings: CollapseSettings) -> list[H
 
 
 def _mean_retention(records: Sequence[Record], name: str, layer: int, head: int) -> float | None:
-    values = [record[name][layer][head] for record in records if record[name] is not None]
+    measured = [record for record in records if record[name] is not None]
+    values = [record[name][recurrent_layers(record).index(layer)][head] for record in measured]
     if not values or None in values:
         return None
     return finite([np.mean(values)])[0]

@@ -22,7 +22,8 @@ import torch
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import CheckpointError
 from statex_dist.inference.decoding import DecodingLoop, Progress, Row
-from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens, device_of, evaluating, prefill, take_rows
+from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens, device_of, evaluating, prefill
+from statex_dist.inference.rows import take_rows
 from statex_dist.inference.serving.protocol import BusyError
 from statex_dist.models.core.sequences import LayerState
 from statex_dist.models.lm import RecurrentLM

@@ -158,6 +158,16 @@ class RecurrentMixer(nn.Module):
         Returns:
             ``[B, T, hidden]`` and the state after ``x`` (None unless asked for).
         """
+        return self.mix_tokens(x, sequences, state, *shared)
+
+    def observed(self, args: Any, kwargs: dict[str, Any], output: Any) -> tuple[Any, LayerState]:
+        """Return the arguments of :meth:`mix_tokens` and the state after the tokens, from a hook on :meth:`forward`."""
+        return args, output[1]
+
+    def mix_tokens(
+        self, x: torch.Tensor, sequences: Sequences, state: LayerState | None = None, *shared: torch.Tensor | None
+    ) -> tuple[torch.Tensor, LayerState | None]:
+        """Mix tokens; arguments and result are those of :meth:`forward`, which a host calls in another way."""
         has_conv = self.geometry.conv_kernel > 0
         before = LayerParts()
         if state:

@@ -72,9 +72,15 @@ class HostedMixer(RecurrentMixer):
         """
         if statex is None:
             raise ConfigError("the host's layers were called without our forward pass: call the model itself")
-        y, state = super().forward(hidden_states, statex.sequences, statex.state("recurrent"))
+        y, state = self.mix_tokens(hidden_states, statex.sequences, statex.state("recurrent"))
         statex.keep("recurrent", state)
         return y
+
+    def observed(self, args: Any, kwargs: dict[str, Any], output: Any) -> tuple[Any, LayerState]:
+        """Return the arguments of ``mix_tokens`` and the state after the tokens, from a hook on :meth:`forward`."""
+        call: HostCall = kwargs["statex"]
+        x = args[0] if args else kwargs["hidden_states"]
+        return (x, call.sequences, call.state("recurrent")), call.after[call.layer, "recurrent"]
 
 
 class HostedMamba2(HostedMixer, Mamba2Mixer):

@@ -148,7 +148,7 @@ class Exploding:
     """A model whose state and loss follow given curves of the number of tokens read."""
 
     def __init__(self, norm, loss, heads=3):
-        self.config, self.training = tiny_config(), False
+        self.config, self.training, self.state_places = tiny_config(), False, [(0, "recurrent")]
         self.norm, self.loss, self.heads = norm, loss, heads
 
     def parameters(self):

@@ -13,7 +13,7 @@ import requests
 from statex_dist.errors import StateXError
 from statex_dist.inference import decoding
 from statex_dist.inference.decoding import Sampling
-from statex_dist.inference.prefill import take_rows
+from statex_dist.inference.rows import take_rows
 from statex_dist.inference.serving import batch as worker
 from tests.evaluation.stand_ins import overflowing_model, tiny_model
 from tests.inference.serving.running import ENDLESS, NAME, PATIENCE_SECONDS, Gate, alone, send_and_leave, serving

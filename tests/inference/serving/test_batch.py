@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from statex_dist.data.tokenizer import BytesTokenizer
 from statex_dist.inference import decoding
 from statex_dist.inference.decoding import Row, Sampling
-from statex_dist.inference.prefill import evaluating, take_rows
+from statex_dist.inference.prefill import evaluating
+from statex_dist.inference.rows import take_rows
 from statex_dist.inference.serving.batch import MAX_PASSES, ContinuousBatch, Prompt
 from statex_dist.inference.text import cut
 from tests.evaluation.stand_ins import overflowing_model, tiny_model

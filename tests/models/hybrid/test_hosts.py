@@ -8,17 +8,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from statex_dist.inference.prefill import join_rows
+from statex_dist.inference.rows import join_rows
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.layout import Part
 from statex_dist.models.registry import expand_state_dict, family_of, make_plan, read_config, tensor_mappings
 from statex_dist.models.row_mapping import Keep
-from statex_dist.ops.attention import KeyValues
 from tests.models.hybrid.hosts import FALCON_NORM, HOSTS, MAMBA2_HOSTS, VOCABULARY, save_host
 
 LENGTHS = [7, 1, 9]
@@ -130,27 +128,12 @@ def test_a_pack_equals_the_hosts_documents(exact, documents, recompute):
             torch.testing.assert_close(grad, wanted[name], rtol=0, atol=10 * bound * max(scale, 1e-3), msg=name)
 
 
-def padded(states, length):
-    """Return states of rows whose keys and values are as long as those of another batch."""
-    found = []
-    for state in states:
-        if isinstance(state, KeyValues):
-            keys, values = (F.pad(y, (0, 0, length - y.shape[2], 0)) for y in state[:2])
-            found.append(KeyValues(keys, values, state.lengths))
-        else:
-            found.append(state)
-    return found
-
-
 def test_rows_of_unequal_lengths_decode_as_the_host_reads_the_whole(saved, ours):
     ids, (short, long) = tokens(2), (3, 9)
     with torch.no_grad():
         whole = saved[0](ids, use_cache=False).logits
         first, second = (ours(ids[i : i + 1, :n], output_states=True).states for i, n in enumerate((short, long)))
-        states = [
-            KeyValues(*joined) if isinstance(old, KeyValues) else joined
-            for joined, old in zip(join_rows(padded(first, long), second), second, strict=True)
-        ]
+        states = join_rows(first, second)
         for step in range(4):
             column = torch.stack([ids[0, short + step], ids[1, long + step]])[:, None]
             output = ours(column, states=states, output_states=True)
