@@ -167,6 +167,7 @@ def hybrid_code(config: Any) -> str:
         ("BambaModel", model),
         ("BambaConfig", f"{name}Config"),
         ('"bamba"', f'"{config.MODEL_TYPE}"'),
+        ('ACTIVATION = "hidden_act"', f'ACTIVATION = "{host.activation}"'),
         (
             "statex_dist.models.hybrid.mamba2 import Mamba2Layers",
             f"{type(layers).__module__} import {kind}",

@@ -203,6 +203,16 @@ class ModelConfig:
         return next((self.extra[key] for key in keys if self.extra.get(key) is not None), None)
 
     @property
+    def activation_key(self) -> str:
+        """Key of ``config.json`` with an activation that the family's classes in other software make."""
+        return "hidden_act"
+
+    @property
+    def section_key(self) -> str | None:
+        """Key of the section that :attr:`activation_key` is in, or None."""
+        return None
+
+    @property
     def obstacle(self) -> str | None:
         """Why the model can be expanded and resharded here but not run, or None: attention that is not ours."""
         others = [layer for layer in self.attention_layers if self.attention_layer(layer) is None]
@@ -331,7 +341,8 @@ class ModelConfig:
         plain = self.plain_keys()
         if plain:  # a base that leaves a key to its default
             values = {**{key: getattr(self, key) for key in plain if key not in values}, **values}
-        return with_plan_entry(values, plain or own_keys(values), self.statex.to_dict())
+        changes = plain or own_keys(values, activation=self.activation_key, section=self.section_key)
+        return with_plan_entry(values, changes, self.statex.to_dict())
 
     def to_json(self) -> str:
         """Return the text of ``config.json``."""

@@ -109,19 +109,23 @@ def ours(model_type: Any) -> bool:
     return isinstance(model_type, str) and model_type.startswith(OUR_CODE_PREFIX)
 
 
-def own_keys(values: dict[str, Any]) -> dict[str, Any]:
+def own_keys(values: dict[str, Any], *, activation: str = "hidden_act", section: str | None = None) -> dict[str, Any]:
     """Return the changes of a ``config.json`` with which no class of other software opens the model.
 
     Args:
         values: Its contents without a plan. Files of mamba_ssm have no ``model_type``: its class refuses ``statex``.
+        activation: Key of an activation that the family's classes make.
+        section: Key of the section that it is in, or None.
     """
     changes: dict[str, Any] = {}
     if "model_type" in values:
         changes = {
             "model_type": OUR_CODE_PREFIX + values["model_type"].removeprefix(OUR_CODE_PREFIX),
             "architectures": [ARCHITECTURE],
-            "hidden_act": NO_ACTIVATION,
+            activation: NO_ACTIVATION,
         }
+        if section is not None and isinstance(values.get(section), dict):
+            changes[section] = {**values[section], activation: NO_ACTIVATION}
     auto_map = values.get("auto_map")
     if isinstance(auto_map, dict) and auto_map != AUTO_MAP:
         # Another's code for the base: it knows no plan either. Tokenizers and processors stay.
@@ -154,8 +158,12 @@ def without_plan(values: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{CONFIG_NAME}: 'statex' must be a mapping, and 'base' in it too, not {plan!r}")
     if not plan:
         return values
-    added = {"architectures": [ARCHITECTURE], "hidden_act": NO_ACTIVATION}
-    kept = {key: value for key, value in values.items() if key != "statex" and added.get(key, ...) != value}
+    ours_alone = [ARCHITECTURE]
+    kept = {
+        key: value
+        for key, value in values.items()
+        if key != "statex" and value != NO_ACTIVATION and not (key == "architectures" and value == ours_alone)
+    }
     if ours(kept.get("model_type")):
         kept["model_type"] = kept["model_type"].removeprefix(OUR_CODE_PREFIX)
     return {**kept, **base}

@@ -18,6 +18,7 @@ from statex_dist.models.hybrid.mamba2 import Mamba2Layers
 from statex_dist.models.hybrid.mixers import HostedMamba2
 
 HOST = "bamba"
+ACTIVATION = "hidden_act"
 PLACES: dict[int, str] = {}
 """Name of the recurrent mixer in each layer that has one."""
 
@@ -36,16 +37,16 @@ class StateXConfig(BambaConfig):
 
     def __init__(self, statex: dict[str, Any] | None = None, **kwargs: Any):
         self.statex = statex
-        if kwargs.get("hidden_act") == NO_ACTIVATION:  # it keeps classes without the plan from opening the model
-            del kwargs["hidden_act"]
+        if kwargs.get(ACTIVATION) == NO_ACTIVATION:  # it keeps classes without the plan from opening the model
+            del kwargs[ACTIVATION]
             base = (statex or {}).get("base", {})
-            kwargs |= {key: base[key] for key in ("hidden_act",) if key in base}
+            kwargs |= {key: base[key] for key in (ACTIVATION,) if key in base}
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``config.json``."""
         values: dict[str, Any] = super().to_dict()
-        return {**values, "hidden_act": NO_ACTIVATION} if self.statex else values
+        return {**values, ACTIVATION: NO_ACTIVATION} if self.statex else values
 
     def sizes(self) -> Mamba2Layers:
         """Return what computes the sizes of the recurrent mixers."""

@@ -44,6 +44,7 @@ class HostModel:
         place: Name of the recurrent mixer in its layer, or a function of the layer's index and its kind.
         cached: Counts what an attention layer keeps of a token.
         mixer: ``module:Class`` of our mixer, below ``statex_dist.models``; a class alone is in ``hybrid.mixers``.
+        activation: Key of an activation that every model of the host makes.
         text: Key of the section of the text model, where there is one.
         head_factor: Takes the file's values; returns the factor of the logits.
         names: The names of memory in the files.
@@ -63,6 +64,7 @@ class HostModel:
     place: str | Callable[[int, LayerKind], str]
     cached: CountElements
     options: Callable[[Values], dict[str, Any]] = field(default=lambda values: {})
+    activation: str = "hidden_act"
     text: str | None = None
     head_factor: Callable[[Values], float] = field(default=lambda values: 1.0)
     names: NameMap = field(default_factory=NameMap)
@@ -176,6 +178,16 @@ class HybridConfig(ModelConfig):
         """Return the value of the first of these keys that the file has, of the text model or beside it, or None."""
         both = {**self.values, **self.text}
         return next((both[key] for key in keys if both.get(key) is not None), None)
+
+    @property
+    def activation_key(self) -> str:
+        """Key with an activation that the host makes."""
+        return self.HOST.activation
+
+    @property
+    def section_key(self) -> str | None:
+        """Key of the section of the text model, or None."""
+        return self.HOST.text
 
     @property
     def obstacle(self) -> str | None:

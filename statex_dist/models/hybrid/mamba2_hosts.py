@@ -170,6 +170,7 @@ class NemotronHConfig(Mamba2Hybrid):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"vocab_size": 131072, "hidden_size": 4096, **_TOKENS}
     HOST: ClassVar[HostModel] = HostModel(
         model="nemotron_h.modeling_nemotron_h:NemotronHModel",
+        activation="mamba_hidden_act",
         layer_kinds=_nemotron_kinds,
         keys={
             "num_heads": ("mamba_num_heads", 128),

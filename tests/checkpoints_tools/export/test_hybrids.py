@@ -84,6 +84,9 @@ def test_an_export_with_code_is_our_model(bases, tmp_path, host, op, init):
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=2e-6)
     if init == "lossless":
         torch.testing.assert_close(expected, before(ids, use_cache=False).logits, rtol=0, atol=5e-6)
+    with pytest.raises(KeyError, match="expanded"):  # a class that is named knows no plan
+        type(before).from_pretrained(directory)
+    assert type(theirs)(theirs.config)(ids).logits.shape == expected.shape
     alone = [theirs.generate(row[None], **NEW)[0, len(row) :] for row in (ids[0], ids[1, :7])]
     padded, mask = torch.stack([ids[0], torch.cat([ids.new_zeros(12), ids[1, :7]])]), torch.ones_like(ids)
     mask[1, :12] = 0

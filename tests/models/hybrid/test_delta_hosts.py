@@ -102,6 +102,8 @@ def test_the_text_model_of_a_multimodal_one_is_run(tmp_path, model_type):
     grown = expand(tmp_path / "whole", tmp_path / "grown", op="mix_heads", factor=2, init="lossless")
     with torch.no_grad():
         torch.testing.assert_close(grown(tokens()).logits, expected, **LOGITS)
+    with pytest.raises(KeyError, match="expanded"):  # a class that is named knows no plan
+        type(host).from_pretrained(tmp_path / "grown")
     if model_type == "qwen3_5_moe":  # the hub stores a layer's experts in one tensor
         fused = {name: x for name, x in tensors.items() if ".experts." not in name}
         memory = {name: x for name, x in host.state_dict().items() if ".experts." in name}
