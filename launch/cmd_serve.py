@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from launch.tool_options import size
 from statex_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from statex_dist.inference.serving.limits import Limits
     from statex_dist.models.lm import RecurrentLM
 
 API_KEY_VARIABLE = "STATEX_API_KEY"
@@ -40,6 +41,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-queue", type=int, default=256, help="completions that wait; more are refused")
     parser.add_argument("--max-prompt-tokens", type=int, default=131_072, help="tokens of a prompt at most")
     parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a completion at most")
+    parser.add_argument(
+        "--max-kv-bytes",
+        type=int | None,
+        default=None,
+        help="bytes of a hybrid's keys and values, of all slots together (default: half of the memory that is free)",
+    )
     parser.add_argument("--max-body-bytes", type=int, default=2 << 20, help="bytes of a request at most")
     parser.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a request, waiting included")
     parser.add_argument("--header-timeout", type=float, default=10.0, help="seconds for a request's head to arrive")
@@ -68,6 +75,7 @@ def run(args: Any) -> int:
         StateXError: The options, the port or the model are wrong, a package is missing, or the decoding thread died.
     """
     try:
+        from statex_dist.inference.memory import key_value_budget
         from statex_dist.inference.serving.app import build_app
         from statex_dist.inference.serving.limits import Limits, connections_allowed
         from statex_dist.inference.serving.server import Server, address_of, bind
@@ -86,11 +94,13 @@ def run(args: Any) -> int:
     # Before the model: it may take minutes to load.
     with bind(args.host, args.port) as listener:
         model, tokenizer = load_for_decoding(args)
+        if limits.max_kv_bytes is None:
+            limits = replace(limits, max_kv_bytes=key_value_budget(model))
         name = args.served_model_name or Path(args.model).resolve().name
         service = Service(model, tokenizer, name=name, limits=limits, segment_length=args.segment_length)
         server = Server(build_app(service, api_key=api_key), service, grace_seconds=args.grace_period)
         log_end_tokens(tokenizer, model.config.vocab_size)
-        line = f"{name} at {address_of(listener)}: {_describe(model, limits.max_batch_size)}\n"
+        line = f"{name} at {address_of(listener)}: {_describe(model, limits)}\n"
 
         def announce() -> None:
             sys.stdout.write(line)
@@ -100,13 +110,15 @@ def run(args: Any) -> int:
     return 0
 
 
-def _describe(model: RecurrentLM, slots: int) -> str:
+def _describe(model: RecurrentLM, limits: Limits) -> str:
     """Return what a full batch needs, measured with a token: kernels are compiled before the first request comes."""
-    import torch
+    from statex_dist.inference.memory import measure_row
 
-    from statex_dist.inference.prefill import device_of, evaluating, prefill
-
-    with evaluating(model):
-        _, states = prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
-    slot = sum(part.numel() * part.element_size() for state in states for part in state)
-    return f"{slots} slots, {size(slot)} of state each, {size(slot * slots)} in all (twice that as rows join or leave)"
+    row, slots = measure_row(model), limits.max_batch_size
+    states = f"{slots} slots, {size(row.state)} of state each, {size(row.state * slots)} in all"
+    if not row.per_token:
+        return f"{states} (twice that as rows join or leave)"
+    most = "any number"
+    if limits.max_kv_bytes is not None:
+        most = f"{size(limits.max_kv_bytes)} or {limits.max_kv_bytes // row.per_token} tokens"
+    return f"{states}, {size(row.per_token)} of keys and values a token, {most} in all (twice as rows join or leave)"

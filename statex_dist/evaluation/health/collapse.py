@@ -288,7 +288,7 @@ def _stream(
             {
                 "prompt": prompt,
                 "sequence": number,
-                "layers": list(model.config.recurrent_layers),
+                "layers": [layer for layer, kind in model.state_places if kind == "recurrent"],
                 "loss": finite([loss[row] for loss in losses]),
                 "states": {
                     name: [

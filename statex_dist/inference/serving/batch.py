@@ -1,10 +1,13 @@
 """Continuous batching: prompts are read between the steps of rows that are being written, and join them when read.
 
-A row's state has one size whatever it has read, so a slot is a slot: there is nothing to page, to evict or to move. All
-that has to be planned is who reads when. A prompt is admitted when a slot is free; where it has more rows than there
-are slots, its first rows start when it is read and the others as slots come free, before anybody who came later. An
-iteration reads a bounded piece and then takes one step, so that a long prompt holds up running rows by a segment at a
-time; prompts take turns in reading, so that a short one overtakes a long one.
+A row's state has one size whatever it has read, so a slot is a slot: there is nothing to page, to evict or to move.
+Keys and values of a hybrid grow, and those of a batch are as long as its longest row: a prompt waits until all rows fit
+into memory at the greatest length that any of them may reach. All else that has to be planned is who reads when.
+
+A prompt is admitted when a slot is free; where it has more rows than there are slots, its first rows start when it is
+read and the others as slots come free, before anybody who came later. An iteration reads a bounded piece and then takes
+one step, so that a long prompt holds up running rows by a segment at a time; prompts take turns in reading, so that a
+short one overtakes a long one.
 
 The worker is the thread that owns the model: everybody else hands it prompts and is told what became of them.
 """
@@ -82,6 +85,7 @@ class ContinuousBatch:
         tokenizer: The model's tokenizer.
         max_rows: Slots.
         segment_length: Most tokens that are read between two steps.
+        max_kv_tokens: Tokens of all rows together whose keys and values may be kept, or None for any number.
     """
 
     def __init__(
@@ -91,8 +95,10 @@ class ContinuousBatch:
         *,
         max_rows: int,
         segment_length: int = DEFAULT_SEGMENT_LENGTH,
+        max_kv_tokens: int | None = None,
     ):
         self._model, self._segment_length, self._max_rows = model, segment_length, max_rows
+        self._max_kv_tokens = max_kv_tokens
         self._device = device_of(model)
         self._loop = DecodingLoop(model, tokenizer)
         self._admitted: list[_PromptReading] = []
@@ -119,6 +125,21 @@ class ContinuousBatch:
     def state_bytes(self) -> int:
         """Bytes of the states of rows that are being written."""
         return self._loop.state_bytes
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of keys and values of rows that are being written; a part of :attr:`state_bytes`."""
+        return self._loop.key_value_bytes
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Return whether a prompt may be admitted: a slot is free, and there is memory for keys and values."""
+        rows = [*self._loop.rows, *(row for reading in self._admitted for row in reading.rows)]
+        if self.free <= 0:
+            return False
+        if self._max_kv_tokens is None or not rows:
+            return True
+        rows += prompt.rows
+        return len(rows) * max(row.most_tokens for row in rows) <= self._max_kv_tokens
 
     def admit(self, prompt: Prompt) -> None:
         """Read a prompt, and give its rows the slots that are free and those that come free next."""
@@ -305,6 +326,6 @@ class Worker:
                 self._batch.drop(self._leaving)
                 self._open -= self._leaving
                 self._leaving.clear()
-            while self._waiting and self._batch.free > 0:
+            while self._waiting and self._batch.fits(self._waiting[0]):
                 self._batch.admit(self._waiting.popleft())
             return not self._stopping

@@ -43,6 +43,7 @@ class Limits:
         header_timeout: Seconds for the head of a request to arrive.
         body_timeout: Seconds for the body to arrive after the head.
         keep_alive_timeout: Seconds from an answer to the next request of the connection.
+        max_kv_bytes: Bytes of a hybrid's keys and values, of all slots together; None for any number.
     """
 
     max_batch_size: int = 32
@@ -55,11 +56,14 @@ class Limits:
     header_timeout: float = 10.0
     body_timeout: float = 30.0
     keep_alive_timeout: float = 5.0
+    max_kv_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
             least = 0 if field.name == "max_queue" else 1
+            if value is None:
+                continue
             if field.name.endswith("_timeout"):
                 if not 0 < value < float("inf"):
                     raise ConfigError(f"{name} must be above 0 seconds, not {value:g}")
@@ -118,6 +122,28 @@ class Limits:
                 raise _refused("prompt", f"token {wrong} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
             encoded.append(list(tokens))
         return encoded
+
+
+def check_key_values(
+    request: CompletionRequest, prompts: Sequence[Sequence[int]], max_tokens: int, allowed: int | None
+) -> None:
+    """Raise if the keys and values of a prompt's completions could never be kept at once.
+
+    Args:
+        request: The request.
+        prompts: Tokens of its prompts.
+        max_tokens: Tokens of a completion at most.
+        allowed: Tokens whose keys and values are kept; None for any number.
+
+    Raises:
+        RequestError: They could not (400).
+    """
+    longest = max(map(len, prompts))
+    needed = request.num_choices * (longest + max_tokens)
+    if allowed is not None and needed > allowed:
+        text = f"{request.num_choices} completions of {longest} + {max_tokens} tokens keep {needed} keys and values"
+        message = f"{text}; there is memory for {allowed}: send a shorter prompt, or lower max_tokens or n"
+        raise _refused("prompt", message, code="context_length_exceeded")
 
 
 def _refused(param: str, message: str, *, code: str = "invalid_value") -> RequestError:
@@ -277,6 +303,7 @@ class ServerMetrics:
             "statex_waiting": ("Completions whose prompt waits for a slot", waiting),
             "statex_preparing": ("Requests that are parsed and tokenized, or wait for it", preparing),
             "statex_state_bytes": ("Bytes of the states of running completions", lambda: batch.state_bytes),
+            "statex_key_value_bytes": ("Those of them that are keys and values", lambda: batch.key_value_bytes),
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=registry).set_function(value)
