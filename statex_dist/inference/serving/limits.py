@@ -141,8 +141,10 @@ def check_key_values(
     longest = max(map(len, prompts))
     needed = request.num_choices * (longest + max_tokens)
     if allowed is not None and needed > allowed:
-        text = f"{request.num_choices} completions of {longest} + {max_tokens} tokens keep {needed} keys and values"
-        message = f"{text}; there is memory for {allowed}: send a shorter prompt, or lower max_tokens or n"
+        text = f"n {request.num_choices}, a prompt of {longest} tokens and max_tokens {max_tokens} need keys and values"
+        message = (
+            f"{text} of {needed} tokens; there is memory for {allowed}: send a shorter prompt, or lower the others"
+        )
         raise _refused("prompt", message, code="context_length_exceeded")
 
 

@@ -83,5 +83,5 @@ def test_the_command_line_judges_recurrent_layers(measured, tmp_path, capsys):
     command = ["eval", "collapse", "--model", str(directory), "--out", str(tmp_path), *options, "--json"]
     assert main(command) in (0, 1)
     found = json.loads(capsys.readouterr().out)
-    assert {head["layer"] for head in found["prompts"]["text"]["worst"]} <= set(model.config.recurrent_layers)
+    assert {head["layer"] for head in found["prompts"]["text"]["worst_heads"]} <= set(model.config.recurrent_layers)
     assert found["model"]["state_numbers"] == model.config.state_elements
