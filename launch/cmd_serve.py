@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +42,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-prompt-tokens", type=int, default=131_072, help="tokens of a prompt at most")
     parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a completion at most")
     parser.add_argument(
-        "--max-kv-tokens",
-        type=int,
-        default=0,
-        help="hybrids: tokens of all running prompts and completions together, whose keys and values are held "
-        "(default: as many as the other limits allow)",
+        "--max-kv-bytes",
+        type=int | None,
+        default=None,
+        help="bytes of a hybrid's keys and values, of all slots together (default: half of the memory that is free)",
     )
     parser.add_argument("--max-body-bytes", type=int, default=2 << 20, help="bytes of a request at most")
     parser.add_argument("--request-timeout", type=float, default=300.0, help="seconds for a request, waiting included")
@@ -76,6 +75,7 @@ def run(args: Any) -> int:
         StateXError: The options, the port or the model are wrong, a package is missing, or the decoding thread died.
     """
     try:
+        from statex_dist.inference.memory import key_value_budget
         from statex_dist.inference.serving.app import build_app
         from statex_dist.inference.serving.limits import Limits, connections_allowed
         from statex_dist.inference.serving.server import Server, address_of, bind
@@ -94,6 +94,8 @@ def run(args: Any) -> int:
     # Before the model: it may take minutes to load.
     with bind(args.host, args.port) as listener:
         model, tokenizer = load_for_decoding(args)
+        if limits.max_kv_bytes is None:
+            limits = replace(limits, max_kv_bytes=key_value_budget(model))
         name = args.served_model_name or Path(args.model).resolve().name
         service = Service(model, tokenizer, name=name, limits=limits, segment_length=args.segment_length)
         server = Server(build_app(service, api_key=api_key), service, grace_seconds=args.grace_period)
@@ -110,19 +112,13 @@ def run(args: Any) -> int:
 
 def _describe(model: RecurrentLM, limits: Limits) -> str:
     """Return what a full batch needs, measured with a token: kernels are compiled before the first request comes."""
-    import torch
+    from statex_dist.inference.memory import measure_row
 
-    from statex_dist.inference.prefill import device_of, evaluating, prefill
-
-    with evaluating(model):
-        _, states = prefill(model, torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
-    sizes = {"attention": 0, "recurrent": 0}
-    for (_, kind), state in zip(model.state_places, states, strict=True):
-        kind = kind if kind == "attention" else "recurrent"
-        sizes[kind] += sum(part.numel() * part.element_size() for part in state)
-    slots, slot, token = limits.max_batch_size, sizes["recurrent"], sizes["attention"]
-    held = f"{slots} slots, {size(slot)} of state each, {size(slot * slots)} in all (twice that as rows join or leave)"
-    if not token:
-        return held
-    most = limits.max_kv_tokens or slots * (limits.max_prompt_tokens + limits.max_tokens)
-    return f"{held}; keys and values: {size(token)} a token, {size(token * most)} for the {most:,} tokens allowed"
+    row, slots = measure_row(model), limits.max_batch_size
+    states = f"{slots} slots, {size(row.state)} of state each, {size(row.state * slots)} in all"
+    if not row.per_token:
+        return f"{states} (twice that as rows join or leave)"
+    most = "any number"
+    if limits.max_kv_bytes is not None:
+        most = f"{size(limits.max_kv_bytes)} or {limits.max_kv_bytes // row.per_token} tokens"
+    return f"{states}, {size(row.per_token)} of keys and values a token, {most} in all (twice as rows join or leave)"

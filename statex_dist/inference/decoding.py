@@ -127,6 +127,11 @@ class Row:
     position: int = 0
     context: Sequence[int] = ()
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens at its end, those before it among them."""
+        return self.position + self.sampling.max_tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -211,6 +216,11 @@ class DecodingLoop:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows, in the order in which they joined."""
+        return [running.row for running in self._rows]
 
     @property
     def state_bytes(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.errors import DataError
 from statex_dist.inference.decoding import Agree, DecodingLoop, Progress, Row, Sampling
+from statex_dist.inference.memory import rows_with_memory
 from statex_dist.inference.prefill import (
     DEFAULT_SEGMENT_LENGTH,
     Tokens,
@@ -98,6 +99,7 @@ def stream_continuations(
     Raises:
         DataError: A context is empty, or a token is outside the model's vocabulary.
         CheckpointError: The model's output is not finite; layer and position are named.
+        ConfigError: The keys and values of a text do not fit into the memory that is free.
     """
     if prefix is None and any(not len(context) for context in contexts):
         raise DataError("a context is empty; there is nothing to continue")
@@ -107,6 +109,8 @@ def stream_continuations(
     numbers = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), tuple(contexts[i])))
     batch_size = rows_that_fit(model, 1, batch_size)
     before, first_tokens = (0, ()) if prefix is None else (prefix.num_tokens, text_window(tokenizer, prefix.tokens))
+    longest = before + max(map(len, contexts), default=0) + sampling.max_tokens
+    batch_size = rows_with_memory(model, longest, batch_size)
     with evaluating(model):
         for first in range(0, len(numbers), batch_size):
             batch = numbers[first : first + batch_size]

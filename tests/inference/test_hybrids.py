@@ -9,17 +9,20 @@ from safetensors.torch import load_file
 
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, ConfigError
+from statex_dist.inference import memory
 from statex_dist.inference.cache import load_prefix, save_prefix
 from statex_dist.inference.decoding import DecodingLoop, Row, Sampling
 from statex_dist.inference.generate import read_prefix, stream_continuations
+from statex_dist.inference.memory import measure_row
 from statex_dist.inference.prefill import evaluating, explain_not_finite, explain_step, read_contexts
-from statex_dist.inference.rows import join_rows, state_bytes, take_rows
+from statex_dist.inference.rows import join_rows, key_value_bytes, state_bytes, take_rows
 from statex_dist.inference.serving.batch import ContinuousBatch, Prompt
-from statex_dist.inference.serving.limits import Limits
-from statex_dist.inference.serving.protocol import RequestError
+from statex_dist.inference.text import continuation_text
 from statex_dist.models.hf import from_pretrained
+from statex_dist.models.tensor_parallel.share import TensorShare
 from statex_dist.ops.attention import KeyValues
+from tests.inference.serving.running import serving
 from tests.models.hybrid.hosts import HOSTS, save_host
 
 TOKENIZER = BytesTokenizer()
@@ -72,24 +75,6 @@ def test_rows_are_drawn_as_they_would_be_alone(pair):
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True, temperature=1.5, top_k=50)
     alone = [continued(pair[1], [prompt], sampling, seeds=[7 + i])[0] for i, prompt in enumerate(PROMPTS)]
     assert continued(pair[1], PROMPTS, sampling, seeds=[7, 8, 9]) == alone
-
-
-def test_a_served_batch_takes_and_frees_rows_between_steps(pair, wanted):
-    model, produced, most = pair[1], {}, 0
-    with evaluating(model):
-        batch = ContinuousBatch(model, TOKENIZER, max_rows=2, segment_length=4)
-        waiting = [Prompt(tokens=prompt, rows=[Row(key=i, sampling=GREEDY)]) for i, prompt in enumerate(PROMPTS)]
-        while len(produced) < len(PROMPTS):
-            while waiting and batch.free > 0:
-                batch.admit(waiting.pop(0))
-            for progress in batch.step().progress:
-                assert progress.error is None
-                if progress.finish_reason is not None:
-                    produced[progress.key] = list(progress.tokens)
-            most = max(most, batch.running)
-    assert [produced[key] for key in sorted(produced)] == wanted
-    assert most == 2
-    assert batch.state_bytes == 0
 
 
 def test_reordered_and_repeated_rows_keep_their_texts(pair):
@@ -171,24 +156,65 @@ def test_the_command_line_generates_what_the_host_does(pair, capsys):
     assert found == [by_host(host, TOKENIZER.encode(prompt).tolist()) for prompt in prompts]
 
 
-def test_a_served_batch_holds_no_more_keys_and_values_than_allowed(pair, wanted):
-    model, ended = pair[1], {}
-    batch = ContinuousBatch(model, TOKENIZER, max_rows=4, segment_length=4, max_kv_tokens=25)
-    waiting = [Prompt(tokens=prompt, rows=[Row(key=i, sampling=GREEDY)]) for i, prompt in enumerate(PROMPTS)]
-    with evaluating(model):
-        while waiting or batch.running or batch.reading:
-            while waiting and batch.takes(waiting[0]):
-                batch.admit(waiting.pop(0))
-            assert batch.running + batch.reading <= 2, "11 + 2 tokens, and 6 of each completion, are all 25"
-            for progress in batch.step().progress:
-                if progress.finish_reason is not None:
-                    ended[progress.key] = list(progress.tokens)
-    assert [ended[key] for key in sorted(ended)] == wanted
+def served(model, batch, prompts):
+    """Decode prompts as the server's worker admits them; return the tokens and the most rows at once."""
+    produced, most, waiting = {}, 0, list(prompts)
+    while waiting or batch.running or batch.reading:
+        while waiting and batch.fits(waiting[0]):
+            batch.admit(waiting.pop(0))
+        for progress in batch.step().progress:
+            assert progress.error is None
+            if progress.finish_reason is not None:
+                produced[progress.key] = list(progress.tokens)
+        most = max(most, batch.running + batch.reading)
+    assert batch.state_bytes == 0
+    return [produced[key] for key in sorted(produced)], most
 
 
-def test_a_request_that_could_never_be_held_is_refused():
-    with pytest.raises(RequestError, match=r"46.*40"):
-        Limits(max_kv_tokens=40).check_kv(PROMPTS, 2, 12)
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(2, None, 2), (3, 23, 1), (3, 34, 2)])
+def test_a_served_batch_takes_rows_as_slots_and_memory_allow(pair, wanted, rows, tokens, most):
+    """At their ends the rows have 17, 8 and 12 tokens; a batch has the memory of its longest row for each."""
+    prompts = [
+        Prompt(tokens=prompt, rows=[Row(key=i, sampling=GREEDY, position=len(prompt))])
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    with evaluating(pair[1]):
+        batch = ContinuousBatch(pair[1], TOKENIZER, max_rows=rows, segment_length=4, max_kv_tokens=tokens)
+        assert served(pair[1], batch, prompts) == (wanted, most)
+
+
+def test_a_batch_that_memory_is_too_small_for_is_cut_or_refused(pair, wanted, monkeypatch):
+    model = pair[1]
+    row = measure_row(model)
+    states = read_prefix(model, PROMPTS[0]).states
+    assert key_value_bytes(states) == row.per_token * len(PROMPTS[0])
+    longest = len(PROMPTS[0]) + TOKENS
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * row.per_token * longest)
+    assert continued(model, PROMPTS) == wanted
+    assert memory.rows_with_memory(model, longest, 4) == 1
+    with pytest.raises(ConfigError):
+        continued(model, [[1] * (len(PROMPTS[0]) + 1)])
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "falcon_h1"])
+def test_the_server_refuses_what_cannot_fit_and_counts_keys_and_values(model_type, tmp_path):
+    host = save_host(model_type, tmp_path, vocab_size=258)
+    model = from_pretrained(tmp_path).eval()
+    allowed = 40 * measure_row(model).per_token
+    with serving(model, max_kv_bytes=allowed) as server:
+        greedy = {"temperature": 0.0, "ignore_eos": True}
+        refused = server.post(prompt=[1] * 31, max_tokens=10, **greedy)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert server.post(prompt=[1] * 10, max_tokens=4, n=3, **greedy).status_code == 400
+        text = server.post(prompt=PROMPTS[0], max_tokens=TOKENS, **greedy).json()["choices"][0]["text"]
+        assert text == continuation_text(TOKENIZER, PROMPTS[0], by_host(host, PROMPTS[0]))
+        assert server.metrics()["key_value_bytes"] == 0
+
+
+def test_ranks_that_would_cut_attention_are_refused(pair):
+    load_tensor_parallel = pytest.importorskip("statex_dist.models.tensor_parallel.model").load_tensor_parallel
+    with pytest.raises(ConfigError, match="without --tp"):
+        load_tensor_parallel(pair[2], TensorShare())
 
 
 def test_a_prefix_read_with_another_rotation_is_refused(tmp_path):

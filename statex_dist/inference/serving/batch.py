@@ -1,10 +1,13 @@
 """Continuous batching: prompts are read between the steps of rows that are being written, and join them when read.
 
-A row's state has one size whatever it has read, so a slot is a slot: there is nothing to page, to evict or to move. All
-that has to be planned is who reads when. A prompt is admitted when a slot is free; where it has more rows than there
-are slots, its first rows start when it is read and the others as slots come free, before anybody who came later. An
-iteration reads a bounded piece and then takes one step, so that a long prompt holds up running rows by a segment at a
-time; prompts take turns in reading, so that a short one overtakes a long one.
+A row's state has one size whatever it has read, so a slot is a slot: there is nothing to page, to evict or to move.
+Keys and values of a hybrid grow, and those of a batch are as long as its longest row: a prompt waits until all rows fit
+into memory at the greatest length that any of them may reach. All else that has to be planned is who reads when.
+
+A prompt is admitted when a slot is free; where it has more rows than there are slots, its first rows start when it is
+read and the others as slots come free, before anybody who came later. An iteration reads a bounded piece and then takes
+one step, so that a long prompt holds up running rows by a segment at a time; prompts take turns in reading, so that a
+short one overtakes a long one.
 
 The worker is the thread that owns the model: everybody else hands it prompts and is told what became of them.
 """
@@ -82,7 +85,7 @@ class ContinuousBatch:
         tokenizer: The model's tokenizer.
         max_rows: Slots.
         segment_length: Most tokens that are read between two steps.
-        max_kv_tokens: Most tokens that admitted rows may come to hold keys and values of; 0 for no limit.
+        max_kv_tokens: Tokens of all rows together whose keys and values may be kept, or None for any number.
     """
 
     def __init__(
@@ -92,12 +95,10 @@ class ContinuousBatch:
         *,
         max_rows: int,
         segment_length: int = DEFAULT_SEGMENT_LENGTH,
-        max_kv_tokens: int = 0,
+        max_kv_tokens: int | None = None,
     ):
         self._model, self._segment_length, self._max_rows = model, segment_length, max_rows
         self._max_kv_tokens = max_kv_tokens
-        self._kv_tokens: dict[Hashable, int] = {}
-        """Tokens that each admitted row may come to hold keys and values of."""
         self._device = device_of(model)
         self._loop = DecodingLoop(model, tokenizer)
         self._admitted: list[_PromptReading] = []
@@ -125,19 +126,25 @@ class ContinuousBatch:
         """Bytes of the states of rows that are being written."""
         return self._loop.state_bytes
 
-    def takes(self, prompt: Prompt) -> bool:
-        """Return whether there is a slot for a prompt, and whether the keys and values of its rows fit."""
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of keys and values of rows that are being written; a part of :attr:`state_bytes`."""
+        return self._loop.key_value_bytes
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Return whether a prompt may be admitted: a slot is free, and there is memory for keys and values."""
+        rows = [*self._loop.rows, *(row for reading in self._admitted for row in reading.rows)]
         if self.free <= 0:
             return False
-        need = sum(len(prompt.tokens) + row.sampling.max_tokens for row in prompt.rows)
-        held = sum(self._kv_tokens.values())
-        return not self._max_kv_tokens or not held or held + need <= self._max_kv_tokens
+        if self._max_kv_tokens is None or not rows:
+            return True
+        rows += prompt.rows
+        return len(rows) * max(row.most_tokens for row in rows) <= self._max_kv_tokens
 
     def admit(self, prompt: Prompt) -> None:
         """Read a prompt, and give its rows the slots that are free and those that come free next."""
         assert len(prompt.tokens)
         assert self.free > 0
-        self._kv_tokens |= {row.key: len(prompt.tokens) + row.sampling.max_tokens for row in prompt.rows}
         reading = _PromptReading(prompt=prompt, rows=list(prompt.rows))
         self._admitted.append(reading)
         self._reading.append(reading)
@@ -145,7 +152,6 @@ class ContinuousBatch:
     def drop(self, keys: Collection[Hashable]) -> None:
         """Let rows leave before their end; keys that are not here are passed over."""
         self._loop.drop(keys)
-        self._release(keys)
         for reading in self._admitted:
             reading.rows = [row for row in reading.rows if row.key not in keys]
         self._forget_started()
@@ -155,13 +161,7 @@ class ContinuousBatch:
         failed, tokens_read = self._read()
         self._start()
         rows = self.running
-        progress = failed + self._loop.step()
-        self._release([done.key for done in progress if done.finish_reason is not None])
-        return BatchStepResult(progress=progress, tokens_read=tokens_read, rows=rows)
-
-    def _release(self, keys: Collection[Hashable]) -> None:
-        for key in keys:
-            self._kv_tokens.pop(key, None)
+        return BatchStepResult(progress=failed + self._loop.step(), tokens_read=tokens_read, rows=rows)
 
     def _read(self) -> tuple[list[Progress], int]:
         """Read up to a segment of tokens in a few passes; return the rows whose prompt the model cannot take."""
@@ -326,6 +326,6 @@ class Worker:
                 self._batch.drop(self._leaving)
                 self._open -= self._leaving
                 self._leaving.clear()
-            while self._waiting and self._batch.takes(self._waiting[0]):
+            while self._waiting and self._batch.fits(self._waiting[0]):
                 self._batch.admit(self._waiting.popleft())
             return not self._stopping

@@ -37,32 +37,33 @@ class Limits:
         max_queue: Completions that wait for a slot.
         max_prompt_tokens: Tokens of a prompt.
         max_tokens: Tokens of a completion.
-        max_kv_tokens: Tokens of prompts and completions whose keys and values are held at once, where the model has
-            attention layers; 0 for as many as the other limits allow.
         max_body_bytes: Bytes of a request's body.
         request_timeout: Seconds from a request's arrival to the end of its answer.
         max_connections: Open connections, apart from a small reserve.
         header_timeout: Seconds for the head of a request to arrive.
         body_timeout: Seconds for the body to arrive after the head.
         keep_alive_timeout: Seconds from an answer to the next request of the connection.
+        max_kv_bytes: Bytes of a hybrid's keys and values, of all slots together; None for any number.
     """
 
     max_batch_size: int = 32
     max_queue: int = 256
     max_prompt_tokens: int = 131_072
     max_tokens: int = 4096
-    max_kv_tokens: int = 0
     max_body_bytes: int = 2 << 20
     request_timeout: float = 300.0
     max_connections: int = DEFAULT_MAX_CONNECTIONS
     header_timeout: float = 10.0
     body_timeout: float = 30.0
     keep_alive_timeout: float = 5.0
+    max_kv_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
-            least = 0 if field.name in ("max_queue", "max_kv_tokens") else 1
+            least = 0 if field.name == "max_queue" else 1
+            if value is None:
+                continue
             if field.name.endswith("_timeout"):
                 if not 0 < value < float("inf"):
                     raise ConfigError(f"{name} must be above 0 seconds, not {value:g}")
@@ -93,21 +94,6 @@ class Limits:
         """Return the tokens of a completion at most."""
         return request.max_tokens or min(DEFAULT_MAX_TOKENS, self.max_tokens)
 
-    def check_kv(self, prompts: Sequence[Sequence[int]], num_choices: int, max_tokens: int) -> None:
-        """Raise if a prompt and its completions need more keys and values than are ever held.
-
-        Raises:
-            RequestError: They do (400).
-        """
-        need = max(num_choices * (len(prompt) + max_tokens) for prompt in prompts)
-        if self.max_kv_tokens and need > self.max_kv_tokens:
-            raise _refused(
-                "prompt",
-                f"a prompt and its completions may take {need} tokens of keys and values; allowed: "
-                f"{self.max_kv_tokens}",
-                code="context_length_exceeded",
-            )
-
     def encode(self, prompts: Sequence[str | Sequence[int]], tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
         """Return the tokens of prompts. It takes its time for a long text.
 
@@ -136,6 +122,30 @@ class Limits:
                 raise _refused("prompt", f"token {wrong} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
             encoded.append(list(tokens))
         return encoded
+
+
+def check_key_values(
+    request: CompletionRequest, prompts: Sequence[Sequence[int]], max_tokens: int, allowed: int | None
+) -> None:
+    """Raise if the keys and values of a prompt's completions could never be kept at once.
+
+    Args:
+        request: The request.
+        prompts: Tokens of its prompts.
+        max_tokens: Tokens of a completion at most.
+        allowed: Tokens whose keys and values are kept; None for any number.
+
+    Raises:
+        RequestError: They could not (400).
+    """
+    longest = max(map(len, prompts))
+    needed = request.num_choices * (longest + max_tokens)
+    if allowed is not None and needed > allowed:
+        text = f"n {request.num_choices}, a prompt of {longest} tokens and max_tokens {max_tokens} need keys and values"
+        message = (
+            f"{text} of {needed} tokens; there is memory for {allowed}: send a shorter prompt, or lower the others"
+        )
+        raise _refused("prompt", message, code="context_length_exceeded")
 
 
 def _refused(param: str, message: str, *, code: str = "invalid_value") -> RequestError:
@@ -295,6 +305,7 @@ class ServerMetrics:
             "statex_waiting": ("Completions whose prompt waits for a slot", waiting),
             "statex_preparing": ("Requests that are parsed and tokenized, or wait for it", preparing),
             "statex_state_bytes": ("Bytes of the states of running completions", lambda: batch.state_bytes),
+            "statex_key_value_bytes": ("Those of them that are keys and values", lambda: batch.key_value_bytes),
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=registry).set_function(value)

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 from statex_dist.data.tokenizer import Tokenizer
 from statex_dist.inference.decoding import Progress, Row, Sampling
+from statex_dist.inference.memory import has_attention, measure_row
 from statex_dist.inference.prefill import DEFAULT_SEGMENT_LENGTH, Tokens
 from statex_dist.inference.serving.batch import BatchStepResult, ContinuousBatch, Prompt, Worker
-from statex_dist.inference.serving.limits import BoundedExecutor, Limits, ServerMetrics
+from statex_dist.inference.serving.limits import BoundedExecutor, Limits, ServerMetrics, check_key_values
 from statex_dist.inference.serving.protocol import BusyError, CompletionRequest, RequestError, parse_request, shown
 from statex_dist.inference.text import stop_with_special_token
 from statex_dist.models.lm import RecurrentLM
@@ -163,14 +164,15 @@ class Service:
         self.last_words_seconds = LAST_WORDS_SECONDS
         self.on_death: Callable[[], None] = lambda: None
         self._vocab_size = model.config.vocab_size
-        # A model without attention layers holds no keys and values.
-        self._keeps_keys = any(kind == "attention" for _, kind in model.state_places)
+        self._kv_tokens: int | None = None
+        if limits.max_kv_bytes is not None and has_attention(model):
+            self._kv_tokens = limits.max_kv_bytes // measure_row(model).per_token
         batch = ContinuousBatch(
             model,
             tokenizer,
             max_rows=limits.max_batch_size,
             segment_length=segment_length,
-            max_kv_tokens=limits.max_kv_tokens if self._keeps_keys else 0,
+            max_kv_tokens=self._kv_tokens,
         )
         self._worker = Worker(
             model, batch, max_open=limits.max_open, on_step=self._hand_over, on_death=self._hand_over_death
@@ -277,7 +279,9 @@ class Service:
         if (stop := stop_with_special_token(request.stops, self.tokenizer)) is not None:
             text = f"stop {shown(stop)} is a special token with other text, which no completion has"
             raise RequestError(400, f"{text}; give the special token alone", param="stop", code="invalid_value")
-        return request, self.limits.encode(request.prompts, self.tokenizer, self._vocab_size)
+        prompts = self.limits.encode(request.prompts, self.tokenizer, self._vocab_size)
+        check_key_values(request, prompts, self.limits.completion_tokens(request), self._kv_tokens)
+        return request, prompts
 
     @contextmanager
     def answer(
@@ -291,14 +295,11 @@ class Service:
             arrived: When it arrived, on the event loop's clock.
 
         Raises:
-            RequestError: Nothing is taken any more (503), there is no place (429), or the request needs more keys and
-                values than the server ever holds (400).
+            RequestError: Nothing is taken any more (503), or there is no place (429).
         """
         self.check_health()
         self._num_requests += 1
         max_tokens = self.limits.completion_tokens(request)
-        if self._keeps_keys:
-            self.limits.check_kv(prompts, request.num_choices, max_tokens)
         answer = RequestState(self._num_requests, request, prompts, max_tokens=max_tokens, arrived=arrived)
         try:
             self._worker.submit(answer.to_do())

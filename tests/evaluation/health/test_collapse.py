@@ -150,6 +150,7 @@ class Exploding:
     def __init__(self, norm, loss, heads=3):
         self.config, self.training, self.state_places = tiny_config(), False, [(0, "recurrent")]
         self.norm, self.loss, self.heads = norm, loss, heads
+        self.state_places = [(0, "recurrent")]
 
     def parameters(self):
         return iter(())
