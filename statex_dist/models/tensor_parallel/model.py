@@ -133,7 +133,8 @@ def load_tensor_parallel(
         config.require_runnable()
         if getattr(config, "HOST", None) is not None:
             raise ConfigError(
-                f"--tp does not go with {config.MODEL_TYPE}: layers that transformers runs cannot be cut; leave it out"
+                f"tensor parallelism does not cut the layers of a {config.MODEL_TYPE} model that transformers runs; run "
+                "it without --tp, on one device"
             )
         if layout is None:
             tensors = read_part(directory, share, dtype=dtype, device=device, digests=digests)
