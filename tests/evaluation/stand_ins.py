@@ -33,6 +33,7 @@ class StandIn(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = tiny_config()
+        self.state_places = [(0, "recurrent")]
         self.longest_call = 0
         self.state_places = [(0, "recurrent")]
 

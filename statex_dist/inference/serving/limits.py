@@ -141,11 +141,9 @@ def check_key_values(
     longest = max(map(len, prompts))
     needed = request.num_choices * (longest + max_tokens)
     if allowed is not None and needed > allowed:
-        text = f"n {request.num_choices}, a prompt of {longest} tokens and max_tokens {max_tokens} need keys and values"
-        message = (
-            f"{text} of {needed} tokens; there is memory for {allowed}: send a shorter prompt, or lower the others"
-        )
-        raise _refused("prompt", message, code="context_length_exceeded")
+        asked = f"n {request.num_choices}, a prompt of {longest} tokens and max_tokens {max_tokens}"
+        text = f"{asked} need keys and values of {needed} tokens; there is memory for {allowed}"
+        raise _refused("prompt", f"{text}: lower one of them", code="context_length_exceeded")
 
 
 def _refused(param: str, message: str, *, code: str = "invalid_value") -> RequestError:
