@@ -83,7 +83,7 @@ def attention(
     marks = read_borders(cu_seqlens)
     o = packed(q, k, v, marks, score, history=history)
     if output_final_state and context is None:
-        # The first sequence began before the tokens, by as many as there are more keys than queries.
+        # The first sequence began before the tokens, by the number of keys beyond that of the queries.
         start = marks[-2] + (history if len(marks) > 2 else 0)
         length = torch.full((1,), k.shape[2] - start, device=k.device)
         after = KeyValues(k[:, :, start:], v[:, :, start:], length)

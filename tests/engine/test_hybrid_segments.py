@@ -1,4 +1,4 @@
-"""Segments of packs through models with attention: keys and values continue, or the run is refused."""
+"""Segments of packs through models with attention: they are carried, or the run is refused."""
 
 from __future__ import annotations
 

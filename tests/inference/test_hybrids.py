@@ -31,7 +31,14 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [1, 8, 2, 8, 1, 8]]
 GREEDY = Sampling(max_tokens=TOKENS, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=HOSTS)
+FEW = ("nemotron_h", "falcon_h1", "zamba2", "qwen3_next", "kimi_linear")
+"""Hosts of the default tests: each kind of mixer, both kinds in a layer, shared blocks, values of another size."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[host if host in FEW else pytest.param(host, marks=pytest.mark.slow) for host in HOSTS],
+)
 def pair(request, tmp_path_factory):
     """A host with the vocabulary of bytes, and our model of its directory."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -133,8 +133,8 @@ def load_tensor_parallel(
         config.require_runnable()
         if getattr(config, "HOST", None) is not None:
             raise ConfigError(
-                f"tensor parallelism does not cut the layers of a {config.MODEL_TYPE} model that transformers runs; run "
-                "it without --tp, on one device"
+                f"tensor parallelism does not cut the layers of a {config.MODEL_TYPE} model, which transformers runs; "
+                "run it without --tp, on one device"
             )
         if layout is None:
             tensors = read_part(directory, share, dtype=dtype, device=device, digests=digests)
