@@ -81,6 +81,7 @@ TOOLS_MAY_READ = (
     "statex_dist.models.config",
     "statex_dist.models.layout",
     "statex_dist.models.config_keys",
+    "statex_dist.models.flops",
     "statex_dist.models.hybrid.host_tensors",
     "statex_dist.models.registry",
     "statex_dist.models.sequence_memory",

@@ -14,7 +14,6 @@ from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype
 from statex_dist.checkpoint.formats.tensor_io import Progress, total_bytes
-from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
 from statex_dist.errors import CheckpointError, ConfigError, shown
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.model_check import check_apart, tied_names
@@ -143,9 +142,12 @@ def _open(path: str | Path, *, training: bool) -> OpenModel:
         logger.warning("%s has no %s: the tensors alone are written", facts.path, CONFIG_NAME)
     elif opened.config is None:
         logger.warning("model_type %s is not one of ours: tensors are not checked", shown(values.get("model_type")))
-    if training and isinstance(opened.source, Zero3Source):
-        opened.source.join()  # a run that continues has the names of memory
-        opened = replace(opened, names=opened.source.keys())
+    if training:
+        from statex_dist.checkpoint.formats.zero3.reader import Zero3Source  # of commands that write a run alone
+
+        if isinstance(opened.source, Zero3Source):
+            opened.source.join()  # a run that continues has the names of memory
+            opened = replace(opened, names=opened.source.keys())
     if not opened.names:
         raise CheckpointError(f"{facts.path} holds no tensors: there is nothing to write")
     return opened

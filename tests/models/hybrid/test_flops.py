@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from statex_dist.models.flops import forward_flops_per_token, training_flops_per_pair
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.registry import make_plan
-from statex_dist.ops import packed_attention
+from statex_dist.ops.packed_attention import ScoreRule
 from tests.models.hybrid.hosts import HOSTS, save_host
 
 TOKENS = 32
@@ -24,11 +24,11 @@ def test_torch_counts_the_same(tmp_path, model_type, monkeypatch):
     model.model.config._experts_implementation = "eager"  # products of one expert each, which torch counts
     pairs = []
 
-    def product(q, k, v, *args):
+    def product(score, q, k, v, **mask):
         pairs.append(2 * q.shape[1] * (q.shape[-1] + v.shape[-1]) * TOKENS * (TOKENS + 1) // 2)
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
 
-    monkeypatch.setattr(packed_attention, "_product", product)
+    monkeypatch.setattr(ScoreRule, "product", product)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, TOKENS, dtype=torch.long))
     counts = counter.get_flop_counts()["Global"]
