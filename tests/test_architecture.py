@@ -367,3 +367,10 @@ def test_offline_tools_load_no_engine_and_no_kernel():
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_a_run_imports_no_compiler():
+    """torch's compiler takes a second to import; every rank and command would wait for it."""
+    program = "import sys, statex_dist.run, statex_dist.inference.generate\nprint('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split()[-1] == "False"

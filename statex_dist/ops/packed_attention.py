@@ -9,21 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from statex_dist.ops.cu_seqlens import rearrange
-
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
 
 _LONG = 512
 """Tokens of a sequence from which on it is never filled up: a call of its own costs less than the filler."""
@@ -117,6 +110,8 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: ScoreRule) 
     if queries in (1, keys):
         return score.product(q, k, v, is_causal=queries > 1)
     if q.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # a second of imports, which a CPU does not need
+
         return score.product(q, k, v, attn_mask=causal_lower_right(queries, keys))
     step = max(1, _MASK_ELEMENTS // keys)
     if step >= queries:
@@ -203,9 +198,20 @@ def _by_batches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batches: _Bat
     return rearrange(torch.cat(outputs), batches.scatter, batches.gather).transpose(0, 1)[None]
 
 
+@cache
+def varlen_kernel() -> Callable[..., Any] | None:
+    """Return torch's form of flash-attention for packed sequences, or None where this torch (below 2.10) has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    found: Callable[..., Any] = varlen_attn
+    return found
+
+
 def takes_varlen(q: torch.Tensor, v: torch.Tensor, dropout: float) -> bool:
     """Return whether flash-attention's kernel for packed sequences is to run."""
-    if varlen_attn is None or not q.is_cuda or torch.version.cuda is None or dropout:
+    if not q.is_cuda or torch.version.cuda is None or dropout or varlen_kernel() is None:
         return False
     half = q.dtype in (torch.bfloat16, torch.float16)
     return (
@@ -224,16 +230,15 @@ def _by_kernel(
     of_keys = [0, *(mark + history for mark in inside[1:])]
     borders = [torch.tensor(x, dtype=torch.int32, device=q.device) for x in (inside, of_keys)]
     longest = [max(b - a for a, b in itertools.pairwise(x)) for x in (inside, of_keys)]
-    assert varlen_attn is not None, "takes_varlen says so"
-    o = varlen_attn(
+    kernel = varlen_kernel()
+    assert kernel is not None, "takes_varlen says so"
+    o = kernel(
         *tokens,
         *borders,
         *longest,
         scale=q.shape[-1] ** -0.5 if score.scale is None else score.scale,
-        window_size=(
-            -1 if score.window is None else score.window - 1,
-            0,
-        ),  # causal, as flash-attention has it: of fewer queries than keys the last belong together
+        # Causal, as flash-attention has it: of fewer queries than keys the last belong together.
+        window_size=(-1 if score.window is None else score.window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return o[..., :values].transpose(0, 1)[None]
