@@ -66,6 +66,7 @@ def work(rank: int, directory: Path) -> dict[str, float]:
     return out
 
 
+@pytest.mark.slow  # test_context_group has a host among the default tests
 @pytest.mark.distributed
 def test_ranks_equal_one(tmp_path: Path):
     for name, settings in HOSTS.items():

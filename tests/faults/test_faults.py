@@ -105,6 +105,7 @@ def test_kills_cost_no_step_no_batch_and_no_bit(tmp_path: Path, sections: dict[s
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"global_step{NUM_STEPS}"
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_job_with_the_stacks_of_all(tmp_path: Path, sections: dict[str, Any]):
     train = {**sections["train"], "hang_minutes": 0.1}
     file = write_run(tmp_path / "run.yaml", **{**sections, "train": train})
