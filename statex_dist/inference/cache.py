@@ -125,7 +125,10 @@ def load_prefix(path: Path, model: RecurrentLM, tokenizer: Tokenizer) -> Prefix:
         name = _name(layer, kind)
         found = [tensors[f"{name}.{part}"].to(device) for part in range(parts[name])]
         states.append(KeyValues(*found) if kind == "attention" else tuple(found))
-    return Prefix(logits=logits, states=states, num_tokens=int(header["num_tokens"]), tokens=last)
+    num_tokens = int(header["num_tokens"])
+    if any(state.lengths.tolist() != [num_tokens] for state in states if isinstance(state, KeyValues)):
+        raise CheckpointError(f"{path} is damaged: its keys and values are not those of {num_tokens} tokens")
+    return Prefix(logits=logits, states=states, num_tokens=num_tokens, tokens=last)
 
 
 def _name(layer: int, kind: str) -> str:

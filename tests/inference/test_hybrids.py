@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from launch.cli import main
 from statex_dist.data.tokenizer import BytesTokenizer
@@ -232,3 +233,12 @@ def test_a_prefix_read_with_another_rotation_is_refused(tmp_path):
     save_prefix(tmp_path / "states", read_prefix(ours, [1, 2, 3]), ours, TOKENIZER)
     with pytest.raises(CheckpointError, match="rope_theta"):
         load_prefix(tmp_path / "states", other, TOKENIZER)
+
+
+def test_a_prefix_whose_header_names_another_length_is_refused(pair, tmp_path):
+    save_prefix(tmp_path / "states", read_prefix(pair[1], PROMPTS[0]), pair[1], TOKENIZER)
+    with safe_open(tmp_path / "states", "pt") as file:
+        header = file.metadata()
+    save_file(load_file(tmp_path / "states"), tmp_path / "states", {**header, "num_tokens": "5"})
+    with pytest.raises(CheckpointError, match="5 tokens"):
+        load_prefix(tmp_path / "states", pair[1], TOKENIZER)
