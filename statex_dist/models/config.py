@@ -262,7 +262,12 @@ class ModelConfig:
         Args:
             shapes: Shapes by names, of memory or already of the files; the latter have no entry.
         """
-        return {}
+        found = {name: self.parts(name, shape) for name, shape in shapes.items()}
+        return {name: parts for name, parts in found.items() if [part.name for part in parts] != [name]}
+
+    def parts(self, name: str, shape: Sequence[int]) -> list[Part]:
+        """Return the tensors of the files that a tensor of memory is made of, in order: by default itself."""
+        return [Part(name, tuple(shape))]
 
     @property
     def final_norm_eps(self) -> float:

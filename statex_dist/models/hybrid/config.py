@@ -204,11 +204,6 @@ class HybridConfig(ModelConfig):
         """Epsilon of the norms; the host's own are the host's."""
         return self.mixer_config().final_norm_eps
 
-    def file_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
-        """Return the tensors of the files that tensors of memory are made of, where the names differ."""
-        found = {name: self.parts(name, shape) for name, shape in shapes.items()}
-        return {name: parts for name, parts in found.items() if [part.name for part in parts] != [name]}
-
     def parts(self, name: str, shape: Sequence[int]) -> list[Part]:
         """Return the tensors of the files that a tensor of memory is made of, in order."""
         return self.HOST.names.parts(name, shape, self.row_sizes(name))

@@ -205,12 +205,7 @@ class LightningConfig(ModelConfig):
 
     def parts(self, name: str, shape: Sequence[int]) -> list[Part]:
         """Return the tensors of the files that a tensor of memory is made of, in order."""
-        return HOST.names.parts(name, shape) if self.attention_layers else [Part(name, tuple(shape))]
-
-    def file_parts(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
-        """Return the tensors of the files that tensors of memory are made of, where the names differ."""
-        found = {name: self.parts(name, shape) for name, shape in shapes.items()}
-        return {name: parts for name, parts in found.items() if [part.name for part in parts] != [name]}
+        return HOST.names.parts(name, shape) if self.attention_layers else super().parts(name, shape)
 
     @property
     def head_size(self) -> int:
