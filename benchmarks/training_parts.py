@@ -24,7 +24,7 @@ from statex_dist.distributed.env import read_env
 from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.config import EngineConfig
 from statex_dist.engine.documents import Documents
-from statex_dist.engine.zero3 import Zero3Engine
+from statex_dist.engine.zero.engine import Zero3Engine
 from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.registry import config_from_dict, make_plan
 from statex_dist.optim.schedule import ScheduleConfig

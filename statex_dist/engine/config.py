@@ -102,7 +102,7 @@ class EngineConfig:
         """
         if self.name == "plain":
             return
-        from statex_dist.engine.zero3 import init_process_group
+        from statex_dist.engine.zero.process_group import init_process_group
 
         init_process_group(env, timeout_minutes=self.timeout_minutes, facts=facts)
 
@@ -149,7 +149,7 @@ class EngineConfig:
                 segment_tokens=self.segment_tokens,
                 passing=passing,
             )
-        from statex_dist.engine.zero3 import Zero3Engine
+        from statex_dist.engine.zero.engine import Zero3Engine
 
         settings = deepspeed_config(self, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
         group = ContextGroup.join(context, timeout=timedelta(minutes=self.timeout_minutes))

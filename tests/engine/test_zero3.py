@@ -230,7 +230,7 @@ def test_bf16_trains(tmp_path: Path, shards: Path):
 
 
 def test_checkpoint_files_with_foreign_code_are_named(tmp_path: Path, two_rank_run: Path):
-    from statex_dist.engine.zero3 import foreign_code
+    from statex_dist.engine.zero.foreign_code import foreign_code
 
     class Evil:
         def __reduce__(self):

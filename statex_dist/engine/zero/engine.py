@@ -1,37 +1,21 @@
-"""DeepSpeed ZeRO-3: parameters, gradients and optimizer states partitioned over all ranks.
-
-The only file that imports deepspeed.
-"""
+"""DeepSpeed ZeRO-3: parameters, gradients and optimizer states partitioned over all ranks."""
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Its CPU shared-memory collectives are compiled on first use (two minutes, under a lock that a killed job leaves
-# behind). gloo gives the same numbers without a compiler, so the operator is reported as not available.
-import deepspeed
-import deepspeed.ops
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-
-from statex_dist.checkpoint.formats.torch_archive.pickle import GETATTR, UnsafePickleError, loads
 from statex_dist.checkpoint.layout import rank_of
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
-from statex_dist.distributed.joining import join_processes
 from statex_dist.engine.base import (
     StepResult,
     TrainEngine,
@@ -41,51 +25,11 @@ from statex_dist.engine.base import (
     keep_hyperparameters,
 )
 from statex_dist.engine.segment_states import StatePassing
+from statex_dist.engine.zero.foreign_code import foreign_code
+from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
 from statex_dist.errors import CheckpointError
 
-logger = logging.getLogger(__name__)
-
-# What DeepSpeed 0.19 pickles into its files beside tensors and builtins.
-_EXPECTED_GLOBALS = {
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-}
-
 _MODEL_STATES = "_model_states.pt"
-_DEEPSPEED_LOGGER = logging.getLogger("DeepSpeed")
-
-
-def init_process_group(env: ProcessEnv, *, timeout_minutes: float, facts: Mapping[str, object] | None = None) -> None:
-    """Join the other ranks, unless that has been done. A process without a launcher becomes a world of one.
-
-    Args:
-        env: This process.
-        timeout_minutes: How long ranks wait for each other.
-        facts: Settings that must be equal on all ranks, by name.
-
-    Raises:
-        StateXError: The ranks do not find each other, or differ.
-    """
-    if dist.is_initialized():
-        return
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _DEEPSPEED_LOGGER.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls collectives that torch 2.13 renames; every call would warn.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if env.world_size == 1 and "MASTER_PORT" not in os.environ:
-        # A fixed port would make two one-process runs on one machine collide.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-        dist.init_process_group(env.backend, store=store, rank=0, world_size=1)
-    if env.device.type == "cuda":
-        torch.cuda.set_device(env.device)
-    limit = timedelta(minutes=timeout_minutes)
-    if env.world_size > 1 and not dist.is_initialized():
-        versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "python": sys.version.split()[0]}
-        join_processes(env, env.backend, join_limit=limit, wait_limit=limit, facts={**versions, **(facts or {})})
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, str(value))
-    deepspeed.init_distributed(env.backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
 
 
 class _Capture(TorchCheckpointEngine):
@@ -184,11 +128,11 @@ class Zero3Engine(TrainEngine):
         if skip:
             self._spoil_gradient()
         skipped = self.engine.skipped_steps
-        level = _DEEPSPEED_LOGGER.level
+        level = DEEPSPEED_LOGGER.level
         if skip:
-            _DEEPSPEED_LOGGER.setLevel(logging.ERROR)  # it would blame the gradient that was spoiled here
+            DEEPSPEED_LOGGER.setLevel(logging.ERROR)  # it would blame the gradient that was spoiled here
         self.engine.step()
-        _DEEPSPEED_LOGGER.setLevel(level)
+        DEEPSPEED_LOGGER.setLevel(level)
         updated = self.engine.skipped_steps == skipped
         if not updated:
             self.schedule.step()  # DeepSpeed leaves it where it was; here it is a function of the step
@@ -265,22 +209,3 @@ class Zero3Engine(TrainEngine):
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {directory}")
         return client_state
-
-
-def foreign_code(path: Path) -> str | None:
-    """Return a message that names a file's code beside DeepSpeed's own classes, or None; its loader runs any pickle."""
-    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    foreign = named - _EXPECTED_GLOBALS - GETATTR
-    if foreign:
-        return f"{path} holds foreign code and is refused: {', '.join(sorted(foreign))}"
-    return _wrong_getattr(path) if named & GETATTR else None
-
-
-def _wrong_getattr(path: Path) -> str | None:
-    """Say which ``getattr`` of a file gives more than a member of a known enum (see :data:`GETATTR`), or None."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            loads(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
-    except UnsafePickleError as error:
-        return f"{path} holds foreign code and is refused: {error}"
-    return None
