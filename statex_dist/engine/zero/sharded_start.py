@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Unset:
-    """NaN for every element: the values of a start that goes on from a checkpoint, which sets all of them."""
+    """NaN for every element: the values of a start that resumes, whose checkpoint sets all of them."""
 
     def read(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield one piece of NaN, which takes no memory."""
