@@ -24,11 +24,11 @@ from statex_dist.run_config import RunConfig
 
 MIB = 2**20
 RANKS = (1, 2, 4)
-WAYS = ("sharded", "DeepSpeed's own")
+WAYS = ("sharded", "whole")
 HIDDEN, LAYERS = 1024, 8
 
 Row = tuple[str, int, float, str]
-"""What was measured, of how many ranks, the value and its unit."""
+"""Name of a figure, number of ranks, value and unit."""
 
 
 def memory_of_process() -> dict[str, float]:
@@ -53,10 +53,12 @@ def start(rank: int, world_size: int, directory: str, way: str, port: int, resul
     import torch
     import torch.distributed as dist
 
+    import statex_dist.engine.zero.sharded_start  # noqa: F401 - now, so that what it imports does not count
     from statex_dist.distributed.env import read_env
     from statex_dist.run_parts import build_engine, build_model, open_values
 
     torch.set_num_threads(1)
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports torch._dynamo, which must not count either
     config = parse_config(
         RunConfig,
         [
