@@ -1,9 +1,9 @@
-"""The section ``engine``: how the model is trained, the engine that does so, and DeepSpeed's configuration."""
+"""The section ``engine``: how the model is trained, and the engine that does so."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -13,11 +13,13 @@ from statex_dist.config import check_finite
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.deepspeed_settings import check_passed, deepspeed_config
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.errors import ConfigError
 from statex_dist.state.geometry import MAX_STATE_BYTES
 
 Place = Literal["none", "cpu", "nvme"]
+STAGES = (0, 1, 2, 3)
 
 
 @dataclass(kw_only=True)
@@ -25,7 +27,12 @@ class EngineConfig:
     """How the model is trained.
 
     Attributes:
-        name: ``zero3`` (DeepSpeed, any number of ranks) or ``plain`` (PyTorch, one process).
+        name: ``deepspeed`` (any number of ranks) or ``plain`` (PyTorch, one process). ``zero3`` is an earlier name of
+            ``deepspeed``.
+        stage: What ZeRO partitions over the ranks: nothing (0), optimizer states and master weights (1), gradients too
+            (2), parameters too (3). Stage 0 trains in fp32 only. A run keeps its stage.
+        deepspeed: Further settings of DeepSpeed, as its JSON configuration has them; those that another setting here
+            gives are refused.
         precision: Of parameters and activations; optimizer states and master weights are fp32 either way.
         activation_checkpointing: Layers that are recomputed in the backward pass: ``none``, every ``block``, or only
             the ``expanded`` ones, whose states are the largest.
@@ -46,7 +53,9 @@ class EngineConfig:
             None takes the model's ``router_aux_loss_coef`` where its configuration has ``output_router_logits``.
     """
 
-    name: Literal["zero3", "plain"] = "zero3"
+    name: Literal["deepspeed", "zero3", "plain"] = "deepspeed"
+    stage: int = 3
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
@@ -62,6 +71,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_finite(self, "engine")
+        if self.stage not in STAGES:
+            raise ConfigError(f"engine.stage must be 0, 1, 2 or 3, not {self.stage}")
+        if self.name == "zero3" and self.stage != 3:
+            raise ConfigError(f"engine.name zero3 is stage 3; for engine.stage {self.stage} set it to deepspeed")
+        if self.name == "zero3":
+            self.name = "deepspeed"
         if self.name == "plain" and self.precision != "fp32":
             raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
         if self.router_loss is not None and self.router_loss < 0:
@@ -74,7 +89,19 @@ class EngineConfig:
                 raise ConfigError(f"engine.{name} must be 0 or more, not {getattr(self, name)}")
         places = {self.offload_optimizer, self.offload_parameters}
         if self.name == "plain" and places != {"none"}:
-            raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name zero3")
+            raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name deepspeed")
+        if self.stage < 3 and places != {"none"}:
+            raise ConfigError(
+                f"engine.offload_optimizer and engine.offload_parameters need engine.stage 3, not {self.stage}"
+            )
+        if self.name == "deepspeed" and self.stage == 0 and self.precision != "fp32":
+            raise ConfigError(
+                "engine.stage 0 trains in fp32 only: DeepSpeed would sum gradients in bf16; set engine.stage to 1, where "
+                "parameters and gradients are whole too"
+            )
+        if self.name == "plain" and self.deepspeed:
+            raise ConfigError("engine.deepspeed needs engine.name deepspeed")
+        check_passed(self.deepspeed, self.stage)
         if self.offload_optimizer == "nvme":
             raise ConfigError(
                 "engine.offload_optimizer nvme is refused: DeepSpeed 0.19 does not restore such a run from its "
@@ -98,12 +125,14 @@ class EngineConfig:
             facts: Settings that must be equal on all ranks, by name.
 
         Raises:
-            StateXError: The ranks do not find each other, or differ.
+            StateXError: DeepSpeed refuses its settings, or the ranks do not find each other, or differ.
         """
         if self.name == "plain":
             return
         from statex_dist.engine.zero.process_group import init_process_group
+        from statex_dist.engine.zero.validation import check_settings
 
+        check_settings(self, world_size=env.world_size, device=env.device)
         init_process_group(env, timeout_minutes=self.timeout_minutes, facts=facts)
 
     def prepare(self, model: Any) -> None:
@@ -149,11 +178,11 @@ class EngineConfig:
                 segment_tokens=self.segment_tokens,
                 passing=passing,
             )
-        from statex_dist.engine.zero.engine import Zero3Engine
+        from statex_dist.engine.zero.engine import ZeroEngine
 
         settings = deepspeed_config(self, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
         group = ContextGroup.join(context, timeout=timedelta(minutes=self.timeout_minutes))
-        return Zero3Engine(
+        return ZeroEngine(
             model,
             optimizer,
             schedule,
@@ -163,45 +192,3 @@ class EngineConfig:
             context=group,
             passing=passing,
         )
-
-
-def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumulation_steps: int) -> dict[str, Any]:
-    """Return the dictionary for ``deepspeed.initialize``.
-
-    Args:
-        config: The engine's section of the run's configuration.
-        gradient_clipping: Largest global gradient norm; 0 for none.
-        accumulation_steps: Packs per rank and optimizer step.
-    """
-    # Several packs per step are summed: in bf16 the later ones would be rounded away.
-    accumulate = {"grad_accum_dtype": "fp32"} if accumulation_steps > 1 or config.segment_tokens else {}
-    return {
-        "data_types": accumulate,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": gradient_clipping,
-        "bf16": {"enabled": config.precision == "bf16"},
-        # The optimizer is torch's AdamW: DeepSpeed's own would be compiled on first use.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_param_persistence_threshold": config.param_persistence_threshold,
-            "sub_group_size": config.sub_group_size,
-            "contiguous_gradients": True,
-            "overlap_comm": True,
-            **_offload(config),
-        },
-        "checkpoint": {"tag_validation": "Fail"},
-        "steps_per_print": 10**12,
-    }
-
-
-def _offload(config: EngineConfig) -> dict[str, Any]:
-    """Return the sections that move optimizer states and parameters off the GPU."""
-    sections = {}
-    for name, place in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
-        if place != "none":
-            path = {"nvme_path": config.nvme_path} if place == "nvme" else {}
-            sections[name] = {"device": place, "pin_memory": torch.cuda.is_available(), **path}
-    return sections
