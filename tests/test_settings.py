@@ -16,8 +16,7 @@ import yaml
 from launch.cli import build_parser
 from launch.supervise import build_parser as build_supervise_parser
 from statex_dist.config import _dataclass_of, parse_config
-from statex_dist.engine.config import EngineConfig
-from statex_dist.engine.deepspeed_settings import deepspeed_config
+from statex_dist.engine.config import EngineConfig, deepspeed_config
 from statex_dist.errors import DataError
 from statex_dist.models.registry import config_from_dict
 from statex_dist.run import train

@@ -1,4 +1,4 @@
-"""The section ``engine``: how the model is trained, and the engine that does so."""
+"""The section ``engine``: how the model is trained, the engine that does so, and DeepSpeed's configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statex_dist.config import check_finite
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.deepspeed_settings import check_passed, deepspeed_config
+from statex_dist.engine.deepspeed_keys import ZERO, check_passed, merged
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.errors import ConfigError
 from statex_dist.state.geometry import MAX_STATE_BYTES
@@ -96,8 +96,8 @@ class EngineConfig:
             )
         if self.name == "deepspeed" and self.stage == 0 and self.precision != "fp32":
             raise ConfigError(
-                "engine.stage 0 trains in fp32 only: DeepSpeed would sum gradients in bf16; set engine.stage to 1, where "
-                "parameters and gradients are whole too"
+                "engine.stage 0 trains in fp32 only: DeepSpeed would sum gradients in bf16; set engine.stage to 1, "
+                "which keeps parameters and gradients whole too"
             )
         if self.name == "plain" and self.deepspeed:
             raise ConfigError("engine.deepspeed needs engine.name deepspeed")
@@ -132,7 +132,9 @@ class EngineConfig:
         from statex_dist.engine.zero.process_group import init_process_group
         from statex_dist.engine.zero.validation import check_settings
 
-        check_settings(self, world_size=env.world_size, device=env.device)
+        if self.deepspeed:
+            settings = deepspeed_config(self, gradient_clipping=0.0, accumulation_steps=1)
+            check_settings(settings, self.deepspeed, world_size=env.world_size, device=env.device)
         init_process_group(env, timeout_minutes=self.timeout_minutes, facts=facts)
 
     def prepare(self, model: Any) -> None:
@@ -192,3 +194,50 @@ class EngineConfig:
             context=group,
             passing=passing,
         )
+
+
+def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumulation_steps: int) -> dict[str, Any]:
+    """Return the dictionary for ``deepspeed.initialize``.
+
+    Args:
+        config: The engine's section of the run's configuration.
+        gradient_clipping: Largest global gradient norm; 0 for none.
+        accumulation_steps: Packs per rank and optimizer step.
+    """
+    # Several packs per step are summed: in bf16 the later ones would be rounded away.
+    accumulate = {"grad_accum_dtype": "fp32"} if accumulation_steps > 1 or config.segment_tokens else {}
+    # In stage 1 DeepSpeed reduces the sum, once a step. To round it to bf16 for that is to lose what was summed; stages
+    # 2 and 3 reduce every pack in bf16 and sum what comes of it in fp32.
+    sums = config.stage == 1 and config.precision == "bf16" and accumulate
+    own = {
+        "data_types": accumulate,
+        **({"communication_data_type": "fp32"} if sums else {}),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": gradient_clipping,
+        "bf16": {"enabled": config.precision == "bf16"},
+        # The optimizer is torch's AdamW: DeepSpeed's own would be compiled on first use.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        ZERO: {
+            "stage": config.stage,
+            "stage3_param_persistence_threshold": config.param_persistence_threshold,
+            "sub_group_size": config.sub_group_size,
+            "contiguous_gradients": True,
+            "overlap_comm": True,
+            **_offload(config),
+        },
+        "checkpoint": {"tag_validation": "Fail"},
+        "steps_per_print": 10**12,
+    }
+    return merged(own, config.deepspeed)
+
+
+def _offload(config: EngineConfig) -> dict[str, Any]:
+    """Return the sections that move optimizer states and parameters off the GPU."""
+    sections = {}
+    for name, place in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
+        if place != "none":
+            path = {"nvme_path": config.nvme_path} if place == "nvme" else {}
+            sections[name] = {"device": place, "pin_memory": torch.cuda.is_available(), **path}
+    return sections

@@ -26,7 +26,7 @@ from statex_dist.engine.base import (
     group_name,
     keep_hyperparameters,
 )
-from statex_dist.engine.deepspeed_settings import ZERO
+from statex_dist.engine.deepspeed_keys import ZERO
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.engine.zero.foreign_code import foreign_code
 from statex_dist.engine.zero.gradients import CheckedOptimizer, gradients_of

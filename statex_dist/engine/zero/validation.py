@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,35 +10,45 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from statex_dist.engine.config import EngineConfig
-from statex_dist.engine.deepspeed_settings import ZERO, deepspeed_config
+from statex_dist.engine.deepspeed_keys import ZERO
 from statex_dist.errors import ConfigError, reason
 
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
-def check_settings(config: EngineConfig, *, world_size: int, device: torch.device) -> None:
-    """Raise unless DeepSpeed takes the settings of ``engine.deepspeed``, on this device and number of ranks.
+def check_settings(
+    settings: dict[str, Any], passed: Mapping[str, Any], *, world_size: int, device: torch.device
+) -> None:
+    """Raise unless DeepSpeed takes the keys of ``engine.deepspeed``, on this device and number of ranks.
+
+    Args:
+        settings: DeepSpeed's configuration, with these keys in it.
+        passed: The keys.
+        world_size: Number of ranks.
+        device: Where the model is trained.
 
     Raises:
         ConfigError: It does not; every rank comes to the same answer, before the ranks join.
     """
-    if not config.deepspeed:
-        return
     try:
-        settings = DeepSpeedConfig(deepspeed_config(config, gradient_clipping=0.0, accumulation_steps=1))
+        zero: DeepSpeedZeroConfig = DeepSpeedConfig(settings).zero_config
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"engine.deepspeed: DeepSpeed refuses '{where}': {first['msg']}") from None
+        where = _place(passed, [str(part) for part in first["loc"]])
+        raise ConfigError(f"{where}: DeepSpeed refuses it: {first['msg']}") from None
     except (ValueError, TypeError, AssertionError, AttributeError) as error:
         raise ConfigError(f"engine.deepspeed: DeepSpeed refuses it: {reason(error)}") from None
-    zero: DeepSpeedZeroConfig = settings.zero_config
     _check_ranks(zero, world_size)
     if device.type == "cpu":
         for name in _QUANTIZED:
             if getattr(zero, name):
                 raise ConfigError(f"engine.deepspeed.{ZERO}.{name} needs a GPU: DeepSpeed has no such operator on CPU")
+
+
+def _place(passed: Mapping[str, Any], inside: Sequence[str]) -> str:
+    """Return the full name of a key that DeepSpeed names without the section that it lies in."""
+    sections = (name for name, value in passed.items() if isinstance(value, Mapping) and set(inside[:1]) & set(value))
+    return ".".join(["engine.deepspeed", *([section] if (section := next(sections, None)) else []), *inside])
 
 
 def _check_ranks(zero: Any, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: the part that our settings make, and the keys that a user may add to it.
+"""The keys of DeepSpeed's configuration that a user may give, and those that a setting of ours gives.
 
 DeepSpeed itself ignores a section that it does not know, so the sections that ``engine.deepspeed`` may have are listed
 here. Unknown keys inside ``zero_optimization`` are found by DeepSpeed (:mod:`statex_dist.engine.zero.validation`).
@@ -7,14 +7,9 @@ here. Unknown keys inside ``zero_optimization`` are found by DeepSpeed (:mod:`st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from statex_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from statex_dist.engine.config import EngineConfig
 
 ZERO = "zero_optimization"
 
@@ -101,57 +96,10 @@ def _refuse_own(key: str, setting: str | None) -> None:
         raise ConfigError(f"engine.deepspeed.{key} is set by this program; {advice}")
 
 
-def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumulation_steps: int) -> dict[str, Any]:
-    """Return the dictionary for ``deepspeed.initialize``.
-
-    Args:
-        config: The engine's section of the run's configuration.
-        gradient_clipping: Largest global gradient norm; 0 for none.
-        accumulation_steps: Packs per rank and optimizer step.
-    """
-    # Several packs per step are summed: in bf16 the later ones would be rounded away.
-    accumulate = {"grad_accum_dtype": "fp32"} if accumulation_steps > 1 or config.segment_tokens else {}
-    # In stage 1 DeepSpeed reduces the sum, once a step. To round it to bf16 for that is to lose what was summed; stages
-    # 2 and 3 reduce every pack in bf16 and sum what comes of it in fp32.
-    sums = config.stage == 1 and config.precision == "bf16" and accumulate
-    own = {
-        "data_types": accumulate,
-        **({"communication_data_type": "fp32"} if sums else {}),
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": gradient_clipping,
-        "bf16": {"enabled": config.precision == "bf16"},
-        # The optimizer is torch's AdamW: DeepSpeed's own would be compiled on first use.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        ZERO: {
-            "stage": config.stage,
-            "stage3_param_persistence_threshold": config.param_persistence_threshold,
-            "sub_group_size": config.sub_group_size,
-            "contiguous_gradients": True,
-            "overlap_comm": True,
-            **_offload(config),
-        },
-        "checkpoint": {"tag_validation": "Fail"},
-        "steps_per_print": 10**12,
-    }
-    return _merged(own, config.deepspeed)
-
-
-def _merged(own: Mapping[str, Any], passed: Mapping[str, Any]) -> dict[str, Any]:
+def merged(own: Mapping[str, Any], passed: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``own`` with the keys of ``passed`` added, at any depth."""
-    merged = dict(own)
+    result = dict(own)
     for key, value in passed.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _offload(config: EngineConfig) -> dict[str, Any]:
-    """Return the sections that move optimizer states and parameters off the GPU."""
-    sections = {}
-    for name, place in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
-        if place != "none":
-            path = {"nvme_path": config.nvme_path} if place == "nvme" else {}
-            sections[name] = {"device": place, "pin_memory": torch.cuda.is_available(), **path}
-    return sections
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
