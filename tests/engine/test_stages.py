@@ -11,14 +11,20 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints_tools.reshard.reshard import reshard
+from checkpoints_tools.verify.inspect import inspect
+from checkpoints_tools.verify.verify import verify_alone
+from statex_dist.checkpoint.formats.piece_io import blocks
 from statex_dist.config import parse_config
 from statex_dist.distributed.env import read_env
 from statex_dist.engine.checkpoint_retention import SavePolicy
 from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.documents import Documents
 from statex_dist.errors import CheckpointError
+from statex_dist.models.source import open_source
 from statex_dist.run_config import RunConfig
 from statex_dist.run_parts import build_engine, build_loader, build_model
+from tests.checkpoints_tools.builders import load_all
 from tests.distributed_test import run_distributed_test
 from tests.runs import MAMBA2, expanded, make_shards, save_model, write_run
 
@@ -57,9 +63,12 @@ class Run:
         loader.close()
         self.engine = build_engine(config, model, env)
         text = json.dumps(model.config.to_dict())
-        documents = Documents(model={"config.json": text}, settings=config.resolved())
+        self.documents = Documents(model={"config.json": text}, settings=config.resolved())
+        self.checkpoints = self.checkpoints_in(directory)
+
+    def checkpoints_in(self, directory: Path) -> Checkpoints:
         directory.mkdir(exist_ok=True)
-        self.checkpoints = Checkpoints(self.engine, directory, documents, SavePolicy())
+        return Checkpoints(self.engine, directory, self.documents, SavePolicy())
 
     def steps(self, count: int) -> list[tuple[float, dict[str, float]]]:
         """Return losses and gradient norms of the next steps."""
@@ -98,7 +107,9 @@ def work(rank: int, directory: Path) -> dict[str, Any]:
         if name == "fp32-1":
             found["foreign"] = foreign(run, directory)
         if name == "fp32-2":
-            run.checkpoints.directory = directory / "fp32-1"
+            run.checkpoints = run.checkpoints_in(directory / "later")
+            run.checkpoints.save(STEPS, {}, last=True)
+            run.checkpoints = run.checkpoints_in(directory / "fp32-1")
             with pytest.raises(CheckpointError) as caught:
                 run.checkpoints.resume()
             found["refused"] = str(caught.value)
@@ -175,3 +186,103 @@ def test_another_stage_is_refused(found: list[dict[str, Any]]):
 def test_every_file_is_checked_for_foreign_code(found: list[dict[str, Any]]):
     for name, message in found[0]["foreign"].items():
         assert f"{name} holds foreign code" in message
+
+
+BELOW_3 = [name for name in VARIANTS if not name.endswith("3")]
+
+
+def converted(run: Path, name: str) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensors as DeepSpeed's converter reads them; of stage 0, which it does not, the model's."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    tag = f"global_step{SAVED}"
+    module = torch.load(run / tag / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    if name.endswith("0"):
+        return module
+    frozen = {n: module[n] for n in module if n.endswith(("layers.0.mixer.in_proj.weight", "layers.0.mixer.D"))}
+    return {**frozen, **get_fp32_state_dict_from_zero_checkpoint(str(run), tag=tag)}
+
+
+def of_state(run: Path, state: str) -> dict[str, torch.Tensor]:
+    """Return an optimizer state by parameter, cut out of DeepSpeed's files by hand."""
+    tag = run / f"global_step{SAVED}"
+    model = torch.load(tag / "mp_rank_00_model_states.pt", weights_only=True)
+    if not (paths := sorted(tag.glob("*optim_states.pt"))):
+        names = [name for group in model["param_shapes"] for name in group]
+        return {name: model["optimizer"]["state"][index][state] for index, name in enumerate(names)}
+    files = [torch.load(path, weights_only=False)["optimizer_state_dict"] for path in paths]
+    result = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat = torch.cat([file["base_optimizer_state"]["state"][group][state] for file in files])
+        sizes = [shape.numel() for shape in shapes.values()]
+        parts = flat.split([*sizes, flat.numel() - sum(sizes)])
+        result |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=False)}
+    return result
+
+
+@pytest.mark.parametrize("name", BELOW_3)
+def test_checkpoints_are_read_as_deepspeed_reads_them(found: Any, directory: Path, tmp_path: Path, name: str):
+    run = directory / name
+    expected = converted(run, name)
+    assert {"lm_head.weight", "backbone.layers.0.mixer.in_proj.weight"} <= expected.keys()
+    summary = reshard(run, tmp_path / "hf")
+    assert (summary.kind, summary.verified) == (f"zero{name[-1]}", True)
+    written = load_all(tmp_path / "hf")
+    assert expected.keys() - written.keys() == {"lm_head.weight"}, "tied"
+    for tensor in written:
+        assert torch.equal(written[tensor], expected[tensor]), tensor
+        assert written[tensor].dtype == expected[tensor].dtype
+    source = open_source(run)
+    assert source.facts.info["step"] == SAVED
+    assert source.aliases == {"lm_head.weight": "backbone.embeddings.weight"}
+    assert source.states().keys() == {"exp_avg", "exp_avg_sq"}
+    for state, values in source.states().items():
+        reference = of_state(run, state)
+        assert set(values.keys()) == reference.keys()
+        for parameter, tensor in reference.items():
+            assert (
+                b"".join(b.tobytes() for b in blocks(values, parameter, 1000)) == tensor.contiguous().numpy().tobytes()
+            )
+    assert verify_alone(run).ok
+    facts = inspect(run)
+    assert (facts.kind, facts.complete) == (f"zero{name[-1]}", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "fp32-1",
+            lambda tag, other: (tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink(),
+            "rank 0 are missing",
+        ),
+        ("fp32-1", lambda tag, other: move(tag, "zero_pp_rank_1_mp_rank_00_optim_states.pt"), "written by 2 ranks"),
+        ("fp32-2", lambda tag, other: move(tag, "mp_rank_00_model_states.pt"), "it is not a complete ZeRO checkpoint"),
+        (
+            "fp32-2",
+            lambda tag, other: shutil.copy(
+                tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt", tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+            ),
+            "file of another rank",
+        ),
+        (
+            "fp32-2",
+            lambda tag, other: shutil.copy(
+                other / "zero_pp_rank_1_mp_rank_00_optim_states.pt", tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+            ),
+            "two saves",
+        ),
+    ],
+    ids=["missing", "fewer ranks", "no model", "renamed", "another save"],
+)
+def test_files_that_do_not_belong_together(found: Any, directory: Path, tmp_path: Path, name, change, message):
+    tag = tmp_path / f"global_step{SAVED}"
+    shutil.copytree(directory / name / tag.name, tag)
+    (tag / "MANIFEST.json").unlink()
+    change(tag, directory / "later" / "global_step4")
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tag)
+
+
+def move(tag: Path, name: str) -> None:
+    (tag / name).rename(tag.parent / name)
