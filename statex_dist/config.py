@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import math
 import re
 import sys
@@ -103,6 +104,7 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
             raise ConfigError(f"config file {file} holds no keys")
         remember_all(values)
         check_keys(cls, values, source=file)
+    argv = _join_nested(cls, argv)
     remember_all(list(argv))
     printed = io.StringIO()
     try:
@@ -117,6 +119,72 @@ def parse_config(cls: type[T], argv: Sequence[str], *, prog: str, description: s
         sys.stdout.write(redact(printed.getvalue()))  # of --print_config and --help
     values.pop("config", None)
     return cls(**values)
+
+
+def _join_nested(cls: type, argv: Sequence[str]) -> list[str]:
+    """Return the arguments with every ``--mapping.key.deeper value`` replaced by one for the whole ``--mapping.key``.
+
+    jsonargparse would replace all of ``mapping.key`` by this one value, and take the value for a string.
+
+    Args:
+        cls: Dataclass to build; only keys of its mappings are replaced.
+        argv: Arguments, in order.
+    """
+    known: dict[str, Any] = {name: {} for name in _mappings(cls)}
+    result: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        option, equals, text = argument.partition("=")
+        path = option.removeprefix("--")
+        mapping = next((m for m in known if path == m or path.startswith(f"{m}.")), None)
+        if not option.startswith("--") or (mapping is None and path != "config"):
+            result.append(argument)
+            continue
+        text = text if equals else next(arguments, "")
+        if mapping is None:
+            values = _read_yaml(Path(text))
+            known |= {name: found for name in known if (found := _at(values, name.split("."))) is not None}
+            result += [option, text]
+            continue
+        keys = path.removeprefix(mapping).split(".")[1:]
+        known[mapping] = _replaced(known[mapping], keys, _value(text))
+        nested = len(keys) > 1
+        result += [f"--{mapping}.{keys[0]}", json.dumps(known[mapping][keys[0]])] if nested else [option, text]
+    return result
+
+
+def _mappings(cls: type, path: str = "") -> list[str]:
+    """Return the dotted names of the free mappings in a dataclass tree."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if section := _dataclass_of(hint):
+            found += _mappings(section, f"{path}{name}.")
+        elif typing.get_origin(hint) is dict and typing.get_args(hint)[1] is Any:
+            found.append(f"{path}{name}")
+    return found
+
+
+def _at(values: Any, keys: Sequence[str]) -> Any:
+    """Return what lies in nested mappings at ``keys``, or None."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _replaced(values: Any, keys: Sequence[str], value: Any) -> Any:
+    """Return nested mappings with the value at ``keys`` replaced; what is in the way is no mapping and goes."""
+    if not keys:
+        return value
+    values = values if isinstance(values, dict) else {}
+    return {**values, keys[0]: _replaced(values.get(keys[0]), keys[1:], value)}
+
+
+def _value(text: str) -> Any:
+    """Return an argument as YAML has it, or the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def check_finite(config: Any, section: str) -> None:

@@ -105,7 +105,7 @@ class RunConfig:
             ConfigError: The engine has one process, or the packs of a step do not divide.
         """
         if self.engine.name == "plain" and world_size > 1:
-            raise ConfigError(f"engine.name plain runs in one process, not {world_size}; use engine.name zero3")
+            raise ConfigError(f"engine.name plain runs in one process, not {world_size}; use engine.name deepspeed")
         self.accumulation_steps(world_size)
 
     def import_parts(self) -> None:

@@ -103,7 +103,7 @@ def write_run(path: Path, **sections: Any) -> Path:
         "run_dir": str(path.parent / path.stem),
         "data": {"seq_len": 128, "packs_per_step": 4, "window_tokens": 2000},
         "train": {"num_steps": 6, "hang_minutes": 0},  # a loaded machine may be slow for longer than a collective waits
-        "engine": {"name": "zero3", "precision": "fp32", "param_persistence_threshold": 0, "timeout_minutes": 1},
+        "engine": {"name": "deepspeed", "precision": "fp32", "param_persistence_threshold": 0, "timeout_minutes": 1},
         "optimizer": {"lr": 0.01},
         "schedule": {"name": "cosine", "warmup_steps": 2},
         "metrics": {"log_every": 1},

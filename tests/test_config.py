@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -83,6 +83,30 @@ def test_later_wins(write):
     both = parse("--config", first, "--config", second)
     assert (both.steps, both.optim.lr) == (2, 1.0)
     assert parse(f"--config={first}", "--optim.schedule.kind", "constant").optim.schedule.kind == "constant"
+
+
+@dataclass(kw_only=True)
+class Part:
+    free: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Whole:
+    part: Part = field(default_factory=Part)
+
+
+def test_nested_keys_of_a_free_mapping_keep_their_neighbours(write):
+    """As numbers and booleans, in the order given, in ``--print_config`` too."""
+    first = write("part:\n  free:\n    a: {b: 1, c: 2}\n    d: 3\n")
+    second = write("part: {}\n", "second.yaml")
+
+    def free(*argv):
+        return parse_config(Whole, ["--config", first, *argv], prog="train").part.free
+
+    assert free("--part.free.a.b", "7", "--part.free.a.e.f=true") == {"a": {"b": 7, "c": 2, "e": {"f": True}}, "d": 3}
+    assert free("--config", second, "--part.free.a.c", "x") == {"a": {"b": 1, "c": "x"}, "d": 3}
+    assert free("--part.free", "{a: {b: 5}}", "--part.free.a.c", "[6]") == {"a": {"b": 5, "c": [6]}}
+    assert free("--part.free.d.x", "1") == {"a": {"b": 1, "c": 2}, "d": {"x": 1}}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@
         damaged-global_step80/    one that was found damaged, set aside
         .tmp-global_step200/      a save that has not been committed (or was killed)
 
-A plain (one process, no DeepSpeed) run writes ``plain_state.pt`` in place of the rank files.
+Those are the files of ZeRO stage 3. In stages 0 to 2 rank 0 writes ``mp_rank_00_model_states.pt`` with the whole model
+(in stage 0 also with the optimizer's states), and every rank ``rank_R_client_states.pt``; the ``optim_states`` of each
+rank are there in stages 1 and 2. A plain (one process, no DeepSpeed) run writes ``plain_state.pt`` alone.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ STATUS_NAME = "status.json"
 STACKS_DIR = "stacks"
 
 _TAG = re.compile(r"global_step(\d+)(?:-ranks([1-9]\d*))?", flags=re.ASCII)
-_RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt$")
+_RANK_FILE = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_)?rank_(\d+)_(?:mp_rank_\d+_(?:model|optim)|client)_states\.pt$")
 
 
 def tag_of(step: int, ranks: int | None = None) -> str:
@@ -82,8 +84,13 @@ def tag_named_in(directory: Path) -> Path | None:
     return tag if is_tag_name(name) and tag.is_dir() else None
 
 
+def client_file(rank: int) -> str:
+    """Return the name of the file with a rank's client state, of ZeRO stages 0 to 2."""
+    return f"rank_{rank}_client_states.pt"
+
+
 def rank_of(file_name: str) -> int | None:
-    """Return the rank that wrote a ZeRO file, or None for any other file."""
+    """Return the rank that wrote a file of one rank, or None for any other file."""
     match = _RANK_FILE.match(file_name)
     return int(match[1]) if match else None
 

@@ -334,8 +334,8 @@ class Checkpoints:
         manifest = Manifest.read(directory)
         if manifest.kind != self.engine.kind:
             raise CheckpointError(
-                f"{directory} was written by engine {manifest.kind}, this run uses {self.engine.kind}; "
-                f"give --engine.name {manifest.kind}, or another run_dir"
+                f"{directory} was written with {_setting_of(manifest.kind)}, this run has "
+                f"{_setting_of(self.engine.kind)}; set it as it was, or give another run_dir"
             )
         saved = parse_config((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
         given = parse_config(self.documents.model[CONFIG_NAME])
@@ -345,6 +345,11 @@ class Checkpoints:
                 "give the model that this run began with, or another run_dir"
             )
         ranks = self.engine.world_size
+        if manifest.kind != "zero3" and manifest.info.get("world_size") != ranks:
+            raise CheckpointError(
+                f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; with "
+                f"{_setting_of(manifest.kind)} a run resumes on as many ranks as it had: start it with those"
+            )
         if fit is None and manifest.info.get("world_size") != ranks:
             raise CheckpointError(
                 f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; "
@@ -366,3 +371,9 @@ class Checkpoints:
             write_durably(latest, tag)
         self.documents.resume(self.directory / tag, step_of(tag) or 0)
         return tag
+
+
+def _setting_of(kind: str) -> str:
+    """Return the setting that makes an engine write checkpoints of a kind."""
+    stage = kind.removeprefix("zero")
+    return f"engine.stage {stage}" if stage != kind else f"engine.name {kind}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -14,11 +14,13 @@ from statex_dist.config import check_finite
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import ParameterValues, TrainEngine
+from statex_dist.engine.deepspeed_keys import ZERO, check_passed, merged
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.errors import ConfigError
 from statex_dist.state.geometry import MAX_STATE_BYTES
 
 Place = Literal["none", "cpu", "nvme"]
+STAGES = (0, 1, 2, 3)
 
 
 @dataclass(kw_only=True)
@@ -26,7 +28,12 @@ class EngineConfig:
     """How the model is trained.
 
     Attributes:
-        name: ``zero3`` (DeepSpeed, any number of ranks) or ``plain`` (PyTorch, one process).
+        name: ``deepspeed`` (any number of ranks) or ``plain`` (PyTorch, one process). ``zero3`` is an earlier name of
+            ``deepspeed``.
+        stage: What ZeRO partitions over the ranks: nothing (0), optimizer states and master weights (1), gradients too
+            (2), parameters too (3). Stage 0 trains in fp32 only. A run keeps its stage.
+        deepspeed: Further settings of DeepSpeed, as its JSON configuration has them; those that another setting here
+            gives are refused.
         precision: Of parameters and activations; optimizer states and master weights are fp32 either way.
         activation_checkpointing: Layers that are recomputed in the backward pass: ``none``, every ``block``, or only
             the ``expanded`` ones, whose states are the largest.
@@ -47,7 +54,9 @@ class EngineConfig:
             None takes the model's ``router_aux_loss_coef`` where its configuration has ``output_router_logits``.
     """
 
-    name: Literal["zero3", "plain"] = "zero3"
+    name: Literal["deepspeed", "zero3", "plain"] = "deepspeed"
+    stage: int = 3
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "block", "expanded"] = "none"
     loss_chunk_tokens: int = 8192
@@ -63,6 +72,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_finite(self, "engine")
+        if self.stage not in STAGES:
+            raise ConfigError(f"engine.stage must be 0, 1, 2 or 3, not {self.stage}")
+        if self.name == "zero3" and self.stage != 3:
+            raise ConfigError(f"engine.name zero3 is stage 3; for engine.stage {self.stage} set it to deepspeed")
+        if self.name == "zero3":
+            self.name = "deepspeed"
         if self.name == "plain" and self.precision != "fp32":
             raise ConfigError(f"engine.name plain trains in fp32; set engine.precision to fp32, not {self.precision}")
         if self.router_loss is not None and self.router_loss < 0:
@@ -75,7 +90,19 @@ class EngineConfig:
                 raise ConfigError(f"engine.{name} must be 0 or more, not {getattr(self, name)}")
         places = {self.offload_optimizer, self.offload_parameters}
         if self.name == "plain" and places != {"none"}:
-            raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name zero3")
+            raise ConfigError("engine.offload_optimizer and engine.offload_parameters need engine.name deepspeed")
+        if self.stage < 3 and places != {"none"}:
+            raise ConfigError(
+                f"engine.offload_optimizer and engine.offload_parameters need engine.stage 3, not {self.stage}"
+            )
+        if self.name == "deepspeed" and self.stage == 0 and self.precision != "fp32":
+            raise ConfigError(
+                "engine.stage 0 trains in fp32 only: DeepSpeed would sum gradients in bf16; set engine.stage to 1, "
+                "which keeps parameters and gradients whole too"
+            )
+        if self.name == "plain" and self.deepspeed:
+            raise ConfigError("engine.deepspeed needs engine.name deepspeed")
+        check_passed(self.deepspeed, self.stage)
         if self.offload_optimizer == "nvme":
             raise ConfigError(
                 "engine.offload_optimizer nvme is refused: DeepSpeed 0.19 does not restore such a run from its "
@@ -95,9 +122,9 @@ class EngineConfig:
     def shards_start(self) -> bool:
         """Whether :meth:`partition` can make the model, of which no rank then holds more than its part.
 
-        Parameters on NVMe are written there by DeepSpeed itself, from whole ones.
+        Stages 0 to 2 keep the model whole. Parameters on NVMe are written there by DeepSpeed itself, from whole ones.
         """
-        return self.name == "zero3" and self.offload_parameters != "nvme"
+        return self.name == "deepspeed" and self.stage == 3 and self.offload_parameters != "nvme"
 
     def join(self, env: ProcessEnv, facts: Mapping[str, object]) -> None:
         """Join the other ranks, unless that has been done or there are none.
@@ -107,12 +134,16 @@ class EngineConfig:
             facts: Settings that must be equal on all ranks, by name.
 
         Raises:
-            StateXError: The ranks do not find each other, or differ.
+            StateXError: DeepSpeed refuses its settings, or the ranks do not find each other, or differ.
         """
         if self.name == "plain":
             return
         from statex_dist.engine.zero.process_group import init_process_group
+        from statex_dist.engine.zero.validation import check_settings
 
+        if self.deepspeed:
+            settings = deepspeed_config(self, gradient_clipping=0.0, accumulation_steps=1)
+            check_settings(settings, self.deepspeed, world_size=env.world_size, device=env.device)
         init_process_group(env, timeout_minutes=self.timeout_minutes, facts=facts)
 
     def prepare(self, model: Any) -> None:
@@ -179,11 +210,11 @@ class EngineConfig:
                 segment_tokens=self.segment_tokens,
                 passing=passing,
             )
-        from statex_dist.engine.zero.engine import Zero3Engine
+        from statex_dist.engine.zero.engine import ZeroEngine
 
         settings = deepspeed_config(self, gradient_clipping=gradient_clipping, accumulation_steps=accumulation_steps)
         group = ContextGroup.join(context, timeout=timedelta(minutes=self.timeout_minutes))
-        return Zero3Engine(
+        return ZeroEngine(
             model,
             optimizer,
             schedule,
@@ -205,8 +236,12 @@ def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumula
     """
     # Several packs per step are summed: in bf16 the later ones would be rounded away.
     accumulate = {"grad_accum_dtype": "fp32"} if accumulation_steps > 1 or config.segment_tokens else {}
-    return {
+    # In stage 1 DeepSpeed reduces the sum, once a step. To round it to bf16 for that is to lose what was summed; stages
+    # 2 and 3 reduce every pack in bf16 and sum what comes of it in fp32.
+    sums = config.stage == 1 and config.precision == "bf16" and accumulate
+    own = {
         "data_types": accumulate,
+        **({"communication_data_type": "fp32"} if sums else {}),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": gradient_clipping,
@@ -214,8 +249,8 @@ def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumula
         # The optimizer is torch's AdamW: DeepSpeed's own would be compiled on first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": 3,
+        ZERO: {
+            "stage": config.stage,
             "stage3_param_persistence_threshold": config.param_persistence_threshold,
             "sub_group_size": config.sub_group_size,
             "contiguous_gradients": True,
@@ -225,6 +260,7 @@ def deepspeed_config(config: EngineConfig, *, gradient_clipping: float, accumula
         "checkpoint": {"tag_validation": "Fail"},
         "steps_per_print": 10**12,
     }
+    return merged(own, config.deepspeed)
 
 
 def _offload(config: EngineConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Single steps of the ZeRO-3 engine on two real ranks beside the plain engine's: norms, skipped steps, segments."""
+"""Single steps of every ZeRO stage on two real ranks beside the plain engine's: norms, skipped steps, segments."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ VARIANTS = {
     "segments": {"segment_tokens": 50},
     "offloaded": {"offload_optimizer": "cpu"},
     "offloaded parameters": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    "stage 2": {"stage": 2},
+    "stage 1": {"stage": 1},
+    "stage 0": {"stage": 0},
 }
 
 
@@ -53,9 +56,11 @@ def poison(engine: Any) -> None:
     """Spoil one gradient on one rank as a division by zero would."""
     if engine.kind == "plain":
         return
-    if engine.rank == 1:
+    if engine.rank == 1 or engine.stage == 0:  # all ranks have the same gradient there
         zero = engine.engine.optimizer
-        if zero.offload_optimizer:
+        if engine.stage == 0:
+            zero.param_groups[0]["params"][0].grad.fill_(torch.inf)
+        elif engine.stage == 3 and zero.offload_optimizer:
             next(iter(zero.norm_for_param_grads.values())).fill_(torch.inf)
         else:
             zero.averaged_gradients[0][0].fill_(torch.inf)

@@ -27,11 +27,10 @@ from checkpoints_tools.io.target import TargetPlan, main_dtype
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
 from statex_dist.checkpoint.formats.places import trainer_states
-from statex_dist.checkpoint.formats.zero3.layout import is_stage_1_or_2
 from statex_dist.checkpoint.formats.zero3.opening import Zero3
 from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
+from statex_dist.checkpoint.formats.zero_whole.reader import WholeZeroSource
 from statex_dist.checkpoint.history import read_history
-from statex_dist.checkpoint.layout import tag_named_in
 from statex_dist.errors import CheckpointError, ConfigError
 from statex_dist.models.hybrid.host_tensors import memory_tensors
 from statex_dist.models.layout import TensorSpec
@@ -98,11 +97,10 @@ def _continued(request: TargetRequest, source: Zero3Source) -> PlannedTarget:
 def _begun(request: TargetRequest) -> PlannedTarget:
     """Lay out a run that begins from weights."""
     source = request.source
-    tag = tag_named_in(source.facts.path)
-    if tag is not None and is_stage_1_or_2(tag):
+    if isinstance(source, WholeZeroSource):
         raise CheckpointError(
-            f"{tag} is of ZeRO stage 1 or 2, which is not read: --to zero3 would leave out its optimizer states. To "
-            "start without them, give a directory with the weights alone"
+            f"{source.facts.path} is of ZeRO stage {source.stage}, whose optimizer states --to zero3 would leave out. "
+            "To start without them, reshard it --to hf and begin a run with that (model.path)"
         )
     if request.world_size is None:
         raise ConfigError(f"--to zero3 from {source.facts.kind} needs --world-size, the number of ranks")

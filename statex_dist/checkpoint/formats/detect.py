@@ -24,7 +24,6 @@ from statex_dist.checkpoint.layout import (
     TEMPORARY_PREFIX,
     complete_tags,
     is_tag_name,
-    tag_named_in,
 )
 from statex_dist.checkpoint.manifest import FileRecord, Manifest, TensorRecord, digest_file
 from statex_dist.errors import CheckpointError
@@ -60,7 +59,6 @@ def open_files(
     source: TensorSource = row.load().read(directory, facts, describe=describe)
     if row.is_hub:
         check_ways(source, directory)
-        source.facts = source.facts.with_notes(_unread_tag(directory))
     return source
 
 
@@ -72,17 +70,6 @@ def find_model_dir(kind: str, directory: Path) -> Path | None:
     if find_layout(kind).of_run:
         return model_dir_of(directory)
     return directory if (directory / CONFIG_NAME).is_file() else None
-
-
-def _unread_tag(directory: Path) -> str | None:
-    """Return what has to be said of a tag beside weights that is not read itself."""
-    tag = tag_named_in(directory)
-    if tag is None or _precedence(tag)[1] != "weights":
-        return None
-    return (
-        f"the weights beside {tag.name} are read: it is of ZeRO stage 1 or 2, and its fp32 weights and optimizer "
-        "states are left out (zero_to_fp32.py makes fp32 safetensors of it)"
-    )
 
 
 def _facts(

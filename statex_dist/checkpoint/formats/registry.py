@@ -36,8 +36,8 @@ class Layout:
     lists_tensors: ClassVar[bool] = False
     has_records: ClassVar[bool] = True
 
-    @staticmethod
-    def detect(directory: Path) -> bool:
+    @classmethod
+    def detect(cls, directory: Path) -> bool:
         """Return whether a directory, which holds one of the layout's marks, has this layout."""
         return True
 
@@ -60,8 +60,8 @@ class Layout:
         """Return, of a hub layout, an :data:`Open` by the name of its first file, the preferred one first."""
         return {}
 
-    @staticmethod
-    def precedence(tag: Path) -> Literal["tag", "weights"] | None:
+    @classmethod
+    def precedence(cls, tag: Path) -> Literal["tag", "weights"] | None:
         """Return which is read where weights lie beside a tag; None where it is not known which is meant."""
         return None
 
@@ -156,6 +156,16 @@ _ROWS = (
         written=True,
         grown=True,
         options=("--world-size",),
+    ),
+    *(
+        LayoutRow(
+            name=f"zero{stage}",
+            where=f"{_HERE}.zero_whole.opening:Zero{stage}",
+            marks=("mp_rank_00_model_states.pt",),
+            is_tag=True,
+            of_run=True,
+        )
+        for stage in (0, 1, 2)
     ),
     LayoutRow(
         name="tp",

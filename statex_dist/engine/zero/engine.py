@@ -1,7 +1,9 @@
-"""DeepSpeed ZeRO-3: parameters, gradients and optimizer states partitioned over all ranks."""
+"""DeepSpeed ZeRO: optimizer states, gradients and parameters partitioned over all ranks, as the stage says."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
-from statex_dist.checkpoint.layout import rank_of
+from statex_dist.checkpoint.layout import client_file, rank_of
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import (
@@ -24,8 +26,10 @@ from statex_dist.engine.base import (
     group_name,
     keep_hyperparameters,
 )
+from statex_dist.engine.deepspeed_keys import ZERO
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.engine.zero.foreign_code import foreign_code
+from statex_dist.engine.zero.gradients import CheckedOptimizer, gradients_of
 from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
 from statex_dist.errors import CheckpointError
 
@@ -47,8 +51,8 @@ class _Capture(TorchCheckpointEngine):
         """Make nothing: the directory is there, or on a mount that is gone and must not be made elsewhere."""
 
 
-class Zero3Engine(TrainEngine):
-    """Trains a model with ZeRO stage 3 on all ranks of the process group.
+class ZeroEngine(TrainEngine):
+    """Trains a model with a stage of ZeRO on all ranks of the process group.
 
     Args:
         model: In partitions already (:mod:`statex_dist.engine.zero.sharded_start`), or whole, with the same values on
@@ -61,8 +65,6 @@ class Zero3Engine(TrainEngine):
         context: The ranks that share each pack, or None.
         passing: State passing, or None.
     """
-
-    kind = "zero3"
 
     def __init__(
         self,
@@ -84,9 +86,17 @@ class Zero3Engine(TrainEngine):
             context=context,
             passing=passing,
         )
+        self.stage: int = settings[ZERO]["stage"]
+        self.kind = f"zero{self.stage}"
         self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.optimizer, self.schedule = optimizer, schedule
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+        with _silent():
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings
+            )
+        if self.stage == 0:
+            self.engine.optimizer = CheckedOptimizer(self.engine.optimizer)
+        self._gradients = gradients_of(self.engine.optimizer)
         self.engine.train()
         self.engine.checkpoint_engine = _Capture()
         # It would copy its converter, a script, into every checkpoint: on a full disk rank 0 would stop at that while
@@ -106,17 +116,10 @@ class Zero3Engine(TrainEngine):
 
     def grad_norms(self) -> dict[str, float]:
         """Return the norm of each parameter group's gradient, summed over the ranks' partitions."""
-        zero = self.engine.optimizer
         squares = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in self.optimizer.param_groups]
-        for index, parameters in enumerate(zero.fp16_groups):
-            square = squares[zero.sub_group_to_group_id[index]]
-            if zero.offload_optimizer:
-                known = (zero.norm_for_param_grads.get(zero.get_param_id(p)) for p in parameters)
-                norms = [norm for norm in known if norm is not None]
-            else:
-                norms = list(torch._foreach_norm(zero.averaged_gradients[index]))
+        for group, norms in self._gradients.norms():
             for norm in norms:
-                square += norm.to(square).square()
+                squares[group] += norm.to(squares[group]).square()
         sums = self.sum(torch.stack(squares).tolist())
         return {
             group_name(group, index): total**0.5
@@ -127,7 +130,7 @@ class Zero3Engine(TrainEngine):
         """Clip, update the partitions, advance the schedule."""
         lr = base_lr(self.optimizer)
         if skip:
-            self._spoil_gradient()
+            self._gradients.spoil()
         skipped = self.engine.skipped_steps
         level = DEEPSPEED_LOGGER.level
         if skip:
@@ -138,16 +141,6 @@ class Zero3Engine(TrainEngine):
         if not updated:
             self.schedule.step()  # DeepSpeed leaves it where it was; here it is a function of the step
         return StepResult(updated=updated, lr=lr)
-
-    def _spoil_gradient(self) -> None:
-        """Make DeepSpeed drop this step: it does so, and only so, where the gradient is not finite."""
-        zero = self.engine.optimizer
-        if zero.offload_optimizer:
-            for norm in zero.norm_for_param_grads.values():
-                norm.fill_(torch.nan)
-        else:
-            for gradients in zero.averaged_gradients.values():
-                gradients[0].fill_(torch.nan)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of ``values`` over all ranks."""
@@ -180,11 +173,29 @@ class Zero3Engine(TrainEngine):
     def capture(self, directory: Path, client_state: Mapping[str, Any]) -> list[tuple[Path, Any]]:
         """Return what DeepSpeed would write for this rank."""
         self.engine.checkpoint_engine.files = []
-        self.engine.save_checkpoint(
-            str(directory.parent), tag=directory.name, client_state=dict(client_state), save_latest=False
-        )
+        # Below stage 3 rank 0 alone writes model states, and each rank has a client state of its own.
+        inside = dict(client_state) if self.stage == 3 else {}
+        self.engine.save_checkpoint(str(directory.parent), tag=directory.name, client_state=inside, save_latest=False)
         files, self.engine.checkpoint_engine.files = self.engine.checkpoint_engine.files, []
+        if self.stage < 3:
+            for _, content in files:
+                self._complete(content)
+            files.append((directory / client_file(self.rank), dict(client_state)))
         return files
+
+    def _complete(self, content: dict[str, Any]) -> None:
+        """Add to a file what DeepSpeed leaves out of it, and readers need: shapes and ties, or the stage."""
+        if "module" in content and self.stage == 0:
+            content |= {"param_shapes": self._shapes(), "shared_params": self.engine._get_shared_params()}
+        elif "module" not in content:
+            content["optimizer_state_dict"].setdefault("zero_stage", self.stage)
+
+    def _shapes(self) -> list[dict[str, Any]]:
+        """Return the shapes of each parameter group's parameters, by name in their order."""
+        if self.stage > 0:
+            return self.engine._get_zero_param_shapes()
+        names = self.engine.param_names
+        return [{names[p]: p.shape for p in group["params"]} for group in self.optimizer.param_groups]
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Restore from ``directory``; learning rate, betas and weight decay stay those of this start.
@@ -192,10 +203,14 @@ class Zero3Engine(TrainEngine):
         Raises:
             CheckpointError: A file holds code beside DeepSpeed's own, or DeepSpeed refuses the checkpoint.
         """
-        mine = [path for path in directory.glob("*.pt") if rank_of(path.name) == self.rank]
+        # Files without a rank are read by all.
+        mine = [path for path in sorted(directory.glob("*.pt")) if rank_of(path.name) in (self.rank, None)]
         # All ranks must stop if one does: the others would wait for it inside DeepSpeed.
         if problems := [
-            problem for found in self.gather([foreign_code(path) for path in mine]) for problem in found if problem
+            problem
+            for found in self.gather([foreign_code(path, self.stage) for path in mine])
+            for problem in found
+            if problem
         ]:
             raise CheckpointError(problems[0])
         for path in mine:
@@ -203,10 +218,20 @@ class Zero3Engine(TrainEngine):
                 content = torch.load(
                     path, map_location="cpu", mmap=True, weights_only=False
                 )  # foreign code was refused above
-                saved, ours = content["param_shapes"], self.engine._get_zero_param_shapes()
+                saved, ours = content["param_shapes"], self._shapes()
                 check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
-        with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
+        clipping = getattr(self.engine.optimizer, "clip_grad", None)
+        with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates, _silent():
             loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        if clipping is not None:
+            self.engine.optimizer.clip_grad = clipping  # stages 1 and 2 take the checkpoint's
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {directory}")
+        if self.stage < 3:
+            client_state = torch.load(directory / client_file(self.rank), weights_only=True)
         return client_state
+
+
+def _silent() -> contextlib.redirect_stdout[io.StringIO]:
+    """Return a context that drops what DeepSpeed prints for its developers; its logger's messages stay."""
+    return contextlib.redirect_stdout(io.StringIO())

@@ -56,7 +56,7 @@ has ``EnumClass(value)``. It is read as the latter, and of the enums above alone
 _OF_TORCH = """collections.OrderedDict torch.Size torch.Tensor torch.device torch.nn.parameter.Parameter
 torch._tensor._rebuild_from_type_v2 torch._utils._rebuild_tensor_v2 torch._utils._rebuild_tensor_v3
 torch._utils._rebuild_parameter torch.serialization._get_layout torch.storage.UntypedStorage"""
-_OF_DEEPSPEED = """deepspeed.runtime.fp16.loss_scaler.LossScaler
+_OF_DEEPSPEED = """deepspeed.utils.tensor_fragment.fragment_address deepspeed.runtime.fp16.loss_scaler.LossScaler
 deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"""
 # What people put into client_state: states of random generators and parsed arguments.
 _OF_CLIENTS = """_codecs.encode numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct

@@ -19,6 +19,9 @@ from statex_dist.errors import CheckpointError
 DEFAULT_SUB_GROUP_SIZE = 10**9
 """DeepSpeed's ``sub_group_size`` where the configuration does not say."""
 
+WHOLE_MODEL_NAME = "mp_rank_00_model_states.pt"
+"""The file with the whole model, which stages 0 to 2 have in place of the ranks' model states."""
+
 _MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
@@ -70,10 +73,10 @@ def shares(numel: int, world_size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def looks_like_zero(directory: Path) -> bool:
-    """Return whether a directory holds files of a DeepSpeed ZeRO checkpoint."""
-    return directory.is_dir() and any(
-        _OPTIM_FILE.match(p.name) or _MODEL_FILE.match(p.name) for p in directory.iterdir()
-    )
+    """Return whether a directory holds files of a DeepSpeed ZeRO checkpoint whose model is not whole in one file."""
+    if not directory.is_dir() or (directory / WHOLE_MODEL_NAME).is_file():
+        return False
+    return any(_OPTIM_FILE.match(p.name) or _MODEL_FILE.match(p.name) for p in directory.iterdir())
 
 
 def looks_like_stage_3(directory: Path) -> bool:
@@ -98,7 +101,10 @@ def find_rank_files(directory: Path) -> list[RankFiles]:
                 raise CheckpointError(f"{directory} holds two files of rank {match[1]}: {other.name} and {path.name}")
             found[kind][int(match[1])] = path
     if found["optim"] and not found["model"]:
-        raise CheckpointError(f"{directory} {_not_stage_3(directory)}")
+        raise CheckpointError(
+            f"{directory} holds no zero_pp_rank_*_model_states.pt (of stage 3) and no {WHOLE_MODEL_NAME} (of stages 0 "
+            "to 2): it is not a complete ZeRO checkpoint"
+        )
     world_size = max((*found["model"], *found["optim"]), default=-1) + 1
     for kind, files in found.items():
         if missing := [rank for rank in range(world_size) if rank not in files]:
@@ -107,24 +113,6 @@ def find_rank_files(directory: Path) -> list[RankFiles]:
                 f"(*zero_pp_rank_{missing[0]}_mp_rank_00_{kind}_states.pt)"
             )
     return [RankFiles(model=found["model"][rank], optim=found["optim"][rank]) for rank in range(world_size)]
-
-
-def _not_stage_3(directory: Path) -> str:
-    """Return what a directory without the model states of ranks is, and what to do."""
-    if not is_stage_1_or_2(directory):
-        return "holds no zero_pp_rank_*_model_states.pt: not a ZeRO stage 3 checkpoint"
-    return (
-        "is a checkpoint of ZeRO stage 1 or 2 (mp_rank_00_model_states.pt); only stage 3 is read. DeepSpeed's "
-        "zero_to_fp32.py makes a model of it: python zero_to_fp32.py DIR OUT --safe_serialization, in the directory "
-        "of latest"
-    )
-
-
-def is_stage_1_or_2(directory: Path) -> bool:
-    """Return whether a tag is of ZeRO stage 1 or 2, where every rank has the whole model and one file holds it."""
-    return (directory / "mp_rank_00_model_states.pt").is_file() and any(
-        _OPTIM_FILE.match(path.name) for path in directory.iterdir()
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ the others are placeholders or a copy of it; if they are neither, which of the t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from statex_dist.checkpoint.formats.piece_io import blocks
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES
 from statex_dist.checkpoint.formats.registry import Layout, check_ways, ways_to_read
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorInfo, TensorSource
-from statex_dist.checkpoint.formats.zero3.layout import is_stage_1_or_2, looks_like_stage_3, looks_like_zero
+from statex_dist.checkpoint.formats.zero3.layout import looks_like_stage_3, looks_like_zero
 from statex_dist.checkpoint.formats.zero3.reader import Zero3Source
 from statex_dist.checkpoint.layout import tag_named_in
 from statex_dist.errors import CheckpointError
@@ -45,7 +46,7 @@ class Zero3(Layout):
         source = Zero3Source(directory, facts, only_first=describe and beside is None, beside=beside)
         source.has_values = not describe
         if beside is not None:
-            source.facts = source.facts.with_notes(settle(source, beside))
+            source.facts = source.facts.with_notes(settle(source, beside, source.filled))
         if source.filled:
             source.facts = source.facts.with_notes(
                 f"saved with exclude_frozen_parameters: {len(source.owned()) - len(source.filled)} of "
@@ -60,8 +61,8 @@ class Zero3(Layout):
 
     @staticmethod
     def precedence(tag: Path) -> Literal["tag", "weights"] | None:
-        """Return which is read where weights lie beside a tag: the tag, but of stage 1 and 2, which is not read."""
-        return "weights" if is_stage_1_or_2(tag) else "tag" if looks_like_stage_3(tag) else None
+        """Return which is read where weights lie beside a tag: the tag."""
+        return "tag" if looks_like_stage_3(tag) else None
 
 
 def weights_beside(tag: Path) -> TensorSource | None:
@@ -79,12 +80,13 @@ def weights_beside(tag: Path) -> TensorSource | None:
     return beside
 
 
-def settle(source: Zero3Source, beside: TensorSource) -> str:
+def settle(source: TensorSource, beside: TensorSource, filled: Collection[str]) -> str:
     """Return what has to be said of the weights beside a tag, after comparing them with it.
 
     Args:
         source: The tag.
         beside: The weights beside it.
+        filled: Names that are read from them, and not from the tag.
 
     Raises:
         CheckpointError: They are another model's, or of another step.
@@ -92,7 +94,7 @@ def settle(source: Zero3Source, beside: TensorSource) -> str:
     tag, file = source.facts.path.name, _named(beside)
     empty = 0
     for name in beside.owned():
-        if name in source.filled:
+        if name in filled:
             continue
         info = beside.info(name)
         known = source.info(name) if name in source else None

@@ -57,7 +57,7 @@ def model_states(file: TorchArchive, first: TorchArchive, world_size: int) -> di
     content = file.content
     if not isinstance(content, dict) or not isinstance(content.get("param_shapes"), list) or "module" not in content:
         raise CheckpointError(f"{file.path} is not a model states file of ZeRO stage 3 (no list 'param_shapes')")
-    _check_name(file)
+    check_name(file)
     written = content.get("dp_world_size", world_size)
     if written != world_size:
         raise CheckpointError(f"{file.path} was written by {written} ranks; the directory holds files of {world_size}")
@@ -69,7 +69,7 @@ def model_states(file: TorchArchive, first: TorchArchive, world_size: int) -> di
     return content
 
 
-def _check_name(file: TorchArchive) -> None:
+def check_name(file: TorchArchive) -> None:
     """Raise if a file was saved under another rank's name: torch writes the name into the archive."""
     inside, outside = _NAMED_RANK.search(file.root), _NAMED_RANK.search(file.path.stem)
     if inside and outside and inside.groups() != outside.groups():
@@ -87,7 +87,7 @@ def optim_states(file: TorchArchive, world_size: int) -> dict[str, Any]:
     states = file.content.get("optimizer_state_dict") if isinstance(file.content, dict) else None
     if not isinstance(states, dict) or "zero_stage" not in states:
         raise CheckpointError(f"{file.path} is not an optimizer states file of DeepSpeed ZeRO")
-    _check_name(file)
+    check_name(file)
     stage = states["zero_stage"]
     stage = stage.args[0] if isinstance(stage, Remembered) and len(stage.args) == 1 else stage
     if stage != 3:
@@ -134,7 +134,7 @@ def open_rank(files: RankFiles, first: tuple[TorchArchive, TorchArchive], world_
         raise CheckpointError(
             f"{optim.path}: 'param_groups' differs from {first[1].path.name}; the files are of two saves"
         )
-    for state in _state_names(inner, [p.numel for p in flat[WEIGHTS]], optim.path):
+    for state in state_names(inner, [p.numel for p in flat[WEIGHTS]], optim.path):
         flat[state] = tuple(place_of(optim, inner["state"][index][state]) for index in range(len(flat[WEIGHTS])))
     if scalar_values(inner, optim, flat) != scalar_values(expected, first[1], flat):
         raise CheckpointError(
@@ -155,7 +155,7 @@ def _slim(archive: TorchArchive) -> TorchArchive:
     return TorchArchive(path=archive.path, root=archive.root, entries=entries, state=archive.state, content=None)
 
 
-def _state_names(inner: Mapping[str, Any], sizes: list[int], path: Path) -> list[str]:
+def state_names(inner: Mapping[str, Any], sizes: list[int], path: Path) -> list[str]:
     """Return the optimizer's states that have a value per element.
 
     Raises:

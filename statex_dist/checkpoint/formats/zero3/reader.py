@@ -86,7 +86,7 @@ class Zero3Source(TensorSource):
         self._buffers: dict[str, TensorRef] = {
             name: module[name] for name in self.model["buffer_names"] if isinstance(module.get(name), TensorRef)
         }
-        filled = _missing_frozen(self.model, module, shapes, beside)
+        filled = missing_frozen(self.model, module, shapes, beside)
         infos = {
             **filled,
             **{n: TensorInfo(name=n, shape=module[n].shape, dtype=module[n].dtype) for n in self._buffers},
@@ -192,7 +192,7 @@ def _excludes_frozen(model: Mapping[str, Any]) -> bool:
     return "frozen_param_shapes" in model and model["frozen_param_shapes"] is None
 
 
-def _missing_frozen(
+def missing_frozen(
     model: Mapping[str, Any], module: Mapping[str, Any], shapes: Mapping[str, Any], beside: TensorSource | None
 ) -> dict[str, TensorInfo]:
     """Return the tensors that a tag without its frozen parameters lacks, of those that lie beside it."""
