@@ -26,6 +26,7 @@ from statex_dist.checkpoint.layout import (
     TEMPORARY_PREFIX,
     TRAIN_LENGTH_KEY,
     complete_tags,
+    placed_name,
     step_of,
     tag_of,
 )
@@ -116,7 +117,8 @@ class Checkpoints:
             return
         carried = self.engine.carried.state_dict()
         state = {"step": step, "rng": random_state(), **client_state, **({"carried": carried} if carried else {})}
-        files = self.engine.capture(temporary, state)
+        captured = self.engine.capture(temporary, state)
+        files = [(temporary / placed_name(path.name, self.engine.world_size), content) for path, content in captured]
         behind = self.policy.asynchronous and not last
         writer = FileWriter(
             self._copy.take(files) if behind else files,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.layout import LATEST_NAME
+from statex_dist.checkpoint.layout import LATEST_NAME, rank_folders
 from statex_dist.checkpoint.manifest import FileRecord
 from statex_dist.checkpoint.visible import fresh_names, unseen_files, wait_until_none
-from statex_dist.durable.files import remove_tree, write_durably
+from statex_dist.durable.files import remove_tree, sync, write_durably
 from statex_dist.engine.base import TrainEngine
 from statex_dist.errors import shown
 
@@ -55,6 +55,8 @@ class CheckpointPlace:
                 if problem is None:
                     shutil.rmtree(temporary, ignore_errors=True)
                     temporary.mkdir()
+                    for folder in rank_folders(self.engine.world_size):
+                        (temporary / folder).mkdir()
             except OSError as error:
                 problem = f"{temporary} cannot be made: {error}"
         if problem := self.engine.broadcast(problem):
@@ -95,6 +97,8 @@ class CheckpointPlace:
                 f"rank {self.engine.rank} on {parts[self.engine.rank][1]} does not see {len(unseen)} of {len(files)} "
                 f"files in {temporary}: {', '.join(names)}{' ...' if len(unseen) > 2 else ''}"
             )
+        for folder in rank_folders(self.engine.world_size):
+            sync(temporary / folder)
         return files
 
     def discard(self, temporary: Path) -> None:

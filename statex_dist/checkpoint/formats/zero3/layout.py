@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from statex_dist.checkpoint.layout import tag_files
 from statex_dist.errors import CheckpointError
 
 DEFAULT_SUB_GROUP_SIZE = 10**9
@@ -72,23 +73,27 @@ def shares(numel: int, world_size: int) -> Iterator[tuple[int, int, int]]:
 def looks_like_zero(directory: Path) -> bool:
     """Return whether a directory holds files of a DeepSpeed ZeRO checkpoint."""
     return directory.is_dir() and any(
-        _OPTIM_FILE.match(p.name) or _MODEL_FILE.match(p.name) for p in directory.iterdir()
+        _OPTIM_FILE.match(p.name) or _MODEL_FILE.match(p.name) for p in tag_files(directory)
     )
 
 
 def looks_like_stage_3(directory: Path) -> bool:
     """Return whether a directory holds files that only ZeRO stage 3 writes."""
-    return any(_MODEL_FILE.match(path.name) for path in directory.iterdir())
+    return any(_MODEL_FILE.match(path.name) for path in tag_files(directory))
 
 
-def find_rank_files(directory: Path) -> list[RankFiles]:
+def find_rank_files(directory: Path, paths: Iterable[Path] | None = None) -> list[RankFiles]:
     """Return the files of every rank, by rank.
+
+    Args:
+        directory: The checkpoint.
+        paths: Its files, where they are known; nothing is listed then.
 
     Raises:
         CheckpointError: A rank lacks a file, a rank has two, or the checkpoint is split by model parallelism.
     """
     found: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
-    for path in sorted(directory.iterdir()):
+    for path in tag_files(directory) if paths is None else paths:
         for kind, pattern in (("model", _MODEL_FILE), ("optim", _OPTIM_FILE)):
             if not (match := pattern.match(path.name)):
                 continue
@@ -123,7 +128,7 @@ def _not_stage_3(directory: Path) -> str:
 def is_stage_1_or_2(directory: Path) -> bool:
     """Return whether a tag is of ZeRO stage 1 or 2, where every rank has the whole model and one file holds it."""
     return (directory / "mp_rank_00_model_states.pt").is_file() and any(
-        _OPTIM_FILE.match(path.name) for path in directory.iterdir()
+        _OPTIM_FILE.match(path.name) for path in tag_files(directory)
     )
 
 
