@@ -12,12 +12,12 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import xxhash
 
 from statex_dist.checkpoint.formats.crc import DAMAGE
-from statex_dist.checkpoint.formats.torch_archive.zip import END, ZIP64, ArchiveError, read_entries
+from statex_dist.checkpoint.formats.torch_archive.zip import END, ZIP64, ArchiveError, Entry, read_entries
 from statex_dist.checkpoint.manifest import FileRecord
 from statex_dist.errors import CheckpointError, one_line
 
@@ -134,11 +134,16 @@ def _check_archive(path: Path, data: bytearray, record: FileRecord) -> None:
             start = archive.start_dir
         if xxhash.xxh3_128(memoryview(data)[start:]).hexdigest() != record.directory_xxh3_128:
             raise CheckpointError(f"{path} is damaged or another file: its zip directory differs from the manifest")
-        for name, entry in read_entries(BytesView(data), len(data))[1].items():
+        for name, entry in open_entries(data)[1].items():
             if zlib.crc32(memoryview(data)[entry.offset : entry.offset + entry.size]) != entry.crc:
                 raise CheckpointError(f"{path} is damaged: the CRC-32 of its '{name}' is not what was written")
     except (ArchiveError, *DAMAGE) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
+
+
+def open_entries(data: bytearray) -> tuple[str, dict[str, Entry]]:
+    """Return root folder and entries of an archive in memory; errors of :func:`read_entries`."""
+    return read_entries(cast("BinaryIO", BytesView(data)), len(data))
 
 
 class BytesView(io.RawIOBase):

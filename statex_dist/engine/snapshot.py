@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class FileWriter:
         for path, state in self._files:
             try:
                 with RecordedWriter(path) as file:
-                    torch.save(state, file)
+                    torch.save(state, cast("BinaryIO", file))
                     records[path.relative_to(self._directory).as_posix()] = asdict(file.finish())
             except WRITE_ERRORS as error:
                 refused = _refused(path, error)

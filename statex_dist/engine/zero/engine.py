@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
-from statex_dist.checkpoint.layout import rank_of
+from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import (
@@ -25,11 +25,9 @@ from statex_dist.engine.base import (
     keep_hyperparameters,
 )
 from statex_dist.engine.segment_states import StatePassing
-from statex_dist.engine.zero.foreign_code import foreign_code
+from statex_dist.engine.zero.loading import cut_of, exchange, restore
 from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
-from statex_dist.errors import CheckpointError
-
-_MODEL_STATES = "_model_states.pt"
+from statex_dist.engine.zero.reading import SavedStates, read_own, read_pieces
 
 
 class _Capture(TorchCheckpointEngine):
@@ -185,27 +183,21 @@ class Zero3Engine(TrainEngine):
         files, self.engine.checkpoint_engine.files = self.engine.checkpoint_engine.files, []
         return files
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Restore from ``directory``; learning rate, betas and weight decay stay those of this start.
+    def read(self, directory: Path, manifest: Manifest) -> SavedStates:
+        """Read this rank's part of a checkpoint, of any number of ranks, and verify it."""
+        cut = cut_of(self.engine, rank=self.rank, world_size=self.world_size)
+        if manifest.info.get("world_size") == self.world_size:
+            return read_own(directory, manifest, cut)
+        return read_pieces(directory, manifest, cut, lambda values: exchange(values, self.device))
+
+    def load(self, directory: Path, states: SavedStates) -> dict[str, Any]:
+        """Restore what :meth:`read` has returned.
 
         Raises:
-            CheckpointError: A file holds code beside DeepSpeed's own, or DeepSpeed refuses the checkpoint.
+            CheckpointError: The parameters are in other groups.
         """
-        mine = [path for path in directory.glob("*.pt") if rank_of(path.name) == self.rank]
-        # All ranks must stop if one does: the others would wait for it inside DeepSpeed.
-        if problems := [
-            problem for found in self.gather([foreign_code(path) for path in mine]) for problem in found if problem
-        ]:
-            raise CheckpointError(problems[0])
-        for path in mine:
-            if path.name.endswith(_MODEL_STATES):
-                content = torch.load(
-                    path, map_location="cpu", mmap=True, weights_only=False
-                )  # foreign code was refused above
-                saved, ours = content["param_shapes"], self.engine._get_zero_param_shapes()
-                check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
+        cut = cut_of(self.engine, rank=self.rank, world_size=self.world_size)
+        same = states.world_size == self.world_size
+        check_groups(states.groups, [list(g.items()) for g in cut.sub_groups] if same else cut.groups, directory)
         with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
-            loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
-        if loaded is None:
-            raise CheckpointError(f"DeepSpeed could not load {directory}")
-        return client_state
+            return restore(self.engine, states)
