@@ -51,6 +51,7 @@ _ANSWER_SECONDS = 2.0
 _READ_ATTEMPTS = 3
 _READ_PAUSE_SECONDS = 1.0
 
+
 class Checkpoints:
     """Saves and finds the checkpoints of one run. Every method but :meth:`written` is called by all ranks together.
 

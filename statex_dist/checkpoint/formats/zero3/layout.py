@@ -62,9 +62,7 @@ def partition_size(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
-def shares(
-    numel: int, world_size: int, first: int = 0, last: int | None = None
-) -> Iterator[tuple[int, int, int]]:
+def shares(numel: int, world_size: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int, int]]:
     """Yield ``(rank, start, stop)`` of what each rank owns of the elements ``first .. last``, of ranks that own any."""
     part, last = partition_size(numel, world_size), numel if last is None else last
     for rank in range(first // part, -(-last // part)) if first < last else ():
@@ -182,8 +180,8 @@ class FlatLayout:
     def window(self, name: str, first: int, last: int) -> Iterator[FlatRun]:
         """Yield the runs of the elements ``first .. last`` of a parameter, in order; other ranks cost nothing."""
         for rank, target, stop in shares(math.prod(self.shapes[name]), self.world_size, first, last):
-            position = self.offsets[name] + target - rank * partition_size(
-                math.prod(self.shapes[name]), self.world_size
+            position = (
+                self.offsets[name] + target - rank * partition_size(math.prod(self.shapes[name]), self.world_size)
             )
             group = bisect_right(self.group_ends, position) - 1
             while target < stop:
