@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     config = None
     try:
-        from launch.fit_world_size import fit_world_size
         from statex_dist.run import train
         from statex_dist.run_config import RunConfig
         from statex_dist.train.status import ATTEMPT_VARIABLE, EXIT_PREEMPTED
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The supervisor has warned already.
         if os.environ.get("RANK", "0") == "0" and ATTEMPT_VARIABLE not in os.environ:
             warn_of_arguments(arguments)
-        return 0 if train(config, fit_world_size) else EXIT_PREEMPTED
+        return 0 if train(config) else EXIT_PREEMPTED
     except StateXError as error:
         if not error.agreed:
             _say(one_line(error))

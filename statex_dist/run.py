@@ -11,7 +11,7 @@ from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, complete_tags
 from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
 from statex_dist.distributed.error_sync import fail_together
 from statex_dist.distributed.ranks import Ranks
-from statex_dist.engine.checkpoints import Checkpoints, Fit
+from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.documents import Documents
 from statex_dist.errors import CheckpointError, failure_text
 from statex_dist.redact import redact
@@ -29,12 +29,11 @@ from statex_dist.train.status import StopRequest, write_failure
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, fit: Fit | None = None) -> bool:
+def train(config: RunConfig) -> bool:
     """Run, or resume, a training run on this process and its peers.
 
     Args:
         config: The run.
-        fit: Converts a checkpoint of another number of ranks to this run's number; None refuses such a checkpoint.
 
     Returns:
         Whether the run is complete (False: told to stop, and saved).
@@ -53,13 +52,13 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     try:
         # Before weights are read: a rank with another directory must not find that out at its first checkpoint.
         require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
-        return _build_and_train(config, env, stop, fit)
+        return _build_and_train(config, env, stop)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit: Fit | None) -> bool:
+def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest) -> bool:
     ranks, run_dir, settings = Ranks(env.rank, env.world_size), Path(config.run_dir), config.resolved()
     # No rank claims the directory before all are ready: one that fails up to here knows that it is not its own.
     with fail_together(ranks.rank, ranks.gather, place=config.run_dir):
@@ -106,7 +105,7 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
                     facts=facts,
                     settings=settings,
                 )
-                state = trainer.resume(fit)
+                state = trainer.resume()
                 if resumes and state is None:  # the parameters of this start have no values
                     raise CheckpointError(
                         f"the checkpoints of {checkpoints} have gone since this start began; restore them, or start in "

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.fit_world_size import fit_world_size
 from launch.supervisor import processes
 from launch.supervisor.attempt import Attempt
 from launch.supervisor.hosts import Host, answering, spread
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, complete_tags, step_of
-from statex_dist.errors import CheckpointError, ConfigError, StateXError
+from statex_dist.errors import ConfigError, StateXError
 from statex_dist.run_config import RunConfig
 from statex_dist.train.run_lock import claim
 from statex_dist.train.status import EXIT_PREEMPTED, RunStatus, StopRequest, read_status
@@ -167,7 +166,6 @@ class Supervisor:
             reason = f"{available} ranks are available, too few for --min-ranks {self.policy.min_ranks}"
             logger.warning("attempt %d: %s", number, reason)
             return Verdict(reason)
-        self._fit(ranks)
         name, step, stacks = f"{self.run_name}-{uuid.uuid4().hex[:8]}", self.newest_step(), self._stacks()
         logger.info("attempt %d: %d ranks, from step %d", number, ranks, max(step, 0))
         began = time.monotonic()
@@ -182,17 +180,6 @@ class Supervisor:
             f"; stacks of the hanging ranks: {', '.join(new)}" if new else "",
         )
         return verdict
-
-    def _fit(self, ranks: int) -> None:
-        """Ensure that the newest checkpoint is for ``ranks`` ranks."""
-        tags = complete_tags(self.checkpoints)
-        if not tags:
-            return
-        try:
-            fit_world_size(self.checkpoints, tags[0], ranks)
-        except CheckpointError as error:
-            # The job itself verifies every byte, and resumes from an older checkpoint.
-            logger.warning("%s: the newest checkpoint cannot be cut for %d ranks", error, ranks)
 
     def _wait(self, attempt: Attempt) -> int | None:
         """Wait for the launcher; pass on a request to stop. Return None if the ranks did not end in the time given."""

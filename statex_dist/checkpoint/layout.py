@@ -12,6 +12,7 @@
         global_step100/           one tag; complete if and only if it holds MANIFEST.json
           zero_pp_rank_0_mp_rank_00_model_states.pt       DeepSpeed's files, one pair per rank
           bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt
+          ranks-00256/                                    from 257 ranks on those files are in folders of 256 ranks
           model/config.json                               the model's configuration and tokenizer marker
           training.json                                   the settings of its steps
           MANIFEST.json
@@ -50,7 +51,12 @@ DAMAGED_PREFIX = "damaged-"
 STATUS_NAME = "status.json"
 STACKS_DIR = "stacks"
 
+FIRST_RANK_FOLDER = "ranks-00000"
+RANKS_PER_FOLDER = 256
+"""With more ranks than these, a checkpoint's rank files lie in folders of that number of ranks."""
+
 _TAG = re.compile(r"global_step(\d+)(?:-ranks([1-9]\d*))?", flags=re.ASCII)
+_RANK_FOLDER = re.compile(r"ranks-\d{5,}", flags=re.ASCII)
 _RANK_FILE = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_)?rank_(\d+)_(?:mp_rank_\d+_(?:model|optim)|client)_states\.pt$")
 
 
@@ -90,9 +96,33 @@ def client_file(rank: int) -> str:
 
 
 def rank_of(file_name: str) -> int | None:
-    """Return the rank that wrote a file of one rank, or None for any other file."""
-    match = _RANK_FILE.match(file_name)
+    """Return the rank that wrote a file of one rank, by its name or path, or None for any other file."""
+    match = _RANK_FILE.match(file_name.rpartition("/")[2])
     return int(match[1]) if match else None
+
+
+def rank_folder(rank: int, world_size: int) -> str:
+    """Return the folder of a rank's files in a checkpoint of ``world_size`` ranks; empty where there are none."""
+    return f"ranks-{rank // RANKS_PER_FOLDER * RANKS_PER_FOLDER:05d}" if world_size > RANKS_PER_FOLDER else ""
+
+
+def rank_folders(world_size: int) -> list[str]:
+    """Return the folders of the rank files of a checkpoint; none where they lie in the checkpoint itself."""
+    return sorted({rank_folder(rank, world_size) for rank in range(0, world_size, RANKS_PER_FOLDER)} - {""})
+
+
+def placed_name(name: str, world_size: int) -> str:
+    """Return the path, in a checkpoint of ``world_size`` ranks, of a file that an engine names."""
+    rank = rank_of(name)
+    folder = "" if rank is None else rank_folder(rank, world_size)
+    return f"{folder}/{name}" if folder else name
+
+
+def tag_files(directory: Path) -> list[Path]:
+    """Return the entries of a checkpoint's directory, those of the folders of rank files in place of the folders."""
+    entries = sorted(directory.iterdir())
+    folders = [path for path in entries if _RANK_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return [path for path in entries if path not in folders] + [p for f in folders for p in sorted(f.iterdir())]
 
 
 def complete_tags(checkpoints: Path) -> list[str]:

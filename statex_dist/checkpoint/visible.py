@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,17 +35,23 @@ def fresh_names(directory: Path) -> set[str]:
 def unseen_files(directory: Path, sizes: Mapping[str, int]) -> list[str] | None:
     """Return the files that are not in ``directory`` with their size, or None.
 
+    Each folder is listed once, which makes a network file system refresh it, and each file's size asked for once.
+
     Args:
         directory: Where they were written.
         sizes: Bytes of each file, by its path relative to ``directory``.
     """
-    for folder in {(directory / name).parent for name in sizes}:
-        fresh_names(folder)
-    return [name for name, size in sizes.items() if _size(directory / name) != size] or None
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size if path.is_file() else None
-    except OSError:
-        return None
+    by_folder: dict[str, dict[str, int]] = {}
+    for path, size in sizes.items():
+        folder, _, name = path.rpartition("/")
+        by_folder.setdefault(folder, {})[name] = size
+    unseen: list[str] = []
+    for folder, expected in by_folder.items():
+        try:
+            with os.scandir(directory / folder) as entries:
+                found = {entry.name: entry.stat().st_size for entry in entries if entry.name in expected}
+        except OSError:
+            found = {}
+        prefix = f"{folder}/" if folder else ""
+        unseen += [prefix + name for name, size in expected.items() if found.get(name) != size]
+    return unseen or None

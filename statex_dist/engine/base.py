@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from statex_dist.batch import PackedBatch
+from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.engine.segment_states import CarriedStates, StatePassing
 from statex_dist.engine.snapshot import random_state, set_random_state
@@ -86,6 +87,7 @@ class TrainEngine(ABC):
 
     Attributes:
         kind: Layout of its checkpoints.
+        any_world_size: Whether it reads checkpoints of other numbers of ranks.
         rank: This process among all.
         world_size: All processes.
         data_parallel_size: Groups of ranks that get packs of their own.
@@ -99,6 +101,7 @@ class TrainEngine(ABC):
     """
 
     kind: str
+    any_world_size = False
     rank: int
     world_size: int
     device: torch.device
@@ -277,10 +280,24 @@ class TrainEngine(ABC):
         """
 
     @abstractmethod
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Restore from the checkpoint ``directory`` and return the client state.
+    def read(self, directory: Path, manifest: Manifest) -> Any:
+        """Return this rank's part of a checkpoint in host memory, compared with the manifest; nothing is changed.
+
+        All ranks call it together; it may raise on one of them only.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+            OSError: One cannot be read.
+        """
+
+    @abstractmethod
+    def load(self, directory: Path, states: Any) -> dict[str, Any]:
+        """Restore what :meth:`read` has returned of the checkpoint ``directory``, and return the client state.
 
         Learning rate, betas and weight decay stay those of this start; :attr:`saved_rates` holds the old rates.
+
+        Raises:
+            CheckpointError: It does not fit this run.
         """
 
 

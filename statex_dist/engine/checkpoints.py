@@ -23,9 +23,12 @@ from statex_dist.checkpoint.layout import (
     LATEST_NAME,
     MANIFEST_NAME,
     MODEL_DIR,
+    PLAIN_STATE_NAME,
     TEMPORARY_PREFIX,
     TRAIN_LENGTH_KEY,
     complete_tags,
+    rank_of,
+    ranks_of,
     step_of,
     tag_of,
 )
@@ -46,9 +49,6 @@ MAX_FAILED_SAVES = 3
 _ANSWER_SECONDS = 2.0
 _READ_ATTEMPTS = 3
 _READ_PAUSE_SECONDS = 1.0
-
-Fit = Callable[[Path, str, int], str]
-"""Makes, of a tag in a directory, one for the given number of ranks, and returns its name."""
 
 
 class Checkpoints:
@@ -116,7 +116,8 @@ class Checkpoints:
             return
         carried = self.engine.carried.state_dict()
         state = {"step": step, "rng": random_state(), **client_state, **({"carried": carried} if carried else {})}
-        files = self.engine.capture(temporary, state)
+        captured = self.engine.capture(temporary, state)
+        files = [(self.place.path_of(temporary, path.name), content) for path, content in captured]
         behind = self.policy.asynchronous and not last
         writer = FileWriter(
             self._copy.take(files) if behind else files,
@@ -207,47 +208,41 @@ class Checkpoints:
         if self._best:
             mark_best(self.directory, target.name)
 
-    def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
-        """Restore the newest whole checkpoint; learning rate, betas and weight decay stay those of this start.
+    def resume(self) -> dict[str, Any] | None:
+        """Restore the newest whole checkpoint, of any number of ranks where the engine's allows that.
 
-        Every file is read and compared with the manifest, each rank a part of them. A damaged checkpoint is left for
-        an older one, set aside and named in the log.
-
-        Args:
-            fit: Converts a checkpoint of another number of ranks to this run's number; None refuses such a checkpoint.
+        Learning rate, betas and weight decay stay those of this start. Every file is compared with the manifest while
+        it is read. A damaged checkpoint is left for an older one, set aside and named in the log.
 
         Returns:
             The client state, or None where the run has not saved anything yet.
 
         Raises:
             CheckpointError: There is no whole checkpoint although there have been some, or it is of another model or
-                engine, or of another number of ranks and cannot be fitted.
+                engine.
         """
         damaged: dict[str, str] = {}
         while True:
-            tag, problem = self._on_rank_0(lambda: self._choose(damaged))
+            chosen, problem = self._on_rank_0(lambda: self._choose(damaged))
             if problem:
                 raise CheckpointError(problem).on_all_ranks(self.engine.rank)
-            if tag is None:
+            if chosen is None:
                 if self.engine.rank == 0:
                     remove_leftovers(self.directory)
                 return None
-            reports = self.engine.gather(self._verify_part(tag))
-            if unreadable := [text for _, text in reports if text]:
-                raise CheckpointError(f"{unreadable[0]}; that says nothing of what it holds: start again").on_all_ranks(
-                    self.engine.rank
-                )
-            problems = [text for text, _ in reports if text]
-            if not problems:
+            tag, manifest = chosen
+            states, problem = self._read(tag, manifest)
+            if problem is None:
                 break
-            damaged[tag] = problems[0]
+            del states
+            damaged[tag] = problem
             if self.engine.rank == 0:
-                logger.warning("%s: going back to an older checkpoint", problems[0])
-        tag, problem = self._on_rank_0(lambda: self._settle(tag, damaged, fit))
+                logger.warning("%s: going back to an older checkpoint", problem)
+        _, problem = self._on_rank_0(lambda: self._settle(tag, damaged))
         if problem:
             raise CheckpointError(problem).on_all_ranks(self.engine.rank)
         logger.info("resuming from %s", self.directory / tag)
-        client_state = self.engine.load(self.directory / tag)
+        client_state = self.engine.load(self.directory / tag, states)
         self.place.found(tag)
         if self.engine.rank == 0:
             prune(self.directory, self.policy)  # a kill may have come between a save and this
@@ -256,13 +251,13 @@ class Checkpoints:
             set_random_state(rng)
         return client_state
 
-    def _on_rank_0(self, action: Callable[[], str | None]) -> tuple[Any, str | None]:
+    def _on_rank_0(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
         """Return what ``action`` returned on rank 0, and why it failed there.
 
-        It may take long (a checkpoint is resharded, files of other hosts are waited for), so the others hear now and
+        It may take long (files of other hosts are waited for), so the others hear now and
         then that it is still at it: no collective waits for longer than a few seconds.
         """
-        answers: list[tuple[str | None, str | None]] = []
+        answers: list[tuple[Any, str | None]] = []
         ended: list[BaseException] = []
 
         def act() -> None:
@@ -287,73 +282,86 @@ class Checkpoints:
             if answer is not None:
                 return answer
 
-    def _choose(self, damaged: Mapping[str, str]) -> str | None:
-        """Return the newest complete tag that is not known to be damaged, after cheap checks of its manifest."""
+    def _choose(self, damaged: dict[str, str]) -> tuple[str, Manifest] | None:
+        """Return the newest complete tag that is not known to be damaged, and its manifest."""
         tags = [tag for tag in complete_tags(self.directory) if tag not in damaged]
-        if not tags:
-            if damaged:
-                raise CheckpointError(f"no checkpoint in {self.directory} is whole: {next(iter(damaged.values()))}")
-            if (self.directory / LATEST_NAME).exists():
+        for tag in self._preferred(tags):
+            try:
+                manifest = Manifest.read(self.directory / tag)
+            except CheckpointError as error:
+                logger.warning("%s: going back to an older checkpoint", error)
+                damaged[tag] = str(error)
+                continue
+            if manifest.kind != self.engine.kind:
                 raise CheckpointError(
-                    f"{self.directory / LATEST_NAME} exists but no checkpoint there is complete; "
-                    "restore one, or start in another run directory"
+                    f"{self.directory / tag} was written with {_setting_of(manifest.kind)}, this run has "
+                    f"{_setting_of(self.engine.kind)}; set it as it was, or give another run_dir"
                 )
-            return None
-        # Of one step there may be copies for several numbers of ranks.
-        newest = [tag for tag in tags if step_of(tag) == step_of(tags[0])]
-        return next((tag for tag in newest if self._ranks_of(tag) == self.engine.world_size), newest[0])
+            if not self.engine.any_world_size and manifest.info.get("world_size") != self.engine.world_size:
+                raise CheckpointError(
+                    f"{self.directory / tag} was written by {manifest.info.get('world_size')} ranks, this run has "
+                    f"{self.engine.world_size}; with {_setting_of(manifest.kind)} a run resumes on as many ranks as it "
+                    "had: start it with those"
+                )
+            return tag, manifest
+        if damaged:
+            raise CheckpointError(f"no checkpoint in {self.directory} is whole: {next(iter(damaged.values()))}")
+        if (self.directory / LATEST_NAME).exists():
+            raise CheckpointError(
+                f"{self.directory / LATEST_NAME} exists but no checkpoint there is complete; "
+                "restore one, or start in another run directory"
+            )
+        return None
 
-    def _ranks_of(self, tag: str) -> Any:
-        try:
-            return Manifest.read(self.directory / tag).info.get("world_size")
-        except CheckpointError:
-            return None  # the verification finds and reports its fault
+    def _preferred(self, tags: list[str]) -> list[str]:
+        """Return tags, newest first; of the copies of one step for several numbers of ranks that for ours first."""
+        return sorted(tags, key=lambda tag: (-(step_of(tag) or 0), ranks_of(tag) != self.engine.world_size))
 
-    def _verify_part(self, tag: str) -> tuple[str | None, str | None]:
-        """Return what is wrong with this rank's part of a checkpoint's files, and why it cannot be read."""
-        directory = self.directory / tag
-        problem = None
+    def _read(self, tag: str, manifest: Manifest) -> tuple[Any, str | None]:
+        """Return this rank's states, and what is wrong with the checkpoint; the latter is the same on all ranks.
+
+        Raises:
+            CheckpointError: A rank cannot read its files, whatever they hold.
+        """
         for attempt in range(_READ_ATTEMPTS):
             if attempt:  # a network file system may fail to read a file that is whole
                 time.sleep(_READ_PAUSE_SECONDS)
-            try:
-                directory.stat()
-                manifest = Manifest.read(directory)
-                for name in sorted(manifest.files)[self.engine.rank :: self.engine.world_size]:
-                    manifest.files[name].check(directory / name)
-                return None, None
-            except CheckpointError as error:
-                return str(error), None
-            except OSError as error:
-                problem = f"{directory} cannot be read: {error}"
-        return None, problem
+            states, *report = self._read_once(self.directory / tag, manifest)
+            reports = self.engine.gather(report)
+            unreadable = next((text for _, text in reports if text), None)
+            if unreadable is None:
+                return states, next((text for text, _ in reports if text), None)
+            del states
+        raise CheckpointError(f"{unreadable}; that says nothing of what it holds: start again").on_all_ranks(
+            self.engine.rank
+        )
 
-    def _settle(self, tag: str, damaged: Mapping[str, str], fit: Fit | None) -> str:
-        """Return the tag to load: of this model and number of ranks. What is damaged is set aside."""
+    def _read_once(self, directory: Path, manifest: Manifest) -> tuple[Any, str | None, str | None]:
+        """Return this rank's states, what is wrong with the files that it has read, and why it cannot read them."""
+        states = problem = unreadable = None
+        try:
+            states = self.engine.read(directory, manifest)
+            if self.engine.rank == 0:
+                for name in sorted(manifest.files):
+                    if rank_of(name) is None and name != PLAIN_STATE_NAME:
+                        manifest.files[name].check(directory / name)
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            unreadable = f"{directory} cannot be read: {error}"
+        except Exception as error:  # a damaged file may raise any error, and the other ranks wait for this one
+            problem = f"{directory} is damaged: {reason(error)}"
+        return states, problem, unreadable
+
+    def _settle(self, tag: str, damaged: Mapping[str, str]) -> None:
+        """Raise unless a checkpoint is of this model. What is damaged is set aside."""
         directory = self.directory / tag
-        manifest = Manifest.read(directory)
-        if manifest.kind != self.engine.kind:
-            raise CheckpointError(
-                f"{directory} was written with {_setting_of(manifest.kind)}, this run has "
-                f"{_setting_of(self.engine.kind)}; set it as it was, or give another run_dir"
-            )
         saved = parse_config((directory / MODEL_DIR / CONFIG_NAME).read_text(encoding="utf-8"))
         given = parse_config(self.documents.model[CONFIG_NAME])
         if other := [key for key in differing_keys(saved, given) if key != TRAIN_LENGTH_KEY]:
             raise CheckpointError(
                 f"{directory} is of another model (config.json differs in {', '.join(other)}); "
                 "give the model that this run began with, or another run_dir"
-            )
-        ranks = self.engine.world_size
-        if manifest.kind != "zero3" and manifest.info.get("world_size") != ranks:
-            raise CheckpointError(
-                f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; with "
-                f"{_setting_of(manifest.kind)} a run resumes on as many ranks as it had: start it with those"
-            )
-        if fit is None and manifest.info.get("world_size") != ranks:
-            raise CheckpointError(
-                f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; "
-                f"start it with as many, or reshard it: statex reshard --to zero3 --world-size {ranks}"
             )
         # Before anything new gets their names.
         for bad in damaged:
@@ -362,15 +370,12 @@ class Checkpoints:
                 shutil.rmtree(aside)
             (self.directory / bad).replace(aside)
             logger.warning("the damaged checkpoint is kept as %s", aside)
-        if fit is not None and manifest.info.get("world_size") != ranks:
-            tag = fit(self.directory, tag, ranks)
         # A kill between rename and marker, or a damaged newest one, leaves a marker that names another.
         settle_best(self.directory)
         latest = self.directory / LATEST_NAME
         if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != tag:
             write_durably(latest, tag)
-        self.documents.resume(self.directory / tag, step_of(tag) or 0)
-        return tag
+        self.documents.resume(directory, step_of(tag) or 0)
 
 
 def _setting_of(kind: str) -> str:

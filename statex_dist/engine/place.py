@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from statex_dist.checkpoint.layout import LATEST_NAME
+from statex_dist.checkpoint.layout import LATEST_NAME, placed_name, rank_folders
 from statex_dist.checkpoint.manifest import FileRecord
 from statex_dist.checkpoint.visible import fresh_names, unseen_files, wait_until_none
-from statex_dist.durable.files import remove_tree, write_durably
+from statex_dist.durable.files import remove_tree, sync, write_durably
 from statex_dist.engine.base import TrainEngine
 from statex_dist.errors import shown
 
@@ -33,6 +33,12 @@ class CheckpointPlace:
     def __init__(self, engine: TrainEngine, directory: Path, mark: Path | None):
         self.engine, self.directory, self.mark = engine, directory, mark
         self._latest: str | None = None
+        # DeepSpeed's own loader, which stages 0 to 2 use, does not look into folders.
+        self._folders = rank_folders(engine.world_size) if engine.any_world_size else []
+
+    def path_of(self, temporary: Path, name: str) -> Path:
+        """Return where a file of a save goes that the engine names."""
+        return temporary / (placed_name(name, self.engine.world_size) if self._folders else name)
 
     def found(self, tag: str) -> None:
         """Remember the tag that ``latest`` names."""
@@ -55,6 +61,8 @@ class CheckpointPlace:
                 if problem is None:
                     shutil.rmtree(temporary, ignore_errors=True)
                     temporary.mkdir()
+                    for folder in self._folders:
+                        (temporary / folder).mkdir()
             except OSError as error:
                 problem = f"{temporary} cannot be made: {error}"
         if problem := self.engine.broadcast(problem):
@@ -95,6 +103,8 @@ class CheckpointPlace:
                 f"rank {self.engine.rank} on {parts[self.engine.rank][1]} does not see {len(unseen)} of {len(files)} "
                 f"files in {temporary}: {', '.join(names)}{' ...' if len(unseen) > 2 else ''}"
             )
+        for folder in self._folders:
+            sync(temporary / folder)
         return files
 
     def discard(self, temporary: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
+from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.engine.base import (
     StepResult,
     TrainEngine,
@@ -18,6 +20,7 @@ from statex_dist.engine.base import (
     group_name,
     keep_hyperparameters,
 )
+from statex_dist.engine.saved_file import SavedFile
 from statex_dist.engine.segment_states import StatePassing
 
 
@@ -106,13 +109,19 @@ class PlainEngine(TrainEngine):
         }
         return [(directory / PLAIN_STATE_NAME, state)]
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Restore from ``directory``; learning rate, betas and weight decay stay those of this start."""
-        state = torch.load(directory / PLAIN_STATE_NAME, map_location=self.device, weights_only=True)
-        saved, ours = state["optimizer"]["param_groups"], self.optimizer.param_groups
+    def read(self, directory: Path, manifest: Manifest) -> dict[str, Any]:
+        """Read the one file and verify it."""
+        file = SavedFile(directory / PLAIN_STATE_NAME, manifest.files[PLAIN_STATE_NAME])
+        states: dict[str, Any] = file.tensors(file.archive.content)
+        return states
+
+    def load(self, directory: Path, states: dict[str, Any]) -> dict[str, Any]:
+        """Restore what :meth:`read` has returned; learning rate, betas and weight decay stay those of this start."""
+        saved, ours = states["optimizer"]["param_groups"], self.optimizer.param_groups
         check_groups([len(group["params"]) for group in saved], [len(group["params"]) for group in ours], directory)
-        self.model.load_state_dict(state["module"])
+        self.model.load_state_dict(states["module"])
         with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-        return state["client_state"]
+            self.optimizer.load_state_dict(copy.deepcopy(states["optimizer"]))  # it keeps tensors; these are of a file
+            self.schedule.load_state_dict(states["schedule"])
+        client_state: dict[str, Any] = states["client_state"]
+        return client_state

@@ -10,14 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
 from statex_dist.checkpoint.formats.crc import WRITE_ERRORS
-from statex_dist.checkpoint.layout import rank_of
-from statex_dist.checkpoint.manifest import record_file
+from statex_dist.checkpoint.recorded import RecordedWriter
 from statex_dist.errors import failure_text, reason
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class FileWriter:
 
     Args:
         files: Paths and their contents.
-        directory: The checkpoint's temporary directory; this rank's other files there are recorded too.
+        directory: The checkpoint's temporary directory.
         rank: This rank.
         retries: Further attempts after one that failed.
     """
@@ -138,19 +137,16 @@ class FileWriter:
         self._files = ()
 
     def _write(self) -> dict[str, dict[str, Any]]:
+        records = {}
         for path, state in self._files:
             try:
-                torch.save(state, path)
+                with RecordedWriter(path) as file:
+                    torch.save(state, cast("BinaryIO", file))
+                    records[path.relative_to(self._directory).as_posix()] = asdict(file.finish())
             except WRITE_ERRORS as error:
                 refused = _refused(path, error)
                 path.unlink(missing_ok=True)  # a part of a file only takes up the disk that is full
                 raise refused from None
-        records = {}
-        for path in sorted(self._directory.iterdir()):
-            owner = rank_of(path.name)
-            # By name first: to look at the files of all ranks, on all ranks, costs a file server the square of them.
-            if (owner == self._rank or (self._rank == 0 and owner is None)) and path.is_file():
-                records[path.name] = asdict(record_file(path))
         return records
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from statex_dist.batch import PackedBatch
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.checkpoints import Checkpoints, Fit
+from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.errors import CheckpointError, DataError, StateXError, os_error_text
 from statex_dist.train.callback import Callbacks, Ending, RunContext
 from statex_dist.train.config import TrainConfig
@@ -98,11 +98,8 @@ class Trainer:
         self._ended = False
         self.batches: Iterator[list[PackedBatch]] = iter(())
 
-    def resume(self, fit: Fit | None = None) -> dict[str, Any] | None:
+    def resume(self) -> dict[str, Any] | None:
         """Restore the run's newest checkpoint.
-
-        Args:
-            fit: Converts a checkpoint of another number of ranks to this one; None refuses it.
 
         Returns:
             Its values beside the engine's state, or None where the run has not saved anything yet.
@@ -110,7 +107,7 @@ class Trainer:
         Raises:
             StateXError: A checkpoint is wrong, or of another run.
         """
-        state = self.checkpoints.resume(fit)
+        state = self.checkpoints.resume()
         if state is not None:
             self.step = self.context.start_step = state["step"]
             if "loader" in state:  # a checkpoint made of weights alone begins with the first sequence

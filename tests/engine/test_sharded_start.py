@@ -12,6 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.distributed.env import read_env
 from statex_dist.distributed.error_sync import OtherRankError
 from statex_dist.errors import CheckpointError, ConfigError
@@ -23,14 +24,17 @@ from statex_dist.run_config import RunConfig
 from statex_dist.run_parts import build_engine, build_loader, build_model, open_values
 from tests.checkpoints_tools.builders import run_expand
 from tests.distributed_test import run_distributed_test
+from tests.engine.test_loading import save
 from tests.engine.test_zero3_steps import configure
 from tests.models.hybrid.hosts import HOSTS, save_host
 from tests.runs import GLA, MAMBA2, OTHERS, expanded, make_shards, save_model
 
 RANKS = 3  # divides none of the sizes: partitions have padding
 CASES: dict[str, tuple[str, ...]] = {
-    "roles": ("--engine.param_persistence_threshold", "300", "--optimizer.lr_factors.mix", "3.0"),
-    "bf16": ("--engine.precision", "bf16", "--engine.param_persistence_threshold", "100000"),
+    "bf16": (
+        *("--engine.precision", "bf16", "--engine.param_persistence_threshold", "100000"),
+        *("--optimizer.lr_factors.mix", "3.0"),
+    ),
     "offloaded": (
         *("--engine.offload_optimizer", "cpu", "--engine.offload_parameters", "cpu"),
         *("--optimizer.freeze", "[layers.0]", "--engine.segment_tokens", "50"),
@@ -47,12 +51,19 @@ def configured(directory: Path, case: str) -> RunConfig:
         config.model.path, config.model.config = None, MAMBA2
     else:
         config = configure(directory, {}, *arguments)
-    config.data.packs_per_step = 2 * RANKS
+    config.data.packs_per_step = RANKS
     return config
 
 
 def run_steps(config: RunConfig, tag: Path, *, sharded: bool, resumes: bool = False) -> dict[str, Any]:
-    """Run two steps; return the losses, what would be saved, and the broadcasts of the start."""
+    """Run two steps twice; return of each the losses and what would be saved, and the broadcasts of the start.
+
+    Args:
+        config: The run.
+        tag: Where the sharded start saves after two steps, and where a resuming one begins, with the steps after them.
+        sharded: Whether the start is sharded.
+        resumes: Whether it resumes.
+    """
     broadcasts = 0
 
     def counted(*arguments: Any, _call: Any = dist.broadcast, **options: Any) -> Any:
@@ -68,16 +79,21 @@ def run_steps(config: RunConfig, tag: Path, *, sharded: bool, resumes: bool = Fa
         patch.setattr(dist, "broadcast", counted)
         engine = build_engine(config, model, env, values, resumes=resumes)
     if resumes:
-        engine.load(tag)
-    batches, losses = iter(loader), []
-    for _ in range(2):
-        losses.append(engine.forward_backward(next(batches)))
-        engine.step()
+        engine.load(tag, engine.read(tag, Manifest.read(tag)))
+    batches, found = iter(loader), []
+    for half in range(2):
+        losses = []
+        for packs in (next(batches), next(batches)):
+            if half or not resumes:
+                losses.append(engine.forward_backward(packs))
+                engine.step()
+        files = {path.name: content for path, content in engine.capture(tag, {})}
+        found.append({"losses": losses, "tensors": dict(tensors_of(files, ""))})
+        if sharded and not half and not resumes:
+            save(engine, tag)
     batches.close()
-    files = {path.name: content for path, content in engine.capture(tag, {})}
-    found = {"losses": losses, "tensors": dict(tensors_of(files, "")), "broadcasts": broadcasts, "files": files}
     engine.engine.destroy()  # the process group stays: DeepSpeed remembers its groups
-    return found
+    return {"first": found[0], "second": found[1], "broadcasts": broadcasts}
 
 
 def tensors_of(value: Any, path: str) -> Any:
@@ -110,36 +126,32 @@ def differing(whole: dict[str, torch.Tensor], sharded: dict[str, torch.Tensor], 
 def work(rank: int, directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case in CASES:
-        config = configured(directory, case)
+        config, tag = configured(directory, case), directory / f"sharded-{case}"
         whole = run_steps(config, directory / f"whole-{case}", sharded=False)
-        sharded = run_steps(config, directory / f"sharded-{case}", sharded=True)
+        sharded = run_steps(config, tag, sharded=True)
         found[case] = {
-            "losses": (whole["losses"], sharded["losses"]),
-            "differing": differing(whole["tensors"], sharded["tensors"], rank=rank, ranks=RANKS),
-            "tensors": len(sharded["tensors"]),
+            **compared(whole, sharded, "first", rank=rank, ranks=RANKS),
+            "tensors": len(sharded["first"]["tensors"]),
             "broadcasts": (whole["broadcasts"], sharded["broadcasts"]),
         }
-        if case in ("bf16", "offloaded"):
-            found[case]["resumed"] = resumed(config, directory / f"tag-{case}", sharded["files"], rank=rank)
+        if case != "drawn":
+            resumed = run_steps(config, tag, sharded=True, resumes=True)
+            found[case]["resumed"] = compared(whole, resumed, "second", rank=rank, ranks=RANKS)
     found["refused"] = refusal_of_damage(directory)
     return found
 
 
-def resumed(config: RunConfig, tag: Path, files: dict[str, Any], *, rank: int) -> list[str]:
-    """Continue from a checkpoint, once with the whole model in place and once with NaN; return differences."""
-    tag.mkdir(exist_ok=True)
-    for name, content in files.items():
-        torch.save(content, tag / name)
-    dist.barrier()
-    whole = run_steps(config, tag, sharded=False, resumes=True)
-    sharded = run_steps(config, tag, sharded=True, resumes=True)
-    assert whole["losses"] == sharded["losses"]
-    return differing(whole["tensors"], sharded["tensors"], rank=rank, ranks=RANKS)
+def compared(whole: Any, other: Any, half: str, *, rank: int, ranks: int) -> dict[str, Any]:
+    """Return the losses of half of a run in both ways, and the tensors that differ after it."""
+    return {
+        "losses": (whole[half]["losses"], other[half]["losses"]),
+        "differing": differing(whole[half]["tensors"], other[half]["tensors"], rank=rank, ranks=ranks),
+    }
 
 
 def refusal_of_damage(directory: Path) -> str:
     """Return the class of error with which a start from a damaged model ends on this rank."""
-    config = configured(directory, "roles")
+    config = configured(directory, "bf16")
     config.model.path = str(directory / "damaged")
     values = open_values(config)
     try:
@@ -187,7 +199,9 @@ def test_training_equals_that_of_a_whole_start_bit_for_bit(found, case: str):
 @pytest.mark.parametrize("case", ["bf16", "offloaded"])
 def test_a_checkpoint_sets_every_value_of_a_start_without_values(found, case: str):
     for rank in found:
-        assert rank[case]["resumed"] == []
+        whole, resumed = rank[case]["resumed"]["losses"]
+        assert resumed == whole
+        assert rank[case]["resumed"]["differing"] == []
 
 
 @pytest.mark.distributed
@@ -253,10 +267,7 @@ def work_on_hosts(rank: int, directory: Path) -> dict[str, Any]:
         config.data.packs_per_step = 2
         whole = run_steps(config, directory / f"whole-{kind}", sharded=False)
         sharded = run_steps(config, directory / f"sharded-{kind}", sharded=True)
-        found[kind] = {
-            "losses": (whole["losses"], sharded["losses"]),
-            "differing": differing(whole["tensors"], sharded["tensors"], rank=rank, ranks=2),
-        }
+        found[kind] = compared(whole, sharded, "second", rank=rank, ranks=2)
     return found
 
 

@@ -135,7 +135,7 @@ def foreign(run: Run, directory: Path) -> dict[str, str]:
             torch.save({"module": Evil()}, copy / name)
         run.engine.barrier()
         with pytest.raises(CheckpointError) as caught:
-            run.engine.load(copy)
+            run.engine.load(copy, None)
         found[name] = str(caught.value)
     return found
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from launch.fit_world_size import fit_world_size
+
 from statex_dist.checkpoint.layout import complete_tags
 from statex_dist.checkpoint.manifest import Manifest, record_file
 from statex_dist.errors import CheckpointError

@@ -19,6 +19,7 @@ from statex_dist.checkpoint.layout import (
     CHECKPOINTS_DIR,
     CONFIG_NAME,
     DAMAGED_PREFIX,
+    FIRST_RANK_FOLDER,
     LATEST_NAME,
     MANIFEST_NAME,
     TEMPORARY_PREFIX,
@@ -142,7 +143,7 @@ def _refuse_unnamed_tag(path: Path, weights: str) -> None:
     Raises:
         CheckpointError: It does.
     """
-    patterns = [f"*/{row.unnamed}" for row in layouts() if row.unnamed]
+    patterns = [f"*/{FIRST_RANK_FOLDER}", *(f"*/{row.unnamed}" for row in layouts() if row.unnamed)]
     tags = sorted({file.parent for pattern in patterns for file in path.glob(pattern)})
     tags = [tag for tag in tags if not tag.name.startswith((TEMPORARY_PREFIX, DAMAGED_PREFIX))]
     if tags:

@@ -67,6 +67,13 @@ class SourceCrcs:
         assert start <= offset
         return start, entry, self._ledgers.setdefault((path, name), CrcLedger())
 
+    def runs(self) -> dict[Path, dict[str, list[tuple[int, int, int]]]]:
+        """Return what has been noted, by file and storage: ``(start, length, crc)`` of each run inside the storage."""
+        found: dict[Path, dict[str, list[tuple[int, int, int]]]] = {}
+        for (path, name), ledger in self._ledgers.items():
+            found.setdefault(path, {})[name] = ledger.runs()
+        return found
+
     def finish(self, *, everything: bool = False, rank: int = 0, world_size: int = 1) -> int:
         """Check every storage of which anything was read; what was left out (padding) is read now.
 

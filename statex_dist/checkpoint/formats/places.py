@@ -23,7 +23,7 @@ import logging
 import re
 from pathlib import Path
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, LATEST_NAME, MODEL_DIR
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, CONFIG_NAME, LATEST_NAME, MODEL_DIR, tag_files
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def check_links(directory: Path) -> None:
     Raises:
         CheckpointError: It is.
     """
-    for entry in sorted(directory.iterdir()):
+    for entry in tag_files(directory):
         if not entry.name.endswith(_MODEL_FILES) or entry.is_file() or entry.is_dir():
             continue
         if entry.exists():

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from statex_dist.checkpoint.formats.piece_io import same_values
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts, TensorSource
-from statex_dist.checkpoint.layout import PLAIN_STATE_NAME
+from statex_dist.checkpoint.layout import FIRST_RANK_FOLDER, PLAIN_STATE_NAME
 from statex_dist.errors import CheckpointError, ConfigError
 
 Open = Callable[[SourceFacts | None], TensorSource]
@@ -149,7 +149,7 @@ _ROWS = (
     LayoutRow(
         name="zero3",
         where=f"{_HERE}.zero3.opening:Zero3",
-        marks=("zero_pp_rank_*_states.pt", "*_zero_pp_rank_*_states.pt"),
+        marks=("zero_pp_rank_*_states.pt", "*_zero_pp_rank_*_states.pt", FIRST_RANK_FOLDER),
         is_tag=True,
         unnamed="zero_pp_rank_*_mp_rank_*_model_states.pt",
         of_run=True,

@@ -16,6 +16,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
 from statex_dist.checkpoint.layout import client_file, rank_of
+from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
 from statex_dist.engine.base import (
@@ -30,7 +31,9 @@ from statex_dist.engine.deepspeed_keys import ZERO
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.engine.zero.foreign_code import foreign_code
 from statex_dist.engine.zero.gradients import CheckedOptimizer, gradients_of
+from statex_dist.engine.zero.loading import cut_of, exchange, restore
 from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
+from statex_dist.engine.zero.reading import SavedStates, read_own, read_pieces
 from statex_dist.errors import CheckpointError
 
 _MODEL_STATES = "_model_states.pt"
@@ -88,6 +91,7 @@ class ZeroEngine(TrainEngine):
         )
         self.stage: int = settings[ZERO]["stage"]
         self.kind = f"zero{self.stage}"
+        self.any_world_size = self.stage == 3
         self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.optimizer, self.schedule = optimizer, schedule
         with _silent():
@@ -197,13 +201,35 @@ class ZeroEngine(TrainEngine):
         names = self.engine.param_names
         return [{names[p]: p.shape for p in group["params"]} for group in self.optimizer.param_groups]
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Restore from ``directory``; learning rate, betas and weight decay stay those of this start.
+    def read(self, directory: Path, manifest: Manifest) -> SavedStates | None:
+        """Read this rank's part of a checkpoint of stage 3, of any number of ranks; below it the files are verified."""
+        if self.stage < 3:
+            for name, record in manifest.files.items():
+                if rank_of(name) == self.rank:
+                    record.check(directory / name)
+            return None
+        cut = cut_of(self.engine, rank=self.rank, world_size=self.world_size)
+        if manifest.info.get("world_size") == self.world_size:
+            return read_own(directory, manifest, cut)
+        return read_pieces(directory, manifest, cut, lambda values: exchange(values, self.device))
+
+    def load(self, directory: Path, states: SavedStates | None) -> dict[str, Any]:
+        """Restore what :meth:`read` has returned; below stage 3 DeepSpeed reads the files.
 
         Raises:
-            CheckpointError: A file holds code beside DeepSpeed's own, or DeepSpeed refuses the checkpoint.
+            CheckpointError: The parameters are in other groups.
         """
-        # Files without a rank are read by all.
+        with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates:
+            if states is None:
+                return self._load_whole(directory)
+            cut = cut_of(self.engine, rank=self.rank, world_size=self.world_size)
+            same = states.world_size == self.world_size
+            check_groups(states.groups, [list(g.items()) for g in cut.sub_groups] if same else cut.groups, directory)
+            return restore(self.engine, states)
+
+    def _load_whole(self, directory: Path) -> dict[str, Any]:
+        """Restore from the files of a stage below 3 with DeepSpeed's loader, which runs any pickle."""
+        # Of files without a rank, the whole model's, every rank reads all.
         mine = [path for path in sorted(directory.glob("*.pt")) if rank_of(path.name) in (self.rank, None)]
         # All ranks must stop if one does: the others would wait for it inside DeepSpeed.
         if problems := [
@@ -221,15 +247,13 @@ class ZeroEngine(TrainEngine):
                 saved, ours = content["param_shapes"], self._shapes()
                 check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
         clipping = getattr(self.engine.optimizer, "clip_grad", None)
-        with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates, _silent():
-            loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        with _silent():
+            loaded, _ = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if clipping is not None:
             self.engine.optimizer.clip_grad = clipping  # stages 1 and 2 take the checkpoint's
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {directory}")
-        if self.stage < 3:
-            client_state = torch.load(directory / client_file(self.rank), weights_only=True)
-        return client_state
+        return torch.load(directory / client_file(self.rank), weights_only=True)
 
 
 def _silent() -> contextlib.redirect_stdout[io.StringIO]:

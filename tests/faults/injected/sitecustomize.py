@@ -2,7 +2,8 @@
 
 ``STATEX_FAULTS`` holds a JSON list of ``{"point", "rank", "call"}``. In each start of the job the first fault that has
 not happened yet is armed: at the ``call``-th passage of its point by its rank it happens, and leaves a file in
-``STATEX_FAULTS_DONE``. ``STATEX_PATIENCE`` is how long a rank waits for files of others. The library itself knows
+``STATEX_FAULTS_DONE``. ``STATEX_PATIENCE`` is how long a rank waits for files of others, and
+``STATEX_RANKS_PER_FOLDER`` how many ranks have their files in one folder of a checkpoint. The library itself knows
 nothing of this.
 """
 
@@ -46,10 +47,11 @@ def _swap(link, to, marker):
 def _apply():
     import torch
 
-    from statex_dist.checkpoint import visible
+    from statex_dist.checkpoint import layout, visible
     from statex_dist.engine import place, snapshot
     from statex_dist.engine.segment_states import CarriedStates
 
+    layout.RANKS_PER_FOLDER = int(os.environ.get("STATEX_RANKS_PER_FOLDER", layout.RANKS_PER_FOLDER))
     visible.PATIENCE_SECONDS = float(os.environ.get("STATEX_PATIENCE", visible.PATIENCE_SECONDS))
     fault, marker = _armed()
     if fault is None or fault["rank"] != int(os.environ.get("RANK", "0")):
@@ -73,8 +75,9 @@ def _apply():
     def die(*_):
         _die(marker)
 
-    def half_a_file(state, path, **_):
-        Path(path).write_bytes(b"half of a checkpoint" * 1000)
+    def half_a_file(state, file, **_):
+        file.write(b"half of a checkpoint" * 1000)
+        file.flush()
         _die(marker)
 
     point = fault["point"]

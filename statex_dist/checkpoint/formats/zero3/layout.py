@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
+from statex_dist.checkpoint.layout import tag_files
 from statex_dist.errors import CheckpointError
 
 DEFAULT_SUB_GROUP_SIZE = 10**9
@@ -63,35 +65,37 @@ def partition_size(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
-def shares(numel: int, world_size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(rank, start, stop)`` of the elements that each rank owns, of ranks that own any."""
-    part = partition_size(numel, world_size)
-    for rank in range(world_size):
-        start, stop = rank * part, min((rank + 1) * part, numel)
-        if start < stop:
-            yield rank, start, stop
+def shares(numel: int, world_size: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(rank, start, stop)`` of what each rank owns of the elements ``first .. last``, of ranks that own any."""
+    part, last = partition_size(numel, world_size), numel if last is None else last
+    for rank in range(first // part, -(-last // part)) if first < last else ():
+        yield rank, max(rank * part, first), min((rank + 1) * part, last)
 
 
 def looks_like_zero(directory: Path) -> bool:
     """Return whether a directory holds files of a DeepSpeed ZeRO checkpoint whose model is not whole in one file."""
     if not directory.is_dir() or (directory / WHOLE_MODEL_NAME).is_file():
         return False
-    return any(_OPTIM_FILE.match(p.name) or _MODEL_FILE.match(p.name) for p in directory.iterdir())
+    return any(_OPTIM_FILE.match(p.name) or _MODEL_FILE.match(p.name) for p in tag_files(directory))
 
 
 def looks_like_stage_3(directory: Path) -> bool:
     """Return whether a directory holds files that only ZeRO stage 3 writes."""
-    return any(_MODEL_FILE.match(path.name) for path in directory.iterdir())
+    return any(_MODEL_FILE.match(path.name) for path in tag_files(directory))
 
 
-def find_rank_files(directory: Path) -> list[RankFiles]:
+def find_rank_files(directory: Path, paths: Iterable[Path] | None = None) -> list[RankFiles]:
     """Return the files of every rank, by rank.
+
+    Args:
+        directory: The checkpoint.
+        paths: Its files, where they are known; nothing is listed then.
 
     Raises:
         CheckpointError: A rank lacks a file, a rank has two, or the checkpoint is split by model parallelism.
     """
     found: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
-    for path in sorted(directory.iterdir()):
+    for path in tag_files(directory) if paths is None else paths:
         for kind, pattern in (("model", _MODEL_FILE), ("optim", _OPTIM_FILE)):
             if not (match := pattern.match(path.name)):
                 continue
@@ -159,14 +163,21 @@ class FlatLayout:
 
     def runs(self, name: str) -> Iterator[FlatRun]:
         """Yield the runs of a parameter, in order and without its padding."""
-        for rank, target, stop in shares(math.prod(self.shapes[name]), self.world_size):
-            position = self.offsets[name]
-            for group, (begin, end) in enumerate(pairwise(self.group_ends)):
+        return self.window(name, 0, math.prod(self.shapes[name]))
+
+    def window(self, name: str, first: int, last: int) -> Iterator[FlatRun]:
+        """Yield the runs of the elements ``first .. last`` of a parameter, in order; other ranks cost nothing."""
+        for rank, target, stop in shares(math.prod(self.shapes[name]), self.world_size, first, last):
+            position = (
+                self.offsets[name] + target - rank * partition_size(math.prod(self.shapes[name]), self.world_size)
+            )
+            group = bisect_right(self.group_ends, position) - 1
+            while target < stop:
+                begin, end = self.group_ends[group : group + 2]
                 count = min(end - position, stop - target)
-                if position < begin or count <= 0:
-                    continue
-                yield FlatRun(rank=rank, group=group, start=position - begin, target=target, numel=count)
-                position, target = position + count, target + count
+                if count > 0:
+                    yield FlatRun(rank=rank, group=group, start=position - begin, target=target, numel=count)
+                position, target, group = position + count, target + count, group + 1
 
 
 def sub_groups(

@@ -76,7 +76,7 @@ class Zero3Source(TensorSource):
                         f"{rank.files.optim}: the flat groups of its {state} differ in size from those of rank 0"
                     )
         self.layout = FlatLayout.build(shapes, sizes, world_size, where=directory)
-        self.groups = _parameter_groups(self.model, self.optim, first[1].path)
+        self.groups = parameter_groups(self.model, self.optim, first[1].path)
         self.scalars = _scalars(self.groups, self.optim, self.model, first[1], self.ranks[0].flat)
         frozen = {name: tuple(shape) for name, shape in (self.model.get("frozen_param_shapes") or {}).items()}
         self._check_frozen(frozen)
@@ -202,8 +202,17 @@ def missing_frozen(
     return {name: beside.info(name) for name in beside.owned() if name not in held and beside.info(name).numel}
 
 
-def _parameter_groups(model: Mapping[str, Any], optim: Mapping[str, Any], path: Path) -> list[list[str]]:
-    """Return the parameters of each optimizer group, by the sub-groups that the optimizer says it has."""
+def parameter_groups(model: Mapping[str, Any], optim: Mapping[str, Any], path: Path) -> list[list[str]]:
+    """Return the parameters of each optimizer group, by the sub-groups that the optimizer says it has.
+
+    Args:
+        model: Contents of a rank's model states.
+        optim: Contents of its optimizer states.
+        path: The latter's file, for the message.
+
+    Raises:
+        CheckpointError: The optimizer has other sub-groups than the model states.
+    """
     names = [list(group) for group in model["param_shapes"]]
     groups = base_states(optim).get("param_groups")
     if not groups:
