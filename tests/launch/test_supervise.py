@@ -128,10 +128,10 @@ def test_a_preempted_run_goes_on_with_another_number_of_ranks(
 
     again = Supervised(file, "--nproc", "4")
     assert again.end() == 0, again.log.read_text()
-    assert f"attempt 1: 3 ranks, from step {status.step}" in again.log.read_text(), "6 packs divide over 3, not over 4"
+    assert f"attempt 1: 4 ranks, from step {status.step}" in again.log.read_text()
     assert losses(again.run_dir) == pytest.approx(reference, rel=2e-5)
     assert complete_tags(again.run_dir / "checkpoints")[0] == tag_of(NUM_STEPS)
-    assert Manifest.read(again.run_dir / "checkpoints" / tag_of(NUM_STEPS)).info["world_size"] == 3
+    assert Manifest.read(again.run_dir / "checkpoints" / tag_of(NUM_STEPS)).info["world_size"] == 4
 
 
 @pytest.mark.distributed
@@ -163,7 +163,7 @@ def supervise(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--nproc", "2"], ["--train.steps", "3"], "train.steps"),
         (
             ["--nproc", "2", "--min-ranks", "2"],
-            ["--data.packs_per_step", "3"],
+            ["--data.packs_per_step", "1"],
             "divides over no number of ranks from 2",
         ),
     ],
@@ -197,9 +197,9 @@ def make(tmp_path: Path, *arguments: str, ranks: int = 4, hosts: list[Host] | No
     return Supervisor(config, given, ranks=ranks, hosts=hosts or (), policy=Policy(**{"backoff": 0.0, **policy}))
 
 
-def test_the_number_of_ranks_divides_a_step(tmp_path: Path):
+def test_each_rank_gets_a_pack(tmp_path: Path):
     job = make(tmp_path, ranks=8)
-    assert [job.world_size(n) for n in range(8)] == [None, 1, 2, 3, 3, 3, 6, 6]
+    assert [job.world_size(n) for n in range(8)] == [None, 1, 2, 3, 4, 5, 6, 6]
     assert make(tmp_path, ranks=8, min_ranks=3).world_size(2) is None
     assert make(tmp_path, "--engine.name", "plain").world_size(8) == 1
     assert make(tmp_path, "--parallel.context", "2", ranks=8).world_size(7) == 6
