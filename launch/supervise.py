@@ -32,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="supervise.py",
         usage="%(prog)s [options] -- --config FILE.yaml [--section.key value ...]",
         description="Start launch/train.py, and start it again from its newest checkpoint when it fails.",
-        epilog="What stands after -- is given to launch/train.py. Each start has the largest number of ranks that is "
-        "available and divides data.packs_per_step; a checkpoint of another number is resharded before. A SIGTERM or "
+        epilog="What stands after -- is given to launch/train.py. Each start uses all ranks that are available and "
+        "can have a pack of a step; a checkpoint of another number of ranks is resharded before. A SIGTERM or "
         "Ctrl-C is passed on to the ranks, which save. Exit codes: 0 complete, 1 given up, 2 wrong usage or a failure "
         "that a restart would not mend, 75 told to stop (start the same command again to go on).",
         allow_abbrev=False,
@@ -48,6 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--min-ranks", type=int, default=1, metavar="M", help="do not start with fewer ranks (default: 1)"
+    )
+    parser.add_argument(
+        "--spares",
+        type=int,
+        default=0,
+        metavar="N",
+        help="hosts of the hostfile that are held back, and take the place of others that do not answer (default: 0)",
     )
     parser.add_argument(
         "--max-restarts",
@@ -97,9 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_restarts=options.max_restarts,
             backoff=options.backoff,
             grace=options.grace,
+            spares=options.spares,
         )
         if options.nproc is not None and options.nproc < 1:
             raise ConfigError(f"--nproc must be 1 or more, not {options.nproc}")
+        if options.spares and not hosts:
+            raise ConfigError("--spares holds back hosts of a --hostfile; give one")
         ranks = options.nproc or _default_ranks()
         return Supervisor(config, train, ranks=ranks, hosts=hosts, policy=policy).run()
     except StateXError as error:

@@ -59,6 +59,7 @@ class PackedBatch:
         origins: Where its first pieces come from, at most :data:`MAX_ORIGINS`.
         num_pieces: Pieces of documents in it.
         padding: Tokens at its end that are no text.
+        dummy: Whether it stands in for a pack that this rank does not have: see :meth:`as_dummy`.
     """
 
     input_ids: torch.Tensor
@@ -73,6 +74,7 @@ class PackedBatch:
     origins: tuple[Origin, ...] = ()
     num_pieces: int = 0
     padding: int = 0
+    dummy: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -96,6 +98,28 @@ class PackedBatch:
             return "a pack of unknown origin"
         more = f" and {self.num_pieces - 1} more piece(s)" if self.num_pieces > 1 else ""
         return f"{self.origins[0]}{more}"
+
+    def as_dummy(self) -> PackedBatch:
+        """Return a pack of the same size that nothing is learned from.
+
+        Where the packs of a step do not divide over the ranks, some ranks run one pack less. They run this in its
+        place, because ZeRO gathers parameters on all ranks in every forward and backward pass. It has no target, so
+        its loss and its gradient are exactly 0. The tokens do not matter; these are known to be in the vocabulary.
+        """
+        return replace(
+            self,
+            labels=torch.full_like(self.labels, IGNORE_INDEX),
+            position_ids=torch.arange(self.num_tokens)[None],
+            cu_seqlens=torch.tensor([0, self.num_tokens], dtype=torch.int32),
+            seq_idx=torch.zeros_like(self.seq_idx),
+            carried=False,
+            continues=False,
+            lost_tokens=0,
+            origins=(),
+            num_pieces=0,
+            padding=0,
+            dummy=True,
+        )
 
     def slice(self, start: int, stop: int) -> PackedBatch:
         """Return the tokens ``start .. stop`` of this batch; ``carried`` and ``continues`` mark cut segments."""
@@ -128,6 +152,22 @@ class PackedBatch:
             for name in ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx")
         }
         return replace(self, **moved)
+
+
+def pack_range(num_packs: int, rank: int, num_ranks: int) -> range:
+    """Return which packs of a global step a rank runs: neighbours, and at most one more than any other rank.
+
+    Args:
+        num_packs: Packs of the step.
+        rank: The data-parallel rank.
+        num_ranks: Number of data-parallel ranks.
+    """
+    return range(rank * num_packs // num_ranks, (rank + 1) * num_packs // num_ranks)
+
+
+def most_packs(num_packs: int, num_ranks: int) -> int:
+    """Return how many packs of a step the rank with most of them runs: the number of passes of every rank."""
+    return -(-num_packs // num_ranks)
 
 
 def num_segments(total: int, num_tokens: int) -> int:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from statex_dist.batch import num_segments
+from statex_dist.batch import most_packs, num_segments
 from statex_dist.config import flat, to_dict
 from statex_dist.data.config import DataConfig
 from statex_dist.distributed.context_group import ParallelConfig
@@ -102,7 +102,7 @@ class RunConfig:
         """Raise if this number of ranks cannot run it.
 
         Raises:
-            ConfigError: The engine has one process, or the packs of a step do not divide.
+            ConfigError: The engine has one process, or there are more ranks than packs of a step.
         """
         if self.engine.name == "plain" and world_size > 1:
             raise ConfigError(f"engine.name plain runs in one process, not {world_size}; use engine.name deepspeed")
@@ -117,16 +117,16 @@ class RunConfig:
         _ = self.optimizer.factory, self.schedule.shape
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Return the packs per data-parallel rank and step.
+        """Return the packs per data-parallel rank and step; where they do not divide, some ranks have one less.
 
         Raises:
-            ConfigError: The packs of a step do not divide over the ranks.
+            ConfigError: The ranks do not divide into context groups, or a group would have no pack.
         """
-        size = self.parallel.data_parallel_size(world_size)
-        if self.data.packs_per_step % size:
-            context = "" if self.parallel.context == 1 else f" in context groups of {self.parallel.context}"
+        size, packs = self.parallel.data_parallel_size(world_size), self.data.packs_per_step
+        if packs < size:
+            context = "" if self.parallel.context == 1 else f" in {size} context groups"
             raise ConfigError(
-                f"data.packs_per_step={self.data.packs_per_step} does not divide over {world_size} ranks{context}; "
-                f"set it to a multiple of {size}"
+                f"data.packs_per_step={packs} is too few for {world_size} ranks{context}; set it to {size} or more, "
+                f"start at most {packs * self.parallel.context} ranks, or raise parallel.context"
             )
-        return self.data.packs_per_step // size
+        return most_packs(packs, size)

@@ -1,4 +1,4 @@
-"""Hosts of a hostfile (``name slots=N`` a line): which of them answer, and how many ranks each of them gets."""
+"""Hosts of a hostfile (``name slots=N`` a line): which of them answer, and how many ranks each of them runs."""
 
 from __future__ import annotations
 
@@ -102,16 +102,27 @@ def answering(hosts: Sequence[Host]) -> list[Host]:
     return found
 
 
-def spread(hosts: Sequence[Host], ranks: int) -> list[Host]:
-    """Return the hosts with the slots that are used when ``ranks`` are dealt out one after another to each in turn."""
-    assert 0 < ranks <= sum(host.slots for host in hosts)
-    used = [0] * len(hosts)
-    while ranks:
-        for index, host in enumerate(hosts):
-            if ranks and used[index] < host.slots:
-                used[index] += 1
-                ranks -= 1
-    return [replace(host, slots=count) for host, count in zip(hosts, used, strict=True) if count]
+def fill(hosts: Sequence[Host], *, group: int, most: int) -> list[Host]:
+    """Return the hosts that a job uses, in order, with the slots that it takes of each.
+
+    Hosts are filled one after another, so what the job does not need are whole hosts: spares for one that is lost. A
+    context group lies within a host, because its ranks exchange states in every layer; slots beyond a multiple of the
+    group's size stay idle. Only where no host has slots enough for a group do groups take several hosts.
+
+    Args:
+        hosts: What is available.
+        group: Ranks of a context group.
+        most: Largest number of groups that have something to do.
+    """
+    inside = any(host.slots >= group for host in hosts)
+    capacity = [host.slots // group * group if inside else host.slots for host in hosts]
+    left = min(sum(capacity) // group, most) * group
+    used = []
+    for host, slots in zip(hosts, capacity, strict=True):
+        if taken := min(slots, left):
+            used.append(replace(host, slots=taken))
+            left -= taken
+    return used
 
 
 def hostfile_text(hosts: Sequence[Host]) -> str:

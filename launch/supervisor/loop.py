@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.supervisor import processes
 from launch.supervisor.attempt import Attempt
-from launch.supervisor.hosts import Host, answering, spread
+from launch.supervisor.hosts import Host, answering, fill
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, STACKS_DIR, complete_tags, step_of
 from statex_dist.errors import ConfigError, StateXError
 from statex_dist.run_config import RunConfig
@@ -38,17 +38,19 @@ class Policy:
         max_restarts: Consecutive restarts that may end without a new checkpoint.
         backoff: Seconds before a restart; doubled with every consecutive restart without a new checkpoint.
         grace: Seconds in which ranks have to save after they are told to stop.
+        spares: Hosts that are held back to replace others, so that the number of ranks stays the same.
     """
 
     min_ranks: int = 1
     max_restarts: int = 3
     backoff: float = 5.0
     grace: float = 300.0
+    spares: int = 0
 
     def __post_init__(self) -> None:
         if self.min_ranks < 1:
             raise ConfigError(f"--min-ranks must be 1 or more, not {self.min_ranks}")
-        for name in ("max_restarts", "backoff", "grace"):
+        for name in ("max_restarts", "backoff", "grace", "spares"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
 
@@ -65,6 +67,10 @@ def _signal_name(number: int) -> str:
     return next((known.name for known in signal.Signals if known == number), f"signal {number}")
 
 
+def _ranks(hosts: Sequence[Host]) -> int:
+    return sum(host.slots for host in hosts)
+
+
 class Supervisor:
     """Watches one run.
 
@@ -76,7 +82,7 @@ class Supervisor:
         policy: When to start again.
 
     Raises:
-        ConfigError: There is no number of ranks, of those allowed, over which a step can be divided.
+        ConfigError: There are too few ranks or hosts for the options.
     """
 
     def __init__(
@@ -89,29 +95,29 @@ class Supervisor:
         policy: Policy | None = None,
     ) -> None:
         self.config, self.arguments, self.hosts, self.policy = config, arguments, hosts, policy or Policy()
-        self.ranks = sum(host.slots for host in hosts) if hosts else ranks
+        self._available = list(hosts) or [Host("this machine", ranks)]
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / CHECKPOINTS_DIR
         # Attempts of an earlier supervisor of the run are found by the first part.
         self.run_name = hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:16]
         self.stop = StopRequest()
-        if self.world_size(self.ranks) is None:
+        if self.policy.spares >= max(len(hosts), 1):
+            raise ConfigError(f"--spares {self.policy.spares} leaves none of the {len(hosts)} hosts of --hostfile")
+        used = self.use(self._available)
+        if (ranks := _ranks(used)) < self.policy.min_ranks:
             raise ConfigError(
-                f"data.packs_per_step={config.data.packs_per_step} divides over no number of ranks from "
-                f"{self.policy.min_ranks} (--min-ranks) to {self.ranks} (what there is)"
+                f"{_ranks(self._available)} ranks are available, of which data.packs_per_step="
+                f"{config.data.packs_per_step} and parallel.context={config.parallel.context} can use {ranks}, fewer "
+                f"than --min-ranks {self.policy.min_ranks}"
             )
+        if (group := config.parallel.context) > max(host.slots for host in used):
+            logger.warning("no host has the %d slots of a context group: groups exchange states between hosts", group)
 
-    def world_size(self, available: int) -> int | None:
-        """Return the largest number of ranks that a step can be divided over, or None."""
-        largest = min(available, 1) if self.config.engine.name == "plain" else available
-        return next((n for n in range(largest, self.policy.min_ranks - 1, -1) if self._divides(n)), None)
-
-    def _divides(self, ranks: int) -> bool:
-        try:
-            self.config.accumulation_steps(ranks)
-        except ConfigError:
-            return False
-        return True
+    def use(self, available: Sequence[Host]) -> list[Host]:
+        """Return the hosts of those available that an attempt uses, with the slots that it takes of each."""
+        alone = self.config.engine.name == "plain"
+        hosts = available[: max(len(self._available) - self.policy.spares, 1)]
+        return fill(hosts, group=self.config.parallel.context, most=1 if alone else self.config.data.packs_per_step)
 
     def run(self) -> int:
         """Bring the run to its end, and return the exit code.
@@ -159,17 +165,19 @@ class Supervisor:
 
     def _attempt(self, number: int) -> Verdict:
         """Start the job once, wait for its end, and say how it ended."""
-        hosts = answering(self.hosts)
-        available = sum(host.slots for host in hosts) if self.hosts else self.ranks
-        ranks = self.world_size(available)
-        if ranks is None:
-            reason = f"{available} ranks are available, too few for --min-ranks {self.policy.min_ranks}"
+        hosts = answering(self.hosts) if self.hosts else self._available
+        used = self.use(hosts)
+        ranks = _ranks(used)
+        if ranks < self.policy.min_ranks:
+            reason = f"{ranks} ranks can be used, too few for --min-ranks {self.policy.min_ranks}"
             logger.warning("attempt %d: %s", number, reason)
             return Verdict(reason)
+        if spares := [host.name for host in hosts if host.name not in {used_host.name for used_host in used}]:
+            logger.info("spare hosts: %s", ", ".join(spares))
         name, step, stacks = f"{self.run_name}-{uuid.uuid4().hex[:8]}", self.newest_step(), self._stacks()
         logger.info("attempt %d: %d ranks, from step %d", number, ranks, max(step, 0))
         began = time.monotonic()
-        with Attempt(name, self.arguments, ranks=ranks, hosts=spread(hosts, ranks) if self.hosts else ()) as attempt:
+        with Attempt(name, self.arguments, ranks=ranks, hosts=used if self.hosts else ()) as attempt:
             code = self._wait(attempt)
         verdict = self._judge(self._status(name), code, step)
         new = [str(path) for path, size in self._stacks().items() if size > stacks.get(path, 0)]

@@ -58,8 +58,8 @@ class DataConfig:
         path: Directory of shards, as ``statex prepare`` makes it, or a URL (``s3://bucket/dir`` and so on).
         sources: Several of them by name, instead of ``path``.
         seq_len: Tokens of a packed sequence.
-        packs_per_step: Packed sequences per optimizer step over all ranks; what one rank cannot hold at once becomes
-            gradient accumulation.
+        packs_per_step: Packed sequences per optimizer step over all ranks, at least one for each; what one rank
+            cannot hold at once becomes gradient accumulation. It need not be a multiple of the number of ranks.
         packing: ``best_fit`` (arXiv 2404.10830), ``concat`` (cut at the length), ``one_document``, or one of your own
             (:mod:`statex_dist.data.packing.registry`).
         tail: ``pad``, or ``split`` (with ``best_fit``): cut a few documents so that nearly nothing is padded.
@@ -186,7 +186,7 @@ class DataConfig:
             world_size: Their number.
 
         Raises:
-            ConfigError: The packs of a step do not divide over the ranks.
+            ConfigError: There are more ranks than packs of a step.
         """
         return PackedLoader(
             stores,

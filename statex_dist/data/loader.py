@@ -1,8 +1,9 @@
 """Packed batches for one rank, in an order that does not depend on the number of ranks or workers.
 
 Global step ``i`` consists of ``global_packs`` consecutive packs of the stream; rank ``r`` of ``W`` builds the ``r``-th
-run of ``global_packs / W`` of them. The state that travels with each batch is the place in the stream after its
-*global* step, so it is the same on every rank and valid for any number of ranks.
+run of ``global_packs / W`` of them, rounded up or down. A rank that has one less than others gets a dummy pack at the
+end of its list (:meth:`statex_dist.batch.PackedBatch.as_dummy`). The state that travels with each batch is the place in
+the stream after its *global* step, so it is the same on every rank and valid for any number of ranks.
 
 Plans are made ahead in a thread, packs are read and laid out in another one. With worker processes, those are handed
 what to read, some packs at a time, and answer in order: how many there are changes nothing.
@@ -17,7 +18,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from statex_dist.batch import MAX_ORIGINS, Origin, PackedBatch
+from statex_dist.batch import MAX_ORIGINS, Origin, PackedBatch, most_packs, pack_range
 from statex_dist.data.collate import PackReader, PackSpec, lay_out
 from statex_dist.data.forecast import Repeats, forecast
 from statex_dist.data.mixture import Mixture, PlannedPack, Stage, StreamPosition
@@ -39,7 +40,7 @@ class StepShare:
     """Which packs of a global step a rank builds.
 
     Attributes:
-        global_packs: Packs of one optimizer step over all ranks; a multiple of ``world_size``.
+        global_packs: Packs of one optimizer step over all ranks; at least ``world_size``.
         rank: This rank.
         world_size: Number of ranks that share the steps (data-parallel ranks).
     """
@@ -52,17 +53,20 @@ class StepShare:
         packs, ranks = self.global_packs, self.world_size
         if ranks < 1 or not 0 <= self.rank < ranks:
             raise ConfigError(f"rank {self.rank} of world size {ranks}; rank must be in 0..world_size - 1")
-        if packs < 1 or packs % ranks:
-            raise ConfigError(
-                f"global_packs is {packs} for {ranks} ranks; it must be a positive multiple of the number "
-                f"of ranks, for example {max(1, round(packs / ranks)) * ranks}"
-            )
+        if packs < ranks:
+            raise ConfigError(f"global_packs is {packs} for {ranks} ranks; each rank needs a pack of a step")
 
     @property
     def mine(self) -> slice:
         """This rank's packs of a step."""
-        count = self.global_packs // self.world_size
-        return slice(self.rank * count, (self.rank + 1) * count)
+        packs = pack_range(self.global_packs, self.rank, self.world_size)
+        return slice(packs.start, packs.stop)
+
+    @property
+    def num_dummies(self) -> int:
+        """Number of dummy packs behind this rank's own, so that all ranks make the same number of passes: 0 or 1."""
+        own = self.mine
+        return most_packs(self.global_packs, self.world_size) - (own.stop - own.start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +101,8 @@ class LoaderOptions:
 
 class PackedLoader:
     """Iterates the packs of one or several stores; each item is the list of this rank's batches of one global step.
+
+    The lists of all ranks are equally long; dummy packs at their ends make them so.
 
     Iterating continues from the current state: a fresh iterator continues where the last one stopped. All ranks get the
     same number of items. A global step that is incomplete at the end of an epoch is filled from the next epoch, also
@@ -139,7 +145,7 @@ class PackedLoader:
                 for place, batches in steps:
                     self._place = place
                     self.lost_tokens += sum(batch.lost_tokens for batch in batches)
-                    yield batches
+                    yield batches + [batches[-1].as_dummy() for _ in range(self._share.num_dummies)]
                     if self._loads != loads:
                         break  # a state was loaded under a running iterator: what is prefetched is of the old place
                 else:

@@ -10,19 +10,24 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from statex_dist.batch import PackedBatch
+from statex_dist.batch import PackedBatch, pack_range
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.engine.segment_states import CarriedStates, StatePassing
 from statex_dist.engine.snapshot import random_state, set_random_state
 from statex_dist.errors import CheckpointError
+
+DUMMY_TOKENS = 64
+"""Tokens that a dummy pack or a segment of one is run with, on each rank of a context group."""
+
+_NO_LANE = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +100,7 @@ class TrainEngine(ABC):
         timer: Measures ``forward`` and ``backward``.
         carried: States between packs.
         num_targets: Target tokens of the last global batch.
+        num_packs: Packs of the last global batch, without dummies.
         router_loss: Load-balancing loss of the last global batch's experts with its factor, or None.
         saved_rates: Learning rate of each group that the next step of the loaded checkpoint would have had; empty
             without one.
@@ -111,6 +117,7 @@ class TrainEngine(ABC):
     carried: CarriedStates
     timer: PhaseTimer
     num_targets: int
+    num_packs: int
     saved_rates: list[float]
 
     def __init__(
@@ -127,7 +134,7 @@ class TrainEngine(ABC):
         self.segment_tokens, self.context = segment_tokens, context
         self.carried = CarriedStates(context, passing)
         self.timer = PhaseTimer(device)
-        self.num_targets = 0
+        self.num_targets = self.num_packs = 0
         self.router_loss: float | None = None
         self.saved_rates = []
         self._losses: list[tuple[int, torch.Tensor]] = []
@@ -153,28 +160,32 @@ class TrainEngine(ABC):
         The loss is weighted by target token over *all* ranks, so that unevenly filled packs do not bias the gradient.
 
         Args:
-            batches: This data-parallel rank's packs; each rank has the same number.
+            batches: This data-parallel rank's packs; each rank has the same number, with dummies at the end.
             observe_states: Whether :meth:`state_norms` is called afterwards.
 
         Returns:
             Mean cross entropy per target token of the global batch, in nats; NaN where it has no target. Then the
             gradient is zero, and carried states are still computed.
         """
-        targets = sum(batch.num_target_tokens for batch in batches) if self.counts else 0
-        self.num_targets = round(self.sum([float(targets)])[0])
+        own = [batch for batch in batches if not batch.dummy]
+        counts = [float(sum(batch.num_target_tokens for batch in own)), float(len(own))]
+        self.num_targets, self.num_packs = map(round, self.sum(counts if self.counts else [0.0, 0.0]))
         total = float(self.num_targets)
+        # Lanes are places in the global batch, where there are no dummies.
+        first_lane = pack_range(self.num_packs, self.data_parallel_rank, self.data_parallel_size).start
         pieces = [
-            (self.data_parallel_rank * len(batches) + index, piece)
+            (_NO_LANE if batch.dummy else first_lane + index, piece)
             for index, batch in enumerate(batches)
-            for piece in batch.segments(self.segment_tokens)
+            for piece in self._pieces(batch)
         ]
+        last_own = max((index for index, (lane, _) in enumerate(pieces) if lane != _NO_LANE), default=-1)
         losses: list[torch.Tensor] = []
         routers: list[torch.Tensor] = []
         for index, (lane, piece) in enumerate(pieces):
             last = index + 1 == len(pieces)
             with self.timer.phase("forward"):
                 loss_sum = self.carried.forward_loss(
-                    self.model, piece, lane, self.device, observe=observe_states and last
+                    self.model, piece, lane, self.device, observe=observe_states and index == last_own
                 )
             router_loss = self.carried.router_loss
             with self.timer.phase("backward"):
@@ -184,13 +195,21 @@ class TrainEngine(ABC):
             if router_loss is not None:
                 routers.append(router_loss.detach())
         self._losses = [
-            (lane - self.data_parallel_rank * len(batches), loss)
-            for (lane, _), loss in zip(pieces, losses, strict=True)
+            (lane - first_lane, loss) for (lane, _), loss in zip(pieces, losses, strict=True) if lane != _NO_LANE
         ]
         sums = [float(torch.stack(values).double().sum()) if values else 0.0 for values in (losses, routers)]
         loss, router = self.sum(sums)
         self.router_loss = router / total if total and routers else None
         return loss / total if total else math.nan
+
+    def _pieces(self, batch: PackedBatch) -> list[PackedBatch]:
+        """Return the segments that a pack is run in; a dummy has the same number of them, but short ones."""
+        pieces = batch.segments(self.segment_tokens)
+        if not batch.dummy:
+            return pieces
+        most = DUMMY_TOKENS * (self.context.size if self.context else 1)
+        cut = (piece.slice(0, min(piece.num_tokens, most)) for piece in pieces)
+        return [replace(piece, carried=False, continues=False) for piece in cut]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -144,8 +144,9 @@ class CarriedStates:
             logger.warning("no state was kept for lane %d: its document goes on from an empty one", lane)
         elif batch.carried and kept is not None:
             states = _first_of(kept, 1 if context else len(batch.cu_seqlens) - 1, device)
-        if self.passing is not None:
-            states = self.passing.give(batch, lane, states, device)
+        passing = None if batch.dummy else self.passing  # the state after a dummy is of no text
+        if passing is not None:
+            states = passing.give(batch, lane, states, device)
         place = _observed_place(batch, over_ranks=context is not None) if observe else None
         share = share.to(device)
         output = model(
@@ -154,7 +155,7 @@ class CarriedStates:
             cu_seqlens=share.cu_seqlens,
             seq_idx=share.seq_idx,
             states=states,
-            output_states=batch.continues or place is not None or self.passing is not None,
+            output_states=batch.continues or place is not None or passing is not None,
             context=context,
             padding=share.padding,
         )
@@ -164,8 +165,8 @@ class CarriedStates:
             self._lanes[lane] = [
                 _like(layer, (part[-1:].detach().clone() for part in layer)) for layer in output.states
             ]
-        if self.passing is not None:
-            self.passing.keep(batch, lane, output.states)
+        if passing is not None:
+            passing.keep(batch, lane, output.states)
         if place is not None:
             whole: Any = getattr(model, "module", model)
             kinds = [kind for _, kind in whole.state_places]

@@ -236,10 +236,11 @@ class Trainer:
 
     def _train_step(self, batch: list[PackedBatch]) -> tuple[dict[str, Any], StateXError | None]:
         """Run one optimizer step and return its record, and why the run ends with it, if it does."""
+        own = [pack for pack in batch if not pack.dummy]
         if self.engine.counts:
-            self.lost_tokens += sum(pack.lost_tokens for pack in batch)
+            self.lost_tokens += sum(pack.lost_tokens for pack in own)
         self.context.observe_states = False
-        self.callbacks.call("pre_step", self.step + 1, tuple(batch))
+        self.callbacks.call("pre_step", self.step + 1, tuple(own))
         self._beat("forward and backward")
         loss = self.engine.forward_backward(batch, observe_states=self.context.observe_states)
         norms = self.engine.grad_norms()
@@ -254,7 +255,7 @@ class Trainer:
         if reason is None:
             self.guard.passed(grad_norm)
         else:
-            end = self._skip(batch, reason)
+            end = self._skip(own, reason)
         self.step += 1
         self.context.epochs = batch[-1].epochs
         return {

@@ -129,7 +129,7 @@ class Throughput(Callback):
     def __init__(self, *, flops_per_token: int, flops_per_pair: int = 0, peak_tflops: float | None = None):
         self._flops, self._pair_flops, self._peak = flops_per_token, flops_per_pair, peak_tflops
         self._since: float | None = None
-        self._tokens = 0
+        self._pack_tokens = 0
         self._pairs_per_token = 0.0
         self.utilisation: Utilisation | None = None
 
@@ -146,10 +146,9 @@ class Throughput(Callback):
 
     def pre_step(self, step: int, batch: Sequence[PackedBatch]) -> None:
         """Count tokens; the first step's time begins here, that of another where the one before was reported."""
-        own = sum(pack.num_tokens for pack in batch)
-        self._tokens = own * self.run.engine.data_parallel_size
+        self._pack_tokens = batch[0].num_tokens  # all packs of a step have one length
         if self._pair_flops:
-            self._pairs_per_token = sum(map(pairs, batch)) / own
+            self._pairs_per_token = sum(map(pairs, batch)) / (self._pack_tokens * len(batch))
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -158,10 +157,11 @@ class Throughput(Callback):
         assert self._since is not None
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
+        tokens = self._pack_tokens * self.run.engine.num_packs
         record |= {
-            "tokens": self._tokens,
+            "tokens": tokens,
             "seconds": seconds,
-            "tokens_per_s": self._tokens / seconds,
+            "tokens_per_s": tokens / seconds,
             "memory_bytes": self.run.engine.peak_memory(),
         }
         if self.utilisation is not None:

@@ -19,7 +19,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from statex_dist.batch import IGNORE_INDEX, PackedBatch
 from statex_dist.data.formats import open_store
-from statex_dist.data.loader import PackedLoader
+from statex_dist.data.loader import PackedLoader, StepShare
 from statex_dist.errors import ConfigError, DataError
 from tests.raising import raises
 
@@ -46,7 +46,8 @@ def global_stream(store, world_size: int, steps: int, state=None, **options):
             loader.load_state_dict(state)
     packs, states = [], []
     for per_rank in itertools.islice(zip(*loaders, strict=True), steps):
-        packs.append([as_lists(batch) for batches in per_rank for batch in batches])
+        packs.append([as_lists(batch) for batches in per_rank for batch in batches if not batch.dummy])
+        assert len({len(batches) for batches in per_rank}) == 1, "all ranks make as many passes"
         found = [batch.loader_state for batches in per_rank for batch in batches]
         assert all(s == found[0] == loaders[0].state_dict() for s in found)
         states.append(found[0])
@@ -58,6 +59,31 @@ def at(state):
     return source["epoch"], source["window"], source["taken"]
 
 
+@given(st.integers(1, 300).flatmap(lambda packs: st.tuples(st.just(packs), st.integers(1, packs))))
+def test_every_rank_has_neighbouring_packs_and_at_most_one_more_than_another(sizes: tuple[int, int]):
+    packs, world_size = sizes
+    shares = [StepShare(global_packs=packs, rank=rank, world_size=world_size) for rank in range(world_size)]
+    own = [range(packs)[share.mine] for share in shares]
+    assert [pack for run in own for pack in run] == list(range(packs))
+    counts = [len(run) for run in own]
+    assert min(counts) >= 1
+    assert max(counts) - min(counts) <= 1
+    assert {count + share.num_dummies for count, share in zip(counts, shares, strict=True)} == {max(counts)}
+
+
+def test_a_dummy_has_no_target_and_the_state_of_its_step():
+    store = memory_store(LENGTHS)
+    options = {"long_documents": "carry", "num_workers": 0}
+    for rank in range(3):
+        for batches in itertools.islice(make(store, rank=rank, world_size=3, **options), 12):
+            own = [batch for batch in batches if not batch.dummy]
+            assert [batch.dummy for batch in batches] == [False] * len(own) + [True] * (2 - len(own))
+            for dummy in batches[len(own) :]:
+                assert (dummy.num_target_tokens, dummy.num_tokens) == (0, own[-1].num_tokens)
+                assert (dummy.carried, dummy.continues, dummy.lost_tokens) == (False, False, 0)
+                assert dummy.loader_state == own[-1].loader_state
+
+
 LENGTHS = [3, 40, 7, 16, 2, 9, 30, 5, 12, 17, 33, 4, 8, 21, 6, 11, 2, 14, 19, 10]
 
 
@@ -65,7 +91,7 @@ LENGTHS = [3, 40, 7, 16, 2, 9, 30, 5, 12, 17, 33, 4, 8, 21, 6, 11, 2, 14, 19, 10
 def test_same_packs_in_the_same_order_at_any_world_size(packing):
     store = memory_store(LENGTHS)
     one, states = global_stream(store, 1, 20, packing=packing)
-    for world_size in (2, 4):
+    for world_size in (2, 3, 4):
         assert global_stream(store, world_size, 20, packing=packing) == (one, states)
     assert at(states[-1])[0] >= 2
 
@@ -76,7 +102,7 @@ def test_resume_at_every_point_twice_and_on_another_world_size():
     assert at(states[-4])[0] >= 1  # the cut points below lie in several windows and epochs
     assert {at(state)[1] for state in states} >= {0, 1, 2}
     for step, state in enumerate(states[:-3]):
-        for world_size in (1, 2, 4):
+        for world_size in (1, 3, 4):
             tail, tail_states = global_stream(store, world_size, 1, state)
             assert tail == whole[step + 1 : step + 2]
             again, _ = global_stream(store, world_size, 2, tail_states[-1])
@@ -394,7 +420,7 @@ def test_error_in_the_thread_reaches_the_consumer_and_threads_end():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_packs": 6, "world_size": 4}, "global_packs.* 6 for 4 ranks"),
+        ({"global_packs": 3, "world_size": 4}, "global_packs.* 3 for 4 ranks"),
         ({"global_packs": 0}, "global_packs is 0"),
         ({"rank": 2, "world_size": 2}, "rank 2.*size 2"),
         ({"epochs": 0}, "epochs is 0"),

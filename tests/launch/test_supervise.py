@@ -10,10 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from benchmarks.scale_nodes import lost_node_rows
 from launch.supervisor import processes
 from launch.supervisor.attempt import TRAIN, Attempt
-from launch.supervisor.hosts import Host, answering, read_hostfile, spread
+from launch.supervisor.hosts import Host, answering, fill, read_hostfile
 from launch.supervisor.loop import Policy, Supervisor, Verdict
 from statex_dist.checkpoint.layout import complete_tags, tag_of
 from statex_dist.checkpoint.manifest import Manifest
@@ -128,10 +131,10 @@ def test_a_preempted_run_goes_on_with_another_number_of_ranks(
 
     again = Supervised(file, "--nproc", "4")
     assert again.end() == 0, again.log.read_text()
-    assert f"attempt 1: 3 ranks, from step {status.step}" in again.log.read_text(), "6 packs divide over 3, not over 4"
+    assert f"attempt 1: 4 ranks, from step {status.step}" in again.log.read_text()
     assert losses(again.run_dir) == pytest.approx(reference, rel=2e-5)
     assert complete_tags(again.run_dir / "checkpoints")[0] == tag_of(NUM_STEPS)
-    assert Manifest.read(again.run_dir / "checkpoints" / tag_of(NUM_STEPS)).info["world_size"] == 3
+    assert Manifest.read(again.run_dir / "checkpoints" / tag_of(NUM_STEPS)).info["world_size"] == 4
 
 
 @pytest.mark.distributed
@@ -158,13 +161,14 @@ def supervise(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--nproc", "2", "--hostfile", "x"], [], "not allowed with argument"),
         (["--nproc", "0"], [], "--nproc must be 1 or more, not 0"),
         (["--min-ranks", "0"], [], "--min-ranks must be 1 or more, not 0"),
+        (["--spares", "1"], [], "--spares holds back hosts of a --hostfile"),
         (["--backoff", "-1"], [], "--backoff must be 0 or more, not -1"),
         (["--hostfile", "/nowhere"], [], "--hostfile /nowhere cannot be read"),
         (["--nproc", "2"], ["--train.steps", "3"], "train.steps"),
         (
             ["--nproc", "2", "--min-ranks", "2"],
-            ["--data.packs_per_step", "3"],
-            "divides over no number of ranks from 2",
+            ["--data.packs_per_step", "1"],
+            "2 ranks are available, of which data.packs_per_step=1 and parallel.context=1 can use 1, fewer than",
         ),
     ],
 )
@@ -197,14 +201,16 @@ def make(tmp_path: Path, *arguments: str, ranks: int = 4, hosts: list[Host] | No
     return Supervisor(config, given, ranks=ranks, hosts=hosts or (), policy=Policy(**{"backoff": 0.0, **policy}))
 
 
-def test_the_number_of_ranks_divides_a_step(tmp_path: Path):
+def test_each_rank_gets_a_pack(tmp_path: Path):
     job = make(tmp_path, ranks=8)
-    assert [job.world_size(n) for n in range(8)] == [None, 1, 2, 3, 3, 3, 6, 6]
-    assert make(tmp_path, ranks=8, min_ranks=3).world_size(2) is None
-    assert make(tmp_path, "--engine.name", "plain").world_size(8) == 1
-    assert make(tmp_path, "--parallel.context", "2", ranks=8).world_size(7) == 6
-    assert make(tmp_path, "--parallel.context", "4", ranks=8).world_size(7) == 4
-    assert make(tmp_path, hosts=[Host("a", 2), Host("b", 2)]).ranks == 4
+    assert [ranks(job, n) for n in range(9)] == [0, 1, 2, 3, 4, 5, 6, 6, 6]
+    assert ranks(make(tmp_path, "--engine.name", "plain"), 8) == 1
+    assert [ranks(make(tmp_path, "--parallel.context", "2", ranks=8), n) for n in (7, 14)] == [6, 12]
+    assert ranks(make(tmp_path, "--parallel.context", "4", ranks=8), 7) == 4
+
+
+def ranks(job: Supervisor, *slots: int) -> int:
+    return sum(host.slots for host in job.use([Host(f"host{i}", n) for i, n in enumerate(slots)]))
 
 
 def test_a_second_supervisor_is_refused(tmp_path: Path):
@@ -405,11 +411,47 @@ def test_a_hostfile_is_read(tmp_path: Path):
         read_hostfile(file)
 
 
-def test_ranks_are_dealt_out_evenly():
+def test_hosts_are_filled_whole_and_the_rest_are_spares():
     hosts = [Host("a", 4), Host("b", 1), Host("c", 4)]
-    assert spread(hosts, 9) == hosts
-    assert spread(hosts, 6) == [Host("a", 3), Host("b", 1), Host("c", 2)]
-    assert spread(hosts, 2) == [Host("a", 1), Host("b", 1)]
+    assert fill(hosts, group=1, most=20) == hosts
+    assert fill(hosts, group=1, most=7) == [Host("a", 4), Host("b", 1), Host("c", 2)]
+    assert fill(hosts, group=1, most=4) == [Host("a", 4)]
+    assert fill([], group=1, most=4) == []
+
+
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 100))
+def test_a_context_group_lies_within_a_host_that_has_room(slots: list[int], group: int, most: int):
+    hosts = [Host(f"host{number}", count) for number, count in enumerate(slots)]
+    used = fill(hosts, group=group, most=most)
+    if max(slots) >= group:
+        assert all(host.slots % group == 0 for host in used)
+        assert sum(host.slots for host in used) == min(sum(n // group for n in slots), most) * group
+    else:
+        assert sum(host.slots for host in used) == min(sum(slots) // group, most) * group
+    assert all(host.slots <= given.slots for host in used for given in hosts if given.name == host.name)
+
+
+@pytest.mark.parametrize(("context", "passes", "before"), [(1, 5, 8), (8, 33, 64)])
+def test_one_lost_host_of_128_idles_none_of_the_others(context: int, passes: int, before: int):
+    """Until packs could be uneven, 512 of 1016 ranks were used, and 64 of 64 context groups lay on two hosts."""
+    rows = {name: value for name, _, value, _ in lost_node_rows([128], context=context)}
+    assert rows["healthy GPUs used"] == 100
+    assert rows["context groups on several hosts"] == 0
+    assert rows["packs per rank, at most"] == passes
+    assert rows["packs per rank with the divisor rule"] == before
+    assert rows["healthy GPUs used with the divisor rule"] == pytest.approx(50.4, abs=0.1)
+
+
+def test_a_spare_takes_the_place_of_a_lost_host(tmp_path: Path):
+    hosts = [Host(name, 2) for name in "abcd"]
+    job = make(tmp_path, hosts=hosts, spares=1)
+    assert job.use(hosts) == hosts[:3]
+    assert job.use(hosts[1:]) == hosts[1:]
+    assert job.use(hosts[2:]) == hosts[2:]
+    # Six packs need no more than six ranks: without the option too the fourth host is a spare.
+    assert make(tmp_path, hosts=hosts).use(hosts) == hosts[:3]
+    with pytest.raises(ConfigError, match="--spares 4 leaves none of the 4 hosts"):
+        make(tmp_path, hosts=hosts, spares=4)
 
 
 def test_hosts_get_a_hostfile_of_what_is_left_and_the_name_of_the_attempt(tmp_path: Path, monkeypatch):
@@ -435,4 +477,4 @@ def test_hosts_that_do_not_answer_are_left_out(tmp_path: Path, monkeypatch, capl
     assert answering([Host("hangs", 1), Host("well", 2), Host("refuses", 3)]) == [Host("well", 2)]
     assert "hangs, refuses: no answer" in caplog.text
     job = make(tmp_path, hosts=[Host("refuses", 3)])
-    assert job._attempt(1) == Verdict("0 ranks are available, too few for --min-ranks 1")
+    assert job._attempt(1) == Verdict("0 ranks can be used, too few for --min-ranks 1")

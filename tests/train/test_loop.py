@@ -192,11 +192,15 @@ def test_bad_runs_are_refused_with_their_reason(tmp_path: Path, shards: Path, ar
         train(load(tmp_path, shards, *arguments))
 
 
-def test_packs_must_divide_over_ranks(tmp_path: Path, shards: Path):
+def test_each_rank_needs_a_pack(tmp_path: Path, shards: Path):
     config = load(tmp_path, shards, "--data.packs_per_step", "6")
-    assert config.accumulation_steps(3) == 2
-    with raises(ConfigError, "packs_per_step=6", "4 ranks", "multiple of 4"):
-        config.accumulation_steps(4)
+    assert [config.accumulation_steps(ranks) for ranks in (1, 3, 4, 5, 6)] == [6, 2, 2, 2, 1]
+    with raises(ConfigError, "packs_per_step=6", "7 ranks", "at most 6"):
+        config.accumulation_steps(7)
+    config = load(tmp_path, shards, "--data.packs_per_step", "6", "--parallel.context", "2")
+    assert config.accumulation_steps(8) == 2
+    with raises(ConfigError, "parallel.context=2", "5 ranks"):
+        config.accumulation_steps(5)
 
 
 def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(tmp_path: Path, shards: Path):

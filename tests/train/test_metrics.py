@@ -79,7 +79,7 @@ def test_files_that_are_no_records_are_refused(tmp_path: Path, content, message)
 def test_the_share_of_the_peak_is_recorded(tmp_path: Path, caplog, monkeypatch):
     throughput = Throughput(flops_per_token=3_000_000)
     throughput.utilisation = Utilisation(flops_per_token=3_000_000, peak_flops=1e10)
-    throughput.run = SimpleNamespace(engine=SimpleNamespace(data_parallel_size=2, peak_memory=lambda: 7))
+    throughput.run = SimpleNamespace(engine=SimpleNamespace(num_packs=2, peak_memory=lambda: 7))
     clock = iter([10.0, 12.0, 13.0])
     monkeypatch.setattr("statex_dist.train.mfu.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     first, second = {"step": 1}, {"step": 2}
