@@ -190,7 +190,7 @@ def _read_pieces(directory: Path, files: Sequence[RankFiles], cut: Cut) -> tuple
         needed.update(rank for rank, _, _ in shares(math.prod(shape), world_size, start, stop))
     ranks = {rank: open_rank(files[rank], first, world_size) for rank in sorted(needed)}
     crcs = SourceCrcs(archive for rank in ranks.values() for archive in rank.archives)
-    source = _Pieces(ranks, layout, cut, crcs)
+    source = _RankPieces(ranks, layout, cut, crcs)
     try:
         states = [name for name in ranks[nearest].flat if name != WEIGHTS]
         inner = base_states(optim).get("state") or {}
@@ -219,7 +219,7 @@ def _read_pieces(directory: Path, files: Sequence[RankFiles], cut: Cut) -> tuple
     return found, crcs
 
 
-class _Pieces:
+class _RankPieces:
     """Reads parts of tensors out of the files of old ranks.
 
     Args:
