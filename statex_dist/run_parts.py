@@ -50,7 +50,10 @@ def build_model(config: RunConfig) -> RecurrentLM:
 def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv) -> TrainEngine:
     """Return the engine that the configuration names, around ``model``."""
     config.engine.join(env, config.shared_settings())
-    optimizer = config.optimizer.build(model.named_parameters(), no_decay=model.no_decay(), roles=model.roles())
+    device = env.device if config.engine.offload_optimizer == "none" else None
+    optimizer = config.optimizer.build(
+        model.named_parameters(), no_decay=model.no_decay(), roles=model.roles(), device=device
+    )
     return config.engine.build(
         model,
         optimizer,
