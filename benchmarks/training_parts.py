@@ -29,7 +29,7 @@ from statex_dist.models.config import CONFIG_NAME
 from statex_dist.models.registry import config_from_dict, make_plan
 from statex_dist.optim.schedule import ScheduleConfig
 from statex_dist.run_config import ModelSource, RunConfig
-from statex_dist.run_parts import build_engine, build_loader, build_model
+from statex_dist.run_parts import build_engine, build_loader, build_model, open_values
 from statex_dist.train.callback import Callbacks
 from statex_dist.train.config import TrainConfig
 from statex_dist.train.guard import Guard
@@ -50,10 +50,11 @@ def run(part: str, args: argparse.Namespace) -> None:
     while not (args.folder / "data" / "manifest.json").exists():
         time.sleep(0.05)
     stores = config.data.open_stores()
-    model = build_model(config)
+    values = open_values(config)
+    model = build_model(config, values)
     loader = build_loader(config, stores, model.config, env)
     parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(config, model, env)
+    engine = build_engine(config, model, env, values)
     assert isinstance(engine, Zero3Engine)
     bench = _Bench(config, engine, iter(loader), args)
     kinds = {"loop": bench.loop, "saving": bench.saving, "context": bench.context}[part]()

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, complete_tags
 from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
 from statex_dist.distributed.error_sync import fail_together
 from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.documents import Documents
-from statex_dist.errors import failure_text
+from statex_dist.errors import CheckpointError, failure_text
 from statex_dist.redact import redact
 from statex_dist.run_config import RunConfig
-from statex_dist.run_parts import build_engine, build_loader, build_model, own_callbacks
+from statex_dist.run_parts import build_engine, build_loader, build_model, open_values, own_callbacks
 from statex_dist.train.callback import Callbacks, build_callbacks
 from statex_dist.train.guard import Guard
 from statex_dist.train.loop import Trainer
@@ -64,7 +64,8 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
     # No rank claims the directory before all are ready: one that fails up to here knows that it is not its own.
     with fail_together(ranks.rank, ranks.gather, place=config.run_dir):
         stores, held = config.eval.divide(config.data.open_stores(), config.data.open_stores)
-        model = build_model(config)
+        values = open_values(config)
+        model = build_model(config, values)
         loader = build_loader(config, stores, model.config, env)
         documents = Documents(
             model=describe_model(model.config, config.model.directory, stores, rank=env.rank),
@@ -87,7 +88,9 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
     # Only now, so that a refused start makes no directory.
     with claim_together(run_dir, ranks):
         try:
-            engine = build_engine(config, model, env)
+            checkpoints = run_dir / CHECKPOINTS_DIR
+            resumes = ranks.broadcast(bool(complete_tags(checkpoints)))
+            engine = build_engine(config, model, env, values, resumes=resumes)
             try:
                 mark, policy = run_dir / LOCK_NAME, config.train.save_policy
                 facts = {"optimizer.lr": config.optimizer.lr, **config.schedule.facts(num_steps=config.train.num_steps)}
@@ -96,7 +99,7 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
                     loader,
                     config.train,
                     run_dir=run_dir,
-                    checkpoints=Checkpoints(engine, run_dir / CHECKPOINTS_DIR, documents, policy, mark=mark),
+                    checkpoints=Checkpoints(engine, checkpoints, documents, policy, mark=mark),
                     guard=Guard(config.guard, run_dir, rank=engine.rank),
                     callbacks=Callbacks(callbacks, rank=engine.rank),
                     stop=stop,
@@ -104,6 +107,11 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
                     settings=settings,
                 )
                 state = trainer.resume(fit)
+                if resumes and state is None:  # the parameters of this start have no values
+                    raise CheckpointError(
+                        f"the checkpoints of {checkpoints} have gone since this start began; restore them, or start in "
+                        "another run directory"
+                    ).on_all_ranks(engine.rank)
                 if engine.rank == 0:
                     names = {name: redact(path) for name, path in config.data.paths.items()}
                     limit = config.data.warn_epochs

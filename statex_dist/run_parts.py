@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from statex_dist.data.loader import PackedLoader
 from statex_dist.data.store import ShardStore
 from statex_dist.distributed.env import ProcessEnv
+from statex_dist.distributed.error_sync import fail_together
+from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.base import TrainEngine
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.flops import training_flops_per_pair, training_flops_per_token
 from statex_dist.models.lm import RecurrentLM
+from statex_dist.models.values import ModelValues
 from statex_dist.run_config import RunConfig
 from statex_dist.train.callback import Callback
 from statex_dist.train.model_files import check_data
@@ -34,9 +38,25 @@ def build_loader(
     )
 
 
-def build_model(config: RunConfig) -> RecurrentLM:
-    """Load or make the model, and freeze the parameters that are not trained."""
-    model = config.model.build(dtype=config.engine.dtype, seed=config.seed)
+def open_values(config: RunConfig) -> ModelValues | None:
+    """Open what :func:`build_model` lays out and :func:`build_engine` reads by ranges.
+
+    Returns:
+        The values, or None where the engine takes a whole model.
+    """
+    if not config.engine.shards_start:
+        return None
+    return config.model.open_values(dtype=config.engine.dtype, seed=config.seed)
+
+
+def build_model(config: RunConfig, values: ModelValues | None = None) -> RecurrentLM:
+    """Return the model with the parameters frozen that are not trained.
+
+    Args:
+        config: The run.
+        values: Of :func:`open_values`: the model is then laid out without memory. None loads or makes it whole.
+    """
+    model = config.model.build(dtype=config.engine.dtype, seed=config.seed) if values is None else values.model
     if config.train.state_passing and any(kind == "attention" for _, kind in model.state_places):
         raise ConfigError(
             f"train.state_passing does not go with attention, and this {model.config.MODEL_TYPE} model has layers of "
@@ -47,20 +67,40 @@ def build_model(config: RunConfig) -> RecurrentLM:
     return model
 
 
-def build_engine(config: RunConfig, model: RecurrentLM, env: ProcessEnv) -> TrainEngine:
-    """Return the engine that the configuration names, around ``model``."""
+def build_engine(
+    config: RunConfig,
+    model: RecurrentLM,
+    env: ProcessEnv,
+    values: ModelValues | None = None,
+    *,
+    resumes: bool = False,
+) -> TrainEngine:
+    """Return the engine that the configuration names, around ``model``.
+
+    Args:
+        config: The run.
+        model: Of :func:`build_model`.
+        env: This process.
+        values: What the model was laid out from; None of a whole one.
+        resumes: Whether a checkpoint will set every value: none is read or drawn then.
+    """
     config.engine.join(env, config.shared_settings())
+    accumulation_steps = config.accumulation_steps(env.world_size)
+    roles, no_decay = model.roles(), model.no_decay()  # of the shapes, which a partitioned model does not show
+    if values is not None:
+        ranks = Ranks(env.rank, env.world_size)
+        with fail_together(ranks.rank, ranks.gather, place=config.run_dir), closing(values):
+            begin = None if resumes else values
+            config.engine.partition(model, begin, env, accumulation_steps=accumulation_steps)
     device = env.device if config.engine.offload_optimizer == "none" else None
-    optimizer = config.optimizer.build(
-        model.named_parameters(), no_decay=model.no_decay(), roles=model.roles(), device=device
-    )
+    optimizer = config.optimizer.build(model.named_parameters(), no_decay=no_decay, roles=roles, device=device)
     return config.engine.build(
         model,
         optimizer,
         config.schedule.build(optimizer, num_steps=config.train.num_steps),
         env=env,
         gradient_clipping=config.optimizer.gradient_clipping,
-        accumulation_steps=config.accumulation_steps(env.world_size),
+        accumulation_steps=accumulation_steps,
         context=config.parallel.context,
         passing=config.train.build_passing(seed=config.seed),
     )

@@ -23,7 +23,9 @@ Below stage 3 it holds instead:
 
 On top of this comes, in turn:
 
-* ``start``: the whole model, built in host memory by every rank, and the file it is read from, mapped: ``2 p N``;
+* ``start``: the rank's partition ``p E``, where the parameters are placed, and the largest parameter, which DeepSpeed
+  gathers once: ``p max``. With parameters on NVMe every rank makes the whole model: in host memory with the file that
+  it is read from, mapped, ``2 p N``, and then on the GPU ``p N``;
 * ``pass`` (forward and backward): gathered parameters and activations. Parameters are kept for the backward pass if
   they are used again within 1e9 elements (``stage3_max_reuse_distance``), so of a smaller model all are there; of a
   larger one ``1e9 / passes`` (2, or 3 with checkpointing), the next 5e7 (``stage3_prefetch_bucket_size``) and the
@@ -253,12 +255,24 @@ def training_memory(
         parts=parts,
         passing=passing,
         phases={
-            "start": Share(host=2 * width * total),
+            "start": _start(settings, sizes, parts["parameters"], width),
             "pass": held + sum(passing.values(), Share()),
             "reduce": held + on_device((4 * min(total, _REDUCE_BUCKET) if in_place else bucket) * (2 if cpu else 1)),
             "update": held + (Share(host=update) if at_host else Share(device=update)),
         },
     )
+
+
+def _start(settings: TrainingSettings, sizes: list[int], partition: Share, width: int) -> Share:
+    """Return what a rank holds while the model is made, before the optimizer."""
+    on_gpu = settings.device == "cuda"
+    if settings.offload_parameters == "nvme" or settings.stage < 3:
+        total = width * sum(sizes)
+        if settings.stage in (1, 2) and on_gpu:  # each group becomes one flat tensor
+            return Share(host=2 * total, device=2 * total)
+        return Share(host=2 * total, device=total) if on_gpu else Share(host=2 * total)
+    largest = width * max(sizes)
+    return partition + (Share(device=largest) if on_gpu else Share(host=largest))
 
 
 def _gathered(settings: TrainingSettings, sizes: list[int], whole: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,16 @@ class StepResult:
 
     updated: bool
     lr: float
+
+
+class ParameterValues(Protocol):
+    """Where an engine that partitions a model on ``meta`` gets the values of parameters and buffers."""
+
+    def read(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the elements ``start .. stop`` of a flattened tensor as ``(first element, values)``, in order."""
+
+    def verify(self, rank: int, world_size: int) -> None:
+        """Compare this rank's share of the files with their digests; raise if one is damaged."""
 
 
 class PhaseTimer:

@@ -8,11 +8,12 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from statex_dist.config import check_finite
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
-from statex_dist.engine.base import TrainEngine
+from statex_dist.engine.base import ParameterValues, TrainEngine
 from statex_dist.engine.deepspeed_keys import ZERO, check_passed, merged
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.errors import ConfigError
@@ -117,6 +118,15 @@ class EngineConfig:
         """Of parameters and activations."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    @property
+    def shards_start(self) -> bool:
+        """Whether :meth:`partition` can make the model, of which no rank then holds more than its part.
+
+        Parameters on NVMe are written there by DeepSpeed itself, from whole ones.
+        """
+        quantized = self.deepspeed.get(ZERO, {}).get("zero_quantized_nontrainable_weights")  # changes what is kept
+        return self.stage == 3 and self.name == "deepspeed" and self.offload_parameters != "nvme" and not quantized
+
     def join(self, env: ProcessEnv, facts: Mapping[str, object]) -> None:
         """Join the other ranks, unless that has been done or there are none.
 
@@ -144,6 +154,27 @@ class EngineConfig:
         model.max_state_bytes = self.max_state_bytes
         model.set_router_loss(self.router_loss)
 
+    def partition(
+        self, model: nn.Module, values: ParameterValues | None, env: ProcessEnv, *, accumulation_steps: int
+    ) -> None:
+        """Give this rank its part of a model on ``meta``.
+
+        Args:
+            model: Its parameters are on ``meta``; :meth:`build` takes it afterwards.
+            values: What its parameters and buffers begin with; None where a checkpoint will set all of them.
+            env: This process; :meth:`join` has been called.
+            accumulation_steps: As for :meth:`build`.
+
+        Raises:
+            StateXError: The values cannot be read, or are damaged.
+        """
+        from statex_dist.engine.zero.sharded_start import Unset, partition_model
+
+        values = Unset() if values is None else values
+        settings = deepspeed_config(self, gradient_clipping=0.0, accumulation_steps=accumulation_steps)
+        partition_model(model, values, settings, env.device)
+        values.verify(env.rank, env.world_size)
+
     def build(
         self,
         model: torch.nn.Module,
@@ -159,7 +190,7 @@ class EngineConfig:
         """Return the engine around ``model``.
 
         Args:
-            model: The same on all ranks.
+            model: The same on all ranks, or made by :meth:`partition`.
             optimizer: Over its parameters.
             schedule: Over the optimizer.
             env: This process; :meth:`join` has been called.

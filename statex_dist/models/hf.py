@@ -100,17 +100,34 @@ def read_parts(
     Raises:
         CheckpointError: A part is missing or of another shape, or the files are damaged.
     """
-    if name in source or len(parts) == 1:
-        only = parts[0].name if len(parts) == 1 and parts[0].name in source else name
-        _check_part(source, Part(only, tuple(target.shape)))
-        read_into(reader, source, only, target)
+    found = parts_in(source, name, parts, tuple(target.shape))
+    if len(found) == 1:
+        read_into(reader, source, found[0].name, target)
         return
     flat, position = target.detach().view(-1), 0
-    for part in parts:
-        _check_part(source, part)
+    for part in found:
         size = math.prod(part.shape)
         read_into(reader, source, part.name, flat[position : position + size])
         position += size
+
+
+def parts_in(source: TensorSource, name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> list[Part]:
+    """Return the stored tensors that a tensor of memory is made of, in order, each with its shape.
+
+    Args:
+        source: The checkpoint.
+        name: Name in memory.
+        parts: What the model's files have in its place.
+        shape: Of the tensor in memory.
+
+    Raises:
+        CheckpointError: A part is missing or of another shape.
+    """
+    if name in source or len(parts) == 1:
+        parts = [Part(parts[0].name if len(parts) == 1 and parts[0].name in source else name, shape)]
+    for part in parts:
+        _check_part(source, part)
+    return list(parts)
 
 
 def _check_part(source: TensorSource, part: Part) -> None:

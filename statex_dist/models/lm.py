@@ -275,6 +275,10 @@ class RecurrentLM(nn.Module):
         """Give the parameters a dtype, after the model was made on ``meta`` and moved to a device."""
         self.to(dtype)
 
+    def make_buffers(self) -> None:
+        """Give memory on the CPU to the buffers of a model whose parameters stay on ``meta``; our own have none."""
+        assert not list(self.buffers()), "a model with buffers has its own make_buffers"
+
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """Return what checkpoints hold of the model, by name in memory."""
         return dict(self.named_parameters())
@@ -376,25 +380,39 @@ class RecurrentLM(nn.Module):
             router_loss=None if labels is None or not routes else self._router_loss(routes, labels, padding, context),
         )
 
+    def check_drawable(self) -> None:
+        """Raise if the first values of this model are not ours to draw.
+
+        Raises:
+            ConfigError: They are transformers'.
+        """
+
+    def first_value(self, name: str, shape: tuple[int, ...]) -> Distribution:
+        """Return the distribution of a parameter's first values.
+
+        Args:
+            name: Name of the parameter.
+            shape: Its shape; that of the parameter itself is lost once an engine has partitioned it.
+        """
+        names = self.family.names
+        if place := names.split(name):
+            attends = place[0] in self.config.attention_layers
+            attention = self.config.attention_layer(place[0]) if attends else None
+            if attention is not None:
+                return attention.first_value(place[1], shape)
+            return self.family.first_value(place[1], shape, config=self.config)
+        if name in self.family.shared_tensors(self.config):
+            return Constant(0.0)
+        if name.endswith("norm.weight") or name.endswith(f"{names.final_norm}.weight"):
+            return Constant(1.0)
+        embedding_std = self.config.embedding_initializer_range if name == names.embeddings else None
+        return Normal(embedding_std or self.config.initializer_range)
+
     @torch.no_grad()
     def init_parameters(self, seed: int) -> None:
         """Give every parameter its first value, fixed by ``seed`` and the parameter's name."""
-        shared, attends = self.family.shared_tensors(self.config), frozenset(self.config.attention_layers)
-        first: Distribution
+        self.check_drawable()
         for name, parameter in self.named_parameters():
-            if place := self.family.names.split(name):
-                shape = tuple(parameter.shape)
-                attention = self.config.attention_layer(place[0]) if place[0] in attends else None
-                if attention is not None:
-                    first = attention.first_value(place[1], shape)
-                else:
-                    first = self.family.first_value(place[1], shape, config=self.config)
-            elif name in shared:
-                first = Constant(0.0)
-            elif name.endswith("norm.weight") or name.endswith(f"{self.family.names.final_norm}.weight"):
-                first = Constant(1.0)
-            else:
-                std, embedding_std = self.config.initializer_range, self.config.embedding_initializer_range
-                first = Normal(embedding_std if name == self.family.names.embeddings and embedding_std else std)
+            first = self.first_value(name, tuple(parameter.shape))
             values = first.draw(generator_for(seed, name), 0, parameter.numel())
             parameter.copy_(torch.from_numpy(values).view(parameter.shape))

@@ -12,10 +12,12 @@ import torch
 from statex_dist.checkpoint.layout import TRAIN_LENGTH_KEY
 from statex_dist.errors import ConfigError
 from statex_dist.models.build import build_lm
+from statex_dist.models.config import ModelConfig
 from statex_dist.models.hf import from_pretrained
 from statex_dist.models.lm import RecurrentLM
 from statex_dist.models.registry import config_from_dict
 from statex_dist.models.source import find_model
+from statex_dist.models.values import DrawnValues, StoredValues
 
 
 @dataclass(kw_only=True)
@@ -43,7 +45,7 @@ class ModelSource:
         return None if self.path is None else find_model(self.path)
 
     def build(self, *, dtype: torch.dtype, seed: int) -> RecurrentLM:
-        """Load or make the model.
+        """Load or make the model, whole.
 
         Args:
             dtype: Of its parameters.
@@ -54,6 +56,17 @@ class ModelSource:
         """
         if self.path is not None:
             return from_pretrained(Path(self.path), dtype=dtype, digests=self.check_digests)
+        model = build_lm(self._new_config())
+        model.init_parameters(seed)
+        return model.to(dtype)
+
+    def open_values(self, *, dtype: torch.dtype, seed: int) -> StoredValues | DrawnValues:
+        """Return the outline of the model with the values of its parameters; arguments and errors of :meth:`build`."""
+        if self.path is not None:
+            return StoredValues(Path(self.path), dtype=dtype, digests=self.check_digests)
+        return DrawnValues(self._new_config(), dtype=dtype, seed=seed)
+
+    def _new_config(self) -> ModelConfig:
         assert self.config is not None
         settings = config_from_dict(self.config)
         settings.extra.pop(TRAIN_LENGTH_KEY, None)  # the config.json of a checkpoint may be given here
@@ -61,6 +74,4 @@ class ModelSource:
             allowed = sorted({f.name for f in dataclasses.fields(settings)} - {"extra"})
             unknown = ", ".join(f"model.config.{key}" for key in sorted(settings.extra))
             raise ConfigError(f"unknown key {unknown}; allowed in model.config: model_type, {', '.join(allowed)}")
-        model = build_lm(settings)
-        model.init_parameters(seed)
-        return model.to(dtype)
+        return settings

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from statex_dist.distributed.env import read_env
-from statex_dist.run_parts import build_engine, build_loader, build_model
+from statex_dist.run_parts import build_engine, build_loader, build_model, open_values
 from tests.checkpoints_tools.builders import run_expand
 from tests.distributed_test import run_distributed_test
 from tests.engine.test_zero3_steps import configure
@@ -39,13 +39,14 @@ def steps(directory: Path, case: str, *more: str) -> dict[str, Any]:
     kind, arguments = CASES[case]
     config = configure(directory, {}, "--model.path", str(directory / kind), *arguments, *more)
     env = read_env()
-    model = build_model(config)
+    values = open_values(config)
+    model = build_model(config, values)
+    loader = build_loader(config, config.data.open_stores(), model.config, env)
+    engine = build_engine(config, model, env, values)
     for name, buffer in model.named_buffers():
         if name.endswith(BIAS):
             buffer.copy_(torch.linspace(-1, 1, len(buffer)) / 3)  # not a number of bf16
     start = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    loader = build_loader(config, config.data.open_stores(), model.config, env)
-    engine = build_engine(config, model, env)
     batches, found = iter(loader), []
     for _ in range(3):
         loss = engine.forward_backward(next(batches))

@@ -12,7 +12,7 @@ import torch
 from statex_dist.config import parse_config
 from statex_dist.distributed.env import read_env
 from statex_dist.run_config import RunConfig
-from statex_dist.run_parts import build_engine, build_loader, build_model
+from statex_dist.run_parts import build_engine, build_loader, build_model, open_values
 from tests.distributed_test import run_distributed_test
 from tests.runs import GLA, expanded, make_shards, save_model, write_run
 
@@ -33,9 +33,10 @@ VARIANTS = {
 def steps(config: RunConfig) -> list[dict[str, Any]]:
     """Run five steps of which the third is to be skipped and the fourth has a gradient that is not finite."""
     env = read_env()
-    model = build_model(config)
+    values = open_values(config)
+    model = build_model(config, values)
     loader = build_loader(config, config.data.open_stores(), model.config, env)
-    engine = build_engine(config, model, env)
+    engine = build_engine(config, model, env, values)
     batches, found = iter(loader), []
     for number in range(1, 6):
         loss = engine.forward_backward(next(batches), observe_states=number == 5)

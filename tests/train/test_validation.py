@@ -26,7 +26,7 @@ from statex_dist.evaluation.page.runs import read_runs, summarise
 from statex_dist.models.source import find_model
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
-from statex_dist.run_parts import build_engine, build_loader, build_model
+from statex_dist.run_parts import build_engine, build_loader, build_model, open_values
 from statex_dist.train.callback import CallbackError, Callbacks, RunContext
 from statex_dist.train.metrics import read_metrics
 from statex_dist.train.validation import EvalConfig, Validation, first_packs
@@ -135,9 +135,10 @@ def built(config: RunConfig) -> tuple[Any, Validation]:
     """Return engine and validation of a run on this rank."""
     env = read_env()
     stores = config.eval.divide(config.data.open_stores(), config.data.open_stores)[1]
-    model = build_model(config)
+    values = open_values(config)
+    model = build_model(config, values)
     (validation,) = config.eval.build(stores, model.config, None, seq_len=config.data.seq_len)
-    engine = build_engine(config, model, env)
+    engine = build_engine(config, model, env, values)
     callbacks = Callbacks([validation], rank=env.rank)
     callbacks.attach(RunContext(run_dir=Path(config.run_dir), engine=engine, num_steps=9, callbacks=callbacks))
     return engine, validation

@@ -67,11 +67,13 @@ class SourceCrcs:
         assert start <= offset
         return start, entry, self._ledgers.setdefault((path, name), CrcLedger())
 
-    def finish(self, *, everything: bool = False) -> int:
+    def finish(self, *, everything: bool = False, rank: int = 0, world_size: int = 1) -> int:
         """Check every storage of which anything was read; what was left out (padding) is read now.
 
         Args:
             everything: Whether to check the storages of which nothing was read, too.
+            rank: This process among those that have noted or expect the same storages.
+            world_size: Their number; each checks its share.
 
         Returns:
             Number of storages that were checked.
@@ -83,10 +85,11 @@ class SourceCrcs:
             for path, entries in self._entries.items():
                 for _, name, _ in entries:
                     self._ledgers.setdefault((path, name), CrcLedger())
-        for (path, name), ledger in self._ledgers.items():
+        mine = sorted(self._ledgers)[rank::world_size]
+        for path, name in mine:
             entry, state = self._archives[path].entries[name], self._archives[path].state
-            check_entry(path, name, entry, ledger, state)
-        return len(self._ledgers)
+            check_entry(path, name, entry, self._ledgers[path, name], state)
+        return len(mine)
 
 
 def check_entry(path: Path, name: str, entry: Entry, ledger: CrcLedger, state: FileState | None = None) -> None:

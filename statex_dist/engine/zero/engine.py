@@ -55,7 +55,8 @@ class ZeroEngine(TrainEngine):
     """Trains a model with a stage of ZeRO on all ranks of the process group.
 
     Args:
-        model: Built in full on every rank with the same values; DeepSpeed partitions it.
+        model: In partitions already (:mod:`statex_dist.engine.zero.sharded_start`), or whole, with the same values on
+            every rank, and DeepSpeed partitions it.
         optimizer: torch's AdamW over the model's parameters.
         schedule: Over the optimizer.
         settings: DeepSpeed's configuration.

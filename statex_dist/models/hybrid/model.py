@@ -102,6 +102,14 @@ class HostedLM(RecurrentLM):
             parameter.data = parameter.data.to(dtype)
         restore_buffers(self.model)
 
+    def make_buffers(self) -> None:
+        """Give memory on the CPU to the buffers, before :meth:`finish_build`; one that modules share stays one."""
+        made: dict[int, torch.Tensor] = {}
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = made.setdefault(id(buffer), torch.empty_like(buffer, device="cpu"))
+
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers that checkpoints hold, by name in memory; a tied one by its first name."""
         first: dict[int, str] = {}
@@ -194,7 +202,7 @@ class HostedLM(RecurrentLM):
         read = next((KeyValues(*state).lengths for (_, kind), state in before.items() if kind == "attention"), None)
         return positions_after(input_ids, sequences, read)
 
-    def init_parameters(self, seed: int) -> None:
+    def check_drawable(self) -> None:
         """Refuse: a hybrid's first values are transformers'.
 
         Raises:

@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from checkpoints_tools.plan.memory import TrainingSettings, training_memory
+from checkpoints_tools.plan.memory import TrainingSettings, parameter_shapes, training_memory
 from checkpoints_tools.plan.options import PlanOptions, plan_model
 from checkpoints_tools.plan.report import report_plan
 from statex_dist.errors import ConfigError
@@ -89,6 +91,22 @@ def test_features_add_gains_alone_and_name_the_limit_of_kernels():
     assert reports[0].notes == ()
     assert "384 key channels" in reports[1].notes[0]
     assert "a factor of at most 2" in reports[1].notes[0]
+
+
+def test_a_start_takes_the_part_of_a_rank_and_one_parameter():
+    config = config_from_dict(GLA_1B)
+    sizes = [math.prod(shape) for shape in parameter_shapes(config).values()]
+
+    def start(world_size, **options):
+        settings = TrainingSettings(world_size=world_size, param_persistence_threshold=0, **options)
+        return training_memory(config, settings).phases["start"]
+
+    for ranks in (1, 8, 1024):
+        assert start(ranks).host == 0
+        assert start(ranks).device == pytest.approx(2 * sum(sizes) / ranks + 2 * max(sizes), rel=1e-3)
+    offloaded = start(8, offload_optimizer="cpu", offload_parameters="cpu")
+    assert (offloaded.host, offloaded.device) == (start(8).device - 2 * max(sizes), 2 * max(sizes))
+    assert start(8, offload_optimizer="cpu", offload_parameters="nvme").device == 2 * sum(sizes)
 
 
 def test_what_each_setting_saves():
