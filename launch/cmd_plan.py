@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _OF_ENGINE = (
-    *("precision", "activation_checkpointing", "loss_chunk_tokens", "segment_tokens", "max_state_bytes"),
+    *("stage", "precision", "activation_checkpointing", "loss_chunk_tokens", "segment_tokens", "max_state_bytes"),
     *("offload_optimizer", "offload_parameters", "param_persistence_threshold", "sub_group_size"),
 )
 
@@ -35,8 +35,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_plan_options(parser)
     add_context_length(parser)
     parser.add_argument("--config", type=str | None, default=None, help="a run's YAML, for what is not given below")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks that share the training states (ZeRO-3)")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that share the training states (ZeRO)")
     for name, kind, text in (
+        (
+            "stage",
+            int,
+            "what they share: nothing (0), optimizer states (1), gradients (2), parameters (3, the default)",
+        ),
         ("seq-len", int, "tokens of a packed sequence (default 65536)"),
         ("context", int, "ranks that share a packed sequence (default 1)"),
         ("precision", str, "bf16 or fp32 (default bf16)"),

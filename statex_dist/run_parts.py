@@ -92,7 +92,8 @@ def build_engine(
         with fail_together(ranks.rank, ranks.gather, place=config.run_dir), closing(values):
             begin = None if resumes else values
             config.engine.partition(model, begin, env, accumulation_steps=accumulation_steps)
-    optimizer = config.optimizer.build(model.named_parameters(), no_decay=no_decay, roles=roles)
+    device = env.device if config.engine.offload_optimizer == "none" else None
+    optimizer = config.optimizer.build(model.named_parameters(), no_decay=no_decay, roles=roles, device=device)
     return config.engine.build(
         model,
         optimizer,

@@ -1,8 +1,8 @@
-"""Memory of a training run under ZeRO-3, per rank, before anything is started.
+"""Memory of a training run under ZeRO, per rank, before anything is started.
 
 ``N`` parameters over ``W`` ranks are ``E = N / W`` elements a rank; ``p`` are bytes of a parameter (bf16 2, fp32 4),
-``g`` of a gradient that waits for the step (``p``; 4 where several packs or segments are summed). DeepSpeed 0.19 holds
-all the time:
+``g`` of a gradient that waits for the step (``p``; 4 where several packs or segments are summed). In stage 3 DeepSpeed
+0.19 holds all the time:
 
 * parameters: ``p E``, and whole copies ``p`` of those below ``param_persistence_threshold``;
 * master weights: ``4 E`` in bf16; in fp32 the parameters are their own, unless the optimizer is offloaded;
@@ -10,6 +10,16 @@ all the time:
 * gradients: ``g E``; with an offloaded optimizer once more ``4 E`` in fp32 beside the master weights;
 * reduce bucket, where gradients wait for their reduction: ``p`` times 5e8 (``reduce_bucket_size``) on a GPU, which is
   allocated whole; on a CPU only the pages that ``N`` parameters touch.
+
+Below stage 3 it holds instead:
+
+* parameters: ``p N``, so that nothing is gathered in the pass;
+* master weights: ``4 E``, in fp32 too; stage 0 (fp32 only) has none;
+* moments of Adam: ``8 E``, in stage 0 ``8 N``;
+* gradients: in stage 2 ``g E``; in stage 1 ``p N``, and ``4 N`` more where bf16 gradients are summed; in stage 0
+  ``4 N``;
+* reduce bucket: twice ``p`` times 5e8, of which one is filled while the other is reduced. Stage 0, and stage 1 where
+  bf16 gradients are summed, copy up to 5e8 gradients in fp32 in the phase ``reduce`` instead.
 
 On top of this comes, in turn:
 
@@ -21,8 +31,8 @@ On top of this comes, in turn:
   larger one ``1e9 / passes`` (2, or 3 with checkpointing), the next 5e7 (``stage3_prefetch_bucket_size``) and the
   largest tensor;
 * ``reduce``: the bucket once more, in the order of ranks; gloo (CPU) copies that again;
-* ``update``: the gradients of a sub-group in fp32, and Adam's denominator: two tensors of ``4 E`` on a CPU (the root,
-  and the root corrected), one on a GPU;
+* ``update``: the gradients of a sub-group (below stage 3 of the rank's part) in fp32, and on a CPU Adam's denominator:
+  two tensors of ``4 E`` (the root, and the root corrected); the fused kernel on a GPU has none;
 * ``save``, with ``train.save_async``: a copy of the saved values in host memory, ``12 E``. It stays from the first save
   and so counts in all of the above.
 
@@ -71,6 +81,7 @@ class TrainingSettings:
 
     Attributes:
         world_size: Ranks that share the training states.
+        stage: What they share: nothing (0), optimizer states (1), gradients (2), parameters (3).
         seq_len: Tokens of a packed sequence.
         context: Ranks that share one.
         precision: Of parameters and activations.
@@ -88,6 +99,7 @@ class TrainingSettings:
     """
 
     world_size: int = 1
+    stage: int = 3
     seq_len: int = 65536
     context: int = 1
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -110,15 +122,19 @@ class TrainingSettings:
         for name in ("loss_chunk_tokens", "segment_tokens", "param_persistence_threshold"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_option(name)} must be 0 or more, not {getattr(self, name)}")
+        allowed: tuple[Any, ...]
         for name, allowed in (
-            ("precision", ("bf16", "fp32")),
+            ("stage", (0, 1, 2, 3)),
+            ("precision", ("fp32",) if self.stage == 0 else ("bf16", "fp32")),
             ("activation_checkpointing", ("none", "block", "expanded")),
-            ("offload_optimizer", ("none", "cpu")),
-            ("offload_parameters", get_args(Place)),
+            ("offload_optimizer", ("none", "cpu") if self.stage == 3 else ("none",)),
+            ("offload_parameters", get_args(Place) if self.stage == 3 else ("none",)),
             ("device", ("cuda", "cpu")),
         ):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{_option(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{_option(name)} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}"
+                )
         if self.world_size % self.context:
             raise ConfigError(f"--context {self.context} does not divide --world-size {self.world_size}")
 
@@ -190,11 +206,12 @@ def training_memory(
     sizes = [math.prod(shape) for shape in shapes.values()]
     total, cpu = sum(sizes), settings.device == "cpu"
     whole = sum(size for size in sizes if size <= settings.param_persistence_threshold)
-    mine = sum(-(-size // settings.world_size) for size in sizes)
-    group = min(settings.sub_group_size, mine)
+    mine = sum(-(-size // settings.world_size) for size in sizes) if settings.stage else total
+    group = min(settings.sub_group_size, mine) if settings.stage == 3 else mine
     width = 2 if settings.precision == "bf16" else 4
     summed = 4 if settings.accumulation > 1 or settings.carried else width
     bucket = width * min(total, _REDUCE_BUCKET)
+    below_3, in_place = settings.stage < 3, settings.stage == 0 or (settings.stage == 1 and summed > width)
 
     def on_device(count: int) -> Share:
         return Share(host=count) if cpu else Share(device=count)
@@ -206,18 +223,22 @@ def training_memory(
 
     optimizer = settings.offload_optimizer
     swapped = 4 * _SWAP_SUB_GROUPS * group
-    master = 4 * mine if width == 2 or optimizer != "none" else 0
+    master = 4 * mine if width == 2 or optimizer != "none" or (below_3 and settings.stage) else 0
+    gradients = summed * mine if settings.stage > 1 else width * total + (4 * total if in_place and width == 2 else 0)
     again = Share() if optimizer == "none" else placed(4 * mine, optimizer, swapped)
+    buckets = 0 if in_place else 2 if below_3 else 1
+    copied = 12 * mine + (width * total if below_3 and settings.stage else 0)  # rank 0 writes the model
     parts = {
-        "parameters": placed(width * mine, settings.offload_parameters, width * _SWAP_PARAMETERS)
-        + on_device(width * whole),
+        "parameters": on_device(width * total)
+        if below_3
+        else placed(width * mine, settings.offload_parameters, width * _SWAP_PARAMETERS) + on_device(width * whole),
         "master weights": placed(master, optimizer, swapped),
         "moments": placed(8 * mine, optimizer, 2 * swapped),
-        "gradients": (on_device(summed * mine) if optimizer == "none" else Share(host=summed * mine)) + again,
-        "reduce bucket": on_device(bucket if cpu else width * _REDUCE_BUCKET),
-        "copy to save": Share(host=12 * mine if settings.save_async else 0),
+        "gradients": (on_device(gradients) if optimizer == "none" else Share(host=gradients)) + again,
+        "reduce bucket": on_device(buckets * (bucket if cpu else width * _REDUCE_BUCKET)),
+        "copy to save": Share(host=copied if settings.save_async else 0),
     }
-    passing = {"gathered": on_device(_gathered(settings, sizes, whole) * width)}
+    passing = {"gathered": on_device(0 if below_3 else _gathered(settings, sizes, whole) * width)}
     if count_activations is None:
         tokens, chunk = settings.tokens, min(settings.loss_chunk_tokens or settings.tokens, settings.tokens)
         passing |= {
@@ -229,14 +250,14 @@ def training_memory(
         passing["activations"] = on_device(count_activations(config, settings))
     held = sum(parts.values(), Share())
     at_host = cpu or optimizer != "none"
-    update = 4 * group * ((1 if optimizer == "none" else 0) + (2 if at_host else 1))
+    update = 4 * group * ((1 if optimizer == "none" and not in_place else 0) + (2 if at_host else 0))
     return TrainingMemory(
         parts=parts,
         passing=passing,
         phases={
             "start": _start(settings, sizes, parts["parameters"], width),
             "pass": held + sum(passing.values(), Share()),
-            "reduce": held + on_device(bucket * (2 if cpu else 1)),
+            "reduce": held + on_device((4 * min(total, _REDUCE_BUCKET) if in_place else bucket) * (2 if cpu else 1)),
             "update": held + (Share(host=update) if at_host else Share(device=update)),
         },
     )
@@ -245,8 +266,10 @@ def training_memory(
 def _start(settings: TrainingSettings, sizes: list[int], partition: Share, width: int) -> Share:
     """Return what a rank holds while the model is made, before the optimizer."""
     on_gpu = settings.device == "cuda"
-    if settings.offload_parameters == "nvme":
+    if settings.offload_parameters == "nvme" or settings.stage < 3:
         total = width * sum(sizes)
+        if settings.stage in (1, 2) and on_gpu:  # each group becomes one flat tensor
+            return Share(host=2 * total, device=2 * total)
         return Share(host=2 * total, device=total) if on_gpu else Share(host=2 * total)
     largest = width * max(sizes)
     return partition + (Share(device=largest) if on_gpu else Share(host=largest))

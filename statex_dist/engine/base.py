@@ -339,6 +339,21 @@ def keep_hyperparameters(
         optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True
     ):
         group.update(kept, lr=base_lr * factor(schedule.last_epoch))
+    _place_step_counts(optimizer)
+
+
+def _place_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Move the step counts of loaded states to where the optimizer of this start needs them.
+
+    torch leaves them where the checkpoint's optimizer had them: a fused one needs them beside the parameters, the
+    others on the CPU, where reading one does not wait for the GPU.
+    """
+    for group in optimizer.param_groups:
+        beside = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(step := state.get("step"), torch.Tensor):
+                state["step"] = step.to(parameter.device if beside else "cpu")
 
 
 def base_lr(optimizer: torch.optim.Optimizer) -> float:

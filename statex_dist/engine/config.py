@@ -124,7 +124,8 @@ class EngineConfig:
 
         Stages 0 to 2 keep the model whole. Parameters on NVMe are written there by DeepSpeed itself, from whole ones.
         """
-        return self.name == "deepspeed" and self.stage == 3 and self.offload_parameters != "nvme"
+        quantized = self.deepspeed.get(ZERO, {}).get("zero_quantized_nontrainable_weights")  # changes what is kept
+        return self.stage == 3 and self.name == "deepspeed" and self.offload_parameters != "nvme" and not quantized
 
     def join(self, env: ProcessEnv, facts: Mapping[str, object]) -> None:
         """Join the other ranks, unless that has been done or there are none.

@@ -154,6 +154,7 @@ class OptimizerConfig:
         *,
         no_decay: Collection[str],
         roles: Mapping[str, str],
+        device: torch.device | None = None,
     ) -> torch.optim.Optimizer:
         """Return the optimizer over the groups ``decay`` and ``no_decay``; with ``lr_factors``, over two for each role.
 
@@ -164,6 +165,7 @@ class OptimizerConfig:
             named_parameters: The model's parameters; those without gradient are left out.
             no_decay: Names of parameters without weight decay.
             roles: Role of each parameter by name.
+            device: Where the optimizer's states will be; None for the CPU. On a GPU AdamW is torch's fused one.
 
         Raises:
             ConfigError: The optimizer cannot be imported, or made with these options.
@@ -191,7 +193,9 @@ class OptimizerConfig:
             if not any(members[role, decay] for decay in (True, False)):
                 logger.warning("optimizer.lr_factors.%s has no effect: no trained parameter has this role", role)
         # DeepSpeed's fused Adam would be compiled on first use; torch's own needs no compiler.
-        adamw = {"betas": self.betas, "eps": self.eps} if self.name == "adamw" else {}
+        adamw: dict[str, Any] = {"betas": self.betas, "eps": self.eps} if self.name == "adamw" else {}
+        if adamw and device is not None and device.type == "cuda" and not {"foreach", "fused"} & set(self.options):
+            adamw["fused"] = True  # one kernel for all elements, where the default has a dozen that each read them
         try:
             optimizer = self.factory([g for g in groups if g["params"]], lr=self.lr, **adamw, **self.options)
         except (TypeError, ValueError) as error:

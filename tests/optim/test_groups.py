@@ -157,3 +157,44 @@ def test_states_of_groups_without_names_are_taken_over():
         optimizer.load_state_dict(saved)
     assert [group["name"] for group in optimizer.param_groups] == ["decay", "no_decay"]
     assert [group["lr_factor"] for group in optimizer.param_groups] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "fused"),
+    [
+        ("cuda", {}, True),
+        ("cpu", {}, None),
+        (None, {}, None),
+        ("cuda", {"options": {"fused": False}}, False),
+        ("cuda", {"options": {"foreach": True}}, None),
+        ("cuda", {"name": "torch.optim:NAdam"}, None),
+    ],
+)
+def test_adamw_is_fused_where_its_states_are_on_a_gpu(device, settings, fused):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = OptimizerConfig(**settings).build(
+        [("w", parameter)], no_decay=(), roles={"w": "base"}, device=device and torch.device(device)
+    )
+    assert optimizer.param_groups[0].get("fused") is fused
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+def test_states_of_a_fused_optimizer_are_those_of_the_other(before, after):
+    """A checkpoint of the one continues as the other, with the settings of this start."""
+    optimizers = {}
+    for fused in (before, after):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        settings = OptimizerConfig(options={"fused": fused})
+        optimizers[fused] = settings.build([("w", parameter)], no_decay=(), roles={"w": "base"})
+    first, second = optimizers[before], optimizers[after]
+    for optimizer in (first, second):
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([1.0, 2.0, 3.0])
+    first.step()
+    schedule = ScheduleConfig(name="constant").build(second, num_steps=5)
+    with keep_hyperparameters(second, schedule):
+        second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["fused"] is after
+    (state,) = second.state.values()
+    assert state["step"].device == torch.device("cpu")
+    second.step()
+    assert state["step"] == 2

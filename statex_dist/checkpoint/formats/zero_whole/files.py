@@ -1,4 +1,4 @@
-"""The files of ZeRO stages 0 to 2: which there are, and what they must hold to belong together."""
+"""The files of ZeRO stages 0 to 2: their names, and the checks that they belong together."""
 
 from __future__ import annotations
 
