@@ -345,12 +345,9 @@ class Checkpoints:
                 "give the model that this run began with, or another run_dir"
             )
         ranks = self.engine.world_size
-        if manifest.kind != "zero3" and manifest.info.get("world_size") != ranks:
-            raise CheckpointError(
-                f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; with "
-                f"{_setting_of(manifest.kind)} a run resumes on as many ranks as it had: start it with those"
-            )
-        if fit is None and manifest.info.get("world_size") != ranks:
+        # The engine itself cuts checkpoints of the other stages.
+        fits = manifest.info.get("world_size") == ranks or manifest.kind != "zero3"
+        if fit is None and not fits:
             raise CheckpointError(
                 f"{directory} was written by {manifest.info.get('world_size')} ranks, this run has {ranks}; "
                 f"start it with as many, or reshard it: statex reshard --to zero3 --world-size {ranks}"
@@ -362,7 +359,7 @@ class Checkpoints:
                 shutil.rmtree(aside)
             (self.directory / bad).replace(aside)
             logger.warning("the damaged checkpoint is kept as %s", aside)
-        if fit is not None and manifest.info.get("world_size") != ranks:
+        if fit is not None and not fits:
             tag = fit(self.directory, tag, ranks)
         # A kill between rename and marker, or a damaged newest one, leaves a marker that names another.
         settle_best(self.directory)

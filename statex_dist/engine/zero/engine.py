@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
+from statex_dist.checkpoint.formats.zero3.layout import WHOLE_MODEL_NAME
 from statex_dist.checkpoint.layout import client_file, rank_of
 from statex_dist.distributed.context_group import ContextGroup
 from statex_dist.distributed.env import ProcessEnv
@@ -31,17 +32,31 @@ from statex_dist.engine.segment_states import StatePassing
 from statex_dist.engine.zero.foreign_code import foreign_code
 from statex_dist.engine.zero.gradients import CheckedOptimizer, gradients_of
 from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
+from statex_dist.engine.zero.recut import recut
 from statex_dist.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _MODEL_STATES = "_model_states.pt"
 
 
 class _Capture(TorchCheckpointEngine):
-    """Keeps what DeepSpeed would write, so that it can be written crash-safely, and later."""
+    """Keeps what DeepSpeed would write, so that it can be written crash-safely, and later.
+
+    Attributes:
+        files: What it would have written.
+        made: Contents that it is to find in files of these names, whatever the files hold.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.files: list[tuple[Path, Any]] = []
+        self.made: dict[str, Any] = {}
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Return the contents of a file."""
+        name = Path(path).name
+        return self.made[name] if name in self.made else super().load(path, map_location=map_location)
 
     def save(self, state_dict: Any, path: str) -> None:
         """Remember one file."""
@@ -203,16 +218,14 @@ class ZeroEngine(TrainEngine):
         Raises:
             CheckpointError: A file holds code beside DeepSpeed's own, or DeepSpeed refuses the checkpoint.
         """
-        # Files without a rank are read by all.
-        mine = [path for path in sorted(directory.glob("*.pt")) if rank_of(path.name) in (self.rank, None)]
+        # Files without a rank are read by all, and another number of ranks may have written the others.
+        ranks = {path: rank_of(path.name) for path in sorted(directory.glob("*.pt"))}
+        mine = [path for path, rank in ranks.items() if rank is None or rank % self.world_size == self.rank]
         # All ranks must stop if one does: the others would wait for it inside DeepSpeed.
-        if problems := [
-            problem
-            for found in self.gather([foreign_code(path, self.stage) for path in mine])
-            for problem in found
-            if problem
-        ]:
+        found = self.gather([foreign_code(path, self.stage) for path in mine])
+        if problems := [problem for texts in found for problem in texts if problem]:
             raise CheckpointError(problems[0])
+        written_by = self.world_size
         for path in mine:
             if path.name.endswith(_MODEL_STATES):
                 content = torch.load(
@@ -220,16 +233,39 @@ class ZeroEngine(TrainEngine):
                 )  # foreign code was refused above
                 saved, ours = content["param_shapes"], self._shapes()
                 check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
+                written_by = content["dp_world_size"]
         clipping = getattr(self.engine.optimizer, "clip_grad", None)
+        if self.stage < 3 and written_by != self.world_size:
+            self.engine.checkpoint_engine.made = self._recut(directory, content)
         with keep_hyperparameters(self.optimizer, self.schedule) as self.saved_rates, _silent():
             loaded, client_state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        self.engine.checkpoint_engine.made = {}
         if clipping is not None:
             self.engine.optimizer.clip_grad = clipping  # stages 1 and 2 take the checkpoint's
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {directory}")
-        if self.stage < 3:
-            client_state = torch.load(directory / client_file(self.rank), weights_only=True)
-        return client_state
+        return client_state if self.stage == 3 else self._client_state(directory, written_by)
+
+    def _recut(self, directory: Path, model: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint's files, by name, as this number of ranks would have written them, in stages 0 to 2."""
+        made: dict[str, Any] = {WHOLE_MODEL_NAME: {**model, "dp_world_size": self.world_size}}
+        if self.stage > 0:
+            sizes = [group["params"][0].numel() for group in self.optimizer.param_groups]
+            lengths = [sum(shape.numel() for shape in shapes.values()) for shapes in self._shapes()]
+            name = Path(self.engine._get_zero_ckpt_name(str(directory.parent), directory.name)).name
+            made[name] = recut(directory, lengths, sizes, rank=self.rank, world_size=self.world_size)
+        return made
+
+    def _client_state(self, directory: Path, written_by: int) -> dict[str, Any]:
+        """Return this rank's client state, in stages 0 to 2; further ranks get those of the first ones again."""
+        state = torch.load(directory / client_file(self.rank % written_by), weights_only=True)
+        if written_by != self.world_size and state.pop("carried", None) and self.rank == 0:
+            logger.warning(
+                "%s was written by %d ranks: states between packs are left out, and what would begin from one of them "
+                "begins from an empty one",
+                *(directory, written_by),
+            )
+        return state
 
 
 def _silent() -> contextlib.redirect_stdout[io.StringIO]:
