@@ -92,7 +92,7 @@ class TrainEngine(ABC):
 
     Attributes:
         kind: Layout of its checkpoints.
-        any_world_size: Whether it reads checkpoints of other numbers of ranks.
+        in_folders: Whether it finds the files of many ranks in folders of a checkpoint.
         rank: This process among all.
         world_size: All processes.
         data_parallel_size: Groups of ranks that get packs of their own.
@@ -107,7 +107,7 @@ class TrainEngine(ABC):
     """
 
     kind: str
-    any_world_size = False
+    in_folders = False
     rank: int
     world_size: int
     device: torch.device

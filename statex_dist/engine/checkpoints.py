@@ -297,12 +297,6 @@ class Checkpoints:
                     f"{self.directory / tag} was written with {_setting_of(manifest.kind)}, this run has "
                     f"{_setting_of(self.engine.kind)}; set it as it was, or give another run_dir"
                 )
-            if not self.engine.any_world_size and manifest.info.get("world_size") != self.engine.world_size:
-                raise CheckpointError(
-                    f"{self.directory / tag} was written by {manifest.info.get('world_size')} ranks, this run has "
-                    f"{self.engine.world_size}; with {_setting_of(manifest.kind)} a run resumes on as many ranks as it "
-                    "had: start it with those"
-                )
             return tag, manifest
         if damaged:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: {next(iter(damaged.values()))}")

@@ -34,7 +34,7 @@ class CheckpointPlace:
         self.engine, self.directory, self.mark = engine, directory, mark
         self._latest: str | None = None
         # DeepSpeed's own loader, which stages 0 to 2 use, does not look into folders.
-        self._folders = rank_folders(engine.world_size) if engine.any_world_size else []
+        self._folders = rank_folders(engine.world_size) if engine.in_folders else []
 
     def path_of(self, temporary: Path, name: str) -> Path:
         """Return where a file of a save goes that the engine names."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
+from statex_dist.checkpoint.formats.zero3.layout import WHOLE_MODEL_NAME
 from statex_dist.checkpoint.layout import client_file, rank_of
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.distributed.context_group import ContextGroup
@@ -34,17 +35,31 @@ from statex_dist.engine.zero.gradients import CheckedOptimizer, gradients_of
 from statex_dist.engine.zero.loading import cut_of, exchange, restore
 from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
 from statex_dist.engine.zero.reading import SavedStates, read_own, read_pieces
+from statex_dist.engine.zero.recut import recut
 from statex_dist.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _MODEL_STATES = "_model_states.pt"
 
 
 class _Capture(TorchCheckpointEngine):
-    """Keeps what DeepSpeed would write, so that it can be written crash-safely, and later."""
+    """Keeps what DeepSpeed would write, so that it can be written crash-safely, and later.
+
+    Attributes:
+        files: What it would have written.
+        made: Contents that it is to find in files of these names, whatever the files hold.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.files: list[tuple[Path, Any]] = []
+        self.made: dict[str, Any] = {}
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Return the contents of a file."""
+        name = Path(path).name
+        return self.made[name] if name in self.made else super().load(path, map_location=map_location)
 
     def save(self, state_dict: Any, path: str) -> None:
         """Remember one file."""
@@ -91,7 +106,7 @@ class ZeroEngine(TrainEngine):
         )
         self.stage: int = settings[ZERO]["stage"]
         self.kind = f"zero{self.stage}"
-        self.any_world_size = self.stage == 3
+        self.in_folders = self.stage == 3
         self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.optimizer, self.schedule = optimizer, schedule
         with _silent():
@@ -205,7 +220,8 @@ class ZeroEngine(TrainEngine):
         """Read this rank's part of a checkpoint of stage 3, of any number of ranks; below it the files are verified."""
         if self.stage < 3:
             for name, record in manifest.files.items():
-                if rank_of(name) == self.rank:
+                rank = rank_of(name)
+                if rank is not None and rank % self.world_size == self.rank:
                     record.check(directory / name)
             return None
         cut = cut_of(self.engine, rank=self.rank, world_size=self.world_size)
@@ -229,16 +245,14 @@ class ZeroEngine(TrainEngine):
 
     def _load_whole(self, directory: Path) -> dict[str, Any]:
         """Restore from the files of a stage below 3 with DeepSpeed's loader, which runs any pickle."""
-        # Of files without a rank, the whole model's, every rank reads all.
-        mine = [path for path in sorted(directory.glob("*.pt")) if rank_of(path.name) in (self.rank, None)]
+        # Files without a rank are read by all, and another number of ranks may have written the others.
+        ranks = {path: rank_of(path.name) for path in sorted(directory.glob("*.pt"))}
+        mine = [path for path, rank in ranks.items() if rank is None or rank % self.world_size == self.rank]
         # All ranks must stop if one does: the others would wait for it inside DeepSpeed.
-        if problems := [
-            problem
-            for found in self.gather([foreign_code(path, self.stage) for path in mine])
-            for problem in found
-            if problem
-        ]:
+        found = self.gather([foreign_code(path, self.stage) for path in mine])
+        if problems := [problem for texts in found for problem in texts if problem]:
             raise CheckpointError(problems[0])
+        written_by = self.world_size
         for path in mine:
             if path.name.endswith(_MODEL_STATES):
                 content = torch.load(
@@ -246,14 +260,39 @@ class ZeroEngine(TrainEngine):
                 )  # foreign code was refused above
                 saved, ours = content["param_shapes"], self._shapes()
                 check_groups([list(g.items()) for g in saved], [list(g.items()) for g in ours], directory)
+                written_by = content["dp_world_size"]
         clipping = getattr(self.engine.optimizer, "clip_grad", None)
+        if written_by != self.world_size:
+            self.engine.checkpoint_engine.made = self._recut(directory, content)
         with _silent():
             loaded, _ = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        self.engine.checkpoint_engine.made = {}
         if clipping is not None:
             self.engine.optimizer.clip_grad = clipping  # stages 1 and 2 take the checkpoint's
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {directory}")
-        return torch.load(directory / client_file(self.rank), weights_only=True)
+        return self._client_state(directory, written_by)
+
+    def _recut(self, directory: Path, model: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint's files, by name, as this number of ranks would have written them, in stages 0 to 2."""
+        made: dict[str, Any] = {WHOLE_MODEL_NAME: {**model, "dp_world_size": self.world_size}}
+        if self.stage > 0:
+            sizes = [group["params"][0].numel() for group in self.optimizer.param_groups]
+            lengths = [sum(shape.numel() for shape in shapes.values()) for shapes in self._shapes()]
+            name = Path(self.engine._get_zero_ckpt_name(str(directory.parent), directory.name)).name
+            made[name] = recut(directory, lengths, sizes, rank=self.rank, world_size=self.world_size)
+        return made
+
+    def _client_state(self, directory: Path, written_by: int) -> dict[str, Any]:
+        """Return this rank's client state, in stages 0 to 2; further ranks get those of the first ones again."""
+        state = torch.load(directory / client_file(self.rank % written_by), weights_only=True)
+        if written_by != self.world_size and state.pop("carried", None) and self.rank == 0:
+            logger.warning(
+                "%s was written by %d ranks: states between packs are left out, and what would begin from one of them "
+                "begins from an empty one",
+                *(directory, written_by),
+            )
+        return state
 
 
 def _silent() -> contextlib.redirect_stdout[io.StringIO]:
