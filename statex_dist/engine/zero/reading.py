@@ -24,6 +24,7 @@ from statex_dist.checkpoint.formats.torch_archive.zip import check_small_entries
 from statex_dist.checkpoint.formats.zero3.layout import (
     FlatLayout,
     RankFiles,
+    files_of_rank,
     find_rank_files,
     partition_size,
     shares,
@@ -108,7 +109,7 @@ def read_own(directory: Path, manifest: Manifest, cut: Cut) -> SavedStates:
         CheckpointError: One is missing, damaged or of another kind.
         OSError: One cannot be read.
     """
-    files = _rank_files(directory, manifest)[cut.rank]
+    files = files_of_rank(directory, manifest.files, cut.rank)
     model, optim = (SavedFile(path, _record(path, directory, manifest)) for path in (files.model, files.optim))
     content = model_states(model.archive, model.archive, cut.world_size)
     optimizer = optim_states(optim.archive, cut.world_size)["optimizer_state_dict"]
@@ -133,7 +134,7 @@ def read_pieces(directory: Path, manifest: Manifest, cut: Cut, exchange: Exchang
     """
     problem: Exception | None = None
     noted: list[dict[str, Runs]] = [{} for _ in range(cut.world_size)]
-    files = _rank_files(directory, manifest)
+    files = find_rank_files(directory, [directory / name for name in manifest.files])
     try:
         found, crcs = _read_pieces(directory, files, cut)
         owners = {path: rank for rank, pair in enumerate(files) for path in (pair.model, pair.optim)}
@@ -149,10 +150,6 @@ def read_pieces(directory: Path, manifest: Manifest, cut: Cut, exchange: Exchang
             name = path.relative_to(directory).as_posix()
             _check_whole(path, _record(path, directory, manifest), [sent[name] for sent in received if name in sent])
     return found
-
-
-def _rank_files(directory: Path, manifest: Manifest) -> list[RankFiles]:
-    return find_rank_files(directory, [directory / name for name in manifest.files])
 
 
 def _record(path: Path, directory: Path, manifest: Manifest) -> FileRecord:
