@@ -27,7 +27,7 @@ from statex_dist.engine.base import (
 from statex_dist.engine.segment_states import StatePassing
 from statex_dist.engine.zero.loading import cut_of, exchange, restore
 from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
-from statex_dist.engine.zero.reading import SavedStates, read_own, read_pieces
+from statex_dist.engine.zero.reading import SavedStates, needed_ranks, read_own, read_pieces
 
 
 class _Capture(TorchCheckpointEngine):
@@ -182,6 +182,13 @@ class Zero3Engine(TrainEngine):
         )
         files, self.engine.checkpoint_engine.files = self.engine.checkpoint_engine.files, []
         return files
+
+    def ranks_needed(self, world_size: int) -> set[int]:
+        """Return the ranks, of ``world_size`` that wrote a checkpoint, whose files :meth:`read` opens."""
+        if world_size == self.world_size:
+            return {self.rank}
+        cut = cut_of(self.engine, rank=self.rank, world_size=self.world_size)
+        return needed_ranks(cut, [tuple(p.ds_shape) for p in self.engine.module.parameters()], world_size)
 
     def read(self, directory: Path, manifest: Manifest) -> SavedStates:
         """Read this rank's part of a checkpoint, of any number of ranks, and verify it."""
