@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, complete_tags
+from statex_dist.distributed.disks import Disks
 from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
 from statex_dist.distributed.error_sync import fail_together
 from statex_dist.distributed.ranks import Ranks
@@ -51,7 +52,8 @@ def train(config: RunConfig) -> bool:
     config.engine.join(env, config.shared_settings())
     try:
         # Before weights are read: a rank with another directory must not find that out at its first checkpoint.
-        require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
+        if config.train.shared_run_dir:
+            require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
         return _build_and_train(config, env, stop)
     finally:
         if torch.distributed.is_initialized():
@@ -85,10 +87,11 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest) -> b
         logger.info("stopped by a signal before the first step; there is nothing to save")
         return False
     # Only now, so that a refused start makes no directory.
-    with claim_together(run_dir, ranks):
+    disks = config.train.find_disks(run_dir, ranks)
+    with claim_together(run_dir, ranks, disks or Disks.one(ranks.rank, ranks.world_size)):
         try:
             checkpoints = run_dir / CHECKPOINTS_DIR
-            resumes = ranks.broadcast(bool(complete_tags(checkpoints)))
+            resumes = any(ranks.gather(bool(complete_tags(checkpoints))))  # hosts may have disks of their own
             engine = build_engine(config, model, env, values, resumes=resumes)
             try:
                 mark, policy = run_dir / LOCK_NAME, config.train.save_policy
@@ -98,7 +101,12 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest) -> b
                     loader,
                     config.train,
                     run_dir=run_dir,
-                    checkpoints=Checkpoints(engine, checkpoints, documents, policy, mark=mark),
+                    checkpoints=Checkpoints(
+                        *(engine, checkpoints, documents, policy),
+                        mark=mark,
+                        disks=disks,
+                        neighbor_copy=config.train.neighbor_copy,
+                    ),
                     guard=Guard(config.guard, run_dir, rank=engine.rank),
                     callbacks=Callbacks(callbacks, rank=engine.rank),
                     stop=stop,

@@ -81,6 +81,11 @@ class RunConfig:
                 "train.state_passing needs parallel.context 1: the ranks of a context group know only the state at "
                 "their pack's end; use engine.segment_tokens for long sequences instead"
             )
+        if not self.train.shared_run_dir and self.engine.stage < 3:
+            raise ConfigError(
+                f"train.shared_run_dir false needs engine.stage 3: in stage {self.engine.stage} one rank alone writes the "
+                "model, which the others could not read on a disk of another host"
+            )
         segment = self.engine.segment_tokens
         share = min(s.seq_len // num_segments(s.seq_len, segment) for s in self.data.stages()) // self.parallel.context
         if self.parallel.context > 1 and share < MIN_SHARE:

@@ -21,7 +21,6 @@ from statex_dist.errors import DataError
 from statex_dist.models.registry import config_from_dict
 from statex_dist.run import train
 from statex_dist.run_config import RunConfig
-from statex_dist.train.config import TrainConfig
 from tests.runs import GLA, REPOSITORY, make_shards, save_model, write_run
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -41,9 +40,6 @@ FIELDS = {(cls, field.name) for cls, _ in SECTIONS for field in dataclasses.fiel
 GENERIC = {str(REPOSITORY / "statex_dist" / "config.py"), dataclasses.__file__, "<string>"}
 """Code that reads fields whatever they mean: dumps, checks for finite numbers, methods that dataclasses write."""
 
-
-RESERVED = {(TrainConfig, "shared_run_dir")}
-"""Settings of which one value is built, and any other is refused."""
 
 ONE_LAYER = {**GLA, "num_hidden_layers": 1}
 
@@ -143,7 +139,7 @@ def test_every_setting_is_read(tmp_path: Path, monkeypatch):
             assert train(config)
     offloaded = EngineConfig(offload_parameters="nvme", nvme_path=str(tmp_path))
     deepspeed_config(offloaded, gradient_clipping=1.0, accumulation_steps=1)
-    unread = sorted(f"{cls.__name__}.{name}" for cls, name in FIELDS - reads.found - RESERVED)
+    unread = sorted(f"{cls.__name__}.{name}" for cls, name in FIELDS - reads.found)
     assert not unread, "settings without an effect"
     assert len(FIELDS) > 80
 

@@ -298,6 +298,10 @@ class TrainEngine(ABC):
         All ranks call it together.
         """
 
+    def ranks_needed(self, world_size: int) -> set[int]:
+        """Return the ranks, of ``world_size`` that wrote a checkpoint, whose files :meth:`read` opens."""
+        return {self.rank}
+
     @abstractmethod
     def read(self, directory: Path, manifest: Manifest) -> Any:
         """Return this rank's part of a checkpoint in host memory, compared with the manifest; nothing is changed.

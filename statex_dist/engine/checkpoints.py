@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,30 @@ from statex_dist.checkpoint.layout import (
     tag_of,
 )
 from statex_dist.checkpoint.manifest import Manifest, commit_directory
-from statex_dist.durable.files import remove_leftovers, write_durably
+from statex_dist.distributed.disks import Disks
+from statex_dist.durable.files import remove_leftovers, remove_tree, write_durably
 from statex_dist.engine.base import TrainEngine
-from statex_dist.engine.checkpoint_retention import BEST_KEY, DOUBTFUL_KEY, SavePolicy, mark_best, prune, settle_best
+from statex_dist.engine.checkpoint_retention import (
+    BEST_KEY,
+    DOUBTFUL_KEY,
+    SavePolicy,
+    mark_best,
+    prune,
+    settle_best,
+    withdraw,
+)
+from statex_dist.engine.disk_checkpoints import DISK_KEY, DiskCheckpoints, disk_info
 from statex_dist.engine.documents import Documents
+from statex_dist.engine.leaders import Leaders
 from statex_dist.engine.place import CheckpointPlace, Part
 from statex_dist.engine.snapshot import FileWriter, HostCopy, random_state, set_random_state
-from statex_dist.errors import CheckpointError, StateXError, failure_text, reason, refusal
+from statex_dist.errors import CheckpointError, reason, refusal
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops."""
 
-_ANSWER_SECONDS = 2.0
 _READ_ATTEMPTS = 3
 _READ_PAUSE_SECONDS = 1.0
 
@@ -60,6 +69,8 @@ class Checkpoints:
         documents: The small text files of each checkpoint.
         policy: How to write, what to keep.
         mark: A file that exists as long as the run's directory is the one that this process began in.
+        disks: Which ranks have the same directory, where it lies on the hosts' own disks; None for a shared one.
+        neighbor_copy: Whether each disk's files are copied to the next disk.
 
     Attributes:
         lost_best: Steps whose saves were to be the best and have failed; the loop takes them.
@@ -73,12 +84,18 @@ class Checkpoints:
         policy: SavePolicy,
         *,
         mark: Path | None = None,
+        disks: Disks | None = None,
+        neighbor_copy: bool = False,
     ):
         self.engine = engine
         self.directory = directory
         self.documents = documents
         self.policy = policy
-        self.place = CheckpointPlace(engine, directory, mark)
+        self.shared = disks is None
+        self.disks = disks or Disks.one(engine.rank, engine.world_size)
+        self.place = CheckpointPlace(engine, directory, mark, self.disks)
+        self.leaders = Leaders(engine, self.disks, directory)
+        self.on_disks = DiskCheckpoints(engine, directory, self.disks, neighbor_copy=neighbor_copy)
         self.failed = 0
         self._copy = HostCopy()
         self._pending: tuple[int, FileWriter, float] | None = None
@@ -155,21 +172,26 @@ class Checkpoints:
         (step, writer, began), self._pending = self._pending, None
         writer.wait()
         reports = self.engine.gather((writer.problem, writer.records, socket.gethostname()))
+        parts = [(part, host) for _, part, host in reports]
         problem = next((text for text, _, _ in reports if text), None)
-        if problem is None:
-            _, problem = self._on_rank_0(lambda: self._commit(step, [(part, host) for _, part, host in reports]))
+        problem = problem or self.on_disks.copy_to_neighbors(self._temporary(step), parts)
+        # On several disks none has its final name before all are written.
+        problem = problem or self.leaders.each(lambda: self._prepare(step, parts))
+        problem = problem or self.leaders.each(lambda: self._publish(step))
         if problem:
             self._report_failure(step, problem, last=last, log_only=log_only)
             return
         self.failed = 0
         logger.info("saved %s (%.1f s)", self.directory / tag_of(step), time.perf_counter() - began)
-        if self.engine.rank == 0:
+        if self.disks.leads:
             prune(self.directory, self.policy)
 
     def _report_failure(self, step: int, problem: str, *, last: bool, log_only: bool = False) -> None:
         self.failed += 1
         self.lost_best |= {step} if self._best else set()
         self.place.discard(self._temporary(step))
+        if not self.disks.is_one and self.disks.leads and (self.directory / tag_of(step)).exists():
+            remove_tree(withdraw(self.directory, tag_of(step)))  # another disk has none
         if last or (self.failed >= MAX_FAILED_SAVES and not log_only):
             newest = next(iter(complete_tags(self.directory)), None)
             whence = "the beginning: nothing has been saved" if newest is None else newest
@@ -186,20 +208,26 @@ class Checkpoints:
     def _temporary(self, step: int) -> Path:
         return self.directory / f"{TEMPORARY_PREFIX}{tag_of(step)}"
 
-    def _commit(self, step: int, parts: list[Part]) -> None:
-        """Make a checkpoint of the files that the ranks have written."""
+    def _prepare(self, step: int, parts: list[Part]) -> None:
+        """Complete the temporary directory with what is not of one rank, and the manifest."""
         target, temporary = self.directory / tag_of(step), self._temporary(step)
-        files = self.place.require_seen(temporary, parts)
+        here = self.on_disks.ranks_here()
+        files = self.place.require_seen(temporary, parts, here)
         files |= self.documents.write(temporary, step)
         info = {"step": step, "world_size": self.engine.world_size}
         info |= {key: True for key, holds in ((DOUBTFUL_KEY, self._doubtful), (BEST_KEY, self._best)) if holds}
+        info |= {} if self.shared else disk_info(self.disks, here)
         Manifest(kind=self.engine.kind, files=files, info=info).write(temporary)
         if target.exists():
             # Only a directory without a manifest is ever in the way: resuming starts after the newest complete one.
             if (target / MANIFEST_NAME).is_file():
                 raise OSError(f"{target} is already complete; a checkpoint is never overwritten")
             shutil.rmtree(target)
-        commit_directory(temporary, target)
+
+    def _publish(self, step: int) -> None:
+        """Give the directory its final name: it is a checkpoint then."""
+        target = self.directory / tag_of(step)
+        commit_directory(self._temporary(step), target)
         try:
             self.place.name_latest(target.name)
         except OSError as error:
@@ -223,11 +251,9 @@ class Checkpoints:
         """
         damaged: dict[str, str] = {}
         while True:
-            chosen, problem = self._on_rank_0(lambda: self._choose(damaged))
-            if problem:
-                raise CheckpointError(problem).on_all_ranks(self.engine.rank)
+            chosen = self._choose(damaged)
             if chosen is None:
-                if self.engine.rank == 0:
+                if self.disks.leads:
                     remove_leftovers(self.directory)
                 return None
             tag, manifest = chosen
@@ -238,52 +264,38 @@ class Checkpoints:
             damaged[tag] = problem
             if self.engine.rank == 0:
                 logger.warning("%s: going back to an older checkpoint", problem)
-        _, problem = self._on_rank_0(lambda: self._settle(tag, damaged))
+        problem = self.leaders.each(lambda: self._settle(tag, damaged))
         if problem:
             raise CheckpointError(problem).on_all_ranks(self.engine.rank)
         logger.info("resuming from %s", self.directory / tag)
         client_state = self.engine.load(self.directory / tag, states)
         self.place.found(tag)
-        if self.engine.rank == 0:
+        if self.disks.leads:
             prune(self.directory, self.policy)  # a kill may have come between a save and this
         self.engine.carried.load_state_dict(client_state.pop("carried", {}))
         if rng := client_state.pop("rng", None):
             set_random_state(rng)
         return client_state
 
-    def _on_rank_0(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Return what ``action`` returned on rank 0, and why it failed there.
-
-        It may take long (files of other hosts are waited for), so the others hear now and
-        then that it is still at it: no collective waits for longer than a few seconds.
-        """
-        answers: list[tuple[Any, str | None]] = []
-        ended: list[BaseException] = []
-
-        def act() -> None:
-            try:
-                answers.append((action(), None))
-            except (StateXError, OSError) as error:
-                answers.append((None, failure_text(error, self.directory)))
-            except Exception as error:  # a damaged file may raise any error, and the other ranks wait for an answer
-                answers.append((None, f"{self.directory}: {reason(error)}"))
-            except BaseException as error:
-                ended.append(error)
-
-        worker = threading.Thread(target=act, name="rank 0", daemon=True) if self.engine.rank == 0 else None
-        if worker is not None:
-            worker.start()
-        while True:
-            if worker is not None:
-                worker.join(_ANSWER_SECONDS)
-            if ended:
-                raise ended[0]
-            answer = self.engine.broadcast(answers[0] if answers else None)
-            if answer is not None:
-                return answer
-
     def _choose(self, damaged: dict[str, str]) -> tuple[str, Manifest] | None:
-        """Return the newest complete tag that is not known to be damaged, and its manifest."""
+        """Return the newest complete tag that is not known to be damaged, and its manifest (of this rank's disk).
+
+        Raises:
+            CheckpointError: There are some, and none of them can be used.
+        """
+        if self.shared:
+            chosen: tuple[str, Manifest] | None
+            chosen, problem = self.leaders.first(lambda: self._choose_here(damaged))
+            if problem:
+                raise CheckpointError(problem).on_all_ranks(self.engine.rank)
+            return chosen
+        while (tag := self.on_disks.choose(damaged)) is not None:
+            if (problem := self.on_disks.fetch(tag)) is None:
+                return tag, Manifest.read(self.directory / tag)
+            damaged[tag] = problem
+        return None
+
+    def _choose_here(self, damaged: dict[str, str]) -> tuple[str, Manifest] | None:
         tags = [tag for tag in complete_tags(self.directory) if tag not in damaged]
         for tag in self._preferred(tags):
             try:
@@ -292,6 +304,10 @@ class Checkpoints:
                 logger.warning("%s: going back to an older checkpoint", error)
                 damaged[tag] = str(error)
                 continue
+            if DISK_KEY in manifest.info and len(manifest.info[DISK_KEY]["ranks"]) < manifest.info["world_size"]:
+                raise CheckpointError(
+                    f"{self.directory / tag} has the files of one host's ranks alone; give train.shared_run_dir false"
+                )
             if manifest.kind != self.engine.kind:
                 raise CheckpointError(
                     f"{self.directory / tag} was written with {_setting_of(manifest.kind)}, this run has "
@@ -335,7 +351,7 @@ class Checkpoints:
         states = problem = unreadable = None
         try:
             states = self.engine.read(directory, manifest)
-            if self.engine.rank == 0:
+            if self.disks.leads:
                 for name in sorted(manifest.files):
                     if rank_of(name) is None and name != PLAIN_STATE_NAME:
                         manifest.files[name].check(directory / name)
@@ -360,6 +376,8 @@ class Checkpoints:
         # Before anything new gets their names.
         for bad in damaged:
             aside = self.directory / f"{DAMAGED_PREFIX}{bad}"
+            if not self.disks.is_one and not (self.directory / bad).exists():
+                continue  # other disks have it
             if aside.exists():
                 shutil.rmtree(aside)
             (self.directory / bad).replace(aside)

@@ -11,6 +11,7 @@ from typing import Any
 from statex_dist.checkpoint.layout import LATEST_NAME, placed_name, rank_folders
 from statex_dist.checkpoint.manifest import FileRecord
 from statex_dist.checkpoint.visible import fresh_names, unseen_files, wait_until_none
+from statex_dist.distributed.disks import Disks
 from statex_dist.durable.files import remove_tree, sync, write_durably
 from statex_dist.engine.base import TrainEngine
 from statex_dist.errors import shown
@@ -28,10 +29,11 @@ class CheckpointPlace:
         engine: The ranks.
         directory: The checkpoints' directory, which exists.
         mark: A file that exists as long as the run's directory is the one in which this process began; or None.
+        disks: Which ranks share the directory; the first rank of each disk manages it there.
     """
 
-    def __init__(self, engine: TrainEngine, directory: Path, mark: Path | None):
-        self.engine, self.directory, self.mark = engine, directory, mark
+    def __init__(self, engine: TrainEngine, directory: Path, mark: Path | None, disks: Disks):
+        self.engine, self.directory, self.mark, self.disks = engine, directory, mark, disks
         self._latest: str | None = None
         # DeepSpeed's own loader, which stages 0 to 2 use, does not look into folders.
         self._folders = rank_folders(engine.world_size) if engine.in_folders else []
@@ -55,7 +57,7 @@ class CheckpointPlace:
         Nothing is made above it: what is not there is a mount that is gone, and under its name lies another disk.
         """
         problem = None
-        if self.engine.rank == 0:
+        if self.disks.leads:
             try:
                 problem = self._gone()
                 if problem is None:
@@ -65,7 +67,11 @@ class CheckpointPlace:
                         (temporary / folder).mkdir()
             except OSError as error:
                 problem = f"{temporary} cannot be made: {error}"
-        if problem := self.engine.broadcast(problem):
+        if self.disks.is_one:
+            problem = self.engine.broadcast(problem)
+        else:
+            problem = next((text for text in self.engine.gather(problem) if text), None)
+        if problem:
             return problem
         host = socket.gethostname()
         blind = wait_until_none(lambda: None if temporary.name in fresh_names(self.directory) else host)
@@ -73,7 +79,8 @@ class CheckpointPlace:
         if not hosts:
             return None
         more = f" and {len(hosts) - _NAMED} more" if len(hosts) > _NAMED else ""
-        return f"{', '.join(hosts[:_NAMED])}{more} cannot see {temporary}, which rank 0 has made: a mount is gone"
+        maker = self.disks.mine[0]
+        return f"{', '.join(hosts[:_NAMED])}{more} cannot see {temporary}, which rank {maker} has made: a mount is gone"
 
     def _gone(self) -> str | None:
         """Return why this is not the directory in which this process began and saved, or None."""
@@ -88,14 +95,14 @@ class CheckpointPlace:
             f"{self._latest or 'none'}: a mount is gone, or another program changed it"
         )
 
-    def require_seen(self, temporary: Path, parts: Sequence[Part]) -> dict[str, FileRecord]:
-        """Return the records of all files that the ranks have written, once this rank sees them with their sizes.
+    def require_seen(self, temporary: Path, parts: Sequence[Part], ranks: Sequence[int]) -> dict[str, FileRecord]:
+        """Return the records of the files that ``ranks`` have written, once this rank sees them with their sizes.
 
         Raises:
             OSError: It does not see them all: they lie on another disk.
         """
-        writers = {name: rank for rank, (part, _) in enumerate(parts) for name in part}
-        files = {name: FileRecord(**record) for part, _ in parts for name, record in part.items()}
+        writers = {name: rank for rank in ranks for name in parts[rank][0]}
+        files = {name: FileRecord(**parts[rank][0][name]) for name, rank in writers.items()}
         sizes = {name: record.size for name, record in files.items()}
         if unseen := wait_until_none(lambda: unseen_files(temporary, sizes)):
             names = [f"{name} (of rank {writers[name]} on {parts[writers[name]][1]})" for name in unseen[:2]]
@@ -109,7 +116,7 @@ class CheckpointPlace:
 
     def discard(self, temporary: Path) -> None:
         """Remove the files of a failed save, on all ranks together."""
-        if self.engine.rank == 0 and temporary.exists():
+        if self.disks.leads and temporary.exists():
             remove_tree(temporary)
         self.engine.barrier()
         # Where another directory has taken the place of the run's, this rank's files are still there.

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from statex_dist.checkpoint.layout import STACKS_DIR
 from statex_dist.config import check_finite
+from statex_dist.distributed.disks import Disks
+from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.checkpoint_retention import SavePolicy
 from statex_dist.engine.segment_states import StatePassing
-from statex_dist.errors import ConfigError
+from statex_dist.errors import ConfigError, refusal
 from statex_dist.train.callback import Callback
 from statex_dist.train.watchdog import Watchdog
 
@@ -32,8 +34,10 @@ class TrainConfig:
         save_retries: Further attempts of a rank whose files could not be written.
         hang_minutes: A phase of a step that takes longer ends the job, with the stacks of every rank; 0 never, None
             after two thirds of ``engine.timeout_minutes``, when collectives have not given up yet.
-        shared_run_dir: Whether all ranks have the same ``run_dir``, which is tested at the start. ``false`` is for run
-            directories on each host's own disk, and is refused: it is not built yet.
+        shared_run_dir: Whether all ranks have the same ``run_dir``, which is tested at the start. ``false`` keeps the
+            checkpoint files of each host's ranks in ``run_dir`` on the host's own disk.
+        neighbor_copy: Whether each host's checkpoint files are copied to the next host's disk too, so that a run can
+            be resumed without a host that is lost; needs ``shared_run_dir: false``.
         state_passing: Probability of a sequence to begin from the state at another's end instead of an empty one
             (arXiv 2507.02782), so that long texts do not meet the model with states it has never seen.
     """
@@ -46,6 +50,7 @@ class TrainConfig:
     save_retries: int = 2
     hang_minutes: float | None = None
     shared_run_dir: bool = True
+    neighbor_copy: bool = False
     state_passing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -56,11 +61,8 @@ class TrainConfig:
         for name in ("save_every", "keep_every", "save_retries", "hang_minutes"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"train.{name} must be 0 or more, not {getattr(self, name)}")
-        if not self.shared_run_dir:
-            raise ConfigError(
-                "train.shared_run_dir false (a run_dir on each host's own disk) is not implemented; leave it true, and "
-                "give a run_dir on a file system that all hosts share"
-            )
+        if self.neighbor_copy and self.shared_run_dir:
+            raise ConfigError("train.neighbor_copy needs train.shared_run_dir false: a shared directory is on no host")
         if not 0 <= self.state_passing <= 1:
             raise ConfigError(f"train.state_passing is a probability, from 0 to 1, not {self.state_passing}")
         if self.save_retries > MAX_RETRIES:
@@ -79,6 +81,25 @@ class TrainConfig:
             asynchronous=self.save_async,
             retries=self.save_retries,
         )
+
+    def find_disks(self, run_dir: Path, ranks: Ranks) -> Disks | None:
+        """Return which ranks have the same run directory, which is made, or None where it is a shared one.
+
+        All ranks call it together.
+
+        Raises:
+            ConfigError: It cannot be made on one of them.
+        """
+        if self.shared_run_dir:
+            return None
+        problem = None
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"run_dir {run_dir} cannot be made on rank {ranks.rank}: {refusal(error)}"
+        if problem := next((text for text in ranks.gather(problem) if text), None):
+            raise ConfigError(problem).on_all_ranks(ranks.rank)
+        return Disks.find(run_dir, ranks)
 
     def build_passing(self, *, seed: int) -> StatePassing | None:
         """Return what passes states between sequences, or None."""

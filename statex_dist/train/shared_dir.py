@@ -16,6 +16,7 @@ from pathlib import Path
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.checkpoint.visible import fresh_names, wait_until_none
+from statex_dist.distributed.disks import Disks
 from statex_dist.distributed.ranks import Ranks
 from statex_dist.durable.files import remove_leftovers, remove_tree
 from statex_dist.errors import ConfigError, refusal
@@ -44,8 +45,10 @@ def require_shared(run_dir: Path, ranks: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def claim_together(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the run's directory for all ranks: rank 0 makes it and locks it; if it cannot, all ranks raise.
+def claim_together(run_dir: Path, ranks: Ranks, disks: Disks) -> Iterator[None]:
+    """Hold the run's directory for all ranks: the first rank of each disk makes it and locks it.
+
+    If one cannot, all ranks raise.
 
     Single files that a killed start was writing there are removed.
 
@@ -54,7 +57,7 @@ def claim_together(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """
     problem: str | None = None
     with contextlib.ExitStack() as held:
-        if ranks.rank == 0:
+        if disks.leads:
             try:
                 held.enter_context(claim(run_dir))
                 (run_dir / CHECKPOINTS_DIR).mkdir(exist_ok=True)
@@ -65,7 +68,7 @@ def claim_together(run_dir: Path, ranks: Ranks) -> Iterator[None]:
                 problem = str(error)
             except OSError as error:
                 problem = f"run_dir {run_dir} cannot be written: {refusal(error)}"
-        if problem := ranks.broadcast(problem):
+        if problem := next((text for text in ranks.gather(problem) if text), None):
             raise ConfigError(problem).on_all_ranks(ranks.rank)
         yield
 

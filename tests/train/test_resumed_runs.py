@@ -281,9 +281,23 @@ def test_another_directory_under_the_runs_name_is_not_saved_into(tmp_path: Path,
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 10))
 
 
-def test_run_directories_on_each_hosts_own_disk_are_not_built_yet(tmp_path: Path, shards: Path):
-    with raises(ConfigError, "train.shared_run_dir"):
-        load(tmp_path, shards, "--train.shared_run_dir", "false")
+def test_a_copy_on_a_neighbour_needs_disks_of_the_hosts_own(tmp_path: Path, shards: Path):
+    with raises(ConfigError, "train.neighbor_copy", "train.shared_run_dir"):
+        load(tmp_path, shards, "--train.neighbor_copy", "true")
+
+
+def test_one_process_resumes_on_its_own_disk_and_does_not_take_a_part_for_the_whole(tmp_path: Path, shards: Path):
+    own = ["--train.shared_run_dir", "false"]
+    config = load(tmp_path, shards, *own)
+    assert train(config)
+    assert train(load(tmp_path, shards, "--train.num_steps", "8", *own))
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    newest = checkpoints / complete_tags(checkpoints)[0]
+    manifest = Manifest.read(newest)
+    assert manifest.info["disk"]["ranks"] == [0]
+    dataclasses.replace(manifest, info={**manifest.info, "world_size": 2}).write(newest)
+    with raises(CheckpointError, newest, "train.shared_run_dir false"):
+        train(load(tmp_path, shards, "--train.num_steps", "9"))
 
 
 def test_the_probe_leaves_nothing_and_says_what_is_in_the_way(tmp_path: Path):

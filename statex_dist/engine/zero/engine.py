@@ -34,7 +34,7 @@ from statex_dist.engine.zero.foreign_code import foreign_code
 from statex_dist.engine.zero.gradients import CheckedOptimizer, gradients_of
 from statex_dist.engine.zero.loading import cut_of, exchange, restore
 from statex_dist.engine.zero.process_group import DEEPSPEED_LOGGER
-from statex_dist.engine.zero.reading import SavedStates, read_own, read_pieces
+from statex_dist.engine.zero.reading import SavedStates, needed_ranks, read_own, read_pieces
 from statex_dist.engine.zero.recut import recut
 from statex_dist.errors import CheckpointError
 
@@ -215,6 +215,13 @@ class ZeroEngine(TrainEngine):
             return self.engine._get_zero_param_shapes()
         names = self.engine.param_names
         return [{names[p]: p.shape for p in group["params"]} for group in self.optimizer.param_groups]
+
+    def ranks_needed(self, world_size: int) -> set[int]:
+        """Return the ranks, of ``world_size`` that wrote a checkpoint, whose files :meth:`read` opens."""
+        if world_size == self.world_size:
+            return {self.rank}
+        cut = cut_of(self.engine, rank=self.rank, world_size=self.world_size)
+        return needed_ranks(cut, [tuple(p.ds_shape) for p in self.engine.module.parameters()], world_size)
 
     def read(self, directory: Path, manifest: Manifest) -> SavedStates | None:
         """Read this rank's part of a checkpoint of stage 3, of any number of ranks; below it the files are verified."""

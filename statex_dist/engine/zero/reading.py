@@ -10,7 +10,7 @@ of ranks that are gone) and compares the whole with what was written.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from statex_dist.checkpoint.formats.torch_archive.zip import check_small_entries
 from statex_dist.checkpoint.formats.zero3.layout import (
     FlatLayout,
     RankFiles,
+    files_of_rank,
     find_rank_files,
     partition_size,
     shares,
@@ -108,7 +109,7 @@ def read_own(directory: Path, manifest: Manifest, cut: Cut) -> SavedStates:
         CheckpointError: One is missing, damaged or of another kind.
         OSError: One cannot be read.
     """
-    files = _rank_files(directory, manifest)[cut.rank]
+    files = files_of_rank(directory, manifest.files, cut.rank)
     model, optim = (SavedFile(path, _record(path, directory, manifest)) for path in (files.model, files.optim))
     content = model_states(model.archive, model.archive, cut.world_size)
     optimizer = optim_states(optim.archive, cut.world_size)["optimizer_state_dict"]
@@ -133,26 +134,48 @@ def read_pieces(directory: Path, manifest: Manifest, cut: Cut, exchange: Exchang
     """
     problem: Exception | None = None
     noted: list[dict[str, Runs]] = [{} for _ in range(cut.world_size)]
-    files = _rank_files(directory, manifest)
+    files = find_rank_files(directory, [directory / name for name in manifest.files])
     try:
         found, crcs = _read_pieces(directory, files, cut)
         owners = {path: rank for rank, pair in enumerate(files) for path in (pair.model, pair.optim)}
         for path, runs in crcs.runs().items():
-            noted[owners[path] % cut.world_size][path.relative_to(directory).as_posix()] = runs
+            noted[_checker(owners[path], len(files), cut.world_size)][path.relative_to(directory).as_posix()] = runs
     except Exception as error:  # a damaged file may raise any; the others wait for this rank's CRCs
         problem = error
     received = exchange(noted)
     if problem is not None:
         raise problem
-    for rank in range(cut.rank, len(files), cut.world_size):
+    for rank in (r for r in range(len(files)) if _checker(r, len(files), cut.world_size) == cut.rank):
         for path in (files[rank].model, files[rank].optim):
             name = path.relative_to(directory).as_posix()
             _check_whole(path, _record(path, directory, manifest), [sent[name] for sent in received if name in sent])
     return found
 
 
-def _rank_files(directory: Path, manifest: Manifest) -> list[RankFiles]:
-    return find_rank_files(directory, [directory / name for name in manifest.files])
+def needed_ranks(cut: Cut, shapes: Iterable[Sequence[int]], world_size: int) -> set[int]:
+    """Return the old ranks, of ``world_size``, whose files a rank opens in :func:`read_pieces`.
+
+    Args:
+        cut: This run.
+        shapes: Shapes of all parameters, frozen ones too.
+        world_size: Ranks that wrote the checkpoint.
+    """
+    checked = {rank for rank in range(world_size) if _checker(rank, world_size, cut.world_size) == cut.rank}
+    return _held_by(cut, shapes, world_size) | checked | {cut.rank % world_size}
+
+
+def _held_by(cut: Cut, shapes: Iterable[Sequence[int]], world_size: int) -> set[int]:
+    """Return the old ranks that hold any of this rank's parts."""
+    held: set[int] = set()
+    for shape in shapes:
+        start, stop, _ = cut.part(shape)
+        held.update(rank for rank, _, _ in shares(math.prod(shape), world_size, start, stop))
+    return held
+
+
+def _checker(rank: int, old: int, new: int) -> int:
+    """Return the new rank that compares an old rank's files with the manifest: one that needs most of them itself."""
+    return rank * new // old
 
 
 def _record(path: Path, directory: Path, manifest: Manifest) -> FileRecord:
@@ -184,10 +207,7 @@ def _read_pieces(directory: Path, files: Sequence[RankFiles], cut: Cut) -> tuple
     sizes = [group.numel for group in optim["optimizer_state_dict"]["fp32_flat_groups"]]
     layout = FlatLayout.build(shapes, sizes, world_size, where=directory)
     frozen = {name: tuple(shape) for name, shape in (content.get("frozen_param_shapes") or {}).items()}
-    needed = {nearest}
-    for shape in (*shapes.values(), *frozen.values()):
-        start, stop, _ = cut.part(shape)
-        needed.update(rank for rank, _, _ in shares(math.prod(shape), world_size, start, stop))
+    needed = _held_by(cut, [*shapes.values(), *frozen.values()], world_size) | {nearest}
     ranks = {rank: open_rank(files[rank], first, world_size) for rank in sorted(needed)}
     crcs = SourceCrcs(archive for rank in ranks.values() for archive in rank.archives)
     source = _RankPieces(ranks, layout, cut, crcs)

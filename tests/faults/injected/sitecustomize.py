@@ -48,7 +48,7 @@ def _apply():
     import torch
 
     from statex_dist.checkpoint import layout, visible
-    from statex_dist.engine import place, snapshot
+    from statex_dist.engine import checkpoints, place, snapshot
     from statex_dist.engine.segment_states import CarriedStates
 
     layout.RANKS_PER_FOLDER = int(os.environ.get("STATEX_RANKS_PER_FOLDER", layout.RANKS_PER_FOLDER))
@@ -91,6 +91,8 @@ def _apply():
         torch.save = at(torch.save, half_a_file)
     elif point == "before the manifest":
         snapshot.FileWriter.wait = at(snapshot.FileWriter.wait, die)
+    elif point == "before the rename":
+        checkpoints.commit_directory = at(checkpoints.commit_directory, die)
     elif point == "between rename and latest":
         place.CheckpointPlace.name_latest = at(place.CheckpointPlace.name_latest, die)
     elif point == "mount away":

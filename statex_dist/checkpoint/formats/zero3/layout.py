@@ -119,6 +119,26 @@ def find_rank_files(directory: Path, paths: Iterable[Path] | None = None) -> lis
     return [RankFiles(model=found["model"][rank], optim=found["optim"][rank]) for rank in range(world_size)]
 
 
+def files_of_rank(directory: Path, names: Iterable[str], rank: int) -> RankFiles:
+    """Return one rank's files, of a checkpoint whose files are known by their paths in it.
+
+    Raises:
+        CheckpointError: The rank lacks a file, or has two.
+    """
+    by_name = {name.rpartition("/")[2]: name for name in names}
+    found = []
+    for kind in ("model", "optim"):
+        wanted = {f"{rank_file_stem(rank, kind, prefix)}.pt" for prefix in ("", "bf16_", "fp16_")}
+        held = sorted(wanted & by_name.keys())
+        if len(held) != 1:
+            problem = (
+                f"two files of rank {rank}: {held[0]} and {held[1]}" if held else f"no {kind} states of rank {rank}"
+            )
+            raise CheckpointError(f"{directory} holds {problem}")
+        found.append(directory / by_name[held[0]])
+    return RankFiles(model=found[0], optim=found[1])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatLayout:
     """Where every trainable parameter lies in the flat groups.
