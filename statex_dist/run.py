@@ -52,7 +52,8 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     config.engine.join(env, config.shared_settings())
     try:
         # Before weights are read: a rank with another directory must not find that out at its first checkpoint.
-        require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
+        patience = 0.8 * 60 * config.engine.timeout_minutes  # the other ranks wait no longer
+        require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size), patience=patience)
         return _build_and_train(config, env, stop, fit)
     finally:
         if torch.distributed.is_initialized():
