@@ -148,7 +148,7 @@ def _require_one_count_of_restarts() -> None:
     """Raise if starts of the ranks cannot be told apart in the store of torchrun's agents.
 
     Each agent counts its own restarts, and a host that comes back is no restart. An agent that is no longer the first
-    would also go on with the store of another one.
+    would also continue with the store of another one.
 
     Raises:
         ConfigError: The agents of several hosts share a store, and may start the ranks again.

@@ -31,8 +31,12 @@ START_SECONDS = 240.0
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_lost_host_and_its_return_cost_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three packs a step: two ranks have one and two of them, and the one that is left has three."""
+@pytest.mark.parametrize("fault", ["killed", "cut off"])
+def test_a_lost_host_and_its_return_cost_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Three packs a step: two ranks have one and two of them, and the one that is left has three.
+
+    The host that is cut off has rank 0, which holds the run's directory until its collectives fail.
+    """
     if reason := missing(ssh=False):
         pytest.skip(reason)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
@@ -41,15 +45,19 @@ def test_a_lost_host_and_its_return_cost_no_token(tmp_path: Path, monkeypatch: p
     broken, unbroken = (write_config(tmp_path / f"{name}.yaml", shards, gate) for name in ("broken", "unbroken"))
     run_dir, port = tmp_path / "broken", free_port()
     logs = [tmp_path / f"host{number}.log" for number in range(3)]
-    with two_hosts(tmp_path, ssh=False) as (first, second):
+    with two_hosts(tmp_path, ssh=False) as hosts:
+        first, second = hosts if fault == "killed" else reversed(hosts)  # torchrun numbers hosts by their addresses
         endpoint = f"{first.address}:{port}"
         with agent(first, endpoint, broken, logs[0]) as staying:
             with agent(second, endpoint, broken, logs[1]) as leaving:
                 wait_for(lambda: steps(run_dir) >= 5, staying, logs)
                 assert world_size(run_dir) == 2
-                leaving.kill()  # the host's first process: agent and rank end with it
-                leaving.wait()
-            wait_for(lambda: world_size(run_dir) == 1 and steps(run_dir) >= GATE_STEP - 1, staying, logs)
+                if fault == "killed":
+                    leaving.kill()  # the host's first process: agent and rank end with it
+                else:
+                    second.set_link("down")
+                wait_for(lambda: world_size(run_dir) == 1 and steps(run_dir) >= GATE_STEP - 1, staying, logs)
+            second.set_link("up")
             with agent(second, endpoint, broken, logs[2]) as returning:
                 wait_for(lambda: "Detected 1 new nodes" in text(logs[0]), staying, logs)
                 gate.touch()
@@ -62,7 +70,7 @@ def test_a_lost_host_and_its_return_cost_no_token(tmp_path: Path, monkeypatch: p
     resumed = [int(step) for step in re.findall(r"resuming from \S+/global_step(\d+)", text(logs[0]))]
     assert len(resumed) == 2, said
     assert resumed[0] >= 4
-    assert GATE_STEP <= resumed[1] < NUM_STEPS, "told to make place for the host, the rank saves after its step"
+    assert GATE_STEP <= resumed[1] < NUM_STEPS, "told to end for the sake of the host, the rank saves after its step"
 
     assert run_training(2, "--config", str(unbroken)).returncode == 0
     ours, reference = read_metrics(run_dir), read_metrics(tmp_path / "unbroken")
@@ -84,6 +92,7 @@ def write_config(path: Path, shards: Path, gate: Path) -> Path:
         model={"config": GLA},
         data={"path": str(shards), "packs_per_step": PACKS},
         train={"num_steps": NUM_STEPS, "save_every": 2},
+        engine={"timeout_minutes": 0.3},
         callbacks=[{"tests.launch.elastic_callback:PacksOfSteps": options}],
     )
 
