@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
-from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
+from statex_dist.distributed.env import (
+    ProcessEnv,
+    local_world_size,
+    read_env,
+    require_device,
+    require_launcher,
+    share_cores,
+)
 from statex_dist.distributed.error_sync import fail_together
 from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.checkpoints import Checkpoints, Fit
@@ -47,6 +54,11 @@ def train(config: RunConfig, fit: Fit | None = None) -> bool:
     require_device(env)
     share_cores(env)
     config.check_ranks(env.world_size)
+    if env.rank == 0 and not config.parallel.lies_within_hosts(local_world_size(), env.world_size):
+        logger.warning(
+            "parallel.context=%d: groups exchange states between hosts, because %d ranks of this one are no multiple",
+            *(config.parallel.context, local_world_size()),
+        )
     stop = StopRequest()
     stop.install()
     config.engine.join(env, config.shared_settings())
