@@ -9,7 +9,14 @@ import torch
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, complete_tags
 from statex_dist.distributed.disks import Disks
-from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
+from statex_dist.distributed.env import (
+    ProcessEnv,
+    local_world_size,
+    read_env,
+    require_device,
+    require_launcher,
+    share_cores,
+)
 from statex_dist.distributed.error_sync import fail_together
 from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.checkpoints import Checkpoints
@@ -47,13 +54,19 @@ def train(config: RunConfig) -> bool:
     require_device(env)
     share_cores(env)
     config.check_ranks(env.world_size)
+    if env.rank == 0 and not config.parallel.lies_within_hosts(local_world_size(), env.world_size):
+        logger.warning(
+            "parallel.context=%d: groups exchange states between hosts, because %d ranks of this one are no multiple",
+            *(config.parallel.context, local_world_size()),
+        )
     stop = StopRequest()
     stop.install()
     config.engine.join(env, config.shared_settings())
     try:
         # Before weights are read: a rank with another directory must not find that out at its first checkpoint.
         if config.train.shared_run_dir:
-            require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size))
+            patience = 0.8 * 60 * config.engine.timeout_minutes  # the other ranks wait no longer
+            require_shared(Path(config.run_dir), Ranks(env.rank, env.world_size), patience=patience)
         return _build_and_train(config, env, stop)
     finally:
         if torch.distributed.is_initialized():

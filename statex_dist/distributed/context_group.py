@@ -33,6 +33,10 @@ class ParallelConfig:
         if self.context < 1:
             raise ConfigError(f"parallel.context must be 1 or more, not {self.context}")
 
+    def lies_within_hosts(self, local_world_size: int, world_size: int) -> bool:
+        """Return whether no context group has ranks on two hosts, each of which runs ``local_world_size`` ranks."""
+        return local_world_size >= world_size or local_world_size % self.context == 0
+
     def data_parallel_size(self, world_size: int) -> int:
         """Return the groups of ranks that get packs of their own.
 

@@ -102,12 +102,17 @@ def _number(name: str, default: int, *, lowest: int = 0) -> int:
     return int(text)
 
 
+def local_world_size() -> int:
+    """Return the number of processes on this host, as torchrun or deepspeed gives it; 1 without a launcher."""
+    return max(_number("LOCAL_WORLD_SIZE", 1), _number("LOCAL_SIZE", 1))
+
+
 def share_cores(env: ProcessEnv) -> None:
     """Divide the machine's cores among its processes, unless OMP_NUM_THREADS says otherwise.
 
     torchrun sets that variable and the deepspeed launcher does not: every rank would then use all cores, and several
     CPU ranks on one machine would spend their time waiting for each other.
     """
-    local_world_size = max(_number("LOCAL_WORLD_SIZE", 1), _number("LOCAL_SIZE", 1))
-    if env.device.type == "cpu" and local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    local_ranks = local_world_size()
+    if env.device.type == "cpu" and local_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))

@@ -1,7 +1,9 @@
 """How the processes of a job find each other; each failure is one line with advice.
 
-Rank 0 (or torchrun's agent) holds a store at ``MASTER_ADDR:MASTER_PORT``. Faults there are checked for before
-torch is called: its own errors are dozens of lines, from C++ and Python, without the missing rank and without advice.
+Rank 0 (or torchrun's agent) holds a store at ``MASTER_ADDR:MASTER_PORT``. An elastic torchrun, which starts the ranks
+again when a host is lost or comes back, must give each start a store of its own (:data:`OWN_STORE`). Faults there are
+checked for before torch is called: its own errors are dozens of lines, from C++ and Python, without the missing rank
+and without advice.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from statex_dist.distributed.env import ProcessEnv
 from statex_dist.errors import ConfigError, StateXError, reason, shown
 
 logger = logging.getLogger(__name__)
+
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable with which torchrun's agents leave the store to rank 0 of each start."""
 
 _NAME_SECONDS = 60.0
 """How long the name of an address may be unknown: a container's name appears when it starts."""
@@ -110,15 +115,18 @@ def _meet(env: ProcessEnv, limit: timedelta, facts: Mapping[str, object]) -> dis
     """Return the store of the job, once every rank has written to it."""
     address, port = _master(env)
     deadline = time.monotonic() + limit.total_seconds()
-    # torchrun's agent has opened the store already.
-    holds = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    # torchrun's agent has opened the store already, and keeps it when it starts the ranks again.
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if agents:
+        _require_one_count_of_restarts()
+    holds = env.rank == 0 and not agents
     if holds:
         _require_free(port)
     else:
         _reach(env, address, port, deadline)
     store = _open_store(address, port, holds, limit)
-    # torchrun's store is kept when it restarts the ranks.
-    mine = dist.PrefixStore(f"statex/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agents else "0"
+    mine = dist.PrefixStore(f"statex/{start}", store)
     try:
         _compare(env, mine, facts, f"{address}:{port}", deadline)
         if mine.add(f"joined/{env.rank}", 1) > 1:
@@ -132,7 +140,26 @@ def _meet(env: ProcessEnv, limit: timedelta, facts: Mapping[str, object]) -> dis
             f"rank 0 at {address}:{port} ended before all {env.world_size} ranks had joined "
             f"({reason(error, 120)}); see its output"
         ) from None
-    return store
+    # Connections of an earlier start are in an agent's store too.
+    return mine if agents else store
+
+
+def _require_one_count_of_restarts() -> None:
+    """Raise if starts of the ranks cannot be told apart in the store of torchrun's agents.
+
+    Each agent counts its own restarts, and a host that comes back is no restart. An agent that is no longer the first
+    would also continue with the store of another one.
+
+    Raises:
+        ConfigError: The agents of several hosts share a store, and may start the ranks again.
+    """
+    hosts, restarts = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if hosts != "1" and restarts != "0":
+        raise ConfigError(
+            f"torchrun of {hosts} hosts may restart the ranks {restarts} times (--max-restarts) with one store for all "
+            f"starts, which would mix them up; set {OWN_STORE}=1 for torchrun on every host and --rdzv-backend c10d, "
+            "or --max-restarts 0"
+        )
 
 
 def _open_store(address: str, port: int, holds: bool, limit: timedelta) -> dist.Store:

@@ -20,7 +20,7 @@ from statex_dist.distributed.disks import Disks
 from statex_dist.distributed.ranks import Ranks
 from statex_dist.durable.files import remove_leftovers, remove_tree
 from statex_dist.errors import ConfigError, refusal
-from statex_dist.train.run_lock import claim, not_held, taken_text
+from statex_dist.train.run_lock import claim, not_held, taken_text, wait_for_own_job
 
 PROBE_PREFIX = ".probe-"
 """Begins the name of the directory that rank 0 makes, and removes again."""
@@ -28,14 +28,22 @@ PROBE_PREFIX = ".probe-"
 _SHOWN_HOSTS = 4
 
 
-def require_shared(run_dir: Path, ranks: Ranks) -> None:
+def require_shared(run_dir: Path, ranks: Ranks, *, patience: float = 0.0) -> None:
     """Raise, on all ranks, unless every rank reads and writes in the same run directory.
 
     The directory is left as it was: a missing one is made, and removed again.
 
+    Args:
+        run_dir: The run's directory.
+        ranks: The ranks.
+        patience: Seconds to wait for the end of an earlier start of this job that still holds the directory.
+
     Raises:
         ConfigError: A rank has another directory there, or cannot write into it, or another job trains there.
     """
+    if ranks.rank == 0:
+        with contextlib.suppress(OSError):  # a directory that cannot be read is refused below
+            wait_for_own_job(run_dir, seconds=patience)
     with contextlib.ExitStack() as made:
         if problem := _problem(run_dir, ranks, made):
             made.close()

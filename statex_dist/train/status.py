@@ -40,6 +40,21 @@ def this_attempt() -> str:
     return os.environ.get(ATTEMPT_VARIABLE, "")
 
 
+def this_job() -> str:
+    """Return what all starts of this job have in common; empty for a start by hand.
+
+    Attempts are named ``JOB-NUMBER``; torchrun's starts have one ``--rdzv-id``, whose default is ``none``.
+    """
+    if attempt := this_attempt():
+        return attempt.rpartition("-")[0] or attempt
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").removeprefix("none")
+
+
+def _starts_again() -> bool:
+    """Return whether torchrun starts the ranks again by itself; the starts then have one name."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -137,8 +152,10 @@ def write_failure(
 
 
 def _of_this_start(status: RunStatus) -> bool:
-    if status.attempt or this_attempt():
-        return status.attempt == this_attempt()
+    if status.attempt != this_attempt():
+        return False
+    if this_attempt() and not _starts_again():
+        return True
     return datetime.fromisoformat(status.time) >= datetime.fromisoformat(_BEGAN)
 
 

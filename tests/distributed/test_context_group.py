@@ -169,6 +169,9 @@ def test_loss_gradients_and_states_equal_those_of_one_rank(errors: dict[str, flo
 
 def test_ranks_must_divide_into_groups():
     assert ParallelConfig(context=4).data_parallel_size(8) == 2
+    hosts = [(8, 16), (6, 12), (4, 8), (6, 6), (2, 8), (1, 1)]
+    within = [ParallelConfig(context=4).lies_within_hosts(local, world) for local, world in hosts]
+    assert within == [True, False, True, True, False, True]
     with raises(ConfigError, "parallel.context=4", "6"):
         ParallelConfig(context=4).data_parallel_size(6)
     with raises(ConfigError, "parallel.context", "1", "0"):

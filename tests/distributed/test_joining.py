@@ -212,6 +212,14 @@ def test_an_interface_that_is_not_here(monkeypatch):
         check_interface()
 
 
+def test_agents_of_several_hosts_that_restart_ranks_need_a_store_for_each_start(port, monkeypatch):
+    given = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with raises(ConfigError, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "--max-restarts"):
+        joining.join_processes(rank(0), "gloo", join_limit=SECOND, wait_limit=SECOND)
+
+
 @pytest.mark.distributed
 def test_the_training_script_says_one_line(tmp_path: Path):
     """Rank 0 of two at a port in use, and at a free one where rank 1 never comes; ``status.json`` says it too."""

@@ -106,6 +106,26 @@ def test_kills_cost_no_step_no_batch_and_no_bit(tmp_path: Path, sections: dict[s
 
 
 @pytest.mark.slow
+def test_torchrun_restarts_the_ranks_of_one_host(tmp_path: Path, sections: dict[str, Any]):
+    """Its store is kept over the restarts, with the addresses of the ranks that are gone."""
+    files = [write_run(tmp_path / f"{name}.yaml", **sections) for name in ("undisturbed", "run")]
+    assert run_training(2, "--config", str(files[0])).returncode == 0
+    launcher = command(2, "--config", str(files[1]))
+    place = launcher.index("--standalone")
+    result = subprocess.run(
+        [*launcher[:place], "--max-restarts", "2", *launcher[place:]],
+        env=broken(tmp_path / "done", FAULTS[0], FAULTS[2]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "done").iterdir())) == 2
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_job_with_the_stacks_of_all(tmp_path: Path, sections: dict[str, Any]):
     train = {**sections["train"], "hang_minutes": 0.1}
     file = write_run(tmp_path / "run.yaml", **{**sections, "train": train})

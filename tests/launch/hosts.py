@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-COMMANDS = ("ip", "ssh", "ssh-keygen", "pdsh", "unshare")
+COMMANDS = ("ip", "unshare")
+OF_SSH = ("ssh", "ssh-keygen", "pdsh")
 INTERFACE = "eth0"
 _START_SECONDS = 20.0
 
@@ -52,14 +53,20 @@ class Host:
         """Return ``command`` as it is started on this host."""
         return ["ip", "netns", "exec", self.name, *command]
 
+    def boot(self, *command: str) -> list[str]:
+        """Return ``command`` as this host's first process: what it starts ends with it, as if the power failed."""
+        first_process = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "sh", "-c"]
+        return self.command(*first_process, f'hostname {self.name} && exec "$@"', "sh", *command)
+
     def set_link(self, state: str) -> None:
         """Plug the cable in (``up``) or pull it out (``down``)."""
         _run("ip", "-n", self.name, "link", "set", INTERFACE, state)
 
 
-def missing() -> str:
+def missing(*, ssh: bool = True) -> str:
     """Return what this machine lacks for two hosts, in words; empty if it has all."""
-    lacking = [command for command in COMMANDS if shutil.which(command) is None] + ([] if SSHD else ["sshd"])
+    lacking = [command for command in COMMANDS + OF_SSH * ssh if shutil.which(command) is None]
+    lacking += ["sshd"] if ssh and not SSHD else []
     if lacking:
         return f"needs {', '.join(lacking)}"
     probe = f"statex-probe-{os.getpid()}"
@@ -70,16 +77,17 @@ def missing() -> str:
 
 
 @contextmanager
-def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
-    """Bring up two hosts that reach each other over ssh; whatever happens, nothing of them is left.
+def two_hosts(directory: Path, *, ssh: bool = True) -> Iterator[tuple[Host, Host]]:
+    """Bring up two hosts that reach each other; whatever happens, nothing of them is left.
 
     Args:
         directory: For the keys and the servers' logs.
+        ssh: Whether they have ssh servers.
     """
     hosts = tuple(Host(name=f"sx{os.getpid()}{letter}", address=f"10.77.0.{i + 1}") for i, letter in enumerate("ab"))
     first, second = hosts
     keys = [directory / name for name in ("user_key", "host_key")]
-    for key in keys:
+    for key in keys * ssh:
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
     with ExitStack() as stack:
         for host in hosts:
@@ -88,16 +96,16 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
             # `ip netns exec` mounts what lies here over /etc.
             etc = Path("/etc/netns") / host.name
             stack.callback(shutil.rmtree, etc, ignore_errors=True)
-            _fill_etc(etc, hosts, keys)
+            _fill_etc(etc, hosts, keys * ssh)
             _run("ip", "-n", host.name, "link", "set", "lo", "up")
         ends = ("netns", first.name, "type", "veth", "peer", "name", INTERFACE, "netns", second.name)
         _run("ip", "link", "add", INTERFACE, *ends)
         for host in hosts:
             _run("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
             host.set_link("up")
-        for host in hosts:
+        for host in hosts * ssh:
             stack.enter_context(_ssh_server(host, directory / f"{host.name}.log"))
-        for host in hosts:
+        for host in hosts * ssh:
             _wait_for(first, host, directory / f"{host.name}.log")
         yield first, second
 
@@ -107,6 +115,8 @@ def _fill_etc(etc: Path, hosts: tuple[Host, ...], keys: list[Path]) -> None:
     ssh.mkdir(parents=True)
     names = "".join(f"{each.address} {each.name}\n" for each in hosts)
     (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}", encoding="utf-8")
+    if not keys:
+        return
     for key in keys:
         shutil.copy(key, ssh)
     shutil.copy(keys[0].with_suffix(".pub"), ssh / "authorized_keys")
@@ -118,10 +128,8 @@ def _fill_etc(etc: Path, hosts: tuple[Host, ...], keys: list[Path]) -> None:
 def _ssh_server(host: Host, log: Path) -> Iterator[None]:
     assert SSHD is not None
     Path("/run/sshd").mkdir(exist_ok=True)  # it insists on this directory
-    first_process = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "sh", "-c"]
-    script = f"hostname {host.name} && exec {SSHD} -D -e"
     with log.open("wb") as output:
-        server = subprocess.Popen(host.command(*first_process, script), stdout=output, stderr=output)
+        server = subprocess.Popen(host.boot(SSHD, "-D", "-e"), stdout=output, stderr=output)
     try:
         yield
     finally:

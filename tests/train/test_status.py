@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from statex_dist.errors import StateXError
-from statex_dist.train.status import ATTEMPT_VARIABLE, RunStatus, read_status, write_failure, write_status
+from statex_dist.train.status import ATTEMPT_VARIABLE, RunStatus, read_status, this_job, write_failure, write_status
 from tests.raising import raises
 
 
@@ -67,6 +67,16 @@ def test_without_a_supervisor_a_start_is_told_by_its_time(tmp_path: Path, monkey
     write_status(tmp_path, RunStatus(state="complete", step=9, world_size=2))
     write_failure(tmp_path, "killed at its exit", exit_code=1, world_size=2)
     assert read_status(tmp_path).state == "complete"
+    monkeypatch.setattr("statex_dist.train.status._BEGAN", "2999-01-01T00:00:00+00:00")
+    assert fail(tmp_path, "of the next start").message == "of the next start"
+
+
+def test_starts_of_torchrun_have_one_name_and_are_told_apart_by_time(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "slurm-7-0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert this_job() == "slurm-7"
+    assert fail(tmp_path, "the cause").message == "the cause"
+    assert fail(tmp_path, "connection closed by peer").message == "the cause"
     monkeypatch.setattr("statex_dist.train.status._BEGAN", "2999-01-01T00:00:00+00:00")
     assert fail(tmp_path, "of the next start").message == "of the next start"
 

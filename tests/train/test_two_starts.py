@@ -6,13 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from statex_dist.errors import ConfigError
-from statex_dist.train.run_lock import LOCK_NAME, claim, not_held
+from statex_dist.train.run_lock import LOCK_NAME, claim, not_held, wait_for_own_job
 from statex_dist.train.status import read_status
 from tests.runs import GLA, REPOSITORY, environment, make_shards, write_run
 
@@ -80,3 +81,27 @@ def test_looking_at_a_lock_makes_nothing_and_refuses_nobody(tmp_path: Path):
             pass
     with claim(tmp_path):
         assert (tmp_path / LOCK_NAME).is_file()
+
+
+@pytest.mark.parametrize(("holder", "waits"), [("slurm-7-1", True), ("slurm-8-0", False)])
+def test_only_an_earlier_start_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch, caplog, holder, waits):
+    script = (
+        "import sys; from pathlib import Path; from statex_dist.train.run_lock import claim\n"
+        "with claim(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    environ = {**environment(), "STATEX_ATTEMPT": holder}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cut_off:
+        assert cut_off.stdout is not None
+        assert cut_off.stdout.readline() == "held\n"
+        monkeypatch.setenv("STATEX_ATTEMPT", "slurm-7-0")
+        wait_for_own_job(tmp_path, seconds=0.1)
+        assert ("waiting for its end" in caplog.text) == waits
+        with pytest.raises(ConfigError, match="another process is training into it"):
+            claim(tmp_path)
+        if waits:
+            ending = threading.Timer(0.5, cut_off.kill)
+            ending.start()
+            wait_for_own_job(tmp_path, seconds=60)
+            claim(tmp_path).release()
+        cut_off.kill()

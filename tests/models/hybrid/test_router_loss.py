@@ -43,6 +43,14 @@ def test_gradients_are_those_of_the_hosts_loss(tmp_path, model_type):
         for name, grad in ours.items():
             scale = max(theirs[name].abs().max().item(), 1e-3)  # of A_log and dt_bias the host has noise of 2e-3
             torch.testing.assert_close(grad, theirs[name], rtol=0, atol=5e-3 * scale, msg=name)
+    # A dummy pack: no target, and every parameter has the gradient 0.
+    model.zero_grad()
+    output = model(packed, labels=torch.full_like(packed, IGNORE_INDEX))
+    (output.loss_sum + output.router_loss).backward()
+    assert (output.loss_sum.item(), output.router_loss.item()) == (0, 0)
+    dummy = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert dummy.keys() == theirs.keys()
+    assert not any(grad.any() for grad in dummy.values())
     assert model.eval()(packed, padding=padding, **pack).router_loss is None
 
 
