@@ -1,4 +1,4 @@
-"""The partitions of ZeRO stages 1 and 2 cut anew, for a run that resumes on another number of ranks.
+"""The partitions of ZeRO stages 1 and 2 cut again, for a run that resumes on another number of ranks.
 
 A flat group is its parameters one after the other with zeros behind them, and each rank has an equal part of it
 (:mod:`statex_dist.checkpoint.formats.zero_whole.reader`). Files are mapped, so that a rank reads its own part alone.
