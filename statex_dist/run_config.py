@@ -83,8 +83,8 @@ class RunConfig:
             )
         if not self.train.shared_run_dir and self.engine.stage < 3:
             raise ConfigError(
-                f"train.shared_run_dir false needs engine.stage 3: in stage {self.engine.stage} one rank writes the model, "
-                "and ranks on other hosts could not read it"
+                f"train.shared_run_dir false needs engine.stage 3: in stage {self.engine.stage} one rank writes the "
+                "model, and ranks on other hosts could not read it"
             )
         segment = self.engine.segment_tokens
         share = min(s.seq_len // num_segments(s.seq_len, segment) for s in self.data.stages()) // self.parallel.context

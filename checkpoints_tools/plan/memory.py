@@ -11,15 +11,7 @@
 * reduce bucket, where gradients wait for their reduction: ``p`` times 5e8 (``reduce_bucket_size``) on a GPU, which is
   allocated whole; on a CPU only the pages that ``N`` parameters touch.
 
-Below stage 3 it holds instead:
-
-* parameters: ``p N``, so that nothing is gathered in the pass;
-* master weights: ``4 E``, in fp32 too; stage 0 (fp32 only) has none;
-* moments of Adam: ``8 E``, in stage 0 ``8 N``;
-* gradients: in stage 2 ``g E``; in stage 1 ``p N``, and ``4 N`` more where bf16 gradients are summed; in stage 0
-  ``4 N``;
-* reduce bucket: twice ``p`` times 5e8, of which one is filled while the other is reduced. Stage 0, and stage 1 where
-  bf16 gradients are summed, copy up to 5e8 gradients in fp32 in the phase ``reduce`` instead.
+Stages 0 to 2 are in :mod:`checkpoints_tools.plan.whole_model`.
 
 On top of this comes, in turn:
 
@@ -31,8 +23,8 @@ On top of this comes, in turn:
   larger one ``1e9 / passes`` (2, or 3 with checkpointing), the next 5e7 (``stage3_prefetch_bucket_size``) and the
   largest tensor;
 * ``reduce``: the bucket once more, in the order of ranks; gloo (CPU) copies that again;
-* ``update``: the gradients of a sub-group (below stage 3 of the rank's part) in fp32, and on a CPU Adam's denominator:
-  two tensors of ``4 E`` (the root, and the root corrected); the fused kernel on a GPU has none;
+* ``update``: the gradients of a sub-group in fp32, and on a CPU Adam's denominator: two tensors of ``4 E`` (the root,
+  and the root corrected); the fused kernel on a GPU has none;
 * ``save``, with ``train.save_async``: a copy of the saved values in host memory, ``12 E``. It stays from the first save
   and so counts in all of the above.
 
@@ -59,6 +51,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from checkpoints_tools.plan.whole_model import whole_model_memory
 from statex_dist.errors import ConfigError
 from statex_dist.models.config import ModelConfig
 from statex_dist.models.hybrid.host_tensors import memory_tensors
@@ -206,12 +199,11 @@ def training_memory(
     sizes = [math.prod(shape) for shape in shapes.values()]
     total, cpu = sum(sizes), settings.device == "cpu"
     whole = sum(size for size in sizes if size <= settings.param_persistence_threshold)
-    mine = sum(-(-size // settings.world_size) for size in sizes) if settings.stage else total
-    group = min(settings.sub_group_size, mine) if settings.stage == 3 else mine
+    mine = sum(-(-size // settings.world_size) for size in sizes)
+    group = min(settings.sub_group_size, mine)
     width = 2 if settings.precision == "bf16" else 4
     summed = 4 if settings.accumulation > 1 or settings.carried else width
     bucket = width * min(total, _REDUCE_BUCKET)
-    below_3, in_place = settings.stage < 3, settings.stage == 0 or (settings.stage == 1 and summed > width)
 
     def on_device(count: int) -> Share:
         return Share(host=count) if cpu else Share(device=count)
@@ -222,23 +214,42 @@ def training_memory(
         return Share(host=count if place == "cpu" else min(buffers, count))
 
     optimizer = settings.offload_optimizer
-    swapped = 4 * _SWAP_SUB_GROUPS * group
-    master = 4 * mine if width == 2 or optimizer != "none" or (below_3 and settings.stage) else 0
-    gradients = summed * mine if settings.stage > 1 else width * total + (4 * total if in_place and width == 2 else 0)
-    again = Share() if optimizer == "none" else placed(4 * mine, optimizer, swapped)
-    buckets = 0 if in_place else 2 if below_3 else 1
-    copied = 12 * mine + (width * total if below_3 and settings.stage else 0)  # rank 0 writes the model
-    parts = {
-        "parameters": on_device(width * total)
-        if below_3
-        else placed(width * mine, settings.offload_parameters, width * _SWAP_PARAMETERS) + on_device(width * whole),
-        "master weights": placed(master, optimizer, swapped),
-        "moments": placed(8 * mine, optimizer, 2 * swapped),
-        "gradients": (on_device(gradients) if optimizer == "none" else Share(host=gradients)) + again,
-        "reduce bucket": on_device(buckets * (bucket if cpu else width * _REDUCE_BUCKET)),
-        "copy to save": Share(host=copied if settings.save_async else 0),
-    }
-    passing = {"gathered": on_device(0 if below_3 else _gathered(settings, sizes, whole) * width)}
+    at_host = cpu or optimizer != "none"
+    if settings.stage < 3:
+        below = whole_model_memory(
+            settings.stage,
+            sizes,
+            world_size=settings.world_size,
+            width=width,
+            summed=settings.accumulation > 1 or settings.carried,
+            cpu=cpu,
+            bucket=_REDUCE_BUCKET,
+        )
+        parts = {
+            "parameters": on_device(below.parameters),
+            "master weights": on_device(below.master),
+            "moments": on_device(below.moments),
+            "gradients": on_device(below.gradients),
+            "copy to save": Share(host=below.saved if settings.save_async else 0),
+        }
+        passing = {"reduce bucket": on_device(below.passing)}
+        reduce, update = on_device(below.reduce), below.update
+    else:
+        swapped = 4 * _SWAP_SUB_GROUPS * group
+        master = 4 * mine if width == 2 or optimizer != "none" else 0
+        again = Share() if optimizer == "none" else placed(4 * mine, optimizer, swapped)
+        parts = {
+            "parameters": placed(width * mine, settings.offload_parameters, width * _SWAP_PARAMETERS)
+            + on_device(width * whole),
+            "master weights": placed(master, optimizer, swapped),
+            "moments": placed(8 * mine, optimizer, 2 * swapped),
+            "gradients": (on_device(summed * mine) if optimizer == "none" else Share(host=summed * mine)) + again,
+            "reduce bucket": on_device(bucket if cpu else width * _REDUCE_BUCKET),
+            "copy to save": Share(host=12 * mine if settings.save_async else 0),
+        }
+        passing = {"gathered": on_device(_gathered(settings, sizes, whole) * width)}
+        reduce = on_device(bucket * (2 if cpu else 1))
+        update = 4 * group * ((1 if optimizer == "none" else 0) + (2 if at_host else 0))
     if count_activations is None:
         tokens, chunk = settings.tokens, min(settings.loss_chunk_tokens or settings.tokens, settings.tokens)
         passing |= {
@@ -249,15 +260,13 @@ def training_memory(
     else:
         passing["activations"] = on_device(count_activations(config, settings))
     held = sum(parts.values(), Share())
-    at_host = cpu or optimizer != "none"
-    update = 4 * group * ((1 if optimizer == "none" and not in_place else 0) + (2 if at_host else 0))
     return TrainingMemory(
         parts=parts,
         passing=passing,
         phases={
             "start": _start(settings, sizes, parts["parameters"], width),
             "pass": held + sum(passing.values(), Share()),
-            "reduce": held + on_device((4 * min(total, _REDUCE_BUCKET) if in_place else bucket) * (2 if cpu else 1)),
+            "reduce": held + reduce,
             "update": held + (Share(host=update) if at_host else Share(device=update)),
         },
     )

@@ -182,7 +182,7 @@ def test_every_file_is_checked_for_foreign_code(found: list[dict[str, Any]]):
 
 
 def continued(rank: int, directory: Path, names: tuple[str, ...]) -> dict[str, list[tuple[float, dict[str, float]]]]:
-    """Resume runs of two ranks on as many as there are now."""
+    """Resume runs of two ranks on the ranks of this test."""
     found = {}
     for name in names:
         run = Run(configure(directory, VARIANTS[name]), directory / name)

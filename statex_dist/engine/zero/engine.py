@@ -295,8 +295,8 @@ class ZeroEngine(TrainEngine):
         state = torch.load(directory / client_file(self.rank % written_by), weights_only=True)
         if written_by != self.world_size and state.pop("carried", None) and self.rank == 0:
             logger.warning(
-                "%s was written by %d ranks: states between packs are left out, and what would begin from one of them "
-                "begins from an empty one",
+                "%s was written by %d ranks: states between packs are left out; sequences that would begin from one of "
+                "them begin from an empty state",
                 *(directory, written_by),
             )
         return state

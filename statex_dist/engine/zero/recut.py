@@ -1,4 +1,4 @@
-"""The partitions of ZeRO stages 1 and 2 cut anew, for a run that resumes on another number of ranks.
+"""The partitions of ZeRO stages 1 and 2 cut again, for a run that resumes on another number of ranks.
 
 A flat group is its parameters one after the other with zeros behind them, and each rank has an equal part of it
 (:mod:`statex_dist.checkpoint.formats.zero_whole.reader`). Files are mapped, so that a rank reads its own part alone.
@@ -19,7 +19,7 @@ from statex_dist.checkpoint.formats.zero_whole.files import optim_files
 def recut(
     directory: Path, lengths: Sequence[int], sizes: Sequence[int], *, rank: int, world_size: int
 ) -> dict[str, Any]:
-    """Return what the optimizer file of a rank would hold if as many ranks had written the checkpoint as there are now.
+    """Return the contents of a rank's optimizer file as the present number of ranks would have written it.
 
     Args:
         directory: The checkpoint, whose files hold no foreign code.
