@@ -6,6 +6,7 @@
       metrics.jsonl               one line per logged step
       status.json                 how the last start of the run is doing, or how it ended
       stacks/rank0.txt            where each rank was when the watchdog ended the job
+      logs/rank0.log              what each rank has logged, over all starts
       checkpoints/
         best                      a link to the tag with the least validation loss, where the run keeps it
         latest                    the newest complete tag, written last (DeepSpeed's own marker)
@@ -47,6 +48,7 @@ PLAIN_STATE_NAME = "plain_state.pt"
 DAMAGED_PREFIX = "damaged-"
 STATUS_NAME = "status.json"
 STACKS_DIR = "stacks"
+LOGS_DIR = "logs"
 
 _TAG = re.compile(r"global_step(\d+)(?:-ranks([1-9]\d*))?", flags=re.ASCII)
 _RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt$")
