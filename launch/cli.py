@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": "continue prompts, one recurrent step a token",
     "serve": "answer requests over HTTP, as OpenAI's completions API does",
     "eval": "measure what a model recalls, learns in context and predicts",
+    "status": "say how a training run is doing: progress, slowest host, stragglers, last warnings",
     "report": "draw training runs, evaluations and expansions on one page",
     "demo": "the whole road on a tiny model: pre-train, expand, post-train, compare",
 }

@@ -6,6 +6,7 @@
       metrics.jsonl               one line per logged step
       status.json                 how the last start of the run is doing, or how it ended
       stacks/rank0.txt            where each rank was when the watchdog ended the job
+      logs/rank0.log              what each rank has logged, over all starts
       checkpoints/
         best                      a link to the tag with the least validation loss, where the run keeps it
         latest                    the newest complete tag, written last (DeepSpeed's own marker)
@@ -50,6 +51,7 @@ PLAIN_STATE_NAME = "plain_state.pt"
 DAMAGED_PREFIX = "damaged-"
 STATUS_NAME = "status.json"
 STACKS_DIR = "stacks"
+LOGS_DIR = "logs"
 
 FIRST_RANK_FOLDER = "ranks-00000"
 RANKS_PER_FOLDER = 256

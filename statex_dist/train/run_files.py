@@ -18,7 +18,7 @@ from statex_dist.errors import StateXError, bounded_line, failure_text, shown
 from statex_dist.optim.schedule import ScheduleConfig, log_schedule, warn_of_changed_rates
 from statex_dist.train.callback import Callback, Ending
 from statex_dist.train.loop import Trainer
-from statex_dist.train.status import EXIT_PREEMPTED, RunStatus, State, write_failure, write_status
+from statex_dist.train.status import EXIT_PREEMPTED, RunStatus, State, read_status, write_failure, write_status
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,13 @@ class RunFiles(Callback):
 
     order = 60
 
+    _starts = 0
+
     def on_start(self) -> None:
         """Write the settings, and the state ``running``."""
         if self.run.rank == 0:
             write_settings(self.run.run_dir, self.run.settings, self.run.start_step)
+            self._starts = _starts_before(self.run.run_dir) + 1
             self._write("running", self.run.start_step, self.run.epochs)
 
     def on_end(self, ending: Ending) -> None:
@@ -56,11 +59,22 @@ class RunFiles(Callback):
     def _write(self, state: State, step: int, epochs: Mapping[str, float]) -> None:
         exit_code = {"complete": 0, "preempted": EXIT_PREEMPTED}.get(state)
         ranks = self.run.engine.world_size
-        status = RunStatus(state=state, step=step, world_size=ranks, exit_code=exit_code, epochs=dict(epochs))
+        status = RunStatus(
+            state=state, step=step, world_size=ranks, exit_code=exit_code, epochs=dict(epochs), starts=self._starts
+        )
         try:
             write_status(self.run.run_dir, status)
         except OSError as error:
             logger.warning("the status of %s is not written: %s", self.run.run_dir, error)
+
+
+def _starts_before(run_dir: Path) -> int:
+    try:
+        earlier = read_status(run_dir)
+    except StateXError as error:
+        logger.warning("%s", error)
+        return 0
+    return 0 if earlier is None else earlier.starts
 
 
 def report_start(

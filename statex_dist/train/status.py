@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -77,6 +77,7 @@ class RunStatus:
         attempt: Name of the start that wrote it; empty without a supervisor.
         epochs: Passes over each source of the data after these steps, by name; empty where they are not known.
         restart: Whether another start may succeed; false if the data or the settings must change first.
+        starts: How many starts of the run have begun to train; 0 where that is not known.
     """
 
     state: State
@@ -88,9 +89,13 @@ class RunStatus:
     attempt: str = field(default_factory=this_attempt)
     epochs: Mapping[str, float] = field(default_factory=dict)
     restart: bool = True
+    starts: int = 0
 
     def __post_init__(self) -> None:
-        texts, numbers = (self.message, self.time, self.attempt), (self.world_size, self.step or 0, self.exit_code or 0)
+        texts, numbers = (
+            (self.message, self.time, self.attempt),
+            (self.world_size, self.step or 0, self.exit_code or 0, self.starts),
+        )
         if (
             self.state not in get_args(State)
             or not all(type(text) is str for text in texts)
@@ -145,7 +150,7 @@ def write_failure(
     try:
         earlier = read_status(run_dir)
         if earlier is None or earlier.state == "running" or not _of_this_start(earlier):
-            write_status(run_dir, status)
+            write_status(run_dir, replace(status, starts=earlier.starts if earlier else 0))
     except (StateXError, OSError) as error:
         # The failure itself is what has to reach the user; a full disk is a likely cause of both.
         logger.warning("%s was not written: %s", run_dir / STATUS_NAME, error)
