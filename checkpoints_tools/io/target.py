@@ -27,7 +27,7 @@ from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs
 from statex_dist.checkpoint.formats.places import check_link, trainer_files
-from statex_dist.checkpoint.formats.raw_io import FileState
+from statex_dist.checkpoint.formats.raw_io import FileState, share_open_files
 from statex_dist.checkpoint.formats.tensor_io import Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.json_file import config_text, read_json
 from statex_dist.checkpoint.layout import MANIFEST_NAME
@@ -107,6 +107,7 @@ def write_target(
         logger.info("%s is complete already", target)
         remove_set_aside(target)
         return False
+    open_files = share_open_files(len(plan.files), threads=options.workers, readers=1)
     before = {**source.opened, **_carried_states(source)}
     crcs = SourceCrcs(source.archives())
     journal = None
@@ -126,6 +127,7 @@ def write_target(
             *(journal, source, plan.files, plan.jobs, plan.places, options),
             files_of=files_of,
             crcs=crcs,
+            open_files=open_files,
             progress=progress,
         )
         checked = crcs.finish()

@@ -19,7 +19,7 @@ from checkpoints_tools.io.journal import TargetJournal, WrittenTensor
 from checkpoints_tools.io.target_file import OpenFile, TargetFile
 from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs, window_of
-from statex_dist.checkpoint.formats.raw_io import Descriptors, open_files_of_writer
+from statex_dist.checkpoint.formats.raw_io import Descriptors, OpenFileShares
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
 from statex_dist.errors import ConfigError
 
@@ -70,6 +70,7 @@ def write_files(
     *,
     files_of: Mapping[str, frozenset[str]],
     crcs: SourceCrcs,
+    open_files: OpenFileShares,
     progress: Progress | None,
 ) -> None:
     """Write every file that the journal does not have; the first failure stops all workers.
@@ -83,18 +84,21 @@ def write_files(
         options: How to write.
         files_of: The names of the files of every tensor (:func:`files_of_tensors`).
         crcs: The checksums of the source's files.
+        open_files: How many files may be kept open.
         progress: Told of the bytes written.
 
     Raises:
         CheckpointError: The source fails.
         OSError: The disk refuses.
     """
-    writer = _Writer(journal, files, jobs, places, files_of, progress)
+    writer = _Writer(journal, files, jobs, places, files_of, Descriptors(open_files.writer), progress)
     try:
         writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
         in_threads(
             [job for job in jobs if job.key not in journal.tensors],
-            lambda: TensorStream(source, allow_nonfinite=options.allow_nonfinite, crcs=crcs),
+            lambda: TensorStream(
+                source, allow_nonfinite=options.allow_nonfinite, crcs=crcs, most_files=open_files.reader
+            ),
             writer.write,
             workers=options.workers,
             stop=writer.counter.stop,
@@ -123,6 +127,7 @@ class _Writer:
         jobs: Sequence[TensorJob],
         places: Places,
         files_of: Mapping[str, frozenset[str]],
+        descriptors: Descriptors,
         progress: Progress | None,
     ):
         self._journal, self._places = journal, places
@@ -131,7 +136,6 @@ class _Writer:
         self._pending_bytes = 0
         done = total_bytes(job.info for job in jobs if job.key in journal.tensors)
         self.counter = Counter(total_bytes(job.info for job in jobs), progress, done=done)
-        descriptors = Descriptors(open_files_of_writer(len(files)))
         unfinished = [file for file in files if file.name not in journal.files]
         self._open = {file.name: OpenFile(file, journal, descriptors) for file in unfinished}
         self._files_of = files_of

@@ -11,6 +11,7 @@ import xxhash
 from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES, cast
 from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
+from statex_dist.checkpoint.formats.raw_io import share_open_files
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 
@@ -61,13 +62,16 @@ def compare(
     """
     counter = Counter(sum(_info(other, pair).nbytes for pair in pairs), progress)
     first, second = _Side(source), _Side(other)
+    most_files = share_open_files(0, threads=workers, readers=3).reader
 
     def run(pair: Pair, comparer: _Comparer) -> Outcome:
         outcome = comparer.compare(pair)
         counter.advance(_info(other, pair).nbytes)
         return outcome
 
-    outcomes = in_threads(pairs, lambda: _Comparer(first, second, rtol), run, workers=workers, stop=counter.stop)
+    outcomes = in_threads(
+        pairs, lambda: _Comparer(first, second, rtol, most_files), run, workers=workers, stop=counter.stop
+    )
     for side in (first, second):
         side.crcs.finish()
     return outcomes
@@ -90,10 +94,10 @@ class _Side:
 class _Comparer:
     """Compares one pair after the other, in buffers of its own."""
 
-    def __init__(self, first: _Side, second: _Side, rtol: float | None):
-        self._stream = TensorStream(first.source, allow_nonfinite=True, crcs=first.crcs)
-        self._other = TensorStream(second.source, allow_nonfinite=True, crcs=second.crcs)
-        self._reader = PieceReader(second.source.opened, second.crcs, second.source.ahead)
+    def __init__(self, first: _Side, second: _Side, rtol: float | None, most_files: int):
+        self._stream = TensorStream(first.source, allow_nonfinite=True, crcs=first.crcs, most_files=most_files)
+        self._other = TensorStream(second.source, allow_nonfinite=True, crcs=second.crcs, most_files=most_files)
+        self._reader = PieceReader(second.source.opened, second.crcs, second.source.ahead, most_files=most_files)
         self._second, self._rtol = second.source, rtol
 
     def compare(self, pair: Pair) -> Outcome:
@@ -155,6 +159,7 @@ def read_all(
         CheckpointError: A replica, a digest of the manifest or a file is not what it should be.
     """
     counter = Counter(sum(job.info.nbytes for job in jobs), progress)
+    most_files = share_open_files(0, threads=workers, readers=1).reader
 
     def run(job: TensorJob, stream: TensorStream) -> None:
         for block in stream.blocks(job):
@@ -162,7 +167,7 @@ def read_all(
 
     in_threads(
         jobs,
-        lambda: TensorStream(source, allow_nonfinite=True, crcs=crcs),
+        lambda: TensorStream(source, allow_nonfinite=True, crcs=crcs, most_files=most_files),
         run,
         workers=workers,
         stop=counter.stop,

@@ -117,15 +117,21 @@ class PieceReader:
         states: What the files of the source were when it was opened; a file that has changed since is refused.
         crcs: Where bytes of ``torch.save`` files are noted; None for nowhere.
         ahead: Fetches ahead for all threads together.
+        most_files: Files that are kept open; None for a small part of the limit.
     """
 
     def __init__(
-        self, states: Mapping[Path, FileState], crcs: SourceCrcs | None = None, ahead: ReadAhead | None = None
+        self,
+        states: Mapping[Path, FileState],
+        crcs: SourceCrcs | None = None,
+        ahead: ReadAhead | None = None,
+        *,
+        most_files: int | None = None,
     ):
         self._states, self._crcs = states, crcs
         self._ahead = ahead or ReadAhead(len(states))
         self._files: OrderedDict[Path, int] = OrderedDict()
-        self._most_files = open_files_of_reader()
+        self._most_files = most_files or open_files_of_reader()
         self._scratch = np.empty(0, dtype=np.uint8)
 
     def read(
