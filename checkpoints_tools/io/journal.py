@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,30 @@ class TargetJournal:
     def close(self) -> None:
         """Let other processes write here."""
         self._lock.release()
+
+
+class ForwardedJournal:
+    """The journal as a worker process has it: entries go to the parent, which writes them down.
+
+    Args:
+        journal: The journal at the time when the worker began.
+        forward: Called with the arguments of :meth:`TargetJournal.add`.
+    """
+
+    def __init__(self, journal: TargetJournal | ForwardedJournal, forward: Callable[..., None]):
+        self.directory: Path = journal.directory
+        self.files: dict[str, FileRecord] = dict(journal.files)
+        self.tensors: dict[str, WrittenTensor] = journal.tensors
+        self._forward = forward
+
+    def add(
+        self, tensors: Mapping[str, WrittenTensor], file: str | None = None, record: FileRecord | None = None
+    ) -> None:
+        """Have tensors, and a file that is complete, written down (:meth:`TargetJournal.add`)."""
+        if tensors or file is not None:
+            self._forward(dict(tensors), file, record)
+        if file is not None and record is not None:
+            self.files[file] = record
 
 
 def _plain(tensors: Mapping[str, WrittenTensor]) -> dict[str, dict[str, Any]]:

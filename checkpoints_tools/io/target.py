@@ -22,7 +22,7 @@ import numpy as np
 
 from checkpoints_tools.io.journal import JOURNAL_NAME, PARTIAL_SUFFIX, TargetJournal, WrittenTensor, fingerprint
 from checkpoints_tools.io.target_file import TargetFile
-from checkpoints_tools.io.target_writer import Places, WriteOptions, files_of_tensors, write_files
+from checkpoints_tools.io.target_writer import Places, WriteOptions, files_of_tensors, finish_crcs, write_files
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs
@@ -123,14 +123,14 @@ def write_target(
         for job in plan.jobs:
             if job.key in journal.tensors and job.source is not None:
                 crcs.expect(source.of_state(job.state).pieces(job.source.name))
-        write_files(
+        processes = write_files(
             *(journal, source, plan.files, plan.jobs, plan.places, options),
             files_of=files_of,
             crcs=crcs,
             open_files=open_files,
             progress=progress,
         )
-        checked = crcs.finish()
+        checked = finish_crcs(crcs, processes)
         files = _write_documents(journal, source, plan)
         _check_unchanged(source, before)
         _write_manifest(journal, plan, files, {"run": run, "source_crcs_checked": checked})

@@ -107,6 +107,11 @@ class CrcLedger:
             self._starts.insert(place, start)
             self._runs.insert(place, (stop, crc))
 
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Return ``(start, length, crc)`` of each run that has been noted, for another process to note."""
+        with self._lock:
+            return [(start, stop - start, crc) for start, (stop, crc) in zip(self._starts, self._runs, strict=True)]
+
     def gaps(self, length: int) -> list[tuple[int, int]]:
         """Return the ``(start, stop)`` of each part of ``length`` bytes that has not been noted."""
         found, position = [], 0

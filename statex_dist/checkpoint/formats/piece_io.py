@@ -31,6 +31,9 @@ import xxhash
 
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 
+SourceRuns = Mapping[str, Mapping[str, Sequence[tuple[int, int, int]]]]
+"""What has been read of archives: ``(start, length, CRC-32)`` of runs, by file and entry."""
+
 
 class SourceCrcs:
     """The checksums that the ``torch.save`` files of a source carry, against what is read of them.
@@ -66,6 +69,25 @@ class SourceCrcs:
         start, name, entry = entries[bisect_right(entries, offset, key=lambda e: e[0]) - 1]
         assert start <= offset
         return start, entry, self._ledgers.setdefault((path, name), CrcLedger())
+
+    def forget(self) -> None:
+        """Forget what has been noted: a copy of this process begins to note what it reads itself."""
+        self._ledgers.clear()
+
+    def runs(self) -> SourceRuns:
+        """Return what has been noted, by file and entry, for :meth:`add_runs` of another process."""
+        found: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
+        for (path, name), ledger in [*self._ledgers.items()]:
+            found.setdefault(str(path), {})[name] = ledger.runs()
+        return found
+
+    def add_runs(self, found: SourceRuns) -> None:
+        """Note what another process has noted (:meth:`runs`) of the same files."""
+        for path, entries in found.items():
+            for name, runs in entries.items():
+                ledger = self._ledgers.setdefault((Path(path), name), CrcLedger())
+                for start, length, crc in runs:
+                    ledger.note_crc(start, length, crc)
 
     def finish(self, *, everything: bool = False, rank: int = 0, world_size: int = 1) -> int:
         """Check every storage of which anything was read; what was left out (padding) is read now.
