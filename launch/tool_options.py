@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser
@@ -121,6 +121,12 @@ def add_processes(parser: ArgumentParser) -> None:
     )
 
 
+def missing_text(parts: Sequence[int]) -> str:
+    """Return which parts of a job are not done yet, in words."""
+    named = ", ".join(map(str, parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    return f"not done yet: part{'s' * (len(parts) > 1)} {named}"
+
+
 def work_part(args: Any) -> WorkPart | None:
     """Return the parsed ``--part``, or None.
 
@@ -143,6 +149,7 @@ def write_options(args: Any, *, allow_nonfinite: bool = False) -> WriteOptions:
 
     size = parse_size(args.max_shard_size, option="--max-shard-size")
     given = {"overwrite": args.overwrite, "workers": args.workers, "processes": args.processes, "resume": args.resume}
+    given["part"] = work_part(args)
     return WriteOptions(max_shard_size=size, allow_nonfinite=allow_nonfinite, **given)
 
 

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from checkpoints_tools.io.journal import PARTIAL_SUFFIX, TargetJournal
@@ -56,6 +57,13 @@ class TargetFile:
     archives: tuple[tuple[int, Callable[[], Archive]], ...] = ()
     storages: tuple[tuple[int, int], ...] = ()
 
+    def record(self, path: Path) -> FileRecord:
+        """Return the record of the file, which is complete at ``path``."""
+        if [base for base, _ in self.archives] == [0]:
+            # An archive's checksums are known already: to read it again would cost as much as to write it.
+            return FileRecord(size=self.size, directory_xxh3_128=directory_digest(path))
+        return FileRecord(size=self.size, xxh3_128=digest_file(path))
+
 
 class OpenFile:
     """One file while it is written."""
@@ -98,7 +106,7 @@ class OpenFile:
                 return
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             keep = 0 if self._written else os.O_TRUNC
-            os.close(os.open(self._partial, os.O_CREAT | keep | os.O_RDWR, 0o666))
+            os.close(os.open(self._partial, os.O_CREAT | keep | os.O_WRONLY, 0o666))
             with self._descriptors.borrow(self._partial) as descriptor:
                 os.posix_fallocate(descriptor, 0, self.layout.size)
                 write_from(self.layout.header, descriptor, 0)
@@ -106,10 +114,16 @@ class OpenFile:
                     for offset, data in lay_out().fixed:
                         write_from(data, descriptor, base + offset)
             self._count_written()
-            self._is_made = True
+            self._is_made = self._is_dirty = True
 
-    def is_made_elsewhere(self) -> None:
-        """Take the file as it lies there: another process has made it, and counted what was in it."""
+    def is_made_elsewhere(self, *, count: bool = False) -> None:
+        """Take the file as it lies there, because another process has made it.
+
+        Args:
+            count: Whether to note the checksums of what an earlier run wrote.
+        """
+        if count:
+            self._count_written()
         self._is_made = True
 
     def runs(self) -> FileRuns:
@@ -185,16 +199,10 @@ class OpenFile:
                 crcs = {key: self._crc(base + offset, size) for key, (offset, size) in archive.storages.items()}
                 for offset, data in archive.closing(crcs):
                     write_from(data, descriptor, base + offset)
-            if [base for base, _ in self.layout.archives] == [0]:
-                # An archive's checksums are known already: to read it again would cost as much as to write it.
-                os.fsync(descriptor)
-                record = FileRecord(size=self.layout.size, directory_xxh3_128=directory_digest(self._partial))
-            else:
-                with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush") as flusher:
-                    flushed = flusher.submit(os.fsync, descriptor)
-                    digest = digest_file(self._partial)
-                    flushed.result()
-                record = FileRecord(size=self.layout.size, xxh3_128=digest)
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush") as flusher:
+                flushed = flusher.submit(os.fsync, descriptor)
+                record = self.layout.record(self._partial)
+                flushed.result()
         self.close()
         self._partial.replace(self._final)
         return record

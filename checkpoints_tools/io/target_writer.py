@@ -9,7 +9,7 @@ enters it in the journal too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class WriteOptions:
         overwrite: Whether a target that is not empty is replaced.
         workers: Tensors read, made and written at a time by each process; each needs a few buffers.
         processes: Processes that share the work; None for as many as it is worth.
+        part: The share of the target that is written here; None for all of it.
         resume: Whether to continue the files that a killed process left.
         allow_nonfinite: Whether NaN and Inf are copied.
     """
@@ -52,6 +53,7 @@ class WriteOptions:
     overwrite: bool = False
     workers: int = DEFAULT_WORKERS
     processes: int | None = None
+    part: WorkPart | None = None
     resume: bool = False
     allow_nonfinite: bool = False
 
@@ -80,7 +82,9 @@ def write_files(
     crcs: SourceCrcs,
     open_files: OpenFileShares,
     progress: Progress | None,
-) -> int:
+    share: Sequence[TensorJob] | None = None,
+    prepared: Collection[str] = (),
+) -> Written:
     """Write every file that the journal does not have; the first failure stops all workers.
 
     Args:
@@ -94,16 +98,21 @@ def write_files(
         crcs: The checksums of the source's files.
         open_files: How many files may be kept open.
         progress: Told of the bytes written.
-
-    Returns:
-        Number of processes that the job was worth.
+        share: The tensors that are written here; None for all.
+        prepared: Names of the files into which others write too: they are there, and are not completed.
 
     Raises:
         CheckpointError: The source fails, or a worker process was killed.
         OSError: The disk refuses.
     """
-    writer = _Writer(journal, files, jobs, places, files_of, Descriptors(open_files.writer), progress)
-    left = [job for job in jobs if job.key not in journal.tensors]
+    share = jobs if share is None else share
+    left = [job for job in share if job.key not in journal.tensors]
+    total = total_bytes(job.info for job in share)
+    writer = _Writer(
+        *(journal, files, jobs, places, files_of, Descriptors(open_files.writer)),
+        counter=Counter(total, progress, done=total - total_bytes(job.info for job in left)),
+        prepared=prepared,
+    )
 
     def write(share: Sequence[TensorJob]) -> None:
         in_threads(
@@ -118,14 +127,50 @@ def write_files(
 
     processes = min(options.processes or _worth(source, left, files), max(len(left), 1))
     try:
+        writer.are_made(prepared, count=True)
         writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
         if processes == 1:
             write(left)
         else:
             _write_in_processes(writer, left, crcs, write, processes)
+        writer.sync()
     finally:
         writer.close()
-    return processes
+    return Written(processes=processes, runs=writer.runs())
+
+
+def make_files(
+    journal: TargetJournal, files: Sequence[TargetFile], options: WriteOptions, open_files: OpenFileShares
+) -> None:
+    """Make files, headers written and all their space reserved, durably: several machines will write into them."""
+    descriptors = Descriptors(open_files.writer)
+
+    def make(share: Sequence[TargetFile], _: Send) -> None:
+        for layout in share:
+            file = OpenFile(layout, journal, descriptors)
+            file.make()
+            file.sync()
+            file.close()
+
+    processes = options.processes or default_processes(0, _PIECES_OF_FILE * len(files))
+    in_processes([share for share in cut_evenly(files, [0] * len(files), processes) if share], make)
+
+
+_PIECES_OF_FILE = 500
+"""How many pieces take the time of laying a file out, about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What comes of writing files.
+
+    Attributes:
+        processes: Number of processes that the job was worth.
+        runs: Checksums of what was written into the files that are not complete.
+    """
+
+    processes: int
+    runs: Mapping[str, FileRuns]
 
 
 def _worth(source: TensorSource, jobs: Sequence[TensorJob], files: Sequence[TargetFile]) -> int:
@@ -164,7 +209,7 @@ def _write_in_processes(
         writer.become_worker((), send)
         writer.finish(names)
 
-    common = writer.files_of_several(shares)
+    common = [name for name in writer.files_of_several(shares) if name not in writer.prepared]
     for runs in in_processes(of_files(common), make):
         writer.add_runs(runs)
     writer.are_made(common)
@@ -218,15 +263,16 @@ class _Writer:
         places: Places,
         files_of: Mapping[str, frozenset[str]],
         descriptors: Descriptors,
-        progress: Progress | None,
+        *,
+        counter: Counter,
+        prepared: Collection[str],
     ):
         self._journal: TargetJournal | ForwardedJournal = journal
         self._places = places
         self._lock = threading.Lock()
         self._pending: dict[str, WrittenTensor] = {}
         self._pending_bytes = 0
-        done = total_bytes(job.info for job in jobs if job.key in journal.tensors)
-        self.counter = Counter(total_bytes(job.info for job in jobs), progress, done=done)
+        self.counter, self.prepared = counter, prepared
         unfinished = [file for file in files if file.name not in journal.files]
         self._open = {file.name: OpenFile(file, journal, descriptors) for file in unfinished}
         self._files_of = files_of
@@ -290,10 +336,10 @@ class _Writer:
             self._open[name].make()
         return {name: runs for name in names if (runs := self._open[name].runs())}
 
-    def are_made(self, names: Iterable[str]) -> None:
-        """Take files as they lie there."""
+    def are_made(self, names: Iterable[str], *, count: bool = False) -> None:
+        """Take files as they lie there; ``count`` as of :meth:`OpenFile.is_made_elsewhere`."""
         for name in names:
-            self._open[name].is_made_elsewhere()
+            self._open[name].is_made_elsewhere(count=count)
 
     def become_worker(self, share: Sequence[TensorJob], send: Send) -> None:
         """Have what comes of this copy of the process sent to its parent, for :meth:`receive`."""
@@ -329,9 +375,7 @@ class _Writer:
 
     def finish_resumed(self) -> None:
         """Complete the files of which no tensor is missing: an earlier run was stopped there, or they hold none."""
-        for file in [*self._open.values()]:
-            if not file.lacks_tensors:
-                self._finish(file)
+        self.finish(name for name, file in self._open.items() if not file.lacks_tensors and name not in self.prepared)
 
     def _finish(self, file: OpenFile) -> None:
         name = file.layout.name
@@ -361,3 +405,49 @@ class _Writer:
         """Close all files, finished or not."""
         for file in self._open.values():
             file.close()
+
+
+def finish_files(
+    journal: TargetJournal,
+    files: Sequence[TargetFile],
+    jobs: Sequence[TensorJob],
+    places: Places,
+    options: WriteOptions,
+    *,
+    files_of: Mapping[str, frozenset[str]],
+    runs: Iterable[Mapping[str, FileRuns]],
+    open_files: OpenFileShares,
+) -> int:
+    """Complete the files of which all tensors are written, by other processes, and return how many processes did it.
+
+    Args:
+        journal: It has all tensors; finished files are entered.
+        files: The files.
+        jobs: Every tensor.
+        places: Where each of them goes.
+        options: How to write.
+        files_of: The names of the files of every tensor.
+        runs: Checksums of what each of those processes wrote.
+        open_files: How many files may be kept open.
+    """
+    for file in files:
+        final = journal.directory / file.name
+        if file.name not in journal.files and final.is_file() and final.stat().st_size == file.size:
+            journal.add({}, file.name, file.record(final))  # the process was killed before it could write that down
+    left = [file.name for file in files if file.name not in journal.files]
+    counter = Counter(0, None)
+    writer = _Writer(
+        *(journal, files, jobs, places, files_of, Descriptors(open_files.writer)), counter=counter, prepared=()
+    )
+    writer.are_made(left)
+    for of_part in runs:
+        writer.add_runs({name: found for name, found in of_part.items() if name in left})
+    processes = options.processes or default_processes(0, _PIECES_OF_FILE * len(left))
+
+    def finish(names: Sequence[str], send: Send) -> None:
+        writer.become_worker((), send)
+        writer.finish(names)
+
+    shares = [share for share in cut_evenly(left, [0] * len(left), processes) if share]
+    in_processes(shares, finish, receive=writer.receive)
+    return processes

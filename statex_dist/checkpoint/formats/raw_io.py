@@ -173,9 +173,10 @@ def share_open_files(num_files: int, *, threads: int, readers: int) -> OpenFileS
 
 
 class Descriptors:
-    """Files that are open for reading and writing; the one that was used longest ago is closed for another.
+    """Files that are open for writing; the one that was used longest ago is closed for another.
 
-    Any number of threads may borrow; a file that is borrowed is not closed.
+    Any number of threads may borrow; a file that is borrowed is not closed. They are not open for reading: then NFS
+    sends the very bytes that were written, not whole pages, with which two machines would undo each other's writes.
 
     Args:
         most: Files to keep open. While more are borrowed at a time, more are open.
@@ -195,7 +196,7 @@ class Descriptors:
                 idle = [other for other in self._open if not self._borrowed[self._open[other]]]
                 for other in idle[: len(self._open) - self._most + 1]:
                     os.close(self._open.pop(other))
-                descriptor = self._open[path] = os.open(path, os.O_RDWR)
+                descriptor = self._open[path] = os.open(path, os.O_WRONLY)
             self._open.move_to_end(path)
             self._borrowed[descriptor] += 1
         try:
