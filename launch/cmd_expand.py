@@ -9,7 +9,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from launch.tool_options import add_output_options, add_plan_options, plan_options, progress_bar, write_options
+from launch.tool_options import (
+    add_output_options,
+    add_plan_options,
+    missing_text,
+    plan_options,
+    progress_bar,
+    write_options,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,12 +44,17 @@ def run(args: Any) -> int:
     if args.dry_run:
         target_plan(expansion, options, to=args.to, world_size=args.world_size)
         check_target(expansion, Path(args.target), options)
-        report = expansion.report()
+        report, missing = expansion.report(), []
     else:
         with progress_bar("expand") as progress:
-            report = expand(expansion, args.target, options, to=args.to, world_size=args.world_size, progress=progress)
+            report, missing = expand(
+                *(expansion, args.target, options), to=args.to, world_size=args.world_size, progress=progress
+            )
     if args.json:
-        sys.stdout.write(json.dumps(report.to_dict()) + "\n")
+        parts = {} if args.part is None else {"part": args.part, "missing_parts": missing}
+        sys.stdout.write(json.dumps({**report.to_dict(), **parts}) + "\n")
+    elif missing:
+        sys.stdout.write(f"part {args.part} of {args.target} is written; {missing_text(missing)}\n")
     else:
         _print(report, "dry run" if args.dry_run else args.target)
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from launch.tool_options import add_output_options, progress_bar, size, write_options
+from launch.tool_options import add_output_options, missing_text, progress_bar, size, write_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -58,6 +58,9 @@ def run(args: Any) -> int:
         )
     if args.json:
         sys.stdout.write(json.dumps(asdict(summary)) + "\n")
+        return 0
+    if summary.missing_parts:
+        sys.stdout.write(f"part {summary.part} of {summary.target} is written; {missing_text(summary.missing_parts)}\n")
         return 0
     checked = "held to its manifest" if summary.verified else "no manifest to hold it to"
     sys.stdout.write(

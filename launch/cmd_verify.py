@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from launch.tool_options import progress_bar
+from launch.tool_options import add_processes, progress_bar, work_part
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="largest relative difference of a value, dtypes aside (default: same dtype and same bytes)",
     )
-    parser.add_argument("--workers", type=int, default=4, help="tensors read at a time")
+    add_processes(parser)
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
 
 
@@ -55,9 +55,15 @@ def run(args: Any) -> int:
         raise ConfigError(f"--rtol must be 0 or more, not {args.rtol}")
     if args.workers < 1:
         raise ConfigError(f"--workers must be a whole number from 1, not {args.workers}")
+    if args.processes is not None and args.processes < 1:
+        raise ConfigError(f"--processes must be a whole number from 1, not {args.processes}")
+    if args.as_expansion and args.part is not None:
+        raise ConfigError("--part does not go with --as-expansion, whose report is of all tensors; give --processes")
     if args.second is None and (args.as_expansion or args.rtol is not None):
         raise ConfigError("--as-expansion and --rtol compare two checkpoints; give B too")
-    common = {"workers": args.workers}
+    common = {"workers": args.workers, "processes": args.processes}
+    if not args.as_expansion:
+        common["part"] = work_part(args)
     with progress_bar("verify") as progress:
         if args.second is None:
             verdict = verify_alone(args.first, progress=progress, **common)
@@ -77,9 +83,13 @@ def run(args: Any) -> int:
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.tensors.items()))
     if verdict.second is None:
         word = "whole" if verdict.ok else "DAMAGED"
-        sys.stdout.write(f"{verdict.first} is {word} (checked: {counts or 'nothing'})\n")
+        share = f"part {verdict.part} of " if verdict.part else ""
+        sys.stdout.write(f"{share}{verdict.first} is {word} (checked: {counts or 'nothing'})\n")
         return 0 if verdict.ok else 1
     relation = "an expansion of" if args.as_expansion else "the same model as"
     word = "is" if verdict.ok else "is NOT"
-    sys.stdout.write(f"{verdict.second} {word} {relation} {verdict.first} (tensors that agree: {counts or 'none'})\n")
+    share = f"part {verdict.part} of " if verdict.part else ""
+    sys.stdout.write(
+        f"{share}{verdict.second} {word} {relation} {verdict.first} (tensors that agree: {counts or 'none'})\n"
+    )
     return 0 if verdict.ok else 1

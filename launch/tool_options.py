@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser
@@ -15,6 +15,7 @@ from statex_dist.state.plan import Op
 if TYPE_CHECKING:
     from checkpoints_tools.io.target_writer import WriteOptions
     from checkpoints_tools.plan.options import PlanOptions
+    from statex_dist.durable.work_part import WorkPart
     from statex_dist.models.sequence_memory import SequenceMemory
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def add_output_options(parser: ArgumentParser, *, layouts: str) -> None:
     parser.add_argument("--target", type=str, required=True, metavar="DIR", help="directory to make")
     parser.add_argument("--dtype", type=str | None, default=None, help="fp32, bf16 or fp16 (default: as in the source)")
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="size limit of a safetensors file")
-    parser.add_argument("--workers", type=int, default=4, help="tensors read and written at a time")
+    add_processes(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a target that is not empty")
     parser.add_argument("--resume", action="store_true", help="continue from the finished parts of a killed run")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -100,6 +101,41 @@ def add_output_options(parser: ArgumentParser, *, layouts: str) -> None:
     parser.add_argument(
         "--world-size", type=int | None, default=None, help="ranks of a zero3 target (default: as many as the source)"
     )
+
+
+def add_processes(parser: ArgumentParser) -> None:
+    """Add the options that share the work of a tool out (``expand``, ``reshard`` and ``verify``)."""
+    parser.add_argument("--workers", type=int, default=4, help="tensors read at a time by each process")
+    parser.add_argument(
+        "--processes",
+        type=int | None,
+        default=None,
+        help="worker processes on this machine (default: by cores and size of the job)",
+    )
+    parser.add_argument(
+        "--part",
+        type=str | None,
+        default=None,
+        metavar="I/N",
+        help="do this share, as 3/8; other machines do the others on the same file system",
+    )
+
+
+def missing_text(parts: Sequence[int]) -> str:
+    """Return which parts of a job are not done yet, in words."""
+    named = ", ".join(map(str, parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    return f"not done yet: part{'s' * (len(parts) > 1)} {named}"
+
+
+def work_part(args: Any) -> WorkPart | None:
+    """Return the parsed ``--part``, or None.
+
+    Raises:
+        ConfigError: It is not ``I/N``.
+    """
+    from statex_dist.durable.work_part import parse_part
+
+    return None if args.part is None else parse_part(args.part)
 
 
 def write_options(args: Any, *, allow_nonfinite: bool = False) -> WriteOptions:
@@ -112,7 +148,8 @@ def write_options(args: Any, *, allow_nonfinite: bool = False) -> WriteOptions:
     from statex_dist.config import parse_size
 
     size = parse_size(args.max_shard_size, option="--max-shard-size")
-    given = {"overwrite": args.overwrite, "workers": args.workers, "resume": args.resume}
+    given = {"overwrite": args.overwrite, "workers": args.workers, "processes": args.processes, "resume": args.resume}
+    given["part"] = work_part(args)
     return WriteOptions(max_shard_size=size, allow_nonfinite=allow_nonfinite, **given)
 
 

@@ -37,8 +37,8 @@ def expand(
     to: str = "hf",
     world_size: int | None = None,
     progress: Progress | None = None,
-) -> ExpansionReport:
-    """Write an expanded copy of a checkpoint.
+) -> tuple[ExpansionReport, list[int]]:
+    """Write an expanded copy of a checkpoint, or a part of it.
 
     Args:
         expansion: What to write (:func:`checkpoints_tools.expand.expand.prepare_expansion`).
@@ -49,7 +49,8 @@ def expand(
         progress: Told of the bytes written.
 
     Returns:
-        The account, which is also written to ``expansion_report.json``.
+        The account, which is also written to ``expansion_report.json``; and the parts without which the target is not
+        complete, where ``options.part`` is one of several.
 
     Raises:
         ConfigError: A wrong option.
@@ -65,8 +66,9 @@ def expand(
             "transformers, where the family has any: statex reshard --source %s --target DIR --to hf",
             *(target, target),
         )
-    write_target(Path(target), expansion.source, plan, options, progress=progress)
-    return expansion.report(read_digests(Path(target) / plan.model_folder))
+    missing = write_target(Path(target), expansion.source, plan, options, progress=progress)
+    written = {} if missing else read_digests(Path(target) / plan.model_folder)
+    return expansion.report(written), missing
 
 
 def target_plan(

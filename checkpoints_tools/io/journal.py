@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from typing import Any
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.checkpoint.manifest import FileRecord
 from statex_dist.durable.files import JournalDamageError, JsonlJournal, read_journal, write_durably
-from statex_dist.durable.lock import LockHeldError, acquire
+from statex_dist.durable.lock import HeldLock, LockHeldError, acquire
 from statex_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = "JOURNAL.jsonl"
+
+PARTS_FOLDER, PARTS_NAME = ".parts", "parts.json"
+"""What several machines that write a target together keep in its temporary directory."""
 
 
 PARTIAL_SUFFIX = ".partial"
@@ -52,19 +55,23 @@ class TargetJournal:
         directory: The temporary directory, made if it does not exist.
         run: Fingerprint of the target that is being written.
         resume: Whether to continue an earlier process's files; else they are removed.
+        name: Path of the journal below the directory.
+        is_locked: Whether the caller has locked the directory: it is one of several parts.
 
     Raises:
         CheckpointError: Another process is writing there, or the files there belong to another run.
     """
 
-    def __init__(self, directory: Path, *, run: str, resume: bool):
+    def __init__(self, directory: Path, *, run: str, resume: bool, name: str = JOURNAL_NAME, is_locked: bool = False):
         self.directory = directory
         self.files: dict[str, FileRecord] = {}
         self.tensors: dict[str, WrittenTensor] = {}
         self._write = threading.Lock()
-        self._run = run
+        self._run, self._path, self._is_part = run, directory / name, is_locked
+        self._lock: HeldLock | None = None
         try:
-            self._lock = acquire(directory, directory=True, required=False)
+            if not is_locked:
+                self._lock = acquire(directory, directory=True, required=False)
         except LockHeldError:
             raise CheckpointError(
                 f"another process is writing {directory}; wait for it, or choose another target"
@@ -78,7 +85,11 @@ class TargetJournal:
             raise
 
     def _begin(self, run: str, resume: bool) -> None:
-        path = self.directory / JOURNAL_NAME
+        path = self._path
+        if not self._is_part and (self.directory / PARTS_FOLDER / PARTS_NAME).exists():
+            raise CheckpointError(
+                f"{self.directory} holds an unfinished run with --part; run the parts, or remove the directory"
+            )
         lines = _read_lines(path) if resume else []
         if lines:
             if lines[0].get("run") != run:
@@ -87,9 +98,7 @@ class TargetJournal:
                     "run without --resume to start over, or with what it began with"
                 )
             for line in lines[1:]:
-                self.tensors |= _tensors_of(line)
-                if "file" in line:
-                    self.files[str(line["file"])] = FileRecord(**line["record"])
+                self._take(line)
         else:
             write_durably(path, json.dumps({"run": run}) + "\n")
         self._journal = JsonlJournal(path)
@@ -119,6 +128,25 @@ class TargetJournal:
         if self.tensors:
             lines.append({"tensors": _plain(self.tensors)})
         self._journal.rewrite([*lines, *({"file": n, "record": asdict(record)} for n, record in self.files.items())])
+        if not self._is_part:
+            self._remove_others(partial)
+        if self.tensors or self.files:
+            logger.info(
+                "resuming %s: %d finished files, %d tensors", self.directory, len(self.files), len(self.tensors)
+            )
+
+    def take(self, name: str) -> None:
+        """Take over what another part's journal says, of the same run."""
+        for line in _read_lines(self.directory / name)[1:]:
+            self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        self.tensors |= _tensors_of(line)
+        if "file" in line:
+            self.files[str(line["file"])] = FileRecord(**line["record"])
+
+    def _remove_others(self, partial: Collection[str]) -> None:
+        """Remove what is neither finished nor begun."""
         kept = {*self.files, *(name + PARTIAL_SUFFIX for name in partial if self.tensors), JOURNAL_NAME}
         for left in sorted(self.directory.rglob("*"), reverse=True):
             name = str(left.relative_to(self.directory))
@@ -127,10 +155,6 @@ class TargetJournal:
                     left.rmdir()
             elif name not in kept:
                 left.unlink()
-        if self.tensors or self.files:
-            logger.info(
-                "resuming %s: %d finished files, %d tensors", self.directory, len(self.files), len(self.tensors)
-            )
 
     def add(
         self, tensors: Mapping[str, WrittenTensor], file: str | None = None, record: FileRecord | None = None
@@ -147,6 +171,8 @@ class TargetJournal:
             line |= {"file": file, "record": asdict(record)}
         if tensors:
             line |= {"tensors": _plain(tensors)}
+        if not line:
+            return
         with self._write:
             self._journal.append(line)
             self.tensors |= tensors
@@ -155,7 +181,32 @@ class TargetJournal:
 
     def close(self) -> None:
         """Let other processes write here."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+
+class ForwardedJournal:
+    """The journal as a worker process has it: entries go to the parent, which writes them down.
+
+    Args:
+        journal: The journal at the time when the worker began.
+        forward: Called with the arguments of :meth:`TargetJournal.add`.
+    """
+
+    def __init__(self, journal: TargetJournal | ForwardedJournal, forward: Callable[..., None]):
+        self.directory: Path = journal.directory
+        self.files: dict[str, FileRecord] = dict(journal.files)
+        self.tensors: dict[str, WrittenTensor] = journal.tensors
+        self._forward = forward
+
+    def add(
+        self, tensors: Mapping[str, WrittenTensor], file: str | None = None, record: FileRecord | None = None
+    ) -> None:
+        """Have tensors, and a file that is complete, written down (:meth:`TargetJournal.add`)."""
+        if tensors or file is not None:
+            self._forward(dict(tensors), file, record)
+        if file is not None and record is not None:
+            self.files[file] = record
 
 
 def _plain(tensors: Mapping[str, WrittenTensor]) -> dict[str, dict[str, Any]]:

@@ -13,21 +13,39 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.io.journal import JOURNAL_NAME, PARTIAL_SUFFIX, TargetJournal, WrittenTensor, fingerprint
+from checkpoints_tools.io.journal import (
+    JOURNAL_NAME,
+    PARTIAL_SUFFIX,
+    PARTS_FOLDER,
+    TargetJournal,
+    WrittenTensor,
+    fingerprint,
+)
+from checkpoints_tools.io.parts import PartDirectory, PartResult
 from checkpoints_tools.io.target_file import TargetFile
-from checkpoints_tools.io.target_writer import Places, WriteOptions, files_of_tensors, write_files
+from checkpoints_tools.io.target_writer import (
+    Places,
+    WriteOptions,
+    Written,
+    files_of_tensors,
+    finish_crcs,
+    finish_files,
+    make_files,
+    write_files,
+)
 from checkpoints_tools.io.tensor_stream import TensorJob
+from checkpoints_tools.io.worker_processes import cut_evenly
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs
 from statex_dist.checkpoint.formats.places import check_link, trainer_files
-from statex_dist.checkpoint.formats.raw_io import FileState
+from statex_dist.checkpoint.formats.raw_io import FileState, share_open_files
 from statex_dist.checkpoint.formats.tensor_io import Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.json_file import config_text, read_json
 from statex_dist.checkpoint.layout import MANIFEST_NAME
@@ -41,6 +59,8 @@ from statex_dist.checkpoint.manifest import (
     remove_set_aside,
     temporary_for,
 )
+from statex_dist.durable.files import remove_tree
+from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError, reason, refusal
 from statex_dist.models.config import CONFIG_NAME
 
@@ -84,8 +104,8 @@ def write_target(
     options: WriteOptions,
     *,
     progress: Progress | None = None,
-) -> bool:
-    """Write a target; nothing half-written is ever there.
+) -> list[int]:
+    """Write a target, or a part of it; nothing half-written is ever there.
 
     Args:
         target: The directory to make.
@@ -95,61 +115,171 @@ def write_target(
         progress: Told of the bytes written.
 
     Returns:
-        False where ``options.resume`` found the target complete already, so that nothing was written.
+        The parts that are missing where ``options.part`` is one of several; else the target is complete.
 
     Raises:
         CheckpointError: The target is not empty or not writable, the disk is full, or the source fails. The target is
-            then as it was; what is finished is kept for a later run with ``resume`` if this one had it.
+            then as it was; what is finished is kept for a later run with ``resume`` if this one had it, and of a part.
     """
     target = target.resolve()
     run = fingerprint(_identity(source, plan, options))
-    if options.resume and _is_complete(target / plan.folder, run):
+    if (options.resume or options.part) and _is_complete(target / plan.folder, run):
         logger.info("%s is complete already", target)
         remove_set_aside(target)
-        return False
-    before = {**source.opened, **_carried_states(source)}
-    crcs = SourceCrcs(source.archives())
-    journal = None
+        _remove_journals(target)
+        return []
+    work = _Work(target=target, run=run, source=source, plan=plan, options=options)
     try:
         refuse_target(target, overwrite=options.overwrite)
-        journal = TargetJournal(temporary_for(target), run=run, resume=options.resume)
-        refuse_target(target, overwrite=options.overwrite)  # again: another process may just have finished it
-        files_of = files_of_tensors(plan.jobs, plan.places)
-        journal.settle({file.name: file.size for file in plan.files}, files_of)
-        _check_space(journal, plan.files)
-        (journal.directory / plan.folder).mkdir(parents=True, exist_ok=True)
-        (journal.directory / plan.model_folder).mkdir(parents=True, exist_ok=True)
+        if options.part is not None:
+            return _write_part(work, options.part, progress)
+        _write_whole(work, progress)
+    except OSError as error:
+        raise CheckpointError(f"target {target} cannot be written: {refusal(error)}") from None
+    return []
+
+
+class _Work:
+    """One target while it is written: what its steps share."""
+
+    def __init__(self, *, target: Path, run: str, source: TensorSource, plan: TargetPlan, options: WriteOptions):
+        self.target, self.run, self.source, self.plan, self.options = target, run, source, plan, options
+        self.open_files = share_open_files(len(plan.files), threads=options.workers, readers=1)
+        self.before = {**source.opened, **_carried_states(source)}
+        self.crcs = SourceCrcs(source.archives())
+        self.files_of = files_of_tensors(plan.jobs, plan.places)
+        self.sizes = {file.name: file.size for file in plan.files}
+
+    def make_folders(self, directory: Path) -> None:
+        """Make the folders of the target."""
+        (directory / self.plan.folder).mkdir(parents=True, exist_ok=True)
+        (directory / self.plan.model_folder).mkdir(parents=True, exist_ok=True)
+
+    def write(
+        self,
+        journal: TargetJournal,
+        progress: Progress | None,
+        *,
+        share: Sequence[TensorJob] | None = None,
+        prepared: Collection[str] = (),
+    ) -> Written:
+        """Write files, and expect what an earlier run has read of the source (arguments of :func:`write_files`)."""
+        plan, source = self.plan, self.source
         for job in plan.jobs:
             if job.key in journal.tensors and job.source is not None:
-                crcs.expect(source.of_state(job.state).pieces(job.source.name))
-        write_files(
-            *(journal, source, plan.files, plan.jobs, plan.places, options),
-            files_of=files_of,
-            crcs=crcs,
+                self.crcs.expect(source.of_state(job.state).pieces(job.source.name))
+        return write_files(
+            *(journal, source, plan.files, plan.jobs, plan.places, self.options),
+            files_of=self.files_of,
+            crcs=self.crcs,
+            open_files=self.open_files,
             progress=progress,
+            share=share,
+            prepared=prepared,
         )
-        checked = crcs.finish()
-        files = _write_documents(journal, source, plan)
-        _check_unchanged(source, before)
-        _write_manifest(journal, plan, files, {"run": run, "source_crcs_checked": checked})
+
+    def complete(self, journal: TargetJournal, processes: int) -> None:
+        """Check the source, write documents, manifest and markers, and give the directory its name."""
+        plan, directory = self.plan, journal.directory
+        checked = finish_crcs(self.crcs, processes)
+        files = _write_documents(journal, self.source, plan)
+        _check_unchanged(self.source, self.before)
+        _write_manifest(journal, plan, files, {"run": self.run, "source_crcs_checked": checked})
         for name, text in plan.markers.items():
-            (journal.directory / name).write_text(text, encoding="utf-8")
-            record_file(journal.directory / name)
-        finish_target(journal.directory, target, overwrite=options.overwrite)
-        (target / JOURNAL_NAME).unlink()  # last: until the rename a next run reads from it which parts are finished
-    except BaseException as error:
+            (directory / name).write_text(text, encoding="utf-8")
+            record_file(directory / name)
+        finish_target(directory, self.target, overwrite=self.options.overwrite)
+        _remove_journals(self.target)  # last: until the rename a next run reads there which parts are finished
+
+
+def _remove_journals(target: Path) -> None:
+    (target / JOURNAL_NAME).unlink(missing_ok=True)
+    if (target / PARTS_FOLDER).is_dir():
+        remove_tree(target / PARTS_FOLDER)
+
+
+def _write_whole(work: _Work, progress: Progress | None) -> None:
+    """Write all of a target."""
+    target, options, journal = work.target, work.options, None
+    try:
+        journal = TargetJournal(temporary_for(target), run=work.run, resume=options.resume)
+        refuse_target(target, overwrite=options.overwrite)  # again: another process may just have finished it
+        journal.settle(work.sizes, work.files_of)
+        _check_space(journal, work.plan.files)
+        work.make_folders(journal.directory)
+        written = work.write(journal, progress)
+        work.complete(journal, written.processes)
+    except BaseException:
         keep = journal is not None and options.resume and (journal.files or journal.tensors)
         if journal is not None and not keep:
             shutil.rmtree(journal.directory, ignore_errors=True)
         elif keep:
             logger.info("what is finished is kept in %s: the same command goes on from it", temporary_for(target))
-        if isinstance(error, OSError):
-            raise CheckpointError(f"target {target} cannot be written: {refusal(error)}") from None
         raise
     finally:
         if journal is not None:
             journal.close()
-    return True
+
+
+def _write_part(work: _Work, part: WorkPart, progress: Progress | None) -> list[int]:
+    """Write one part of a target, and complete it if all others are there; return the parts that are missing."""
+    plan = work.plan
+    with PartDirectory(temporary_for(work.target), part, work.run) as directory:
+        shares = cut_evenly(plan.jobs, [job.info.nbytes for job in plan.jobs], part.count)
+        prepared = _files_of_several(work, shares)
+        if not directory.is_done:
+            journal = TargetJournal(
+                directory.directory, run=work.run, resume=True, name=directory.journal_name, is_locked=True
+            )
+
+            def make() -> None:
+                _check_space(journal, plan.files)
+                work.make_folders(directory.directory)
+                shared = [file for file in plan.files if file.name in prepared]
+                make_files(journal, shared, work.options, work.open_files)
+
+            directory.prepare(make)
+            journal.settle(work.sizes, work.files_of)
+            written = work.write(journal, progress, share=shares[part.index - 1], prepared=prepared)
+            _check_unchanged(work.source, work.before)
+            directory.leave(PartResult(files=written.runs, source=work.crcs.runs()))
+        with directory.finishing() as missing:
+            if missing == []:
+                logger.info("part %s is written, and so are all others: completing %s", part, work.target)
+                _finish_parts(work, directory)
+            return missing or []
+
+
+def _files_of_several(work: _Work, shares: Sequence[Sequence[TensorJob]]) -> list[str]:
+    """Return the files that have tensors of several parts, or none."""
+    owners: dict[str, set[int]] = {}
+    for number, share in enumerate(shares):
+        for names in {work.files_of[job.key] for job in share}:
+            for name in names:
+                owners.setdefault(name, set()).add(number)
+    return [file.name for file in work.plan.files if len(owners.get(file.name, ())) != 1]
+
+
+def _finish_parts(work: _Work, directory: PartDirectory) -> None:
+    """Complete a target of which all parts are written."""
+    plan = work.plan
+    journal = TargetJournal(
+        directory.directory, run=work.run, resume=True, name=directory.finish_journal_name, is_locked=True
+    )
+    for name in directory.journals():
+        journal.take(name)
+    runs = []
+    work.crcs.forget()
+    for result in directory.results():
+        runs.append(result.files)
+        work.crcs.add_runs(result.source)
+    processes = finish_files(
+        *(journal, plan.files, plan.jobs, plan.places, work.options),
+        files_of=work.files_of,
+        runs=runs,
+        open_files=work.open_files,
+    )
+    work.complete(journal, processes)
 
 
 def _identity(source: TensorSource, plan: TargetPlan, options: WriteOptions) -> dict[str, Any]:

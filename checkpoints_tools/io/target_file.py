@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from checkpoints_tools.io.journal import PARTIAL_SUFFIX, TargetJournal
@@ -17,6 +18,9 @@ from statex_dist.checkpoint.formats.crc import CrcLedger, crc_of_zeros, director
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, Descriptors, read_from, write_from
 from statex_dist.checkpoint.formats.tensor_io import Piece
 from statex_dist.checkpoint.manifest import FileRecord, digest_file
+
+FileRuns = dict[int, list[tuple[int, int, int]]]
+"""Checksums of what has been written into a file: ``(start, length, CRC-32)`` by the offset of the storage."""
 
 
 class Archive(Protocol):
@@ -53,6 +57,13 @@ class TargetFile:
     archives: tuple[tuple[int, Callable[[], Archive]], ...] = ()
     storages: tuple[tuple[int, int], ...] = ()
 
+    def record(self, path: Path) -> FileRecord:
+        """Return the record of the file, which is complete at ``path``."""
+        if [base for base, _ in self.archives] == [0]:
+            # An archive's checksums are known already: to read it again would cost as much as to write it.
+            return FileRecord(size=self.size, directory_xxh3_128=directory_digest(path))
+        return FileRecord(size=self.size, xxh3_128=digest_file(path))
+
 
 class OpenFile:
     """One file while it is written."""
@@ -62,7 +73,7 @@ class OpenFile:
         self._final = journal.directory / layout.name
         self._partial = journal.directory / (layout.name + PARTIAL_SUFFIX)
         self._finished = journal.tensors.keys()
-        self._lock, self._is_made = threading.Lock(), False
+        self._lock, self._is_made, self._is_dirty = threading.Lock(), False, False
         self._missing = 0
         self._written: list[tuple[TensorJob, Piece]] = []
         self._storages = sorted(layout.storages)
@@ -88,34 +99,62 @@ class OpenFile:
     def _storage_at(self, offset: int) -> int:
         return self._storages[bisect_right(self._storages, offset, key=lambda storage: storage[0]) - 1][0]
 
-    def _make(self) -> None:
+    def make(self) -> None:
         """Make the file on the first call: headers written, all its space reserved."""
         with self._lock:
             if self._is_made:
                 return
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             keep = 0 if self._written else os.O_TRUNC
-            os.close(os.open(self._partial, os.O_CREAT | keep | os.O_RDWR, 0o666))
+            os.close(os.open(self._partial, os.O_CREAT | keep | os.O_WRONLY, 0o666))
             with self._descriptors.borrow(self._partial) as descriptor:
                 os.posix_fallocate(descriptor, 0, self.layout.size)
                 write_from(self.layout.header, descriptor, 0)
                 for base, lay_out in self.layout.archives:
                     for offset, data in lay_out().fixed:
                         write_from(data, descriptor, base + offset)
-                self._count_written(descriptor)
-            self._is_made = True
+            self._count_written()
+            self._is_made = self._is_dirty = True
+
+    def is_made_elsewhere(self, *, count: bool = False) -> None:
+        """Take the file as it lies there, because another process has made it.
+
+        Args:
+            count: Whether to note the checksums of what an earlier run wrote.
+        """
+        if count:
+            self._count_written()
+        self._is_made = True
+
+    def runs(self) -> FileRuns:
+        """Return the checksums of what has been written, by storage, for :meth:`add_runs` of another process."""
+        return {offset: runs for offset, ledger in self._ledgers.items() if (runs := ledger.runs())}
+
+    def add_runs(self, found: FileRuns) -> None:
+        """Note what another process has written (:meth:`runs`)."""
+        for offset, runs in found.items():
+            for start, length, crc in runs:
+                self._ledgers[offset].note_crc(start, length, crc)
+
+    def forget(self) -> None:
+        """Forget the checksums: a copy of this process begins to note what it writes itself."""
+        self._ledgers = {offset: CrcLedger() for offset in self._ledgers}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
         """Give the descriptor of the file, made if it was not there."""
-        self._make()
+        self.make()
         with self._descriptors.borrow(self._partial) as descriptor:
             yield descriptor
 
-    def _count_written(self, descriptor: int) -> None:
+    def _count_written(self) -> None:
         """Read again what an earlier run wrote, and note its checksums."""
-        if not self._storages:
+        if not self._storages or not self._written:
             return
+        with self._partial.open("rb", buffering=0) as file:
+            self._count(file.fileno())
+
+    def _count(self, descriptor: int) -> None:
         block = bytearray(BLOCK_BYTES)
         for job, place in self._written:
             stop = place.offset + place.numel * job.info.item_bytes
@@ -132,12 +171,13 @@ class OpenFile:
         """Write values at a place that no other tensor has."""
         with self._opened() as descriptor:
             write_from(data, descriptor, offset)
+        self._is_dirty = True
         if self._storages:
             self._note(offset, data)
 
     def done_with_tensor(self) -> bool:
         """Note that a tensor is in the file; return whether it was the last one that the file lacked."""
-        self._make()  # a tensor without elements has not opened it
+        self.make()  # a tensor without elements has not opened it
         with self._lock:
             self._missing -= 1
             return self._missing == 0
@@ -146,7 +186,8 @@ class OpenFile:
         """Flush what has been written."""
         # A file that is finished is flushed, and has another name.
         with contextlib.suppress(FileNotFoundError):
-            if self._is_made:
+            if self._is_dirty:
+                self._is_dirty = False  # what is written from now on is not flushed by this
                 with self._descriptors.borrow(self._partial) as descriptor:
                     os.fsync(descriptor)
 
@@ -158,16 +199,10 @@ class OpenFile:
                 crcs = {key: self._crc(base + offset, size) for key, (offset, size) in archive.storages.items()}
                 for offset, data in archive.closing(crcs):
                     write_from(data, descriptor, base + offset)
-            if [base for base, _ in self.layout.archives] == [0]:
-                # An archive's checksums are known already: to read it again would cost as much as to write it.
-                os.fsync(descriptor)
-                record = FileRecord(size=self.layout.size, directory_xxh3_128=directory_digest(self._partial))
-            else:
-                with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush") as flusher:
-                    flushed = flusher.submit(os.fsync, descriptor)
-                    digest = digest_file(self._partial)
-                    flushed.result()
-                record = FileRecord(size=self.layout.size, xxh3_128=digest)
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush") as flusher:
+                flushed = flusher.submit(os.fsync, descriptor)
+                record = self.layout.record(self._partial)
+                flushed.result()
         self.close()
         self._partial.replace(self._final)
         return record

@@ -9,18 +9,21 @@ enters it in the journal too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from checkpoints_tools.io.journal import TargetJournal, WrittenTensor
-from checkpoints_tools.io.target_file import OpenFile, TargetFile
+from checkpoints_tools.io.journal import ForwardedJournal, TargetJournal, WrittenTensor
+from checkpoints_tools.io.target_file import FileRuns, OpenFile, TargetFile
 from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
-from statex_dist.checkpoint.formats.piece_io import SourceCrcs, window_of
-from statex_dist.checkpoint.formats.raw_io import Descriptors, open_files_of_writer
+from checkpoints_tools.io.worker_processes import Send, cut_evenly, default_processes, in_processes, throttled
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs, SourceRuns, window_of
+from statex_dist.checkpoint.formats.raw_io import Descriptors, OpenFileShares
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
+from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import ConfigError
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -39,7 +42,9 @@ class WriteOptions:
     Attributes:
         max_shard_size: Bytes of values per safetensors file.
         overwrite: Whether a target that is not empty is replaced.
-        workers: Tensors read, made and written at a time; each needs a few buffers.
+        workers: Tensors read, made and written at a time by each process; each needs a few buffers.
+        processes: Processes that share the work; None for as many as it is worth.
+        part: The share of the target that is written here; None for all of it.
         resume: Whether to continue the files that a killed process left.
         allow_nonfinite: Whether NaN and Inf are copied.
     """
@@ -47,11 +52,16 @@ class WriteOptions:
     max_shard_size: int = DEFAULT_SHARD_SIZE
     overwrite: bool = False
     workers: int = DEFAULT_WORKERS
+    processes: int | None = None
+    part: WorkPart | None = None
     resume: bool = False
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        for option, value in (("--workers", self.workers), ("--max-shard-size", self.max_shard_size)):
+        numbers = {"--workers": self.workers, "--max-shard-size": self.max_shard_size, "--processes": self.processes}
+        for option, value in numbers.items():
+            if option == "--processes" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{option} must be a whole number from 1, not {value!r}")
 
@@ -70,8 +80,11 @@ def write_files(
     *,
     files_of: Mapping[str, frozenset[str]],
     crcs: SourceCrcs,
+    open_files: OpenFileShares,
     progress: Progress | None,
-) -> None:
+    share: Sequence[TensorJob] | None = None,
+    prepared: Collection[str] = (),
+) -> Written:
     """Write every file that the journal does not have; the first failure stops all workers.
 
     Args:
@@ -83,24 +96,150 @@ def write_files(
         options: How to write.
         files_of: The names of the files of every tensor (:func:`files_of_tensors`).
         crcs: The checksums of the source's files.
+        open_files: How many files may be kept open.
         progress: Told of the bytes written.
+        share: The tensors that are written here; None for all.
+        prepared: Names of the files into which others write too: they are there, and are not completed.
 
     Raises:
-        CheckpointError: The source fails.
+        CheckpointError: The source fails, or a worker process was killed.
         OSError: The disk refuses.
     """
-    writer = _Writer(journal, files, jobs, places, files_of, progress)
-    try:
-        writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
+    share = jobs if share is None else share
+    left = [job for job in share if job.key not in journal.tensors]
+    total = total_bytes(job.info for job in share)
+    writer = _Writer(
+        *(journal, files, jobs, places, files_of, Descriptors(open_files.writer)),
+        counter=Counter(total, progress, done=total - total_bytes(job.info for job in left)),
+        prepared=prepared,
+    )
+
+    def write(share: Sequence[TensorJob]) -> None:
         in_threads(
-            [job for job in jobs if job.key not in journal.tensors],
-            lambda: TensorStream(source, allow_nonfinite=options.allow_nonfinite, crcs=crcs),
+            share,
+            lambda: TensorStream(
+                source, allow_nonfinite=options.allow_nonfinite, crcs=crcs, most_files=open_files.reader
+            ),
             writer.write,
             workers=options.workers,
             stop=writer.counter.stop,
         )
+
+    processes = min(options.processes or _worth(source, left, files), max(len(left), 1))
+    try:
+        writer.are_made(prepared, count=True)
+        writer.finish_resumed()  # before any worker: who finishes a file is then the one who wrote its last tensor
+        if processes == 1:
+            write(left)
+        else:
+            _write_in_processes(writer, left, crcs, write, processes)
+        writer.sync()
     finally:
         writer.close()
+    return Written(processes=processes, runs=writer.runs())
+
+
+def make_files(
+    journal: TargetJournal, files: Sequence[TargetFile], options: WriteOptions, open_files: OpenFileShares
+) -> None:
+    """Make files, headers written and all their space reserved, durably: several machines will write into them."""
+    descriptors = Descriptors(open_files.writer)
+
+    def make(share: Sequence[TargetFile], _: Send) -> None:
+        for layout in share:
+            file = OpenFile(layout, journal, descriptors)
+            file.make()
+            file.sync()
+            file.close()
+
+    processes = options.processes or default_processes(0, _PIECES_OF_FILE * len(files))
+    in_processes([share for share in cut_evenly(files, [0] * len(files), processes) if share], make)
+
+
+_PIECES_OF_FILE = 500
+"""How many pieces take the time of laying a file out, about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What comes of writing files.
+
+    Attributes:
+        processes: Number of processes that the job was worth.
+        runs: Checksums of what was written into the files that are not complete.
+    """
+
+    processes: int
+    runs: Mapping[str, FileRuns]
+
+
+def _worth(source: TensorSource, jobs: Sequence[TensorJob], files: Sequence[TargetFile]) -> int:
+    """Return how many processes the jobs are worth."""
+    return default_processes(total_bytes(job.info for job in jobs), len(jobs) * (len(source.files) + len(files)))
+
+
+def _write_in_processes(
+    writer: _Writer,
+    jobs: Sequence[TensorJob],
+    crcs: SourceCrcs,
+    write: Callable[[Sequence[TensorJob]], None],
+    processes: int,
+) -> None:
+    """Write jobs in several processes: files of several shares are made before, and completed after the tensors.
+
+    A worker process has the files that only its own share has tensors for; the checksums of what it writes to others
+    come back, with those of what it read.
+    """
+    shares = [share for share in cut_evenly(jobs, [job.info.nbytes for job in jobs], processes) if share]
+
+    def of_files(names: Sequence[str]) -> list[list[str]]:
+        return [share for share in cut_evenly(names, [0] * len(names), processes) if share]
+
+    def make(names: Sequence[str], _: Send) -> dict[str, FileRuns]:
+        return writer.make(names)
+
+    def write_share(share: Sequence[TensorJob], send: Send) -> tuple[dict[str, FileRuns], SourceRuns]:
+        writer.become_worker(share, send)
+        crcs.forget()
+        write(share)
+        writer.sync()
+        return writer.runs(), crcs.runs()
+
+    def finish(names: Sequence[str], send: Send) -> None:
+        writer.become_worker((), send)
+        writer.finish(names)
+
+    common = [name for name in writer.files_of_several(shares) if name not in writer.prepared]
+    for runs in in_processes(of_files(common), make):
+        writer.add_runs(runs)
+    writer.are_made(common)
+    for runs, source_runs in in_processes(shares, write_share, receive=writer.receive):
+        writer.add_runs(runs)
+        crcs.add_runs(source_runs)
+    in_processes(of_files(common), finish, receive=writer.receive)
+
+
+def finish_crcs(crcs: SourceCrcs, processes: int, *, everything: bool = False, part: WorkPart | None = None) -> int:
+    """Check the storages of a source in several processes, and return their number.
+
+    Args:
+        crcs: What has been read of the source.
+        processes: Number of processes.
+        everything: Whether to check the storages of which nothing was read, too.
+        part: The share of them that is checked; None for all.
+
+    Raises:
+        CheckpointError: A storage is not what was written.
+    """
+    first, count = (0, 1) if part is None else (part.index - 1, part.count)
+    if processes == 1:
+        return crcs.finish(everything=everything, rank=first, world_size=count)
+
+    def check(index: int, _: Send) -> int:
+        rank = first + index * count
+        return crcs.finish(everything=everything, rank=rank, world_size=count * processes)
+
+    return sum(in_processes(range(processes), check))
 
 
 def files_of_tensors(jobs: Iterable[TensorJob], places: Places) -> dict[str, frozenset[str]]:
@@ -123,15 +262,17 @@ class _Writer:
         jobs: Sequence[TensorJob],
         places: Places,
         files_of: Mapping[str, frozenset[str]],
-        progress: Progress | None,
+        descriptors: Descriptors,
+        *,
+        counter: Counter,
+        prepared: Collection[str],
     ):
-        self._journal, self._places = journal, places
+        self._journal: TargetJournal | ForwardedJournal = journal
+        self._places = places
         self._lock = threading.Lock()
         self._pending: dict[str, WrittenTensor] = {}
         self._pending_bytes = 0
-        done = total_bytes(job.info for job in jobs if job.key in journal.tensors)
-        self.counter = Counter(total_bytes(job.info for job in jobs), progress, done=done)
-        descriptors = Descriptors(open_files_of_writer(len(files)))
+        self.counter, self.prepared = counter, prepared
         unfinished = [file for file in files if file.name not in journal.files]
         self._open = {file.name: OpenFile(file, journal, descriptors) for file in unfinished}
         self._files_of = files_of
@@ -167,7 +308,7 @@ class _Writer:
             if due:
                 self._pending_bytes = 0
         if due:
-            self._sync()
+            self.sync()
         for name in self._files_of[job.key]:
             if self._open[name].done_with_tensor():
                 self._finish(self._open[name])
@@ -180,11 +321,61 @@ class _Writer:
                 part, offset = window_of(place, start, block, item)
                 self._open[str(place.path)].write(offset, np.ascontiguousarray(part).reshape(-1).data)
 
+    def files_of_several(self, shares: Sequence[Sequence[TensorJob]]) -> list[str]:
+        """Return the unfinished files that lack tensors of more than one share."""
+        seen: dict[str, int] = {}
+        several: dict[str, None] = {}
+        for number, share in enumerate(shares):
+            for names in {id(names): names for job in share if (names := self._files_of[job.key])}.values():
+                several |= {name: None for name in names if seen.setdefault(name, number) != number}
+        return [name for name in self._open if name in several]
+
+    def make(self, names: Iterable[str]) -> dict[str, FileRuns]:
+        """Make files, and return the checksums of what an earlier run has written into them."""
+        for name in names:
+            self._open[name].make()
+        return {name: runs for name in names if (runs := self._open[name].runs())}
+
+    def are_made(self, names: Iterable[str], *, count: bool = False) -> None:
+        """Take files as they lie there; ``count`` as of :meth:`OpenFile.is_made_elsewhere`."""
+        for name in names:
+            self._open[name].is_made_elsewhere(count=count)
+
+    def become_worker(self, share: Sequence[TensorJob], send: Send) -> None:
+        """Have what comes of this copy of the process sent to its parent, for :meth:`receive`."""
+        self._journal = ForwardedJournal(self._journal, lambda *entry: send(("entry", entry)))
+        total = total_bytes(job.info for job in share)
+        self.counter = Counter(total, throttled(lambda count: send(("bytes", count))))
+        if share:
+            for file in self._open.values():
+                file.forget()
+
+    def receive(self, message: tuple[str, Any]) -> None:
+        """Enter what a worker process has sent."""
+        kind, value = message
+        if kind == "bytes":
+            self.counter.advance(value)
+        else:
+            self._journal.add(*value)
+
+    def runs(self) -> dict[str, FileRuns]:
+        """Return the checksums of what has been written into the unfinished files."""
+        unfinished = (item for item in self._open.items() if item[0] not in self._journal.files)
+        return {name: runs for name, file in unfinished if (runs := file.runs())}
+
+    def add_runs(self, found: Mapping[str, FileRuns]) -> None:
+        """Note what worker processes have written (:meth:`runs`)."""
+        for name, runs in found.items():
+            self._open[name].add_runs(runs)
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Complete files of which no tensor is missing."""
+        for name in names:
+            self._finish(self._open[name])
+
     def finish_resumed(self) -> None:
         """Complete the files of which no tensor is missing: an earlier run was stopped there, or they hold none."""
-        for file in [*self._open.values()]:
-            if not file.lacks_tensors:
-                self._finish(file)
+        self.finish(name for name, file in self._open.items() if not file.lacks_tensors and name not in self.prepared)
 
     def _finish(self, file: OpenFile) -> None:
         name = file.layout.name
@@ -193,14 +384,14 @@ class _Writer:
             alone = all(self._files_of[key] == {name} for key in mine)
         if mine and not alone:
             # They lie in other files too: those must be on disk before this one counts as finished.
-            self._sync()
+            self.sync()
             mine = {}
         record = file.finish()
         self._journal.add(mine, name, record)
         with self._lock:
             self._pending = {key: tensor for key, tensor in self._pending.items() if key not in mine}
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         """Bring what has been written to disk, and enter it in the journal."""
         with self._lock:
             pending = dict(self._pending)
@@ -214,3 +405,49 @@ class _Writer:
         """Close all files, finished or not."""
         for file in self._open.values():
             file.close()
+
+
+def finish_files(
+    journal: TargetJournal,
+    files: Sequence[TargetFile],
+    jobs: Sequence[TensorJob],
+    places: Places,
+    options: WriteOptions,
+    *,
+    files_of: Mapping[str, frozenset[str]],
+    runs: Iterable[Mapping[str, FileRuns]],
+    open_files: OpenFileShares,
+) -> int:
+    """Complete the files of which all tensors are written, by other processes, and return how many processes did it.
+
+    Args:
+        journal: It has all tensors; finished files are entered.
+        files: The files.
+        jobs: Every tensor.
+        places: Where each of them goes.
+        options: How to write.
+        files_of: The names of the files of every tensor.
+        runs: Checksums of what each of those processes wrote.
+        open_files: How many files may be kept open.
+    """
+    for file in files:
+        final = journal.directory / file.name
+        if file.name not in journal.files and final.is_file() and final.stat().st_size == file.size:
+            journal.add({}, file.name, file.record(final))  # the process was killed before it could write that down
+    left = [file.name for file in files if file.name not in journal.files]
+    counter = Counter(0, None)
+    writer = _Writer(
+        *(journal, files, jobs, places, files_of, Descriptors(open_files.writer)), counter=counter, prepared=()
+    )
+    writer.are_made(left)
+    for of_part in runs:
+        writer.add_runs({name: found for name, found in of_part.items() if name in left})
+    processes = options.processes or default_processes(0, _PIECES_OF_FILE * len(left))
+
+    def finish(names: Sequence[str], send: Send) -> None:
+        writer.become_worker((), send)
+        writer.finish(names)
+
+    shares = [share for share in cut_evenly(left, [0] * len(left), processes) if share]
+    in_processes(shares, finish, receive=writer.receive)
+    return processes

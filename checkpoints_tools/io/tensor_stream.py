@@ -57,11 +57,19 @@ class TensorStream:
         source: Where kept values come from.
         allow_nonfinite: Whether NaN and Inf may be copied; else they are an error.
         crcs: Where bytes of ``torch.save`` files are noted.
+        most_files: Files of the source that are kept open.
     """
 
-    def __init__(self, source: TensorSource, *, allow_nonfinite: bool, crcs: SourceCrcs | None = None):
+    def __init__(
+        self,
+        source: TensorSource,
+        *,
+        allow_nonfinite: bool,
+        crcs: SourceCrcs | None = None,
+        most_files: int | None = None,
+    ):
         self._source, self._allow_nonfinite = source, allow_nonfinite
-        self._reader = PieceReader(source.opened, crcs, source.ahead)
+        self._reader = PieceReader(source.opened, crcs, source.ahead, most_files=most_files)
         self._buffer = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self._scratch = np.empty(BLOCK_BYTES, dtype=np.uint8)
         self._digest, self._width = xxhash.xxh3_128(), 1

@@ -39,6 +39,8 @@ class ReshardSummary:
         batch: How the global batch is kept on the new number of ranks (of ``zero3``, where the settings say).
         notes: Messages about the result.
         source_notes: Messages about the source; they were shown when it was opened.
+        part: The share that was written (``I/N``); None for all.
+        missing_parts: The parts without which the target is not complete.
     """
 
     source: str
@@ -53,6 +55,8 @@ class ReshardSummary:
     batch: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     source_notes: list[str] = field(default_factory=list)
+    part: str | None = None
+    missing_parts: list[int] = field(default_factory=list)
 
 
 def reshard(
@@ -116,7 +120,7 @@ def reshard(
     )
     planned = plan_target(row, request)
     plan = planned.plan
-    write_target(Path(target), opened.source, plan, options, progress=progress)
+    missing = write_target(Path(target), opened.source, plan, options, progress=progress)
     infos, tied = [job.info for job in plan.jobs if job.state is None], tied_names(opened.config)
     return ReshardSummary(
         source=str(facts.path),
@@ -131,6 +135,8 @@ def reshard(
         batch=planned.batch,
         notes=planned.notes,
         source_notes=list(facts.notes),
+        part=None if options.part is None else str(options.part),
+        missing_parts=missing,
     )
 
 

@@ -8,11 +8,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
+from checkpoints_tools.io.target_writer import finish_crcs
 from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
+from checkpoints_tools.io.worker_processes import (
+    Send,
+    cut_evenly,
+    default_processes,
+    in_processes,
+    share_of,
+    throttled,
+)
 from statex_dist.checkpoint.dtypes import CONVERTIBLE, TORCH_NAMES, cast
-from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs
+from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs, SourceRuns
+from statex_dist.checkpoint.formats.raw_io import share_open_files
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
+from statex_dist.durable.work_part import WorkPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,8 @@ def compare(
     other: TensorSource,
     *,
     workers: int,
+    processes: int | None = 1,
+    part: WorkPart | None = None,
     rtol: float | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
@@ -52,25 +65,61 @@ def compare(
         pairs: The tensors to compare.
         source: The checkpoint from which the jobs take their values.
         other: The checkpoint that is compared with the jobs' results.
-        workers: Tensors compared at a time.
+        workers: Tensors compared at a time by each process.
+        processes: Processes that share the work; None for as many as it is worth.
+        part: The share of the tensors, and of the checksums of files, that is compared; None for all.
         rtol: Largest relative difference of a value, dtypes aside; None asks for the same dtype and the same bytes.
         progress: Told of the bytes compared.
 
     Raises:
         CheckpointError: One of the two is damaged: a checksum, a digest or a replica disagrees.
     """
-    counter = Counter(sum(_info(other, pair).nbytes for pair in pairs), progress)
     first, second = _Side(source), _Side(other)
+    if part is not None:  # a storage is checked by one part, whichever part's tensors lie in it
+        for pair in pairs:
+            first.crcs.expect(source.of_state(pair.job.state).pieces(pair.job.info.name))
+            second.crcs.expect(other.of_state(pair.job.state).pieces(pair.found))
+        pairs = share_of(pairs, [pair.job.info.nbytes for pair in pairs], part)
+    most_files = share_open_files(0, threads=workers, readers=3).reader
+    sizes = [_info(other, pair).nbytes for pair in pairs]
+    counter = Counter(sum(sizes), progress)
+    files = len(source.files) + len(other.files)
+    processes = min(processes or default_processes(2 * sum(sizes), len(pairs) * files), max(len(pairs), 1))
 
     def run(pair: Pair, comparer: _Comparer) -> Outcome:
         outcome = comparer.compare(pair)
         counter.advance(_info(other, pair).nbytes)
         return outcome
 
-    outcomes = in_threads(pairs, lambda: _Comparer(first, second, rtol), run, workers=workers, stop=counter.stop)
+    def in_worker(share: Sequence[Pair], send: Send) -> tuple[list[_Finding], SourceRuns, SourceRuns]:
+        nonlocal counter
+        first.crcs.forget()
+        second.crcs.forget()
+        counter = Counter(sum(_info(other, pair).nbytes for pair in share), throttled(send))
+        found = [(outcome.problem, outcome.digest) for outcome in run_all(share)]
+        return found, first.crcs.runs(), second.crcs.runs()
+
+    def run_all(share: Sequence[Pair]) -> list[Outcome]:
+        return in_threads(
+            *(share, lambda: _Comparer(first, second, rtol, most_files), run), workers=workers, stop=counter.stop
+        )
+
+    if processes == 1:
+        outcomes = run_all(pairs)
+    else:
+        findings: list[_Finding] = []
+        for found, *runs in in_processes(cut_evenly(pairs, sizes, processes), in_worker, receive=counter.advance):
+            findings += found
+            for side, of_side in zip((first, second), runs, strict=True):
+                side.crcs.add_runs(of_side)
+        outcomes = [Outcome(pair, *finding) for pair, finding in zip(pairs, findings, strict=True)]
     for side in (first, second):
-        side.crcs.finish()
+        finish_crcs(side.crcs, processes, part=part)
     return outcomes
+
+
+_Finding = tuple[str | None, str | None]
+"""The difference in words, if any, and the digest, of an :class:`Outcome`."""
 
 
 def _info(source: TensorSource, pair: Pair) -> TensorInfo:
@@ -90,10 +139,10 @@ class _Side:
 class _Comparer:
     """Compares one pair after the other, in buffers of its own."""
 
-    def __init__(self, first: _Side, second: _Side, rtol: float | None):
-        self._stream = TensorStream(first.source, allow_nonfinite=True, crcs=first.crcs)
-        self._other = TensorStream(second.source, allow_nonfinite=True, crcs=second.crcs)
-        self._reader = PieceReader(second.source.opened, second.crcs, second.source.ahead)
+    def __init__(self, first: _Side, second: _Side, rtol: float | None, most_files: int):
+        self._stream = TensorStream(first.source, allow_nonfinite=True, crcs=first.crcs, most_files=most_files)
+        self._other = TensorStream(second.source, allow_nonfinite=True, crcs=second.crcs, most_files=most_files)
+        self._reader = PieceReader(second.source.opened, second.crcs, second.source.ahead, most_files=most_files)
         self._second, self._rtol = second.source, rtol
 
     def compare(self, pair: Pair) -> Outcome:
@@ -147,23 +196,54 @@ def _differing(
 
 
 def read_all(
-    jobs: Sequence[TensorJob], source: TensorSource, crcs: SourceCrcs, *, workers: int, progress: Progress | None
+    jobs: Sequence[TensorJob],
+    source: TensorSource,
+    crcs: SourceCrcs,
+    *,
+    workers: int,
+    processes: int,
+    progress: Progress | None,
 ) -> None:
     """Read tensors, with every check that reading makes.
+
+    Args:
+        jobs: The tensors.
+        source: Where they are.
+        crcs: The checksums of its files, for what is read.
+        workers: Tensors read at a time by each process.
+        processes: Processes that share the work.
+        progress: Told of the bytes read.
 
     Raises:
         CheckpointError: A replica, a digest of the manifest or a file is not what it should be.
     """
     counter = Counter(sum(job.info.nbytes for job in jobs), progress)
+    most_files = share_open_files(0, threads=workers, readers=1).reader
 
     def run(job: TensorJob, stream: TensorStream) -> None:
         for block in stream.blocks(job):
             counter.advance(len(block))
 
-    in_threads(
-        jobs,
-        lambda: TensorStream(source, allow_nonfinite=True, crcs=crcs),
-        run,
-        workers=workers,
-        stop=counter.stop,
-    )
+    def run_all(share: Sequence[TensorJob]) -> None:
+        in_threads(
+            share,
+            lambda: TensorStream(source, allow_nonfinite=True, crcs=crcs, most_files=most_files),
+            run,
+            workers=workers,
+            stop=counter.stop,
+        )
+
+    def in_worker(share: Sequence[TensorJob], send: Send) -> SourceRuns:
+        nonlocal counter
+        crcs.forget()
+        counter = Counter(sum(job.info.nbytes for job in share), throttled(send))
+        run_all(share)
+        return crcs.runs()
+
+    if processes == 1:
+        run_all(jobs)
+        return
+    for runs in in_processes(
+        cut_evenly(jobs, [job.info.nbytes for job in jobs], processes), in_worker, receive=counter.advance
+    ):
+        crcs.add_runs(runs)

@@ -13,8 +13,9 @@ from typing import Any
 from checkpoints_tools.expand.expand import Expansion, expansion_code, plan_expansion, read_model
 from checkpoints_tools.io.journal import WrittenTensor
 from checkpoints_tools.io.target import DTYPE_KEYS, REPORT_NAME, carried_files, read_report, with_one_dtype
-from checkpoints_tools.io.target_writer import DEFAULT_WORKERS
+from checkpoints_tools.io.target_writer import DEFAULT_WORKERS, finish_crcs
 from checkpoints_tools.io.tensor_stream import TensorJob
+from checkpoints_tools.io.worker_processes import default_processes, share_of
 from checkpoints_tools.verify.compare import Outcome, Pair, compare, read_all
 from statex_dist.checkpoint.dtypes import FLOATS, OPTIONS, TORCH_NAMES
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs
@@ -23,6 +24,7 @@ from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource
 from statex_dist.checkpoint.json_file import differing_keys
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest
+from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
 from statex_dist.models.registry import config_from_dict
@@ -40,6 +42,7 @@ class Verification:
         plan: The expansions that were verified.
         differences: Every disagreement in words; empty for a proof.
         notes: Parts that were not or could not be checked.
+        part: The share that was checked (``I/N``); None for all.
     """
 
     first: str
@@ -48,6 +51,7 @@ class Verification:
     plan: list[dict[str, Any]] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    part: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -60,7 +64,12 @@ class Verification:
 
 
 def verify_expansion(
-    base: str | Path, expanded: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None
+    base: str | Path,
+    expanded: str | Path,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    processes: int | None = 1,
+    progress: Progress | None = None,
 ) -> Verification:
     """Prove that ``expanded`` is ``base`` with the plan in its ``config.json``, and that nothing else changed.
 
@@ -99,7 +108,7 @@ def verify_expansion(
     verdict.differences += [f"tensor '{name}' is missing" for name in jobs if name not in held]
     verdict.differences += [f"tensor '{name}' should not be there" for name in sorted(held - jobs.keys())]
     pairs = [Pair(job, name) for name, job in jobs.items() if name in held]
-    checksums = _note(compare(pairs, source, other, workers=workers, progress=progress), verdict)
+    checksums = _note(compare(pairs, source, other, workers=workers, processes=processes, progress=progress), verdict)
     _compare_reports(expansion, checksums, other.facts.model_dir, verdict)
     _compare_files(source, other, expansion_code(expansion), other.facts.model_dir, verdict)
     return verdict
@@ -111,6 +120,8 @@ def verify_same(
     *,
     rtol: float | None = None,
     workers: int = DEFAULT_WORKERS,
+    processes: int | None = 1,
+    part: WorkPart | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare two checkpoints of any layout tensor by tensor; of two training checkpoints the optimizer's states too.
@@ -119,7 +130,9 @@ def verify_same(
         first: The one.
         second: The other.
         rtol: Largest relative difference of a value, dtypes aside; None asks for the same dtype and the same bytes.
-        workers: Tensors compared at a time.
+        workers: Tensors compared at a time by each process.
+        processes: Processes that share the work; None for as many as it is worth.
+        part: The share of the tensors and checksums that is compared; None for all.
         progress: Told of the bytes compared.
 
     Raises:
@@ -133,7 +146,9 @@ def verify_same(
         pairs += _paired(a.states()[state], b.states()[state], state, verdict)
     if left := sorted(a.states().keys() ^ b.states().keys()):
         verdict.notes.append(f"optimizer states {', '.join(left)} are in one of the two alone: not compared")
-    _note(compare(pairs, a, b, workers=workers, rtol=rtol, progress=progress), verdict)
+    outcomes = compare(*(pairs, a, b), workers=workers, processes=processes, part=part, rtol=rtol, progress=progress)
+    _note(outcomes, verdict)
+    _note_part(part, verdict)
     return verdict
 
 
@@ -241,7 +256,21 @@ def _compare_files(
         verdict.differences.append("the metadata of the safetensors files differs from the base's")
 
 
-def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Progress | None = None) -> Verification:
+def _note_part(part: WorkPart | None, verdict: Verification) -> None:
+    """Say which share was checked."""
+    if part is not None:
+        verdict.part = str(part)
+        verdict.notes.append(f"part {part} of the values was checked; the verdict needs every part")
+
+
+def verify_alone(
+    path: str | Path,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    processes: int | None = 1,
+    part: WorkPart | None = None,
+    progress: Progress | None = None,
+) -> Verification:
     """Read a whole checkpoint and hold it to everything that is known of it.
 
     Of files written by torch or DeepSpeed every entry has a CRC-32, so that a flipped byte is found without a manifest.
@@ -249,7 +278,9 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
 
     Args:
         path: Whatever :func:`statex_dist.models.source.open_source` opens.
-        workers: Tensors read at a time.
+        workers: Tensors read at a time by each process.
+        processes: Processes that share the work; None for as many as it is worth.
+        part: The share of the tensors, files and storages that is checked; None for all.
         progress: Told of the bytes read.
 
     Raises:
@@ -260,7 +291,8 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
     verdict = Verification(first=str(facts.path), second=None)
     manifest = Manifest.read(facts.path) if (facts.path / MANIFEST_NAME).is_file() else None
     weights = {file.name for file in source.files}
-    for name, record in (manifest.files if manifest else {}).items():
+    recorded = [*(manifest.files if manifest else {}).items()]
+    for name, record in recorded if part is None else share_of(recorded, [r.size for _, r in recorded], part):
         # If only an archive's directory is recorded, it is compared when the archive is opened; its CRCs, below.
         if name not in weights or record.xxh3_128 is not None:
             with _noted(verdict):
@@ -272,9 +304,15 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
     ]
     archives = list(source.archives())
     crcs = SourceCrcs(archives)
+    if part is not None:
+        jobs = share_of(jobs, [job.info.nbytes for job in jobs], part)
+    worth = default_processes(sum(job.info.nbytes for job in jobs), len(jobs) * len(source.files))
+    processes = min(processes or worth, max(len(jobs), 1))
     with _noted(verdict):
-        read_all(jobs, source, crcs, workers=workers, progress=progress)
+        read_all(jobs, source, crcs, workers=workers, processes=processes, progress=progress)
     saved = [path for path in source.files if path.suffix in (".pt", ".bin")]
+    if part is not None:
+        saved = share_of(saved, [0] * len(saved), part)
     if saved:
         from statex_dist.checkpoint.formats.torch_archive.zip import check_small_entries  # only where there are some
 
@@ -283,11 +321,13 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
                 check_small_entries(path)
     if archives:
         with _noted(verdict):
-            verdict.tensors["storages by CRC-32"] = crcs.finish(everything=True)
+            verdict.tensors["storages by CRC-32"] = finish_crcs(crcs, processes, everything=True, part=part)
     if manifest is not None and manifest.tensors:
-        verdict.tensors["tensors by digest"] = len(manifest.tensors) + sum(map(len, manifest.states.values()))
+        held = len(manifest.tensors) + sum(map(len, manifest.states.values()))
+        verdict.tensors["tensors by digest"] = held if part is None else len(jobs)
     elif manifest is not None:
-        verdict.tensors["files by digest"] = len(manifest.files)
+        held = len(recorded)
+        verdict.tensors["files by digest"] = held if part is None else len(share_of(recorded, [0] * held, part))
     elif not archives:
         verdict.notes.append(
             f"no {MANIFEST_NAME}, and safetensors have no checksums: only names and sizes were checked"
@@ -296,6 +336,7 @@ def verify_alone(path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: 
         verdict.notes.append(
             f"no {MANIFEST_NAME}: a whole file that was exchanged for a sound one would not be noticed"
         )
+    _note_part(part, verdict)
     return verdict
 
 

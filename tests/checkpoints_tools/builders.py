@@ -49,7 +49,8 @@ def run_expand(source: Path, target: Path, *, progress=None, dtype: str | None =
     """Expand as the command line does; ``options`` are those of the plan and of the writer."""
     plan = PlanOptions(**{key: value for key, value in options.items() if key in PLAN_KEYS})
     writing = {key: value for key, value in options.items() if key not in PLAN_KEYS}
-    return expand(prepare_expansion(source, plan, dtype=dtype), target, WriteOptions(**writing), progress=progress)
+    expansion = prepare_expansion(source, plan, dtype=dtype)
+    return expand(expansion, target, WriteOptions(**writing), progress=progress)[0]
 
 
 def info_of(name: str, tensor: torch.Tensor) -> TensorInfo:

@@ -108,7 +108,7 @@ class CrcLedger:
             self._runs.insert(place, (stop, crc))
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """Return ``(start, length, crc)`` of each part that has been noted, for :meth:`note_crc` of another ledger."""
+        """Return ``(start, length, crc)`` of each run that has been noted, for another process to note."""
         with self._lock:
             return [(start, stop - start, crc) for start, (stop, crc) in zip(self._starts, self._runs, strict=True)]
 

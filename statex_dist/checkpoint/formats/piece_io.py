@@ -31,6 +31,9 @@ import xxhash
 
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 
+SourceRuns = Mapping[str, Mapping[str, Sequence[tuple[int, int, int]]]]
+"""What has been read of archives: ``(start, length, CRC-32)`` of runs, by file and entry."""
+
 
 class SourceCrcs:
     """The checksums that the ``torch.save`` files of a source carry, against what is read of them.
@@ -67,12 +70,24 @@ class SourceCrcs:
         assert start <= offset
         return start, entry, self._ledgers.setdefault((path, name), CrcLedger())
 
-    def runs(self) -> dict[Path, dict[str, list[tuple[int, int, int]]]]:
-        """Return what has been noted, by file and storage: ``(start, length, crc)`` of each run inside the storage."""
-        found: dict[Path, dict[str, list[tuple[int, int, int]]]] = {}
-        for (path, name), ledger in self._ledgers.items():
-            found.setdefault(path, {})[name] = ledger.runs()
+    def forget(self) -> None:
+        """Forget what has been noted: a copy of this process begins to note what it reads itself."""
+        self._ledgers.clear()
+
+    def runs(self) -> SourceRuns:
+        """Return what has been noted, by file and entry, for :meth:`add_runs` of another process."""
+        found: dict[str, dict[str, list[tuple[int, int, int]]]] = {}
+        for (path, name), ledger in [*self._ledgers.items()]:
+            found.setdefault(str(path), {})[name] = ledger.runs()
         return found
+
+    def add_runs(self, found: SourceRuns) -> None:
+        """Note what another process has noted (:meth:`runs`) of the same files."""
+        for path, entries in found.items():
+            for name, runs in entries.items():
+                ledger = self._ledgers.setdefault((Path(path), name), CrcLedger())
+                for start, length, crc in runs:
+                    ledger.note_crc(start, length, crc)
 
     def finish(self, *, everything: bool = False, rank: int = 0, world_size: int = 1) -> int:
         """Check every storage of which anything was read; what was left out (padding) is read now.
@@ -124,15 +139,21 @@ class PieceReader:
         states: What the files of the source were when it was opened; a file that has changed since is refused.
         crcs: Where bytes of ``torch.save`` files are noted; None for nowhere.
         ahead: Fetches ahead for all threads together.
+        most_files: Files that are kept open; None for a small part of the limit.
     """
 
     def __init__(
-        self, states: Mapping[Path, FileState], crcs: SourceCrcs | None = None, ahead: ReadAhead | None = None
+        self,
+        states: Mapping[Path, FileState],
+        crcs: SourceCrcs | None = None,
+        ahead: ReadAhead | None = None,
+        *,
+        most_files: int | None = None,
     ):
         self._states, self._crcs = states, crcs
         self._ahead = ahead or ReadAhead(len(states))
         self._files: OrderedDict[Path, int] = OrderedDict()
-        self._most_files = open_files_of_reader()
+        self._most_files = most_files or open_files_of_reader()
         self._scratch = np.empty(0, dtype=np.uint8)
 
     def read(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from statex_dist.errors import CheckpointError
+from statex_dist.errors import CheckpointError, ConfigError
 
 BLOCK_BYTES = 4 << 20
 """Size of a buffer: memory is threads times a few of these."""
@@ -122,20 +122,61 @@ def _bounded(limit: int) -> int:
     return MOST_OPEN_FILES if limit == resource.RLIM_INFINITY else min(limit, MOST_OPEN_FILES)
 
 
+_OPEN_FILES = "/proc/self/fd"
+"""Lists the open files of this process."""
+
+_MOST_OF_READER = 32
+
+
 def open_files_of_reader() -> int:
     """Return how many files one of several readers may keep open: together a fraction of the limit."""
-    return min(max(allow_open_files(0) // 32, 2), 32)
+    return min(max(allow_open_files(0) // 32, 2), _MOST_OF_READER)
 
 
-def open_files_of_writer(num_files: int) -> int:
-    """Return how many files of a target of ``num_files`` may be kept open: about half of the limit."""
-    return max(allow_open_files(2 * num_files + 512) // 2 - 16, 4)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenFileShares:
+    """How many files the parts of a tool may keep open.
+
+    Attributes:
+        reader: Files of each reader of each thread.
+        writer: Files of the target, all threads together.
+    """
+
+    reader: int
+    writer: int
+
+
+def share_open_files(num_files: int, *, threads: int, readers: int) -> OpenFileShares:
+    """Divide the files that this process may still open among its readers and its writer.
+
+    Args:
+        num_files: Files of the target; 0 where nothing is written.
+        threads: Threads that read and write.
+        readers: Readers that each of them has.
+
+    Raises:
+        ConfigError: The limit is too low for this number of threads.
+    """
+    count = threads * readers
+    # A thread opens one more for a moment: to digest a file's directory, or to check an entry.
+    apart = len([*Path(_OPEN_FILES).iterdir()]) + threads + 8
+    least = count + (threads if num_files else 0)
+    limit = allow_open_files(count * _MOST_OF_READER + num_files + apart + 256)
+    free = limit - apart
+    if free < least:
+        raise ConfigError(
+            f"--workers {threads} needs {apart + least} open files and the limit is {limit}: raise it with "
+            "`ulimit -n`, or give fewer --workers"
+        )
+    reader = min(max(free // (2 * count), 1), _MOST_OF_READER)
+    return OpenFileShares(reader=reader, writer=free - reader * count)
 
 
 class Descriptors:
-    """Files that are open for reading and writing; the one that was used longest ago is closed for another.
+    """Files that are open for writing; the one that was used longest ago is closed for another.
 
-    Any number of threads may borrow; a file that is borrowed is not closed.
+    Any number of threads may borrow; a file that is borrowed is not closed. They are not open for reading: then NFS
+    sends the very bytes that were written, not whole pages, with which two machines would undo each other's writes.
 
     Args:
         most: Files to keep open. While more are borrowed at a time, more are open.
@@ -155,7 +196,7 @@ class Descriptors:
                 idle = [other for other in self._open if not self._borrowed[self._open[other]]]
                 for other in idle[: len(self._open) - self._most + 1]:
                     os.close(self._open.pop(other))
-                descriptor = self._open[path] = os.open(path, os.O_RDWR)
+                descriptor = self._open[path] = os.open(path, os.O_WRONLY)
             self._open.move_to_end(path)
             self._borrowed[descriptor] += 1
         try:

@@ -12,11 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +24,8 @@ from statex_dist.checkpoint.json_file import MAX_JSON_BYTES, read_json
 from statex_dist.data.corpus.documents import WorkUnit, file_facts
 from statex_dist.data.corpus.unit_files import DONE_SUFFIX, UnitJob
 from statex_dist.durable.lock import HeldLock, LockHeldError, acquire, holder_of
+from statex_dist.durable.work_part import WorkPart as WorkPart
+from statex_dist.durable.work_part import parse_part as parse_part
 from statex_dist.errors import ConfigError, DataError, shown, writing
 
 log = logging.getLogger(__name__)
@@ -37,37 +37,6 @@ _VERSION = 3
 _NAMED = 3
 # It lists the inputs; there may be millions.
 _MAX_SETTINGS_BYTES = 10 * MAX_JSON_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class WorkPart:
-    """A share of the units.
-
-    Attributes:
-        index: Which one, from 1.
-        count: Of how many.
-    """
-
-    index: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-
-def parse_part(text: str) -> WorkPart:
-    """Return the part that ``text`` names, for example ``3/8``.
-
-    Raises:
-        ConfigError: It is not ``I/N`` with ``1 <= I <= N``.
-    """
-    match = re.fullmatch(r"\s*(\d+)/(\d+)\s*", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ConfigError(
-            f"--part {text!r} is not I/N with I from 1 to N, such as 3/8 "
-            "(in a Slurm job of --array=1-8: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT)"
-        )
-    return WorkPart(int(match[1]), int(match[2]))
 
 
 class WorkDirectory:

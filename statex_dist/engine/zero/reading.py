@@ -138,7 +138,7 @@ def read_pieces(directory: Path, manifest: Manifest, cut: Cut, exchange: Exchang
     try:
         found, crcs = _read_pieces(directory, files, cut)
         owners = {path: rank for rank, pair in enumerate(files) for path in (pair.model, pair.optim)}
-        for path, runs in crcs.runs().items():
+        for path, runs in ((Path(name), runs) for name, runs in crcs.runs().items()):
             noted[_checker(owners[path], len(files), cut.world_size)][path.relative_to(directory).as_posix()] = runs
     except Exception as error:  # a damaged file may raise any; the others wait for this rank's CRCs
         problem = error

@@ -17,13 +17,17 @@ def test_more_ranks_than_open_files(tmp_path):
             ["reshard", "--source", tmp_path / "gla", "--target", ranks, "--to", "zero3", "--world-size", 60],
             ["reshard", "--source", ranks, "--target", back, "--to", "hf", "--workers", 8],
             ["verify", ranks, back],
+            ["reshard", "--source", ranks, "--target", tmp_path / "no", "--to", "hf", "--workers", 30],
+            ["verify", ranks, "--workers", 40],
         ],
         tmp_path,
         files=48,
         memory=4 << 30,
         seconds=120,
     )
-    assert [result["code"] for result in results] == [0, 0, 0], results
+    assert [result["code"] for result in results] == [0, 0, 0, 2, 2], results
+    assert all("--workers" in result["err"].splitlines()[-1] for result in results[3:]), "no verdict on the files"
+    assert not (tmp_path / "no").exists()
     assert len([*ranks.glob("global_step0/*.pt")]) == 120
     read = load_all(back)
     assert read.keys() == tensors.keys()
