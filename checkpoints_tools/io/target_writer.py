@@ -23,8 +23,8 @@ from checkpoints_tools.io.worker_processes import Send, cut_evenly, default_proc
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs, SourceRuns, window_of
 from statex_dist.checkpoint.formats.raw_io import Descriptors, OpenFileShares
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
-from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import ConfigError
+from statex_dist.work_part import WorkPart
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 

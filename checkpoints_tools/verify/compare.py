@@ -23,7 +23,7 @@ from statex_dist.checkpoint.formats.piece_io import PieceReader, SourceCrcs, Sou
 from statex_dist.checkpoint.formats.raw_io import share_open_files
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorInfo, TensorSource
 from statex_dist.checkpoint.layout import MANIFEST_NAME
-from statex_dist.durable.work_part import WorkPart
+from statex_dist.work_part import WorkPart
 
 
 @dataclass(frozen=True, slots=True)

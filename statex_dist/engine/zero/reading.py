@@ -45,7 +45,7 @@ from statex_dist.errors import CheckpointError
 CARRIED_KEY = "carried"
 """States between packs, in the client state: of one rank's share of the data."""
 
-Runs = dict[str, list[tuple[int, int, int]]]
+Runs = Mapping[str, Sequence[tuple[int, int, int]]]
 """``(start, length, crc)`` of the runs of each storage of a file that a rank has read."""
 
 Exchange = Callable[[list[dict[str, Runs]]], list[dict[str, Runs]]]

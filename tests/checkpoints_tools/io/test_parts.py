@@ -17,8 +17,8 @@ from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.verify import verify_alone, verify_same
 from launch.cli import main
-from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError
+from statex_dist.work_part import WorkPart
 from tests.runs import REPOSITORY
 
 TARGETS = {
