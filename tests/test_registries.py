@@ -13,7 +13,7 @@ from statex_dist.evaluation.suites.registry import find_suite
 from statex_dist.evaluation.suites.registry import register as register_suite
 from statex_dist.models.mitigation import MITIGATIONS
 from statex_dist.models.mitigation import register as register_mitigation
-from statex_dist.models.registry import FAMILIES
+from statex_dist.models.registry import family_of
 from statex_dist.models.registry import register as register_family
 from statex_dist.optim.groups import OPTIMIZERS
 
@@ -21,7 +21,7 @@ from statex_dist.optim.groups import OPTIMIZERS
 @pytest.mark.parametrize(
     ("register", "taken"),
     [
-        (register_family, FAMILIES["gla"]),
+        (register_family, family_of("gla")),
         (add_layout, layouts()[0]),
         (register_mitigation, next(iter(MITIGATIONS.values()))),
         (register_packing, PackingStrategy(name="best_fit", lay_out=concatenate)),

@@ -181,10 +181,11 @@ def test_every_setting_is_in_the_table():
 FOREIGN = {
     "deepspeed": "num_gpus num_nodes hostfile master_addr master_port node_rank no_ssh num_accelerators module "
     "no_local_rank enable_each_rank_log include exclude launcher force_multi no_python",
-    "torchrun": "nproc_per_node nnodes standalone master-port rdzv_backend rdzv_endpoint rdzv_id max_restarts",
+    "torchrun": "nproc_per_node nnodes standalone master-port rdzv_backend rdzv_endpoint rdzv_id max_restarts "
+    "rdzv-backend rdzv-endpoint rdzv-id rdzv-conf max-restarts local-addr log-dir tee",
     "docker": "gpus shm-size network user build-arg entrypoint rm volume name secret restart",
     "slurm": "array dependency wait wrap parsable job-name jobs nodes time signal requeue gpus-per-node cpus-per-task "
-    "export ntasks-per-node nodelist duplicates batch",
+    "export ntasks-per-node nodelist duplicates batch no-kill",
     "kubectl": "grace-period namespace previous",
     "pip and hf": "no-deps no-build-isolation force-reinstall local-dir upgrade index-url extra-index-url bootstrap",
     "Hugging Face's Trainer": "safe_serialization",
