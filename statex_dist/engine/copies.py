@@ -49,7 +49,7 @@ def run_copies(copies: Sequence[Copy], directory: Path, rank: int, device: torch
     """Send and receive what concerns this rank.
 
     Every rank calls it with the same copies in the same order, one after the other, so that no two wait for each other.
-    One that cannot read or write goes on with the exchange, since the other side waits for it.
+    One that cannot read or write continues with the exchange, since the other side waits for it.
 
     Args:
         copies: What goes where.
