@@ -209,7 +209,7 @@ class Checkpoints:
         return self.directory / f"{TEMPORARY_PREFIX}{tag_of(step)}"
 
     def _prepare(self, step: int, parts: list[Part]) -> None:
-        """Complete the temporary directory with what is not of one rank, and the manifest."""
+        """Add the files that all ranks share, and the manifest, to the temporary directory."""
         target, temporary = self.directory / tag_of(step), self._temporary(step)
         here = self.on_disks.ranks_here()
         files = self.place.require_seen(temporary, parts, here)
@@ -328,7 +328,7 @@ class Checkpoints:
         return sorted(tags, key=lambda tag: (-(step_of(tag) or 0), ranks_of(tag) != self.engine.world_size))
 
     def _read(self, tag: str, manifest: Manifest) -> tuple[Any, str | None]:
-        """Return this rank's states, and what is wrong with the checkpoint; the latter is the same on all ranks.
+        """Return this rank's states, and the fault of the checkpoint, which is the same on all ranks, or None.
 
         Raises:
             CheckpointError: A rank cannot read its files, whatever they hold.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from statex_dist.checkpoint.manifest import FileRecord
 from statex_dist.checkpoint.recorded import RecordedWriter
 from statex_dist.distributed.disks import Disks
-from statex_dist.errors import refusal
+from statex_dist.errors import CheckpointError, refusal
 
 BLOCK_BYTES = 16 << 20
 """Bytes that are sent at once."""
@@ -49,7 +49,7 @@ def run_copies(copies: Sequence[Copy], directory: Path, rank: int, device: torch
     """Send and receive what concerns this rank.
 
     Every rank calls it with the same copies in the same order, one after the other, so that no two wait for each other.
-    One that cannot read or write goes on with the exchange, since the other side waits for it.
+    One that cannot read or write continues with the exchange, since the other side waits for it.
 
     Args:
         copies: What goes where.
@@ -114,9 +114,12 @@ def _receive(path: Path, record: FileRecord, source: int, device: torch.device) 
         try:
             if file is not None and problem is None:
                 found = file.finish()
-                whole = record.xxh3_128 in (None, found.xxh3_128)
-                if not whole or found.directory_xxh3_128 != record.directory_xxh3_128:
+                if record.xxh3_128 is None:
+                    record.check(path)
+                elif found.xxh3_128 != record.xxh3_128:
                     problem = f"{path}: what rank {source} sent is not what was written"
+        except CheckpointError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"{path} cannot be written: {refusal(error)}"
     return problem

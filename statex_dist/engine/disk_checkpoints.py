@@ -28,8 +28,8 @@ DISK_KEY = "disk"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TagOnDisk:
-    """What one disk has of a checkpoint.
+class DiskPart:
+    """The part of a checkpoint that is on one disk.
 
     Attributes:
         kind: Engine that wrote it.
@@ -63,7 +63,7 @@ class DiskCheckpoints:
     def __init__(self, engine: TrainEngine, directory: Path, disks: Disks, *, neighbor_copy: bool):
         self.engine, self.directory, self.disks = engine, directory, disks
         self.neighbor_copy = neighbor_copy and not disks.is_one
-        self._held: list[dict[str, TagOnDisk]] = []
+        self._held: list[dict[str, DiskPart]] = []
 
     def ranks_here(self) -> list[int]:
         """Return the ranks whose files are on this rank's disk after a save."""
@@ -120,7 +120,7 @@ class DiskCheckpoints:
             ).on_all_ranks(self.engine.rank)
         return None
 
-    def _look(self, damaged: Mapping[str, str]) -> tuple[dict[str, TagOnDisk], bool]:
+    def _look(self, damaged: Mapping[str, str]) -> tuple[dict[str, DiskPart], bool]:
         """Return what this disk has, and whether it has a marker of a checkpoint."""
         held = {}
         for tag in complete_tags(self.directory):
@@ -134,7 +134,7 @@ class DiskCheckpoints:
                 logger.warning("%s is passed over: %s", self.directory / tag, reason(error))
                 continue
             if tag not in damaged:
-                held[tag] = TagOnDisk(kind=manifest.kind, world_size=world_size, ranks=tuple(ranks), hosts=hosts)
+                held[tag] = DiskPart(kind=manifest.kind, world_size=world_size, ranks=tuple(ranks), hosts=hosts)
         return held, (self.directory / LATEST_NAME).exists()
 
     def fetch(self, tag: str) -> str | None:
@@ -176,7 +176,7 @@ class DiskCheckpoints:
         return next((text for text in self.engine.gather(problem) if text), None)
 
 
-def _whose(some: TagOnDisk, there: set[int]) -> str:
+def _whose(some: DiskPart, there: set[int]) -> str:
     """Return the hosts whose ranks' files are missing."""
     missing = sorted(set(range(some.world_size)) - there)
     lost = [(host, sorted({*ranks} & {*missing})) for host, ranks in some.hosts]

@@ -14,7 +14,7 @@ from statex_dist.errors import StateXError, failure_text, reason
 _ANSWER_SECONDS = 2.0
 
 Answer = tuple[Any, str | None]
-"""What an action returned, and why it failed."""
+"""The result of an action, and why it failed."""
 
 
 class Leaders:

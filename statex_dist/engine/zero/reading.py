@@ -1,10 +1,10 @@
 """Reading this rank's part of a ZeRO-3 checkpoint: its own two files, or its pieces of the files of other ranks.
 
 A checkpoint of the same number of ranks is read file by file, each byte once: digest and contents come from the same
-bytes. Of another number of ranks every new rank reads what it needs, and no more, of the old ranks' flat groups. No
-rank then sees a whole file; but the CRC-32 of a stretch follows from those of its parts (:mod:`formats.crc`), so the
-ranks send the CRCs of what they read to one rank for each file. That one reads what nobody needed (padding, the states
-of ranks that are gone) and compares the whole with what was written.
+bytes. Of another number of ranks every new rank reads only the parts of the old ranks' flat groups that it needs. No
+rank then sees a whole file; but the CRC-32 of a stretch follows from those of its parts (:mod:`formats.crc`), so each
+file has one rank that checks it, and the others send it the CRCs of the parts that they have read. It reads the bytes
+that no rank needed (padding, the states of ranks that are gone) and compares the CRCs with those in the file.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedStates:
-    """What a rank needs of a checkpoint, in host memory.
+    """The part of a checkpoint that a rank needs, in host memory.
 
     Attributes:
         model: Contents of the model states, frozen fragments as this run cuts them.
@@ -192,7 +192,7 @@ def _refuse_scaling(optimizer: Mapping[str, Any], path: Path) -> None:
 
 
 def _read_pieces(directory: Path, files: Sequence[RankFiles], cut: Cut) -> tuple[SavedStates, SourceCrcs]:
-    """Return this rank's states, and the CRCs of what was read of each file."""
+    """Return this rank's states, and the CRCs of the bytes that were read of each file."""
     world_size, nearest = len(files), cut.rank % len(files)
     first = open_archive(files[nearest].model), open_archive(files[nearest].optim)
     content, optim = model_states(first[0], first[0], world_size), optim_states(first[1], world_size)
@@ -291,7 +291,7 @@ class _RankPieces:
 
 
 def _check_whole(path: Path, record: FileRecord, noted: Sequence[Runs]) -> None:
-    """Compare a file with its record by the CRCs of what the ranks have read of it; the rest is read now.
+    """Compare a file with its record by the CRCs of the parts that the ranks have read; the rest is read now.
 
     Raises:
         CheckpointError: It is damaged.
