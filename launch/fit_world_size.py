@@ -110,7 +110,8 @@ def _cut(checkpoints: Path, tag: str, new_tag: str, world_size: int) -> str:
     original = Manifest.read(source)
     if original.kind != KIND:
         raise CheckpointError(
-            f"{source} was written by engine {original.kind}, which has one process; it cannot be cut for {world_size}"
+            f"{source} is of layout {original.kind}: it is of one process, or one that the engine itself cuts for "
+            f"{world_size} ranks; only {KIND} is cut here"
         )
     temporary = checkpoints / f"{TEMPORARY_PREFIX}{new_tag}"
     for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*{new_tag}"):
