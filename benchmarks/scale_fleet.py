@@ -19,7 +19,8 @@ REPETITIONS = 50
 
 
 def measure() -> list[tuple[str, int, float, str]]:
-    """Return name, ranks, value and unit of each figure."""
+    """Return name, ranks, value and unit of each figure; on one thread, as one of several ranks of a host has it."""
+    torch.set_num_threads(1)
     rows: list[tuple[str, int, float, str]] = []
     for ranks in RANKS:
         table = torch.rand(ranks, len(PHASES) + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

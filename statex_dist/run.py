@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, complete_tags
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, LOGS_DIR, complete_tags
 from statex_dist.distributed.env import ProcessEnv, read_env, require_device, require_launcher, share_cores
 from statex_dist.distributed.error_sync import fail_together
 from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.checkpoints import Checkpoints, Fit
 from statex_dist.engine.documents import Documents
 from statex_dist.errors import CheckpointError, failure_text
+from statex_dist.rank_log import rank_log
 from statex_dist.redact import redact
 from statex_dist.run_config import RunConfig
 from statex_dist.run_parts import build_engine, build_loader, build_model, open_values, own_callbacks
@@ -86,7 +87,8 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest, fit:
         logger.info("stopped by a signal before the first step; there is nothing to save")
         return False
     # Only now, so that a refused start makes no directory.
-    with claim_together(run_dir, ranks):
+    log = run_dir / LOGS_DIR / f"rank{env.rank}.log"
+    with claim_together(run_dir, ranks), rank_log(log, rank=env.rank, world_size=env.world_size):
         try:
             checkpoints = run_dir / CHECKPOINTS_DIR
             resumes = ranks.broadcast(bool(complete_tags(checkpoints)))

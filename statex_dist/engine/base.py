@@ -253,7 +253,7 @@ class TrainEngine(ABC):
 
     @abstractmethod
     def gather_row(self, values: Sequence[float]) -> torch.Tensor:
-        """Return every rank's ``values`` ``[ranks, values]``, in double precision on the CPU; all give as many."""
+        """Return every rank's ``values`` ``[ranks, values]``, in double precision on the CPU."""
 
     def take_waited(self) -> float:
         """Return the seconds in :meth:`sum` and :meth:`gather_row` since the last call: mostly for other ranks.

@@ -117,5 +117,10 @@ def test_ranks_name_the_slow_one_and_the_others_wait(slow_run: tuple[Path, Compl
     assert {(row["rank"], row["phase"]) for row in named} == {(1, "callbacks")}
     assert [("stragglers" in record) for record in records] == [False] * (INTERVALS - 1) + [True] * 3
     assert done.stderr.count("stragglers: rank 1 on") == 1
+    logs = {path.name: path.read_text() for path in (run_dir / "logs").iterdir()}
+    assert set(logs) == {"rank0.log", "rank1.log", "rank2.log"}
+    assert all(f"rank {rank} of 3 starts" in logs[f"rank{rank}.log"] for rank in range(3))
+    assert f"step {INTERVALS + 2}/{INTERVALS + 2}" in logs["rank0.log"]
     view = view_run(run_dir)
+    assert view.last_log[-1]["text"].startswith("stragglers: rank 1")
     assert (view.state, view.phases["callbacks"]["rank"], view.stragglers[0]["rank"]) == ("complete", 1, 1)
