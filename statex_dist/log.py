@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.logging import RichHandler
 
+from statex_dist.rank_log import DATE_FORMAT, FORMAT, LOGGERS, FoldFilter
 from statex_dist.redact import holds_secret, keep_secrets
-
-_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 class RankFilter(logging.Filter):
@@ -48,10 +47,11 @@ def setup_logging(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(logging.Formatter(FORMAT, datefmt=DATE_FORMAT))
     rank = os.environ.get("RANK", "0")
     handler.addFilter(RankFilter(int(rank) if rank.isdecimal() else 0))  # a wrong one is refused where it is used
-    for name in ("statex_dist", "checkpoints_tools", "launch"):
+    handler.addFilter(FoldFilter())
+    for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.handlers[:] = [handler]

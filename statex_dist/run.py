@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, complete_tags
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, LOGS_DIR, complete_tags
 from statex_dist.distributed.disks import Disks
 from statex_dist.distributed.env import (
     ProcessEnv,
@@ -22,6 +22,7 @@ from statex_dist.distributed.ranks import Ranks
 from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.documents import Documents
 from statex_dist.errors import CheckpointError, failure_text
+from statex_dist.rank_log import rank_log
 from statex_dist.redact import redact
 from statex_dist.run_config import RunConfig
 from statex_dist.run_parts import build_engine, build_loader, build_model, open_values, own_callbacks
@@ -101,7 +102,8 @@ def _build_and_train(config: RunConfig, env: ProcessEnv, stop: StopRequest) -> b
         return False
     # Only now, so that a refused start makes no directory.
     disks = config.train.find_disks(run_dir, ranks)
-    with claim_together(run_dir, ranks, disks or Disks.one(ranks.rank, ranks.world_size)):
+    log = rank_log(run_dir / LOGS_DIR / f"rank{env.rank}.log", rank=env.rank, world_size=env.world_size)
+    with claim_together(run_dir, ranks, disks or Disks.one(ranks.rank, ranks.world_size)), log:
         try:
             checkpoints = run_dir / CHECKPOINTS_DIR
             resumes = any(ranks.gather(bool(complete_tags(checkpoints))))  # hosts may have disks of their own

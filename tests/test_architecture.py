@@ -23,6 +23,7 @@ LAYERS = {
     "statex_dist": 0,
     "statex_dist.errors": 0,
     "statex_dist.log": 0,
+    "statex_dist.rank_log": -1,
     "statex_dist.redact": -1,
     "statex_dist.bare_package": 0,
     "statex_dist.durable*": 0,

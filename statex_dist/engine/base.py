@@ -102,6 +102,7 @@ class TrainEngine(ABC):
         num_targets: Target tokens of the last global batch.
         num_packs: Packs of the last global batch, without dummies.
         router_loss: Load-balancing loss of the last global batch's experts with its factor, or None.
+        waited: Seconds in :meth:`sum` and :meth:`gather_row` since :meth:`take_waited`.
         saved_rates: Learning rate of each group that the next step of the loaded checkpoint would have had; empty
             without one.
     """
@@ -137,6 +138,7 @@ class TrainEngine(ABC):
         self.num_targets = self.num_packs = 0
         self.router_loss: float | None = None
         self.saved_rates = []
+        self.waited = 0.0
         self._losses: list[tuple[int, torch.Tensor]] = []
 
     @property
@@ -270,6 +272,18 @@ class TrainEngine(ABC):
     @abstractmethod
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of ``values`` over all ranks."""
+
+    @abstractmethod
+    def gather_row(self, values: Sequence[float]) -> torch.Tensor:
+        """Return every rank's ``values`` ``[ranks, values]``, in double precision on the CPU."""
+
+    def take_waited(self) -> float:
+        """Return the seconds in :meth:`sum` and :meth:`gather_row` since the last call: mostly for other ranks.
+
+        Work that a GPU has queued before counts too; the loop calls them where nothing is queued.
+        """
+        waited, self.waited = self.waited, 0.0
+        return waited
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is true on any rank."""

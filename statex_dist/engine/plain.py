@@ -85,6 +85,10 @@ class PlainEngine(TrainEngine):
         """Return ``values``."""
         return list(values)
 
+    def gather_row(self, values: Sequence[float]) -> torch.Tensor:
+        """Return ``[values]``."""
+        return torch.tensor([list(values)], dtype=torch.float64)
+
     def barrier(self) -> None:
         """Return at once: there is no other rank."""
 

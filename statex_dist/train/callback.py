@@ -11,6 +11,7 @@ the configuration lists them:
     40     Throughput        adds tokens, seconds, memory, MFU
     50     a user's          of the setting ``callbacks``
     60     RunFiles          config.yaml and status.json
+    65     FleetPhases       seconds of all ranks, adds ``ranks`` and ``stragglers``
     70     MetricsFile       metrics.jsonl
     80     Console, Wandb    show the record
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +46,9 @@ CALLBACKS = Registry("callbacks", {"tensorboard": "statex_dist.train.tensorboard
 
 HOOKS = ("on_phase", "on_start", "pre_step", "post_step", "on_evaluate", "on_save", "on_end")
 
-OWN_FIGURES = frozenset({"eval", "state_norms", "tokens", "seconds", "tokens_per_s", "memory_bytes", "mfu"})
+OWN_FIGURES = frozenset(
+    {"eval", "state_norms", "tokens", "seconds", "tokens_per_s", "memory_bytes", "mfu", "ranks", "stragglers"}
+)
 """Figures that our callbacks add to some records; the files, the log line and wandb rely on their form."""
 
 _FAILURES = (Exception, SystemExit)
@@ -178,6 +182,7 @@ class Callbacks:
             hook: [c for c in self.all if getattr(type(c), hook) is not getattr(Callback, hook)] for hook in HOOKS
         }
         self._run: RunContext | None = None
+        self._seconds = 0.0
 
     def attach(self, run: RunContext) -> None:
         """Tell every callback of its run."""
@@ -195,7 +200,20 @@ class Callbacks:
             if _is_ours(callback):
                 getattr(callback, hook)(*arguments)
             elif hook != "on_phase":
-                self._agree(callback, hook, _problem(callback, hook, arguments))
+                self._agree(callback, hook, self._timed_problem(callback, hook, arguments))
+
+    def take_seconds(self) -> float:
+        """Return what users' hooks took on this rank since the last call, without their waits for other ranks."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _timed_problem(self, callback: Callback, hook: str, arguments: Sequence[Any]) -> str | None:
+        assert self._run is not None
+        engine = self._run.engine
+        start, waited = time.perf_counter(), engine.waited
+        problem = _problem(callback, hook, arguments)
+        self._seconds += max(0.0, time.perf_counter() - start - (engine.waited - waited))
+        return problem
 
     def end(self, ending: Ending) -> None:
         """Call ``on_end`` of all callbacks, whatever fails; those after one that failed are told that the run did.

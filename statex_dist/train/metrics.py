@@ -47,6 +47,8 @@ class MetricsConfig:
         states_every: Optimizer steps between measurements of the layers' states; 0 for none.
         wandb_project: Weights & Biases project; None for none. Without a login it records offline.
         wandb_name: Name of the run there.
+        straggler_factor: A rank that takes more than this multiple of the median over several log lines, in what it
+            does by itself, is named in a warning; 0 for none.
     """
 
     log_every: int = 10
@@ -54,6 +56,7 @@ class MetricsConfig:
     states_every: int = 100
     wandb_project: str | None = None
     wandb_name: str | None = None
+    straggler_factor: float = 1.5
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
@@ -62,6 +65,10 @@ class MetricsConfig:
             raise ConfigError(f"metrics.states_every must be 0 or more, not {self.states_every}")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ConfigError(f"metrics.peak_tflops must be a number above 0, not {self.peak_tflops}")
+        if not (self.straggler_factor == 0 or 1 < self.straggler_factor < math.inf):
+            raise ConfigError(
+                f"metrics.straggler_factor must be above 1, or 0 for no warning, not {self.straggler_factor}"
+            )
 
     def build(self, *, flops_per_token: int, flops_per_pair: int = 0) -> list[Callback]:
         """Return the callbacks that take and show a run's figures.
@@ -70,6 +77,7 @@ class MetricsConfig:
             flops_per_token: FLOPs of forward and backward for one token of the model.
             flops_per_pair: The same of its attention, for a token and one that it reads.
         """
+        from statex_dist.train.fleet import FleetPhases
         from statex_dist.train.wandb_run import Wandb
 
         file = MetricsFile()
@@ -79,6 +87,7 @@ class MetricsConfig:
         return [
             *([StateNorms(every=self.states_every)] if self.states_every else []),
             Throughput(flops_per_token=flops_per_token, flops_per_pair=flops_per_pair, peak_tflops=self.peak_tflops),
+            FleetPhases(log_every=self.log_every, straggler_factor=self.straggler_factor),
             file,
             Console(log_every=self.log_every),
             *wandb,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
 
@@ -119,3 +120,19 @@ class NoRate(torch.optim.SGD):
 def staircase(config, done: int, length: int, *, height: int = 2) -> float:
     """A schedule with one option: halve every ``height`` steps."""
     return 0.5 ** (done // height)
+
+
+class Slow(Callback):
+    """Sleeps before each step on one rank.
+
+    Args:
+        rank: On which.
+        seconds: For how long.
+    """
+
+    def __init__(self, rank: int, seconds: float):
+        self.rank, self.seconds = rank, seconds
+
+    def pre_step(self, step, batch) -> None:
+        if self.run.rank == self.rank:
+            time.sleep(self.seconds)

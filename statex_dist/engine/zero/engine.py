@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,21 @@ class ZeroEngine(TrainEngine):
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of ``values`` over all ranks."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        start = time.perf_counter()
         dist.all_reduce(tensor)
-        return tensor.tolist()
+        sums = tensor.tolist()
+        self.waited += time.perf_counter() - start
+        return sums
+
+    def gather_row(self, values: Sequence[float]) -> torch.Tensor:
+        """Return every rank's ``values``."""
+        row = torch.tensor(values, dtype=torch.float64, device=self.device)
+        table = row.new_empty(self.world_size * len(values))
+        start = time.perf_counter()
+        dist.all_gather_into_tensor(table, row)
+        rows = table.cpu().view(self.world_size, -1)
+        self.waited += time.perf_counter() - start
+        return rows
 
     def barrier(self) -> None:
         """Wait for all ranks."""
