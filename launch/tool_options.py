@@ -15,8 +15,8 @@ from statex_dist.state.plan import Op
 if TYPE_CHECKING:
     from checkpoints_tools.io.target_writer import WriteOptions
     from checkpoints_tools.plan.options import PlanOptions
-    from statex_dist.durable.work_part import WorkPart
     from statex_dist.models.sequence_memory import SequenceMemory
+    from statex_dist.work_part import WorkPart
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def work_part(args: Any) -> WorkPart | None:
     Raises:
         ConfigError: It is not ``I/N``.
     """
-    from statex_dist.durable.work_part import parse_part
+    from statex_dist.work_part import parse_part
 
     return None if args.part is None else parse_part(args.part)
 

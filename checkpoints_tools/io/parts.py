@@ -21,8 +21,8 @@ from statex_dist.checkpoint.formats.piece_io import SourceRuns
 from statex_dist.checkpoint.json_file import parse_json
 from statex_dist.durable.files import write_durably
 from statex_dist.durable.lock import HeldLock, LockHeldError, acquire
-from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError, shown
+from statex_dist.work_part import WorkPart
 
 _PREPARE, _FINISH = "prepare.lock", "finish.lock"
 _POLL_SECONDS = 0.2

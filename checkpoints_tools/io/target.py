@@ -60,9 +60,9 @@ from statex_dist.checkpoint.manifest import (
     temporary_for,
 )
 from statex_dist.durable.files import remove_tree
-from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError, reason, refusal
 from statex_dist.models.config import CONFIG_NAME
+from statex_dist.work_part import WorkPart
 
 logger = logging.getLogger(__name__)
 

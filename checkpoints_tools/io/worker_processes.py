@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from statex_dist.checkpoint.formats.tensor_io import Progress
-from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError, StateXError
+from statex_dist.work_part import WorkPart
 
 ItemT = TypeVar("ItemT")
 ShareT = TypeVar("ShareT")

@@ -24,11 +24,11 @@ from statex_dist.checkpoint.formats.tensor_io import Progress, TensorSource
 from statex_dist.checkpoint.json_file import differing_keys
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 from statex_dist.checkpoint.manifest import Manifest
-from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError
 from statex_dist.models.config import CONFIG_NAME, read_config_dict
 from statex_dist.models.registry import config_from_dict
 from statex_dist.models.source import open_source
+from statex_dist.work_part import WorkPart
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,9 +24,9 @@ from statex_dist.checkpoint.json_file import MAX_JSON_BYTES, read_json
 from statex_dist.data.corpus.documents import WorkUnit, file_facts
 from statex_dist.data.corpus.unit_files import DONE_SUFFIX, UnitJob
 from statex_dist.durable.lock import HeldLock, LockHeldError, acquire, holder_of
-from statex_dist.durable.work_part import WorkPart as WorkPart
-from statex_dist.durable.work_part import parse_part as parse_part
 from statex_dist.errors import ConfigError, DataError, shown, writing
+from statex_dist.work_part import WorkPart as WorkPart
+from statex_dist.work_part import parse_part as parse_part
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.verify import verify_alone, verify_same
 from launch.cli import main
-from statex_dist.durable.work_part import WorkPart
 from statex_dist.errors import CheckpointError
+from statex_dist.work_part import WorkPart
 from tests.runs import REPOSITORY
 
 TARGETS = {
@@ -37,9 +37,9 @@ from launch.cli import main
 target_writer.SYNC_BYTES = 20_000  # the models of tests are small
 write = target_writer._Writer.write
 
-def slow(self, job, stream):
-    time.sleep(0.05)
-    write(self, job, stream)
+def slow(self, jobs, stream):
+    time.sleep(0.05 * len(jobs))
+    write(self, jobs, stream)
 
 target_writer._Writer.write = slow
 sys.exit(main(sys.argv[1:]))

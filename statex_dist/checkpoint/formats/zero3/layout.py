@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from statex_dist.errors import CheckpointError
 
@@ -36,8 +38,7 @@ class RankFiles:
     optim: Path
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlatRun:
+class FlatRun(NamedTuple):
     """A run of elements that lies contiguously in one rank's flat group.
 
     Attributes:
@@ -171,14 +172,22 @@ class FlatLayout:
 
     def runs(self, name: str) -> Iterator[FlatRun]:
         """Yield the runs of a parameter, in order and without its padding."""
-        for rank, target, stop in shares(math.prod(self.shapes[name]), self.world_size):
-            position = self.offsets[name]
-            for group, (begin, end) in enumerate(pairwise(self.group_ends)):
-                count = min(end - position, stop - target)
-                if position < begin or count <= 0:
-                    continue
-                yield FlatRun(rank=rank, group=group, start=position - begin, target=target, numel=count)
-                position, target = position + count, target + count
+        numel = math.prod(self.shapes[name])
+        part, first = partition_size(numel, self.world_size), self.offsets[name]
+        # Every rank has its part at the same place: group, first element inside, and elements up to the group's end.
+        places = []
+        for group in range(bisect_right(self.group_ends, first) - 1, len(self.group_ends) - 1):
+            begin, end = self.group_ends[group], self.group_ends[group + 1]
+            if begin >= first + part:
+                break
+            start = max(first, begin)
+            places.append((group, start - begin, min(end, first + part) - start))
+        for rank, target, stop in shares(numel, self.world_size):
+            for group, start, most in places:
+                if target < stop:
+                    count = min(most, stop - target)
+                    yield FlatRun(rank, group, start, target, count)
+                    target += count
 
 
 def sub_groups(
