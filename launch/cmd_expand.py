@@ -44,8 +44,7 @@ def run(args: Any) -> int:
     if args.dry_run:
         target_plan(expansion, options, to=args.to, world_size=args.world_size)
         check_target(expansion, Path(args.target), options)
-        report = expansion.report()
-        missing: list[int] = []
+        report, missing = expansion.report(), list[int]()
     else:
         with progress_bar("expand") as progress:
             report, missing = expand(

@@ -72,6 +72,7 @@ TOOLS_MAY_READ = (
     "statex_dist.durable*",
     "statex_dist.work_part",
     "statex_dist.state*",
+    "statex_dist.work_part",
     "statex_dist.checkpoint",
     "statex_dist.checkpoint.json_file",
     "statex_dist.checkpoint.dtypes",

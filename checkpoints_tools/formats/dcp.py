@@ -82,7 +82,7 @@ def _made(name: str, state: Any) -> Remembered:
 def _archive(dtype: str, shape: tuple[int, ...]) -> ArchiveLayout:
     """Return the archive of one tensor."""
     info = TensorInfo(name="", shape=shape, dtype=dtype)
-    return ArchiveLayout.build("archive", new_tensor("0", dtype, shape), {"0": info.nbytes})
+    return ArchiveLayout.build("archive", dumps(new_tensor("0", dtype, shape)), {"0": info.nbytes})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,16 +51,16 @@ class ArchiveLayout:
     _directory: int
 
     @classmethod
-    def build(cls, root: str, content: Any, storages: Mapping[str, int | bytes]) -> ArchiveLayout:
+    def build(cls, root: str, pickled: bytes, storages: Mapping[str, int | bytes]) -> ArchiveLayout:
         """Lay a file out.
 
         Args:
             root: Name of the folder: the file's name without its ending, as torch has it.
-            content: What is saved; its tensors refer to ``storages``.
+            pickled: The pickle of what is saved (:func:`dumps`); its tensors refer to ``storages``.
             storages: By key the number of bytes of each storage, or the bytes where they are known.
         """
         known = {
-            "data.pkl": dumps(content),
+            "data.pkl": pickled,
             ".format_version": b"1",
             ".storage_alignment": b"64",
             "byteorder": b"little",
@@ -143,8 +143,8 @@ def _large(size: int) -> bool:
 
 
 def archive_bytes(root: str, content: Any, storages: Mapping[str, bytes] | None = None) -> bytes:
-    """Return a whole (small) ``torch.save`` file; arguments of :meth:`ArchiveLayout.build`."""
-    layout = ArchiveLayout.build(root, content, storages or {})
+    """Return a whole (small) ``torch.save`` file of ``content``; arguments of :meth:`ArchiveLayout.build`."""
+    layout = ArchiveLayout.build(root, dumps(content), storages or {})
     data = bytearray(layout.size)
     for offset, part in (*layout.fixed, *layout.closing({})):
         data[offset : offset + len(part)] = part

@@ -101,6 +101,8 @@ class OpenFile:
 
     def make(self) -> None:
         """Make the file on the first call: headers written, all its space reserved."""
+        if self._is_made:
+            return
         with self._lock:
             if self._is_made:
                 return
@@ -175,11 +177,11 @@ class OpenFile:
         if self._storages:
             self._note(offset, data)
 
-    def done_with_tensor(self) -> bool:
-        """Note that a tensor is in the file; return whether it was the last one that the file lacked."""
+    def done_with_tensors(self, count: int) -> bool:
+        """Note that tensors are in the file; return whether they were the last ones that the file lacked."""
         self.make()  # a tensor without elements has not opened it
         with self._lock:
-            self._missing -= 1
+            self._missing -= count
             return self._missing == 0
 
     def sync(self) -> None:

@@ -9,8 +9,11 @@ enters it in the journal too.
 from __future__ import annotations
 
 import threading
+from collections import Counter as CountOf
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,10 @@ import xxhash
 
 from checkpoints_tools.io.journal import ForwardedJournal, TargetJournal, WrittenTensor
 from checkpoints_tools.io.target_file import FileRuns, OpenFile, TargetFile
-from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
+from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, batches, in_threads
 from checkpoints_tools.io.worker_processes import Send, cut_evenly, default_processes, in_processes, throttled
 from statex_dist.checkpoint.formats.piece_io import SourceCrcs, SourceRuns, window_of
-from statex_dist.checkpoint.formats.raw_io import Descriptors, OpenFileShares
+from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, Descriptors, OpenFileShares
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
 from statex_dist.errors import ConfigError
 from statex_dist.work_part import WorkPart
@@ -116,7 +119,7 @@ def write_files(
 
     def write(share: Sequence[TensorJob]) -> None:
         in_threads(
-            share,
+            batches(share, lambda job: job.info.nbytes, most_bytes=min(BLOCK_BYTES, SYNC_BYTES)),
             lambda: TensorStream(
                 source, allow_nonfinite=options.allow_nonfinite, crcs=crcs, most_files=open_files.reader
             ),
@@ -252,6 +255,60 @@ def files_of_tensors(jobs: Iterable[TensorJob], places: Places) -> dict[str, fro
     return result
 
 
+class _Gathered:
+    """Writes that are put off for a while, so that neighbours in a file are written together.
+
+    Args:
+        files: The files, by name.
+    """
+
+    def __init__(self, files: Mapping[str, OpenFile]):
+        self._files = files
+        self._writes: dict[Path, list[tuple[int, bytes]]] = {}
+
+    def write(self, path: Path, offset: int, data: memoryview) -> None:
+        """Write bytes into a file: now, or, of few, at the next :meth:`flush`."""
+        if len(data) > _MOST_PUT_OFF:
+            self._files[str(path)].write(offset, data)
+        elif (writes := self._writes.get(path)) is not None:
+            writes.append((offset, bytes(data)))
+        else:
+            self._writes[path] = [(offset, bytes(data))]
+
+    def flush(self) -> None:
+        """Write what was put off."""
+        for path, writes in self._writes.items():
+            file = self._files[str(path)]
+            writes.sort(key=itemgetter(0))
+            run: list[bytes] = []
+            start = position = writes[0][0]
+            for offset, data in writes:
+                if offset != position:
+                    file.write(start, memoryview(b"".join(run)))
+                    start, run = offset, []
+                run.append(data)
+                position = offset + len(data)
+            file.write(start, memoryview(b"".join(run)))
+        self._writes.clear()
+
+
+_MOST_PUT_OFF = 1 << 16
+
+
+def _write_block(gathered: _Gathered, places: Sequence[Piece], item: int, start: int, block: np.ndarray) -> None:
+    """Write elements ``start`` and on of a tensor, each of ``item`` bytes, to wherever they belong."""
+    stop, view = start + len(block) // item, block.data
+    for place in places:
+        if place.width == 1:
+            first, last = max(place.start, start), min(place.stop, stop)
+            if first < last:
+                data = view[(first - start) * item : (last - start) * item]
+                gathered.write(place.path, place.offset + (first - place.start) * item, data)
+        elif place.start * place.width < stop and start < place.stop * place.width:
+            part, offset = window_of(place, start, block, item)
+            gathered.write(place.path, offset, np.ascontiguousarray(part).reshape(-1).data)
+
+
 class _Writer:
     """The files of a target while tensors are written into them, by any number of workers."""
 
@@ -284,8 +341,27 @@ class _Writer:
                 if name in self._open and job.key not in journal.tensors:
                     self._open[name].await_tensor()
 
-    def write(self, job: TensorJob, stream: TensorStream) -> None:
-        """Write one tensor to all its places, and complete the files of which it was the last."""
+    def write(self, jobs: Sequence[TensorJob], stream: TensorStream) -> None:
+        """Write tensors to all their places, and complete the files of which they were the last."""
+        gathered = _Gathered(self._open)
+        written = {job.key: self._write_tensor(job, stream, gathered) for job in jobs}
+        gathered.flush()
+        with self._lock:
+            self._pending |= written
+            self._pending_bytes += total_bytes(job.info for job in jobs)
+            due = self._pending_bytes >= SYNC_BYTES
+            if due:
+                self._pending_bytes = 0
+        if due:
+            self.sync()
+        counts: CountOf[frozenset[str]] = CountOf(self._files_of[job.key] for job in jobs)
+        for names, count in counts.items():
+            for name in names:
+                if self._open[name].done_with_tensors(count):
+                    self._finish(self._open[name])
+
+    def _write_tensor(self, job: TensorJob, stream: TensorStream, gathered: _Gathered) -> WrittenTensor:
+        """Write a tensor to all its places, and return its digests."""
         # The stream already knows the digest of values that are copied without a change.
         copied = job.mapping is None and job.source is not None and job.source.dtype == job.info.dtype
         digest = None if copied else xxhash.xxh3_128()
@@ -293,7 +369,7 @@ class _Writer:
         places = self._places(job)
         width = max((place.width for place in places), default=1)
         for block in stream.blocks(job, width=width):
-            self._write_block(places, item, position, block)
+            _write_block(gathered, places, item, position, block)
             if digest is not None:
                 digest.update(block.data)
             position += len(block) // item
@@ -301,25 +377,7 @@ class _Writer:
         assert position == job.info.numel, f"{job.info}: {position} elements"
         source = stream.source_digest() if job.mapping is None else None
         stored = digest.hexdigest() if digest is not None else stream.source_digest()
-        with self._lock:
-            self._pending[job.key] = WrittenTensor(xxh3_128=stored, source_xxh3_128=source)
-            self._pending_bytes += job.info.nbytes
-            due = self._pending_bytes >= SYNC_BYTES
-            if due:
-                self._pending_bytes = 0
-        if due:
-            self.sync()
-        for name in self._files_of[job.key]:
-            if self._open[name].done_with_tensor():
-                self._finish(self._open[name])
-
-    def _write_block(self, places: Sequence[Piece], item: int, start: int, block: np.ndarray) -> None:
-        """Write elements ``start`` and on of a tensor, each of ``item`` bytes, to wherever they belong."""
-        stop = start + len(block) // item
-        for place in places:
-            if place.start * place.width < stop and start < place.stop * place.width:
-                part, offset = window_of(place, start, block, item)
-                self._open[str(place.path)].write(offset, np.ascontiguousarray(part).reshape(-1).data)
+        return WrittenTensor(xxh3_128=stored, source_xxh3_128=source)
 
     def files_of_several(self, shares: Sequence[Sequence[TensorJob]]) -> list[str]:
         """Return the unfinished files that lack tensors of more than one share."""

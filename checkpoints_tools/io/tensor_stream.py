@@ -173,6 +173,9 @@ class TensorStream:
             )
 
 
+ItemT = TypeVar("ItemT")
+
+
 def _window_numel(job: TensorJob, pieces: Pieces, width: int) -> int:
     """Return the elements that are copied at once: as many rows as fit where a piece or a place has some columns only.
 
@@ -188,6 +191,30 @@ def _window_numel(job: TensorJob, pieces: Pieces, width: int) -> int:
     return rows * width
 
 
+def batches(
+    items: Iterable[ItemT], size: Callable[[ItemT], int], *, most_bytes: int = BLOCK_BYTES
+) -> list[list[ItemT]]:
+    """Return consecutive items in batches: in the files of ranks, small tensors lie side by side.
+
+    Args:
+        items: The items.
+        size: Returns the bytes of an item.
+        most_bytes: Bytes of a batch of several.
+    """
+    found: list[list[ItemT]] = []
+    filled = most_bytes
+    for item in items:
+        if not found or filled + size(item) > most_bytes or len(found[-1]) >= _MOST_OF_BATCH:
+            found.append([])
+            filled = 0
+        found[-1].append(item)
+        filled += size(item)
+    return found
+
+
+_MOST_OF_BATCH = 64
+
+
 class Closable(Protocol):
     """What holds open files."""
 
@@ -196,7 +223,6 @@ class Closable(Protocol):
 
 
 ToolT = TypeVar("ToolT", bound=Closable)
-ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from checkpoints_tools.io.target_writer import finish_crcs
-from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, in_threads
+from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, batches, in_threads
 from checkpoints_tools.io.worker_processes import (
     Send,
     cut_evenly,
@@ -86,10 +86,12 @@ def compare(
     files = len(source.files) + len(other.files)
     processes = min(processes or default_processes(2 * sum(sizes), len(pairs) * files), max(len(pairs), 1))
 
-    def run(pair: Pair, comparer: _Comparer) -> Outcome:
-        outcome = comparer.compare(pair)
-        counter.advance(_info(other, pair).nbytes)
-        return outcome
+    def run(batch: Sequence[Pair], comparer: _Comparer) -> list[Outcome]:
+        found = []
+        for pair in batch:
+            found.append(comparer.compare(pair))
+            counter.advance(_info(other, pair).nbytes)
+        return found
 
     def in_worker(share: Sequence[Pair], send: Send) -> tuple[list[_Finding], SourceRuns, SourceRuns]:
         nonlocal counter
@@ -100,9 +102,14 @@ def compare(
         return found, first.crcs.runs(), second.crcs.runs()
 
     def run_all(share: Sequence[Pair]) -> list[Outcome]:
-        return in_threads(
-            *(share, lambda: _Comparer(first, second, rtol, most_files), run), workers=workers, stop=counter.stop
+        found = in_threads(
+            batches(share, lambda pair: pair.job.info.nbytes),
+            lambda: _Comparer(first, second, rtol, most_files),
+            run,
+            workers=workers,
+            stop=counter.stop,
         )
+        return [outcome for of_batch in found for outcome in of_batch]
 
     if processes == 1:
         outcomes = run_all(pairs)
@@ -220,13 +227,14 @@ def read_all(
     counter = Counter(sum(job.info.nbytes for job in jobs), progress)
     most_files = share_open_files(0, threads=workers, readers=1).reader
 
-    def run(job: TensorJob, stream: TensorStream) -> None:
-        for block in stream.blocks(job):
-            counter.advance(len(block))
+    def run(batch: Sequence[TensorJob], stream: TensorStream) -> None:
+        for job in batch:
+            for block in stream.blocks(job):
+                counter.advance(len(block))
 
     def run_all(share: Sequence[TensorJob]) -> None:
         in_threads(
-            share,
+            batches(share, lambda job: job.info.nbytes),
             lambda: TensorStream(source, allow_nonfinite=True, crcs=crcs, most_files=most_files),
             run,
             workers=workers,

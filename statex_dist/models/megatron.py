@@ -189,7 +189,7 @@ def _join(
                 found.append(replace(piece, start=piece.start + part.start * row))
                 continue
             shift, end = part.start * row // piece.width, part.stop * row // piece.width
-            moved = replace(piece, start=piece.start + shift, stop=min(piece.stop + shift, end))
+            moved = piece._replace(start=piece.start + shift, stop=min(piece.stop + shift, end))
             found += [moved] if moved.start < moved.stop else []
     shape = (parts[-1].stop, *first.shape[1:]) if first.shape else ()
     return TensorInfo(name=name, shape=shape, dtype=first.dtype), found

@@ -108,11 +108,19 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
     kept = {k: v for k, v in states.items() if k not in ("optimizer_state_dict", "fp32_flat_groups", "partition_count")}
     shapes = source.layout.shapes
 
+    same: list[tuple[Any, Mapping[str, Any]]] = []  # the last contents without tensors, and what is held of them
+
     @lru_cache(maxsize=2)
     def client(rank: int) -> Mapping[str, Any]:
         opened = source.model_states(rank % source.world_size)
+        if same and same[0][0] is opened.content:
+            return same[0][1]
         left_out = (*_OURS, _CARRIED)
-        return {key: _held(value, opened) for key, value in opened.content.items() if key not in left_out}
+        found = {key: value for key, value in opened.content.items() if key not in left_out}
+        held = {key: _held(value, opened) for key, value in found.items()}
+        if held == found:
+            same[:] = [(opened.content, held)]
+        return held
 
     training = TrainingStates(
         groups=[{name: tuple(shapes[name]) for name in group} for group in source.groups],
@@ -148,9 +156,8 @@ def _entry(name: str, value: Any, source: Zero3Source) -> Any:
 
 def _client_notes(client: Callable[[int], Mapping[str, Any]], old: int, new: int) -> list[str]:
     first = client(0)
-    own = sorted(
-        {k for rank in range(1, old) for k, v in client(rank).items() if k not in _DEEPSPEED and v != first.get(k)}
-    )
+    others = (held for rank in range(1, old) if (held := client(rank)) is not first)
+    own = sorted({k for held in others for k, v in held.items() if k not in _DEEPSPEED and v != first.get(k)})
     if not own or old == new:
         return []
     listed = ", ".join(own)

@@ -12,11 +12,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.formats.torch_archive import ArchiveLayout
+from checkpoints_tools.formats.torch_archive import ArchiveLayout, dumps
 from checkpoints_tools.formats.zero3.optimizer_states import HeldTensor, Placeholder, TrainingStates
 from checkpoints_tools.io.target import Documents, TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
@@ -105,11 +105,17 @@ class _Storage:
         return self.numel * ITEM_BYTES[self.dtype]
 
 
+_Pickled = tuple[bytes, Mapping[str, int | bytes]]
+"""A pickle and the storages of its tensors."""
+
+
 class _Layout:
     """Where everything goes in the two files of each rank."""
 
     def __init__(self, training: TrainingStates, world_size: int):
         self._training, self._world_size = training, world_size
+        self._known_places: dict[tuple[str, str], tuple[list[Path], list[list[int]]]] = {}
+        self._pickles: list[tuple[Mapping[str, Any], bool, _Pickled]] = []
         cut = sub_groups(training.groups, world_size, training.sub_group_size)
         self._owners = [index for index, group in enumerate(cut) for _ in group]
         shapes = {name: shape for group in training.groups for name, shape in group.items()}
@@ -146,8 +152,24 @@ class _Layout:
 
     def _archive(self, rank: int, kind: str) -> ArchiveLayout:
         """Lay out one file."""
-        content, storages = self._model_content(rank) if kind == "model" else self._optim_content()
-        return ArchiveLayout.build(self._stem(rank, kind), content, storages)
+        pickled, storages = self._model_pickle(rank) if kind == "model" else self._optim_pickle
+        return ArchiveLayout.build(self._stem(rank, kind), pickled, storages)
+
+    @cached_property
+    def _optim_pickle(self) -> _Pickled:
+        content, storages = self._optim_content()
+        return dumps(content), storages
+
+    def _model_pickle(self, rank: int) -> _Pickled:
+        """Return the pickle of a rank's model states: that of another rank, if they are the same."""
+        client = self._training.client(rank)
+        for known, is_first, found in self._pickles:
+            if known is client and is_first is (rank == 0):
+                return found
+        content, storages = self._model_content(rank)
+        found = dumps(content), storages
+        self._pickles = [*self._pickles[-1:], (client, rank == 0, found)]
+        return found
 
     def _laid_out(self, rank: int, kind: str) -> tuple[int, dict[str, tuple[int, int]]]:
         """Return the size of a file, and offset and size of its storages."""
@@ -178,12 +200,22 @@ class _Layout:
         if name in self._model_storages:
             return self._model_places(name, job.info, folder)
         found = []
-        storages = self._flat_storages[job.state or WEIGHTS]
-        for run in self.flat.runs(name):
-            offset = self._offset(run.rank, "optim", storages[run.group])
-            path = Path(folder, f"{self._stem(run.rank, 'optim')}.pt")
-            found.append(Piece(path, offset + 4 * run.start, run.target, run.target + run.numel))
+        paths, offsets = self._flat_places(job.state or WEIGHTS, folder)
+        for rank, group, start, target, numel in self.flat.runs(name):
+            found.append(Piece(paths[rank], offsets[rank][group] + 4 * start, target, target + numel))
         return found
+
+    def _flat_places(self, state: str, folder: str) -> tuple[list[Path], list[list[int]]]:
+        """Return the optimizer file of each rank, and the bytes at which the flat groups of a state begin in it."""
+        ranks, key = range(self._world_size), (state, folder)
+        if key not in self._known_places:
+            storages = self._flat_storages[state]
+            offsets = [[self._offset(rank, "optim", storage) for storage in storages] for rank in ranks]
+            # Paths are made once: a piece's file is looked up by the hash of its path, which the path keeps.
+            known = next((paths for (_, other), (paths, _) in self._known_places.items() if other == folder), None)
+            paths = known or [Path(folder, f"{self._stem(rank, 'optim')}.pt") for rank in ranks]
+            self._known_places[key] = paths, offsets
+        return self._known_places[key]
 
     def _model_places(self, name: str, info: TensorInfo, folder: str) -> list[Piece]:
         if name in self._training.buffers:

@@ -72,6 +72,9 @@ def crc_of_zeros(count: int) -> int:
     return crc
 
 
+_SMALL_BYTES = 1 << 15
+
+
 class CrcLedger:
     """The CRC-32 of one stretch of bytes, noted in pieces by several threads; neighbours are joined at once.
 
@@ -85,8 +88,20 @@ class CrcLedger:
 
     def note(self, start: int, data: memoryview | bytes) -> None:
         """Note bytes that lie at ``start``."""
-        if len(data):
-            self.note_crc(start, len(data), zlib.crc32(data))
+        length = len(data)
+        if length >= _SMALL_BYTES:
+            self.note_crc(start, length, zlib.crc32(data))
+            return
+        with self._lock:
+            # Few bytes behind a run go on with its CRC: to combine two costs more than to compute one.
+            place = bisect_left(self._starts, start) - 1
+            follows = place >= 0 and self._runs[place][0] == start
+            crc = zlib.crc32(data, self._runs[place][1] if follows else 0)
+            if follows and (place + 1 == len(self._starts) or self._starts[place + 1] > start + length):
+                self._runs[place] = (start + length, crc)
+                return
+        if length:
+            self.note_crc(start, length, zlib.crc32(data))
 
     def note_crc(self, start: int, length: int, crc: int) -> None:
         """Note the CRC of ``length`` bytes that lie at ``start``."""

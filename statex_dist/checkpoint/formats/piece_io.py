@@ -35,6 +35,9 @@ SourceRuns = Mapping[str, Mapping[str, Sequence[tuple[int, int, int]]]]
 """What has been read of archives: ``(start, length, CRC-32)`` of runs, by file and entry."""
 
 
+_NOWHERE = (0, 0, CrcLedger())
+
+
 class SourceCrcs:
     """The checksums that the ``torch.save`` files of a source carry, against what is read of them.
 
@@ -49,13 +52,19 @@ class SourceCrcs:
             stored = [(e.offset, name, e) for name, e in archive.entries.items() if name.startswith("data/") and e.size]
             self._entries[path] = sorted(stored)
         self._ledgers: dict[tuple[Path, str], CrcLedger] = {}
+        self._last: dict[Path, tuple[int, int, CrcLedger]] = {}  # begin and end of the storage that was noted last
 
     def note(self, path: Path, offset: int, data: memoryview) -> None:
         """Note bytes that were read from a file; bytes of files other than the archives are ignored."""
-        if self._entries.get(path):
+        start, stop, ledger = self._last.get(path, _NOWHERE)
+        if not start <= offset < stop:
+            if not self._entries.get(path):
+                return
             start, entry, ledger = self._of(path, offset)
-            assert offset + len(data) <= start + entry.size
-            ledger.note(offset - start, data)
+            stop = start + entry.size
+            self._last[path] = start, stop, ledger
+        assert offset + len(data) <= stop
+        ledger.note(offset - start, data)
 
     def expect(self, pieces: Pieces) -> None:
         """Have the storages of a tensor checked that is not read now, because an earlier run has copied it."""
@@ -73,6 +82,7 @@ class SourceCrcs:
     def forget(self) -> None:
         """Forget what has been noted: a copy of this process begins to note what it reads itself."""
         self._ledgers.clear()
+        self._last.clear()
 
     def runs(self) -> SourceRuns:
         """Return what has been noted, by file and entry, for :meth:`add_runs` of another process."""
@@ -132,6 +142,11 @@ def check_entry(path: Path, name: str, entry: Entry, ledger: CrcLedger, state: F
         )
 
 
+_CHUNKS_BYTES, _MOST_CHUNK_BYTES = 16 << 20, 1 << 17
+"""Bytes that a reader keeps of all files together, and of one file at most."""
+_NO_CHUNK = 0, np.empty(0, dtype=np.uint8)
+
+
 class PieceReader:
     """Reads windows of tensors; one per thread.
 
@@ -154,6 +169,8 @@ class PieceReader:
         self._ahead = ahead or ReadAhead(len(states))
         self._files: OrderedDict[Path, int] = OrderedDict()
         self._most_files = most_files or open_files_of_reader()
+        self._chunks: dict[Path, tuple[int, np.ndarray]] = {}
+        self._chunk_bytes = min(_CHUNKS_BYTES // max(len(states), 1), _MOST_CHUNK_BYTES)
         self._scratch = np.empty(0, dtype=np.uint8)
 
     def read(
@@ -182,6 +199,11 @@ class PieceReader:
                 data = piece.data[(begin - piece.start) * item : (end - piece.start) * item]
                 view[(begin - start) * item : (end - start) * item] = np.frombuffer(data, dtype=np.uint8)
                 continue
+            if piece.width == 1:
+                begin, end = max(start, piece.start), min(stop, piece.stop)
+                run = view[(begin - start) * item : (end - start) * item]
+                self._fetch(piece.path, piece.offset + (begin - piece.start) * item, run)
+                continue
             part, place = window_of(piece, start, view, item)
             if part.flags.c_contiguous:
                 self._fetch(piece.path, place, part.reshape(-1))
@@ -201,13 +223,31 @@ class PieceReader:
                 )
 
     def _fetch(self, path: Path, offset: int, run: np.ndarray) -> None:
-        if not len(run):
+        size = len(run)
+        if not size:
             return
+        if 2 * size > self._chunk_bytes:
+            self._fetch_from_file(path, offset, run)
+        else:
+            start, chunk = self._chunks.get(path, _NO_CHUNK)
+            if not start <= offset <= start + len(chunk) - size:
+                start, chunk = offset, self._fetch_chunk(path, offset, size)
+            run[:] = chunk[offset - start : offset - start + size]
+        if self._crcs:
+            self._crcs.note(path, offset, run.data)
+
+    def _fetch_from_file(self, path: Path, offset: int, run: np.ndarray) -> None:
         descriptor = self._descriptor(path)
         self._ahead.ask(descriptor, path, offset, len(run))
         read_from(descriptor, run.data, offset, path=path, expected=self._states.get(path))
-        if self._crcs:
-            self._crcs.note(path, offset, run.data)
+
+    def _fetch_chunk(self, path: Path, offset: int, size: int) -> np.ndarray:
+        """Fetch bytes and those behind them: of a rank's file, the next tensors are there."""
+        left = self._states[path].size - offset if path in self._states else size
+        chunk = np.empty(max(min(self._chunk_bytes, left), size), dtype=np.uint8)
+        self._fetch_from_file(path, offset, chunk)
+        self._chunks[path] = offset, chunk
+        return chunk
 
     def _room(self, size: int) -> np.ndarray:
         if len(self._scratch) < size:
@@ -230,6 +270,7 @@ class PieceReader:
 
     def close(self) -> None:
         """Close the files."""
+        self._chunks.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES
 from statex_dist.checkpoint.formats.raw_io import FileState, ReadAhead
@@ -49,8 +49,7 @@ class TensorInfo:
         return self.numel * self.item_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Part of a tensor whose values lie one after the other in a file.
 
     The tensor is seen as a matrix with rows of ``width`` elements; the piece is its rows ``start .. stop``, of which
@@ -116,7 +115,7 @@ class Stretch:
         if first >= last:
             return []
         offset = piece.offset + (first - piece.start) * (piece.last - piece.first) * item_bytes
-        return [replace(piece, offset=offset, start=first - begin, stop=last - begin)]
+        return [piece._replace(offset=offset, start=first - begin, stop=last - begin)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,9 +32,9 @@ from launch.cli import main
 target_writer.SYNC_BYTES = 20_000  # the models of tests are small
 write = target_writer._Writer.write
 
-def slow(self, job, stream):
-    time.sleep(0.05)
-    write(self, job, stream)
+def slow(self, jobs, stream):
+    time.sleep(0.05 * len(jobs))
+    write(self, jobs, stream)
 
 target_writer._Writer.write = slow
 sys.exit(main(sys.argv[1:]))

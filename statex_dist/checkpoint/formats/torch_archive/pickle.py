@@ -16,7 +16,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from statex_dist.checkpoint.dtypes import ITEM_BYTES, TORCH_NAMES
@@ -26,6 +26,7 @@ from statex_dist.checkpoint.formats.torch_archive.scan import UnsafePickleError 
 from statex_dist.errors import reason, shown
 
 MAX_PICKLE_BYTES = 1 << 28
+_MOST_KEPT_BYTES = 1 << 20
 _MAX_AXES = 64
 _MAX_NUMBER = 2**63
 
@@ -332,14 +333,25 @@ class _Reader(pickle.Unpickler):
         return made
 
 
-def loads(data: bytes) -> tuple[Any, set[StorageRef]]:
+def loads(data: bytes) -> tuple[Any, frozenset[StorageRef]]:
     """Return the object of a pickle, inert, and the storages that its tensors refer to.
+
+    Equal pickles give one object, which is not to be changed: those of a thousand ranks are the same, or nearly so.
 
     Raises:
         UnsafePickleError: It names what is not allowed, is damaged, or is too large once written out.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise UnsafePickleError(f"{len(data)} bytes of pickle; at most {MAX_PICKLE_BYTES} are read")
+    return _kept(data) if len(data) <= _MOST_KEPT_BYTES else _load(data)
+
+
+@lru_cache(maxsize=16)  # the GPUs of a node have a pickle each: it names them
+def _kept(data: bytes) -> tuple[Any, frozenset[StorageRef]]:
+    return _load(data)
+
+
+def _load(data: bytes) -> tuple[Any, frozenset[StorageRef]]:
     scan(data, allowed=ALLOWED, results=_RESULTS)
     reader = _Reader(io.BytesIO(data))
     try:
@@ -349,4 +361,4 @@ def loads(data: bytes) -> tuple[Any, set[StorageRef]]:
     except Exception as error:
         # A damaged or hostile pickle raises whatever it likes: AttributeError, TypeError, MemoryError, ...
         raise UnsafePickleError(f"not a readable pickle: {reason(error)}") from None
-    return value, reader.storages
+    return value, frozenset(reader.storages)

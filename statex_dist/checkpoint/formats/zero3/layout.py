@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from statex_dist.checkpoint.layout import tag_files
 from statex_dist.errors import CheckpointError
@@ -41,8 +42,7 @@ class RankFiles:
     optim: Path
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlatRun:
+class FlatRun(NamedTuple):
     """A run of elements that lies contiguously in one rank's flat group.
 
     Attributes:
@@ -183,7 +183,22 @@ class FlatLayout:
 
     def runs(self, name: str) -> Iterator[FlatRun]:
         """Yield the runs of a parameter, in order and without its padding."""
-        return self.window(name, 0, math.prod(self.shapes[name]))
+        numel = math.prod(self.shapes[name])
+        part, first = partition_size(numel, self.world_size), self.offsets[name]
+        # Every rank has its part at the same place: group, first element inside, and elements up to the group's end.
+        places = []
+        for group in range(bisect_right(self.group_ends, first) - 1, len(self.group_ends) - 1):
+            begin, end = self.group_ends[group], self.group_ends[group + 1]
+            if begin >= first + part:
+                break
+            start = max(first, begin)
+            places.append((group, start - begin, min(end, first + part) - start))
+        for rank, target, stop in shares(numel, self.world_size):
+            for group, start, most in places:
+                if target < stop:
+                    count = min(most, stop - target)
+                    yield FlatRun(rank, group, start, target, count)
+                    target += count
 
     def window(self, name: str, first: int, last: int) -> Iterator[FlatRun]:
         """Yield the runs of the elements ``first .. last`` of a parameter, in order; other ranks cost nothing."""

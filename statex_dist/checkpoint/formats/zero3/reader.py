@@ -110,6 +110,10 @@ class Zero3Source(TensorSource):
         self.frozen = {**frozen, **{name: info.shape for name, info in filled.items()}}
         self.filled, self._beside = frozenset(filled), beside
         self.frozen_excluded = _excludes_frozen(self.model) and not filled
+        self._flat = {
+            state: [[(group.path, group.offset) for group in rank.flat[state]] for rank in self.ranks]
+            for state in self.ranks[0].flat
+        }
         self._states = {state: Zero3StateSource(self, state) for state in self.ranks[0].flat if state != WEIGHTS}
 
     def _check_frozen(self, frozen: Mapping[str, tuple[int, ...]]) -> None:
@@ -137,10 +141,11 @@ class Zero3Source(TensorSource):
 
     def flat_pieces(self, name: str, state: str) -> Pieces:
         """Return where a trained parameter, or what the optimizer remembers of it, lies."""
+        flat = self._flat[state]
         pieces = []
-        for run in self.layout.runs(name):
-            group = self.ranks[run.rank].flat[state][run.group]
-            pieces.append(Piece(group.path, group.offset + 4 * run.start, run.target, run.target + run.numel))
+        for rank, group, start, target, numel in self.layout.runs(name):
+            path, offset = flat[rank][group]
+            pieces.append(Piece(path, offset + 4 * start, target, target + numel))
         return pieces
 
     def _frozen_pieces(self, name: str) -> Pieces:

@@ -101,7 +101,7 @@ def test_storages_written_by_others_in_any_order(tmp_path):
         "y": new_tensor("1", "BF16", (3, 5)),
         "e": new_tensor("2", "I64", ()),
     }
-    layout = ArchiveLayout.build("name", content, {"0": 4000, "1": 30, "2": 8})
+    layout = ArchiveLayout.build("name", dumps(content), {"0": 4000, "1": 30, "2": 8})
     x, y, e = torch.randn(1000), torch.randn(3, 5).bfloat16(), torch.tensor(7)
     data = {k: t.reshape(-1).view(torch.uint8).numpy().tobytes() for k, t in (("0", x), ("1", y), ("2", e))}
     path = tmp_path / "name.pt"
@@ -128,7 +128,7 @@ def test_files_beyond_four_gigabytes(tmp_path):
     """Storages and offsets that do not fit in 32 bits: a sparse file takes no space."""
     large = (1 << 30) + 5
     content = {"big": new_tensor("0", "F32", (large,)), "far": new_tensor("1", "F32", (3,))}
-    layout = ArchiveLayout.build("big", content, {"0": 4 * large, "1": 12})
+    layout = ArchiveLayout.build("big", dumps(content), {"0": 4 * large, "1": 12})
     path = tmp_path / "big.pt"
     with path.open("wb") as file:
         for offset, part in (*layout.fixed, (layout.storages["1"][0], np.arange(3, dtype="f4").tobytes())):
