@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import builtins
 import io
-import math
 import os
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.growth import Row, growth_table
 from statex_dist.checkpoint.formats.zero3.layout import files_of_rank, rank_file_stem
 from statex_dist.checkpoint.manifest import Manifest
 from statex_dist.engine.checkpoint_retention import SavePolicy
@@ -33,18 +32,9 @@ from statex_dist.engine.checkpoints import Checkpoints
 from statex_dist.engine.documents import Documents
 from statex_dist.engine.saved_file import SavedFile
 
+RANKS = (256, 1024, 4096)
 KINDS = ("stat-like", "listings", "opens", "fsyncs")
 _STACK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One figure: what it is, at how many ranks, its value and unit."""
-
-    name: str
-    ranks: int
-    value: float
-    unit: str
 
 
 class Calls:
@@ -161,6 +151,7 @@ class SimulatedEngine:
     """The part of an engine that ``Checkpoints`` uses, with files of one number each."""
 
     kind = "zero3"
+    in_folders = True
     carried = _Carried()
 
     def __init__(self, rank: int, world_size: int, exchange: Exchange):
@@ -196,7 +187,7 @@ class SimulatedEngine:
         return {}
 
 
-def measure(world_size: int, directory: Path) -> list[Row]:
+def simulate(world_size: int, directory: Path) -> list[Row]:
     """Save and resume once with ``world_size`` ranks, and return the calls.
 
     Args:
@@ -214,7 +205,7 @@ def measure(world_size: int, directory: Path) -> list[Row]:
         )
         for rank in range(world_size)
     ]
-    rows = []
+    rows: list[Row] = []
     acts: dict[str, Callable[[Checkpoints], Any]] = {
         "save": lambda run: run.save(1, {}),
         "resume": lambda run: run.resume(),
@@ -253,46 +244,28 @@ def _on_all(runs: Sequence[Checkpoints], act: Callable[[Checkpoints], Any], call
 
 
 def _rows(name: str, ranks: int, of_rank: Mapping[int, Counter[str]]) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for kind in KINDS:
         counts = [of_rank.get(rank, Counter())[kind] for rank in range(ranks)]
         figures = {"all ranks": sum(counts), "rank 0": counts[0], "another rank, at most": max(counts[1:])}
-        rows += [Row(name=f"{name}: {kind}, {who}", ranks=ranks, value=n, unit="calls") for who, n in figures.items()]
+        rows += [(f"{name}: {kind}, {who}", ranks, float(count), "calls") for who, count in figures.items()]
     return rows
 
 
-def exponents(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Return how each figure grows: the exponent of the ranks, from the fewest to the most; None where it is zero."""
-    found: dict[str, float | None] = {}
-    for name in dict.fromkeys(row.name for row in rows):
-        values = sorted((row.ranks, row.value) for row in rows if row.name == name)
-        (few, first), (many, last) = values[0], values[-1]
-        found[name] = math.log(last / first) / math.log(many / few) if first and last and many > few else None
-    return found
-
-
-def rows_of(ranks: Sequence[int]) -> list[Row]:
+def measure(ranks: Sequence[int] = RANKS) -> list[Row]:
     """Return the figures of several numbers of ranks."""
-    rows = []
+    rows: list[Row] = []
     for world_size in ranks:
         with tempfile.TemporaryDirectory() as directory:
-            rows += measure(world_size, Path(directory))
+            rows += simulate(world_size, Path(directory))
     return rows
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Count the file system calls of checkpoints.")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[256, 1024, 4096])
-    ranks = parser.parse_args().ranks
-    rows = rows_of(ranks)
-    growth = exponents(rows)
-    values = {(row.name, row.ranks): row.value for row in rows}
-    print(f"| calls | {' | '.join(f'{n} ranks' for n in ranks)} | exponent |")
-    print("| --- " * (len(ranks) + 2) + "|")
-    for name, exponent in growth.items():
-        cells = [f"{values[name, n]:,.0f}" for n in ranks]
-        print(f"| {name} | {' | '.join(cells)} | {'-' if exponent is None else f'{exponent:.2f}'} |")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    print(growth_table(measure(parser.parse_args().ranks)))
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ import time
 
 import torch
 
-from benchmarks.measure import markdown
+from benchmarks.growth import Row, growth_table
 from statex_dist.train.fleet import PHASES, Stragglers, summarise
 
 RANKS = (64, 512, 1024, 4096)
 REPETITIONS = 50
 
 
-def measure() -> list[tuple[str, int, float, str]]:
+def measure() -> list[Row]:
     """Return name, ranks, value and unit of each figure; on one thread, as one of several ranks of a host has it."""
     torch.set_num_threads(1)
-    rows: list[tuple[str, int, float, str]] = []
+    rows: list[Row] = []
     for ranks in RANKS:
         table = torch.rand(ranks, len(PHASES) + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         hosts = [f"node{rank // 8}" for rank in range(ranks)]
@@ -38,7 +38,7 @@ def measure() -> list[tuple[str, int, float, str]]:
 
 def main() -> None:
     """Print the figures."""
-    print(markdown(["measured", "ranks", "value", "unit"], [[n, str(r), f"{v:.2f}", u] for n, r, v, u in measure()]))
+    print(growth_table(measure()))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from benchmarks.growth import Row
 from launch.supervisor.hosts import Host
 from launch.supervisor.loop import Policy, Supervisor
 from statex_dist.batch import most_packs
@@ -18,8 +19,6 @@ from statex_dist.distributed.context_group import ParallelConfig
 from statex_dist.models.model_section import ModelSource
 from statex_dist.run_config import RunConfig
 from statex_dist.train.config import TrainConfig
-
-Row = tuple[str, int, float, str]
 
 GPUS_PER_NODE = 8
 PACKS_PER_NODE = 32

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.growth import Row
 from benchmarks.measure import markdown
 from statex_dist.config import parse_config
 from statex_dist.models.hf import save_pretrained
@@ -26,9 +27,6 @@ MIB = 2**20
 RANKS = (1, 2, 4)
 WAYS = ("sharded", "whole")
 HIDDEN, LAYERS = 1024, 8
-
-Row = tuple[str, int, float, str]
-"""Name of a figure, number of ranks, value and unit."""
 
 
 def memory_of_process() -> dict[str, float]:

@@ -1,10 +1,10 @@
-"""The growth exponents of :mod:`benchmarks.scale`."""
+"""The growth exponents of :mod:`benchmarks.growth`."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.scale import exponent, lines_of
+from benchmarks.growth import exponent, lines_of
 
 
 @given(growth=st.floats(-3, 3), factor=st.floats(0.01, 100), ranks=st.sets(st.integers(1, 4096), min_size=2))
