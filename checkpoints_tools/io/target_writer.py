@@ -117,9 +117,12 @@ def write_files(
         prepared=prepared,
     )
 
+    def own_file(job: TensorJob) -> frozenset[str] | None:
+        return files_of[job.key] if len(files_of[job.key]) == 1 else None  # a file is completed as soon as it can be
+
     def write(share: Sequence[TensorJob]) -> None:
         in_threads(
-            batches(share, lambda job: job.info.nbytes, most_bytes=min(BLOCK_BYTES, SYNC_BYTES)),
+            batches(share, lambda job: job.info.nbytes, most_bytes=min(BLOCK_BYTES, SYNC_BYTES), group=own_file),
             lambda: TensorStream(
                 source, allow_nonfinite=options.allow_nonfinite, crcs=crcs, most_files=open_files.reader
             ),
