@@ -56,7 +56,7 @@ class ArchiveLayout:
 
         Args:
             root: Name of the folder: the file's name without its ending, as torch has it.
-            pickled: The pickle of what is saved (:func:`dumps`); its tensors refer to ``storages``.
+            pickled: The pickle of the saved object (:func:`dumps`); its tensors refer to ``storages``.
             storages: By key the number of bytes of each storage, or the bytes where they are known.
         """
         known = {

@@ -1,9 +1,9 @@
 """Where the parts of one target meet: machines that write it together, on a file system that they share.
 
 The temporary directory of the target has a folder ``.parts``. ``parts.json`` there tells the run and the number of
-parts; whoever comes first makes the files that several parts write into, and then ``parts.json``. Each part has a lock,
-a journal, and at its end a result: the checksums of what it wrote and read. The part that finds all results completes
-the target. Locks are ``flock``: they end with their process.
+parts; the first part makes the files that several parts write into, and then ``parts.json``. Each part has a lock, a
+journal, and at its end a result: the checksums of the bytes that it wrote and read. The part that finds all results
+completes the target. Locks are ``flock``: they end with their process.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class PartResult:
     """Checksums that a part leaves for the one that completes the target.
 
     Attributes:
-        files: Of what it wrote into files that other parts write into, too, by name.
-        source: Of what it read.
+        files: Of its bytes in files that other parts write into, too, by name.
+        source: Of the bytes that it read.
     """
 
     files: Mapping[str, FileRuns]
@@ -96,7 +96,7 @@ class PartDirectory:
         with acquire(self._folder / _PREPARE, wait=math.inf, poll=_POLL_SECONDS):
             if (self.directory / JOURNAL_NAME).exists():
                 raise CheckpointError(
-                    f"{self.directory} holds an unfinished run without --part; go on without, or remove the directory"
+                    f"{self.directory} holds an unfinished run without --part; continue without it, or remove that"
                 )
             ours = {"run": self._run, "parts": self.part.count}
             if told.exists():

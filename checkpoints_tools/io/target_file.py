@@ -20,7 +20,7 @@ from statex_dist.checkpoint.formats.tensor_io import Piece
 from statex_dist.checkpoint.manifest import FileRecord, digest_file
 
 FileRuns = dict[int, list[tuple[int, int, int]]]
-"""Checksums of what has been written into a file: ``(start, length, CRC-32)`` by the offset of the storage."""
+"""Checksums of the bytes that are written into a file: ``(start, length, CRC-32)`` by the offset of the storage."""
 
 
 class Archive(Protocol):
@@ -122,14 +122,14 @@ class OpenFile:
         """Take the file as it lies there, because another process has made it.
 
         Args:
-            count: Whether to note the checksums of what an earlier run wrote.
+            count: Whether to note the checksums of the bytes of an earlier run.
         """
         if count:
             self._count_written()
         self._is_made = True
 
     def runs(self) -> FileRuns:
-        """Return the checksums of what has been written, by storage, for :meth:`add_runs` of another process."""
+        """Return the checksums of the written bytes, by storage, for :meth:`add_runs` of another process."""
         return {offset: runs for offset, ledger in self._ledgers.items() if (runs := ledger.runs())}
 
     def add_runs(self, found: FileRuns) -> None:
@@ -189,7 +189,7 @@ class OpenFile:
         # A file that is finished is flushed, and has another name.
         with contextlib.suppress(FileNotFoundError):
             if self._is_dirty:
-                self._is_dirty = False  # what is written from now on is not flushed by this
+                self._is_dirty = False  # later writes are not flushed by this
                 with self._descriptors.borrow(self._partial) as descriptor:
                     os.fsync(descriptor)
 

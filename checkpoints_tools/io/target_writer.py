@@ -46,7 +46,7 @@ class WriteOptions:
         max_shard_size: Bytes of values per safetensors file.
         overwrite: Whether a target that is not empty is replaced.
         workers: Tensors read, made and written at a time by each process; each needs a few buffers.
-        processes: Processes that share the work; None for as many as it is worth.
+        processes: Processes that share the work; None for a number by cores and size of the job.
         part: The share of the target that is written here; None for all of it.
         resume: Whether to continue the files that a killed process left.
         allow_nonfinite: Whether NaN and Inf are copied.
@@ -117,9 +117,12 @@ def write_files(
         prepared=prepared,
     )
 
+    def own_file(job: TensorJob) -> frozenset[str] | None:
+        return files_of[job.key] if len(files_of[job.key]) == 1 else None  # a file is completed as soon as it can be
+
     def write(share: Sequence[TensorJob]) -> None:
         in_threads(
-            batches(share, lambda job: job.info.nbytes, most_bytes=min(BLOCK_BYTES, SYNC_BYTES)),
+            batches(share, lambda job: job.info.nbytes, most_bytes=min(BLOCK_BYTES, SYNC_BYTES), group=own_file),
             lambda: TensorStream(
                 source, allow_nonfinite=options.allow_nonfinite, crcs=crcs, most_files=open_files.reader
             ),
@@ -165,11 +168,11 @@ _PIECES_OF_FILE = 500
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What comes of writing files.
+    """Result of writing files.
 
     Attributes:
         processes: Number of processes that the job was worth.
-        runs: Checksums of what was written into the files that are not complete.
+        runs: Checksums of the bytes in the files that are not complete.
     """
 
     processes: int
@@ -190,8 +193,8 @@ def _write_in_processes(
 ) -> None:
     """Write jobs in several processes: files of several shares are made before, and completed after the tensors.
 
-    A worker process has the files that only its own share has tensors for; the checksums of what it writes to others
-    come back, with those of what it read.
+    A worker process has the files that only its own share has tensors for; the checksums of its bytes in other files
+    come back, with those of the bytes that it read.
     """
     shares = [share for share in cut_evenly(jobs, [job.info.nbytes for job in jobs], processes) if share]
 
@@ -389,7 +392,7 @@ class _Writer:
         return [name for name in self._open if name in several]
 
     def make(self, names: Iterable[str]) -> dict[str, FileRuns]:
-        """Make files, and return the checksums of what an earlier run has written into them."""
+        """Make files, and return the checksums of an earlier run's bytes in them."""
         for name in names:
             self._open[name].make()
         return {name: runs for name in names if (runs := self._open[name].runs())}
@@ -417,7 +420,7 @@ class _Writer:
             self._journal.add(*value)
 
     def runs(self) -> dict[str, FileRuns]:
-        """Return the checksums of what has been written into the unfinished files."""
+        """Return the checksums of the bytes in the unfinished files."""
         unfinished = (item for item in self._open.items() if item[0] not in self._journal.files)
         return {name: runs for name, file in unfinished if (runs := file.runs())}
 

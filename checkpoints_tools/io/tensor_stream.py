@@ -192,7 +192,11 @@ def _window_numel(job: TensorJob, pieces: Pieces, width: int) -> int:
 
 
 def batches(
-    items: Iterable[ItemT], size: Callable[[ItemT], int], *, most_bytes: int = BLOCK_BYTES
+    items: Iterable[ItemT],
+    size: Callable[[ItemT], int],
+    *,
+    most_bytes: int = BLOCK_BYTES,
+    group: Callable[[ItemT], object] = lambda item: None,
 ) -> list[list[ItemT]]:
     """Return consecutive items in batches: in the files of ranks, small tensors lie side by side.
 
@@ -200,11 +204,13 @@ def batches(
         items: The items.
         size: Returns the bytes of an item.
         most_bytes: Bytes of a batch of several.
+        group: Returns what the items of a batch have in common.
     """
     found: list[list[ItemT]] = []
     filled = most_bytes
     for item in items:
-        if not found or filled + size(item) > most_bytes or len(found[-1]) >= _MOST_OF_BATCH:
+        is_full = not found or filled + size(item) > most_bytes or len(found[-1]) >= _MOST_OF_BATCH
+        if is_full or group(found[-1][0]) != group(item):
             found.append([])
             filled = 0
         found[-1].append(item)

@@ -80,7 +80,7 @@ def in_processes(
     Args:
         shares: One for each process.
         work: Runs in a copy of this process: what it changes is not seen here.
-        receive: Called here with what a worker sends, in order for each worker.
+        receive: Called here with each message of a worker, in its order.
 
     Raises:
         CheckpointError: A worker process was killed.

@@ -66,7 +66,7 @@ def compare(
         source: The checkpoint from which the jobs take their values.
         other: The checkpoint that is compared with the jobs' results.
         workers: Tensors compared at a time by each process.
-        processes: Processes that share the work; None for as many as it is worth.
+        processes: Processes that share the work; None for a number by cores and size of the job.
         part: The share of the tensors, and of the checksums of files, that is compared; None for all.
         rtol: Largest relative difference of a value, dtypes aside; None asks for the same dtype and the same bytes.
         progress: Told of the bytes compared.
@@ -216,7 +216,7 @@ def read_all(
     Args:
         jobs: The tensors.
         source: Where they are.
-        crcs: The checksums of its files, for what is read.
+        crcs: The checksums of its files; reads are noted there.
         workers: Tensors read at a time by each process.
         processes: Processes that share the work.
         progress: Told of the bytes read.

@@ -131,7 +131,7 @@ def verify_same(
         second: The other.
         rtol: Largest relative difference of a value, dtypes aside; None asks for the same dtype and the same bytes.
         workers: Tensors compared at a time by each process.
-        processes: Processes that share the work; None for as many as it is worth.
+        processes: Processes that share the work; None for a number by cores and size of the job.
         part: The share of the tensors and checksums that is compared; None for all.
         progress: Told of the bytes compared.
 
@@ -279,7 +279,7 @@ def verify_alone(
     Args:
         path: Whatever :func:`statex_dist.models.source.open_source` opens.
         workers: Tensors read at a time by each process.
-        processes: Processes that share the work; None for as many as it is worth.
+        processes: Processes that share the work; None for a number by cores and size of the job.
         part: The share of the tensors, files and storages that is checked; None for all.
         progress: Told of the bytes read.
 

@@ -108,7 +108,7 @@ def read_training_states(source: Zero3Source, world_size: int) -> tuple[Training
     kept = {k: v for k, v in states.items() if k not in ("optimizer_state_dict", "fp32_flat_groups", "partition_count")}
     shapes = source.layout.shapes
 
-    same: list[tuple[Any, Mapping[str, Any]]] = []  # the last contents without tensors, and what is held of them
+    same: list[tuple[Any, Mapping[str, Any]]] = []  # the last contents without tensors, before and after
 
     @lru_cache(maxsize=2)
     def client(rank: int) -> Mapping[str, Any]:

@@ -93,7 +93,7 @@ class CrcLedger:
             self.note_crc(start, length, zlib.crc32(data))
             return
         with self._lock:
-            # Few bytes behind a run go on with its CRC: to combine two costs more than to compute one.
+            # Few bytes behind a run: its CRC is continued, because to combine two costs more than to compute one.
             place = bisect_left(self._starts, start) - 1
             follows = place >= 0 and self._runs[place][0] == start
             crc = zlib.crc32(data, self._runs[place][1] if follows else 0)

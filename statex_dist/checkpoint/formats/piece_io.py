@@ -32,7 +32,7 @@ import xxhash
 from statex_dist.checkpoint.layout import MANIFEST_NAME
 
 SourceRuns = Mapping[str, Mapping[str, Sequence[tuple[int, int, int]]]]
-"""What has been read of archives: ``(start, length, CRC-32)`` of runs, by file and entry."""
+"""Stretches of archives that have been read: ``(start, length, CRC-32)`` of runs, by file and entry."""
 
 
 _NOWHERE = (0, 0, CrcLedger())

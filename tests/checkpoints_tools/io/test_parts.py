@@ -15,10 +15,11 @@ from checkpoints_tools.io import target as target_module
 from checkpoints_tools.io import target_writer
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.reshard.reshard import reshard
-from checkpoints_tools.verify.verify import verify_alone, verify_same
+from checkpoints_tools.verify.verify import verify_alone, verify_expansion, verify_same
 from launch.cli import main
 from statex_dist.errors import CheckpointError
 from statex_dist.work_part import WorkPart
+from tests.checkpoints_tools.builders import GLA, run_expand, write_model
 from tests.runs import REPOSITORY
 
 TARGETS = {
@@ -143,7 +144,7 @@ def test_a_run_without_parts_is_not_continued_by_parts(source, tmp_path):
 
 @pytest.mark.parametrize("step", ["finish", "complete"])
 def test_killed_while_the_target_is_completed(source, whole, tmp_path, step):
-    """Any part can be run again: it goes on from the files that are complete."""
+    """Any part can be run again: it continues from the files that are complete."""
     target = tmp_path / "out"
     for part in (1, 2):
         write_part(source, target, part)
@@ -153,7 +154,7 @@ def test_killed_while_the_target_is_completed(source, whole, tmp_path, step):
             add = target_writer.TargetJournal.add
 
             def killed(self, *entry):
-                if len(self.files) == 2:  # the third file has its name, and nobody wrote that down
+                if len(self.files) == 2:  # the third file has its name, and the journal does not say so
                     os.kill(os.getpid(), signal.SIGKILL)
                 add(self, *entry)
 
@@ -166,6 +167,16 @@ def test_killed_while_the_target_is_completed(source, whole, tmp_path, step):
     assert not target.exists()
     assert write_part(source, target, 1) == []
     assert files_of(target) == files_of(whole)
+
+
+def test_an_expansion_in_parts_and_processes(tmp_path):
+    write_model(tmp_path / "base", GLA, shards=2)
+    options = {"layers": "all", "factor": 2, "max_shard_size": 40_000}
+    run_expand(tmp_path / "base", tmp_path / "whole", **options)
+    for part in (2, 1):
+        run_expand(tmp_path / "base", tmp_path / "out", **options, part=WorkPart(part, 2), processes=2)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert verify_expansion(tmp_path / "base", tmp_path / "out", processes=2).ok
 
 
 def test_a_flipped_byte_that_one_part_read_stops_the_last(source, tmp_path):
