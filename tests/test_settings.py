@@ -185,7 +185,7 @@ FOREIGN = {
     "rdzv-backend rdzv-endpoint rdzv-id rdzv-conf max-restarts local-addr log-dir tee",
     "docker": "gpus shm-size network user build-arg entrypoint rm volume name secret restart",
     "slurm": "array dependency wait wrap parsable job-name jobs nodes time signal requeue gpus-per-node cpus-per-task "
-    "export ntasks-per-node nodelist duplicates batch no-kill",
+    "export ntasks-per-node nodelist duplicates batch no-kill ntasks",
     "kubectl": "grace-period namespace previous",
     "pip and hf": "no-deps no-build-isolation force-reinstall local-dir upgrade index-url extra-index-url bootstrap",
     "Hugging Face's Trainer": "safe_serialization",

@@ -56,7 +56,7 @@ def configured(directory: Path, case: str) -> RunConfig:
 
 
 def run_steps(config: RunConfig, tag: Path, *, sharded: bool, resumes: bool = False) -> dict[str, Any]:
-    """Run two steps twice; return of each the losses and what would be saved, and the broadcasts of the start.
+    """Run two steps twice; return losses and saved tensors of each half, and the broadcasts of the start.
 
     Args:
         config: The run.
