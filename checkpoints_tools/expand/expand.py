@@ -11,8 +11,9 @@ from typing import Any
 
 from checkpoints_tools.expand.report import ExpansionReport, make_report, read_digests
 from checkpoints_tools.formats.targets import TargetRequest, check_options, find_target, plan_target
+from checkpoints_tools.io.documents import REPORT_NAME, with_dtype, with_one_dtype
 from checkpoints_tools.io.journal import WrittenTensor
-from checkpoints_tools.io.target import REPORT_NAME, TargetPlan, with_dtype, with_one_dtype, write_target
+from checkpoints_tools.io.target import TargetPlan, write_target
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.io.tensor_stream import TensorJob
 from checkpoints_tools.plan.options import PlanOptions, plan_model

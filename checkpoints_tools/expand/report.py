@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_tools.io.documents import read_report
 from checkpoints_tools.io.journal import WrittenTensor
-from checkpoints_tools.io.target import read_report
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import TensorInfo
 from statex_dist.models.config import ModelConfig

@@ -18,7 +18,7 @@ from checkpoints_tools.export.card_evaluation import Evaluated
 from checkpoints_tools.export.card_training import run_of, setting, spans_of, training_facts
 from checkpoints_tools.export.hf_export import closed_note, export_notes, form_of, plain_class
 from checkpoints_tools.export.hf_tokenizer import Kind
-from checkpoints_tools.io.target import read_report
+from checkpoints_tools.io.documents import read_report
 from statex_dist import __version__
 from statex_dist.checkpoint.formats.places import check_link
 from statex_dist.checkpoint.formats.tensor_io import SourceFacts

@@ -11,7 +11,8 @@ from typing import Any
 
 from checkpoints_tools.formats.targets import PlannedTarget, TargetRequest
 from checkpoints_tools.formats.torch_archive import ArchiveLayout, archive_bytes, dumps
-from checkpoints_tools.io.target import TargetPlan, main_dtype
+from checkpoints_tools.io.documents import main_dtype
+from checkpoints_tools.io.target import TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import TORCH_NAMES

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoints_tools.io.target import Documents, TargetPlan, with_dtype
+from checkpoints_tools.io.documents import with_dtype
+from checkpoints_tools.io.target import Documents, TargetPlan
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import stored_dtype

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from checkpoints_tools.formats.safetensors import lay_out_file
 from checkpoints_tools.formats.targets import PlannedTarget, TargetRequest
-from checkpoints_tools.io.target import TargetPlan, main_dtype
+from checkpoints_tools.io.documents import main_dtype
+from checkpoints_tools.io.target import TargetPlan
 from checkpoints_tools.io.target_file import TargetFile
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.formats.tensor_io import Piece, TensorInfo

@@ -12,18 +12,16 @@ import threading
 from collections import Counter as CountOf
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
+from checkpoints_tools.io.gathered_writes import GatheredWrites, write_block
 from checkpoints_tools.io.journal import ForwardedJournal, TargetJournal, WrittenTensor
 from checkpoints_tools.io.target_file import FileRuns, OpenFile, TargetFile
 from checkpoints_tools.io.tensor_stream import Counter, TensorJob, TensorStream, batches, in_threads
 from checkpoints_tools.io.worker_processes import Send, cut_evenly, default_processes, in_processes, throttled
-from statex_dist.checkpoint.formats.piece_io import SourceCrcs, SourceRuns, window_of
+from statex_dist.checkpoint.formats.piece_io import SourceCrcs, SourceRuns
 from statex_dist.checkpoint.formats.raw_io import BLOCK_BYTES, Descriptors, OpenFileShares
 from statex_dist.checkpoint.formats.tensor_io import Piece, Progress, TensorSource, total_bytes
 from statex_dist.errors import ConfigError
@@ -258,60 +256,6 @@ def files_of_tensors(jobs: Iterable[TensorJob], places: Places) -> dict[str, fro
     return result
 
 
-class _Gathered:
-    """Writes that are put off for a while, so that neighbours in a file are written together.
-
-    Args:
-        files: The files, by name.
-    """
-
-    def __init__(self, files: Mapping[str, OpenFile]):
-        self._files = files
-        self._writes: dict[Path, list[tuple[int, bytes]]] = {}
-
-    def write(self, path: Path, offset: int, data: memoryview) -> None:
-        """Write bytes into a file: now, or, of few, at the next :meth:`flush`."""
-        if len(data) > _MOST_PUT_OFF:
-            self._files[str(path)].write(offset, data)
-        elif (writes := self._writes.get(path)) is not None:
-            writes.append((offset, bytes(data)))
-        else:
-            self._writes[path] = [(offset, bytes(data))]
-
-    def flush(self) -> None:
-        """Write what was put off."""
-        for path, writes in self._writes.items():
-            file = self._files[str(path)]
-            writes.sort(key=itemgetter(0))
-            run: list[bytes] = []
-            start = position = writes[0][0]
-            for offset, data in writes:
-                if offset != position:
-                    file.write(start, memoryview(b"".join(run)))
-                    start, run = offset, []
-                run.append(data)
-                position = offset + len(data)
-            file.write(start, memoryview(b"".join(run)))
-        self._writes.clear()
-
-
-_MOST_PUT_OFF = 1 << 16
-
-
-def _write_block(gathered: _Gathered, places: Sequence[Piece], item: int, start: int, block: np.ndarray) -> None:
-    """Write elements ``start`` and on of a tensor, each of ``item`` bytes, to wherever they belong."""
-    stop, view = start + len(block) // item, block.data
-    for place in places:
-        if place.width == 1:
-            first, last = max(place.start, start), min(place.stop, stop)
-            if first < last:
-                data = view[(first - start) * item : (last - start) * item]
-                gathered.write(place.path, place.offset + (first - place.start) * item, data)
-        elif place.start * place.width < stop and start < place.stop * place.width:
-            part, offset = window_of(place, start, block, item)
-            gathered.write(place.path, offset, np.ascontiguousarray(part).reshape(-1).data)
-
-
 class _Writer:
     """The files of a target while tensors are written into them, by any number of workers."""
 
@@ -346,7 +290,7 @@ class _Writer:
 
     def write(self, jobs: Sequence[TensorJob], stream: TensorStream) -> None:
         """Write tensors to all their places, and complete the files of which they were the last."""
-        gathered = _Gathered(self._open)
+        gathered = GatheredWrites(self._open)
         written = {job.key: self._write_tensor(job, stream, gathered) for job in jobs}
         gathered.flush()
         with self._lock:
@@ -363,7 +307,7 @@ class _Writer:
                 if self._open[name].done_with_tensors(count):
                     self._finish(self._open[name])
 
-    def _write_tensor(self, job: TensorJob, stream: TensorStream, gathered: _Gathered) -> WrittenTensor:
+    def _write_tensor(self, job: TensorJob, stream: TensorStream, gathered: GatheredWrites) -> WrittenTensor:
         """Write a tensor to all its places, and return its digests."""
         # The stream already knows the digest of values that are copied without a change.
         copied = job.mapping is None and job.source is not None and job.source.dtype == job.info.dtype
@@ -372,7 +316,7 @@ class _Writer:
         places = self._places(job)
         width = max((place.width for place in places), default=1)
         for block in stream.blocks(job, width=width):
-            _write_block(gathered, places, item, position, block)
+            write_block(gathered, places, item, position, block)
             if digest is not None:
                 digest.update(block.data)
             position += len(block) // item

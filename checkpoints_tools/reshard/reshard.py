@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.formats.targets import TargetRequest, check_options, find_target, plan_target
-from checkpoints_tools.io.target import Documents, float_dtypes, main_dtype, write_target
+from checkpoints_tools.io.documents import float_dtypes, main_dtype
+from checkpoints_tools.io.target import Documents, write_target
 from checkpoints_tools.io.target_writer import WriteOptions
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import FLOATS, TORCH_NAMES, parse_dtype

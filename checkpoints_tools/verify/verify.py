@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.expand.expand import Expansion, expansion_code, plan_expansion, read_model
+from checkpoints_tools.io.documents import DTYPE_KEYS, REPORT_NAME, carried_files, read_report, with_one_dtype
 from checkpoints_tools.io.journal import WrittenTensor
-from checkpoints_tools.io.target import DTYPE_KEYS, REPORT_NAME, carried_files, read_report, with_one_dtype
 from checkpoints_tools.io.target_writer import DEFAULT_WORKERS, finish_crcs
 from checkpoints_tools.io.tensor_stream import TensorJob
 from checkpoints_tools.io.worker_processes import default_processes, share_of

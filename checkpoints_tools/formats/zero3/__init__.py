@@ -23,7 +23,8 @@ from checkpoints_tools.formats.zero3.optimizer_states import (
     read_training_states,
 )
 from checkpoints_tools.formats.zero3.writer import zero3_plan
-from checkpoints_tools.io.target import TargetPlan, main_dtype
+from checkpoints_tools.io.documents import main_dtype
+from checkpoints_tools.io.target import TargetPlan
 from checkpoints_tools.io.tensor_stream import TensorJob
 from statex_dist.checkpoint.dtypes import TORCH_NAMES
 from statex_dist.checkpoint.formats.places import trainer_states

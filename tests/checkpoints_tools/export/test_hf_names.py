@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_tools.io.target import with_dtype
+from checkpoints_tools.io.documents import with_dtype
 from checkpoints_tools.reshard.reshard import reshard
 from checkpoints_tools.verify.verify import verify_expansion, verify_same
 from launch.cli import main
