@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, LOGS_DIR, complete_tags
+from statex_dist.checkpoint.layout import CHECKPOINTS_DIR, LOGS_DIR, STACKS_DIR, complete_tags
+from statex_dist.distributed import flight_recorder
 from statex_dist.distributed.disks import Disks
 from statex_dist.distributed.env import (
     ProcessEnv,
@@ -62,6 +63,7 @@ def train(config: RunConfig) -> bool:
         )
     stop = StopRequest()
     stop.install()
+    flight_recorder.enable(Path(config.run_dir) / STACKS_DIR)
     config.engine.join(env, config.shared_settings())
     try:
         # Before weights are read: a rank with another directory must not find that out at its first checkpoint.

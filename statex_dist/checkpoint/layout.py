@@ -6,6 +6,7 @@
       metrics.jsonl               one line per logged step
       status.json                 how the last start of the run is doing, or how it ended
       stacks/rank0.txt            where each rank was when the watchdog ended the job
+      stacks/collectives_rank0    its last collectives, for torchfrtrace
       logs/rank0.log              what each rank has logged, over all starts
       checkpoints/
         best                      a link to the tag with the least validation loss, where the run keeps it

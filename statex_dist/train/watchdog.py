@@ -1,4 +1,4 @@
-"""Ends a job that hangs, and records the place of every rank.
+"""Ends a job that hangs, and records the place and the last collectives of every rank.
 
 When one rank hangs, the others wait for it in their next collective. No rank makes progress, so every rank's watchdog
 fires. Each writes the stacks of all its threads, and ends its process only a little later: the launcher ends the other
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from statex_dist.distributed import flight_recorder
+from statex_dist.errors import reason
 from statex_dist.train.callback import Callback, Ending
 
 logger = logging.getLogger(__name__)
@@ -140,5 +142,10 @@ class Watchdog(Callback):
         os.fsync(self._file.fileno())
         logger.error("%s; the stacks of its threads are in %s", what, self.path)
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        try:
+            if written := flight_recorder.dump(self.path.parent, self.rank):
+                logger.error("rank %d: its last collectives are in %s", self.rank, written)
+        except (OSError, RuntimeError) as error:
+            logger.error("rank %d: its last collectives are not written: %s", self.rank, reason(error))
         time.sleep(self.linger)
         os._exit(EXIT_HUNG)
