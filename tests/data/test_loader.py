@@ -47,7 +47,7 @@ def global_stream(store, world_size: int, steps: int, state=None, **options):
     packs, states = [], []
     for per_rank in itertools.islice(zip(*loaders, strict=True), steps):
         packs.append([as_lists(batch) for batches in per_rank for batch in batches if not batch.dummy])
-        assert len({len(batches) for batches in per_rank}) == 1, "all ranks make as many passes"
+        assert len({len(batches) for batches in per_rank}) == 1, "all ranks make the same number of passes"
         found = [batch.loader_state for batches in per_rank for batch in batches]
         assert all(s == found[0] == loaders[0].state_dict() for s in found)
         states.append(found[0])

@@ -175,6 +175,16 @@ def test_slurm_job_with_wrong_arguments_starts_no_rank(slurm: dict[str, str], tm
     assert not Path(f"{slurm['STEP']}.command").exists()
 
 
+def test_slurm_job_refuses_a_number_of_nodes_that_it_could_not_continue_with(slurm: dict[str, str], tmp_path: Path):
+    config = write_run(tmp_path / "run.yaml", model={"config": GLA}, data={"path": "shards"}, parallel={"context": 2})
+    given = {**slurm, "SLURM_JOB_NUM_NODES": "4", "MIN_NODES": "2"}
+    code, output = run_batch(["--config", str(config)], given)
+    assert code == 2
+    assert "parallel.context=2" in output
+    assert "(with 3 nodes of 1 ranks; MIN_NODES=2)" in output
+    assert not Path(f"{slurm['STEP']}.command").exists()
+
+
 def test_slurm_options() -> None:
     lines = SBATCH.read_text(encoding="utf-8").splitlines()
     options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
