@@ -1,6 +1,6 @@
 """torch's flight recorder: the last collectives of a rank, kept in memory and written where a job hangs.
 
-``torchfrtrace --prefix collectives_rank RUN/stacks`` compares the files of all ranks.
+``torchfrtrace -p collectives_rank RUN/stacks`` compares the files of all ranks.
 """
 
 from __future__ import annotations

@@ -7,15 +7,17 @@ Ranks meet in collectives, so a slow rank makes the *others* wait there: under Z
     callbacks   in the hooks of users' callbacks, without collectives that they use
     wait        waiting for other ranks in the engine's sums between the phases: the slow rank waits *least*
     busy        the rest of a step, without ``wait``, ``save`` and ``eval``
+    probe       products of a fixed size on its own device, timed alone at each log line: a throttled GPU shows there
 
-``data``, ``callbacks`` and ``busy`` are watched for stragglers. ``busy`` includes what a rank waits for inside forward
-and backward, which only makes a fast rank look slower: a rank that is named has spent that time itself.
+``data``, ``callbacks``, ``probe`` and ``busy`` are watched for stragglers. ``busy`` includes what a rank waits for
+inside forward and backward, which only makes a fast rank look slower: a rank that is named has spent that time itself.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("forward", "backward", "step", "data", "save", "eval", "callbacks", "wait", "busy")
+PHASES = ("forward", "backward", "step", "data", "save", "eval", "callbacks", "wait", "busy", "probe")
 """Columns of what ranks exchange; the seconds of a whole step come after them."""
 
-WATCHED = ("data", "callbacks", "busy")
+WATCHED = ("data", "callbacks", "probe", "busy")
 """Phases that a rank spends by itself, the most precise ones first."""
 
 INTERVALS = 3
@@ -37,6 +39,11 @@ INTERVALS = 3
 
 LEAST_SHARE = 0.1
 """Share of a step by which a rank must be above the median: shorter phases do not make others wait for long."""
+
+PROBE_SIZES = {"cuda": 2048, "cpu": 256}
+"""Rows of the square matrices of a probe: a fraction of a millisecond of work."""
+
+PROBE_RUNS = 5
 
 MAX_FACTOR = 1000.0
 """Greatest factor that is reported: the median of a phase may be nearly zero."""
@@ -48,17 +55,19 @@ MAX_NAMED = 8
 class FleetPhases(Callback):
     """Adds ``ranks`` and ``stragglers`` to the record of every ``log_every``-th step, and warns of stragglers.
 
-    Seconds are means over the steps since the one before. One all-gather of ten numbers from each rank is made, right
-    after the ranks have agreed on the step: a GPU has nothing queued then.
+    Seconds are means over the steps since the one before. One all-gather of eleven numbers from each rank is made,
+    right after the ranks have agreed on the step: a GPU has nothing queued then.
 
     Args:
         log_every: Steps between summaries.
         straggler_factor: A rank is slow above this multiple of the median; 0 warns of none.
+        probes: Whether every rank times a probe of its device at each log line; None does so on GPUs.
     """
 
     order = 65
 
-    def __init__(self, *, log_every: int, straggler_factor: float):
+    def __init__(self, *, log_every: int, straggler_factor: float, probes: bool | None = None):
+        self._probes = probes
         self._log_every = log_every
         self._sums, self._count = [0.0] * (len(PHASES) + 1), 0
         self._hosts: list[str] = []
@@ -68,6 +77,8 @@ class FleetPhases(Callback):
         """Exchange the names of hosts."""
         if self.run.engine.world_size > 1:
             self._hosts = self.run.engine.gather(socket.gethostname())
+        if self._probes is None:
+            self._probes = self.run.engine.device.type == "cuda"
 
     def post_step(self, record: dict[str, Any]) -> None:
         """Add this step's seconds; where it is due, exchange and summarise them."""
@@ -81,7 +92,10 @@ class FleetPhases(Callback):
             self._count += 1
         if not due:
             return
-        table = self.run.engine.gather_row([total / self._count for total in self._sums])
+        means = [total / self._count for total in self._sums]
+        if self._probes:
+            means[PHASES.index("probe")] = probe(self.run.engine.device)
+        table = self.run.engine.gather_row(means)
         self._sums, self._count = [0.0] * len(row), 0
         if self.run.rank == 0:
             record["ranks"] = summarise(table, self._hosts)
@@ -95,6 +109,24 @@ class FleetPhases(Callback):
         apart = sum(times.get(phase, 0.0) for phase in ("wait", "save", "eval"))
         times["busy"] = max(0.0, seconds - apart)
         return [*(times.get(phase, 0.0) for phase in PHASES), seconds]
+
+
+def probe(device: torch.device) -> float:
+    """Return the least seconds of some products of a fixed size on a device that has nothing else to do.
+
+    Args:
+        device: This rank's.
+    """
+    import torch  # `statex status` reads this module's names without it
+
+    size = PROBE_SIZES.get(device.type, 256)
+    matrix = torch.ones(size, size, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
+    seconds = []
+    for _ in range(PROBE_RUNS):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 class Stragglers:
@@ -147,7 +179,8 @@ class Stragglers:
         slow: dict[tuple[int, str], float] = {}
         for phase in WATCHED:
             values, median = table[:, PHASES.index(phase)], float(medians[PHASES.index(phase)])
-            above = (values > self._factor * median) & (values - median > least)
+            # A probe is short on every rank; a slow device makes the whole step longer.
+            above = (values > self._factor * median) & (values - median > (0.0 if phase == "probe" else least))
             for rank in above.nonzero()[:, 0].tolist():
                 if not any((rank, other) in slow for other in WATCHED):
                     value = float(values[rank])

@@ -49,6 +49,8 @@ class MetricsConfig:
         wandb_name: Name of the run there.
         straggler_factor: A rank that takes more than this multiple of the median over several log lines, in what it
             does by itself, is named in a warning; 0 for none.
+        straggler_probe: Whether every rank times matrix products of a fixed size at each log line, alone: a slow device
+            shows nowhere else. None does so on GPUs.
     """
 
     log_every: int = 10
@@ -57,6 +59,7 @@ class MetricsConfig:
     wandb_project: str | None = None
     wandb_name: str | None = None
     straggler_factor: float = 1.5
+    straggler_probe: bool | None = None
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
@@ -87,7 +90,7 @@ class MetricsConfig:
         return [
             *([StateNorms(every=self.states_every)] if self.states_every else []),
             Throughput(flops_per_token=flops_per_token, flops_per_pair=flops_per_pair, peak_tflops=self.peak_tflops),
-            FleetPhases(log_every=self.log_every, straggler_factor=self.straggler_factor),
+            FleetPhases(log_every=self.log_every, straggler_factor=self.straggler_factor, probes=self.straggler_probe),
             file,
             Console(log_every=self.log_every),
             *wandb,

@@ -72,6 +72,15 @@ def test_ranks_that_are_not_named(factor: float, slow: dict[str, tuple[int, floa
     assert [stragglers.update(table(**slow), HOSTS) for _ in range(INTERVALS + 1)] == [[]] * (INTERVALS + 1)
 
 
+def test_a_slow_device_is_named_however_short_its_probe_is():
+    stragglers = Stragglers(1.5)
+    values = table(forward=(0, 0.5))
+    values[:, PHASES.index("probe")] = 0.001
+    values[4, PHASES.index("probe")] = 0.002
+    found = [stragglers.update(values, HOSTS) for _ in range(INTERVALS)][-1]
+    assert names(found) == [(4, "node2", "probe")]
+
+
 def test_a_median_of_zero_gives_a_number():
     values = table()
     values[:, PHASES.index("callbacks")] = 0.0
@@ -98,6 +107,7 @@ def slow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompletedP
         model={"config": {**GLA, "num_hidden_layers": 1}},
         data={"path": str(shards), "packs_per_step": 3},
         train={"num_steps": INTERVALS + 2},
+        metrics={"log_every": 1, "straggler_probe": True, "straggler_factor": 5.0},
         callbacks=[{"tests.train.toy:Slow": {"rank": 1, "seconds": 0.5}}],
     )
     return directory / "run", run_training(3, "--config", str(config))
@@ -112,6 +122,7 @@ def test_ranks_name_the_slow_one_and_the_others_wait(slow_run: tuple[Path, Compl
         assert (callbacks["rank"], callbacks["host"]) == (1, socket.gethostname())
         assert callbacks["max"] >= 0.5 > callbacks["median"]
         assert wait["rank"] == 1
+        assert record["ranks"]["probe"]["min"] > 0
         assert wait["max"] > 0.25
     named = [row for record in records for row in record.get("stragglers", [])]
     assert {(row["rank"], row["phase"]) for row in named} == {(1, "callbacks")}
