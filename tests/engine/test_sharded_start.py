@@ -56,11 +56,11 @@ def configured(directory: Path, case: str) -> RunConfig:
 
 
 def run_steps(config: RunConfig, tag: Path, *, sharded: bool, resumes: bool = False) -> dict[str, Any]:
-    """Run two steps twice; return losses and saved tensors of each half, and the broadcasts of the start.
+    """Run two steps; return loss and saved tensors of each, and the broadcasts of the start.
 
     Args:
         config: The run.
-        tag: Where the sharded start saves after two steps, and where a resuming one begins, with the steps after them.
+        tag: Where the sharded start saves after the first step, and where a resuming one begins, with the second.
         sharded: Whether the start is sharded.
         resumes: Whether it resumes.
     """
@@ -82,11 +82,10 @@ def run_steps(config: RunConfig, tag: Path, *, sharded: bool, resumes: bool = Fa
         engine.load(tag, engine.read(tag, Manifest.read(tag)))
     batches, found = iter(loader), []
     for half in range(2):
-        losses = []
-        for packs in (next(batches), next(batches)):
-            if half or not resumes:
-                losses.append(engine.forward_backward(packs))
-                engine.step()
+        losses, packs = [], next(batches)
+        if half or not resumes:
+            losses.append(engine.forward_backward(packs))
+            engine.step()
         files = {path.name: content for path, content in engine.capture(tag, {})}
         found.append({"losses": losses, "tensors": dict(tensors_of(files, ""))})
         if sharded and not half and not resumes:
@@ -130,8 +129,8 @@ def work(rank: int, directory: Path) -> dict[str, Any]:
         whole = run_steps(config, directory / f"whole-{case}", sharded=False)
         sharded = run_steps(config, tag, sharded=True)
         found[case] = {
-            **compared(whole, sharded, "first", rank=rank, ranks=RANKS),
-            "tensors": len(sharded["first"]["tensors"]),
+            **compared(whole, sharded, "second", rank=rank, ranks=RANKS),
+            "tensors": len(sharded["second"]["tensors"]),
             "broadcasts": (whole["broadcasts"], sharded["broadcasts"]),
         }
         if case != "drawn":
@@ -141,11 +140,11 @@ def work(rank: int, directory: Path) -> dict[str, Any]:
     return found
 
 
-def compared(whole: Any, other: Any, half: str, *, rank: int, ranks: int) -> dict[str, Any]:
-    """Return the losses of half of a run in both ways, and the tensors that differ after it."""
+def compared(whole: Any, other: Any, step: str, *, rank: int, ranks: int) -> dict[str, Any]:
+    """Return the loss of a step in both ways, and the tensors that differ after it."""
     return {
-        "losses": (whole[half]["losses"], other[half]["losses"]),
-        "differing": differing(whole[half]["tensors"], other[half]["tensors"], rank=rank, ranks=ranks),
+        "losses": (whole[step]["losses"], other[step]["losses"]),
+        "differing": differing(whole[step]["tensors"], other[step]["tensors"], rank=rank, ranks=ranks),
     }
 
 

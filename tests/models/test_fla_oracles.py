@@ -21,6 +21,8 @@ def has_fla_models() -> bool:
 
 @pytest.mark.skipif(not has_fla_models(), reason="fla.models is not installed: pip install -e '.[oracles]'")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fla takes a GPU for its device where there is one")
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(group, marks=[pytest.mark.slow] if group == "delta rules" else []) for group in GROUPS]
+)
 def test_models_of_fla_are_ours(group):
     assert_script_passes("tests.models.interpreted_fla", checks_of(group), group)
