@@ -1,4 +1,4 @@
-"""The start of ZeRO-3 on 1, 2 and 4 real ranks: memory, bytes read, broadcasts and seconds, beside DeepSpeed's own.
+"""The start of ZeRO-3 on 1, 2 and 4 real ranks beside DeepSpeed's own, and the reading of a save and a resume.
 
 DeepSpeed's own start is that of a whole model on every rank, which ``deepspeed.initialize`` partitions. Both train the
 same model of random bf16 weights, read from a safetensors file. Run as
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.growth import Row
-from benchmarks.measure import markdown
+from benchmarks.measure import figure, markdown
 from statex_dist.config import parse_config
 from statex_dist.models.hf import save_pretrained
 from statex_dist.models.lm import RecurrentLM
@@ -84,16 +84,35 @@ def start(rank: int, world_size: int, directory: str, way: str, port: int, resul
     base, read, began = memory_of_process(), bytes_read(), time.perf_counter()
     values = open_values(config) if way == "sharded" else None
     engine = build_engine(config, build_model(config, values), env, values)
-    results.put(
-        {
-            "MiB of anonymous memory before deepspeed.initialize": before["anonymous"] - base["anonymous"],
-            "MiB of memory of all ranks before it": before["proportional"] - base["proportional"],
-            "MiB read": bytes_read() - read,
-            "broadcasts": broadcasts,
-            "seconds": time.perf_counter() - began,
-        }
-    )
+    found = {
+        "MiB of anonymous memory before deepspeed.initialize": before["anonymous"] - base["anonymous"],
+        "MiB of memory of all ranks before it": before["proportional"] - base["proportional"],
+        "MiB read": bytes_read() - read,
+        "broadcasts": broadcasts,
+        "seconds": time.perf_counter() - began,
+    }
+    results.put(found if way == "whole" else found | save_and_resume(engine, Path(directory, f"run{world_size}")))
     engine.close()
+
+
+def save_and_resume(engine: Any, directory: Path) -> dict[str, float]:
+    """Save a checkpoint and resume from it; return the MiB of this rank's files, and what it reads."""
+    from statex_dist.engine.checkpoint_retention import SavePolicy
+    from statex_dist.engine.checkpoints import Checkpoints
+    from statex_dist.engine.documents import Documents
+
+    directory.mkdir(exist_ok=True)
+    checkpoints = Checkpoints(engine, directory, Documents(model={"config.json": "{}"}, settings={}), SavePolicy())
+    begin = bytes_read()
+    checkpoints.save(1, {}, last=True)
+    saved = bytes_read()
+    checkpoints.resume()
+    files = [path.stat().st_size for path in (directory / "global_step1").glob(f"*_{engine.rank}_mp_*")]
+    return {
+        "MiB of a rank's files": sum(files) / MIB,
+        "MiB read by a save": saved - begin,
+        "MiB read by a resume": bytes_read() - saved,
+    }
 
 
 def measure(hidden: int = HIDDEN, layers: int = LAYERS, ranks: tuple[int, ...] = RANKS) -> list[Row]:
@@ -151,9 +170,9 @@ def main() -> None:
     lines = []
     for name in names:
         for ranks in RANKS:
-            ours, theirs = (found[f"{name}, {way}", ranks] for way in WAYS)
-            ratio = f"{ours / theirs:.2f}x" if theirs else ""
-            lines.append([name, str(ranks), f"{ours:.1f}", f"{theirs:.1f}", ratio])
+            ours, theirs = (found.get((f"{name}, {way}", ranks)) for way in WAYS)
+            ratio = f"{ours / theirs:.2f}x" if ours is not None and theirs else ""
+            lines.append([name, str(ranks), figure(ours, digits=4), figure(theirs, digits=4), ratio])
     print(markdown(["measured", "ranks", *WAYS, "ratio"], lines))
 
 
