@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] -- --config FILE.yaml [--section.key value ...]",
         description="Start launch/train.py, and start it again from its newest checkpoint when it fails.",
         epilog="What stands after -- is given to launch/train.py. Each start uses all ranks that are available and "
-        "can have a pack of a step; a checkpoint of another number of ranks is resharded before. A SIGTERM or "
+        "can have a pack of a step; a checkpoint may be of another number of ranks. A SIGTERM or "
         "Ctrl-C is passed on to the ranks, which save. Exit codes: 0 complete, 1 given up, 2 wrong usage or a failure "
         "that a restart would not mend, 75 told to stop (start the same command again to go on).",
         allow_abbrev=False,
