@@ -96,7 +96,7 @@ def start(rank: int, world_size: int, directory: str, way: str, port: int, resul
 
 
 def save_and_resume(engine: Any, directory: Path) -> dict[str, float]:
-    """Save a checkpoint and resume from it; return the MiB of this rank's files, and what it reads."""
+    """Save a checkpoint and resume from it; return the MiB of this rank's files, and of its reading."""
     from statex_dist.engine.checkpoint_retention import SavePolicy
     from statex_dist.engine.checkpoints import Checkpoints
     from statex_dist.engine.documents import Documents
