@@ -23,12 +23,13 @@ def write_config(directory: Path, *, neighbor_copy: bool, **train: int) -> Path:
     """Return a run whose directory is relative: each rank is started in a directory of its own."""
     for rank in (0, 1):
         (directory / f"host{rank}").mkdir(exist_ok=True)
+    shards = directory / "data" / "shards"
     settings = {"num_steps": STEPS, "save_every": 2, "keep_last": 3, "shared_run_dir": False}
     return write_run(
         directory / "run.yaml",
         run_dir="run",
         model={"config": {**GLA, "num_hidden_layers": 1}},
-        data={"path": str(make_shards(directory / "data"))},
+        data={"path": str(shards if shards.exists() else make_shards(directory / "data"))},
         schedule={"name": "constant"},
         train={**settings, "neighbor_copy": neighbor_copy, **train},
     )
