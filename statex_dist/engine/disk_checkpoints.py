@@ -106,6 +106,8 @@ class DiskCheckpoints:
             there = {rank for held in self._held if tag in held for rank in held[tag].ranks}
             if there.issuperset(range(some.world_size)):
                 damaged.update(lacking)
+                for lack in lacking.values() if self.engine.rank == 0 else ():
+                    logger.warning("%s: going back to an older checkpoint", lack)
                 return tag
             lacking[tag] = f"{self.directory / tag} lacks the files of {_whose(some, there)}"
         if problem := next(iter({**lacking, **damaged}.values()), None):
