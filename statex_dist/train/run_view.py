@@ -78,7 +78,7 @@ class RunView:
         phases: Of the last record with them: minimum, median, maximum and the slowest rank of each phase.
         phases_step: That record's step.
         stragglers: Ranks that this record names.
-        stacks: Files that the watchdog has written.
+        stacks: Files with the stacks of ranks that the watchdog ended.
         last_log: Last warnings and errors of all ranks, oldest first: time, rank, level, text.
         holder: What the lock file says of the process that holds the run, or held it.
         notes: What could not be read.
@@ -143,7 +143,7 @@ def view_run(run_dir: Path, *, num_log_lines: int = 5) -> RunView:
     _read_progress(view, status, records)
     _read_checkpoints(run_dir / CHECKPOINTS_DIR, view)
     stacks = run_dir / STACKS_DIR
-    view.stacks = sorted(str(path.relative_to(run_dir)) for path in stacks.glob("*") if path.stat().st_size)
+    view.stacks = sorted(str(path.relative_to(run_dir)) for path in stacks.glob("*.txt") if path.stat().st_size)
     view.last_log = read_log_ends(run_dir / LOGS_DIR, count=num_log_lines)
     _decide_state(run_dir, view, status)
     return view
